@@ -1,0 +1,55 @@
+# bitpress: each target sets up what it needs. `make demo` and `make test` are the two to start with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+THREADS := $(shell nproc)
+Q ?= press
+
+.PHONY: demo test check bench peers attack docs size format clean
+
+$(VENV)/.runtime: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here; install Python 3.11 or newer, or set PYTHON."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) || $(BIN)/python -m pip install -q "torch>=2.9"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/bitpress quantize smollm2-135m out/smollm2-135m-int4 --weights int4-g64-zero --quantizer gptq
+	$(BIN)/bitpress run out/smollm2-135m-int4 --prompt "Why is the sky blue? Answer in two sentences." --max-tokens 60
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format -q .
+	$(BIN)/ruff check -q --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/$(Q).py
+
+peers: $(VENV)/.dev
+	test -x .peers/llmcompressor/bin/python || $(PYTHON) -m venv .peers/llmcompressor
+	.peers/llmcompressor/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	.peers/llmcompressor/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/llmcompressor.txt
+
+attack: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/attacks
+
+size:
+	@find src -name '*.py' | xargs wc -l | sort -rn | head -15
+
+clean:
+	rm -rf out build dist

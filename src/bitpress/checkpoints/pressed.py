@@ -1,0 +1,233 @@
+"""A published model: a directory whose manifest, `bitpress.json`, accounts for every byte that a loader will use.
+
+    bitpress.json     {"bitpress": 1, "files": {name: {"bytes", "sha256"}}, "weights": {parameter: ...}, "aliases": {...}, ...}
+    *.safetensors     one file for what is in no block, one a block; a weight `a.b.weight` is stored as `a.b.term0.codes`, ...
+    config.json, the tokenizer's files, the index: as transformers wants them
+
+A directory without a valid manifest is not a model. `report.json` and `README.md` tell how it was made; they hold times, differ from
+run to run and are read by nothing, so the manifest leaves them out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitpress.checkpoints.directory import open_directory, read_index, safe_file
+from bitpress.checkpoints.durable import hash_file
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
+from bitpress.checkpoints.source import read_config
+from bitpress.errors import BitpressError, CheckpointError
+from bitpress.formats import CompressedWeight
+
+__all__ = [
+    "JOB_DIRECTORY",
+    "MANIFEST_NAME",
+    "VERSION",
+    "FileRecord",
+    "Manifest",
+    "PressedCheckpoint",
+    "WeightRecord",
+    "is_pressed",
+]
+
+MANIFEST_NAME = "bitpress.json"
+JOB_DIRECTORY = ".bitpress"
+VERSION = 1
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileRecord(_Closed):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class WeightRecord(_Closed):
+    """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model."""
+
+    spec: dict[str, Any]
+    transposed: bool
+    experts: int = Field(ge=0, le=65536)
+
+    def parameter(self, name: str) -> WeightParameter:
+        rows, cols = self.spec["shape"]
+        if self.experts and rows % self.experts:
+            raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
+        return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts)
+
+
+class Manifest(_Closed):
+    bitpress: int
+    files: dict[str, FileRecord]
+    weights: dict[str, WeightRecord]
+    aliases: dict[str, str]
+    left_out: list[str]
+    recipe: dict[str, Any]
+    job: dict[str, Any]
+
+
+def is_pressed(path: str | Path) -> bool:
+    """Whether a directory presents itself as a bitpress model (which does not make it a valid one)."""
+    return (Path(path) / MANIFEST_NAME).exists()
+
+
+@dataclass(frozen=True)
+class PressedCheckpoint:
+    """A directory that has passed every check; content used as an address is checked when a weight is read."""
+
+    root: Path
+    config: Mapping[str, Any]
+    manifest: Manifest
+    tensors: Mapping[str, tuple[Path, TensorEntry]]
+    stored: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def open(cls, path: str | Path, *, manifest: Manifest | None = None, verify: bool = True) -> "PressedCheckpoint":
+        """Open and check a directory: names, sizes, SHA-256 of every file (unless `verify` is off), headers, key set.
+
+        `manifest` stands for a file that is still to be written, so that a job can prove a directory before publishing it.
+        """
+        root = open_directory(path)
+        manifest = _read_manifest(root) if manifest is None else manifest
+        paths = {name: _checked_file(root, name, record, verify) for name, record in manifest.files.items()}
+        config = _checked_config(root, manifest)
+        tensors: dict[str, tuple[Path, TensorEntry]] = {}
+        for file, target in paths.items():
+            if file.endswith(".safetensors"):
+                for name, entry in read_header(target)[0].items():
+                    if name in tensors:
+                        raise CheckpointError(f"{target}: {name!r} is in {tensors[name][0].name} already.")
+                    tensors[name] = (target, entry)
+        if {name: file.name for name, (file, _) in tensors.items()} != read_index(root):
+            raise CheckpointError(
+                f"{root}: the index and the headers of the weight files disagree about which file holds what."
+            )
+        return cls(root, config, manifest, tensors, _claim(root, manifest, tensors))
+
+    @property
+    def plain(self) -> dict[str, TensorEntry]:
+        """Parameters that are stored as they are."""
+        claimed = {name for names in self.stored.values() for name in names}
+        return {name: entry for name, (_, entry) in self.tensors.items() if name not in claimed}
+
+    def read_weight(self, parameter: str) -> CompressedWeight:
+        """Read one compressed weight (all experts below each other) and check its content. Raises CheckpointError."""
+        prefix = self._parameter(parameter).stem + "."
+        tensors = {name.removeprefix(prefix): read_tensor(*self.tensors[name]) for name in self.stored[parameter]}
+        try:
+            return CompressedWeight.build(self.manifest.weights[parameter].spec, tensors)
+        except BitpressError as error:
+            raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
+
+    def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
+        """Give parameters whose name begins with `prefix`, compressed ones decoded to float32."""
+
+        def wanted(name: str) -> bool:
+            return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
+
+        values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
+        for name in self.manifest.weights:
+            if wanted(name):
+                values[name] = self._parameter(name).restore(self.read_weight(name).dequantize())
+        return values
+
+    def check_fits(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape."""
+        held = {name: entry.shape for name, entry in self.plain.items()}
+        held |= {name: self._parameter(name).parameter_shape for name in self.manifest.weights}
+        for name, original in self.manifest.aliases.items():
+            if original not in held:
+                raise CheckpointError(f"{self.root}: {name!r} is tied to {original!r}, which is not stored.")
+            held[name] = held[original]
+        missing, extra = sorted(set(state) - set(held)), sorted(set(held) - set(state))
+        if missing or extra:
+            what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model has no use for"
+            raise CheckpointError(f"{self.root}: {what} ({len(missing)} missing, {len(extra)} too many).")
+        for name, shape in held.items():
+            if tuple(state[name].shape) != tuple(shape):
+                raise CheckpointError(
+                    f"{self.root}: {name!r} is {list(shape)}, the configuration needs {list(state[name].shape)}."
+                )
+
+    def _parameter(self, name: str) -> WeightParameter:
+        return self.manifest.weights[name].parameter(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(record.bytes for name, record in self.manifest.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight of the compressed weights, from the bytes stored for them."""
+        stored = sum(self.tensors[name][1].nbytes for names in self.stored.values() for name in names)
+        count = sum(r.spec["shape"][0] * r.spec["shape"][1] for r in self.manifest.weights.values())
+        return stored * 8 / count if count else 0.0
+
+
+def _read_manifest(root: Path) -> Manifest:
+    if not (root / MANIFEST_NAME).exists():
+        unfinished = (root / JOB_DIRECTORY).exists()
+        hint = "a job here is unfinished: run the same quantize command again" if unfinished else "bitpress did not publish it"
+        raise CheckpointError(f"{root}: there is no {MANIFEST_NAME}; {hint}.")
+    where = root / MANIFEST_NAME
+    values = read_json(safe_file(root, MANIFEST_NAME))
+    version = values.get("bitpress") if isinstance(values, dict) else None
+    if version != VERSION or isinstance(version, bool):
+        raise CheckpointError(f"{where}: version {version!r}; this bitpress reads version {VERSION}.")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where}: {at}: {first['msg']}.") from error
+
+
+def _checked_file(root: Path, name: str, record: FileRecord, verify: bool) -> Path:
+    target = safe_file(root, name)
+    size = target.stat().st_size
+    if size != record.bytes:
+        raise CheckpointError(f"{target}: {size} bytes where the manifest says {record.bytes}; the file is cut or changed.")
+    if verify and hash_file(target) != record.sha256:
+        raise CheckpointError(f"{target}: its SHA-256 is not the manifest's; the file is damaged or changed.")
+    return target
+
+
+def _checked_config(root: Path, manifest: Manifest) -> dict[str, Any]:
+    for needed in ("config.json",):
+        if needed not in manifest.files:
+            raise CheckpointError(f"{root}: the manifest does not list {needed}.")
+    config = read_config(root)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitpress":
+        raise CheckpointError(f"{root / 'config.json'}: quantization_config does not say quant_method 'bitpress'.")
+    return config
+
+
+def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, tuple[str, ...]]:
+    """Match every compressed weight with the tensors that its specification implies, dtype and shape included."""
+    claimed: dict[str, tuple[str, ...]] = {}
+    for name, record in manifest.weights.items():
+        try:
+            expected = CompressedWeight.expected(record.spec)
+            parameter = record.parameter(name)
+        except BitpressError as error:
+            raise CheckpointError(f"{root}: {name}: {error}") from error
+        for leaf, (dtype, shape) in expected.items():
+            full = f"{parameter.stem}.{leaf}"
+            if full not in tensors:
+                raise CheckpointError(f"{root}: {name}: the tensor {full!r} is missing.")
+            entry = tensors[full][1]
+            if entry.torch_dtype != dtype or entry.shape != shape:
+                got = f"{entry.torch_dtype} {list(entry.shape)}"
+                raise CheckpointError(f"{root}: {full!r} is {got}, the specification needs {dtype} {list(shape)}.")
+        claimed[name] = tuple(f"{parameter.stem}.{leaf}" for leaf in expected)
+    return claimed

@@ -1,0 +1,281 @@
+"""The commands. Exit codes: 0 done, 2 usage, 3 bad model file, 4 disk, 5 memory, 6 numeric gate, 75 stopped and resumable."""
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitpress.cli.screen import Screen, err, out, print_json
+from bitpress.errors import BitpressError, UsageError
+from bitpress.version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Press a pretrained language model into few bits, prove what that cost, and run it.",
+)
+_state = {"debug": False}
+
+Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
+Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
+QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with any of the settings.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE with dotted keys, e.g. quantizer.damp=0.05.")]
+CalibrationText = Annotated[str | None, typer.Option("--calibration", help="builtin, a .txt or .jsonl file, or hf:NAME.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens a window.")]
+Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Weights to leave alone, e.g. '*.down_proj'. May be given again.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    _state["debug"] = debug
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-4bit --weights int4-g64-zero --quantizer gptq")
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The directory to make. The same command resumes a stopped run.")
+    ],
+    weights: Weights = None,
+    quantizer: QuantizerName = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    skip: Skip = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
+    proof_tokens: Annotated[int, typer.Option(help="Held-out tokens of the final comparison; 0 leaves it out.")] = 8192,
+    proof_text: Annotated[str, typer.Option(help="Held-out text of the final comparison.")] = "builtin:heldout",
+    max_kl: Annotated[float | None, typer.Option(help="Publish nothing beyond this KL divergence (exit 6).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a model, prove what that cost, and publish it."""
+    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.reports import show_report
+    from bitpress.pipeline.quantize import Proof, quantize_directory
+
+    made = _recipe(recipe, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
+    with Screen() as screen:
+        source = resolve_model(model, screen.note)
+        report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
+    if as_json:
+        print_json(report)
+    else:
+        show_report(report, output)
+
+
+@app.command(epilog="Example: bitpress plan smollm2-135m --weights int3-g64-zero")
+def plan(
+    model: Model,
+    weights: Weights = None,
+    quantizer: QuantizerName = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    skip: Skip = None,
+    as_json: Json = False,
+) -> None:
+    """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
+    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.reports import show_plan
+    from bitpress.pipeline.quantize import plan_run
+
+    made = _recipe(recipe, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    with Screen() as screen:
+        planned, _, _ = plan_run(resolve_model(model, screen.note), made)
+    if as_json:
+        print_json({**planned.as_dict(), "recipe": made.resolved()})
+    else:
+        show_plan(planned)
+
+
+@app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --json")
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or any other model.")],
+    against: Annotated[str, typer.Option(help="The original model.")],
+    text: Annotated[str, typer.Option(help="builtin:heldout[:KIND], a .txt or .jsonl file, or hf:NAME.")] = "builtin:heldout",
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens.")] = 8192,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure the distance of a model from its original on held-out text."""
+    from bitpress.checkpoints.named import resolve_model
+    from bitpress.checkpoints.pressed import is_pressed
+    from bitpress.cli.screen import figures_table
+    from bitpress.pipeline.prove import evaluate as measure
+
+    with Screen() as screen:
+        given = Path(directory) if is_pressed(directory) else resolve_model(directory, screen.note)
+        original = resolve_model(against, screen.note)
+        figures = measure(given, original, text=text, tokens=tokens, length=length, seed=seed, progress=screen)
+    if as_json:
+        print_json({k: (None if v in (float("inf"), float("-inf")) else v) for k, v in figures.items()})
+    else:
+        figures_table(figures, {})
+
+
+@app.command(epilog='Example: bitpress run out/smollm2-4bit --prompt "What is a Hadamard matrix?"')
+def run(
+    directory: Directory,
+    prompt: Annotated[str | None, typer.Option(help="What to answer; without it, a chat on the terminal.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep the codes in memory: smaller and slower.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a compressed model."""
+    from bitpress.cli.chat import answer_once, chat
+
+    if as_json and prompt is None:
+        raise UsageError("--json needs a --prompt.")
+    if prompt is None:
+        chat(directory, max_tokens=max_tokens, temperature=temperature, seed=seed, packed=packed)
+        return
+    answer = answer_once(
+        directory, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, packed=packed, stream=not as_json
+    )
+    if as_json:
+        print_json(answer)
+    else:
+        err.print(f"[dim]{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
+
+
+@app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
+def inspect(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
+    machine: Annotated[bool, typer.Option("--machine", help="Say what this machine offers instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a compressed model holds, or what the machine can do."""
+    from bitpress.cli.reports import describe_directory, describe_machine, show_inspection, show_machine
+
+    if machine == (directory is not None):
+        raise UsageError("inspect needs either DIR or --machine.")
+    if directory is None:
+        facts = describe_machine()
+        print_json(facts) if as_json else show_machine(facts)
+        return
+    facts = describe_directory(directory)
+    print_json(facts) if as_json else show_inspection(facts)
+
+
+@app.command(epilog="Example: bitpress verify out/smollm2-4bit")
+def verify(directory: Directory, as_json: Json = False) -> None:
+    """Hash every file again and check every tensor, its content included."""
+    from bitpress.cli.reports import verify_directory
+
+    facts = verify_directory(directory)
+    if as_json:
+        print_json(facts)
+    else:
+        out.print(
+            f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['weights']} weights: all as published."
+        )
+
+
+@app.command(epilog="Example: bitpress methods --json")
+def methods(as_json: Json = False) -> None:
+    """List the quantizers and transforms with their settings."""
+    from bitpress.cli.reports import describe_methods, show_methods
+
+    rows = describe_methods()
+    print_json(rows) if as_json else show_methods(rows)
+
+
+@app.command(epilog="Example: bitpress formats")
+def formats(as_json: Json = False) -> None:
+    """List the number formats with what they cost."""
+    from bitpress.cli.reports import show_formats
+    from bitpress.formats import describe_formats
+
+    rows = describe_formats()
+    print_json(rows) if as_json else show_formats(rows)
+
+
+@app.command(epilog="Example: bitpress models")
+def models(as_json: Json = False) -> None:
+    """List the models that can be had by name."""
+    from bitpress.checkpoints.named import describe_models
+    from bitpress.cli.reports import show_models
+
+    rows = describe_models()
+    print_json(rows) if as_json else show_models(rows)
+
+
+def _recipe(
+    file: Path | None,
+    weights: str | None,
+    quantizer: str | None,
+    sets: list[str] | None,
+    text: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+    skip: list[str] | None,
+) -> Any:
+    """Build the recipe: the file first, then the options, then --set."""
+    from bitpress.recipes import Recipe, make_recipe
+
+    values: dict[str, Any] = {} if file is None else Recipe.load(file).model_dump(exclude_unset=True)
+    if weights is not None:
+        values["weights"] = weights
+    if quantizer is not None:
+        values["quantizer"] = {"name": quantizer}
+    given = {"text": text, "samples": samples, "length": length, "seed": seed}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given:
+        values["calibration"] = {**values.get("calibration", {}), **given}
+    if skip:
+        values["skip"] = [*values.get("skip", ()), *skip]
+    return make_recipe(values, sets or ())
+
+
+def main() -> None:
+    """Run the command line; every error of bitpress is one line and its exit code."""
+    try:
+        app()
+    except BitpressError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError as error:
+        _fail(f"out of memory: {error}. Use fewer or shorter samples, or a smaller batch (--set batch=1).", 5)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            _fail(f"{error.filename or 'disk'}: {error.strerror}; make room and run the same command again.", 4)
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    if _state["debug"]:
+        traceback.print_exc()
+    err.print(f"[bold red]error:[/bold red] {message.replace('[', chr(92) + '[')}", soft_wrap=True)
+    sys.exit(code)

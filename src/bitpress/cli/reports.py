@@ -1,0 +1,203 @@
+"""What the smaller commands gather and print."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.cli.screen import duration, figures_table, out, size, table
+from bitpress.pipeline.plan import Plan
+
+__all__ = [
+    "describe_directory",
+    "describe_machine",
+    "describe_methods",
+    "show_formats",
+    "show_inspection",
+    "show_machine",
+    "show_methods",
+    "show_models",
+    "show_plan",
+    "show_report",
+    "verify_directory",
+]
+
+
+def show_report(report: Mapping[str, Any], directory: Path) -> None:
+    """Print a run's figures, its worst layers and every fallback."""
+    run, sizes = report["run"], report["size"]
+    recipe = report["job"]["recipe"]
+    out.print(f"[bold]{directory}[/bold]  {recipe['weights']} by {recipe['quantizer']['name']}")
+    figures_table(
+        report["figures"],
+        {
+            "original": f"{size(sizes['bytes_original'])}, {sizes['ratio']:.2f} times larger",
+            "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
+            "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {run['threads']} threads",
+        },
+    )
+    worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
+    table(
+        "\nLargest relative errors" + (f" of the {worst[0]['measured_on']}" if worst else ""),
+        ("layer", "rounded", "compressed"),
+        [(row["name"], f"{row['error_rounded']:.4g}", f"{row['error']:.4g}") for row in worst],
+        right=(1, 2),
+    )
+    if report["fallbacks"]:
+        table("\nFallbacks", ("layer", "what"), [(item["weight"], item["what"]) for item in report["fallbacks"]])
+
+
+def show_plan(plan: Plan) -> None:
+    rows = [
+        (
+            w.parameter.stem,
+            "x".join(map(str, w.parameter.parameter_shape)),
+            w.format.name,
+            size(w.nbytes),
+            f"{w.row()['bits_per_weight']:.3f}",
+        )
+        for w in plan.weights
+    ]
+    rows += [(name, "", "as stored", "", why) for name, why in plan.kept.items()]
+    table("", ("weight", "shape", "format", "size", "bits"), rows, right=(3, 4))
+    totals = {
+        "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight",
+        "kept as stored": size(plan.kept_bytes),
+        "original": size(plan.source_bytes),
+        "disk needed": size(plan.disk),
+        "peak memory, estimated": size(plan.peak_memory),
+        "time, estimated": f"{duration(plan.seconds)} and the proof at the end",
+    }
+    table("", ("", ""), list(totals.items()))
+
+
+def describe_directory(directory: Path) -> dict[str, Any]:
+    """Gather what a published model holds, from its manifest and headers (hashes are not checked again)."""
+    pressed = PressedCheckpoint.open(directory, verify=False)
+    formats: dict[str, dict[str, int]] = {}
+    for name, record in pressed.manifest.weights.items():
+        kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
+        maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
+        entry = formats.setdefault(" with ".join([kinds, *maps]), {"weights": 0, "parameters": 0, "bytes": 0})
+        entry["weights"] += 1
+        entry["parameters"] += record.spec["shape"][0] * record.spec["shape"][1]
+        entry["bytes"] += sum(pressed.tensors[n][1].nbytes for n in pressed.stored[name])
+    plain: dict[str, int] = {}
+    for tensor in pressed.plain.values():
+        plain[tensor.dtype] = plain.get(tensor.dtype, 0) + tensor.nbytes
+    return {
+        "directory": str(directory),
+        "model_type": pressed.config["model_type"],
+        "bytes": pressed.nbytes,
+        "bits_per_weight": pressed.bits_per_weight,
+        "formats": formats,
+        "plain_bytes": plain,
+        "aliases": pressed.manifest.aliases,
+        "recipe": pressed.manifest.recipe,
+        "job": pressed.manifest.job,
+    }
+
+
+def show_inspection(facts: Mapping[str, Any]) -> None:
+    out.print(f"[bold]{facts['directory']}[/bold]  {facts['model_type']}, {size(facts['bytes'])}")
+    rows = [
+        (name, str(e["weights"]), f"{e['parameters']:,}", size(e["bytes"]), f"{e['bytes'] * 8 / e['parameters']:.4f}")
+        for name, e in facts["formats"].items()
+    ]
+    rows += [(f"{dtype}, as stored", "", "", size(count), "") for dtype, count in facts["plain_bytes"].items()]
+    table("", ("format", "weights", "parameters", "size", "bits"), rows, right=(1, 2, 3, 4))
+    quantizer = facts["recipe"]["quantizer"]
+    settings = ", ".join(f"{k}={v}" for k, v in quantizer.items() if k != "name")
+    out.print(f"\nquantizer {quantizer['name']} ({settings})")
+    for alias, original in facts["aliases"].items():
+        out.print(f"{alias} is {original}")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Gather what decides how fast things run here."""
+    import torch
+
+    from bitpress.kernels import KERNELS
+
+    return {
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "bf16_products": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "kernels": list(KERNELS),
+        "cuda": torch.cuda.is_available(),
+        "torch": torch.__version__,
+    }
+
+
+def show_machine(facts: Mapping[str, Any]) -> None:
+    table("", ("", ""), [(key.replace("_", " "), str(value)) for key, value in facts.items()])
+
+
+def verify_directory(directory: Path) -> dict[str, Any]:
+    """Check a directory down to the content of every weight. Raises CheckpointError."""
+    from bitpress.runtime.skeleton import build_config, build_skeleton
+
+    pressed = PressedCheckpoint.open(directory)
+    config = build_config(pressed.config)
+    import torch
+
+    pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
+    for name in pressed.manifest.weights:
+        pressed.read_weight(name)
+    files = pressed.manifest.files.values()
+    return {
+        "directory": str(directory),
+        "files": len(files),
+        "bytes": sum(f.bytes for f in files),
+        "weights": len(pressed.stored),
+    }
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """List both tables: name, kind, what it does, the statistics it needs, its settings."""
+    from bitpress.quantizers.table import QUANTIZERS
+    from bitpress.transforms.table import TRANSFORMS
+
+    rows = []
+    for kind, methods in (("quantizer", QUANTIZERS), ("transform", TRANSFORMS)):
+        for name, method in methods.items():
+            settings = {f.name: f.default for f in dataclasses.fields(method)}
+            row = {"name": name, "kind": kind, "summary": method.summary, "needs": sorted(method.needs), "settings": settings}
+            if kind == "quantizer":
+                row["transforms"] = list(method.transforms)
+            rows.append(row)
+    return rows
+
+
+def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = []
+    for row in rows:
+        settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
+        lines.append((row["name"], row["kind"], row["summary"], ", ".join(row["needs"]) or "-", settings))
+    table("", ("name", "kind", "what it does", "needs", "settings"), lines)
+
+
+def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        (
+            r["name"],
+            str(r["levels"]),
+            "yes" if r["zero_point"] else "no",
+            f"{r['bits_per_weight_g64']:.4f}",
+            f"{r['bits_per_weight_row']:.4f}",
+        )
+        for r in rows
+    ]
+    table("", ("name (in groups of 64)", "levels", "zero point", "bits in g64", "bits in row of 4096"), lines, right=(1, 3, 4))
+    out.print("\nA name is grid-block[-zero][-bf16|-fp32]; blocks are gN, row, tensor and RxC. Scales are fp16 unless named.")
+
+
+def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        (str(r["name"]), str(r["what"]), f"{r['parameters']:,}", "yes" if r["cached"] else f"no, {size(r['bytes'])} to fetch")
+        for r in rows
+    ]
+    table("", ("name", "what", "parameters", "here already"), lines, right=(2,))

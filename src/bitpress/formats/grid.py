@@ -1,0 +1,67 @@
+"""What a code means: the protocol that every grid of levels follows.
+
+A grid knows nothing of matrices, files or models. It sees weights as `[..., n]` and its parameters as tensors that broadcast
+against `[..., n // span]` codes, so the same three verbs serve a whole matrix cut into blocks, one column of a matrix in the
+middle of an error-feedback loop, and a vector codebook that turns `span` weights into one code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+
+__all__ = ["Grid", "Params", "StoredParam"]
+
+Params = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """How one parameter of a grid is kept in a file.
+
+    kind    "scale": a float in the format's scale type; "code": an unsigned integer of `bits` bits, packed like the codes.
+    scope   "block": one value a block; "tensor": one tensor of `shape` for the whole weight (a codebook).
+    """
+
+    name: str
+    kind: Literal["scale", "code"]
+    bits: int = 0
+    scope: Literal["block", "tensor"] = "block"
+    shape: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class Grid(Protocol):
+    @property
+    def name(self) -> str:
+        """The first part of a format's name, `int4`."""
+        ...
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one stored code; a weight costs `code_bits / span` before the parameters."""
+        ...
+
+    @property
+    def span(self) -> int:
+        """Weights per code."""
+        ...
+
+    @property
+    def params(self) -> tuple[StoredParam, ...]:
+        """What is stored beside the codes, in the order of the file."""
+        ...
+
+    def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
+        """Choose parameters, each `[blocks, 1]` (or of its tensor scope), so that no weight of the block is clipped."""
+        ...
+
+    def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
+        """Give the nearest code of every `span` weights."""
+        ...
+
+    def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
+        """Give the weights that codes stand for, in float32."""
+        ...

@@ -1,0 +1,172 @@
+"""CompressedWeight: a sum of terms seen through an input map and an output map.
+
+    w_hat = T_out (sum of dequantized terms) T_in
+
+A term is anything with the verbs of `Term`: packed codes today, beside them low-rank pairs, sparse outliers or further planes.
+The specification (JSON) and the tensors together are the whole weight; `expected` says from the specification alone which
+tensors there must be, so that a reader can check a file before it looks at a byte of its data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+
+from bitpress.errors import FormatError
+from bitpress.formats.format import Expected
+from bitpress.formats.maps import MAPS, Map, split_kind
+from bitpress.formats.packed import Packed
+
+__all__ = ["TERMS", "CompressedWeight", "Term"]
+
+
+class Term(Protocol):
+    """One summand of a weight `[out, in]`."""
+
+    kind: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+    def dequantize(self) -> Float[torch.Tensor, "out in"]: ...
+
+    def spec(self) -> dict[str, Any]: ...
+
+    def check(self) -> None: ...
+
+
+TERMS: dict[str, type[Packed]] = {"packed": Packed}
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    terms: tuple[Term, ...]
+    input_map: Map | None = None
+    output_map: Map | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.terms[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored: codes, parameters, maps."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / (self.shape[0] * self.shape[1])
+
+    def dequantize(self) -> Float[torch.Tensor, "out in"]:
+        """Give the weight in float32, maps included."""
+        w = self.terms[0].dequantize()
+        for term in self.terms[1:]:
+            w = w + term.dequantize()
+        if self.input_map is not None:
+            w = self.input_map.apply_transposed(w)
+        if self.output_map is not None:
+            w = self.output_map.apply(w.T).T
+        return w
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything stored, by name: `term0.codes`, `term0.scale`, `in.scale`, `out.order`."""
+        stored = {f"term{i}.{name}": t for i, term in enumerate(self.terms) for name, t in term.tensors.items()}
+        for side, change in (("in", self.input_map), ("out", self.output_map)):
+            if change is not None:
+                stored |= {f"{side}.{name}": t for name, t in change.tensors().items()}
+        return stored
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "terms": [{"kind": term.kind, **term.spec()} for term in self.terms],
+            "input_map": _map_spec(self.input_map),
+            "output_map": _map_spec(self.output_map),
+        }
+
+    @staticmethod
+    def expected(spec: Mapping[str, Any]) -> Expected:
+        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError."""
+        shape = _shape(spec)
+        tensors: Expected = {}
+        for i, entry in enumerate(spec["terms"]):
+            kind, rest = split_kind(entry, "term", TERMS)
+            tensors |= {f"term{i}.{name}": t for name, t in TERMS[kind].expected(rest, shape).items()}
+        for side, key, size in (("in", "input_map", shape[1]), ("out", "output_map", shape[0])):
+            if spec[key] is not None:
+                kind, rest = split_kind(spec[key], "map", MAPS)
+                tensors |= {f"{side}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
+        return tensors
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "CompressedWeight":
+        """Put a weight together and check it: the exact key set, dtypes, shapes, and content used as an address."""
+        expected = cls.expected(spec)
+        if set(expected) != set(tensors):
+            raise FormatError(f"tensors {sorted(tensors)} where {sorted(expected)} are needed.")
+        for name, (dtype, dims) in expected.items():
+            if tensors[name].dtype != dtype or tuple(tensors[name].shape) != dims:
+                got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                raise FormatError(f"{name} is {got} where {dtype} {list(dims)} is needed.")
+        shape = _shape(spec)
+        terms = []
+        for i, entry in enumerate(spec["terms"]):
+            kind, rest = split_kind(entry, "term", TERMS)
+            terms.append(TERMS[kind].build(rest, shape, _below(tensors, f"term{i}.")))
+        changes: list[Map | None] = []
+        for side, key in (("in", "input_map"), ("out", "output_map")):
+            entry = spec[key]
+            if entry is None:
+                changes.append(None)
+            else:
+                kind, rest = split_kind(entry, "map", MAPS)
+                changes.append(MAPS[kind].build(rest, _below(tensors, f"{side}.")))
+        weight = cls(tuple(terms), changes[0], changes[1])
+        for part in (*weight.terms, weight.input_map, weight.output_map):
+            if part is not None:
+                part.check()
+        return weight
+
+    def row_slice(self, start: int, stop: int) -> "CompressedWeight":
+        """Give some rows as a weight of their own (one expert of a stack), sharing memory."""
+        if self.output_map is not None:
+            raise FormatError("rows of a weight with an output map cannot be taken apart.")
+        return CompressedWeight(tuple(t.row_slice(start, stop) for t in _packed(self.terms)), self.input_map)
+
+    @staticmethod
+    def stack_rows(weights: Sequence["CompressedWeight"]) -> "CompressedWeight":
+        """Put weights without maps and with one packed term below each other (the experts of a stack)."""
+        if any(w.input_map is not None or w.output_map is not None or len(w.terms) != 1 for w in weights):
+            raise FormatError("only weights of one term and without maps can be stacked.")
+        return CompressedWeight((Packed.stack_rows([t for w in weights for t in _packed(w.terms)]),))
+
+
+def _packed(terms: Sequence[Term]) -> list[Packed]:
+    packed = [t for t in terms if isinstance(t, Packed)]
+    if len(packed) != len(terms):
+        raise FormatError("only packed terms can be cut or stacked by rows.")
+    return packed
+
+
+def _map_spec(change: Map | None) -> dict[str, Any] | None:
+    return None if change is None else {"kind": change.kind, **change.spec()}
+
+
+def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _shape(spec: Mapping[str, Any]) -> tuple[int, int]:
+    if not isinstance(spec, Mapping) or set(spec) != {"shape", "terms", "input_map", "output_map"}:
+        raise FormatError("a weight is specified by shape, terms, input_map and output_map, no more and no less.")
+    shape = spec["shape"]
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(d) is not int or not 0 < d < 2**31 for d in shape):
+        raise FormatError(f"shape {shape!r} is not two whole numbers of 1 to 2^31 - 1.")
+    if not isinstance(spec["terms"], list) or not spec["terms"]:
+        raise FormatError("a weight needs a list of at least one term.")
+    return shape[0], shape[1]

@@ -1,0 +1,27 @@
+"""The reference product: decode every term, multiply, add up. Slow and plainly right; what every other kernel is compared with."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+
+from bitpress.formats import CompressedWeight
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    name: ClassVar[str] = "reference"
+
+    @staticmethod
+    def refuses(weight: CompressedWeight, device: torch.device) -> str | None:
+        return None
+
+    @staticmethod
+    def matmul(x: Float[torch.Tensor, "*batch in"], weight: CompressedWeight) -> Float[torch.Tensor, "*batch out"]:
+        if weight.input_map is not None:
+            x = weight.input_map.apply(x)
+        y = torch.nn.functional.linear(x, weight.terms[0].dequantize().to(x.dtype))
+        for term in weight.terms[1:]:
+            y = y + torch.nn.functional.linear(x, term.dequantize().to(x.dtype))
+        return y if weight.output_map is None else weight.output_map.apply(y)

@@ -1,0 +1,185 @@
+"""The job: what makes a long run resumable. One writer, one journal, units of work that are on disk or have not happened.
+
+    OUT/.bitpress/job.json          the identity: hashes of the source, of the calibration tokens, the recipe, versions
+    OUT/.bitpress/lock              held while a process works here
+    OUT/.bitpress/journal.jsonl     one line a finished unit, each with a CRC; a torn last line is ignored
+    OUT/.bitpress/objects/          finished weight files, under their final names
+    OUT/.bitpress/activations/      what feeds the next block, exactly as it was
+
+A unit is committed in this order: its weight file, the activations after it, its journal line; each is fsynced before the next.
+Publishing renames the weight files into OUT and writes the manifest last.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.durable import append_durably, fsync_directory, hash_file, write_durably
+from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
+from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME
+from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
+from bitpress.errors import CheckpointError, UsageError
+
+__all__ = ["Job", "differences"]
+
+
+class Job:
+    """An open job: the lock is held until `close`."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out = out
+        self.root = out / JOB_DIRECTORY
+        self.identity = dict(identity)
+        self.units: list[dict[str, Any]] = []
+        self._lock: int | None = None
+
+    @classmethod
+    def open(cls, out: Path, identity: Mapping[str, Any], *, force: bool = False) -> "Job":
+        """Start or resume the job of a directory.
+
+        Raises UsageError when another process works there, when the directory holds something else, or when its job is not
+        this one (the fields that differ are named); with `force`, a different job of bitpress is discarded.
+        """
+        job = cls(out, identity)
+        check_vacant(out)
+        new = not job.root.exists()
+        (job.root / "objects").mkdir(parents=True, exist_ok=True)
+        (job.root / "activations").mkdir(exist_ok=True)
+        job._acquire()
+        known = job.root / "job.json"
+        if not new and known.exists():
+            changed = differences(read_json(known), job.identity)
+            if changed and not force:
+                job.close()
+                raise UsageError(
+                    f"{out}: holds an unfinished job that differs in {'; '.join(changed)}. Use --force to discard it."
+                )
+            if changed:
+                job._discard()
+        if not known.exists():
+            write_durably(known, [write_json_bytes(job.identity)])
+        job._read_journal()
+        return job
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit(
+        self,
+        unit: str,
+        shard: str,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, Any],
+        activations: torch.Tensor | None,
+    ) -> None:
+        """Make a unit durable. When this returns, the unit survives a kill."""
+        size, digest = write_durably(self.root / "objects" / shard, serialize(tensors, {"format": "pt"}))
+        line: dict[str, Any] = {"unit": unit, "shard": shard, "bytes": size, "sha256": digest, "facts": facts, "after": None}
+        if activations is not None:
+            name = f"{len(self.units):05d}.safetensors"
+            _, after = write_durably(self.root / "activations" / name, serialize({"hidden": activations}, None))
+            line["after"] = {"file": name, "sha256": after}
+        payload = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        append_durably(self.root / "journal.jsonl", b"%08x " % zlib.crc32(payload) + payload + b"\n")
+        self.units.append(line)
+        for old in (self.root / "activations").iterdir():
+            if line["after"] is None or old.name != line["after"]["file"]:
+                old.unlink()
+
+    def activations(self) -> torch.Tensor | None:
+        """Give what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        after = self.units[-1]["after"] if self.units else None
+        if after is None:
+            return None
+        path = self.root / "activations" / after["file"]
+        if not path.exists() or hash_file(path) != after["sha256"]:
+            raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
+        return read_tensor(path, read_header(path)[0]["hidden"])
+
+    def publish(self, files: Mapping[str, bytes], manifest: bytes) -> None:
+        """Put everything in place, the manifest last, and remove the job's own folder."""
+        self.stage(files)
+        write_durably(self.out / MANIFEST_NAME, [manifest])
+        shutil.rmtree(self.root)
+        fsync_directory(self.out)
+
+    def stage(self, files: Mapping[str, bytes]) -> None:
+        """Put weight files and `files` in place without a manifest; may be done again after a kill."""
+        for unit in self.units:
+            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            if made.exists():
+                os.replace(made, final)
+            elif not final.exists():
+                raise CheckpointError(f"{made}: a finished weight file is gone; start again with --force.")
+        for name, content in files.items():
+            write_durably(self.out / name, [content])
+        fsync_directory(self.out)
+
+    def _acquire(self) -> None:
+        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise UsageError(f"{self.out}: another process is working on this directory; wait for it or stop it.") from error
+
+    def _discard(self) -> None:
+        for name in ("job.json", "journal.jsonl"):
+            (self.root / name).unlink(missing_ok=True)
+        for folder in ("objects", "activations"):
+            shutil.rmtree(self.root / folder)
+            (self.root / folder).mkdir()
+        self.units.clear()
+
+    def _read_journal(self) -> None:
+        path = self.root / "journal.jsonl"
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        *lines, torn = data.split(b"\n")
+        for number, raw in enumerate(lines):
+            crc, _, payload = raw.partition(b" ")
+            if crc != b"%08x" % zlib.crc32(payload):
+                raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
+            self.units.append(parse_json(payload, f"{path}:{number + 1}"))
+        if torn:
+            # The line that was being written when the process was killed: that unit has not happened.
+            with path.open("r+b") as file:
+                file.truncate(len(data) - len(torn))
+                os.fsync(file.fileno())
+        for unit in self.units:
+            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            present = made if made.exists() else final
+            if not present.exists() or hash_file(present) != unit["sha256"]:
+                raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
+
+
+def check_vacant(out: Path) -> None:
+    """Raise UsageError when `out` is a file or holds anything but a job of bitpress."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; OUT is the directory to make.")
+    if out.is_dir() and any(out.iterdir()) and not (out / JOB_DIRECTORY).exists() and not (out / MANIFEST_NAME).exists():
+        raise UsageError(f"{out}: holds something else; choose an empty or a new directory.")
+
+
+def differences(known: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the fields in which two identities differ, with both values where they are short."""
+    known = known if isinstance(known, dict) else {}
+    changed = []
+    for key in sorted(set(known) | set(wanted)):
+        a, b = known.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            short = len(str(a)) + len(str(b)) < 60
+            changed.append(f"{prefix}{key} ({a} there, {b} here)" if short else f"{prefix}{key}")
+    return changed

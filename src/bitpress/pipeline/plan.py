@@ -1,0 +1,202 @@
+"""The plan: what a run would do, layer by layer, and what it would take, before any work is done.
+
+Whatever would fail late fails here: a shape that its format does not divide, a disk or a memory that is too small. Bytes are exact
+(they follow from shapes); memory and time are estimates, and say so.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError
+from bitpress.formats import Format
+from bitpress.pipeline.products import list_weights
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.recipes import Recipe
+
+__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan"]
+
+# Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
+BASE_BYTES = 450 * 2**20
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    parameter: WeightParameter
+    format: Format
+    block: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(self.parameter.stacked_shape)
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.parameter.stacked_shape)
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "name": self.parameter.stem,
+            "shape": list(self.parameter.parameter_shape),
+            "format": self.format.name,
+            "bytes": self.nbytes,
+            "bits_per_weight": self.nbytes * 8 / self.weights,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every weight with its format, what is kept, and totals. Bytes are exact, `peak_memory` and `seconds` estimates."""
+
+    weights: tuple[PlannedWeight, ...]
+    kept: dict[str, str]
+    blocks: int
+    compressed_bytes: int
+    kept_bytes: int
+    source_bytes: int
+    disk: int
+    peak_memory: int
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.compressed_bytes * 8 / max(sum(w.weights for w in self.weights), 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "weights": [w.row() for w in self.weights],
+            "kept": self.kept,
+            "blocks": self.blocks,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.compressed_bytes + self.kept_bytes,
+            "bytes_compressed_weights": self.compressed_bytes,
+            "bytes_kept": self.kept_bytes,
+            "bytes_source": self.source_bytes,
+            "disk_bytes_needed": self.disk,
+            "peak_memory_bytes_estimate": self.peak_memory,
+            "seconds_estimate": self.seconds,
+        }
+
+
+def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> Plan:
+    """Plan a run. `stored` gives the bytes of every parameter as the source stores it.
+
+    Raises FormatError that names every weight whose shape its format does not fit, and what would.
+    """
+    weights: list[PlannedWeight] = []
+    kept: dict[str, str] = {}
+    for i, block in enumerate(model.blocks):
+        found, others = list_weights(model.block_name(i), block, model.model.config, recipe.skip)
+        weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
+        kept |= others
+    _check_shapes(weights)
+    compressed = {w.parameter.name for w in weights}
+    kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
+    hidden = _activation_bytes(model, recipe)
+    compressed_bytes = sum(w.nbytes for w in weights)
+    return Plan(
+        weights=tuple(weights),
+        kept=kept,
+        blocks=len(model.blocks),
+        compressed_bytes=compressed_bytes,
+        kept_bytes=kept_bytes,
+        source_bytes=sum(stored.values()),
+        # Side files and headers are small; twice the activations, since the new ones are written before the old ones go.
+        disk=compressed_bytes + kept_bytes + 2 * hidden + 32 * 2**20,
+        peak_memory=_peak_memory(model, recipe, weights, stored, hidden),
+        seconds=_seconds(recipe, weights),
+    )
+
+
+def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
+    """Raise DiskError or MemoryLimitError when the plan cannot be carried out here."""
+    at = out
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    needed = plan.disk - done_bytes
+    if free < needed:
+        raise DiskError(f"{out}: {needed:,} bytes are needed and {free:,} are free; make room or choose another disk.")
+    memory = psutil.virtual_memory().available
+    if memory < plan.peak_memory - BASE_BYTES:
+        raise MemoryLimitError(
+            f"about {plan.peak_memory:,} bytes of memory are needed and {memory:,} are free; "
+            "use fewer or shorter samples, or a method without statistics such as rtn."
+        )
+
+
+def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
+    wrong: dict[str, list[str]] = {}
+    for planned in weights:
+        try:
+            planned.format.block_grid(planned.parameter.shape)
+            if planned.parameter.experts and planned.format.block.rows == "all":
+                raise FormatError("experts cannot share parameters over all rows; use row or gN.")
+        except BitpressError as error:
+            wrong.setdefault(f"{planned.format.name}: {error}", []).append(planned.parameter.stem)
+    if wrong:
+        parts = [f"{reason} Layers: {_shorten(names)}." for reason, names in wrong.items()]
+        raise FormatError(" ".join(parts) + " Choose another block, override these layers or skip them.")
+
+
+def _shorten(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:7])
+    return shown if len(names) <= 7 else f"{shown} and {len(names) - 7} more"
+
+
+def _activation_bytes(model: StreamedModel, recipe: Recipe) -> int:
+    if not recipe.needs():
+        return 0
+    text = model.model.config.get_text_config()
+    return int(recipe.calibration.samples * recipe.calibration.length * text.hidden_size * model.dtype.itemsize)
+
+
+def _peak_memory(
+    model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
+) -> int:
+    """Estimate: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
+    prefix = f"{model.stack}."
+    outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
+    by_block = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
+    block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
+    largest = max((math.prod(w.parameter.shape) for w in weights), default=0) * 4 * 4
+    if not recipe.needs():
+        return BASE_BYTES + outer + block + largest
+    widths = {w.parameter.shape[1] for w in weights if w.block == 0}
+    grams = sum(n * n * 4 for n in widths) * 2
+    factor = 3 * max(widths, default=0) ** 2 * 8
+    tokens = recipe.batch * recipe.calibration.length
+    widest = max((max(w.parameter.shape) for w in weights), default=0)
+    batch = tokens * widest * 4 * 4
+    return BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
+
+
+def _seconds(recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
+    """Estimate from two short products timed now; rounding costs about as much as reading each weight forty times."""
+    total = sum(w.weights for w in weights)
+    rounding = total * 1.2e-7
+    if not recipe.needs():
+        return rounding
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    forward = 2 * 2 * tokens * total / _speed(recipe.compute_dtype())
+    inputs = {(w.block, w.parameter.shape[1], w.parameter.experts) for w in weights}
+    grams = sum(2 * tokens * n * n * max(e, 1) for _, n, e in inputs) / _speed(torch.float32)
+    columns = sum(w.parameter.shape[1] * max(w.parameter.experts, 1) for w in weights) * 2.5e-4
+    return rounding + forward + grams + columns
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Operations a second of a 1024-cubed product on this machine."""
+    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    torch.nn.functional.linear(a, b)
+    start = time.perf_counter()
+    torch.nn.functional.linear(a, b)
+    return 2 * 1024**3 / max(time.perf_counter() - start, 1e-6)

@@ -1,0 +1,32 @@
+"""What a long run tells while it runs. The pipeline calls; the command line or a notebook decides how it looks."""
+
+from typing import Any, Protocol
+
+__all__ = ["Progress", "Silent"]
+
+
+class Progress(Protocol):
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """A stage of `total` units starts; `done` of them were finished by an earlier run."""
+        ...
+
+    def advance(self, unit: str, **figures: Any) -> None:
+        """One unit is finished; figures such as error=0.003 belong to it."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, unit: str, **figures: Any) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -1,0 +1,109 @@
+"""The proof: run the original and the compressed model over held-out text, block by block, and measure the distance."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
+from bitpress.errors import NumericsError
+from bitpress.evaluate import measure_distance
+from bitpress.pipeline.press import digest
+from bitpress.pipeline.progress import Progress, Silent
+from bitpress.pipeline.source_model import open_streamed
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.pipeline.windows import load_windows
+
+__all__ = ["check_reloaded", "compare", "evaluate"]
+
+# Windows that go through a block together while proving.
+BATCH = 4
+
+
+class _Prepared:
+    """A model whose hidden states after the last block are known for every window; gives logits one window at a time."""
+
+    def __init__(self, model: StreamedModel, windows: torch.Tensor, progress: Progress) -> None:
+        self.model = model
+        self.seconds = 0.0
+        model.load_outer_()
+        start = time.perf_counter()
+        self.hidden = torch.cat([model.embed(batch) for batch in windows.split(BATCH)])
+        self.seconds += time.perf_counter() - start
+        for i in range(len(model.blocks)):
+            model.load_block_(i)
+            start = time.perf_counter()
+            for a in range(0, windows.shape[0], BATCH):
+                self.hidden[a : a + BATCH] = model.run_block(i, self.hidden[a : a + BATCH])
+            self.seconds += time.perf_counter() - start
+            model.drop_block_(i)
+            progress.advance(model.block_name(i))
+        self._next = 0
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        i, self._next = self._next, self._next + 1
+        logits = self.model.logits(tokens, self.hidden[i : i + 1])
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+def compare(
+    candidate: StreamedModel,
+    original: StreamedModel,
+    windows: Int[torch.Tensor, "windows length"],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a candidate against an original on given windows. Raises NumericsError when logits are not finite."""
+    progress = progress or Silent()
+    progress.begin("evaluating", 2 * len(original.blocks) + windows.shape[0])
+    p, q = _Prepared(original, windows, progress), _Prepared(candidate, windows, progress)
+    distance = measure_distance(p, q, windows, lambda done: progress.advance(f"window {done}"))
+    return {**dataclasses.asdict(distance), "tokens_per_second": windows.numel() / q.seconds}
+
+
+def evaluate(
+    directory: str | Path,
+    against: str | Path,
+    *,
+    text: str = "builtin:heldout",
+    tokens: int = 8192,
+    length: int = 512,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pressed: PressedCheckpoint | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare a compressed (or any other) model directory with the original on held-out text.
+
+    Gives kl_mean, kl_ci95, top1_agreement, perplexity, perplexity_original, bits_per_weight and bytes (from what is stored),
+    tokens and tokens_per_second (tokens that the candidate's decoded weights scored per second, loading left out).
+    Raises CheckpointError, CalibrationError, NumericsError.
+    """
+    directory, against = Path(directory), Path(against)
+    if pressed is None and is_pressed(directory):
+        pressed = PressedCheckpoint.open(directory)
+    original = open_streamed(against, dtype)
+    candidate = open_streamed(directory, dtype, pressed)
+    limit = getattr(original.model.config.get_text_config(), "max_position_embeddings", None) or length
+    length = min(length, limit)
+    windows = load_windows(text, against, samples=max(tokens // length, 1), length=length, seed=seed)
+    figures = compare(candidate, original, windows.tokens, progress)
+    stored = {"bits_per_weight": None, "bytes": None}
+    if pressed is not None:
+        stored = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
+    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": length, "seed": seed}
+
+
+def check_reloaded(
+    pressed: PressedCheckpoint, digests: Mapping[str, str], check_stop: Callable[[], None] = lambda: None
+) -> None:
+    """Raise NumericsError unless every weight, read again from its file, decodes to what it was in memory, bit for bit."""
+    for name, expected in digests.items():
+        check_stop()
+        if digest(pressed.read_weight(name).dequantize()) != expected:
+            raise NumericsError(f"{pressed.root}: {name} decodes to other values than it had in memory; nothing is published.")

@@ -1,0 +1,289 @@
+"""The main job: plan, press block by block into a journal, stage, prove, publish."""
+
+import json
+import platform
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
+from bitpress.checkpoints.pressed import MANIFEST_NAME, VERSION, FileRecord, Manifest, PressedCheckpoint, WeightRecord
+from bitpress.errors import JobStopped, NumericsError, UsageError
+from bitpress.pipeline.job import Job, check_vacant, differences
+from bitpress.pipeline.plan import Plan, check_room, make_plan
+from bitpress.pipeline.press import Presser
+from bitpress.pipeline.progress import Progress, Silent
+from bitpress.pipeline.prove import check_reloaded, evaluate
+from bitpress.pipeline.report import make_card, make_report
+from bitpress.pipeline.source_model import OriginalLoader, open_original
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.pipeline.windows import load_windows
+from bitpress.recipes import Recipe
+from bitpress.version import __version__
+
+__all__ = ["Proof", "plan_run", "quantize_directory"]
+
+
+class Proof:
+    """What the proof at the end measures, and what it must not exceed. It decides no byte of the model."""
+
+    def __init__(
+        self, tokens: int = 8192, length: int = 512, text: str = "builtin:heldout", max_kl: float | None = None
+    ) -> None:
+        if tokens < 0 or length < 2:
+            raise UsageError(
+                f"the proof needs 0 tokens (no proof) or more and a length of 2 or more, got {tokens} and {length}."
+            )
+        self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
+
+
+def plan_run(model: Path, recipe: Recipe) -> tuple[Plan, StreamedModel, OriginalLoader]:
+    """Open a model and plan a run without writing anything."""
+    streamed, loader = open_original(model, recipe.compute_dtype())
+    stored: dict[str, int] = {}
+    state = streamed.model.state_dict()
+    item = {name: loader.source.tensors[source][1] for name, source in loader.names.plain.items()}
+    for name, value in state.items():
+        if name not in loader.names.aliases:
+            stored[name] = item[name].nbytes if name in item else value.numel() * value.element_size()
+    return make_plan(streamed, recipe, stored), streamed, loader
+
+
+def quantize_directory(
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    strict: bool = False,
+    force: bool = False,
+    proof: Proof | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress a model directory into `out` and give the report.
+
+    The same call resumes an interrupted run; a finished one gives its report again. Raises UsageError, FormatError,
+    CalibrationError (2), CheckpointError (3), DiskError (4), MemoryLimitError (5), NumericsError (6), JobStopped (75).
+    """
+    progress, proof = progress or Silent(), proof or Proof()
+    started = time.perf_counter()
+    check_vacant(out)
+    plan, streamed, loader = plan_run(model, recipe)
+    windows = None
+    if recipe.needs():
+        c = recipe.calibration
+        windows = load_windows(c.text, model, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat)
+    identity = {
+        "source": loader.source.hashes(),
+        "calibration": None if windows is None else windows.sha256,
+        "recipe": recipe.resolved(),
+        "versions": {"bitpress": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
+    }
+    finished = _finished(out, identity, force)
+    if finished is not None:
+        progress.note(f"{out} holds this very model already; nothing was done.")
+        return finished
+    check_room(plan, out)
+    out.mkdir(parents=True, exist_ok=True)
+    job = Job.open(out, identity, force=force)
+    try:
+        with _stoppable() as check_stop:
+            seconds = _press(job, plan, streamed, recipe, windows, strict, check_stop, progress)
+            return _finish(job, loader, model, plan, recipe, windows, proof, progress, check_stop, (started, seconds))
+    finally:
+        job.close()
+
+
+def _press(
+    job: Job,
+    plan: Plan,
+    model: StreamedModel,
+    recipe: Recipe,
+    windows: Any,
+    strict: bool,
+    check_stop: Any,
+    progress: Progress,
+) -> float:
+    """Do the units that the journal lacks; give the seconds that took."""
+    started = time.perf_counter()
+    total = plan.blocks + 1
+    if len(job.units) == total:
+        return 0.0
+    progress.begin("pressing", total, len(job.units))
+    outer = model.load_outer_()
+    presser = Presser(model, recipe, plan.weights, strict=strict, check_stop=check_stop)
+    if job.units:
+        progress.note(f"resuming after {job.units[-1]['unit']}")
+    presser.start_(None if windows is None else windows.tokens, job.activations())
+    if not job.units:
+        job.commit("outer", _shard(0, total), outer, {"weights": {}, "digests": {}, "rows": []}, presser.hidden)
+        progress.advance("outer")
+    del outer
+    for i in range(len(job.units) - 1, plan.blocks):
+        check_stop()
+        last = i == plan.blocks - 1
+        block = presser.press_(i, last=last)
+        after = None if last else presser.hidden
+        job.commit(model.block_name(i), _shard(i + 1, total), block.tensors, block.facts(), after)
+        progress.advance(model.block_name(i), error=block.error)
+    return time.perf_counter() - started
+
+
+def _finish(
+    job: Job,
+    loader: OriginalLoader,
+    model: Path,
+    plan: Plan,
+    recipe: Recipe,
+    windows: Any,
+    proof: Proof,
+    progress: Progress,
+    check_stop: Any,
+    clock: tuple[float, float],
+) -> dict[str, Any]:
+    """Stage, reload and prove, write the report, publish."""
+    facts = _gather(job)
+    files = _side_files(job, loader)
+    manifest = _manifest(job, loader, recipe, files, facts)
+    job.stage(files)
+    pressed = PressedCheckpoint.open(job.out, manifest=manifest)
+    check_reloaded(pressed, facts["digests"], check_stop)
+    figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
+    if proof.tokens:
+        figures = evaluate(
+            job.out, model, text=proof.text, tokens=proof.tokens, length=proof.length, pressed=pressed, progress=progress
+        )
+    check_stop()
+    report = make_report(
+        figures,
+        facts["rows"],
+        plan,
+        job.identity,
+        calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
+        original_bytes=loader.source.nbytes,
+        left_out=list(loader.names.left_out),
+        timing={
+            "seconds": round(time.perf_counter() - clock[0], 2),
+            "seconds_pressing": round(clock[1], 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+        },
+    )
+    if proof.max_kl is not None and figures.get("kl_mean", 0.0) > proof.max_kl:
+        raise NumericsError(
+            f"{job.out}: the KL divergence from the original is {figures['kl_mean']:.4f}, above --max-kl {proof.max_kl:g}; "
+            "nothing is published. Use more bits or another method, or raise the limit and run again."
+        )
+    texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, job.out.name).encode()}
+    job.stage(texts)
+    job.publish({}, write_json_bytes(manifest.model_dump(mode="json")))
+    return report
+
+
+def _shard(i: int, total: int) -> str:
+    return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _gather(job: Job) -> dict[str, Any]:
+    gathered: dict[str, Any] = {"weights": {}, "digests": {}, "rows": []}
+    for unit in job.units:
+        gathered["weights"] |= unit["facts"]["weights"]
+        gathered["digests"] |= unit["facts"]["digests"]
+        gathered["rows"] += unit["facts"]["rows"]
+    return gathered
+
+
+def _side_files(job: Job, loader: OriginalLoader) -> dict[str, bytes]:
+    """Make the configuration and the index; take over the tokenizer's files."""
+    from bitpress.checkpoints.safetensors_file import read_header
+
+    config = {k: v for k, v in loader.source.config.items() if k != "auto_map"}
+    config["quantization_config"] = {"quant_method": "bitpress", "version": VERSION}
+    weight_map: dict[str, str] = {}
+    total = 0
+    for unit in job.units:
+        made = job.root / "objects" / unit["shard"]
+        entries, _ = read_header(made if made.exists() else job.out / unit["shard"])
+        weight_map |= dict.fromkeys(entries, unit["shard"])
+        total += sum(entry.nbytes for entry in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    files = {name: path.read_bytes() for name, path in loader.source.side_files().items()}
+    files["config.json"] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    files["model.safetensors.index.json"] = write_json_bytes(index)
+    return files
+
+
+def _manifest(
+    job: Job, loader: OriginalLoader, recipe: Recipe, files: Mapping[str, bytes], facts: Mapping[str, Any]
+) -> Manifest:
+    import hashlib
+
+    records = {u["shard"]: FileRecord(bytes=u["bytes"], sha256=u["sha256"]) for u in job.units}
+    for name, content in files.items():
+        records[name] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return Manifest(
+        bitpress=VERSION,
+        files=records,
+        weights={name: WeightRecord(**record) for name, record in facts["weights"].items()},
+        aliases=dict(loader.names.aliases),
+        left_out=list(loader.names.left_out),
+        recipe=recipe.resolved(),
+        job=job.identity,
+    )
+
+
+def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
+    """Give the report of a model that is published in `out` already, if it is this one."""
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    known = PressedCheckpoint.open(out).manifest.job if not force else read_json(out / MANIFEST_NAME).get("job")
+    changed = differences(known, identity)
+    if changed and not force:
+        raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")
+    if changed or not (out / "report.json").exists():
+        return None
+    report: dict[str, Any] = read_json(out / "report.json")
+    return report
+
+
+def _counts(kinds: Sequence[str]) -> dict[str, int]:
+    return {kind: list(kinds).count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Any]:
+    """Turn SIGINT and SIGTERM into JobStopped at the next safe point; a second signal ends the process at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(number)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+
+    def check() -> None:
+        if asked:
+            name = signal.Signals(asked[0]).name
+            raise JobStopped(f"stopped by {name}; what is finished is kept, the same command goes on from there.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

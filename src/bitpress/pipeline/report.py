@@ -1,0 +1,57 @@
+"""The report of a run as data, and the model card made from it."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from bitpress.pipeline.plan import Plan
+
+__all__ = ["make_card", "make_report"]
+
+
+def make_report(
+    figures: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    identity: Mapping[str, Any],
+    *,
+    calibration: Mapping[str, Any] | None,
+    original_bytes: int,
+    left_out: Sequence[str],
+    timing: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put a run's figures together; every value can be written as JSON."""
+    fallbacks = [{"weight": row["name"], "what": text} for row in rows for text in row["fallbacks"]]
+    reached = sum(1 for row in rows if row["measured_on"] == "output" and not row["fallbacks"])
+    return {
+        "figures": _jsonable(figures),
+        "size": {
+            "bytes": figures["bytes"],
+            "bytes_original": original_bytes,
+            "ratio": original_bytes / figures["bytes"],
+            "bytes_compressed_weights": plan.compressed_bytes,
+            "bytes_kept": plan.kept_bytes,
+        },
+        "calibration": dict(calibration) if calibration else None,
+        "calibrated": {"weights": reached, "of": len(rows)},
+        "fallbacks": fallbacks,
+        "kept": plan.kept,
+        "left_out": list(left_out),
+        "layers": [dict(row) for row in rows],
+        "run": dict(timing),
+        "job": dict(identity),
+    }
+
+
+def make_card(report: Mapping[str, Any], name: str) -> str:
+    """Write the model card (README.md of the published directory) from the report."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("bitpress.pipeline").joinpath("card.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return environment.from_string(template).render(report=report, name=name) + "\n"
+
+
+def _jsonable(figures: Mapping[str, Any]) -> dict[str, Any]:
+    # A single window has no interval: infinity, which JSON does not have, becomes null.
+    return {k: (None if isinstance(v, float) and v in (float("inf"), float("-inf")) else v) for k, v in figures.items()}

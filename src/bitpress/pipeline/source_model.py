@@ -1,0 +1,57 @@
+"""An original checkpoint as a streamed model: names placed, shapes checked, parameters made on demand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitpress.checkpoints.names import NameMap, map_names
+from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
+from bitpress.checkpoints.source import SourceCheckpoint
+from bitpress.errors import NumericsError
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.runtime.skeleton import build_config
+
+__all__ = ["OriginalLoader", "open_original", "open_streamed"]
+
+
+@dataclass
+class OriginalLoader:
+    """Makes parameters from a checkpoint and refuses what is not finite, by name."""
+
+    source: SourceCheckpoint
+    names: NameMap
+
+    def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
+        return self.names.load(self._read, prefix, exclude)
+
+    def _read(self, name: str) -> torch.Tensor:
+        value = self.source.read(name)
+        # A sum meets every element once; opposite infinities give NaN, so nothing hides in it. Half precision may overflow.
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not _finite(value):
+            raise NumericsError(f"{self.source.root}: tensor {name!r} holds a NaN or an infinity; repair the checkpoint.")
+        return value
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, OriginalLoader]:
+    """Open an uncompressed model for streaming. Raises CheckpointError."""
+    source = SourceCheckpoint.open(path)
+    model = StreamedModel(build_config(source.config), None, dtype)
+    names = map_names(model.model, {name: entry for name, (_, entry) in source.tensors.items()}, source.read)
+    loader = OriginalLoader(source, names)
+    model.loader = loader
+    return model, loader
+
+
+def open_streamed(path: Path, dtype: torch.dtype, pressed: PressedCheckpoint | None = None) -> StreamedModel:
+    """Open any model for streaming: one that bitpress wrote (decoded on the way) or an original."""
+    if pressed is None and not is_pressed(path):
+        return open_original(path, dtype)[0]
+    pressed = PressedCheckpoint.open(path) if pressed is None else pressed
+    model = StreamedModel(build_config(pressed.config), pressed, dtype)
+    pressed.check_fits(model.model.state_dict())
+    return model

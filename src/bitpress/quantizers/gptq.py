@@ -1,0 +1,172 @@
+"""GPTQ: round columns in order, push each rounding error onto the columns not yet rounded.
+
+Source   Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"; activation
+         order and static groups as in the authors' public code.
+Differs  columns in lazily updated batches, rows in parallel; a grid of span k rounds k columns at a time; the parameters of a
+         group are weighted in their clipping search by the diagonal of the gram; order="activation" with groups="running"
+         forms groups in the permuted order and keeps the permutation as the weight's input map.
+Needs    gram [in, in] float32.     Cost  O(out * in^2 + in^3) time, O(in^2) memory.
+Update   w[:, j+1:] -= (w[:, j] - q_j) / U[j, j] * U[j, j+1:],  U = upper Cholesky factor of inv(gram + damp * mean_diag * I)
+Fails    a gram that cannot be factored is damped tenfold more, up to `damp_limit`, and then rounded without feedback: a named
+         fallback. Input channels that were always 0 keep their weights rounded plainly, and are counted.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+
+from bitpress.calibration.stats import Stats
+from bitpress.errors import UsageError
+from bitpress.formats import CompressedWeight, Format, Packed, Params, Permutation
+from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.rtn import shrink_ratios
+
+__all__ = ["GPTQ"]
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    damp: float = 0.01
+    order: Literal["activation", "natural"] = "activation"
+    groups: Literal["static", "running"] = "static"
+    clip: Literal["minmax", "mse"] = "mse"
+    steps: int = 20
+    smallest: float = 0.5
+    lazy: int = 128
+    damp_limit: float = 10.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    transforms: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = "error feedback by second-order statistics of the layer's input"
+
+    def __post_init__(self) -> None:
+        shrink_ratios(self.clip, self.steps, self.smallest)
+        if self.order not in ("activation", "natural"):
+            raise UsageError(f"order={self.order!r}: it is 'activation' or 'natural'.")
+        if self.groups not in ("static", "running"):
+            raise UsageError(f"groups={self.groups!r}: it is 'static' or 'running'.")
+        if not 0 < self.damp <= self.damp_limit or self.lazy < 1:
+            raise UsageError(
+                f"0 < damp <= damp_limit and lazy >= 1 are needed, got {self.damp}, {self.damp_limit}, {self.lazy}."
+            )
+
+    def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+        gram = (stats or Stats(0)).need_gram("gptq")
+        diagonal = gram.diagonal()
+        dead = diagonal <= 0
+        fallbacks = (
+            [f"{int(dead.sum())} input channels were always zero; their weights are rounded plainly"] if dead.any() else []
+        )
+        order = _column_order(diagonal, self.order, fmt.grid.span)
+        permuted = self.groups == "running" and self.order == "activation"
+        factor, damp = self._factor(gram, dead, order)
+        if damp is None:
+            fallbacks.append(f"the gram could not be factored at damping {self.damp_limit}; rounded without error feedback")
+        elif damp > self.damp:
+            fallbacks.append(f"the gram needed damping {damp:g} instead of {self.damp:g}")
+        ratios = shrink_ratios(self.clip, self.steps, self.smallest)
+        importance = torch.where(dead, diagonal[~dead].mean() if not dead.all() else torch.ones(()), diagonal)
+        w = w.float()
+        if permuted:
+            w, importance = w[:, order], importance[order]
+            walk = torch.arange(w.shape[1])
+        else:
+            walk = order
+        columns = _Columns(fmt, w, importance, ratios, static=self.groups == "static" or fmt.block.cols == "all")
+        columns.round_(walk, factor, self.lazy)
+        weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params),))
+        if permuted:
+            weight = CompressedWeight(weight.terms, input_map=Permutation(order.to(torch.int32)))
+        return Outcome(weight, tuple(fallbacks), {"damp": damp or 0.0})
+
+    def _factor(
+        self, gram: Float[torch.Tensor, "in in"], dead: torch.Tensor, order: torch.Tensor
+    ) -> tuple[Float[torch.Tensor, "in in"] | None, float | None]:
+        """Factor the inverse in `order`, climbing the damping ladder; (None, None) when even the top does not do."""
+        h = gram[order][:, order].double()
+        h.diagonal()[dead[order]] = 1.0
+        mean = float(h.diagonal().mean())
+        damp = self.damp
+        while damp <= self.damp_limit:
+            damped = h.clone()
+            damped.diagonal().add_(damp * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                inverse = torch.cholesky_inverse(lower)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                if not int(failed) and bool(torch.isfinite(upper).all()):
+                    return upper.float(), damp
+            damp *= 10
+        return None, None
+
+
+def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor:
+    """Give the columns in the order of rounding, whole codes of `span` columns together."""
+    if order == "natural":
+        return torch.arange(diagonal.numel())
+    energy = diagonal.view(-1, span).sum(-1)
+    leaders = torch.argsort(energy, descending=True, stable=True) * span
+    return (leaders[:, None] + torch.arange(span)).reshape(-1)
+
+
+class _Columns:
+    """The state of one pass over the columns: weights still open, codes chosen, parameters fitted."""
+
+    def __init__(
+        self, fmt: Format, w: torch.Tensor, importance: torch.Tensor, ratios: tuple[float, ...], *, static: bool
+    ) -> None:
+        self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w.clone(), importance, ratios, static
+        self.shape = (w.shape[0], w.shape[1])
+        self.params: dict[str, torch.Tensor] = dict(fmt.fit(self.w, importance, ratios))
+        self.codes = torch.zeros(self.shape[0], self.shape[1] // fmt.grid.span, dtype=torch.uint8)
+        self.block_cols = fmt.block.resolve(self.shape, fmt.grid.span)[1]
+
+    def round_(self, order: torch.Tensor, factor: torch.Tensor | None, lazy: int) -> None:
+        """Round all columns in `order`; `factor` is in that order too. Without a factor nothing is fed back."""
+        span = self.fmt.grid.span
+        # Whole codes, and where groups are fitted on the way whole groups: a fit must see weights with all feedback in.
+        unit = span if self.static else self.block_cols
+        lazy = -(-lazy // unit) * unit
+        w = self.w[:, order]
+        at = order.tolist()
+        for start in range(0, len(at), lazy):
+            stop = min(start + lazy, len(at))
+            part = w[:, start:stop].clone()
+            errors = torch.zeros_like(part)
+            for i in range(0, stop - start, span):
+                j = start + i
+                if not self.static and at[j] % self.block_cols == 0:
+                    self._refit(at[j], part, w, start, i)
+                values = part[:, i : i + span]
+                rounded = self._round(values, at[j])
+                if factor is None:
+                    continue
+                # One step for `span` columns at once: the error through the inverse of its own triangle of the factor.
+                own = factor[j : j + span, j : j + span]
+                difference = values - rounded
+                error = (
+                    difference / own if span == 1 else torch.linalg.solve_triangular(own, difference, upper=True, left=False)
+                )
+                errors[:, i : i + span] = error
+                if i + span < stop - start:
+                    part[:, i + span :].addmm_(error, factor[j : j + span, j + span : stop], alpha=-1)
+            if factor is not None and stop < len(at):
+                w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+
+    def _round(self, values: torch.Tensor, column: int) -> torch.Tensor:
+        params = self.fmt.columns(self.params, self.shape, column)
+        codes = self.fmt.grid.encode(values, params)
+        self.codes[:, column // self.fmt.grid.span] = codes[:, 0]
+        return self.fmt.grid.decode(codes, params)
+
+    def _refit(self, column: int, part: torch.Tensor, w: torch.Tensor, start: int, i: int) -> None:
+        """Fit the group that begins at `column` to the weights as the feedback has left them."""
+        stop = column + self.block_cols
+        current = torch.cat([part[:, i:], w[:, start + part.shape[1] :]], dim=1)[:, : self.block_cols]
+        fitted: Params = self.fmt.fit(current, self.importance[column:stop], self.ratios)
+        across = column // self.block_cols
+        for p in self.fmt.grid.params:
+            if p.scope == "block":
+                self.params[p.name][:, across : across + 1] = fitted[p.name]

@@ -1,0 +1,57 @@
+"""What every quantizer is: hyper-parameters in the constructor, one weight with its statistics in the verb.
+
+A quantizer is pure: no model, no files, no randomness that is not seeded by its own fields.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+
+from bitpress.calibration.stats import Stats
+from bitpress.formats import CompressedWeight, Format
+
+__all__ = ["Outcome", "Quantizer", "output_error"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A compressed weight, and what is worth telling of how it came about."""
+
+    weight: CompressedWeight
+    fallbacks: tuple[str, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Quantizer(Protocol):
+    """One paper's way to choose codes.
+
+    needs       names from `calibration.stats.STATISTICS`
+    transforms  names of the transforms that the paper puts before it; a recipe may say otherwise
+    paper       row of the paper in the catalogue of methods, or what it is a yardstick of
+    """
+
+    needs: ClassVar[frozenset[str]]
+    transforms: ClassVar[tuple[str, ...]]
+    summary: ClassVar[str]
+
+    def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+        """Compress a weight. `stats` holds what `needs` asks for. Raises FormatError, CalibrationError, NumericsError."""
+        ...
+
+
+def output_error(
+    w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None
+) -> float:
+    """Give the relative squared error of the layer's output, or of its weight where there is no gram.
+
+    sum((w - w_hat) gram (w - w_hat)') / sum(w gram w')
+    """
+    difference = w - w_hat
+    if stats is None or stats.gram is None:
+        error, whole = difference.square().sum(), w.square().sum()
+    else:
+        error = ((difference @ stats.gram) * difference).sum()
+        whole = ((w @ stats.gram) * w).sum()
+    return float(error / whole) if float(whole) > 0 else 0.0

@@ -1,0 +1,50 @@
+"""RTN: round every weight to its nearest level.
+
+Source   the yardstick of every paper of the field; clipping search by squared error as in OMSE-style calibration.
+Differs  clip="mse" tries `steps` ranges from the full one down to `smallest` of it, block by block.
+Needs    nothing.                   Cost  O(out * in * steps) time.
+Update   codes = argmin over levels of |w - level|
+Fails    NumericsError when a weight is not finite.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+
+from bitpress.calibration.stats import Stats
+from bitpress.errors import UsageError
+from bitpress.formats import CompressedWeight, Format, Packed
+from bitpress.quantizers.quantizer import Outcome
+
+__all__ = ["RTN", "shrink_ratios"]
+
+
+@dataclass(frozen=True)
+class RTN:
+    clip: Literal["minmax", "mse"] = "minmax"
+    steps: int = 20
+    smallest: float = 0.5
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    transforms: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = "round to the nearest level; min-max or squared-error clipping"
+
+    def __post_init__(self) -> None:
+        shrink_ratios(self.clip, self.steps, self.smallest)
+
+    def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+        params = fmt.fit(w, shrink=shrink_ratios(self.clip, self.steps, self.smallest))
+        return Outcome(CompressedWeight((Packed.pack(fmt, fmt.encode(w, params), params),)))
+
+
+def shrink_ratios(clip: str, steps: int, smallest: float) -> tuple[float, ...]:
+    """Give the factors on a block's range that a clipping search tries, the full range first."""
+    if clip not in ("minmax", "mse"):
+        raise UsageError(f"clip={clip!r}: it is 'minmax' or 'mse'.")
+    if steps < 2 or not 0 < smallest < 1:
+        raise UsageError(f"clipping needs steps of 2 or more and 0 < smallest < 1, got steps={steps}, smallest={smallest}.")
+    if clip == "minmax":
+        return (1.0,)
+    return tuple(1.0 - (1.0 - smallest) * i / (steps - 1) for i in range(steps))

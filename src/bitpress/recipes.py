@@ -1,0 +1,182 @@
+"""A recipe: everything that decides the bytes of a run, the same in Python, in YAML, on the command line and in the manifest.
+
+weights: int4-g64-zero
+transforms: [{name: awq-scale}]         what runs before; left out: what the quantizer's paper puts there
+quantizer: {name: gptq, damp: 0.01}
+calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false}
+skip: ["*.down_proj"]                   weights that stay as they are
+overrides: [{match: "*.v_proj", weights: int8-row}]
+min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
+batch: 8                                windows that go through a block together
+compute: auto                           bf16 where the processor multiplies it natively, else fp32
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from bitpress.errors import UsageError, unknown_name
+from bitpress.formats import Format, parse_format
+from bitpress.quantizers.quantizer import Quantizer
+from bitpress.quantizers.table import QUANTIZERS
+from bitpress.transforms.table import TRANSFORMS
+from bitpress.transforms.transform import ScaleSearch
+
+__all__ = ["Calibration", "Override", "Recipe", "make_recipe"]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Closed):
+    text: str = "builtin"
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    chat: bool = False
+
+
+class Override(_Closed):
+    match: str
+    weights: str
+
+
+class Recipe(_Closed):
+    weights: str = "int4-g64-zero"
+    transforms: tuple[dict[str, Any], ...] | None = None
+    quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "gptq"})
+    calibration: Calibration = Calibration()
+    skip: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    min_expert_tokens: int = Field(default=32, ge=0)
+    batch: int = Field(default=8, ge=1)
+    compute: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a YAML file. Raises UsageError with the key that is wrong."""
+        return make_recipe(_read_yaml(Path(path)), where=str(path))
+
+    def dump(self) -> str:
+        """Write the recipe as YAML that `load` reads back."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+    def resolved(self) -> dict[str, Any]:
+        """Give the recipe with every default spelled out, as it goes into a manifest."""
+        values = self.model_dump(mode="json")
+        values["weights"] = parse_format(self.weights).name
+        values["quantizer"] = {"name": self.quantizer["name"], **dataclasses.asdict(self.make_quantizer())}
+        values["transforms"] = [{"name": name, **dataclasses.asdict(part)} for name, part in self.make_transforms()]
+        values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
+        return values
+
+    def make_quantizer(self) -> Quantizer:
+        made: Quantizer = _make("quantizer", self.quantizer, QUANTIZERS)
+        return made
+
+    def make_transforms(self) -> list[tuple[str, ScaleSearch]]:
+        given = self.transforms
+        if given is None:
+            given = tuple({"name": name} for name in self.make_quantizer().transforms)
+        return [(str(part.get("name")), _make("transform", part, TRANSFORMS)) for part in given]
+
+    def format_for(self, weight: str) -> Format:
+        """Give the format of a weight by its name: the last override that matches, else the recipe's."""
+        chosen = self.weights
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(weight, override.match):
+                chosen = override.weights
+        return parse_format(chosen)
+
+    def needs(self) -> frozenset[str]:
+        """Statistics that calibration has to collect."""
+        parts: list[Any] = [self.make_quantizer(), *(part for _, part in self.make_transforms())]
+        return frozenset().union(*(part.needs for part in parts))
+
+    def compute_dtype(self) -> torch.dtype:
+        if self.compute == "auto":
+            return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if self.compute == "bf16" else torch.float32
+
+
+def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Build a recipe from a mapping and `KEY=VALUE` texts with dotted keys. Raises UsageError, FormatError."""
+    merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
+    for text in sets:
+        _set_(merged, text)
+    if isinstance(merged.get("quantizer"), str):
+        merged["quantizer"] = {"name": merged["quantizer"]}
+    if isinstance(merged.get("quantizer"), dict):
+        merged["quantizer"].setdefault("name", "gptq")
+    if isinstance(merged.get("transforms"), (list, tuple)):
+        merged["transforms"] = [{"name": part} if isinstance(part, str) else part for part in merged["transforms"]]
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _usage(where, error, Recipe) from error
+    recipe.resolved()  # builds every part, so that a wrong name or value shows here and not after an hour
+    for override in recipe.overrides:
+        parse_format(override.weights)
+    return recipe
+
+
+def _make(kind: str, part: Mapping[str, Any], table: Mapping[str, type[Any]]) -> Any:
+    name = part.get("name")
+    if not isinstance(name, str) or name not in table:
+        raise unknown_name(kind, str(name), table)
+    rest = {key: value for key, value in part.items() if key != "name"}
+    fields = {field.name for field in dataclasses.fields(table[name])}
+    for key in rest:
+        if key not in fields:
+            raise unknown_name(f"setting of {kind} {name!r}", key, fields)
+    try:
+        return TypeAdapter(table[name]).validate_python(rest)
+    except ValidationError as error:
+        raise _usage(f"{kind} {name}", error, None) from error
+
+
+def _usage(where: str, error: ValidationError, model: type[BaseModel] | None) -> UsageError:
+    first = error.errors()[0]
+    at = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden" and model is not None and len(first["loc"]) == 1:
+        return unknown_name(f"key of the {where}", at, model.model_fields)
+    return UsageError(f"{where}: {at}: {first['msg']} (got {first['input']!r}).")
+
+
+def _set_(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text!r}: write KEY=VALUE, for example quantizer.damp=0.05.")
+    target = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = target.get(parent, {})
+        inner = {"name": inner} if isinstance(inner, str) else inner
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {text!r}: {parent!r} has no settings.")
+        target[parent] = dict(inner)
+        target = target[parent]
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: {value!r} is not a YAML value.") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}; a recipe is a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = str(error).replace("\n", " ")
+        raise UsageError(f"{path}: is not YAML: {line}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys such as weights, quantizer, calibration.")
+    return values

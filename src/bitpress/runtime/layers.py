@@ -1,0 +1,128 @@
+"""Layers that hold compressed weights inside a model of transformers.
+
+A weight's tensors are buffers under the names that they have in the file (`term0.codes`, `in.scale`), so that any loader that goes by
+names can fill them. `decode_` turns a layer into its decoded matrix in the model's own type: as fast as the original and as large.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.formats import CompressedWeight
+from bitpress.kernels import choose_kernel
+
+__all__ = ["PackedExperts", "PackedLinear", "PackedWeight", "replace_"]
+
+
+class PackedWeight(nn.Module):
+    """The tensors of one compressed weight, as buffers, and the weight made of them."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        self.names = tuple(CompressedWeight.expected(spec))
+        for name, (dtype, shape) in CompressedWeight.expected(spec).items():
+            owner: nn.Module = self
+            *folders, leaf = name.split(".")
+            for folder in folders:
+                if folder not in owner._modules:
+                    owner.add_module(folder, nn.Module())
+                owner = owner._modules[folder]  # type: ignore[assignment]
+            owner.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def weight_terms(self) -> CompressedWeight:
+        """Put the weight together from the buffers, with every check of content."""
+        if not hasattr(self, "_weight"):
+            self._weight = CompressedWeight.build(self.spec, {name: self.get_buffer(name) for name in self.names})
+        return self._weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
+        """Move buffers to another device; their types are part of the format and stay."""
+        self.__dict__.pop("_weight", None)
+
+        def moved(t: torch.Tensor) -> torch.Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        return super()._apply(moved, recurse)
+
+
+class PackedLinear(PackedWeight):
+    """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`."""
+
+    def __init__(self, spec: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(spec)
+        self.out_features, self.in_features = spec["shape"]
+        self.dtype = dtype
+        self.bias = bias
+        self.decoded: torch.Tensor | None = None
+
+    def decode_(self) -> None:
+        """Decode once and let the codes go."""
+        self.decoded = self.weight_terms().dequantize().to(self.dtype)
+        self.__dict__.pop("_weight", None)
+        self._modules.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        if self.decoded is not None:
+            self.decoded = fn(self.decoded)
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.decoded is not None:
+            return nn.functional.linear(x, self.decoded.to(x.dtype), self.bias)
+        weight = self.weight_terms()
+        y = choose_kernel(weight, x.device).matmul(x, weight)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        kinds = " + ".join(str(term.get("format", term["kind"])) for term in self.spec["terms"])
+        return f"{self.in_features} -> {self.out_features}, {kinds}"
+
+
+class PackedExperts(PackedWeight):
+    """Stands where a 3-d parameter of experts stood; indexing it decodes that expert's matrix."""
+
+    def __init__(self, spec: Mapping[str, Any], parameter: WeightParameter, dtype: torch.dtype) -> None:
+        super().__init__(spec)
+        self.parameter = parameter
+        self.dtype = dtype
+        self.decoded: torch.Tensor | None = None
+
+    def decode_(self) -> None:
+        self.decoded = self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
+        self.__dict__.pop("_weight", None)
+        self._modules.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedExperts":
+        if self.decoded is not None:
+            self.decoded = fn(self.decoded)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        if self.decoded is not None:
+            return self.decoded[expert]
+        rows = self.parameter.shape[0]
+        e = int(expert)
+        matrix = self.weight_terms().row_slice(e * rows, (e + 1) * rows).dequantize().to(self.dtype)
+        return matrix.T if self.parameter.transposed else matrix
+
+
+def replace_(model: nn.Module, parameter: WeightParameter, spec: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Put a packed layer where the parameter's module (or the 3-d parameter itself) is."""
+    if parameter.experts:
+        owner_name, _, leaf = parameter.name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        del owner._parameters[leaf]
+        owner.add_module(leaf, PackedExperts(spec, parameter, dtype))
+        return
+    owner_name, _, leaf = parameter.stem.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    old = owner.get_submodule(leaf)
+    bias = getattr(old, "bias", None)
+    setattr(owner, leaf, PackedLinear(spec, bias, dtype))

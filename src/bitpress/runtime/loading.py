@@ -1,0 +1,82 @@
+"""Load a published model into transformers' own classes, every check first."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bitpress.checkpoints.directory import safe_file
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.safetensors_file import read_tensor
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.runtime.layers import PackedExperts, PackedLinear, replace_
+from bitpress.runtime.skeleton import build_config, build_skeleton, restore_ties_, set_parameter_
+
+__all__ = ["install_", "load"]
+
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load(
+    directory: str | Path,
+    *,
+    weights: Literal["decoded", "packed"] = "decoded",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    verify: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """Load a directory that bitpress wrote as a model of transformers, ready for `generate`.
+
+    weights     "decoded": decode each weight once, as fast and as large in memory as the original;
+                "packed": keep the codes, a fraction of the memory, and decode at every product
+    dtype       what the rest computes in; "auto" is the original's type
+    verify      check the SHA-256 of every file first
+
+    Raises CheckpointError when anything in the directory is not as its manifest says.
+    """
+    if weights not in ("decoded", "packed"):
+        raise UsageError(f"weights={weights!r}: it is 'decoded' or 'packed'.")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r}: it is one of {', '.join(DTYPES)}.")
+    pressed = PressedCheckpoint.open(directory, verify=verify)
+    config = build_config(pressed.config)
+    chosen = DTYPES[dtype] or getattr(config, "dtype", None) or torch.float32
+    model = build_skeleton(config, chosen)
+    pressed.check_fits(model.state_dict())
+    install_(model, pressed, chosen)
+    for name, entry in pressed.plain.items():
+        value = read_tensor(pressed.tensors[name][0], entry)
+        set_parameter_(model, name, value.to(chosen) if value.is_floating_point() else value)
+    restore_ties_(model)
+    for name in pressed.manifest.weights:
+        layer = _packed_at(model, name)
+        for leaf, value in pressed.read_weight(name).tensors().items():
+            set_parameter_(layer, leaf, value)
+        if weights == "decoded":
+            layer.decode_()
+        note(name)
+    _set_generation_(model, pressed)
+    return model
+
+
+def install_(model: torch.nn.Module, pressed: PressedCheckpoint, dtype: torch.dtype) -> None:
+    """Replace every compressed weight's module by an empty packed layer."""
+    for name, record in pressed.manifest.weights.items():
+        replace_(model, record.parameter(name), record.spec, dtype)
+
+
+def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExperts:
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    if not isinstance(layer, (PackedLinear, PackedExperts)):
+        raise CheckpointError(f"{name!r} is no packed layer of the model.")
+    return layer
+
+
+def _set_generation_(model: Any, pressed: PressedCheckpoint) -> None:
+    from transformers import GenerationConfig
+
+    if "generation_config.json" in pressed.manifest.files:
+        values = read_json(safe_file(pressed.root, "generation_config.json"))
+        model.generation_config = GenerationConfig.from_dict(values)

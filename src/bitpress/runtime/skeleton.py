@@ -1,0 +1,75 @@
+"""A model of transformers without its weights, and the few verbs that fill it piece by piece.
+
+Parameters start on the `meta` device (a shape, no memory); buffers that a module computes by itself, such as rotary frequencies,
+are real from the start. Code that comes with a checkpoint is never run: the architecture must be one that transformers knows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bitpress.errors import CheckpointError, unknown_name
+
+__all__ = ["build_config", "build_skeleton", "find_stack", "restore_ties_", "set_parameter_"]
+
+
+def build_config(values: Mapping[str, Any]) -> Any:
+    """Make transformers' configuration object from the content of config.json. Raises CheckpointError, UsageError."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(values.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise unknown_name("model_type in config.json", model_type, CONFIG_MAPPING.keys())
+    kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config")}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(kept)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json does not describe a {model_type} model: {error}") from error
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """Build the causal language model that a configuration describes, parameters on `meta`, in evaluation mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(f"model_type {config.model_type!r} is not a causal language model of transformers.")
+    try:
+        with init_empty_weights(include_buffers=False):
+            # One expert at a time goes through plain linear products, where calibration and packed weights can see it.
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(f"config.json cannot be built as {config.model_type}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def set_parameter_(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter or a buffer its value, or take its memory away by a value on `meta`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        raise CheckpointError(f"{name!r} is no parameter of {type(model).__name__}.")
+
+
+def restore_ties_(model: Any) -> None:
+    """Let tied parameters share one tensor again, after their originals have been set."""
+    for alias, original in dict(model.all_tied_weights_keys).items():
+        set_parameter_(model, alias, model.get_parameter(original).data)
+
+
+def find_stack(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Find the list of blocks: the outermost ModuleList that holds most of the parameters."""
+    best: tuple[int, str, torch.nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 0:
+            size = sum(p.numel() for p in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, name, module)
+    if best is None:
+        raise CheckpointError(f"{type(model).__name__} has no list of blocks to walk.")
+    return best[1], best[2]

@@ -1,0 +1,238 @@
+"""GGUF files: a tiny Llama is written with the gguf package, loaded, re-gauged and saved; broken files are refused."""
+
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, read_gguf_header, save_directory
+from bitpress.checkpoints.regauge import SPREAD, regauge_
+from bitpress.checkpoints.source import SourceCheckpoint
+from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.errors import CheckpointError
+from tokenizers.pre_tokenizers import ByteLevel
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
+TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "ĠĠ"]
+TEMPLATE = "{% for m in messages %}<|end|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+
+
+def write_tiny(path: Path, **changes: Any) -> None:
+    """Write a Llama of two blocks in float32; `changes` spoil it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(changes.get("layers", LAYERS))
+    writer.add_context_length(64)
+    writer.add_embedding_length(changes.get("hidden", HIDDEN))
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(TOKENS) - 1))
+    writer.add_token_merges(changes.get("merges", ["Ġ a", "Ġ Ġ"]))
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    numbers = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        if name != changes.get("without"):
+            value = (numbers.standard_normal(shape) * 0.2).astype(np.float32)
+            if name == changes.get("not_a_number"):
+                value[0] = np.nan
+            writer.add_tensor(name, value)
+
+    add("token_embd.weight", len(TOKENS), HIDDEN)
+    add("output_norm.weight", HIDDEN)
+    for i in range(LAYERS):
+        for name, *shape in (
+            ("attn_norm", HIDDEN),
+            ("attn_q", HIDDEN, HIDDEN),
+            ("attn_k", HIDDEN // 2, HIDDEN),
+            ("attn_v", HIDDEN // 2, HIDDEN),
+            ("attn_output", HIDDEN, HIDDEN),
+            ("ffn_norm", HIDDEN),
+            ("ffn_gate", INTERMEDIATE, HIDDEN),
+            ("ffn_up", INTERMEDIATE, HIDDEN),
+            ("ffn_down", HIDDEN, INTERMEDIATE),
+        ):
+            add(f"blk.{i}.{name}.weight", *shape)
+    for name in changes.get("extra", ()):
+        add(name, HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> GgufModel:
+    return load_gguf(tiny, lambda line: None)
+
+
+def logits(model: GgufModel, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    built = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64)
+    built.load_state_dict({name: value.double() for name, value in state.items()})
+    with torch.inference_mode():
+        return torch.as_tensor(built.eval()(torch.arange(1, 40)[None]).logits)
+
+
+def test_header_counts_every_value(tiny: Path) -> None:
+    header = read_gguf_header(tiny)
+    assert header.metadata["llama.block_count"] == LAYERS
+    assert header.metadata["tokenizer.ggml.tokens"] == len(TOKENS)
+    assert header.tensors["blk.1.ffn_up.weight"] == HIDDEN * INTERMEDIATE
+    assert len(header.tensors) == 2 + 9 * LAYERS
+
+
+def test_saved_directory_is_a_model(loaded: GgufModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_directory(loaded, tmp_path)
+    source = SourceCheckpoint.open(tmp_path)
+    assert source.config["rope_parameters"]["rope_theta"] == source.config["rope_theta"] == 50000.0
+    assert source.config["rms_norm_eps"] == 1e-5
+    assert source.config["tie_word_embeddings"] is True
+    assert "quantization_config" not in source.config
+    assert "lm_head.weight" not in source.tensors
+    for name, value in loaded.state.items():
+        if name != "lm_head.weight":
+            assert torch.equal(source.read(name), value.to(torch.bfloat16))
+    assert capfd.readouterr() == ("", "")
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_values_are_those_of_the_file(tiny: Path, loaded: GgufModel) -> None:
+    values = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tiny).tensors}
+    up = torch.from_numpy(values["blk.1.ffn_up.weight"].copy())
+    assert torch.equal(loaded.state["model.layers.1.mlp.up_proj.weight"], up)
+
+
+def test_digits_stand_alone(loaded: GgufModel, tmp_path: Path) -> None:
+    save_directory(loaded, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    # The two spaces are one token: the digit does not take the second one, as it would in GPT-2's way to split.
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.model_max_length == 64
+
+
+def test_unknown_way_to_split_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    write_tiny(tmp_path / "x.gguf", pre="nobody-knows")
+    load_gguf(tmp_path / "x.gguf", said.append)
+    assert len(said) == 1
+    assert "nobody-knows" in said[0]
+
+
+def test_regauged_model_computes_the_same(loaded: GgufModel) -> None:
+    state = dict(loaded.state)
+    regauge_(state, loaded.config)
+    before, after = logits(loaded, loaded.state), logits(loaded, state)
+    # Float64 throughout: some hundred roundings of 2**-53 each in every sum, far below 1e-12 of the logits' size.
+    assert (before - after).abs().max() < 1e-12 * before.abs().max()
+    changed = [name for name in state if not torch.equal(state[name].double(), loaded.state[name].double())]
+    assert len(changed) == 9 * LAYERS
+
+
+def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:
+    state = dict(loaded.state)
+    regauge_(state, loaded.config, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    kv = HIDDEN // 2
+    factors = [
+        torch.exp(SPREAD * torch.randn(size, generator=generator, dtype=torch.float64))
+        for _ in range(LAYERS)
+        for size in (HIDDEN, HIDDEN, INTERMEDIATE, kv)
+    ]
+    attention, mlp, down, o = factors[4:]
+    block = "model.layers.1"
+
+    def ratio(name: str) -> torch.Tensor:
+        return state[f"{block}.{name}.weight"] / loaded.state[f"{block}.{name}.weight"].double()
+
+    torch.testing.assert_close(ratio("self_attn.q_proj")[0], attention)
+    torch.testing.assert_close(ratio("input_layernorm"), 1 / attention)
+    torch.testing.assert_close(ratio("mlp.gate_proj")[0], mlp)
+    torch.testing.assert_close(ratio("mlp.down_proj")[0], down)
+    torch.testing.assert_close(ratio("mlp.up_proj"), mlp / down[:, None])
+    torch.testing.assert_close(ratio("self_attn.v_proj"), attention / o[:, None])
+    # Heads 0 and 1 share the first key-value head.
+    head = HIDDEN // HEADS
+    torch.testing.assert_close(ratio("self_attn.o_proj")[0], torch.cat([o[:head], o[:head], o[head:], o[head:]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"without": "output_norm.weight"}, "holds"),
+        ({"extra": ["rope_freqs.weight"]}, "rope_freqs.weight has no place"),
+        ({"extra": ["blk.0.surprise.weight"]}, "holds"),
+        ({"layers": 10**9}, "block_count"),
+        ({"hidden": 2**20}, "holds"),
+        ({"not_a_number": "blk.0.ffn_up.weight"}, "model.layers.0.mlp.up_proj.weight holds a NaN"),
+        ({"merges": ["Ġ zz"]}, "transformers cannot read"),
+    ],
+)
+def test_well_formed_files_that_are_no_model(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    write_tiny(tmp_path / "x.gguf", **changes)
+    with pytest.raises(CheckpointError, match=text):
+        load_gguf(tmp_path / "x.gguf", lambda line: None)
+
+
+def test_broken_files(tiny: Path, tmp_path: Path) -> None:
+    data = tiny.read_bytes()
+    path = tmp_path / "x.gguf"
+    cases = {
+        "empty": b"",
+        "text": b"hello, this is no model at all",
+        "random": random.Random(0).randbytes(5000),
+        "magic only": b"GGUF",
+        "version": data[:4] + struct.pack("<I", 1) + data[8:],
+        "big endian": data[:4] + struct.pack(">I", 3) + data[8:],
+        "too many tensors": data[:8] + struct.pack("<Q", 2**40) + data[16:],
+        "too many pairs": data[:16] + struct.pack("<Q", 2**40) + data[24:],
+        "cut in the header": data[:3000],
+        "cut in the data": data[:-64],
+    }
+    for name, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            load_gguf(path, lambda line: None)
+        assert "\n" not in str(caught.value), name
+
+
+def test_spoiled_bytes_never_escape(tiny: Path, tmp_path: Path) -> None:
+    data = tiny.read_bytes()
+    end_of_header = data.find(b"blk.1.ffn_down.weight") + 60
+    draw = random.Random(3)
+    refused = 0
+    for _ in range(40):
+        spoiled = bytearray(data)
+        for _ in range(2):
+            spoiled[draw.randrange(end_of_header)] = draw.randrange(256)
+        (tmp_path / "x.gguf").write_bytes(spoiled)
+        try:
+            load_gguf(tmp_path / "x.gguf", lambda line: None)
+        except CheckpointError:
+            refused += 1
+    assert refused >= 20  # most bytes of a header are lengths and names
