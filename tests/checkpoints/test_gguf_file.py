@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
 from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, read_gguf_header, save_directory
 from bitpress.checkpoints.regauge import SPREAD, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import CheckpointError
-from tokenizers.pre_tokenizers import ByteLevel
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "ĠĠ"]

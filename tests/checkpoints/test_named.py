@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from bitpress.checkpoints import named
 from bitpress.checkpoints.gguf_file import GgufModel
 from bitpress.checkpoints.named import NAMED_MODELS, describe_models, resolve_model

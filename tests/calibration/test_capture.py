@@ -1,0 +1,109 @@
+"""Capture recognises products by the address of the weight, in every spelling that models use."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bitpress.calibration import Capture, Watched
+from bitpress.errors import CalibrationError, NumericsError
+
+OUT, IN, TOKENS = 3, 5, 7
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def expected(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.T @ rows / len(rows)
+
+
+SPELLINGS: dict[str, tuple[bool, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "linear": (True, lambda x, w: torch.nn.functional.linear(x, w)),
+    "linear by name": (True, lambda x, w: torch.nn.functional.linear(input=x, weight=w)),
+    "x @ w.T": (True, lambda x, w: x @ w.T),
+    "x @ w": (False, lambda x, w: x @ w),
+    "mm": (False, lambda x, w: torch.mm(x, w)),
+    "matmul": (False, lambda x, w: torch.matmul(x, w)),
+    "method": (False, lambda x, w: x.matmul(w)),
+    "addmm": (False, lambda x, w: torch.addmm(torch.zeros(OUT), x, w)),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_seen(spelling: str) -> None:
+    out_first, product = SPELLINGS[spelling]
+    x, w = draw(TOKENS, IN), draw(OUT, IN) if out_first else draw(IN, OUT)
+    with Capture([Watched("w", w, out_first)], {"gram"}) as capture:
+        y = product(x, w)
+    assert torch.equal(y, product(x, w))
+    stats = capture.finish()["w"]
+    assert stats.tokens == TOKENS
+    torch.testing.assert_close(stats.gram, expected(x))
+
+
+def test_modules_with_one_input_share_statistics() -> None:
+    q, k, o = (torch.nn.Linear(IN, IN, bias=False) for _ in range(3))
+    x = draw(2, TOKENS, IN)
+    with torch.no_grad(), Capture([Watched(n, m.weight) for n, m in (("q", q), ("k", k), ("o", o))], {"gram"}) as capture:
+        for _ in range(3):
+            o(q(x) + k(x))
+            capture.next_batch()
+    assert capture.groups() == [["q", "k"], ["o"]]
+    stats = capture.finish()
+    assert stats["q"] is stats["k"]
+    assert stats["q"].tokens == 3 * 2 * TOKENS
+    assert stats["o"].tokens == 3 * 2 * TOKENS
+    torch.testing.assert_close(stats["q"].gram, expected(x))
+    with torch.no_grad():
+        torch.testing.assert_close(stats["o"].gram, expected(q(x) + k(x)))
+
+
+def test_changed_input_is_another_input() -> None:
+    a, b = draw(OUT, IN), draw(OUT, IN)
+    x = draw(TOKENS, IN)
+    with Capture([Watched("a", a), Watched("b", b)], {"mean_abs"}) as capture:
+        torch.nn.functional.linear(x, a)
+        x.mul_(2)  # the same memory
+        torch.nn.functional.linear(x, b)
+    stats = capture.finish()
+    assert capture.groups() == [["a"], ["b"]]
+    torch.testing.assert_close(stats["b"].mean_abs, x.abs().mean(0))
+    torch.testing.assert_close(stats["a"].mean_abs, x.abs().mean(0) / 2)
+
+
+def test_experts_are_slices_of_one_parameter() -> None:
+    experts = draw(4, IN, OUT)
+    watched = [Watched(f"e{i}", experts[i], out_first=False) for i in range(4)]
+    x = draw(4, TOKENS, IN)
+    with Capture(watched, {"gram"}) as capture:
+        torch.bmm(x, experts)
+        torch.mm(x[2], experts[2])
+    stats = capture.finish()
+    assert {name: s.tokens for name, s in stats.items()} == {"e0": TOKENS, "e1": TOKENS, "e2": TOKENS, "e3": TOKENS}
+    for i in range(4):
+        torch.testing.assert_close(stats[f"e{i}"].gram, expected(x[i]))
+
+
+def test_unused_and_unwatched_weights() -> None:
+    a, b, c = draw(OUT, IN), draw(OUT, IN), draw(OUT, IN)
+    with Capture([Watched("a", a), Watched("b", b)], {"gram"}) as capture:
+        torch.nn.functional.linear(draw(TOKENS, IN), a)
+        torch.nn.functional.linear(draw(TOKENS, IN), c)
+        torch.nn.functional.linear(draw(0, IN), b)  # an expert that no token reached
+    torch.nn.functional.linear(draw(TOKENS, IN), b)  # after the capture
+    assert list(capture.finish()) == ["a"]
+
+
+def test_wrong_orientation_is_refused() -> None:
+    w = draw(IN, IN)
+    with pytest.raises(CalibrationError, match=r"w: .*orientation"), Capture([Watched("w", w)], {"gram"}):
+        _ = draw(TOKENS, IN) @ w
+
+
+def test_sick_input_names_the_weight() -> None:
+    w = draw(OUT, IN)
+    with pytest.raises(NumericsError, match=r"layers\.0\.up"), Capture([Watched("layers.0.up", w)], {"gram"}):
+        torch.nn.functional.linear(torch.full((2, IN), torch.nan), w)

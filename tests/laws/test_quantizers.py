@@ -1,0 +1,97 @@
+"""Laws of quantizers, over every row of the table."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from bitpress.calibration import Stats
+from bitpress.errors import BitpressError
+from bitpress.formats import parse_format
+from bitpress.quantizers.quantizer import output_error
+from bitpress.quantizers.rtn import RTN
+from bitpress.quantizers.table import QUANTIZERS
+
+FORMATS = ("int4-g16-zero", "int3-g32", "int2-row-zero", "int4-2x16-zero", "int8-tensor", "int5-g64-bf16")
+
+
+def case(seed: int = 0, out: int = 24, inner: int = 64) -> tuple[torch.Tensor, Stats]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inner, inner, generator=generator) * torch.rand(inner, generator=generator)
+    x = torch.randn(400, inner, generator=generator) @ mix
+    return torch.randn(out, inner, generator=generator), Stats(400, x.T @ x / 400, x.abs().mean(0))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_no_worse_than_rounding_on_the_output(name: str, fmt: str) -> None:
+    w, stats = case()
+    parsed = parse_format(fmt)
+    ours = QUANTIZERS[name]().quantize(w, stats, parsed).weight.dequantize()
+    plain = RTN().quantize(w, None, parsed).weight.dequantize()
+    assert output_error(w, ours, stats) <= output_error(w, plain, stats) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_same_input_gives_the_same_bytes(name: str) -> None:
+    w, stats = case(1)
+    parsed = parse_format("int3-g16-zero")
+    first, second = (QUANTIZERS[name]().quantize(w, stats, parsed).weight for _ in range(2))
+    for leaf, value in first.tensors().items():
+        assert torch.equal(value, second.tensors()[leaf])
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_weight_is_left_alone(name: str) -> None:
+    w, stats = case(2)
+    before, gram = w.clone(), stats.need_gram("test").clone()
+    QUANTIZERS[name]().quantize(w, stats, parse_format("int4-g16"))
+    assert torch.equal(w, before)
+    assert torch.equal(stats.need_gram("test"), gram)
+
+
+SICK: dict[str, Any] = {
+    "zero columns": lambda g: g * (torch.arange(64) % 3 != 0).float()[:, None] * (torch.arange(64) % 3 != 0).float(),
+    "rank one": lambda g: torch.outer(g[0], g[0]) / g[0, 0],
+    "huge": lambda g: g * 1e30,
+    "tiny": lambda g: g * 1e-30,
+}
+
+
+@pytest.mark.parametrize("sickness", SICK)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_sick_statistics_end_in_a_finite_weight(name: str, sickness: str) -> None:
+    w, stats = case(3)
+    sick = dataclasses.replace(stats, gram=SICK[sickness](stats.need_gram("test")))
+    outcome = QUANTIZERS[name]().quantize(w, sick, parse_format("int4-g16-zero"))
+    assert torch.isfinite(outcome.weight.dequantize()).all()
+    rounding = (RTN().quantize(w, None, parse_format("int4-g16-zero")).weight.dequantize() - w).abs().max()
+    assert (outcome.weight.dequantize() - w).norm() < 100 * rounding * w.numel() ** 0.5
+
+
+@pytest.mark.parametrize("name", [n for n, q in QUANTIZERS.items() if q.needs])
+def test_missing_statistics_are_an_error(name: str) -> None:
+    with pytest.raises(BitpressError, match="no calibration statistics"):
+        QUANTIZERS[name]().quantize(case()[0], None, parse_format("int4-g16"))
+
+
+def test_dead_channels_are_counted() -> None:
+    w, stats = case(4)
+    alive = (torch.arange(64) % 4 != 0).float()
+    dead = dataclasses.replace(stats, gram=stats.need_gram("test") * alive[:, None] * alive)
+    outcome = QUANTIZERS["gptq"]().quantize(w, dead, parse_format("int4-g16"))
+    assert outcome.fallbacks == ("16 input channels were always zero; their weights are rounded plainly",)
+
+
+def test_a_gram_that_is_not_positive_climbs_the_damping_ladder() -> None:
+    w, stats = case(5)
+    bad = stats.need_gram("test").clone()
+    bad -= torch.eye(64) * torch.linalg.eigvalsh(bad)[0] * 1.0 + torch.eye(64) * bad.diagonal().mean() * 0.05
+    bad.diagonal().clamp_(min=1e-3)
+    outcome = QUANTIZERS["gptq"]().quantize(w, dataclasses.replace(stats, gram=bad), parse_format("int4-g16"))
+    assert outcome.figures["damp"] > 0.01
+    assert "needed damping" in outcome.fallbacks[0]
+    hopeless = dataclasses.replace(stats, gram=-torch.ones(64, 64) * 1e3 + 1001 * torch.eye(64))
+    outcome = QUANTIZERS["gptq"](damp_limit=1.0).quantize(w, hopeless, parse_format("int4-g16"))
+    assert "rounded without error feedback" in outcome.fallbacks[0]
