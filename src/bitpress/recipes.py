@@ -72,8 +72,8 @@ class Recipe(_Closed):
         """Give the recipe with every default spelled out, as it goes into a manifest."""
         values = self.model_dump(mode="json")
         values["weights"] = parse_format(self.weights).name
-        values["quantizer"] = {"name": self.quantizer["name"], **dataclasses.asdict(self.make_quantizer())}
-        values["transforms"] = [{"name": name, **dataclasses.asdict(part)} for name, part in self.make_transforms()]
+        values["quantizer"] = {"name": self.quantizer["name"], **_settings(self.make_quantizer())}
+        values["transforms"] = [{"name": name, **_settings(part)} for name, part in self.make_transforms()]
         values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
         return values
 
@@ -125,6 +125,10 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     for override in recipe.overrides:
         parse_format(override.weights)
     return recipe
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    return dataclasses.asdict(part)
 
 
 def _make(kind: str, part: Mapping[str, Any], table: Mapping[str, type[Any]]) -> Any:

@@ -237,3 +237,29 @@ def test_spoiled_bytes_never_escape(tiny: Path, tmp_path: Path) -> None:
         except CheckpointError:
             refused += 1
     assert refused >= 20  # most bytes of a header are lengths and names
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}', "comes as code"),
+        ("config.json", '{"model_type": "llama", "auto_map": {"AutoTokenizer": "x.Y"}}', "comes as code"),
+        ("config.json", '{"model_type": "nobody", "auto_map": {"AutoConfig": "x.Y"}}', "comes as code"),
+        ("tokenizer_config.json", "[]", "must be an object"),
+        ("tokenizer.json", '{"model": ', "cannot be loaded"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+            "cannot be loaded",
+        ),
+        ("tokenizer.json", None, "holds no tokenizer"),
+    ],
+)
+def test_tokenizers_that_are_refused(loaded: GgufModel, tmp_path: Path, name: str, content: str | None, text: str) -> None:
+    save_directory(loaded, tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(CheckpointError, match=text) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

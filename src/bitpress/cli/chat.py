@@ -73,7 +73,7 @@ def _generate(
     from transformers import TextStreamer
 
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if temperature == 0:
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None

@@ -162,7 +162,8 @@ def describe_methods() -> list[dict[str, Any]]:
     from bitpress.transforms.table import TRANSFORMS
 
     rows = []
-    for kind, methods in (("quantizer", QUANTIZERS), ("transform", TRANSFORMS)):
+    tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS}
+    for kind, methods in tables.items():
         for name, method in methods.items():
             settings = {f.name: f.default for f in dataclasses.fields(method)}
             row = {"name": name, "kind": kind, "summary": method.summary, "needs": sorted(method.needs), "settings": settings}
@@ -197,7 +198,12 @@ def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = [
-        (str(r["name"]), str(r["what"]), f"{r['parameters']:,}", "yes" if r["cached"] else f"no, {size(r['bytes'])} to fetch")
+        (
+            str(r["name"]),
+            str(r["what"]),
+            f"{r['parameters']:,}",
+            "yes" if r["cached"] else f"no, {size(r['bytes_to_fetch'])} to fetch",
+        )
         for r in rows
     ]
     table("", ("name", "what", "parameters", "here already"), lines, right=(2,))

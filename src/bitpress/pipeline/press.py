@@ -19,7 +19,8 @@ from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.formats import CompressedWeight, Format, Scale, chain
 from bitpress.pipeline.plan import PlannedWeight
-from bitpress.pipeline.rescale import rescale_block_
+from bitpress.pipeline.products import list_weights
+from bitpress.pipeline.rescale import PROBE_LENGTH, Rescaled, rescale_block_
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.quantizer import Outcome, output_error
 from bitpress.quantizers.rtn import RTN
@@ -71,24 +72,24 @@ class Presser:
         batches = tokens.split(self.recipe.batch)
         if stored is None:
             self.hidden = torch.cat([self.model.embed(batch) for batch in batches])
-            return
-        self.hidden = stored
-        for batch in {batch.shape[0]: batch for batch in batches}.values():
-            self.model.embed(batch)  # the model learns again what it passes to its blocks for this shape
+        else:
+            self.hidden = stored
+            for batch in {batch.shape[0]: batch for batch in batches}.values():
+                self.model.embed(batch)  # the model learns again what it passes to its blocks for this shape
+        if self.transforms:
+            self.model.embed(tokens[:1, :PROBE_LENGTH])
 
     def press_(self, i: int, *, last: bool) -> PressedBlock:
         """Compress block `i` and move the hidden states past it (not past the last one: nothing needs them)."""
         tensors = self.model.load_block_(i)
         planned = [p for p in self.planned if p.block == i]
-        stats = self._measure(i, [p.parameter for p in planned]) if self.needs else {}
-        scales = rescale_block_(self.model, i, tensors, planned, stats, self.transforms, self.hidden)
-        block = PressedBlock({name: t for name, t in tensors.items() if name not in {p.parameter.name for p in planned}})
-        block.tensors = {name: scales.tensors.get(name, t) for name, t in block.tensors.items()}
+        compressed = {p.parameter.name for p in planned}
+        stats, scales = self._measure(i, tensors, planned) if self.needs else ({}, None)
+        block = PressedBlock({name: t for name, t in tensors.items() if name not in compressed})
         for p in planned:
             self.check_stop()
             started = time.perf_counter()
-            original = scales.tensors.get(p.parameter.name, tensors[p.parameter.name])
-            w_hat = self._press_parameter(block, p, original, stats, scales.factors, scales.unfolded)
+            w_hat = self._press_parameter(block, p, tensors[p.parameter.name], stats, scales)
             block.rows[-1]["seconds"] = round(time.perf_counter() - started, 3)
             if not last and self.needs:
                 self.model.fill_({p.parameter.name: w_hat})
@@ -97,21 +98,30 @@ class Presser:
         self.model.drop_block_(i)
         return block
 
-    def _measure(self, i: int, parameters: Sequence[WeightParameter]) -> dict[str, Stats]:
-        watched = []
+    def _measure(
+        self, i: int, tensors: dict[str, torch.Tensor], planned: Sequence[PlannedWeight]
+    ) -> tuple[dict[str, Stats], Rescaled]:
+        """Collect statistics of every weight's input; let the recipe's transforms rescale the block by them."""
+        parameters = [p.parameter for p in planned]
+        if self.transforms:
+            # A weight that is kept may share an input that is rescaled, and has to follow.
+            parameters, _ = list_weights(self.model.block_name(i), self.model.blocks[i], self.model.model.config, ())
+        watched: dict[str, tuple[WeightParameter, Watched]] = {}
         for parameter in parameters:
             live = self.model.model.get_parameter(parameter.name)
-            watched += [
-                Watched(part, view, not parameter.transposed)
-                for part, view in zip(parameter.parts(), parameter.views(live), strict=True)
-            ]
-        capture = Capture(watched, self.needs)
+            for part, view in zip(parameter.parts(), parameter.views(live), strict=True):
+                watched[part] = (parameter, Watched(part, view, not parameter.transposed))
+        capture = Capture([w for _, w in watched.values()], self.needs)
         with capture:
             for _, hidden in self._batches():
                 self.model.run_block(i, hidden)
                 capture.next_batch()
                 self.check_stop()
-        return capture.finish()
+        stats = capture.finish()
+        assert self.hidden is not None
+        searches = [search for _, search in self.transforms]
+        scales = rescale_block_(self.model, i, tensors, planned, watched, capture.groups(), stats, searches, self.hidden)
+        return stats, scales
 
     def _advance(self, i: int) -> None:
         for rows, hidden in self._batches():
@@ -135,14 +145,13 @@ class Presser:
         planned: PlannedWeight,
         original: torch.Tensor,
         stats: Mapping[str, Stats],
-        factors: Mapping[str, torch.Tensor],
-        unfolded: Mapping[str, torch.Tensor],
+        scales: Rescaled | None,
     ) -> torch.Tensor:
         """Compress a parameter, all of its experts one by one; note it in `block`; give it back decoded."""
         parameter = planned.parameter
         outcomes, errors, tokens = [], [], []
         for name, w in zip(parameter.parts(), parameter.matrices(original), strict=True):
-            outcome, error = self._press_matrix(name, parameter, w, stats.get(name), planned.format, factors, unfolded)
+            outcome, error = self._press_matrix(name, parameter, w, stats.get(name), planned.format, scales)
             outcomes.append(outcome)
             errors.append(error)
             tokens.append(stats[name].tokens if name in stats else 0)
@@ -175,34 +184,33 @@ class Presser:
         w: Float[torch.Tensor, "out in"],
         stats: Stats | None,
         fmt: Format,
-        factors: Mapping[str, torch.Tensor],
-        unfolded: Mapping[str, torch.Tensor],
+        scales: Rescaled | None,
     ) -> tuple[Outcome, tuple[float, float]]:
-        """Compress one matrix; errors are those of the layer's output, plainly rounded and as compressed."""
+        """Compress one matrix; errors are those of the layer's output, plainly rounded and as compressed.
+
+        `w` has a rescaled weight's columns multiplied by their factor already; `stats` are of the input as it was.
+        """
+        factor = None if scales is None else scales.factors.get(name)
         scarce = self._scarce(name, parameter, stats)
         if scarce is not None:
-            outcome = RTN(clip="mse").quantize(w, None, fmt)
-            outcome = Outcome(outcome.weight, (scarce,))
-        elif name in factors:
-            factor = factors[name]
-            assert stats is not None
-            outcome = self.quantizer.quantize(w * factor, stats.rescaled(1 / factor), fmt)
-            if name in unfolded:
+            outcome = Outcome(RTN(clip="mse").quantize(w, None, fmt).weight, (scarce,))
+        else:
+            seen = stats if scales is None else scales.stats[name]
+            outcome = self.quantizer.quantize(w, seen, fmt)
+        unscaled, w_hat = w, outcome.weight.dequantize()
+        if factor is not None and scales is not None:
+            unscaled, w_hat = w / factor, w_hat / factor
+            if name in scales.unfolded:
                 weight = outcome.weight
                 divide = Scale((1 / factor).contiguous())
                 mapped = CompressedWeight(weight.terms, chain(divide, weight.input_map), weight.output_map)
-                text = "the input scale could not be folded into a producer and is applied at run time"
+                text = "no producer takes the input's scale; it is applied at run time"
                 outcome = Outcome(mapped, (*outcome.fallbacks, text))
-        else:
-            outcome = self.quantizer.quantize(w, stats, fmt)
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        w_hat = outcome.weight.dequantize()
-        if name in factors and name not in unfolded:
-            w_hat = w_hat / factors[name]
-        plain = RTN().quantize(w, None, fmt).weight.dequantize()
+        plain = RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
-        return outcome, (output_error(w, plain, usable), output_error(w, w_hat, usable))
+        return outcome, (output_error(unscaled, plain, usable), output_error(unscaled, w_hat, usable))
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without."""
@@ -220,7 +228,7 @@ class Presser:
 
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
     """SHA-256 of a decoded weight's float32 values, to be compared after the file has been read again."""
-    return hashlib.sha256(memoryview(w_hat.contiguous().numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()
 
 
 def _mean(values: Sequence[float]) -> float:

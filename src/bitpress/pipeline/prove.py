@@ -93,7 +93,7 @@ def evaluate(
     length = min(length, limit)
     windows = load_windows(text, against, samples=max(tokens // length, 1), length=length, seed=seed)
     figures = compare(candidate, original, windows.tokens, progress)
-    stored = {"bits_per_weight": None, "bytes": None}
+    stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
     if pressed is not None:
         stored = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": length, "seed": seed}

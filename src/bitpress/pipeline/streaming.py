@@ -108,7 +108,8 @@ class StreamedModel:
         """Run one loaded block on hidden states of a shape that `embed` has seen."""
         args, kwargs = self._arguments[(hidden.shape[0], hidden.shape[1])][i]
         out = self.blocks[i](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     @torch.no_grad()
     def logits(
@@ -123,7 +124,8 @@ class StreamedModel:
             return (given,) if self._wraps_in_tuple else given
 
         with self._stand_ins([keep] * (len(self.blocks) - 1) + [replace]):
-            return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return logits
 
     def _until_stop(self, tokens: torch.Tensor) -> torch.Tensor:
         try:
@@ -168,7 +170,7 @@ class StreamedModel:
     def _stand_ins(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
         try:
             for block, forward in zip(self.blocks, forwards, strict=True):
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
             yield
         finally:
             for block in self.blocks:

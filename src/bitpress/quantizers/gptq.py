@@ -112,16 +112,24 @@ def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor
 
 
 class _Columns:
-    """The state of one pass over the columns: weights still open, codes chosen, parameters fitted."""
+    """The state of one pass over the columns: weights still open, codes chosen, parameters fitted.
+
+    Weights are held transposed, [in, out]: a column of the matrix is then a contiguous row, and feedback writes contiguous rows.
+    """
 
     def __init__(
         self, fmt: Format, w: torch.Tensor, importance: torch.Tensor, ratios: tuple[float, ...], *, static: bool
     ) -> None:
-        self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w.clone(), importance, ratios, static
+        self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w, importance, ratios, static
         self.shape = (w.shape[0], w.shape[1])
-        self.params: dict[str, torch.Tensor] = dict(fmt.fit(self.w, importance, ratios))
-        self.codes = torch.zeros(self.shape[0], self.shape[1] // fmt.grid.span, dtype=torch.uint8)
+        self.params: dict[str, torch.Tensor] = dict(fmt.fit(w, importance, ratios))
+        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, self.shape[0], dtype=torch.uint8)
         self.block_cols = fmt.block.resolve(self.shape, fmt.grid.span)[1]
+        self._at_block: dict[int, Params] = {}
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._codes.T.contiguous()
 
     def round_(self, order: torch.Tensor, factor: torch.Tensor | None, lazy: int) -> None:
         """Round all columns in `order`; `factor` is in that order too. Without a factor nothing is fed back."""
@@ -129,44 +137,46 @@ class _Columns:
         # Whole codes, and where groups are fitted on the way whole groups: a fit must see weights with all feedback in.
         unit = span if self.static else self.block_cols
         lazy = -(-lazy // unit) * unit
-        w = self.w[:, order]
+        w = self.w.T[order].contiguous()
         at = order.tolist()
         for start in range(0, len(at), lazy):
             stop = min(start + lazy, len(at))
-            part = w[:, start:stop].clone()
-            errors = torch.zeros_like(part)
+            part = w[start:stop]
+            errors = torch.empty_like(part)
             for i in range(0, stop - start, span):
                 j = start + i
                 if not self.static and at[j] % self.block_cols == 0:
-                    self._refit(at[j], part, w, start, i)
-                values = part[:, i : i + span]
-                rounded = self._round(values, at[j])
+                    self._refit(at[j], w[j : j + self.block_cols].T)
+                values = part[i : i + span].T
+                difference = values - self._round(values, at[j])
                 if factor is None:
                     continue
                 # One step for `span` columns at once: the error through the inverse of its own triangle of the factor.
                 own = factor[j : j + span, j : j + span]
-                difference = values - rounded
-                error = (
-                    difference / own if span == 1 else torch.linalg.solve_triangular(own, difference, upper=True, left=False)
-                )
-                errors[:, i : i + span] = error
-                if i + span < stop - start:
-                    part[:, i + span :].addmm_(error, factor[j : j + span, j + span : stop], alpha=-1)
+                if span == 1:
+                    error = difference.div_(own)
+                else:
+                    error = torch.linalg.solve_triangular(own, difference, upper=True, left=False)
+                errors[i : i + span] = error.T
+                if j + span < stop:
+                    part[i + span :].addmm_(factor[j : j + span, j + span : stop].T, error.T, alpha=-1)
             if factor is not None and stop < len(at):
-                w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+                w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
     def _round(self, values: torch.Tensor, column: int) -> torch.Tensor:
-        params = self.fmt.columns(self.params, self.shape, column)
+        across = column // self.block_cols
+        params = self._at_block.get(across)
+        if params is None:
+            params = self._at_block[across] = self.fmt.columns(self.params, self.shape, column)
         codes = self.fmt.grid.encode(values, params)
-        self.codes[:, column // self.fmt.grid.span] = codes[:, 0]
+        self._codes[column // self.fmt.grid.span] = codes[:, 0]
         return self.fmt.grid.decode(codes, params)
 
-    def _refit(self, column: int, part: torch.Tensor, w: torch.Tensor, start: int, i: int) -> None:
+    def _refit(self, column: int, group: Float[torch.Tensor, "out cols"]) -> None:
         """Fit the group that begins at `column` to the weights as the feedback has left them."""
-        stop = column + self.block_cols
-        current = torch.cat([part[:, i:], w[:, start + part.shape[1] :]], dim=1)[:, : self.block_cols]
-        fitted: Params = self.fmt.fit(current, self.importance[column:stop], self.ratios)
+        fitted: Params = self.fmt.fit(group, self.importance[column : column + self.block_cols], self.ratios)
         across = column // self.block_cols
         for p in self.fmt.grid.params:
             if p.scope == "block":
                 self.params[p.name][:, across : across + 1] = fitted[p.name]
+        self._at_block.pop(across, None)

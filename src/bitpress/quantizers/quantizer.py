@@ -41,9 +41,7 @@ class Quantizer(Protocol):
         ...
 
 
-def output_error(
-    w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None
-) -> float:
+def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None) -> float:
     """Give the relative squared error of the layer's output, or of its weight where there is no gram.
 
     sum((w - w_hat) gram (w - w_hat)') / sum(w gram w')

@@ -24,7 +24,7 @@ from bitpress.runtime.loading import install_
 __all__ = ["register"]
 
 
-class BitpressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitpressConfig(QuantizationConfigMixin):
     """What config.json says; everything else is in the manifest."""
 
     def __init__(self, version: int = 1, weights: str = "decoded", **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ class BitpressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.weights = weights
 
 
-class BitpressQuantizer(HfQuantizer):  # type: ignore[misc]
+class BitpressQuantizer(HfQuantizer):
     """Puts packed layers into the model before loading and decodes them after."""
 
     requires_calibration = True

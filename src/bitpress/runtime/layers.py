@@ -47,7 +47,8 @@ class PackedWeight(nn.Module):
             out = fn(t)
             return out if out.dtype == t.dtype else t.to(out.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        return self
 
 
 class PackedLinear(PackedWeight):

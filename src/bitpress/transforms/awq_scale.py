@@ -1,0 +1,94 @@
+"""AWQ's scaling: enlarge the weight columns whose inputs are large, so that rounding hurts them less.
+
+Source   Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"; grid, clamp and
+         normalisation as in the authors' public code (`auto_scale.py`).
+Differs  the error is that of the sibling weights' outputs, exact through the gram, where the public code runs the attention or
+         the feed-forward part on samples; any format; inputs made by one producer channel (grouped queries) take the mean of
+         their mean_abs and share a factor, where the public code leaves such layers alone.
+Needs    gram [in, in], mean_abs [in] float32.      Cost  O(grid * out * in^2) time, O(out * in) memory.
+Update   s = mean_abs^alpha / sqrt(max * min),  alpha = argmin over i / grid of sum over siblings tr(D gram D'),
+         D = Q(w * s) / s - w
+Fails    CalibrationError when no token reached the weights. alpha = 0 is s = 1: never worse than no scaling by that error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.errors import CalibrationError, UsageError
+from bitpress.formats import Format
+from bitpress.transforms.transform import InputStats
+
+__all__ = ["AWQScale"]
+
+# A channel that is almost never used would otherwise get a factor near 0, and its neighbours one near infinity.
+SMALLEST = 1e-4
+
+
+@dataclass(frozen=True)
+class AWQScale:
+    grid: int = 20
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
+    summary: ClassVar[str] = "scale input channels by a power of their mean magnitude, chosen by output error"
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise UsageError(f"grid={self.grid}: at least 1 exponent must be tried.")
+
+    def plan(
+        self,
+        weights: Sequence[Float[torch.Tensor, "_out in"]],
+        stats: InputStats,
+        fmt: Format,
+        channel_of: Int[torch.Tensor, " in"] | None = None,
+    ) -> Float[torch.Tensor, " in"]:
+        """Choose the factor of every input channel; see `ScaleSearch`."""
+        if not weights:
+            raise UsageError("awq-scale: a plan needs at least one weight.")
+        if stats.gram is None or stats.mean_abs is None or stats.tokens == 0:
+            raise CalibrationError("awq-scale: no calibration statistics reached these weights; gram and mean_abs are needed.")
+        magnitude = stats.mean_abs.float()
+        if channel_of is not None:
+            magnitude = tie(magnitude, channel_of)
+        best = torch.ones_like(magnitude)
+        best_error = output_error(weights, best, stats.gram, fmt)
+        for i in range(1, self.grid):
+            factor = normalise(magnitude.pow(i / self.grid))
+            error = output_error(weights, factor, stats.gram, fmt)
+            if error < best_error:
+                best, best_error = factor, error
+        return best
+
+
+def tie(values: Float[torch.Tensor, " in"], channel_of: Int[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
+    """Replace values by their mean over inputs of the same channel."""
+    channels = int(channel_of.max()) + 1
+    total = torch.zeros(channels, device=values.device).index_add_(0, channel_of, values)
+    count = torch.zeros(channels, device=values.device).index_add_(0, channel_of, torch.ones_like(values))
+    return (total / count.clamp(min=1))[channel_of]
+
+
+def normalise(factor: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
+    """Bound factors from below and centre their range on 1."""
+    factor = factor.clamp(min=SMALLEST)
+    return factor / (factor.max() * factor.min()).sqrt()
+
+
+def output_error(
+    weights: Sequence[Float[torch.Tensor, "_out in"]],
+    factor: Float[torch.Tensor, " in"],
+    gram: Float[torch.Tensor, "in in"],
+    fmt: Format,
+) -> float:
+    """Give the mean squared change of all outputs, summed over rows, when scaled weights are rounded to nearest."""
+    total = 0.0
+    for w in weights:
+        scaled = w.float() * factor
+        params = fmt.fit(scaled)
+        difference = (fmt.decode(fmt.encode(scaled, params), params) / factor).sub_(w)
+        total += float((difference @ gram).mul_(difference).sum(dtype=torch.float64))
+    return total

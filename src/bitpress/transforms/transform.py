@@ -1,0 +1,55 @@
+"""What every search for channel factors is: hyper-parameters in the constructor, the weights that share an input in the verb.
+
+The factors multiply the weights' input columns and divide the input; where the division goes is `folding`'s business.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.formats import Format
+
+__all__ = ["InputStats", "ScaleSearch"]
+
+
+class InputStats(Protocol):
+    """What a search reads of the statistics of one input; `calibration.stats.Stats` is one."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def gram(self) -> Float[torch.Tensor, "in in"] | None:
+        """x.T @ x / tokens."""
+        ...
+
+    @property
+    def mean_abs(self) -> Float[torch.Tensor, " in"] | None:
+        """Mean of |x| over tokens."""
+        ...
+
+
+class ScaleSearch(Protocol):
+    """One paper's way to choose the factors.
+
+    needs   names of the statistics that `plan` reads
+    """
+
+    needs: ClassVar[frozenset[str]]
+    summary: ClassVar[str]
+
+    def plan(
+        self,
+        weights: Sequence[Float[torch.Tensor, "_out in"]],
+        stats: InputStats,
+        fmt: Format,
+        channel_of: Int[torch.Tensor, " in"] | None = None,
+    ) -> Float[torch.Tensor, " in"]:
+        """Choose the positive float32 factor of every input channel for all weights that share the input.
+
+        `channel_of[i]` is the producer's channel that makes input channel i: inputs from one channel share one factor.
+        None makes every input a channel of its own. Raises CalibrationError, FormatError, NumericsError.
+        """
+        ...
