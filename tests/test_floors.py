@@ -22,6 +22,7 @@ FLOORS = {
     "recipes": 4,
     "pipeline": 5,
     "api": 6,
+    "__main__": 7,
     "cli": 6,
 }
 # The package's own __init__ hands out the interface lazily and registers the bridge; it stands above everything.

@@ -7,8 +7,10 @@ Accumulation is in float32 over batches of at most a few thousand tokens each, a
 not lose digits with the number of tokens.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,13 +60,16 @@ class StatsCollector:
 
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
         """Take in a batch. Raises NumericsError, naming `where`, when a value is not finite."""
+        # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
+        exact_in_bf16 = x.dtype == torch.bfloat16
         x = x.reshape(-1, self.in_features).float()
         # One sum finds any NaN or infinity at the price of a read; opposite infinities give NaN, so none hides.
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
         self.tokens += x.shape[0]
         if self._gram is not None:
-            add_gram_(self._gram, x)
+            with _bf16_products() if exact_in_bf16 else nullcontext():
+                add_gram_(self._gram, x)
         if self._sum_abs is not None:
             self._sum_abs += x.abs().sum(0, dtype=torch.float64)
 
@@ -78,6 +83,18 @@ class StatsCollector:
             self._gram = None
         mean_abs = None if self._sum_abs is None else (self._sum_abs / tokens).float()
         return Stats(self.tokens, gram, mean_abs)
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let float32 products multiply in bf16 (2.4 times as fast with AMX); the setting is the process's, so it is put back."""
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def add_gram_(gram: Float[torch.Tensor, "in in"], x: Float[torch.Tensor, "tokens in"]) -> None:

@@ -8,6 +8,7 @@ A directory without a valid manifest is not a model. `report.json` and `README.m
 run to run and are read by nothing, so the manifest leaves them out.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitpress.checkpoints.directory import open_directory, read_index, safe_file
+from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
-from bitpress.checkpoints.source import read_config
+from bitpress.checkpoints.source import SIDE_FILES, read_config
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.formats import CompressedWeight
 
@@ -39,6 +40,19 @@ __all__ = [
 MANIFEST_NAME = "bitpress.json"
 JOB_DIRECTORY = ".bitpress"
 VERSION = 1
+QUANTIZATION = {"quant_method": "bitpress", "version": VERSION}
+
+# What transformers opens by its name alone wherever it finds it: a file that the manifest must list, or that must not be there.
+_OPENED_BY_NAME = (
+    *SIDE_FILES,
+    SINGLE_NAME,
+    "adapter_config.json",
+    "additional_chat_templates",
+    "custom_generate",
+    "tekken.json",
+)
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "head_dim")
 
 
 class _Closed(BaseModel):
@@ -98,7 +112,7 @@ class PressedCheckpoint:
         root = open_directory(path)
         manifest = _read_manifest(root) if manifest is None else manifest
         paths = {name: _checked_file(root, name, record, verify) for name, record in manifest.files.items()}
-        config = _checked_config(root, manifest)
+        _check_listed(root, manifest)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
         for file, target in paths.items():
             if file.endswith(".safetensors"):
@@ -110,7 +124,9 @@ class PressedCheckpoint:
             raise CheckpointError(
                 f"{root}: the index and the headers of the weight files disagree about which file holds what."
             )
-        return cls(root, config, manifest, tensors, _claim(root, manifest, tensors))
+        stored = _claim(root, manifest, tensors)
+        _check_aliases(root, manifest, tensors)
+        return cls(root, _checked_config(root, manifest, tensors), manifest, tensors, stored)
 
     @property
     def plain(self) -> dict[str, TensorEntry]:
@@ -139,23 +155,33 @@ class PressedCheckpoint:
                 values[name] = self._parameter(name).restore(self.read_weight(name).dequantize())
         return values
 
-    def check_fits(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape."""
+    def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
+        """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
+
+        `ties` gives the model's tied parameters with their originals; left out, they are the ones that share memory in `state`.
+        """
+        aliases = dict(self.manifest.aliases)
         held = {name: entry.shape for name, entry in self.plain.items()}
         held |= {name: self._parameter(name).parameter_shape for name in self.manifest.weights}
-        for name, original in self.manifest.aliases.items():
-            if original not in held:
-                raise CheckpointError(f"{self.root}: {name!r} is tied to {original!r}, which is not stored.")
-            held[name] = held[original]
+        held |= {name: held[original] for name, original in aliases.items()}
         missing, extra = sorted(set(state) - set(held)), sorted(set(held) - set(state))
         if missing or extra:
             what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model has no use for"
             raise CheckpointError(f"{self.root}: {what} ({len(missing)} missing, {len(extra)} too many).")
+        ties = _shared(state, aliases) if ties is None else dict(ties)
+        if ties != aliases:
+            first = min(set(ties.items()) ^ set(aliases.items()))[0]
+            raise CheckpointError(
+                f"{self.root}: the configuration and the manifest disagree whether {first!r} is tied, and to what."
+            )
         for name, shape in held.items():
             if tuple(state[name].shape) != tuple(shape):
                 raise CheckpointError(
                     f"{self.root}: {name!r} is {list(shape)}, the configuration needs {list(state[name].shape)}."
                 )
+        for name, entry in self.plain.items():
+            if entry.torch_dtype.is_floating_point != state[name].is_floating_point():
+                raise CheckpointError(f"{self.root}: {name!r} is {entry.dtype}, the configuration needs {state[name].dtype}.")
 
     def _parameter(self, name: str) -> WeightParameter:
         return self.manifest.weights[name].parameter(name)
@@ -201,21 +227,62 @@ def _checked_file(root: Path, name: str, record: FileRecord, verify: bool) -> Pa
     return target
 
 
-def _checked_config(root: Path, manifest: Manifest) -> dict[str, Any]:
-    for needed in ("config.json",):
-        if needed not in manifest.files:
-            raise CheckpointError(f"{root}: the manifest does not list {needed}.")
+def _check_listed(root: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that leaves out a file which some reader would open all the same."""
+    for name in ("config.json", INDEX_NAME):
+        if name not in manifest.files:
+            raise CheckpointError(f"{root}: the manifest does not list {name}.")
+    for name in _OPENED_BY_NAME:
+        if name not in manifest.files and os.path.lexists(root / name):
+            raise CheckpointError(f"{root}: holds {name}, which the manifest does not list; remove it.")
+
+
+def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, Any]:
     config = read_config(root)
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitpress":
-        raise CheckpointError(f"{root / 'config.json'}: quantization_config does not say quant_method 'bitpress'.")
+    where = root / "config.json"
+    if config.get("quantization_config") != QUANTIZATION:
+        raise CheckpointError(f"{where}: quantization_config is not {QUANTIZATION}; bitpress did not write it.")
+    if "auto_map" in config:
+        raise CheckpointError(f"{where}: names code of its own (auto_map), which is never run.")
+    # Modules and their buffers are made before any shape can be compared: what they may cost is bounded by what is stored.
+    shapes = [entry.shape for _, entry in tensors.values()] + [tuple(r.spec["shape"]) for r in manifest.weights.values()]
+    limits = dict.fromkeys(_DEPTHS, len(tensors)) | dict.fromkeys(_WIDTHS, max((max(s, default=1) for s in shapes), default=1))
+    for part in (config, config.get("text_config")):
+        for key, limit in limits.items():
+            value = part.get(key) if isinstance(part, dict) else None
+            if value is not None and (type(value) is not int or not 0 < value <= limit):
+                raise CheckpointError(f"{where}: {key} is {value!r}; the weights that are stored allow for 1 to {limit}.")
     return config
+
+
+def _check_aliases(root: Path, manifest: Manifest, tensors: Mapping[str, Any]) -> None:
+    stored = (set(tensors) | set(manifest.weights)) - set(manifest.aliases)
+    for name, original in manifest.aliases.items():
+        if original not in stored:
+            raise CheckpointError(f"{root}: {name!r} is tied to {original!r}, which is not stored.")
+        if name in tensors or name in manifest.weights:
+            raise CheckpointError(f"{root}: {name!r} is tied to {original!r} and stored as well.")
+
+
+def _shared(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Give the parameters that share memory with another one, each with the one of them that is no alias."""
+    groups: dict[int, list[str]] = {}
+    for name, value in state.items():
+        groups.setdefault(value.untyped_storage()._cdata, []).append(name)
+    ties: dict[str, str] = {}
+    for names in groups.values():
+        original = next((name for name in names if name not in aliases), names[0])
+        ties |= {name: original for name in names if name != original}
+    return ties
 
 
 def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, tuple[str, ...]]:
     """Match every compressed weight with the tensors that its specification implies, dtype and shape included."""
     claimed: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, str] = {}
     for name, record in manifest.weights.items():
+        if name in tensors:
+            raise CheckpointError(f"{root}: {name!r} is stored both compressed and as it is.")
         try:
             expected = CompressedWeight.expected(record.spec)
             parameter = record.parameter(name)
@@ -223,11 +290,14 @@ def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, Ten
             raise CheckpointError(f"{root}: {name}: {error}") from error
         for leaf, (dtype, shape) in expected.items():
             full = f"{parameter.stem}.{leaf}"
+            if full in owners:
+                raise CheckpointError(f"{root}: {full!r} is claimed by {owners[full]} and by {name}.")
             if full not in tensors:
                 raise CheckpointError(f"{root}: {name}: the tensor {full!r} is missing.")
             entry = tensors[full][1]
             if entry.torch_dtype != dtype or entry.shape != shape:
                 got = f"{entry.torch_dtype} {list(entry.shape)}"
                 raise CheckpointError(f"{root}: {full!r} is {got}, the specification needs {dtype} {list(shape)}.")
+            owners[full] = name
         claimed[name] = tuple(f"{parameter.stem}.{leaf}" for leaf in expected)
     return claimed

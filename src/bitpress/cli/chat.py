@@ -1,6 +1,14 @@
-"""Answers on the terminal: one prompt, or a chat. Chat templates run in transformers' sandboxed jinja environment."""
+"""Answers on the terminal: one prompt, or a chat.
 
+A chat template is code: it runs in transformers' sandboxed jinja environment, for a few seconds and in limited memory at most.
+"""
+
+import resource
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +21,10 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.loading import load
 
 __all__ = ["answer_once", "chat"]
+
+TEMPLATE_SECONDS = 5.0
+TEMPLATE_BYTES = 2**28
+TEMPLATE_CHARACTERS = 2**22
 
 
 def answer_once(
@@ -60,11 +72,41 @@ def _encode(tokenizer: Any, messages: list[dict[str, str]], raw: str | None) -> 
         ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
         return ids
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"the chat template failed: {error}; use --raw.") from error
-    ids = encoded["input_ids"]
+        with _limits():
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except MemoryError as error:
+        raise CheckpointError("the chat template needs too much memory; use --raw.") from error
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"the chat template failed: {reason}; use --raw.") from error
+    if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
+        raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return ids
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Bound the time (in the main thread, where signals arrive) and the memory of what runs inside."""
+
+    def expire(*_: object) -> None:
+        raise RuntimeError(f"it ran for more than {TEMPLATE_SECONDS:g} seconds")
+
+    timed = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    wanted = pages * resource.getpagesize() + TEMPLATE_BYTES
+    before = signal.signal(signal.SIGALRM, expire) if timed else None
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _generate(
@@ -72,20 +114,16 @@ def _generate(
 ) -> dict[str, Any]:
     from transformers import TextStreamer
 
+    room = _check_prompt(model, ids)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    if temperature == 0:
-        sampling |= {"temperature": None, "top_p": None, "top_k": None}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     start = time.perf_counter()
     with torch.inference_mode():
         made = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            generation_config=_generation(model, tokenizer, min(max_tokens, room), temperature),
             streamer=streamer,
-            **sampling,
         )
     seconds = time.perf_counter() - start
     new = made[0, ids.shape[1] :]
@@ -98,3 +136,37 @@ def _generate(
         "prompt_tokens": int(ids.shape[1]),
         "tokens_per_second": new.numel() / seconds,
     }
+
+
+def _check_prompt(model: Any, ids: torch.Tensor) -> int:
+    """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
+    count, vocabulary = ids.shape[1], model.get_input_embeddings().weight.shape[0]
+    if not count:
+        raise UsageError("the prompt has no tokens.")
+    if int(ids.max()) >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer gives token {int(ids.max())}; the model knows {vocabulary}. They do not belong together."
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return 2**31
+    if count >= limit:
+        raise UsageError(f"the prompt has {count} tokens; the model's context is {limit}, and the answer needs room in it.")
+    return int(limit) - count
+
+
+def _generation(model: Any, tokenizer: Any, max_tokens: int, temperature: float) -> Any:
+    """Make the settings of one answer: the model's own special tokens, and its sampling where there is a temperature."""
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = {"eos_token_id": given.eos_token_id, "pad_token_id": pad, "max_new_tokens": max_tokens}
+    if temperature == 0:
+        return GenerationConfig(**settings, do_sample=False)
+    kept = {key: getattr(given, key, None) for key in ("top_p", "top_k", "repetition_penalty")}
+    kept = {key: value for key, value in kept.items() if value is not None}
+    try:
+        return GenerationConfig(**settings, **kept, do_sample=True, temperature=temperature)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"generation_config.json: {str(error).strip().split(chr(10))[0]}") from error

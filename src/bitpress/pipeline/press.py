@@ -18,6 +18,7 @@ from bitpress.calibration import Capture, Stats, Watched
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.formats import CompressedWeight, Format, Scale, chain
+from bitpress.pipeline.memory import release
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.rescale import PROBE_LENGTH, Rescaled, rescale_block_
@@ -96,6 +97,7 @@ class Presser:
         if not last and self.needs:
             self._advance(i)
         self.model.drop_block_(i)
+        release()
         return block
 
     def _measure(

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
 from bitpress.evaluate import measure_distance
+from bitpress.pipeline.memory import release
 from bitpress.pipeline.press import digest
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.source_model import open_streamed
@@ -41,6 +42,7 @@ class _Prepared:
                 self.hidden[a : a + BATCH] = model.run_block(i, self.hidden[a : a + BATCH])
             self.seconds += time.perf_counter() - start
             model.drop_block_(i)
+            release()
             progress.advance(model.block_name(i))
         self._next = 0
 

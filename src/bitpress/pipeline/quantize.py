@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.pressed import MANIFEST_NAME, VERSION, FileRecord, Manifest, PressedCheckpoint, WeightRecord
 from bitpress.errors import JobStopped, NumericsError, UsageError
 from bitpress.pipeline.job import Job, check_vacant, differences
+from bitpress.pipeline.memory import peak_bytes, release
 from bitpress.pipeline.plan import Plan, check_room, make_plan
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
@@ -132,6 +132,7 @@ def _press(
         after = None if last else presser.hidden
         job.commit(model.block_name(i), _shard(i + 1, total), block.tensors, block.facts(), after)
         progress.advance(model.block_name(i), error=block.error)
+    model.drop_outer_()
     return time.perf_counter() - started
 
 
@@ -148,6 +149,7 @@ def _finish(
     clock: tuple[float, float],
 ) -> dict[str, Any]:
     """Stage, reload and prove, write the report, publish."""
+    release()
     facts = _gather(job)
     files = _side_files(job, loader)
     manifest = _manifest(job, loader, recipe, files, facts)
@@ -171,7 +173,7 @@ def _finish(
         timing={
             "seconds": round(time.perf_counter() - clock[0], 2),
             "seconds_pressing": round(clock[1], 2),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_bytes(),
             "threads": torch.get_num_threads(),
             "machine": platform.processor() or platform.machine(),
         },

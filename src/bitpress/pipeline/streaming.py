@@ -65,6 +65,12 @@ class StreamedModel:
         restore_ties_(self.model)
         return tensors
 
+    def drop_outer_(self) -> None:
+        """Give the memory of everything outside the blocks back."""
+        for name, value in list(self.model.named_parameters()):
+            if not name.startswith(f"{self.stack}."):
+                set_parameter_(self.model, name, torch.empty_like(value, device="meta"))
+
     def load_block_(self, i: int) -> dict[str, torch.Tensor]:
         """Load one block and give its tensors as stored."""
         tensors = self.loader.load(f"{self.block_name(i)}.")

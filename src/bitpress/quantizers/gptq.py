@@ -85,19 +85,20 @@ class GPTQ:
         self, gram: Float[torch.Tensor, "in in"], dead: torch.Tensor, order: torch.Tensor
     ) -> tuple[Float[torch.Tensor, "in in"] | None, float | None]:
         """Factor the inverse in `order`, climbing the damping ladder; (None, None) when even the top does not do."""
-        h = gram[order][:, order].double()
+        h = gram[order][:, order]
         h.diagonal()[dead[order]] = 1.0
         mean = float(h.diagonal().mean())
         damp = self.damp
         while damp <= self.damp_limit:
-            damped = h.clone()
-            damped.diagonal().add_(damp * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            # In float64, and at most two such matrices at a time: for 8,192 inputs each of them is half a gigabyte.
+            work = h.double()
+            work.diagonal().add_(damp * mean)
+            work, failed = torch.linalg.cholesky_ex(work)
             if not int(failed):
-                inverse = torch.cholesky_inverse(lower)
-                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-                if not int(failed) and bool(torch.isfinite(upper).all()):
-                    return upper.float(), damp
+                work = torch.cholesky_inverse(work)
+                work, failed = torch.linalg.cholesky_ex(work, upper=True)
+                if not int(failed) and bool(torch.isfinite(work).all()):
+                    return work.float(), damp
             damp *= 10
         return None, None
 

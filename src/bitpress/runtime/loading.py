@@ -14,7 +14,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.layers import PackedExperts, PackedLinear, replace_
 from bitpress.runtime.skeleton import build_config, build_skeleton, restore_ties_, set_parameter_
 
-__all__ = ["install_", "load"]
+__all__ = ["install_", "load", "refuse_saving_"]
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,7 +42,7 @@ def load(
         raise UsageError(f"dtype={dtype!r}: it is one of {', '.join(DTYPES)}.")
     pressed = PressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config)
-    chosen = DTYPES[dtype] or getattr(config, "dtype", None) or torch.float32
+    chosen = DTYPES[dtype] or getattr(config, "dtype", None) or _stored_dtype(pressed)
     model = build_skeleton(config, chosen)
     pressed.check_fits(model.state_dict())
     install_(model, pressed, chosen)
@@ -58,6 +58,7 @@ def load(
             layer.decode_()
         note(name)
     _set_generation_(model, pressed)
+    refuse_saving_(model)
     return model
 
 
@@ -65,6 +66,24 @@ def install_(model: torch.nn.Module, pressed: PressedCheckpoint, dtype: torch.dt
     """Replace every compressed weight's module by an empty packed layer."""
     for name, record in pressed.manifest.weights.items():
         replace_(model, record.parameter(name), record.spec, dtype)
+
+
+def refuse_saving_(model: Any) -> None:
+    """Let `save_pretrained` say that it cannot: decoded and packed weights are in no state dict, so it would leave them out."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UsageError("a model on compressed weights is not saved again; copy the directory that it was loaded from.")
+
+    model.save_pretrained = refuse
+
+
+def _stored_dtype(pressed: PressedCheckpoint) -> torch.dtype:
+    """Give the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in pressed.plain.values():
+        if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):
+            sizes[entry.torch_dtype] = sizes.get(entry.torch_dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExperts:
@@ -77,6 +96,14 @@ def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExpert
 def _set_generation_(model: Any, pressed: PressedCheckpoint) -> None:
     from transformers import GenerationConfig
 
-    if "generation_config.json" in pressed.manifest.files:
-        values = read_json(safe_file(pressed.root, "generation_config.json"))
+    if "generation_config.json" not in pressed.manifest.files:
+        return
+    path = safe_file(pressed.root, "generation_config.json")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must be an object.")
+    try:
         model.generation_config = GenerationConfig.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: does not describe how to generate: {reason}") from error
