@@ -16,7 +16,7 @@ FLOORS = {
     "transforms": 2,
     "kernels": 2,
     "checkpoints": 2,
-    "evaluate": 2,
+    "evaluation": 2,
     "quantizers": 3,
     "runtime": 3,
     "recipes": 4,

@@ -242,8 +242,9 @@ def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[
     where = root / "config.json"
     if config.get("quantization_config") != QUANTIZATION:
         raise CheckpointError(f"{where}: quantization_config is not {QUANTIZATION}; bitpress did not write it.")
-    if "auto_map" in config:
-        raise CheckpointError(f"{where}: names code of its own (auto_map), which is never run.")
+    for key, what in (("auto_map", "code"), ("transformers_weights", "weight files")):
+        if key in config:
+            raise CheckpointError(f"{where}: names {what} of its own ({key}), which is never followed.")
     # Modules and their buffers are made before any shape can be compared: what they may cost is bounded by what is stored.
     shapes = [entry.shape for _, entry in tensors.values()] + [tuple(r.spec["shape"]) for r in manifest.weights.values()]
     limits = dict.fromkeys(_DEPTHS, len(tensors)) | dict.fromkeys(_WIDTHS, max((max(s, default=1) for s in shapes), default=1))

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
-from bitpress.evaluate import measure_distance
+from bitpress.evaluation import measure_distance
 from bitpress.pipeline.memory import release
 from bitpress.pipeline.press import digest
 from bitpress.pipeline.progress import Progress, Silent

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, FormatError
 from bitpress.runtime.layers import PackedExperts, PackedLinear
 from bitpress.runtime.loading import install_, refuse_saving_
 
@@ -70,9 +70,12 @@ class BitpressQuantizer(HfQuantizer):
         return PressedCheckpoint.open(directory)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, (PackedLinear, PackedExperts)):
-                module.weight_terms()  # every check of content
+                try:
+                    module.weight_terms()  # every check of content
+                except FormatError as error:
+                    raise CheckpointError(f"{model.config.name_or_path}: {name}: {error}") from error
                 if self.quantization_config.weights == "decoded":
                     module.decode_()
         refuse_saving_(model)

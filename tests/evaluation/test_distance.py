@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError, UsageError
-from bitpress.evaluate import measure_distance
+from bitpress.evaluation import measure_distance
 
 
 def tables(seed: int, windows: int = 5, length: int = 150, vocabulary: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
