@@ -15,12 +15,13 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitpress.checkpoints.directory import check_file_name
 from bitpress.checkpoints.durable import append_durably, fsync_directory, hash_file, write_durably
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME
@@ -114,6 +115,7 @@ class Job:
 
     def stage(self, files: Mapping[str, bytes]) -> None:
         """Put weight files and `files` in place without a manifest; may be done again after a kill."""
+        self._retire_previous({unit["shard"] for unit in self.units} | set(files))
         for unit in self.units:
             made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
             if made.exists():
@@ -123,6 +125,19 @@ class Job:
         for name, content in files.items():
             write_durably(self.out / name, [content])
         fsync_directory(self.out)
+
+    def _retire_previous(self, kept: Collection[str]) -> None:
+        """Take the model that is being replaced out of the directory, its manifest first: half of one is no model."""
+        manifest = self.out / MANIFEST_NAME
+        if not manifest.exists():
+            return
+        old = read_json(manifest)
+        manifest.unlink()
+        fsync_directory(self.out)
+        for name in old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ():
+            check_file_name(str(manifest), name)
+            if name not in kept:
+                (self.out / name).unlink(missing_ok=True)
 
     def _acquire(self) -> None:
         self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

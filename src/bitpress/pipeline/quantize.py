@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
-from bitpress.checkpoints.pressed import MANIFEST_NAME, VERSION, FileRecord, Manifest, PressedCheckpoint, WeightRecord
-from bitpress.errors import JobStopped, NumericsError, UsageError
+from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, VERSION, FileRecord, Manifest, PressedCheckpoint, WeightRecord
+from bitpress.errors import CalibrationError, JobStopped, NumericsError, UsageError
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
 from bitpress.pipeline.plan import Plan, check_room, make_plan
@@ -78,6 +79,9 @@ def quantize_directory(
     windows = None
     if recipe.needs():
         c = recipe.calibration
+        context = getattr(streamed.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and c.length > context:
+            raise CalibrationError(f"windows of {c.length} tokens are beyond the model's context of {context}; use --length {context}.")
         windows = load_windows(c.text, model, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat)
     identity = {
         "source": loader.source.hashes(),
@@ -251,6 +255,8 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
         raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")
     if changed or not (out / "report.json").exists():
         return None
+    if (out / JOB_DIRECTORY).exists():
+        shutil.rmtree(out / JOB_DIRECTORY)  # killed after the manifest was written and before this was done
     report: dict[str, Any] = read_json(out / "report.json")
     return report
 
