@@ -22,14 +22,18 @@ def test_the_whole_way(tiny_model: Callable[..., Path], text_file: Path, tmp_pat
     assert report["figures"]["kl_mean"] > 0
     assert report["figures"]["bits_per_weight"] == 4 + 16 / 16 + 4 / 16
     pressed = PressedCheckpoint.open(tmp_path / "a")
-    assert sum((tmp_path / "a" / f).stat().st_size for f in pressed.manifest.files if f.endswith("safetensors")) == pressed.nbytes
+    assert (
+        sum((tmp_path / "a" / f).stat().st_size for f in pressed.manifest.files if f.endswith("safetensors")) == pressed.nbytes
+    )
 
     loaded = bitpress.load(tmp_path / "a")
     tokens = torch.arange(5, 25)[None]
     made = loaded.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=1)
     assert made.shape[1] > tokens.shape[1]
     figures = bitpress.evaluate(tmp_path / "a", model, tokens=64, length=32)
-    assert {"kl_mean", "kl_ci95", "top1_agreement", "perplexity", "perplexity_original", "bits_per_weight", "bytes"} <= set(figures)
+    assert {"kl_mean", "kl_ci95", "top1_agreement", "perplexity", "perplexity_original", "bits_per_weight", "bytes"} <= set(
+        figures
+    )
     assert {"tokens", "tokens_per_second"} <= set(figures)
 
     bitpress.quantize(model, tmp_path / "b", recipe=recipe, proof_tokens=0)

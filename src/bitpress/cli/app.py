@@ -80,7 +80,9 @@ def quantize(
     with Screen() as screen:
         source = resolve_model(model, screen.note)
         if not made.needs() and any(v is not None for v in (calibration, samples, length, seed)):
-            screen.note(f"{made.quantizer['name']} needs no calibration: --calibration, --samples, --length and --seed change nothing.")
+            screen.note(
+                f"{made.quantizer['name']} needs no calibration: --calibration, --samples, --length and --seed change nothing."
+            )
         report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
     if as_json:
         print_json(report)

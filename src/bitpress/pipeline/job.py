@@ -10,25 +10,52 @@ A unit is committed in this order: its weight file, the activations after it, it
 Publishing renames the weight files into OUT and writes the manifest last.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.directory import check_file_name
-from bitpress.checkpoints.durable import append_durably, fsync_directory, hash_file, write_durably
+from bitpress.checkpoints.durable import (
+    append_durably,
+    fsync_directory,
+    hash_file,
+    open_regular,
+    read_into,
+    write_durably,
+)
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
-from bitpress.errors import CheckpointError, UsageError
+from bitpress.errors import CheckpointError, DiskError, UsageError
 
-__all__ = ["Job", "differences"]
+__all__ = ["Job", "check_vacant", "differences"]
+
+
+class _After(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    file: str
+    sha256: str
+
+
+class _Unit(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    unit: str
+    shard: str
+    bytes: int
+    sha256: str
+    facts: dict[str, Any]
+    after: _After | None
 
 
 class Job:
@@ -50,24 +77,34 @@ class Job:
         """
         job = cls(out, identity)
         check_vacant(out)
-        new = not job.root.exists()
-        (job.root / "objects").mkdir(parents=True, exist_ok=True)
-        (job.root / "activations").mkdir(exist_ok=True)
+        if job.root.is_symlink():
+            raise UsageError(f"{job.root}: is a link; a job works in a directory of its own.")
+        with _disk_errors(job.root):
+            (job.root / "objects").mkdir(parents=True, exist_ok=True)
+            (job.root / "activations").mkdir(exist_ok=True)
         job._acquire()
-        known = job.root / "job.json"
-        if not new and known.exists():
-            changed = differences(read_json(known), job.identity)
+        try:
+            job._take_up(force)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    def _take_up(self, force: bool) -> None:
+        known = self.root / "job.json"
+        if known.exists():
+            changed = differences(read_json(known), self.identity)
             if changed and not force:
-                job.close()
                 raise UsageError(
-                    f"{out}: holds an unfinished job that differs in {'; '.join(changed)}. Use --force to discard it."
+                    f"{self.out}: holds an unfinished job that differs in {'; '.join(changed)}. Use --force to discard it."
                 )
             if changed:
-                job._discard()
+                known.unlink()
         if not known.exists():
-            write_durably(known, [write_json_bytes(job.identity)])
-        job._read_journal()
-        return job
+            # Without its identity nobody knows whose work the rest is: of a job discarded, or removed, halfway.
+            self._discard()
+            write_durably(known, [write_json_bytes(self.identity)])
+        self._read_journal()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -119,7 +156,8 @@ class Job:
         for unit in self.units:
             made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
             if made.exists():
-                os.replace(made, final)
+                with _disk_errors(final):
+                    os.replace(made, final)
             elif not final.exists():
                 raise CheckpointError(f"{made}: a finished weight file is gone; start again with --force.")
         for name, content in files.items():
@@ -127,48 +165,59 @@ class Job:
         fsync_directory(self.out)
 
     def _retire_previous(self, kept: Collection[str]) -> None:
-        """Take the model that is being replaced out of the directory, its manifest first: half of one is no model."""
+        """Take the model that is being replaced out of the directory: first the files that only it has, then its manifest."""
         manifest = self.out / MANIFEST_NAME
         if not manifest.exists():
             return
         old = read_json(manifest)
-        manifest.unlink()
-        fsync_directory(self.out)
-        for name in old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ():
+        listed = old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ()
+        for name in listed:
             check_file_name(str(manifest), name)
-            if name not in kept:
-                (self.out / name).unlink(missing_ok=True)
+        with _disk_errors(manifest):
+            for name in listed:
+                if name not in kept:
+                    (self.out / name).unlink(missing_ok=True)
+            manifest.unlink()  # last: it says what is still to be taken away, should this be interrupted
+        fsync_directory(self.out)
 
     def _acquire(self) -> None:
-        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path = self.root / "lock"
+        with _disk_errors(path):
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = not path.exists() or not os.path.samestat(os.fstat(self._lock), os.stat(path))
         except BlockingIOError as error:
             self.close()
             raise UsageError(f"{self.out}: another process is working on this directory; wait for it or stop it.") from error
+        if gone:  # the one who held it has finished meanwhile, and taken its folder away
+            self.close()
+            raise UsageError(f"{self.out}: another process has just finished here; run the command again.")
 
     def _discard(self) -> None:
-        for name in ("job.json", "journal.jsonl"):
-            (self.root / name).unlink(missing_ok=True)
-        for folder in ("objects", "activations"):
-            shutil.rmtree(self.root / folder)
-            (self.root / folder).mkdir()
+        with _disk_errors(self.root):
+            (self.root / "journal.jsonl").unlink(missing_ok=True)
+            for folder in ("objects", "activations"):
+                shutil.rmtree(self.root / folder)
+                (self.root / folder).mkdir()
         self.units.clear()
 
     def _read_journal(self) -> None:
         path = self.root / "journal.jsonl"
         if not path.exists():
             return
-        data = path.read_bytes()
+        with open_regular(path) as (descriptor, num_bytes):
+            data = bytearray(num_bytes)
+            read_into(path, descriptor, memoryview(data), 0)
         *lines, torn = data.split(b"\n")
         for number, raw in enumerate(lines):
             crc, _, payload = raw.partition(b" ")
             if crc != b"%08x" % zlib.crc32(payload):
                 raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
-            self.units.append(parse_json(payload, f"{path}:{number + 1}"))
+            self.units.append(_checked_unit(f"{path}:{number + 1}", bytes(payload)))
         if torn:
             # The line that was being written when the process was killed: that unit has not happened.
-            with path.open("r+b") as file:
+            with _disk_errors(path), path.open("r+b") as file:
                 file.truncate(len(data) - len(torn))
                 os.fsync(file.fileno())
         for unit in self.units:
@@ -176,6 +225,29 @@ class Job:
             present = made if made.exists() else final
             if not present.exists() or hash_file(present) != unit["sha256"]:
                 raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
+
+
+def _checked_unit(where: str, payload: bytes) -> dict[str, Any]:
+    """Read a line of the journal; its names become paths, so they are checked like those of any other file."""
+    values = parse_json(payload, where)
+    try:
+        unit = _Unit.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: is not a unit of work; start again with --force.") from error
+    for name in (unit.shard, unit.after.file if unit.after else unit.shard):
+        check_file_name(where, name)
+    return unit.model_dump()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DiskError(f"{path}: {reason}; make room or repair the disk, then the same command goes on from there.") from error
 
 
 def check_vacant(out: Path) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, VERSION, FileRecord, Manifest, PressedCheckpoint, WeightRecord
+from bitpress.checkpoints.pressed import (
+    JOB_DIRECTORY,
+    MANIFEST_NAME,
+    VERSION,
+    FileRecord,
+    Manifest,
+    PressedCheckpoint,
+    WeightRecord,
+)
 from bitpress.errors import CalibrationError, JobStopped, NumericsError, UsageError
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
@@ -81,7 +89,9 @@ def quantize_directory(
         c = recipe.calibration
         context = getattr(streamed.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and c.length > context:
-            raise CalibrationError(f"windows of {c.length} tokens are beyond the model's context of {context}; use --length {context}.")
+            raise CalibrationError(
+                f"windows of {c.length} tokens are beyond the model's context of {context}; use --length {context}."
+            )
         windows = load_windows(c.text, model, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat)
     identity = {
         "source": loader.source.hashes(),
