@@ -168,15 +168,19 @@ def _peak_memory(
     by_block = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
     largest = max((math.prod(w.parameter.shape) for w in weights), default=0) * 4 * 4
+    # The proof computes in float32: two models' outer parts, a block as stored and as computed with, two windows of logits.
+    outer_values = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
+    logits = 512 * model.model.config.get_text_config().vocab_size * 4
+    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * logits
     if not recipe.needs():
-        return BASE_BYTES + outer + block + largest
+        return max(BASE_BYTES + outer + block + largest, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     grams = sum(n * n * 4 for n in widths) * 2
     factor = 3 * max(widths, default=0) ** 2 * 8
     tokens = recipe.batch * recipe.calibration.length
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
-    return BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
+    return max(BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden, proof)
 
 
 def _seconds(recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
