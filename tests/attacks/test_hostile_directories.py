@@ -642,7 +642,7 @@ TOKENIZERS = {
     ),
     "tokenizer: not JSON": Attack(text("tokenizer.json", lambda b: b[:-30]), "cannot be loaded", passes=TOKENIZER),
     "tokenizer: of a larger vocabulary": Attack(
-        shrink_vocabulary, "They do not belong together", passes=TOKENIZER - {"eval"}, codes={"eval": 2}
+        shrink_vocabulary, "they do not belong together", passes=TOKENIZER - {"eval"}
     ),
     "template: reaches for the interpreter": Attack(
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "the chat template failed", passes=TOKENIZER
@@ -775,13 +775,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 
 # Known and not refused cleanly yet; each is one line in the file that is named, and then leaves this table.
-PENDING = {
-    "specification: block of 5000 digits": "formats/block.py: int() of more than 4,300 digits raises a plain ValueError",
-    "specification: block in other digits": "formats/block.py: isdecimal() accepts digits that are not ASCII",
-    "heads that do not divide": "runtime/skeleton.py: build_config lets ZeroDivisionError through",
-    "width as text": "runtime/skeleton.py: build_config lets the validation error of huggingface_hub through",
-    "tokenizer: of a larger vocabulary": "pipeline/prove.py: the vocabularies are compared after the embedding was asked",
-}
+PENDING: dict[str, str] = {}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.screen import err, out
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.loading import load
+from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["answer_once", "chat"]
 
@@ -115,6 +116,7 @@ def _generate(
     from transformers import TextStreamer
 
     room = _check_prompt(model, ids)
+    check_tokens(ids, model.config, "this directory")
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     start = time.perf_counter()

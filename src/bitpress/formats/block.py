@@ -1,11 +1,15 @@
 """The block of weights that shares one set of parameters: some rows by some columns, or a whole axis."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from bitpress.errors import FormatError
 
 __all__ = ["Block"]
+
+# ASCII digits, no leading zero, at most ten of them: a name may come from a file.
+_SIZES = re.compile(r"g([1-9][0-9]{0,9})|([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
 
 Extent = int | Literal["all"]
 
@@ -24,12 +28,11 @@ class Block:
             return cls(1, "all")
         if text == "tensor":
             return cls("all", "all")
-        if text.startswith("g") and text[1:].isdecimal() and int(text[1:]) > 0:
-            return cls(1, int(text[1:]))
-        rows, _, cols = text.partition("x")
-        if rows.isdecimal() and cols.isdecimal() and int(rows) > 0 and int(cols) > 0:
-            return cls(int(rows), int(cols))
-        return None
+        sizes = _SIZES.fullmatch(text)
+        if sizes is None:
+            return None
+        group, rows, cols = sizes.groups()
+        return cls(1, int(group)) if group else cls(int(rows), int(cols))
 
     @property
     def name(self) -> str:

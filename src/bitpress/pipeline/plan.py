@@ -165,12 +165,12 @@ def _peak_memory(
     """Estimate: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
     prefix = f"{model.stack}."
     outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
-    by_block = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
+    by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
-    largest = max((math.prod(w.parameter.shape) for w in weights), default=0) * 4 * 4
+    largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * 4 * 4
     # The proof computes in float32: two models' outer parts, a block as stored and as computed with, two windows of logits.
-    outer_values = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
-    logits = 512 * model.model.config.get_text_config().vocab_size * 4
+    outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
+    logits: int = 512 * model.model.config.get_text_config().vocab_size * 4
     proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * logits
     if not recipe.needs():
         return max(BASE_BYTES + outer + block + largest, proof)

@@ -18,6 +18,7 @@ from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.source_model import open_streamed
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import load_windows
+from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["check_reloaded", "compare", "evaluate"]
 
@@ -94,6 +95,8 @@ def evaluate(
     limit = getattr(original.model.config.get_text_config(), "max_position_embeddings", None) or length
     length = min(length, limit)
     windows = load_windows(text, against, samples=max(tokens // length, 1), length=length, seed=seed)
+    for model, place in ((original, against), (candidate, directory)):
+        check_tokens(windows.tokens, model.model.config, str(place))
     figures = compare(candidate, original, windows.tokens, progress)
     stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
     if pressed is not None:

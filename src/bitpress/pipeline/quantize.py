@@ -35,6 +35,7 @@ from bitpress.pipeline.source_model import OriginalLoader, open_original
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import load_windows
 from bitpress.recipes import Recipe
+from bitpress.runtime.skeleton import check_tokens
 from bitpress.version import __version__
 
 __all__ = ["Proof", "plan_run", "quantize_directory"]
@@ -93,6 +94,7 @@ def quantize_directory(
                 f"windows of {c.length} tokens are beyond the model's context of {context}; use --length {context}."
             )
         windows = load_windows(c.text, model, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat)
+        check_tokens(windows.tokens, streamed.model.config, str(model))
     identity = {
         "source": loader.source.hashes(),
         "calibration": None if windows is None else windows.sha256,

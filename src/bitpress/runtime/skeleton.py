@@ -11,11 +11,12 @@ import torch
 
 from bitpress.errors import CheckpointError, unknown_name
 
-__all__ = ["build_config", "build_skeleton", "find_stack", "restore_ties_", "set_parameter_"]
+__all__ = ["build_config", "build_skeleton", "check_tokens", "find_stack", "restore_ties_", "set_parameter_"]
 
 
 def build_config(values: Mapping[str, Any]) -> Any:
     """Make transformers' configuration object from the content of config.json. Raises CheckpointError, UsageError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = str(values.get("model_type"))
@@ -24,8 +25,8 @@ def build_config(values: Mapping[str, Any]) -> Any:
     kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config")}
     try:
         return CONFIG_MAPPING[model_type].from_dict(kept)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"config.json does not describe a {model_type} model: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json does not describe a {model_type} model: {_one_line(error)}") from error
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -40,7 +41,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
             # One expert at a time goes through plain linear products, where calibration and packed weights can see it.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        raise CheckpointError(f"config.json cannot be built as {config.model_type}: {error}") from error
+        raise CheckpointError(f"config.json cannot be built as {config.model_type}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -73,3 +74,16 @@ def find_stack(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     if best is None:
         raise CheckpointError(f"{type(model).__name__} has no list of blocks to walk.")
     return best[1], best[2]
+
+
+def check_tokens(tokens: torch.Tensor, config: Any, where: str) -> None:
+    """Raise CheckpointError when a token has no row in the embedding: the tokenizer is of another model."""
+    vocabulary = config.get_text_config().vocab_size
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"{where}: its tokenizer gives token {int(tokens.max())}, but the model has only {vocabulary}; they do not belong together."
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
