@@ -30,6 +30,12 @@ def pack(codes: UInt8[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Ten
     rows, count = codes.shape
     if bits == 8:
         return codes.contiguous()
+    if 8 % bits == 0:
+        fields = torch.nn.functional.pad(codes, (0, -count % (8 // bits))).view(rows, -1, 8 // bits)
+        joined = fields[..., 0].clone()
+        for i in range(1, 8 // bits):
+            joined |= fields[..., i] << (bits * i)
+        return joined
     # Eight codes fill exactly `bits` bytes, so one 64-bit word carries them whatever the width.
     padded = torch.nn.functional.pad(codes, (0, -count % 8)).view(rows, -1, 8)
     words = torch.zeros(padded.shape[:2], dtype=torch.int64)

@@ -73,7 +73,7 @@ class Job:
         """Start or resume the job of a directory.
 
         Raises UsageError when another process works there, when the directory holds something else, or when its job is not
-        this one (the fields that differ are named); with `force`, a different job of bitpress is discarded.
+        this one (the fields that differ are named); with `force`, a different job of bitpress, or a damaged one, is discarded.
         """
         job = cls(out, identity)
         check_vacant(out)
@@ -104,7 +104,13 @@ class Job:
             # Without its identity nobody knows whose work the rest is: of a job discarded, or removed, halfway.
             self._discard()
             write_durably(known, [write_json_bytes(self.identity)])
-        self._read_journal()
+        try:
+            self._read_journal()
+            self._find_activations()
+        except CheckpointError:
+            if not force:
+                raise
+            self._discard()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -135,13 +141,17 @@ class Job:
 
     def activations(self) -> torch.Tensor | None:
         """Give what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        path = self._find_activations()
+        return None if path is None else read_tensor(path, read_header(path)[0]["hidden"])
+
+    def _find_activations(self) -> Path | None:
         after = self.units[-1]["after"] if self.units else None
         if after is None:
             return None
         path = self.root / "activations" / after["file"]
         if not path.exists() or hash_file(path) != after["sha256"]:
             raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
-        return read_tensor(path, read_header(path)[0]["hidden"])
+        return path
 
     def publish(self, files: Mapping[str, bytes], manifest: bytes) -> None:
         """Put everything in place, the manifest last, and remove the job's own folder."""

@@ -210,7 +210,7 @@ class Presser:
                 outcome = Outcome(mapped, (*outcome.fallbacks, text))
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        plain = RTN().quantize(unscaled, None, fmt).weight.dequantize()
+        plain = w_hat if self.quantizer == RTN() else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         return outcome, (output_error(unscaled, plain, usable), output_error(unscaled, w_hat, usable))
 
