@@ -48,6 +48,10 @@ peers: $(VENV)/.dev
 attack: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/press.py --render
+
 size:
 	@find src -name '*.py' | xargs wc -l | sort -rn | head -15
 

@@ -49,6 +49,7 @@ def measure(method: str, bits: int, model: str = MODEL) -> dict[str, Any]:
         "seconds_pressing": run["seconds_pressing"],
         "seconds": run["seconds"],
         "peak_memory_mb": round(run["peak_memory_bytes"] / 1e6),
+        "threads": run["threads"],
         "fallbacks": len(report["fallbacks"]),
     }
 
@@ -136,7 +137,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:
-        print(json.dumps(add_row("press", measure_floor())))
+        if options.methods == list(METHODS):
+            print(json.dumps(add_row("press", measure_floor())))
         for bits in options.bits:
             for method in options.methods:
                 print(json.dumps(add_row("press", measure(method, bits))), flush=True)

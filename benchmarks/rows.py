@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def add_row(question: str, row: dict[str, Any]) -> dict[str, Any]:
     """Append a row to benchmarks/results/<question>.jsonl, with commit, date and machine."""
-    full = {**row, "commit": _commit(), "date": datetime.date.today().isoformat(), **machine()}
+    full = {**machine(), "commit": _commit(), "date": datetime.date.today().isoformat(), **row}
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{question}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(full, sort_keys=True) + "\n")

@@ -641,9 +641,7 @@ TOKENIZERS = {
         passes=TOKENIZER,
     ),
     "tokenizer: not JSON": Attack(text("tokenizer.json", lambda b: b[:-30]), "cannot be loaded", passes=TOKENIZER),
-    "tokenizer: of a larger vocabulary": Attack(
-        shrink_vocabulary, "they do not belong together", passes=TOKENIZER - {"eval"}
-    ),
+    "tokenizer: of a larger vocabulary": Attack(shrink_vocabulary, "they do not belong together", passes=TOKENIZER - {"eval"}),
     "template: reaches for the interpreter": Attack(
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "the chat template failed", passes=TOKENIZER
     ),
@@ -774,14 +772,7 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.lstat().st_mtime_ns for p in sorted(folder.rglob("*"))}
 
 
-# Known and not refused cleanly yet; each is one line in the file that is named, and then leaves this table.
-PENDING: dict[str, str] = {}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail(reason=PENDING[n], strict=True)) if n in PENDING else n for n in ATTACKS],
-)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_a_hostile_directory_is_refused_everywhere(
     name: str,
     stage_files: Path,

@@ -418,6 +418,7 @@ def test_an_unfinished_job_of_another_recipe_is_refused(bitpress: Run, llama: Pa
     ("command", "says"),
     [
         (("run", "DIR", "--prompt", ""), "the prompt is empty"),
+        (("run", "DIR", "--prompt", "\udcff"), "not valid UTF-8"),
         (("run", "DIR", "--json"), "--json needs a --prompt"),
         (("run", "DIR", "--prompt", "word " * 300), "the model's context is 256"),
         (("inspect",), "either DIR or --machine"),

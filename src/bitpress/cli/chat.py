@@ -68,6 +68,8 @@ def _open(directory: Path, packed: bool) -> tuple[Any, Any]:
 def _encode(tokenizer: Any, messages: list[dict[str, str]], raw: str | None) -> torch.Tensor:
     import jinja2
 
+    if any("\ud800" <= character <= "\udfff" for character in messages[-1]["content"]):
+        raise UsageError("the prompt is not valid UTF-8.")
     if raw is not None or tokenizer.chat_template is None:
         text = raw if raw is not None else messages[-1]["content"]
         ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -116,7 +118,6 @@ def _generate(
     from transformers import TextStreamer
 
     room = _check_prompt(model, ids)
-    check_tokens(ids, model.config, "this directory")
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     start = time.perf_counter()
@@ -142,13 +143,10 @@ def _generate(
 
 def _check_prompt(model: Any, ids: torch.Tensor) -> int:
     """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
-    count, vocabulary = ids.shape[1], model.get_input_embeddings().weight.shape[0]
+    count = ids.shape[1]
     if not count:
         raise UsageError("the prompt has no tokens.")
-    if int(ids.max()) >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer gives token {int(ids.max())}; the model knows {vocabulary}. They do not belong together."
-        )
+    check_tokens(ids, model.config, "this directory")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return 2**31

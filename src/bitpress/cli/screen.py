@@ -65,7 +65,7 @@ class Screen:
             err.print(f"{self._what}: {self._done}/{self._total} {unit}  {'  '.join(told)}  ETA {duration(left)}")
 
     def note(self, text: str) -> None:
-        err.print(text, markup=False)
+        err.print(text, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._bar is not None:

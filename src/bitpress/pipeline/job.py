@@ -148,7 +148,7 @@ class Job:
         after = self.units[-1]["after"] if self.units else None
         if after is None:
             return None
-        path = self.root / "activations" / after["file"]
+        path: Path = self.root / "activations" / after["file"]
         if not path.exists() or hash_file(path) != after["sha256"]:
             raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
         return path

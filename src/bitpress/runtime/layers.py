@@ -18,10 +18,14 @@ __all__ = ["PackedExperts", "PackedLinear", "PackedWeight", "replace_"]
 
 
 class PackedWeight(nn.Module):
-    """The tensors of one compressed weight, as buffers, and the weight made of them."""
+    """The tensors of one compressed weight, as buffers, and the weight made of them; `decoded` is its matrix, once it is."""
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
+    decoded: torch.Tensor | None
+
+    def __init__(self, spec: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.register_buffer("decoded", None, persistent=False)
         self.spec = dict(spec)
         self.names = tuple(CompressedWeight.expected(spec))
         for name, (dtype, shape) in CompressedWeight.expected(spec).items():
@@ -39,15 +43,24 @@ class PackedWeight(nn.Module):
             self._weight = CompressedWeight.build(self.spec, {name: self.get_buffer(name) for name in self.names})
         return self._weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
-        """Move buffers to another device; their types are part of the format and stay."""
+    def _hold_(self, decoded: torch.Tensor) -> None:
+        """Keep the decoded matrix and let the codes go."""
+        self.decoded = decoded.to(self.dtype)
         self.__dict__.pop("_weight", None)
+        self._modules.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
+        """Move everything to another device; a new type is for the bias and the decoded matrix, that of the codes is their format."""
+        self.__dict__.pop("_weight", None)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def moved(t: torch.Tensor) -> torch.Tensor:
             out = fn(t)
             return out if out.dtype == t.dtype else t.to(out.device)
 
-        super()._apply(moved, recurse)
+        for child in self.children() if recurse else ():
+            child._apply(moved)
+        super()._apply(fn, recurse=False)
         return self
 
 
@@ -55,23 +68,21 @@ class PackedLinear(PackedWeight):
     """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`."""
 
     def __init__(self, spec: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__(spec)
+        super().__init__(spec, dtype)
         self.out_features, self.in_features = spec["shape"]
-        self.dtype = dtype
         self.bias = bias
-        self.decoded: torch.Tensor | None = None
 
     def decode_(self) -> None:
-        """Decode once and let the codes go."""
-        self.decoded = self.weight_terms().dequantize().to(self.dtype)
-        self.__dict__.pop("_weight", None)
-        self._modules.clear()
+        self._hold_(self.weight_terms().dequantize())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+    @property
+    def weight(self) -> torch.Tensor:
+        """Give code that looks at a layer's weight (for its type, or to initialise it) the matrix, or its shape while packed."""
         if self.decoded is not None:
-            self.decoded = fn(self.decoded)
-        super()._apply(fn, recurse)
-        return self
+            return self.decoded
+        shown = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves alone what bears this mark
+        return shown
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.decoded is not None:
@@ -89,21 +100,11 @@ class PackedExperts(PackedWeight):
     """Stands where a 3-d parameter of experts stood; indexing it decodes that expert's matrix."""
 
     def __init__(self, spec: Mapping[str, Any], parameter: WeightParameter, dtype: torch.dtype) -> None:
-        super().__init__(spec)
+        super().__init__(spec, dtype)
         self.parameter = parameter
-        self.dtype = dtype
-        self.decoded: torch.Tensor | None = None
 
     def decode_(self) -> None:
-        self.decoded = self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
-        self.__dict__.pop("_weight", None)
-        self._modules.clear()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedExperts":
-        if self.decoded is not None:
-            self.decoded = fn(self.decoded)
-        super()._apply(fn, recurse)
-        return self
+        self._hold_(self.parameter.restore(self.weight_terms().dequantize()))
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
         if self.decoded is not None:
