@@ -9,6 +9,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 
 FLOORS = {
     "errors": 0,
+    "limits": 0,
     "settings": 0,
     "version": 0,
     "formats": 1,
@@ -47,7 +48,9 @@ def imports(tree: ast.AST) -> list[tuple[int, str]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "bitpress" else [node.module or ""]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "bitpress" else [node.module or ""]
+            )
         else:
             continue
         found += [(node.lineno, name.split(".")[1]) for name in names if name.startswith("bitpress.")]

@@ -8,6 +8,7 @@ Importing this package imports neither torch nor transformers. It only arranges 
 read the directories that bitpress writes.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -29,6 +30,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(_: Any) -> None:
+    bridge = sys.modules.get("bitpress.runtime.bridge")
+    if bridge is not None and not hasattr(bridge, "register"):
+        return  # the bridge itself is being imported, and imports transformers
     from bitpress.runtime.bridge import register
 
     register()

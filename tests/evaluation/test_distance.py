@@ -9,7 +9,9 @@ from bitpress.errors import NumericsError, UsageError
 from bitpress.evaluation import measure_distance
 
 
-def tables(seed: int, windows: int = 5, length: int = 150, vocabulary: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tables(
+    seed: int, windows: int = 5, length: int = 150, vocabulary: int = 40
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocabulary, (windows, length), generator=generator)
     p = torch.randn(windows, length, vocabulary, generator=generator) * 2

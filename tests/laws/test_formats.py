@@ -70,9 +70,7 @@ def test_encode_picks_the_nearest_level(name: str) -> None:
     w = weight(fmt, 1, 2, 3)
     params = fmt.fit(w)
     chosen = (fmt.decode(fmt.encode(w, params), params) - w).abs()
-    every = [
-        (fmt.decode(torch.full(w.shape, c, dtype=torch.uint8), params) - w).abs() for c in range(1 << fmt.grid.code_bits)
-    ]
+    every = [(fmt.decode(torch.full(w.shape, c, dtype=torch.uint8), params) - w).abs() for c in range(1 << fmt.grid.code_bits)]
     nearest = torch.stack(every).amin(0)
     # Two levels may be equally near up to the rounding of (codes - zero) * scale in float32.
     assert torch.all(chosen <= nearest + 4 * torch.finfo(torch.float32).eps * w.abs().max())
@@ -84,7 +82,9 @@ def test_min_max_clips_nothing(name: str) -> None:
     w = weight(fmt, 2, 4, 4)
     params = fmt.fit(w)
     error = (fmt.decode(fmt.encode(w, params), params) - w).abs()
-    scale = fmt.decode(torch.full(w.shape, 1, dtype=torch.uint8), params) - fmt.decode(torch.zeros_like(w, dtype=torch.uint8), params)
+    scale = fmt.decode(torch.full(w.shape, 1, dtype=torch.uint8), params) - fmt.decode(
+        torch.zeros_like(w, dtype=torch.uint8), params
+    )
     # Half a step, or where the scale was rounded to 8 (bf16) or 11 bits (fp16) one part in 2^8 of the range more.
     assert torch.all(error <= 0.5 * scale + (1 << fmt.grid.code_bits) * scale * 2.0**-8 + 1e-6)
 

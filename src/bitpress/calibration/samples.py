@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int64
 
 from bitpress.errors import CalibrationError, UsageError, unknown_name
+from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 
 __all__ = ["Document", "Windows", "builtin_texts", "read_texts", "sample_windows"]
 
@@ -270,8 +271,11 @@ def _render(tokenizer: Any, kind: str, messages: Sequence[Message]) -> str:
         raise CalibrationError(f"{kind}: the tokenizer has no chat template; take plain text, without chat.")
     turns = [{"role": role, "content": content} for role, content in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except MemoryError as error:
+        raise CalibrationError(f"{kind}: the chat template needs too much memory.") from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CalibrationError(f"{kind}: the chat template cannot render a conversation: {error}") from error
 
 

@@ -55,7 +55,8 @@ class SourceCheckpoint:
         root = open_directory(path)
         config = read_config(root)
         if config.get("quantization_config") is not None:
-            method = dict(config["quantization_config"]).get("quant_method", "unknown")
+            quantization = config["quantization_config"]
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); give the original model.")
         index = read_index(root)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}

@@ -37,15 +37,20 @@ Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Weights to leave alone, e.g. '*.down_proj'. May be given again.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     _state["debug"] = debug
-    if version:
-        out.print(__version__)
-        raise typer.Exit
 
 
 @app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-4bit --weights int4-g64-zero --quantizer gptq")
@@ -273,7 +278,7 @@ def main() -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             _fail(f"{error.filename or 'disk'}: {error.strerror}; make room and run the same command again.", 4)
-        raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 4)
     except KeyboardInterrupt:
         _fail("interrupted.", 130)
 

@@ -3,12 +3,7 @@
 A chat template is code: it runs in transformers' sandboxed jinja environment, for a few seconds and in limited memory at most.
 """
 
-import resource
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +13,12 @@ from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.screen import err, out
 from bitpress.errors import CheckpointError, UsageError
+from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.loading import load
 from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["answer_once", "chat"]
 
-TEMPLATE_SECONDS = 5.0
-TEMPLATE_BYTES = 2**28
 TEMPLATE_CHARACTERS = 2**22
 
 
@@ -75,7 +69,7 @@ def _encode(tokenizer: Any, messages: list[dict[str, str]], raw: str | None) -> 
         ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
         return ids
     try:
-        with _limits():
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except MemoryError as error:
         raise CheckpointError("the chat template needs too much memory; use --raw.") from error
@@ -86,30 +80,6 @@ def _encode(tokenizer: Any, messages: list[dict[str, str]], raw: str | None) -> 
         raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return ids
-
-
-@contextmanager
-def _limits() -> Iterator[None]:
-    """Bound the time (in the main thread, where signals arrive) and the memory of what runs inside."""
-
-    def expire(*_: object) -> None:
-        raise RuntimeError(f"it ran for more than {TEMPLATE_SECONDS:g} seconds")
-
-    timed = threading.current_thread() is threading.main_thread()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    wanted = pages * resource.getpagesize() + TEMPLATE_BYTES
-    before = signal.signal(signal.SIGALRM, expire) if timed else None
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
-        yield
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _generate(

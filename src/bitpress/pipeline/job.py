@@ -179,7 +179,9 @@ class Job:
         manifest = self.out / MANIFEST_NAME
         if not manifest.exists():
             return
-        old = read_json(manifest)
+        old: Any = None
+        with contextlib.suppress(CheckpointError):  # a manifest that cannot be read lists nothing
+            old = read_json(manifest)
         listed = old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ()
         for name in listed:
             check_file_name(str(manifest), name)

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from bitpress.checkpoints.parameter import WeightParameter
-from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError
+from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import Format
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.streaming import StreamedModel
@@ -97,6 +97,8 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         found, others = list_weights(model.block_name(i), block, model.model.config, recipe.skip)
         weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
         kept |= others
+    if not weights:
+        raise UsageError("nothing is left to compress; --skip leaves every weight as it is.")
     _check_shapes(weights)
     compressed = {w.parameter.name for w in weights}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)

@@ -23,7 +23,7 @@ from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.rescale import PROBE_LENGTH, Rescaled, rescale_block_
 from bitpress.pipeline.streaming import StreamedModel
-from bitpress.quantizers.quantizer import Outcome, output_error
+from bitpress.quantizers.quantizer import Outcome, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import Recipe
 
@@ -212,7 +212,8 @@ class Presser:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
         plain = w_hat if self.quantizer == RTN() else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
-        return outcome, (output_error(unscaled, plain, usable), output_error(unscaled, w_hat, usable))
+        before, after = output_errors(unscaled, (plain, w_hat), usable)
+        return outcome, (before, after)
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without."""

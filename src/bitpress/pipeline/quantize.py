@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bitpress.calibration.samples import read_texts
+from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.pressed import (
     JOB_DIRECTORY,
@@ -23,7 +25,7 @@ from bitpress.checkpoints.pressed import (
     PressedCheckpoint,
     WeightRecord,
 )
-from bitpress.errors import CalibrationError, JobStopped, NumericsError, UsageError
+from bitpress.errors import CalibrationError, CheckpointError, JobStopped, NumericsError, UsageError
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
 from bitpress.pipeline.plan import Plan, check_room, make_plan
@@ -85,6 +87,10 @@ def quantize_directory(
     started = time.perf_counter()
     check_vacant(out)
     plan, streamed, loader = plan_run(model, recipe)
+    if proof.tokens:
+        if recipe.needs() and proof.text == recipe.calibration.text:
+            raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
+        read_texts(proof.text)  # a proof that cannot be read is better known now than at the end
     windows = None
     if recipe.needs():
         c = recipe.calibration
@@ -98,7 +104,7 @@ def quantize_directory(
     identity = {
         "source": loader.source.hashes(),
         "calibration": None if windows is None else windows.sha256,
-        "recipe": recipe.resolved(),
+        "recipe": _recorded(recipe),
         "versions": {"bitpress": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
     }
     finished = _finished(out, identity, force)
@@ -222,7 +228,7 @@ def _side_files(job: Job, loader: OriginalLoader) -> dict[str, bytes]:
     """Make the configuration and the index; take over the tokenizer's files."""
     from bitpress.checkpoints.safetensors_file import read_header
 
-    config = {k: v for k, v in loader.source.config.items() if k != "auto_map"}
+    config = {k: v for k, v in loader.source.config.items() if k not in ("auto_map", "transformers_weights")}
     config["quantization_config"] = {"quant_method": "bitpress", "version": VERSION}
     weight_map: dict[str, str] = {}
     total = 0
@@ -252,7 +258,7 @@ def _manifest(
         weights={name: WeightRecord(**record) for name, record in facts["weights"].items()},
         aliases=dict(loader.names.aliases),
         left_out=list(loader.names.left_out),
-        recipe=recipe.resolved(),
+        recipe=_recorded(recipe),
         job=job.identity,
     )
 
@@ -261,7 +267,7 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
     """Give the report of a model that is published in `out` already, if it is this one."""
     if not (out / MANIFEST_NAME).exists():
         return None
-    known = PressedCheckpoint.open(out).manifest.job if not force else read_json(out / MANIFEST_NAME).get("job")
+    known = _known_job(out) if force else PressedCheckpoint.open(out).manifest.job
     changed = differences(known, identity)
     if changed and not force:
         raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")
@@ -269,8 +275,30 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
         return None
     if (out / JOB_DIRECTORY).exists():
         shutil.rmtree(out / JOB_DIRECTORY)  # killed after the manifest was written and before this was done
-    report: dict[str, Any] = read_json(out / "report.json")
+    report = read_json(safe_file(out, "report.json"))
+    if not isinstance(report, dict) or not {"figures", "size", "run", "job", "layers", "fallbacks", "calibrated"} <= set(
+        report
+    ):
+        raise CheckpointError(f"{out / 'report.json'}: is no report of bitpress; use --force to make the model again.")
     return report
+
+
+def _known_job(out: Path) -> Any:
+    """Give the identity of a model that may be replaced, whatever state its manifest is in."""
+    try:
+        manifest = read_json(out / MANIFEST_NAME)
+    except CheckpointError:
+        return None
+    return manifest.get("job") if isinstance(manifest, dict) else None
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """Give the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
+    resolved = recipe.resolved()
+    text = resolved["calibration"]["text"]
+    if not text.startswith(("builtin", "hf:")):
+        resolved["calibration"]["text"] = Path(text).name
+    return resolved
 
 
 def _counts(kinds: Sequence[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 A quantizer is pure: no model, no files, no randomness that is not seeded by its own fields.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.formats import CompressedWeight, Format
 
-__all__ = ["Outcome", "Quantizer", "output_error"]
+__all__ = ["Outcome", "Quantizer", "output_error", "output_errors"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "o
 
     sum((w - w_hat) gram (w - w_hat)') / sum(w gram w')
     """
-    difference = w - w_hat
-    if stats is None or stats.gram is None:
-        error, whole = difference.square().sum(), w.square().sum()
-    else:
-        error = ((difference @ stats.gram) * difference).sum()
-        whole = ((w @ stats.gram) * w).sum()
-    return float(error / whole) if float(whole) > 0 else 0.0
+    return output_errors(w, (w_hat,), stats)[0]
+
+
+def output_errors(
+    w: Float[torch.Tensor, "out in"], candidates: Sequence[Float[torch.Tensor, "out in"]], stats: Stats | None
+) -> list[float]:
+    """Give `output_error` of several candidates; what they share is computed once."""
+    gram = None if stats is None else stats.gram
+    whole = _energy(w, gram)
+    return [_energy(w - w_hat, gram) / whole if whole > 0 else 0.0 for w_hat in candidates]
+
+
+def _energy(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"] | None) -> float:
+    return float(w.square().sum() if gram is None else (w @ gram).mul_(w).sum())

@@ -1,0 +1,43 @@
+"""Limits on code that comes with data, such as a chat template: it may loop or allocate without end."""
+
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["TEMPLATE_BYTES", "TEMPLATE_SECONDS", "bounded"]
+
+# A template renders a conversation in milliseconds and kilobytes.
+TEMPLATE_SECONDS = 5.0
+TEMPLATE_BYTES = 256 * 2**20
+
+
+@contextmanager
+def bounded(seconds: float, num_bytes: int) -> Iterator[None]:
+    """Bound the time (in the main thread, where signals arrive) and the further memory (on Linux) of what runs inside.
+
+    Raises RuntimeError when the time is over; the memory shows as MemoryError.
+    """
+
+    def expire(*_: object) -> None:
+        raise RuntimeError(f"it ran for more than {seconds:g} seconds")
+
+    timed = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, expire) if timed else None
+    try:
+        if sys.platform == "linux":
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            wanted = pages * resource.getpagesize() + num_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
