@@ -6,6 +6,7 @@ The peer keeps its defaults (static activation order, dampening 0.01, min-max sc
 compared with the original in float32 on the same held-out windows.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -81,16 +82,20 @@ def swap(model: Path, weights: Path, target: Path) -> Path:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"])
+    parser.add_argument("--bits", type=int, nargs="*", default=[4])
+    options = parser.parse_args()
     from bitpress.checkpoints.named import resolve_model
 
     if not PEER.exists():
         raise SystemExit("the peer's environment is not here; run make peers.")
     model = resolve_model(MODEL)
     rows = []
-    for bits in (4,):
+    for bits in options.bits:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for quantizer in ("rtn", "gptq"):
+            for quantizer in options.methods:
                 rows.append(add_row("peer", ours(folder / quantizer, f"int{bits}-g64-zero", quantizer)))
                 print(json.dumps(rows[-1]), flush=True)
             rows.append(add_row("peer", peer(model, folder, bits)))
