@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from bitpress.calibration import builtin_texts
 from bitpress.checkpoints import durable
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
 from bitpress.errors import CheckpointError, DiskError
@@ -126,7 +127,9 @@ def runs(
     model = tiny_model("llama", num_hidden_layers=3, hidden_size=64, intermediate_size=128)
     command = ["quantize", str(model), "OUT", "--weights", "int4-g32-zero", "--quantizer", "gptq"]
     command += ["--calibration", str(text_file), "--samples", "16", "--length", "64", "--set", "batch=4"]
-    command += ["--proof-tokens", "256", "--proof-text", str(text_file)]
+    held_out = tmp_path_factory.mktemp("text") / "held_out.txt"
+    held_out.write_text(builtin_texts("heldout")["reference"][:20_000], encoding="utf-8")
+    command += ["--proof-tokens", "256", "--proof-text", str(held_out)]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder), json.dumps(command), str(KILLS), str(SEED)],
         capture_output=True,
