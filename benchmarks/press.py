@@ -84,20 +84,21 @@ def render() -> None:
     """Write docs/press.md and docs/press.png."""
     rows = latest()
     lines = [
-        "| format | method | bits | KL | same top token | perplexity | pressing, s | peak, MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| format | method | bits | KL | same top token | perplexity | pressing, s | threads | load | peak, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r['weights']} | {r['method']} | {r['bits_per_weight']:.3f} | {r['kl_mean']:.4f} ± {r['kl_ci95']:.4f} | "
-            f"{100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {r.get('seconds_pressing', '')} | {r.get('peak_memory_mb', '')} |"
+            f"{100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {r.get('seconds_pressing', '')} | {r['threads']} | {r['load']:.1f} | {r.get('peak_memory_mb', '')} |"
         )
     original = rows[0]["perplexity_original"] if rows else 0.0
     text = (
         "# What the methods cost\n\n"
         f"Re-gauged SmolLM2-135M, all 210 linears of the blocks, perplexity of the original {original:.2f}. Calibration: 128 windows of\n"
-        f"512 built-in tokens. Measured on {TOKENS} held-out tokens of four kinds, two of them outside of what calibration saw;\n"
-        "intervals are 95 % over windows. `make bench Q=press` prints this; the rows are in `benchmarks/results/press.jsonl`.\n\n"
+        f"512 built-in tokens. Measured on {TOKENS} held-out tokens of four kinds, one of them (reference) outside of what calibration saw;\n"
+        "intervals are 95 % over windows. Times are of machines as loaded as the column says (a quiet one has a load of about the number of\n"
+        "threads), so compare methods by them only where the load is alike; `make bench Q=peer` times on a quiet one. `make bench Q=press` prints this; the rows are in `benchmarks/results/press.jsonl`.\n\n"
         + "\n".join(lines)
         + "\n\n![KL against stored bits](press.png)\n"
     )

@@ -14,7 +14,7 @@ def main() -> None:
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     console = Console(record=True, width=92, highlight=False)
     screen.out = reports.out = console
-    console.print(f"[dim]$ bitpress quantize smollm2-135m {directory}[/dim]")
+    console.print(f"[dim]$ bitpress quantize smollm2-135m {directory} --samples 64[/dim]")
     reports.show_report(report, directory)
     target = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
     console.save_svg(str(target), title="bitpress")
