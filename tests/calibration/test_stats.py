@@ -51,7 +51,9 @@ def test_sick_input_names_the_place(sick: list[float]) -> None:
 
 
 def test_large_but_finite_input_is_no_error() -> None:
-    StatsCollector({"mean_abs"}, 2).add(torch.full((4, 2), 3e38), "here")  # the sum overflows, no value does
+    collector = StatsCollector({"mean_abs"}, 2)
+    collector.add(torch.full((4, 2), 3e38), "here")  # the sum overflows, no value does
+    assert collector.finish().tokens == 4
 
 
 def test_rescaled_is_the_statistics_of_the_scaled_input() -> None:
