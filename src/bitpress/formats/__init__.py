@@ -2,7 +2,7 @@
 
 from bitpress.formats.block import Block
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grid import Grid, Params, StoredParam
+from bitpress.formats.grid import EvenlySpaced, Grid, Params, StoredParam
 from bitpress.formats.integer import Integer
 from bitpress.formats.maps import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.packed import Packed
@@ -16,6 +16,7 @@ __all__ = [
     "Block",
     "Chain",
     "CompressedWeight",
+    "EvenlySpaced",
     "Expected",
     "Format",
     "Grid",

@@ -20,6 +20,9 @@ __all__ = ["SCALE_DTYPES", "Format"]
 
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+# Weights that a clipping search works on at a time: half a megabyte.
+SEARCHED_TOGETHER = 1 << 17
+
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -81,6 +84,19 @@ class Format:
         down, across = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self._to_blocks(w.float())
         weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
+        # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
+        shared = any(p.scope == "tensor" for p in self.grid.params)
+        size = len(blocks) if shared else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
+        found = [
+            self._search(part, None if weights is None else weights[a : a + len(part)], shrink)
+            for a, part in zip(range(0, len(blocks), size), blocks.split(size), strict=True)
+        ]
+        return {
+            p.name: torch.cat([f[p.name] for f in found]).reshape(down, across) if p.scope == "block" else found[0][p.name]
+            for p in self.grid.params
+        }
+
+    def _search(self, blocks: Float[torch.Tensor, "blocks n"], weights: torch.Tensor | None, shrink: Sequence[float]) -> Params:
         best = self._rounded(self.grid.fit(blocks * shrink[0], weights))
         if len(shrink) > 1:
             best_error = self._error(blocks, weights, best)
@@ -90,7 +106,7 @@ class Format:
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best = {p.name: self._choose(p, better, trial[p.name], best[p.name]) for p in self.grid.params}
-        return {p.name: best[p.name].reshape(down, across) if p.scope == "block" else best[p.name] for p in self.grid.params}
+        return best
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
         """Give the nearest code of every weight under given parameters."""

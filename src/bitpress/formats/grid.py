@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 
-__all__ = ["Grid", "Params", "StoredParam"]
+__all__ = ["EvenlySpaced", "Grid", "Params", "StoredParam"]
 
 Params = Mapping[str, torch.Tensor]
 
@@ -64,4 +64,19 @@ class Grid(Protocol):
 
     def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
         """Give the weights that codes stand for, in float32."""
+        ...
+
+
+@runtime_checkable
+class EvenlySpaced(Protocol):
+    """A grid of span 1 whose levels are `(code - zero) * scale`, codes 0 to `top`: native loops round to it themselves.
+
+    A code is `round(value / scale) + zero`, halves to even, clamped; a scale of 0 divides as 1.
+    """
+
+    @property
+    def top(self) -> int: ...
+
+    def zero_of(self, params: Params) -> torch.Tensor | float:
+        """Give the zero point in code units."""
         ...

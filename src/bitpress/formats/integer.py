@@ -66,11 +66,11 @@ class Integer:
         scale = params["scale"]
         # A scale of 0 marks a block of zeros; dividing by 1 there keeps the codes finite and decode gives 0 anyway.
         codes = values / torch.where(scale == 0, 1.0, scale)
-        codes = codes.round_().add_(self._zero(params)).clamp_(0, self.top)
+        codes = codes.round_().add_(self.zero_of(params)).clamp_(0, self.top)
         return codes.to(torch.uint8)
 
     def decode(self, codes: Int[torch.Tensor, "... n"], params: Params) -> Float[torch.Tensor, "... n"]:
-        return (codes.to(torch.float32) - self._zero(params)) * params["scale"]
+        return (codes.to(torch.float32) - self.zero_of(params)) * params["scale"]
 
-    def _zero(self, params: Params) -> torch.Tensor | float:
+    def zero_of(self, params: Params) -> torch.Tensor | float:
         return params["zero"].to(torch.float32) if self.zero else float(1 << (self.bits - 1))

@@ -17,9 +17,10 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 
+from bitpress import native
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight, Format, Packed, Params, Permutation
+from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params, Permutation
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -98,7 +99,7 @@ class GPTQ:
                 work = torch.cholesky_inverse(work)
                 work, failed = torch.linalg.cholesky_ex(work, upper=True)
                 if not int(failed) and bool(torch.isfinite(work).all()):
-                    return work.float(), damp
+                    return work.float().contiguous(), damp
             damp *= 10
         return None, None
 
@@ -134,44 +135,80 @@ class _Columns:
 
     def round_(self, order: torch.Tensor, factor: torch.Tensor | None, lazy: int) -> None:
         """Round all columns in `order`; `factor` is in that order too. Without a factor nothing is fed back."""
-        span = self.fmt.grid.span
-        # Whole codes, and where groups are fitted on the way whole groups: a fit must see weights with all feedback in.
-        unit = span if self.static else self.block_cols
-        lazy = -(-lazy // unit) * unit
+        # Whole codes, and where groups are fitted on the way one group: a fit must see weights with all feedback in.
+        lazy = self.block_cols if not self.static else -(-lazy // self.fmt.grid.span) * self.fmt.grid.span
         w = self.w.T[order].contiguous()
         at = order.tolist()
+        grid = self.fmt.grid
         for start in range(0, len(at), lazy):
             stop = min(start + lazy, len(at))
             part = w[start:stop]
-            errors = torch.empty_like(part)
-            for i in range(0, stop - start, span):
-                j = start + i
-                if not self.static and at[j] % self.block_cols == 0:
-                    self._refit(at[j], w[j : j + self.block_cols].T)
-                values = part[i : i + span].T
-                difference = values - self._round(values, at[j])
-                if factor is None:
-                    continue
-                # One step for `span` columns at once: the error through the inverse of its own triangle of the factor.
-                own = factor[j : j + span, j : j + span]
-                if span == 1:
-                    error = difference.div_(own)
-                else:
-                    error = torch.linalg.solve_triangular(own, difference, upper=True, left=False)
-                errors[i : i + span] = error.T
-                if j + span < stop:
-                    part[i + span :].addmm_(factor[j : j + span, j + span : stop].T, error.T, alpha=-1)
-            if factor is not None and stop < len(at):
+            if not self.static:
+                self._refit(at[start], part.T)
+            if factor is None:
+                self._round_plainly(part, at[start:stop])
+                continue
+            own = factor[start:stop, start:stop]
+            if isinstance(grid, EvenlySpaced) and native.available() and not w.is_cuda:
+                errors = self._round_natively(part, at[start:stop], own, grid)
+            else:
+                errors = self._round_part(part, at[start:stop], own)
+            if stop < len(at):
                 w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
+    def _round_part(self, part: torch.Tensor, at: list[int], factor: torch.Tensor) -> torch.Tensor:
+        """Round columns one code after another, each error fed to those behind it; give the errors. The reference."""
+        span = self.fmt.grid.span
+        errors = torch.empty_like(part)
+        for i in range(0, len(at), span):
+            values = part[i : i + span].T
+            difference = values - self._round(values, at[i])
+            # One step for `span` columns at once: the error through the inverse of its own triangle of the factor.
+            own = factor[i : i + span, i : i + span]
+            if span == 1:
+                error = difference.div_(own)
+            else:
+                error = torch.linalg.solve_triangular(own, difference, upper=True, left=False)
+            errors[i : i + span] = error.T
+            if i + span < len(at):
+                part[i + span :].addmm_(factor[i : i + span, i + span :].T, error.T, alpha=-1)
+        return errors
+
+    def _round_natively(self, part: torch.Tensor, at: list[int], factor: torch.Tensor, grid: EvenlySpaced) -> torch.Tensor:
+        """Do what `_round_part` does in one native call."""
+        across = torch.tensor(at) // self.block_cols
+        used, group = torch.unique(across, return_inverse=True)
+        params = [self._column_params(int(a) * self.block_cols) for a in used]
+        zeros = [grid.zero_of(p) for p in params]
+        codes, errors = native.round_columns_(
+            part,
+            factor,
+            self._stack([p["scale"] for p in params]),
+            zeros[0] if isinstance(zeros[0], float) else self._stack([z for z in zeros if isinstance(z, torch.Tensor)]),
+            grid.top,
+            group,
+        )
+        self._codes[torch.tensor(at)] = codes
+        return errors
+
+    def _stack(self, params: list[torch.Tensor]) -> Float[torch.Tensor, "groups out"]:
+        return torch.stack([p.expand(self.shape[0], 1)[:, 0] for p in params]).contiguous()
+
+    def _round_plainly(self, part: torch.Tensor, at: list[int]) -> None:
+        for i in range(0, len(at), self.fmt.grid.span):
+            self._round(part[i : i + self.fmt.grid.span].T, at[i])
+
     def _round(self, values: torch.Tensor, column: int) -> torch.Tensor:
-        across = column // self.block_cols
-        params = self._at_block.get(across)
-        if params is None:
-            params = self._at_block[across] = self.fmt.columns(self.params, self.shape, column)
+        params = self._column_params(column)
         codes = self.fmt.grid.encode(values, params)
         self._codes[column // self.fmt.grid.span] = codes[:, 0]
         return self.fmt.grid.decode(codes, params)
+
+    def _column_params(self, column: int) -> Params:
+        across = column // self.block_cols
+        if across not in self._at_block:
+            self._at_block[across] = self.fmt.columns(self.params, self.shape, column)
+        return self._at_block[across]
 
     def _refit(self, column: int, group: Float[torch.Tensor, "out cols"]) -> None:
         """Fit the group that begins at `column` to the weights as the feedback has left them."""

@@ -1,0 +1,68 @@
+#include "cpu.h"
+
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace bitpress {
+
+namespace {
+
+bool ask_for_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    if ((d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    static const bool there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return there;
+#else
+    return false;
+#endif
+}
+
+bool has_amx_bf16() {
+    static const bool there = has_avx512() && ask_for_amx();
+    return there;
+}
+
+void parallel(int threads, const std::function<void(int)> &work) {
+    std::exception_ptr failure;
+    std::mutex guard;
+    auto run = [&](int index) {
+        try {
+            work(index);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(guard);
+            failure = std::current_exception();
+        }
+    };
+    std::vector<std::thread> others;
+    for (int index = 1; index < threads; ++index) others.emplace_back(run, index);
+    run(0);
+    for (auto &thread : others) thread.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace bitpress

@@ -1,0 +1,87 @@
+#include "feedback.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define EVERY_VECTOR_UNIT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_VECTOR_UNIT
+#endif
+
+namespace bitpress {
+
+namespace {
+
+// Rows that stay in the first-level cache together: 128 columns of them are 16 kB.
+constexpr std::int64_t kRows = 32;
+
+struct Strip {
+    float *w;  // [cols][kRows]
+    float *errors;
+    std::uint8_t *codes;
+    float *scale;
+    float *zero;
+};
+
+EVERY_VECTOR_UNIT
+void round_strip(const Strip &strip, std::int64_t cols, const float *factor, std::int64_t factor_stride, float top) {
+    for (std::int64_t c = 0; c < cols; ++c) {
+        float *w = strip.w + c * kRows;
+        float *error = strip.errors + c * kRows;
+        const float *scale = strip.scale + c * kRows;
+        const float *zero = strip.zero + c * kRows;
+        std::uint8_t *codes = strip.codes + c * kRows;
+        const float own = factor[c * factor_stride + c];
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            // A scale of 0 marks a block of zeros; dividing by 1 there keeps the code finite, and decoding gives 0 anyway.
+            const float divisor = scale[r] == 0.0f ? 1.0f : scale[r];
+            float code = std::nearbyint(w[r] / divisor) + zero[r];
+            code = code < 0.0f ? 0.0f : code;
+            code = code > top ? top : code;
+            codes[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+            error[r] = (w[r] - (code - zero[r]) * scale[r]) / own;
+        }
+        for (std::int64_t next = c + 1; next < cols; ++next) {
+            const float weight = factor[c * factor_stride + next];
+            float *open = strip.w + next * kRows;
+            for (std::int64_t r = 0; r < kRows; ++r) open[r] -= error[r] * weight;
+        }
+    }
+}
+
+}  // namespace
+
+void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
+                   std::int64_t factor_stride, const AffineColumns &levels, int threads) {
+    const std::int64_t strips = (rows + kRows - 1) / kRows;
+    const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, strips)));
+    parallel(used, [&](int index) {
+        const auto size = static_cast<std::size_t>(cols * kRows);
+        std::vector<float> values(size), pushed(size), scale(size), zero(size, levels.offset);
+        std::vector<std::uint8_t> chosen(size);
+        const Strip strip{values.data(), pushed.data(), chosen.data(), scale.data(), zero.data()};
+        for (std::int64_t s = index; s < strips; s += used) {
+            const std::int64_t first = s * kRows, width = std::min(kRows, rows - first);
+            for (std::int64_t c = 0; c < cols; ++c) {
+                const float *from = w + c * rows + first;
+                const std::int64_t at = levels.group[c] * rows + first;
+                std::copy(from, from + width, strip.w + c * kRows);
+                std::copy(levels.scale + at, levels.scale + at + width, strip.scale + c * kRows);
+                if (levels.zero) std::copy(levels.zero + at, levels.zero + at + width, strip.zero + c * kRows);
+            }
+            round_strip(strip, cols, factor, factor_stride, levels.top);
+            for (std::int64_t c = 0; c < cols; ++c) {
+                const std::int64_t at = c * rows + first;
+                std::copy(strip.errors + c * kRows, strip.errors + c * kRows + width, errors + at);
+                std::copy(strip.codes + c * kRows, strip.codes + c * kRows + width, codes + at);
+                std::copy(strip.w + c * kRows, strip.w + c * kRows + width, w + at);
+            }
+        }
+    });
+}
+
+}  // namespace bitpress

@@ -1,0 +1,23 @@
+// The column loop of error feedback (GPTQ): round a column, push its error onto the columns that follow.
+#pragma once
+
+#include <cstdint>
+
+namespace bitpress {
+
+// Equally spaced levels: w_hat = (code - zero) * scale, codes 0 .. top. Parameters are `[groups, rows]`.
+struct AffineColumns {
+    const float *scale;
+    const float *zero;          // null: `offset` for every group
+    float offset;
+    float top;
+    const std::int64_t *group;  // `[cols]`: the row of parameters of each column
+};
+
+// w [cols, rows]: weights with all earlier feedback in, changed on the way. codes, errors [cols, rows]: results.
+// factor: upper triangle, row c at factor + c * factor_stride.
+// Each row of the matrix is computed alone, in the same order whatever `threads` is.
+void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
+                   std::int64_t factor_stride, const AffineColumns &levels, int threads);
+
+}  // namespace bitpress

@@ -1,0 +1,165 @@
+#include "gram.h"
+
+#include <algorithm>
+#include <barrier>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bitpress {
+
+#if defined(__x86_64__)
+
+namespace {
+
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+
+constexpr std::int64_t kTile = 16;          // channels of a tile
+constexpr std::int64_t kPair = 2 * kTile;   // channels that a block of 2 x 2 tiles takes from each side
+constexpr std::int64_t kStep = 32;          // tokens that one tile product sums over
+constexpr std::int64_t kChunk = 512;        // tokens packed at a time: 1,536 channels of them are 1.6 MB for each operand
+constexpr std::int64_t kSteps = kChunk / kStep;
+constexpr std::int64_t kLines = 16;         // 64-byte lines of a tile
+
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1;
+    std::uint8_t start_row = 0;
+    std::uint8_t reserved[14] = {};
+    std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+const TileConfig kConfig;
+
+AMX void load_config() {
+    // Compilers think that this reads 8 of the 64 bytes only; the barrier keeps the stores to all of them.
+    __asm__ volatile("" ::"m"(kConfig) : "memory");
+    _tile_loadconfig(&kConfig);
+}
+
+AMX void transpose16(const __m512i in[16], __m512i out[16]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512i low0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), low1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        const __m512i high0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd), high1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+        out[i] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+        out[i + 8] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
+        out[i + 4] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+        out[i + 12] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+    }
+}
+
+// One tile for each side: `right` has pairs of tokens in lines and channels across, `left` is its transpose.
+AMX void pack_tile(const std::uint16_t *x, std::int64_t n, std::int64_t tokens, std::int64_t channels, std::uint32_t *left,
+                   std::uint32_t *right) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << channels) - 1);
+    __m512i lines[16], turned[16];
+    for (std::int64_t line = 0; line < kLines; ++line) {
+        const std::int64_t first = 2 * line;
+        const __m256i even = first < tokens ? _mm256_maskz_loadu_epi16(mask, x + first * n) : _mm256_setzero_si256();
+        const __m256i odd = first + 1 < tokens ? _mm256_maskz_loadu_epi16(mask, x + (first + 1) * n) : _mm256_setzero_si256();
+        lines[line] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+    }
+    transpose16(lines, turned);
+    for (std::int64_t line = 0; line < kLines; ++line) {
+        _mm512_store_si512(right + line * 16, lines[line]);
+        _mm512_store_si512(left + line * 16, turned[line]);
+    }
+}
+
+// Adds the products of two pairs of packed tile columns to a 32 x 32 block of the gram.
+AMX void add_block(float *block, std::int64_t padded, const std::uint32_t *left, const std::uint32_t *right,
+                   std::int64_t tiles_apart, std::int64_t steps) {
+    const std::int64_t stride = padded * static_cast<std::int64_t>(sizeof(float));
+    float *lower = block + kTile * padded;
+    _tile_loadd(0, block, stride);
+    _tile_loadd(1, block + kTile, stride);
+    _tile_loadd(2, lower, stride);
+    _tile_loadd(3, lower + kTile, stride);
+    for (std::int64_t step = 0; step < steps; ++step) {
+        const std::int64_t at = step * kLines * 16;
+        _tile_loadd(4, left + at, 64);
+        _tile_loadd(5, left + at + tiles_apart, 64);
+        _tile_loadd(6, right + at, 64);
+        _tile_loadd(7, right + at + tiles_apart, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, block, stride);
+    _tile_stored(1, block + kTile, stride);
+    _tile_stored(2, lower, stride);
+    _tile_stored(3, lower + kTile, stride);
+}
+
+AMX void release_tiles() { _tile_release(); }
+
+struct Aligned {
+    explicit Aligned(std::size_t words) : data(static_cast<std::uint32_t *>(::operator new(words * 4, std::align_val_t{64}))) {}
+    ~Aligned() { ::operator delete(data, std::align_val_t{64}); }
+    Aligned(const Aligned &) = delete;
+    Aligned &operator=(const Aligned &) = delete;
+    std::uint32_t *data;
+};
+
+}  // namespace
+
+void add_gram(float *gram, std::int64_t padded, const std::uint16_t *x, std::int64_t tokens, std::int64_t n, int threads) {
+    if (!has_amx_bf16()) throw std::runtime_error("this processor has no AMX tiles for bf16");
+    const std::int64_t pairs = (n + kPair - 1) / kPair;
+    constexpr std::int64_t column = kSteps * kLines * 16;  // words of one packed tile column
+    const auto words = static_cast<std::size_t>(pairs * 2 * column);
+    const Aligned left(words), right(words);
+    const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, pairs)));
+    std::barrier meeting(used);
+    parallel(used, [&](int index) {
+        load_config();
+        for (std::int64_t start = 0; start < tokens; start += kChunk) {
+            const std::int64_t here = std::min(kChunk, tokens - start), steps = (here + kStep - 1) / kStep;
+            for (std::int64_t tile = index; tile < pairs * 2; tile += used) {
+                const std::int64_t first = tile * kTile, channels = std::clamp<std::int64_t>(n - first, 0, kTile);
+                for (std::int64_t step = 0; step < steps; ++step) {
+                    const std::int64_t token = step * kStep, at = tile * column + step * kLines * 16;
+                    pack_tile(x + (start + token) * n + first, n, here - token, channels, left.data + at, right.data + at);
+                }
+            }
+            meeting.arrive_and_wait();
+            std::int64_t number = 0;
+            for (std::int64_t down = 0; down < pairs; ++down) {
+                for (std::int64_t across = down; across < pairs; ++across) {
+                    if (number++ % used != index) continue;
+                    add_block(gram + down * kPair * padded + across * kPair, padded, left.data + down * 2 * column,
+                              right.data + across * 2 * column, column, steps);
+                }
+            }
+            meeting.arrive_and_wait();
+        }
+        release_tiles();
+    });
+}
+
+#else
+
+void add_gram(float *, std::int64_t, const std::uint16_t *, std::int64_t, std::int64_t, int) {
+    throw std::runtime_error("this processor has no AMX tiles for bf16");
+}
+
+#endif
+
+}  // namespace bitpress

@@ -1,0 +1,166 @@
+"""The native library: every function against its reference, hostile arguments, the same bits for any number of threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bitpress import native
+from bitpress.calibration import StatsCollector
+from bitpress.formats import parse_format
+from bitpress.quantizers.quantizer import output_error
+from bitpress.quantizers.table import QUANTIZERS
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
+needs_amx = pytest.mark.skipif("amx-bf16" not in native.features(), reason="this processor has no AMX")
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reference_round(
+    w: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, top: int, group: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same loop, one elementary operation at a time, so that nothing is fused and the bits can be compared."""
+    codes, errors = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w)
+    for c in range(len(w)):
+        s = scale[group[c]]
+        z = zero[group[c]] if isinstance(zero, torch.Tensor) else zero
+        code = ((w[c] / torch.where(s == 0, 1.0, s)).round() + z).clamp(0, top)
+        codes[c] = code.to(torch.uint8)
+        errors[c] = (w[c] - (code - z) * s) / factor[c, c]
+        w[c + 1 :] -= errors[c] * factor[c, c + 1 :, None]
+    return codes, errors
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("cols", [1, 2, 17, 128])
+@pytest.mark.parametrize("zero", [True, False])
+def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, zero: bool) -> None:
+    w = draw(cols, rows)
+    factor = torch.triu(draw(cols, cols, seed=1) * 0.1) + torch.eye(cols)
+    scale = draw(3, rows, seed=2).abs() * 0.2
+    scale[1, 0] = 0.0  # a block of zeros
+    zeros: torch.Tensor | float = draw(3, rows, seed=3).abs().mul(4).round() if zero else 8.0
+    group = torch.arange(cols) % 3
+    whole = torch.zeros(cols + 5, cols + 5)
+    whole[2 : 2 + cols, 3 : 3 + cols] = factor  # a view with a stride, as the caller has it
+    expected_w = w.clone()
+    expected = reference_round(expected_w, factor, scale, zeros, 15, group)
+    for count in (1, 2, 3):
+        got_w = w.clone()
+        with threads(count):
+            got = native.round_columns_(got_w, whole[2 : 2 + cols, 3 : 3 + cols], scale, zeros, 15, group)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        assert torch.equal(got_w, expected_w)
+
+
+@pytest.mark.parametrize("name", ["int4-g16-zero", "int3-row", "int2-tensor-zero", "int8-2x16-zero"])
+@pytest.mark.parametrize("groups", ["static", "running"])
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_gptq_is_as_good_with_native_code_as_without(
+    name: str, groups: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x = draw(48, 64), draw(300, 64, seed=1) * torch.linspace(0.1, 3, 64)
+    collector = StatsCollector({"gram"}, 64)
+    collector.add(x, "here")
+    stats = collector.finish()
+    gptq = QUANTIZERS["gptq"](groups=groups, order=order)
+    with_native = gptq.quantize(w, stats, parse_format(name)).weight
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    assert not native.available()
+    without = gptq.quantize(w, stats, parse_format(name)).weight
+    # Sums in another order: a weight at the middle between two levels may fall to the other side, and what follows with it.
+    a, b = (output_error(w, v.dequantize(), stats) for v in (with_native, without))
+    assert a == pytest.approx(b, rel=0.02)
+    rounded = QUANTIZERS["rtn"](clip="mse").quantize(w, None, parse_format(name)).weight
+    assert a < output_error(w, rounded.dequantize(), stats)
+
+
+@needs_amx
+@pytest.mark.parametrize("features", [1, 16, 31, 32, 33, 100, 576])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33, 512, 700])
+def test_gram_of_bf16_matches_float64(features: int, tokens: int) -> None:
+    x = draw(tokens, features).bfloat16()
+    size = native.gram_size(features)
+    expected = x.double().T @ x.double()
+    grams = []
+    for count in (1, 2, 3):
+        gram = torch.zeros(size, size)
+        with threads(count):
+            native.add_gram_(gram, x)
+        grams.append(gram)
+        # Every product is exact; each addition rounds once.
+        bound = (tokens + 2) * 2.0**-24 * (x.double().abs().T @ x.double().abs())
+        assert ((gram[:features, :features].double() - expected).abs() <= bound).triu().equal(torch.ones_like(bound).triu() > 0)
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])
+
+
+@needs_amx
+def test_the_collector_takes_bf16_through_native_code_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(3, 40, 70).bfloat16()
+
+    def collect() -> torch.Tensor:
+        collector = StatsCollector({"gram"}, 70)
+        for batch in x:
+            collector.add(batch, "here")
+        return collector.finish().need_gram("here")
+
+    with_native = collect()
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    torch.testing.assert_close(with_native, collect(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(with_native, with_native.T)
+
+
+def round_arguments() -> dict[str, object]:
+    return {
+        "w": draw(4, 6),
+        "factor": torch.eye(4),
+        "scale": torch.ones(2, 6),
+        "zero": torch.zeros(2, 6),
+        "top": 15,
+        "group": torch.tensor([0, 0, 1, 1]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("w", torch.zeros(4, 6, dtype=torch.float64)),
+        ("w", torch.zeros(6, 4).T),
+        ("w", torch.zeros(4)),
+        ("factor", torch.zeros(4, 3)),
+        ("factor", torch.arange(32.0).view(4, 8)[:, ::2]),
+        ("scale", torch.ones(2, 5)),
+        ("zero", torch.zeros(1, 6)),
+        ("top", 256),
+        ("top", -1),
+        ("group", torch.tensor([0, 0, 1, 2])),
+        ("group", torch.tensor([0, 0, 1, -1])),
+        ("group", torch.tensor([0, 0, 1])),
+        ("group", torch.tensor([0.0, 0, 1, 1])),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_memory_is_touched(name: str, value: object) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        native.round_columns_(**{**round_arguments(), name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [32, 96, 63])
+def test_a_gram_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="gram"):
+        native.add_gram_(torch.zeros(size, size), torch.zeros(5, 64, dtype=torch.bfloat16))
