@@ -26,6 +26,8 @@ class Codebook:
     name: str = "toy"
     code_bits: int = 8
     span: int = 4
+    num_codes: int = 256
+    usual_scale: str = "fp16"
     params: tuple[StoredParam, ...] = (StoredParam("scale", "scale"),)
 
     @property
@@ -42,6 +44,9 @@ class Codebook:
 
     def decode(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
         return self.book[codes.long()].flatten(-2) * params["scale"]
+
+    def check(self, codes: torch.Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)

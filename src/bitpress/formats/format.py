@@ -1,24 +1,25 @@
-"""A number format: a grid, the block that shares its parameters, and how those are stored.
+"""A number format: a grid, the block that shares its parameters, how the scales are kept and how the codes are laid out.
 
-Parameters are tensors `[block rows, block cols]`. `fit` returns them already rounded to what the file will hold, so that what
-`encode` decides and what a reader decodes are the same numbers.
+Parameters are tensors `[block rows, block cols, *shape]`, or `shape` for those of the whole weight. `fit` returns them already
+rounded to what the file will hold, so that what `encode` decides and what a reader decodes are the same numbers. Beside a scale
+may stand what many scales share, under `<name>_<part>`: only `Packed` looks at those.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 
-from bitpress.errors import FormatError, NumericsError
+from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
 from bitpress.formats.grid import Grid, Params, StoredParam
+from bitpress.formats.layouts import LAYOUTS, Layout
+from bitpress.formats.scales import SCALES, ScaleStore
 
-__all__ = ["SCALE_DTYPES", "Format"]
-
-SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+__all__ = ["Format"]
 
 # Weights that a clipping search works on at a time: half a megabyte.
 SEARCHED_TOGETHER = 1 << 17
@@ -30,19 +31,42 @@ Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class Format:
     grid: Grid
     block: Block
-    scale: str = "fp16"
+    scale: str = ""
+    layout: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALE_DTYPES:
-            raise FormatError(f"unknown scale type {self.scale!r}; scales are stored as {', '.join(SCALE_DTYPES)}.")
+        if not self.scale:
+            object.__setattr__(self, "scale", self.grid.usual_scale)
+        if self.scale not in SCALES:
+            raise unknown_name("scale type", self.scale, SCALES)
+        if self.layout not in LAYOUTS:
+            raise unknown_name("layout", self.layout, LAYOUTS)
+        reason = self.codes_layout.refuses(self.grid.code_bits, self.grid.num_codes)
+        if reason is not None:
+            raise FormatError(f"{self.name}: {reason}.")
 
     @property
     def name(self) -> str:
         """The canonical name, `int4-g64-zero`; `parse_format(name)` gives the format back."""
         parts = [self.grid.name, self.block.name]
         parts += ["zero"] if any(p.name == "zero" for p in self.grid.params) else []
-        parts += [self.scale] if self.scale != "fp16" else []
+        parts += [self.scale] if self.scale != self.grid.usual_scale else []
+        parts += [self.layout] if self.layout != "dense" else []
         return "-".join(parts)
+
+    @property
+    def store(self) -> ScaleStore:
+        return SCALES[self.scale]
+
+    @property
+    def codes_layout(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether rows of blocks share nothing, so that a weight can be cut and joined between them."""
+        shared = any(p.scope == "tensor" for p in self.grid.params) or self.store.shared_by_rows()
+        return self.block.rows != "all" and not shared
 
     def block_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a weight `[out, in]` has along each axis. Raises FormatError when they do not fit."""
@@ -52,15 +76,16 @@ class Format:
     def expected(self, shape: tuple[int, int]) -> Expected:
         """Give dtype and shape of every tensor that a packed weight of this shape stores."""
         down, across = self.block_grid(shape)
-        codes = row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
+        codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
         tensors: Expected = {"codes": (torch.uint8, (shape[0], codes))}
-        for param in self.grid.params:
-            if param.scope == "tensor":
-                tensors[param.name] = (SCALE_DTYPES[self.scale], param.shape)
-            elif param.kind == "scale":
-                tensors[param.name] = (SCALE_DTYPES[self.scale], (down, across))
+        for p in self.grid.params:
+            if p.kind == "code":
+                tensors[p.name] = (torch.uint8, (down, row_bytes(across, p.bits)))
+            elif p.kind == "value":
+                tensors[p.name] = (torch.float16, p.shape if p.scope == "tensor" else (down, across, *p.shape))
             else:
-                tensors[param.name] = (torch.uint8, (down, row_bytes(across, param.bits)))
+                for part, entry in self.store.expected(down, across * math.prod(p.shape)).items():
+                    tensors[shared_name(p.name, part)] = entry
         return tensors
 
     def nbytes(self, shape: tuple[int, int]) -> int:
@@ -72,41 +97,64 @@ class Format:
         w: Float[torch.Tensor, "out in"],
         importance: Float[torch.Tensor, "*rows in"] | None = None,
         shrink: Sequence[float] = (1.0,),
+        shared: Params | None = None,
     ) -> Params:
         """Choose parameters for every block.
 
         Every ratio in `shrink` is tried as a factor on the block's range, and the one with the smallest squared error
-        (weighted by `importance`, per input or per weight) is kept: (1.0,) is plain min-max. Raises NumericsError when
-        the weight is not finite or a scale does not fit the storage type.
+        (weighted by `importance`, per input or per weight) is kept: (1.0,) is plain min-max. `shared` are parameters of an earlier
+        fit of this weight, whose parts that many blocks share (codebooks, scales of scales) stay as they are. Raises NumericsError
+        when the weight is not finite or a scale does not fit the storage type.
         """
         if not bool(torch.isfinite(w).all()):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
-        down, across = self.block_grid((w.shape[0], w.shape[1]))
+        grid = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self._to_blocks(w.float())
         weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
         # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
-        shared = any(p.scope == "tensor" for p in self.grid.params)
-        size = len(blocks) if shared else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
-        found = [
-            self._search(part, None if weights is None else weights[a : a + len(part)], shrink)
-            for a, part in zip(range(0, len(blocks), size), blocks.split(size), strict=True)
-        ]
-        return {
-            p.name: torch.cat([f[p.name] for f in found]).reshape(down, across) if p.scope == "block" else found[0][p.name]
+        whole = any(p.scope == "tensor" for p in self.grid.params)
+        size = len(blocks) if whole else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
+        pieces = [slice(a, a + size) for a in range(0, len(blocks), size)]
+        outer = self._outer(blocks, weights, pieces, grid) if shared is None else self._known_outer(shared)
+        by_block = self._outer_by_block(outer, grid)
+        found = []
+        for piece in pieces:
+            part = {p: {name: t[piece] for name, t in parts.items()} for p, parts in by_block.items()}
+            found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part))
+        params = {
+            p.name: torch.cat([f[p.name] for f in found]).reshape(*grid, *p.shape) if p.scope == "block" else found[0][p.name]
             for p in self.grid.params
         }
+        if shared is not None:
+            params |= {p.name: shared[p.name] for p in self.grid.params if p.scope == "tensor"}
+        return params | {shared_name(p, part): t for p, parts in outer.items() for part, t in parts.items()}
 
-    def _search(self, blocks: Float[torch.Tensor, "blocks n"], weights: torch.Tensor | None, shrink: Sequence[float]) -> Params:
-        best = self._rounded(self.grid.fit(blocks * shrink[0], weights))
-        if len(shrink) > 1:
-            best_error = self._error(blocks, weights, best)
-            for ratio in shrink[1:]:
-                trial = self._rounded(self.grid.fit(blocks * ratio, weights))
-                error = self._error(blocks, weights, trial)
-                better = error < best_error
-                best_error = torch.where(better, error, best_error)
-                best = {p.name: self._choose(p, better, trial[p.name], best[p.name]) for p in self.grid.params}
-        return best
+    def refit(
+        self,
+        params: Params,
+        shape: tuple[int, int],
+        column: int,
+        w: Float[torch.Tensor, "out cols"],
+        importance: Float[torch.Tensor, " cols"] | None = None,
+        shrink: Sequence[float] = (1.0,),
+    ) -> Params:
+        """Give `params` with the blocks that begin at `column` fitted anew to `w`; what is shared stays as it is."""
+        rows, cols = self.block.resolve(shape, self.grid.span)
+        across, total = column // cols, shape[1] // cols
+        here = dict(params)
+        for p in self.grid.params:
+            if p.kind == "scale":
+                for part, t in self._known_outer(params)[p.name].items():
+                    if t.ndim == 2 and t.shape[1] > 1:  # shared along no whole row: one for each scale
+                        width = t.shape[1] // total
+                        here[shared_name(p.name, part)] = t[:, across * width : (across + 1) * width]
+        fitted = Format(self.grid, Block(rows, cols), self.scale, self.layout).fit(w, importance, shrink, shared=here)
+        changed = dict(params)
+        for p in self.grid.params:
+            if p.scope == "block":
+                changed[p.name] = params[p.name].clone()
+                changed[p.name][:, across : across + 1] = fitted[p.name]
+        return changed
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
         """Give the nearest code of every weight under given parameters."""
@@ -119,7 +167,7 @@ class Format:
         return self._from_blocks(values, codes.shape[0])
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
-        """Give the parameters that hold at column `start`, one row each: `[out, 1]`, for loops over columns."""
+        """Give the parameters that hold at column `start`, one row each: `[out, 1, *shape]`, for loops over columns."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across = start // cols
         at_column = {}
@@ -131,15 +179,43 @@ class Format:
             at_column[p.name] = value
         return at_column
 
-    def _rounded(self, params: Params) -> Params:
-        dtype = SCALE_DTYPES[self.scale]
+    def choose(self, better: torch.Tensor, trial: Params, best: Params) -> dict[str, torch.Tensor]:
+        """Give the trial's parameters in the blocks where `better` holds, and `best` elsewhere and for what blocks share."""
+        chosen = dict(best)
+        for p in self.grid.params:
+            if p.scope == "block":
+                chosen[p.name] = torch.where(better.view(*better.shape, *(1 for _ in p.shape)), trial[p.name], best[p.name])
+        return chosen
+
+    def _search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        weights: torch.Tensor | None,
+        shrink: Sequence[float],
+        outer: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> Params:
+        best = self._rounded(self.grid.fit(blocks * shrink[0], weights), outer)
+        if len(shrink) > 1:
+            best_error = self._error(blocks, weights, best)
+            whole = {p.name: best[p.name] for p in self.grid.params if p.scope == "tensor"}
+            for ratio in shrink[1:]:
+                trial = {**self._rounded(self.grid.fit(blocks * ratio, weights), outer), **whole}
+                error = self._error(blocks, weights, trial)
+                better = error < best_error
+                best_error = torch.where(better, error, best_error)
+                best = self.choose(better, trial, best)
+        return best
+
+    def _rounded(self, params: Params, outer: Mapping[str, Mapping[str, torch.Tensor]]) -> Params:
         rounded = {}
         for p in self.grid.params:
             value = params[p.name]
             if p.kind == "scale":
-                value = value.to(dtype).float()
+                value = self.store.round(value, outer[p.name])
+            elif p.kind == "value":
+                value = value.to(torch.float16).float()
                 if not bool(torch.isfinite(value).all()):
-                    raise NumericsError(f"a scale is beyond the range of {self.scale}; store scales as fp32 or bf16.")
+                    raise NumericsError(f"{p.name} of {self.grid.name} is beyond the range of fp16.")
             rounded[p.name] = value
         return rounded
 
@@ -147,12 +223,36 @@ class Format:
         difference = self.grid.decode(self.grid.encode(blocks, params), params).sub_(blocks).square_()
         return (difference if weights is None else difference.mul_(weights)).sum(-1, keepdim=True)
 
-    @staticmethod
-    def _choose(param: StoredParam, better: torch.Tensor, trial: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        return torch.where(better, trial, best) if param.scope == "block" else best
+    def _scales(self) -> list[StoredParam]:
+        return [p for p in self.grid.params if p.kind == "scale"]
+
+    def _outer(
+        self, blocks: torch.Tensor, weights: torch.Tensor | None, pieces: Sequence[slice], grid: tuple[int, int]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Choose what scales share from those that clip nothing."""
+        if len(self.store.expected(1, 1)) == 1:
+            return {p.name: {} for p in self._scales()}
+        fitted = [self.grid.fit(blocks[piece], None if weights is None else weights[piece]) for piece in pieces]
+        return {p.name: self.store.outer(torch.cat([f[p.name] for f in fitted]).reshape(grid[0], -1)) for p in self._scales()}
+
+    def _known_outer(self, params: Params) -> dict[str, dict[str, torch.Tensor]]:
+        names = [part for part in self.store.expected(1, 1) if part]
+        return {p.name: {part: params[shared_name(p.name, part)] for part in names} for p in self._scales()}
+
+    def _outer_by_block(
+        self, outer: Mapping[str, Mapping[str, torch.Tensor]], grid: tuple[int, int]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Give what scales share as `[blocks, 1, *shape]`, beside the scales as a grid makes them."""
+        by_block: dict[str, dict[str, torch.Tensor]] = {}
+        for p in self._scales():
+            width = grid[1] * math.prod(p.shape)
+            by_block[p.name] = {part: t.expand(grid[0], width).reshape(-1, 1, *p.shape) for part, t in outer[p.name].items()}
+        return by_block
 
     def _per_block(self, params: Params) -> Params:
-        return {p.name: params[p.name].reshape(-1, 1) if p.scope == "block" else params[p.name] for p in self.grid.params}
+        return {
+            p.name: params[p.name].reshape(-1, 1, *p.shape) if p.scope == "block" else params[p.name] for p in self.grid.params
+        }
 
     def _extent(self, shape: tuple[int, int], unit: int) -> tuple[int, int]:
         rows, cols = self.block.resolve((shape[0], shape[1] * unit), self.grid.span)
@@ -173,3 +273,8 @@ class Format:
             return blocks.reshape(out_features, width)
         down, across = out_features // rows, width // cols
         return blocks.reshape(down, across, rows, cols).transpose(1, 2).reshape(out_features, width)
+
+
+def shared_name(param: str, part: str) -> str:
+    """Name what is stored for a parameter: its own tensor, or a part that many of its values share."""
+    return f"{param}_{part}" if part else param

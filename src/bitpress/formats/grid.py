@@ -1,8 +1,9 @@
 """What a code means: the protocol that every grid of levels follows.
 
 A grid knows nothing of matrices, files or models. It sees weights as `[..., n]` and its parameters as tensors that broadcast
-against `[..., n // span]` codes, so the same three verbs serve a whole matrix cut into blocks, one column of a matrix in the
-middle of an error-feedback loop, and a vector codebook that turns `span` weights into one code.
+against `[..., n // span]` codes (one of shape `s` as `[..., 1, *s]`, one of the whole weight as `s`), so the same three verbs serve a
+whole matrix cut into blocks, one column of a matrix in the middle of an error-feedback loop, and a vector codebook that turns `span`
+weights into one code.
 """
 
 from collections.abc import Mapping
@@ -21,12 +22,14 @@ Params = Mapping[str, torch.Tensor]
 class StoredParam:
     """How one parameter of a grid is kept in a file.
 
-    kind    "scale": a float in the format's scale type; "code": an unsigned integer of `bits` bits, packed like the codes.
-    scope   "block": one value a block; "tensor": one tensor of `shape` for the whole weight (a codebook).
+    kind    "scale": a float, kept as the format keeps its scales; "value": a float16, whatever the format says (levels, codewords);
+            "code": an unsigned integer of `bits` bits, packed like the codes.
+    scope   "block": one for every block; "tensor": one for the whole weight (a codebook).
+    shape   of one of them: () for a number, (16,) for sixteen levels. Codes are single numbers.
     """
 
     name: str
-    kind: Literal["scale", "code"]
+    kind: Literal["scale", "value", "code"]
     bits: int = 0
     scope: Literal["block", "tensor"] = "block"
     shape: tuple[int, ...] = ()
@@ -45,8 +48,18 @@ class Grid(Protocol):
         ...
 
     @property
+    def num_codes(self) -> int:
+        """How many codes stand for something: at most 2^code_bits."""
+        ...
+
+    @property
     def span(self) -> int:
         """Weights per code."""
+        ...
+
+    @property
+    def usual_scale(self) -> str:
+        """How scales are kept when a format's name does not say."""
         ...
 
     @property
@@ -55,15 +68,19 @@ class Grid(Protocol):
         ...
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Choose parameters, each `[blocks, 1]` (or of its tensor scope), so that no weight of the block is clipped."""
+        """Choose parameters, each `[blocks, 1, *shape]` (or `shape`, for the whole weight), so that no weight is clipped."""
         ...
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
-        """Give the nearest code of every `span` weights."""
+        """Give the nearest code of every `span` weights, uint8 up to 8 bits and int32 beyond."""
         ...
 
     def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
         """Give the weights that codes stand for, in float32."""
+        ...
+
+    def check(self, codes: Int[torch.Tensor, "..."]) -> None:
+        """Raise FormatError when a code stands for nothing. Asked only where `num_codes` is less than 2^code_bits."""
         ...
 
 

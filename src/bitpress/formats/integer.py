@@ -23,8 +23,10 @@ class Integer:
     zero: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise FormatError(f"int{self.bits}: integer formats have 2 to 8 bits.")
+        if not 1 <= self.bits <= 8:
+            raise FormatError(f"int{self.bits}: integer formats have 1 to 8 bits.")
+        if self.bits == 1 and not self.zero:
+            raise FormatError("int1: one bit without a zero point has no positive level; use int1-...-zero or binary.")
 
     @property
     def name(self) -> str:
@@ -35,8 +37,16 @@ class Integer:
         return self.bits
 
     @property
+    def num_codes(self) -> int:
+        return 1 << self.bits
+
+    @property
     def span(self) -> int:
         return 1
+
+    @property
+    def usual_scale(self) -> str:
+        return "fp16"
 
     @property
     def params(self) -> tuple[StoredParam, ...]:
@@ -74,3 +84,6 @@ class Integer:
 
     def zero_of(self, params: Params) -> torch.Tensor | float:
         return params["zero"].to(torch.float32) if self.zero else float(1 << (self.bits - 1))
+
+    def check(self, codes: Int[torch.Tensor, "..."]) -> None:
+        """Every code is an integer."""

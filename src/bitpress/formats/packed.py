@@ -1,8 +1,7 @@
-"""Packed: one term of a compressed weight, codes in the dense layout with their parameters. Data only.
+"""Packed: one term of codes, with the parameters that give them meaning. Data only.
 
-codes   uint8 [out, row bytes]                 the dense layout of `dense.py`
-scale   fp16 | bf16 | fp32 [block rows, block cols]
-zero    uint8 [block rows, row bytes]          codes of the grid's width, dense; only where the format has a zero point
+A weight may be several weights below each other (the experts of a stack) that share nothing: `parts` of equal height. Where a format
+ties rows together, each part has its own parameters, one part's tensors after the other's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int
 
 from bitpress.errors import FormatError
 from bitpress.formats import dense
-from bitpress.formats.format import SCALE_DTYPES, Expected, Format
+from bitpress.formats.format import Expected, Format, shared_name
 from bitpress.formats.grid import Params
 from bitpress.formats.table import parse_format
 
@@ -26,75 +25,116 @@ class Packed:
     format: Format
     shape: tuple[int, int]
     tensors: Mapping[str, torch.Tensor]
+    parts: int = 1
 
     kind: ClassVar[str] = "packed"
 
     @classmethod
-    def pack(cls, fmt: Format, codes: UInt8[torch.Tensor, "out codes"], params: Params) -> "Packed":
+    def pack(cls, fmt: Format, codes: Int[torch.Tensor, "out codes"], params: Params) -> "Packed":
         """Pack codes and the parameters that `fmt.fit` gave."""
-        stored = {"codes": dense.pack(codes, fmt.grid.code_bits)}
+        shape = (codes.shape[0], codes.shape[1] * fmt.grid.span)
+        down, _ = fmt.block_grid(shape)
+        stored = {"codes": fmt.codes_layout.pack(codes, fmt.grid.code_bits)}
         for p in fmt.grid.params:
-            if p.kind == "scale":
-                stored[p.name] = params[p.name].to(SCALE_DTYPES[fmt.scale]).contiguous()
-            else:
+            if p.kind == "code":
                 stored[p.name] = dense.pack(params[p.name].to(torch.uint8), p.bits)
-        return cls(fmt, (codes.shape[0], codes.shape[1] * fmt.grid.span), stored)
+            elif p.kind == "value":
+                stored[p.name] = params[p.name].to(torch.float16).contiguous()
+            else:
+                outer = {part: params[shared_name(p.name, part)] for part in fmt.store.expected(1, 1) if part}
+                for part, t in fmt.store.pack(params[p.name].reshape(down, -1), outer).items():
+                    stored[shared_name(p.name, part)] = t
+        return cls(fmt, shape, stored)
 
-    def unpack(self) -> tuple[UInt8[torch.Tensor, "out codes"], Params]:
-        """Give the codes, and the parameters `[block rows, block cols]` in float32."""
+    def unpack(self) -> tuple[Int[torch.Tensor, "out codes"], Params]:
+        """Give the codes, and the parameters `[block rows, block cols, *shape]` in float32. Only of a weight of one part."""
+        return self.unpack_codes(), self.unpack_params()
+
+    def unpack_codes(self) -> Int[torch.Tensor, "out codes"]:
+        grid = self.format.grid
+        return self.format.codes_layout.unpack(self.tensors["codes"], grid.code_bits, self.shape[1] // grid.span)
+
+    def unpack_params(self) -> Params:
         fmt = self.format
-        _, across = fmt.block_grid(self.shape)
-        codes = dense.unpack(self.tensors["codes"], fmt.grid.code_bits, self.shape[1] // fmt.grid.span)
+        assert self.parts == 1, "parameters belong to one part"
+        down, across = fmt.block_grid(self.shape)
         params: dict[str, torch.Tensor] = {}
         for p in fmt.grid.params:
-            if p.kind == "scale":
+            if p.kind == "code":
+                params[p.name] = dense.unpack(self.tensors[p.name], p.bits, across).float()
+            elif p.kind == "value":
                 params[p.name] = self.tensors[p.name].float()
             else:
-                params[p.name] = dense.unpack(self.tensors[p.name], p.bits, across).float()
-        return codes, params
+                count = across
+                for size in p.shape:
+                    count *= size
+                stored = {part: self.tensors[shared_name(p.name, part)] for part in fmt.store.expected(1, 1)}
+                params[p.name] = fmt.store.unpack(stored, count).reshape(down, across, *p.shape)
+        return params
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
         """Give the weights in float32."""
-        codes, params = self.unpack()
-        return self.format.decode(codes, params)
+        if self.parts > 1:
+            return torch.cat([part.dequantize() for part in self._apart()])
+        return self.format.decode(*self.unpack())
 
     def spec(self) -> dict[str, Any]:
-        return {"format": self.format.name}
+        return {"format": self.format.name} | ({"parts": self.parts} if self.parts > 1 else {})
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
         """Give dtype and shape of every tensor that this specification implies."""
-        if set(spec) != {"format"} or not isinstance(spec["format"], str):
-            raise FormatError(f"a packed term is specified by its format's name alone, not by {sorted(spec)}.")
-        return parse_format(spec["format"]).expected(shape)
+        parts = _parts(spec, shape)
+        one = parse_format(spec["format"]).expected((shape[0] // parts, shape[1]))
+        return {name: (dtype, (dims[0] * parts, *dims[1:])) for name, (dtype, dims) in one.items()}
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> "Packed":
-        return cls(parse_format(spec["format"]), shape, tensors)
+        return cls(parse_format(spec["format"]), shape, tensors, _parts(spec, shape))
 
     def check(self) -> None:
-        """Raise FormatError when a stored parameter is not finite."""
-        for p in self.format.grid.params:
-            if p.kind == "scale" and not bool(torch.isfinite(self.tensors[p.name]).all()):
-                raise FormatError(f"{p.name} holds a NaN or an infinity.")
+        """Raise FormatError when a stored parameter is not finite, or a code or a byte stands for nothing."""
+        for part in self._apart():
+            for name, value in part.unpack_params().items():
+                if not bool(torch.isfinite(value).all()):
+                    raise FormatError(f"{name} holds a NaN or an infinity.")
+        grid = self.format.grid
+        if grid.num_codes < 1 << grid.code_bits:
+            grid.check(self.unpack_codes())
 
     def row_slice(self, start: int, stop: int) -> "Packed":
-        """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks."""
-        rows, _ = self.format.block.resolve((stop - start, self.shape[1]), self.format.grid.span)
-        if start % rows:
-            raise FormatError(f"row {start} is inside a block of {rows} rows.")
-        per_block = {p.name for p in self.format.grid.params if p.scope == "block"}
-        sliced = {
-            name: t[start // rows : stop // rows] if name in per_block else t[start:stop] if name == "codes" else t
-            for name, t in self.tensors.items()
-        }
-        return Packed(self.format, (stop - start, self.shape[1]), sliced)
+        """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
+        height = self.shape[0] // self.parts
+        if self.format.rows_apart:
+            rows, _ = self.format.block.resolve((stop - start, self.shape[1]), self.format.grid.span)
+            parts = 1
+        else:
+            rows, parts = height, (stop - start) // height
+        if start % rows or stop % rows:
+            raise FormatError(f"rows {start} to {stop} begin or end inside a block of {rows} rows.")
+        whole = self.shape[0]
+        sliced = {name: t[t.shape[0] * start // whole : t.shape[0] * stop // whole] for name, t in self.tensors.items()}
+        return Packed(self.format, (stop - start, self.shape[1]), sliced, parts)
 
     @classmethod
     def stack_rows(cls, terms: Sequence["Packed"]) -> "Packed":
-        """Put terms of one format and width below each other. Blocks may not run over all rows."""
-        fmt = terms[0].format
-        if fmt.block.rows == "all" or any(p.scope == "tensor" for p in fmt.grid.params):
-            raise FormatError(f"{fmt.name}: weights that share parameters over all rows cannot be stacked; use row or gN.")
-        joined = {name: torch.cat([t.tensors[name] for t in terms]) for name in terms[0].tensors}
-        return cls(fmt, (sum(t.shape[0] for t in terms), terms[0].shape[1]), joined)
+        """Put terms of one format and shape below each other."""
+        first = terms[0]
+        if any(t.format != first.format or t.shape != first.shape for t in terms):
+            raise FormatError("only terms of one format and one shape can be stacked.")
+        joined = {name: torch.cat([t.tensors[name] for t in terms]) for name in first.tensors}
+        parts = 1 if first.format.rows_apart else sum(t.parts for t in terms)
+        return cls(first.format, (sum(t.shape[0] for t in terms), first.shape[1]), joined, parts)
+
+    def _apart(self) -> list["Packed"]:
+        height = self.shape[0] // self.parts
+        return [self] if self.parts == 1 else [self.row_slice(a, a + height) for a in range(0, self.shape[0], height)]
+
+
+def _parts(spec: Mapping[str, Any], shape: tuple[int, int]) -> int:
+    if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
+        raise FormatError(f"a packed term is specified by its format's name and its parts, not by {sorted(spec)}.")
+    parts = spec.get("parts", 1)
+    if type(parts) is not int or parts < 1 or shape[0] % parts:
+        raise FormatError(f"parts is {parts!r}; it must divide the {shape[0]} rows of the weight.")
+    return parts

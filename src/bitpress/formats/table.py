@@ -1,50 +1,146 @@
 """The table of number formats: names to grids, and the one place where a format's name is read.
 
-int4-g64-zero-bf16    grid, block, then in any order: `zero` for a stored zero point; fp16 (default), bf16 or fp32 scales
+int4-g64-zero-bf16    grid, block, then in any order: `zero`, how scales are kept (`formats.scales`), a layout (`formats.layouts`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
 """
 
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.block import Block
-from bitpress.formats.format import SCALE_DTYPES, Format
+from bitpress.formats.format import Format
 from bitpress.formats.grid import Grid
 from bitpress.formats.integer import Integer
+from bitpress.formats.layouts import LAYOUTS
+from bitpress.formats.levels import Levels, Rule
+from bitpress.formats.minifloat import Specials, minifloat_levels
+from bitpress.formats.named_levels import bipolar, normal_float
+from bitpress.formats.scales import SCALES
 
-__all__ = ["GRIDS", "describe_formats", "parse_format"]
+__all__ = ["GRIDS", "PATTERNS", "SHORT", "Row", "describe_formats", "find_grid", "find_row", "parse_format"]
 
-# name -> grids with the flags they allow: False and True stand for "without" and "with a stored zero point"
-GRIDS: dict[str, dict[bool, Grid]] = {
-    f"int{bits}": {False: Integer(bits), True: Integer(bits, zero=True)} for bits in range(2, 9)
+
+@dataclass(frozen=True)
+class Row:
+    """A grid of the table and what is said of it.
+
+    zero      the same grid with a stored zero point, where there is such a thing
+    nearest   whether `encode` always finds the nearest of all codes; a search that may miss it says so here
+    """
+
+    grid: Grid
+    about: str
+    zero: Grid | None = None
+    nearest: bool = True
+
+
+def _minifloat(
+    x: int, y: int, bias: int | None = None, specials: Specials | None = None, name: str = "", rule: Rule = "absmax"
+) -> Levels:
+    """Make a minifloat grid; without `specials` those that OCP gives this type."""
+    ocp: dict[tuple[int, int], Specials] = {(4, 3): "fn", (5, 2): "ieee"}
+    levels = minifloat_levels(x, y, bias, specials or ocp.get((x, y), "finite"))
+    # The scale of a grid that reaches far above 1 lies far below the weights, where fp16 has few digits left.
+    top = max(level for level in levels if not math.isnan(level))
+    return Levels(name or f"e{x}m{y}", levels, rule, "fp16" if top <= 1024 else "fp32")
+
+
+GRIDS: dict[str, Row] = {
+    "int1": Row(Integer(1, zero=True), "0 and 1 less a zero point", Integer(1, zero=True)),
+    **{f"int{b}": Row(Integer(b), f"{b}-bit integers", Integer(b, zero=True)) for b in range(2, 9)},
+    **{f"bipolar{b}": Row(Levels(f"bipolar{b}", bipolar(b)), "odd integers, symmetric, no zero") for b in range(1, 9)},
+    **{
+        f"e{x}m{bits - 1 - x}": Row(_minifloat(x, bits - 1 - x), f"{bits}-bit minifloat")
+        for bits in range(3, 9)
+        for x in range(1, bits)
+    },
+    "mxfp8": Row(_minifloat(4, 3, name="mxfp8", rule="ocp"), "OCP MXFP8, e4m3 elements"),
+    "mxfp8e5m2": Row(_minifloat(5, 2, name="mxfp8e5m2", rule="ocp"), "OCP MXFP8, e5m2 elements"),
+    "mxfp6": Row(_minifloat(2, 3, name="mxfp6", rule="ocp"), "OCP MXFP6, e2m3 elements"),
+    "mxfp6e3m2": Row(_minifloat(3, 2, name="mxfp6e3m2", rule="ocp"), "OCP MXFP6, e3m2 elements"),
+    "mxfp4": Row(_minifloat(2, 1, name="mxfp4", rule="ocp"), "OCP MXFP4, e2m1 elements"),
+    "nf4": Row(Levels("nf4", normal_float(4)), "quantiles of a normal distribution, 4 bits"),
+    "nf3": Row(Levels("nf3", normal_float(3)), "quantiles of a normal distribution, 3 bits"),
+    "nf2": Row(Levels("nf2", normal_float(2)), "quantiles of a normal distribution, 2 bits"),
+    "binary": Row(Levels("binary", (-1.0, 1.0), "mean"), "the sign, times the mean magnitude"),
+    "ternary": Row(Levels("ternary", (-1.0, 0.0, 1.0), "mean"), "-1, 0, 1 times the mean magnitude"),
+    "ternarymed": Row(Levels("ternarymed", (-1.0, 0.0, 1.0), "median"), "-1, 0, 1 times the median magnitude"),
 }
+
+# Families with too many members for a row each: a pattern, what it looks like, and what makes the grid of a match.
+PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ...] = (
+    (
+        re.compile(r"e([1-7])m([0-6])(?:b(0|[1-9][0-9]?))?(i?)"),
+        "eXmYbB: bias B; eXmYi: with infinities",
+        lambda m: _minifloat(int(m[1]), int(m[2]), None if m[3] is None else int(m[3]), "ieee" if m[4] else None, name=m[0]),
+    ),
+)
+
+# Names that the field uses for a whole format.
+SHORT: dict[str, str] = {
+    "mxfp8": "mxfp8-g32-e8m0",
+    "mxfp8e5m2": "mxfp8e5m2-g32-e8m0",
+    "mxfp6": "mxfp6-g32-e8m0",
+    "mxfp6e3m2": "mxfp6e3m2-g32-e8m0",
+    "mxfp4": "mxfp4-g32-e8m0",
+    "nvfp4": "e2m1-g16-fp8",
+}
+
+
+def find_row(name: str) -> Row:
+    """Give the row of a grid's name, one made for it where the name is of a family."""
+    if name in GRIDS:
+        return GRIDS[name]
+    for pattern, _, make in PATTERNS:
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return Row(make(match), "")
+    raise unknown_name("number grid", name, GRIDS)
+
+
+def find_grid(name: str, zero: bool = False) -> Grid:
+    """Give the grid of a name. Raises UsageError or FormatError."""
+    row = find_row(name)
+    if not zero:
+        return row.grid
+    if row.zero is None:
+        raise FormatError(f"{name} has no variant with a zero point; leave `zero` out.")
+    return row.zero
 
 
 def parse_format(name: str) -> Format:
     """Read a format's name. Raises UsageError or FormatError that say which part is wrong."""
-    head, *rest = name.split("-")
-    if head not in GRIDS:
-        raise unknown_name("number grid", head, GRIDS)
+    head, *rest = SHORT.get(name, name).split("-")
+    grid = find_grid(head)
     if not rest:
         raise FormatError(f"{name!r} names no block; use for example {head}-g64, {head}-row or {head}-tensor.")
     block = Block.parse(rest[0])
     if block is None:
         raise FormatError(f"{name!r}: {rest[0]!r} is no block; blocks are row, tensor, gN and RxC, for example g64, 16x64.")
     flags = rest[1:]
-    scales = [flag for flag in flags if flag in SCALE_DTYPES]
-    known = set(SCALE_DTYPES) | {"zero"}
+    known = {"zero", *SCALES, *LAYOUTS}
     for flag in flags:
         if flag not in known:
             raise unknown_name(f"part of format {name!r}", flag, known)
-    if len(flags) != len(set(flags)) or len(scales) > 1:
-        raise FormatError(f"{name!r} says a thing twice; the order is grid-block[-zero][-fp16|-bf16|-fp32].")
-    zero = "zero" in flags
-    return Format(GRIDS[head][zero], block, scales[0] if scales else "fp16")
+    scales = [flag for flag in flags if flag in SCALES]
+    layouts = [flag for flag in flags if flag in LAYOUTS]
+    if len(flags) != len(set(flags)) or len(scales) > 1 or len(layouts) > 1:
+        raise FormatError(f"{name!r} says a thing twice; the order is grid-block[-zero][-scale][-layout].")
+    if "zero" in flags:
+        grid = find_grid(head, zero=True)
+    return Format(grid, block, *(scales or [grid.usual_scale]), *(layouts or ["dense"]))
 
 
 def describe_formats() -> list[dict[str, object]]:
     """List every grid with what it costs in blocks of 64 and of a row of 4,096, for people and for machines."""
     rows: list[dict[str, object]] = []
-    for name, variants in GRIDS.items():
-        for zero, grid in variants.items():
+    for name, row in GRIDS.items():
+        for zero, grid in ((False, row.grid), (True, row.zero)):
+            if grid is None or (zero and grid == row.grid):
+                continue
             costs = {}
             for block in ("g64", "row"):
                 fmt = Format(grid, Block(1, 64 if block == "g64" else "all"))
@@ -53,8 +149,10 @@ def describe_formats() -> list[dict[str, object]]:
             rows.append(
                 {
                     "name": f"{name}-g64{suffix}",
+                    "about": row.about + (", with a zero point" if zero else ""),
                     "bits": grid.code_bits / grid.span,
-                    "levels": 1 << grid.code_bits,
+                    "levels": grid.num_codes,
+                    "span": grid.span,
                     "zero_point": zero,
                     "bits_per_weight_g64": costs["g64"],
                     "bits_per_weight_row": costs["row"],

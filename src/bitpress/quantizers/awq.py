@@ -41,19 +41,17 @@ class AWQ:
         w = w.float()
         tiles = diagonal_tiles(gram, fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[1])
         limit = block_limits(w, fmt)
-        per_block = {p.name for p in fmt.grid.params if p.scope == "block"}
-        best: dict[str, torch.Tensor] = dict(fmt.fit(w))
+        best = fmt.fit(w)
         error = partial_errors(w, best, fmt, tiles)
         clipped = torch.zeros_like(error, dtype=torch.bool)
         for ratio in shrink_ratios("mse", self.steps, self.smallest)[1:]:
-            fitted = fmt.fit(w.clamp(-limit * ratio, limit * ratio))
             # What belongs to the whole weight (a codebook) stays as first fitted: blocks must be able to choose apart.
-            trial = {name: fitted[name] if name in per_block else value for name, value in best.items()}
+            trial = fmt.fit(w.clamp(-limit * ratio, limit * ratio), shared=best)
             trial_error = partial_errors(w, trial, fmt, tiles)
             better = trial_error < error
             error = torch.where(better, trial_error, error)
             clipped |= better
-            best = {name: torch.where(better, trial[name], best[name]) if name in per_block else best[name] for name in best}
+            best = fmt.choose(better, trial, best)
         weight = CompressedWeight((Packed.pack(fmt, fmt.encode(w, best), best),))
         return Outcome(weight, figures={"clipped": float(clipped.float().mean())})
 

@@ -21,6 +21,7 @@ from bitpress import native
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params, Permutation
+from bitpress.formats.dense import code_dtype
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -124,8 +125,8 @@ class _Columns:
     ) -> None:
         self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w, importance, ratios, static
         self.shape = (w.shape[0], w.shape[1])
-        self.params: dict[str, torch.Tensor] = dict(fmt.fit(w, importance, ratios))
-        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, self.shape[0], dtype=torch.uint8)
+        self.params: Params = fmt.fit(w, importance, ratios)
+        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, self.shape[0], dtype=code_dtype(fmt.grid.code_bits))
         self.block_cols = fmt.block.resolve(self.shape, fmt.grid.span)[1]
         self._at_block: dict[int, Params] = {}
 
@@ -212,9 +213,6 @@ class _Columns:
 
     def _refit(self, column: int, group: Float[torch.Tensor, "out cols"]) -> None:
         """Fit the group that begins at `column` to the weights as the feedback has left them."""
-        fitted: Params = self.fmt.fit(group, self.importance[column : column + self.block_cols], self.ratios)
-        across = column // self.block_cols
-        for p in self.fmt.grid.params:
-            if p.scope == "block":
-                self.params[p.name][:, across : across + 1] = fitted[p.name]
-        self._at_block.pop(across, None)
+        importance = self.importance[column : column + self.block_cols]
+        self.params = self.fmt.refit(self.params, self.shape, column, group, importance, self.ratios)
+        self._at_block.pop(column // self.block_cols, None)

@@ -1,0 +1,277 @@
+"""How scales are kept: a float each, a power of two each, or small codes under a larger scale that many of them share.
+
+A store rounds a scale to what it can hold before anything is encoded with it, so the numbers that a quantizer decides by are the
+numbers that a reader decodes. What many scales share (`outer`) is chosen once, from the scales that clip nothing; a search for better
+scales then moves inside it.
+
+    name    one scale            shared                                as in
+    fp16    float16              -                                     (the default)
+    bf16    bfloat16             -
+    fp32    float32              -
+    e8m0    2^(byte - 127)       -                                     OCP MX
+    fp8     float8 e4m3          float32 a tensor                      NVFP4
+    s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ; s6: the k-quants of llama.cpp
+    dq      8-bit dynamic map    float32 a 256 scales, float32 offset  bitsandbytes' nested statistics
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+
+from bitpress.errors import FormatError, NumericsError
+from bitpress.formats.dense import pack, row_bytes, unpack
+
+__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "ScaleStore"]
+
+Outer = Mapping[str, torch.Tensor]
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class ScaleStore(Protocol):
+    """Rounds scales `[down, across]` and keeps them. The tensor named "" is the scales' own; the others are shared ones."""
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        """Choose what scales share, so that all of these fit; every value broadcasts against them."""
+        ...
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        """Give the nearest scale that can be stored. Raises NumericsError when one is out of range."""
+        ...
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        """Give the tensors of a file; `scale` has been rounded."""
+        ...
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        """Give the scales in float32."""
+        ...
+
+    def expected(self, down: int, across: int) -> Shapes:
+        """Give dtype and shape of every tensor of a file."""
+        ...
+
+    def shared_by_rows(self) -> bool:
+        """Say whether scales of different rows share something, so that rows cannot be taken apart."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One float a scale."""
+
+    name: str
+    dtype: torch.dtype
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        return {}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        rounded = scale.to(self.dtype).float()
+        # A block that is not all zeros keeps at least the smallest scale there is.
+        rounded = torch.where((rounded == 0) & (scale > 0), self._smallest, rounded)
+        if not bool(torch.isfinite(rounded).all()):
+            raise NumericsError(f"a scale is beyond the range of {self.name}; store scales as fp32 or bf16.")
+        return rounded
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        return {"": scale.to(self.dtype).contiguous()}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        return stored[""].float()
+
+    def expected(self, down: int, across: int) -> Shapes:
+        return {"": (self.dtype, (down, across))}
+
+    def shared_by_rows(self) -> bool:
+        return False
+
+    @property
+    def _smallest(self) -> float:
+        return float(torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps)
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """A power of two in a byte, 2^(byte - 127); 255 is not a number in OCP MX and is refused. A scale of 0 becomes 2^-127."""
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        return {}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        return _power_of_two(self._exponent(scale))
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        return {"": (self._exponent(scale) + 127).to(torch.uint8)}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        if bool((stored[""] == 255).any()):
+            raise FormatError("an e8m0 scale is 255, which is not a number.")
+        return _power_of_two(stored[""].to(torch.int32) - 127)
+
+    def expected(self, down: int, across: int) -> Shapes:
+        return {"": (torch.uint8, (down, across))}
+
+    def shared_by_rows(self) -> bool:
+        return False
+
+    @staticmethod
+    def _exponent(scale: torch.Tensor) -> torch.Tensor:
+        if not bool(torch.isfinite(scale).all()):
+            raise NumericsError("a scale is not finite.")
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
+        # Nearest in the ratio: up from sqrt(1/2) of the next power on. An exact power has mantissa 0.5 and stays.
+        nearest = torch.where(mantissa > math.sqrt(0.5), exponent, exponent - 1)
+        nearest = torch.where(scale > 0, nearest, -127)
+        if bool((nearest > 127).any()):
+            raise NumericsError("a scale is beyond the range of e8m0, 2^127.")
+        return nearest.clamp(min=-127).to(torch.int32)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Give 2^exponent in float32, exact also where that is a denormal number."""
+    return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device), exponent).float()
+
+
+@dataclass(frozen=True)
+class MicroFloat:
+    """A float8 e4m3 a scale, times one float32 for the tensor: that of the largest scale over 448, the largest float8."""
+
+    largest: float = 448.0
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        top = scale.max().reshape(1, 1).float() / self.largest
+        return {"tensor": torch.where(top > 0, top, 1.0)}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        return self._codes(scale, outer).float() * outer["tensor"]
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        # Stored as bytes: not every reader of safetensors knows the type, and codes are bytes everywhere else.
+        return {"": self._codes(scale, outer).view(torch.uint8).contiguous(), "tensor": outer["tensor"].reshape(1)}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        scale = stored[""].contiguous().view(torch.float8_e4m3fn).float()
+        return scale * stored["tensor"].reshape(1, 1)
+
+    def expected(self, down: int, across: int) -> Shapes:
+        return {"": (torch.uint8, (down, across)), "tensor": (torch.float32, (1,))}
+
+    def shared_by_rows(self) -> bool:
+        return True
+
+    def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        if not bool(torch.isfinite(scale).all()):
+            raise NumericsError("a scale is not finite.")
+        return (scale / outer["tensor"]).clamp_(-self.largest, self.largest).to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class IntegerCodes:
+    """An unsigned integer a scale, times one float32 for every row of blocks: weights of 4 bits inside a product in 8."""
+
+    bits: int
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        if not bool(torch.isfinite(scale).all()):
+            raise NumericsError("a scale is not finite.")
+        return {"row": scale.amax(-1, keepdim=True) / self._top}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        return self._codes(scale, outer) * outer["row"]
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        codes = self._codes(scale, outer).to(torch.uint8)
+        return {"": pack(codes, self.bits), "row": outer["row"].reshape(-1)}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        return unpack(stored[""], self.bits, across).float() * stored["row"][:, None]
+
+    def expected(self, down: int, across: int) -> Shapes:
+        return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
+
+    def shared_by_rows(self) -> bool:
+        return False
+
+    @property
+    def _top(self) -> int:
+        return (1 << self.bits) - 1
+
+    def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        row = outer["row"]
+        codes = (scale / torch.where(row == 0, 1.0, row)).round_()
+        # A block that is not all zeros keeps at least the smallest scale there is.
+        return torch.where((scale > 0) & (row > 0), codes.clamp(1, self._top), 0.0)
+
+
+@dataclass(frozen=True)
+class DoubleQuantized:
+    """Scales less their mean, in blocks of 256 over the tensor, as codes of the 8-bit dynamic map times the block's largest.
+
+    Source   Dettmers et al. 2023, "QLoRA", double quantization; the map is that of bitsandbytes' dynamic quantization.
+    """
+
+    block: int = 256
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        offset = scale.float().mean().reshape(1, 1)
+        flat = torch.nn.functional.pad((scale - offset).reshape(-1), (0, -scale.numel() % self.block))
+        largest = flat.view(-1, self.block).abs().amax(-1, keepdim=True).expand(-1, self.block)
+        return {"offset": offset, "block": largest.reshape(-1)[: scale.numel()].reshape(scale.shape)}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        levels = dynamic_map().to(scale.device)
+        return (levels[self._codes(scale, outer)] * outer["block"] + outer["offset"]).clamp(min=0)
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        codes = self._codes(scale, outer).to(torch.uint8)
+        block = outer["block"].reshape(-1)[:: self.block].contiguous()
+        return {"": codes.contiguous(), "block": block, "offset": outer["offset"].reshape(1)}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        codes = stored[""]
+        block = stored["block"].repeat_interleave(self.block)[: codes.numel()].reshape(codes.shape)
+        return (dynamic_map().to(codes.device)[codes.long()] * block + stored["offset"].reshape(1, 1)).clamp(min=0)
+
+    def expected(self, down: int, across: int) -> Shapes:
+        blocks = -(-down * across // self.block)
+        return {"": (torch.uint8, (down, across)), "block": (torch.float32, (blocks,)), "offset": (torch.float32, (1,))}
+
+    def shared_by_rows(self) -> bool:
+        return True
+
+    def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        levels = dynamic_map().to(scale.device)
+        block = outer["block"]
+        values = (scale - outer["offset"]) / torch.where(block == 0, 1.0, block)
+        return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+
+@cache
+def dynamic_map() -> Float[torch.Tensor, " 256"]:
+    """Give the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
+    levels: list[float] = [0.0, 1.0]
+    for decade in range(7):
+        count = 2**decade + 1
+        edges = torch.linspace(0.1, 1, count)
+        middles = (edges[:-1] + edges[1:]) / 2
+        levels += (10.0 ** (decade - 6) * middles).tolist()
+        levels += (-(10.0 ** (decade - 6)) * middles).tolist()
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+SCALES: dict[str, ScaleStore] = {
+    "fp16": Plain("fp16", torch.float16),
+    "bf16": Plain("bf16", torch.bfloat16),
+    "fp32": Plain("fp32", torch.float32),
+    "e8m0": PowerOfTwo(),
+    "fp8": MicroFloat(),
+    "s4": IntegerCodes(4),
+    "s6": IntegerCodes(6),
+    "s8": IntegerCodes(8),
+    "dq": DoubleQuantized(),
+}
