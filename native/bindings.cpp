@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "codes.h"
 #include "cpu.h"
 #include "feedback.h"
 #include "gram.h"
@@ -63,6 +64,87 @@ void add_gram(Array<float, 2> gram, Array<const std::int16_t, 2> x, int threads)
                        static_cast<std::int64_t>(x.shape(0)), n, used);
 }
 
+using Floats = Array<const float, 2>;
+using Vector = Array<const float, 1>;
+using Codes = Array<std::uint8_t, 2>;
+using ConstCodes = Array<const std::uint8_t, 2>;
+
+bitpress::AffineBlocks affine(std::size_t blocks, const Vector &scale, const std::optional<Vector> &zero, float offset, int top) {
+    need(scale.shape(0) == blocks, "scale must have one value a block");
+    need(!zero || zero->shape(0) == blocks, "zero must have one value a block");
+    need(top >= 0 && top <= 255, "top must be 0 to 255");
+    return {scale.data(), zero ? zero->data() : nullptr, offset, static_cast<float>(top)};
+}
+
+template <typename A, typename B>
+void need_same_shape(const A &a, const B &b) {
+    need(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1), "codes and values must have one shape");
+}
+
+void encode_affine(Floats values, Codes codes, Vector scale, std::optional<Vector> zero, float offset, int top, int threads) {
+    need_same_shape(values, codes);
+    const auto levels = affine(values.shape(0), scale, zero, offset, top);
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::encode_affine(values.data(), codes.data(), static_cast<std::int64_t>(values.shape(0)),
+                            static_cast<std::int64_t>(values.shape(1)), levels, used);
+}
+
+void decode_affine(ConstCodes codes, Array<float, 2> values, Vector scale, std::optional<Vector> zero, float offset, int threads) {
+    need_same_shape(values, codes);
+    const auto levels = affine(values.shape(0), scale, zero, offset, 0);
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::decode_affine(codes.data(), values.data(), static_cast<std::int64_t>(values.shape(0)),
+                            static_cast<std::int64_t>(values.shape(1)), levels, used);
+}
+
+void encode_levels(Floats values, Codes codes, Vector scale, Vector boundaries, Array<const std::uint8_t, 1> code_of, int zero_code,
+                   int negative_zero_code, int threads) {
+    need_same_shape(values, codes);
+    need(scale.shape(0) == values.shape(0), "scale must have one value a block");
+    need(boundaries.shape(0) <= 255 && code_of.shape(0) == boundaries.shape(0) + 1, "at most 256 levels, one boundary less");
+    need(zero_code <= 255 && negative_zero_code <= 255, "a code is at most 255");
+    const bitpress::LevelBlocks levels{scale.data(), boundaries.data(), static_cast<std::int64_t>(boundaries.shape(0)),
+                                       code_of.data(), zero_code, negative_zero_code};
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::encode_levels(values.data(), codes.data(), static_cast<std::int64_t>(values.shape(0)),
+                            static_cast<std::int64_t>(values.shape(1)), levels, used);
+}
+
+void decode_levels(ConstCodes codes, Array<float, 2> values, Vector scale, Vector table, int threads) {
+    need_same_shape(values, codes);
+    need(scale.shape(0) == values.shape(0), "scale must have one value a block");
+    need(table.shape(0) == 256, "the table must have 256 levels");
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::decode_levels(codes.data(), values.data(), static_cast<std::int64_t>(values.shape(0)),
+                            static_cast<std::int64_t>(values.shape(1)), scale.data(), table.data(), used);
+}
+
+void check_dense(std::size_t rows, std::size_t count, const ConstCodes &packed, int bits) {
+    need(bits >= 1 && bits <= 8, "bits must be 1 to 8");
+    need(packed.shape(0) == rows && packed.shape(1) == (count * static_cast<std::size_t>(bits) + 7) / 8,
+         "packed must have ceil(count * bits / 8) bytes a row");
+}
+
+void pack_dense(ConstCodes codes, Codes packed, int bits, int threads) {
+    check_dense(codes.shape(0), codes.shape(1), ConstCodes(packed), bits);
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::pack_dense(codes.data(), packed.data(), static_cast<std::int64_t>(codes.shape(0)),
+                         static_cast<std::int64_t>(codes.shape(1)), bits, used);
+}
+
+void unpack_dense(ConstCodes packed, Codes codes, int bits, int threads) {
+    check_dense(codes.shape(0), codes.shape(1), packed, bits);
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::unpack_dense(packed.data(), codes.data(), static_cast<std::int64_t>(codes.shape(0)),
+                           static_cast<std::int64_t>(codes.shape(1)), bits, used);
+}
+
 std::vector<std::string> features() {
     std::vector<std::string> names;
     if (bitpress::has_avx512()) names.emplace_back("avx512");
@@ -74,10 +156,24 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
+    m.attr("version") = 2;  // as in bitpress.native
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
           nb::arg("factor").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"),
           nb::arg("top"), nb::arg("group").noconvert(), nb::arg("threads"));
     m.def("add_gram", &add_gram, nb::arg("gram").noconvert(), nb::arg("x").noconvert(), nb::arg("threads"));
+    m.def("encode_affine", &encode_affine, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
+          nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("top"), nb::arg("threads"));
+    m.def("decode_affine", &decode_affine, nb::arg("codes").noconvert(), nb::arg("values").noconvert(),
+          nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("threads"));
+    m.def("encode_levels", &encode_levels, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
+          nb::arg("scale").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("code_of").noconvert(), nb::arg("zero_code"),
+          nb::arg("negative_zero_code"), nb::arg("threads"));
+    m.def("decode_levels", &decode_levels, nb::arg("codes").noconvert(), nb::arg("values").noconvert(),
+          nb::arg("scale").noconvert(), nb::arg("table").noconvert(), nb::arg("threads"));
+    m.def("pack_dense", &pack_dense, nb::arg("codes").noconvert(), nb::arg("packed").noconvert(), nb::arg("bits"),
+          nb::arg("threads"));
+    m.def("unpack_dense", &unpack_dense, nb::arg("packed").noconvert(), nb::arg("codes").noconvert(), nb::arg("bits"),
+          nb::arg("threads"));
 }

@@ -8,7 +8,8 @@ import torch
 
 from bitpress import native
 from bitpress.calibration import StatsCollector
-from bitpress.formats import parse_format
+from bitpress.errors import KernelUnavailable
+from bitpress.formats import GRIDS, dense, parse_format
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.table import QUANTIZERS
 
@@ -164,3 +165,71 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched(name: str, value:
 def test_a_gram_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="gram"):
         native.add_gram_(torch.zeros(size, size), torch.zeros(5, 64, dtype=torch.bfloat16))
+
+
+SCALAR = [name for name in GRIDS if GRIDS[name].grid.span == 1 and GRIDS[name].grid.code_bits <= 8]
+
+
+@pytest.mark.parametrize("name", [f"{g}-{b}" for g in SCALAR for b in ("g1", "g7", "g64", "row", "2x8")] + ["int4-g64-zero"])
+def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = parse_format(name)
+    w = draw(6, 448, seed=5)
+    w[0, :64] = 0.0
+    w[1, :8] = torch.tensor([-0.0, 0.0, 1e-30, -1e-30, 3.0, -3.0, 0.5, -0.5])
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    params = fmt.fit(w)
+    codes = fmt.encode(w, params)
+    values = fmt.decode(codes, params)
+    monkeypatch.setenv("BITPRESS_NATIVE", "on")
+    for count in (1, 2, 3):
+        with threads(count):
+            assert torch.equal(fmt.encode(w, params), codes)
+            again = fmt.decode(codes, params)
+            assert torch.equal(again, values)
+            assert torch.equal(torch.signbit(again), torch.signbit(values))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1000])
+def test_packing_is_that_of_the_reference(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 1 << bits, (200, count), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    packed = native.pack_dense(codes, bits)
+    assert torch.equal(native.unpack_dense(packed, bits, count), codes)
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    assert torch.equal(dense.pack(codes, bits), packed)
+    assert torch.equal(dense.unpack(packed, bits, count), codes)
+
+
+def test_code_functions_refuse_what_does_not_fit() -> None:
+    v, s, b = torch.zeros(3, 4), torch.ones(3, 1), torch.zeros(2)
+    c = torch.zeros(3, 4, dtype=torch.uint8)
+    table = torch.zeros(256)
+    wrong = [
+        lambda: native.encode_affine(v, torch.ones(2, 1), 0.0, 15),
+        lambda: native.encode_affine(v, s, torch.zeros(2, 1), 15),
+        lambda: native.encode_affine(v, s, 0.0, 256),
+        lambda: native.encode_affine(v.double(), s, 0.0, 15),
+        lambda: native.decode_affine(c, torch.ones(4, 1), 0.0),
+        lambda: native.decode_affine(c.int(), s, 0.0),
+        lambda: native.encode_levels(v, s, b, torch.zeros(2, dtype=torch.uint8), None),
+        lambda: native.encode_levels(v, s, torch.zeros(256), torch.zeros(257, dtype=torch.uint8), None),
+        lambda: native.decode_levels(c, s, table[:255]),
+        lambda: native.pack_dense(c, 9),
+        lambda: native.pack_dense(c, 0),
+        lambda: native.unpack_dense(c, 4, 9),
+        lambda: native.unpack_dense(c.view(torch.int8), 8, 4),
+    ]
+    for call in wrong:
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            call()
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    native._find_library.cache_clear()
+    try:
+        assert not native.available()
+        with pytest.raises(KernelUnavailable, match="not built for this version"):
+            native.pack_dense(torch.zeros(1, 1, dtype=torch.uint8), 4)
+    finally:
+        native._find_library.cache_clear()

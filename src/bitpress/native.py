@@ -14,22 +14,40 @@ from jaxtyping import Float, Int, UInt8
 from bitpress.errors import KernelUnavailable
 from bitpress.settings import use_native
 
-__all__ = ["add_gram_", "available", "features", "gram_size", "round_columns_"]
+__all__ = [
+    "add_gram_",
+    "available",
+    "decode_affine",
+    "decode_levels",
+    "encode_affine",
+    "encode_levels",
+    "features",
+    "gram_size",
+    "pack_dense",
+    "round_columns_",
+    "serves",
+    "unpack_dense",
+]
+
+
+# What the library and this file agree on; raised whenever a function of it changes. A library left over from before is not used.
+VERSION = 2
 
 
 @functools.cache
 def _find_library() -> ModuleType | None:
     try:
-        return importlib.import_module("bitpress._native")
+        library = importlib.import_module("bitpress._native")
     except ImportError:
         return None
+    return library if getattr(library, "version", 0) == VERSION else None
 
 
 def _library() -> ModuleType:
     library = _find_library()
     if library is None:
         raise KernelUnavailable(
-            "the native library was not built: install a C++ compiler and Python's headers, then bitpress again."
+            "the native library was not built for this version: install a C++ compiler and Python's headers, then bitpress again."
         )
     return library
 
@@ -37,6 +55,11 @@ def _library() -> ModuleType:
 def available() -> bool:
     """Say whether native code is there and wanted."""
     return use_native() and _find_library() is not None
+
+
+def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Say whether the block functions below take these: `[blocks, n]` on the CPU, a scale a block, and native code there."""
+    return values.ndim == 2 and scale.shape == (values.shape[0], 1) and values.device.type == "cpu" and available()
 
 
 def features() -> frozenset[str]:
@@ -71,3 +94,77 @@ def gram_size(in_features: int) -> int:
 def add_gram_(gram: Float[torch.Tensor, "padded padded"], x: torch.Tensor) -> None:
     """Add x.T @ x on and above the diagonal; `x` is bf16 `[tokens, in]`. What is below the diagonal is undefined."""
     _library().add_gram(gram, x.view(torch.int16), torch.get_num_threads())
+
+
+def encode_affine(
+    values: Float[torch.Tensor, "blocks n"],
+    scale: Float[torch.Tensor, "blocks 1"],
+    zero: Float[torch.Tensor, "blocks 1"] | float,
+    top: int,
+) -> UInt8[torch.Tensor, "blocks n"]:
+    """Give `round(values / scale) + zero`, halves to even, clamped to 0 .. top; a scale of 0 divides as 1."""
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    stored, constant = _zero(zero)
+    _library().encode_affine(values.contiguous(), codes, _vector(scale), stored, constant, top, torch.get_num_threads())
+    return codes
+
+
+def decode_affine(
+    codes: UInt8[torch.Tensor, "blocks n"],
+    scale: Float[torch.Tensor, "blocks 1"],
+    zero: Float[torch.Tensor, "blocks 1"] | float,
+) -> Float[torch.Tensor, "blocks n"]:
+    """Give `(codes - zero) * scale`."""
+    values = torch.empty(codes.shape)
+    stored, constant = _zero(zero)
+    _library().decode_affine(codes.contiguous(), values, _vector(scale), stored, constant, torch.get_num_threads())
+    return values
+
+
+def encode_levels(
+    values: Float[torch.Tensor, "blocks n"],
+    scale: Float[torch.Tensor, "blocks 1"],
+    boundaries: Float[torch.Tensor, " levels-1"],
+    code_of: UInt8[torch.Tensor, " levels"],
+    zeros: tuple[int, int] | None,
+) -> UInt8[torch.Tensor, "blocks n"]:
+    """Give the code of the interval that `values / scale` lies in, a boundary counted with the interval below it.
+
+    `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
+    """
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    zero, negative = zeros or (-1, -1)
+    threads = torch.get_num_threads()
+    _library().encode_levels(values.contiguous(), codes, _vector(scale), boundaries, code_of, zero, negative, threads)
+    return codes
+
+
+def decode_levels(
+    codes: UInt8[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: Float[torch.Tensor, " 256"]
+) -> Float[torch.Tensor, "blocks n"]:
+    """Give `table[codes] * scale`."""
+    values = torch.empty(codes.shape)
+    _library().decode_levels(codes.contiguous(), values, _vector(scale), table, torch.get_num_threads())
+    return values
+
+
+def pack_dense(codes: UInt8[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tensor, "rows bytes"]:
+    """Pack codes of 1 to 8 bits side by side, row by row."""
+    packed = torch.empty(codes.shape[0], -(-codes.shape[1] * bits // 8), dtype=torch.uint8)
+    _library().pack_dense(codes.contiguous(), packed, bits, torch.get_num_threads())
+    return packed
+
+
+def unpack_dense(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> UInt8[torch.Tensor, "rows count"]:
+    """Give back `count` codes of every row."""
+    codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
+    _library().unpack_dense(packed.contiguous(), codes, bits, torch.get_num_threads())
+    return codes
+
+
+def _vector(scale: torch.Tensor) -> torch.Tensor:
+    return scale.reshape(-1).contiguous()
+
+
+def _zero(zero: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
+    return (_vector(zero), 0.0) if isinstance(zero, torch.Tensor) else (None, float(zero))

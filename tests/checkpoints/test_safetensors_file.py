@@ -262,3 +262,11 @@ def test_any_mapping_makes_the_round_trip(
     want = {name: bits(tensor) for name, tensor in tensors.items()}
     assert {name: bits(tensor) for name, tensor in read_all(path).items()} == want
     assert {name: bits(tensor) for name, tensor in load_file(path).items()} == want
+
+
+def test_one_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    value = torch.full((1, 1), 2.5).expand(1, 256).reshape(-1)[:1]
+    assert value.stride(0) != 1
+    write_durably(tmp_path / "one.safetensors", serialize({"a": value}, None))
+    read = read_tensor(tmp_path / "one.safetensors", read_header(tmp_path / "one.safetensors")[0]["a"])
+    assert read.tolist() == [2.5]

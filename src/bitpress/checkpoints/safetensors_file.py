@@ -183,6 +183,8 @@ def _stream(head: bytes, tensors: list[torch.Tensor]) -> Iterator[bytes | memory
     yield head
     for tensor in tensors:
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        # One element may pass for contiguous with any stride, and then cannot be seen as bytes.
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
         yield flat.view(torch.uint8).numpy().data
 
 

@@ -19,6 +19,8 @@ Codes are uint8 up to 8 bits and int32 beyond.
 import torch
 from jaxtyping import Int, UInt8
 
+from bitpress import native
+
 __all__ = ["code_dtype", "pack", "row_bytes", "unpack"]
 
 
@@ -39,6 +41,8 @@ def pack(codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tenso
         return codes.contiguous()
     if bits > 8:
         return _pack_wide(codes, bits)
+    if codes.device.type == "cpu" and native.available():
+        return native.pack_dense(codes, bits)
     if 8 % bits == 0:
         fields = torch.nn.functional.pad(codes, (0, -count % (8 // bits))).view(rows, -1, 8 // bits)
         joined = fields[..., 0].clone()
@@ -61,6 +65,8 @@ def unpack(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> 
         return packed[:, :count].contiguous()
     if bits > 8:
         return _unpack_wide(packed, bits, count)
+    if packed.device.type == "cpu" and native.available():
+        return native.unpack_dense(packed, bits, count)
     mask = (1 << bits) - 1
     if 8 % bits == 0:
         fields = torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
+from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grid import Params, StoredParam
 
@@ -74,12 +75,16 @@ class Integer:
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         scale = params["scale"]
+        if native.serves(values, scale):
+            return native.encode_affine(values, scale, self.zero_of(params), self.top)
         # A scale of 0 marks a block of zeros; dividing by 1 there keeps the codes finite and decode gives 0 anyway.
         codes = values / torch.where(scale == 0, 1.0, scale)
         codes = codes.round_().add_(self.zero_of(params)).clamp_(0, self.top)
         return codes.to(torch.uint8)
 
     def decode(self, codes: Int[torch.Tensor, "... n"], params: Params) -> Float[torch.Tensor, "... n"]:
+        if native.serves(codes, params["scale"]):
+            return native.decode_affine(codes, params["scale"], self.zero_of(params))
         return (codes.to(torch.float32) - self.zero_of(params)) * params["scale"]
 
     def zero_of(self, params: Params) -> torch.Tensor | float:

@@ -10,6 +10,7 @@ A unit is committed in this order: its weight file, the activations after it, it
 Publishing renames the weight files into OUT and writes the manifest last.
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import json
@@ -67,6 +68,8 @@ class Job:
         self.identity = dict(identity)
         self.units: list[dict[str, Any]] = []
         self._lock: int | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "bitpress-journal")
+        self._pending: concurrent.futures.Future[None] | None = None
 
     @classmethod
     def open(cls, out: Path, identity: Mapping[str, Any], *, force: bool = False) -> "Job":
@@ -113,9 +116,29 @@ class Job:
             self._discard()
 
     def close(self) -> None:
+        """Let go of the directory, once what is being written is written."""
+        self._writer.shutdown()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def commit_behind(
+        self,
+        unit: str,
+        shard: str,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, Any],
+        activations: torch.Tensor | None,
+    ) -> None:
+        """Commit a unit while the next one is worked on. Nothing given may change before `settle` has returned."""
+        self.settle()
+        self._pending = self._writer.submit(self.commit, unit, shard, tensors, facts, activations)
+
+    def settle(self) -> None:
+        """Wait until the last unit is durable; raise what its commit raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def commit(
         self,

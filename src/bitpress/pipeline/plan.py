@@ -140,8 +140,6 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
     for planned in weights:
         try:
             planned.format.block_grid(planned.parameter.shape)
-            if planned.parameter.experts and planned.format.block.rows == "all":
-                raise FormatError("experts cannot share parameters over all rows; use row or gN.")
         except BitpressError as error:
             wrong.setdefault(f"{planned.format.name}: {error}", []).append(planned.parameter.stem)
     if wrong:

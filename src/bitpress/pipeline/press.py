@@ -49,7 +49,10 @@ class PressedBlock:
 
 
 class Presser:
-    """Holds the model, the recipe's parts, and the hidden states that feed the next block."""
+    """Holds the model, the recipe's parts, and the hidden states that feed the next block.
+
+    `before_advance` is called each time before those are overwritten.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,10 @@ class Presser:
         *,
         strict: bool = False,
         check_stop: Callable[[], None] = lambda: None,
+        before_advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.recipe, self.planned, self.strict, self.check_stop = model, recipe, planned, strict, check_stop
+        self.before_advance = before_advance
         self.quantizer = recipe.make_quantizer()
         self.transforms = recipe.make_transforms()
         self.needs = recipe.needs()
@@ -126,6 +131,7 @@ class Presser:
         return stats, scales
 
     def _advance(self, i: int) -> None:
+        self.before_advance()
         for rows, hidden in self._batches():
             out = self.model.run_block(i, hidden)
             if not bool(torch.isfinite(out.sum(dtype=torch.float32))) and not bool(torch.isfinite(out).all()):

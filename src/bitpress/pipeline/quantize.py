@@ -139,21 +139,24 @@ def _press(
         return 0.0
     progress.begin("pressing", total, len(job.units))
     outer = model.load_outer_()
-    presser = Presser(model, recipe, plan.weights, strict=strict, check_stop=check_stop)
+    # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
+    presser = Presser(model, recipe, plan.weights, strict=strict, check_stop=check_stop, before_advance=job.settle)
     if job.units:
         progress.note(f"resuming after {job.units[-1]['unit']}")
     presser.start_(None if windows is None else windows.tokens, job.activations())
-    if not job.units:
+    done = len(job.units)
+    if not done:
         job.commit("outer", _shard(0, total), outer, {"weights": {}, "digests": {}, "rows": []}, presser.hidden)
         progress.advance("outer")
     del outer
-    for i in range(len(job.units) - 1, plan.blocks):
+    for i in range(max(done - 1, 0), plan.blocks):
         check_stop()
         last = i == plan.blocks - 1
         block = presser.press_(i, last=last)
         after = None if last else presser.hidden
-        job.commit(model.block_name(i), _shard(i + 1, total), block.tensors, block.facts(), after)
+        job.commit_behind(model.block_name(i), _shard(i + 1, total), block.tensors, block.facts(), after)
         progress.advance(model.block_name(i), error=block.error)
+    job.settle()
     model.drop_outer_()
     return time.perf_counter() - started
 

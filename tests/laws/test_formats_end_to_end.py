@@ -1,0 +1,71 @@
+"""Every row of the format table through the whole way: pressed by rounding and by GPTQ, written, verified, reloaded, same output.
+
+Each weight of a tiny model gets another row, so one run serves as many rows as the model has weights.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitpress
+from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.formats import GRIDS, SHORT, parse_format
+
+LAYERS = 4
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+PROJECTIONS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+WEIGHTS = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in PROJECTIONS]
+
+ROWS = [f"{grid}-g16" for grid in GRIDS] + [name for name in SHORT if "g32" in SHORT[name] or "g16" in SHORT[name]]
+ROWS += ["int4-g16-zero-s6", "int4-row-fp8", "ternary-g32-base3", "e2m3-g32-split", "int4-64x1", "nf4-g16-dq", "int4-tensor"]
+RUNS = [ROWS[i : i + len(WEIGHTS)] for i in range(0, len(ROWS), len(WEIGHTS))]
+
+
+def format_for(row: str, weight: str) -> str:
+    # Groups along the outputs, one column wide, need rows that they divide.
+    return "int4-32x1" if row == "int4-64x1" else row
+
+
+@pytest.mark.parametrize("run", range(len(RUNS)))
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_every_row_goes_the_whole_way(
+    run: int, quantizer: str, tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=LAYERS)
+    chosen = {weight: format_for(row, weight) for weight, row in zip(WEIGHTS, RUNS[run], strict=False)}
+    recipe: dict[str, Any] = {
+        "weights": "int8-row",
+        "overrides": [{"match": weight, "weights": name} for weight, name in chosen.items()],
+        "quantizer": quantizer,
+        "calibration": {"text": str(text_file), "samples": 4, "length": 32},
+    }
+    bitpress.quantize(model, tmp_path / "out", recipe=recipe, proof_tokens=0)
+    pressed = PressedCheckpoint.open(tmp_path / "out", verify=True)
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        decoded = bitpress.load(tmp_path / "out")
+        packed = bitpress.load(tmp_path / "out", weights="packed")
+        logits = decoded(tokens).logits
+        assert torch.isfinite(logits).all()
+        torch.testing.assert_close(packed(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+    for weight, name in chosen.items():
+        stored = pressed.read_weight(f"{weight}.weight")
+        assert stored.spec()["terms"][0]["format"] == parse_format(name).name
+        assert torch.equal(stored.dequantize().to(decoded.dtype), decoded.get_submodule(weight).weight)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4-tensor", "nf4-g16-dq", "ternary-g16-base3"])
+def test_experts_that_share_nothing_are_stacked(
+    name: str, tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    bitpress.quantize(model, tmp_path / "out", recipe={"weights": name, "quantizer": "rtn"}, proof_tokens=0)
+    PressedCheckpoint.open(tmp_path / "out", verify=True)
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        a = bitpress.load(tmp_path / "out")(tokens).logits
+        b = bitpress.load(tmp_path / "out", weights="packed")(tokens).logits
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
