@@ -54,13 +54,18 @@ peers: $(VENV)/.dev
 	test -x .peers/llmcompressor/bin/python || $(PYTHON) -m venv .peers/llmcompressor
 	.peers/llmcompressor/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	.peers/llmcompressor/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/llmcompressor.txt
+	test -x .peers/golden/bin/python || $(PYTHON) -m venv .peers/golden
+	.peers/golden/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	.peers/golden/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/golden.txt
 
 attack: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check "matplotlib>=3.10"
+	$(BIN)/python scripts/list_formats.py
 	$(BIN)/python benchmarks/press.py --render
+	$(BIN)/python benchmarks/formats.py --render
 
 size:
 	@find src -name '*.py' | xargs wc -l | sort -rn | head -15

@@ -26,6 +26,17 @@ def read_rows(question: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def rewrite_section(path: Path, name: str, lines: list[str]) -> None:
+    """Put lines between the two marks of a section of a document."""
+    begin, end = f"<!-- {name}: written by make docs -->", f"<!-- end of {name} -->"
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{path}: the section {name} is not marked by {begin} and {end}.")
+    path.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
+
+
 def machine() -> dict[str, Any]:
     name = next(
         (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),

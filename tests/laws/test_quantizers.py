@@ -8,12 +8,14 @@ import torch
 
 from bitpress.calibration import Stats
 from bitpress.errors import BitpressError
-from bitpress.formats import parse_format
+from bitpress.formats import GRIDS, SHORT, parse_format
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
 
 FORMATS = ("int4-g16-zero", "int3-g32", "int2-row-zero", "int4-2x16-zero", "int8-tensor", "int5-g64-bf16")
+# Every grid of the table, at its most usual in a small weight, and the formats that have a name of their own.
+EVERY = (*FORMATS, *(f"{grid}-g16" for grid in GRIDS), *SHORT, "int4-g16-zero-s6", "nf4-g16-dq", "int4-8x1")
 
 
 def case(seed: int = 0, out: int = 24, inner: int = 64) -> tuple[torch.Tensor, Stats]:
@@ -23,14 +25,16 @@ def case(seed: int = 0, out: int = 24, inner: int = 64) -> tuple[torch.Tensor, S
     return torch.randn(out, inner, generator=generator), Stats(400, x.T @ x / 400, x.abs().mean(0))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", EVERY)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_no_worse_than_rounding_on_the_output(name: str, fmt: str) -> None:
     w, stats = case()
     parsed = parse_format(fmt)
     ours = QUANTIZERS[name]().quantize(w, stats, parsed).weight.dequantize()
     plain = RTN().quantize(w, None, parsed).weight.dequantize()
-    assert output_error(w, ours, stats) <= output_error(w, plain, stats) * (1 + 1e-5)
+    # AWQ weighs each block by its own part of the gram; what blocks have in common may cost it a little.
+    slack = 1e-5 if fmt in FORMATS else 0.02
+    assert output_error(w, ours, stats) <= output_error(w, plain, stats) * (1 + slack)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

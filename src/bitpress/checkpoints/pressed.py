@@ -23,7 +23,7 @@ from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
 from bitpress.checkpoints.source import SIDE_FILES, read_config
-from bitpress.errors import BitpressError, CheckpointError
+from bitpress.errors import BitpressError, CheckpointError, FormatError
 from bitpress.formats import CompressedWeight
 
 __all__ = [
@@ -152,7 +152,10 @@ class PressedCheckpoint:
         values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
         for name in self.manifest.weights:
             if wanted(name):
-                values[name] = self._parameter(name).restore(self.read_weight(name).dequantize())
+                try:
+                    values[name] = self._parameter(name).restore(self.read_weight(name).dequantize())
+                except FormatError as error:
+                    raise CheckpointError(f"{self.root}: {name}: {error}") from error
         return values
 
     def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:

@@ -220,14 +220,42 @@ def methods(as_json: Json = False) -> None:
     print_json(rows) if as_json else show_methods(rows)
 
 
-@app.command(epilog="Example: bitpress formats")
-def formats(as_json: Json = False) -> None:
-    """List the number formats with what they cost."""
+@app.command(epilog="Example: bitpress formats --measure smollm2-135m-regauged --picture formats.png")
+def formats(
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Measure bits and error on a model's weights and on known distributions."),
+    ] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to measure; by default one of every grid.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Measure all weights, not a sample of a million.")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw error against bits as a .png or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the number formats with what they cost, or measure what they lose."""
     from bitpress.cli.reports import show_formats
-    from bitpress.formats import describe_formats
+    from bitpress.formats.listing import describe_tables
 
-    rows = describe_formats()
-    print_json(rows) if as_json else show_formats(rows)
+    if measure is None:
+        if names or whole or picture is not None:
+            raise UsageError("--format, --all and --picture need --measure MODEL.")
+        rows = describe_tables()
+        print_json(rows) if as_json else show_formats(rows)
+        return
+    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.rate_picture import check_picture, draw_rates
+    from bitpress.cli.rates import show_rates
+    from bitpress.pipeline.rates import measure_formats
+
+    if picture is not None:
+        check_picture(picture)
+    with Screen() as screen:
+        measured = measure_formats(resolve_model(measure, screen.note), names or (), whole=whole, progress=screen)
+    measured["model"] = measure
+    if picture is not None:
+        draw_rates(measured, picture)
+    print_json(measured) if as_json else show_rates(measured)
 
 
 @app.command(epilog="Example: bitpress models")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.pipeline.plan import Plan
@@ -182,18 +184,24 @@ def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        (
-            r["name"],
-            str(r["levels"]),
-            "yes" if r["zero_point"] else "no",
-            f"{r['bits_per_weight_g64']:.4f}",
-            f"{r['bits_per_weight_row']:.4f}",
-        )
-        for r in rows
-    ]
-    table("", ("name (in groups of 64)", "levels", "zero point", "bits in g64", "bits in row of 4096"), lines, right=(1, 3, 4))
-    out.print("\nA name is grid-block[-zero][-bf16|-fp32]; blocks are gN, row, tensor and RxC. Scales are fp16 unless named.")
+    """Print every table that a format's name is made of."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    lines: list[tuple[str, ...]]
+    lines = [(r["usual"], f"{r['bits_per_weight']:.3f}", str(r["levels"]), str(r["span"]), r["about"]) for r in kinds["grid"]]
+    table("", ("grid, in its usual format", "bits", "codes", "span", "what it is"), lines, right=(1, 2, 3))
+    out.print("bits: everything stored for a weight of 4096 x 4096; codes: how many; span: weights that share one.")
+    lines = [(escape(r["name"]), r["about"]) for r in kinds["family"]]
+    table("\nFamilies without a row for each member", ("pattern", "what it is"), lines)
+    lines = [(r["name"], f"{r['bits_per_scale']:.2f}", "yes" if r["rows_apart"] else "no", r["about"]) for r in kinds["scale"]]
+    table("\nHow scales are kept", ("name", "bits a scale", "rows apart", "what it is"), lines, right=(1,))
+    fits = {r["name"]: [g["usual"].split("-")[0] for g in kinds["grid"] if r["name"] in g["layouts"]] for r in kinds["layout"]}
+    lines = [(r["name"], f"{len(fits[r['name']])} of {len(kinds['grid'])} grids", r["about"]) for r in kinds["layout"]]
+    table("\nLayouts of codes", ("name", "takes", "what it is"), lines)
+    lines = [(r["name"], r["format"], f"{r['bits_per_weight']:.3f}") for r in kinds["short"]]
+    table("\nShort names", ("name", "stands for", "bits"), lines, right=(2,))
+    out.print("\nA name is grid-block[-zero][-scale][-layout]; blocks are gN, row, tensor and RxC.")
 
 
 def show_models(rows: Sequence[Mapping[str, Any]]) -> None:

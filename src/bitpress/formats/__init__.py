@@ -1,14 +1,20 @@
 """Number formats: grids, blocks, bit layouts, packed terms and the weights made of them. No I/O, no model."""
 
 from bitpress.formats.block import Block
+from bitpress.formats.dfloat11 import DFloat11
+from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grid import EvenlySpaced, Grid, Params, StoredParam
+from bitpress.formats.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam
 from bitpress.formats.integer import Integer
+from bitpress.formats.kept import Kept
 from bitpress.formats.layouts import LAYOUTS, Layout
 from bitpress.formats.levels import Levels
+from bitpress.formats.low_rank import LowRank
 from bitpress.formats.maps import MAPS, Chain, Map, Permutation, Scale, chain
+from bitpress.formats.nested import narrow
 from bitpress.formats.packed import Packed
 from bitpress.formats.scales import SCALES, ScaleStore
+from bitpress.formats.sparse import Sparse
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, Row, describe_formats, find_row, parse_format
 from bitpress.formats.weight import TERMS, CompressedWeight, Term
 
@@ -23,13 +29,16 @@ __all__ = [
     "Block",
     "Chain",
     "CompressedWeight",
+    "DFloat11",
     "EvenlySpaced",
     "Expected",
     "Format",
     "Grid",
     "Integer",
+    "Kept",
     "Layout",
     "Levels",
+    "LowRank",
     "Map",
     "Packed",
     "Params",
@@ -37,10 +46,14 @@ __all__ = [
     "Row",
     "Scale",
     "ScaleStore",
+    "SharedParams",
+    "Sparse",
     "StoredParam",
     "Term",
     "chain",
     "describe_formats",
+    "fake_quantize",
     "find_row",
+    "narrow",
     "parse_format",
 ]

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
-from bitpress.formats.grid import Grid, Params, StoredParam
+from bitpress.formats.grid import Grid, Params, SharedParams, StoredParam
 from bitpress.formats.layouts import LAYOUTS, Layout
 from bitpress.formats.scales import SCALES, ScaleStore
 
@@ -39,6 +39,8 @@ class Format:
             object.__setattr__(self, "scale", self.grid.usual_scale)
         if self.scale not in SCALES:
             raise unknown_name("scale type", self.scale, SCALES)
+        if self.scale != self.grid.usual_scale and not any(p.kind == "scale" for p in self.grid.params):
+            raise FormatError(f"{self.grid.name} has no scales; leave {self.scale} out.")
         if self.layout not in LAYOUTS:
             raise unknown_name("layout", self.layout, LAYOUTS)
         reason = self.codes_layout.refuses(self.grid.code_bits, self.grid.num_codes)
@@ -112,21 +114,20 @@ class Format:
         blocks = self._to_blocks(w.float())
         weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
         # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
-        whole = any(p.scope == "tensor" for p in self.grid.params)
-        size = len(blocks) if whole else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
+        tied = any(p.scope == "tensor" for p in self.grid.params)
+        whole = {} if shared is None else self._whole(shared)
+        size = len(blocks) if tied and shared is None else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
         pieces = [slice(a, a + size) for a in range(0, len(blocks), size)]
         outer = self._outer(blocks, weights, pieces, grid) if shared is None else self._known_outer(shared)
         by_block = self._outer_by_block(outer, grid)
         found = []
         for piece in pieces:
             part = {p: {name: t[piece] for name, t in parts.items()} for p, parts in by_block.items()}
-            found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part))
+            found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part, whole))
         params = {
             p.name: torch.cat([f[p.name] for f in found]).reshape(*grid, *p.shape) if p.scope == "block" else found[0][p.name]
             for p in self.grid.params
         }
-        if shared is not None:
-            params |= {p.name: shared[p.name] for p in self.grid.params if p.scope == "tensor"}
         return params | {shared_name(p, part): t for p, parts in outer.items() for part, t in parts.items()}
 
     def refit(
@@ -193,18 +194,30 @@ class Format:
         weights: torch.Tensor | None,
         shrink: Sequence[float],
         outer: Mapping[str, Mapping[str, torch.Tensor]],
+        whole: Params,
     ) -> Params:
-        best = self._rounded(self.grid.fit(blocks * shrink[0], weights), outer)
+        best = self._rounded(self._fitted(blocks * shrink[0], weights, whole), outer)
         if len(shrink) > 1:
+            whole = self._whole(best)
             best_error = self._error(blocks, weights, best)
-            whole = {p.name: best[p.name] for p in self.grid.params if p.scope == "tensor"}
             for ratio in shrink[1:]:
-                trial = {**self._rounded(self.grid.fit(blocks * ratio, weights), outer), **whole}
+                trial = self._rounded(self._fitted(blocks * ratio, weights, whole), outer)
                 error = self._error(blocks, weights, trial)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best = self.choose(better, trial, best)
         return best
+
+    def _whole(self, params: Params) -> Params:
+        """Give the parameters of the whole weight alone."""
+        return {p.name: params[p.name] for p in self.grid.params if p.scope == "tensor"}
+
+    def _fitted(self, blocks: torch.Tensor, weights: torch.Tensor | None, whole: Params) -> Params:
+        """Fit all parameters, or, where those of the whole weight are known, the others."""
+        if not whole:
+            return self.grid.fit(blocks, weights)
+        assert isinstance(self.grid, SharedParams), f"{self.grid.name} has parameters of the whole weight and no fit_blocks"
+        return {**self.grid.fit_blocks(blocks, whole, weights), **whole}
 
     def _rounded(self, params: Params, outer: Mapping[str, Mapping[str, torch.Tensor]]) -> Params:
         rounded = {}

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 
-__all__ = ["EvenlySpaced", "Grid", "Params", "StoredParam"]
+__all__ = ["EvenlySpaced", "Grid", "Params", "SharedParams", "StoredParam"]
 
 Params = Mapping[str, torch.Tensor]
 
@@ -81,6 +81,17 @@ class Grid(Protocol):
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
         """Raise FormatError when a code stands for nothing. Asked only where `num_codes` is less than 2^code_bits."""
+        ...
+
+
+@runtime_checkable
+class SharedParams(Protocol):
+    """What a grid with parameters of the whole weight (a codebook) offers besides: the rest of a fit, those being known."""
+
+    def fit_blocks(
+        self, blocks: Float[torch.Tensor, "blocks n"], whole: Params, importance: torch.Tensor | None = None
+    ) -> Params:
+        """Choose the parameters of every block."""
         ...
 
 

@@ -3,6 +3,7 @@
     dense    any width    the bits side by side (see formats.dense)
     base3    3 levels     five codes of 0 to 2 in a byte: c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4; 1.6 bits a code
     split    6 bits       the low four bits of all codes, then the high two bits of all codes, each dense: FP6 as 4 + 2
+    nested   8 bits       bits 7 and 6 of all codes, then bits 5 and 4, then bits 3 to 0, each dense: 2 and 4 bits inside 8
 
 Worked example: the codes 2, 0, 1, 2, 2 of three levels are the byte 2 + 9 + 54 + 162 = 227.
 
@@ -22,7 +23,7 @@ from jaxtyping import Int, UInt8
 from bitpress.errors import FormatError
 from bitpress.formats import dense
 
-__all__ = ["LAYOUTS", "Base3", "Dense", "Layout", "Split"]
+__all__ = ["LAYOUTS", "Base3", "Dense", "Layout", "Nested", "Split"]
 
 
 class Layout(Protocol):
@@ -42,7 +43,7 @@ class Layout(Protocol):
 
 
 class Dense:
-    """`formats.dense` as a row of the table."""
+    """Codes of any width side by side, the least significant bit first."""
 
     def refuses(self, bits: int, num_codes: int) -> str | None:
         return None
@@ -102,4 +103,25 @@ class Split:
         return dense.unpack(packed[:, :nibbles], 4, count) | dense.unpack(packed[:, nibbles:], 2, count) << 4
 
 
-LAYOUTS: dict[str, Layout] = {"dense": Dense(), "base3": Base3(), "split": Split()}
+class Nested:
+    """8-bit codes as two planes of bit pairs and one of nibbles, so that a reader of 2 or 4 bits stops early.
+
+    Source   "Nearly Lossless Adaptive Bit Switching": one stored weight serves several widths. See formats.nested.
+    """
+
+    def refuses(self, bits: int, num_codes: int) -> str | None:
+        return None if bits == 8 else "nested is for codes of 8 bits"
+
+    def row_bytes(self, count: int, bits: int) -> int:
+        return 2 * dense.row_bytes(count, 2) + dense.row_bytes(count, 4)
+
+    def pack(self, codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tensor, "rows bytes"]:
+        return torch.cat([dense.pack(codes >> 6, 2), dense.pack(codes >> 4 & 3, 2), dense.pack(codes & 15, 4)], dim=-1)
+
+    def unpack(self, packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
+        pairs = dense.row_bytes(count, 2)
+        high, middle, low = packed[:, :pairs], packed[:, pairs : 2 * pairs], packed[:, 2 * pairs :]
+        return dense.unpack(high, 2, count) << 6 | dense.unpack(middle, 2, count) << 4 | dense.unpack(low, 4, count)
+
+
+LAYOUTS: dict[str, Layout] = {"dense": Dense(), "base3": Base3(), "split": Split(), "nested": Nested()}

@@ -11,6 +11,7 @@ How `fit` chooses the scale of a block (`rule`):
     absmax    the smallest that clips nothing
     mean      the mean magnitude over the mean positive level: the least squared error of signs, the choice of ternary networks
     median    the median magnitude in place of the mean
+    rms       the root mean square: for levels made for weights of variance 1
     ocp       2^(floor(log2(largest magnitude)) - floor(log2(largest level))), as OCP MX has it; what lies beyond is clipped
 """
 
@@ -22,13 +23,14 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 
+from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.dense import code_dtype
 from bitpress.formats.grid import Params, StoredParam
 
-__all__ = ["Levels", "Rule"]
+__all__ = ["Levels", "Rule", "root_mean_square"]
 
-Rule = Literal["absmax", "mean", "median", "ocp"]
+Rule = Literal["absmax", "mean", "median", "rms", "ocp"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Levels:
             exponent = torch.frexp(torch.maximum(high, low))[1] - 1 - math.floor(math.log2(top))
             scale = torch.ldexp(torch.ones_like(high, dtype=torch.float64), exponent).float()
             return {"scale": torch.where(torch.maximum(high, low) > 0, scale, 0.0)}
+        if self.rule == "rms":
+            return {"scale": root_mean_square(blocks)}
         if self.rule == "median":
             return {"scale": blocks.abs().median(-1, keepdim=True).values / self._positive_mean}
         if importance is None:
@@ -83,6 +87,8 @@ class Levels:
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         scale = params["scale"]
         boundaries, codes, negative_zero = _search_tables(self.levels, values.device)
+        if len(codes) <= 256 and self.code_bits <= 8 and native.serves(values, scale):
+            return native.encode_levels(values, scale, boundaries, codes.to(torch.uint8), negative_zero)
         scaled = (values / torch.where(scale == 0, 1.0, scale)).contiguous()
         chosen = codes[torch.bucketize(scaled, boundaries)]
         if negative_zero is not None:
@@ -91,6 +97,8 @@ class Levels:
         return chosen.to(code_dtype(self.code_bits))
 
     def decode(self, codes: Int[torch.Tensor, "... n"], params: Params) -> Float[torch.Tensor, "... n"]:
+        if self.code_bits <= 8 and native.serves(codes, params["scale"]):
+            return native.decode_levels(codes, params["scale"], _byte_table(self.levels))
         return _level_table(self.levels, codes.device)[codes.int()] * params["scale"]
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
@@ -106,9 +114,21 @@ class Levels:
         return math.fsum(positive) / len(positive)
 
 
+def root_mean_square(blocks: Float[torch.Tensor, "blocks n"]) -> Float[torch.Tensor, "blocks 1"]:
+    """Give the root mean square of every block, through its largest magnitude so that no square is lost."""
+    largest = blocks.abs().amax(-1, keepdim=True)
+    return (blocks / torch.where(largest > 0, largest, 1.0)).square_().mean(-1, keepdim=True).sqrt_().mul_(largest)
+
+
 @cache
 def _level_table(levels: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+@cache
+def _byte_table(levels: tuple[float, ...]) -> torch.Tensor:
+    """The levels of all 256 bytes; NaN where there is none."""
+    return torch.tensor((*levels, *(math.nan for _ in range(256 - len(levels)))), dtype=torch.float32)
 
 
 @cache

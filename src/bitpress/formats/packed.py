@@ -104,6 +104,8 @@ class Packed:
 
     def row_slice(self, start: int, stop: int) -> "Packed":
         """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
+        if not 0 <= start < stop <= self.shape[0]:
+            raise FormatError(f"rows {start} to {stop} are not in a weight of {self.shape[0]} rows.")
         height = self.shape[0] // self.parts
         if self.format.rows_apart:
             rows, _ = self.format.block.resolve((stop - start, self.shape[1]), self.format.grid.span)

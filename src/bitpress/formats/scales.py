@@ -8,7 +8,8 @@ scales then moves inside it.
     fp16    float16              -                                     (the default)
     bf16    bfloat16             -
     fp32    float32              -
-    e8m0    2^(byte - 127)       -                                     OCP MX
+    e8m0    2^(byte - 127)       -                                     OCP MX; ZeroQuant-FP, constraint M1
+    p2row   2^-code, or 0        float32 a row of blocks               ZeroQuant-FP, constraint M2
     fp8     float8 e4m3          float32 a tensor                      NVFP4
     s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ; s6: the k-quants of llama.cpp
     dq      8-bit dynamic map    float32 a 256 scales, float32 offset  bitsandbytes' nested statistics
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.dense import pack, row_bytes, unpack
 
-__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "ScaleStore"]
+__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts", "ScaleStore"]
 
 Outer = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -167,7 +168,9 @@ class MicroFloat:
     def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError("a scale is not finite.")
-        return (scale / outer["tensor"]).clamp_(-self.largest, self.largest).to(torch.float8_e4m3fn)
+        # A block that is not all zeros keeps at least the smallest scale there is, the smallest float8 above 0.
+        lowest = torch.where(scale > 0, 2.0**-9, 0.0)
+        return (scale / outer["tensor"]).clamp_(lowest, torch.tensor(self.largest, device=scale.device)).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,54 @@ class IntegerCodes:
 
 
 @dataclass(frozen=True)
+class RowShifts:
+    """A code k of 4 bits a scale, 2^-k times one float32 for every row of blocks; the last code is a scale of 0.
+
+    Source   Wu et al. 2023, "ZeroQuant-FP", the second constraint on scales: those of a row differ by powers of two, so that weights
+             of 4 bits become numbers of 8 by a shift.
+    Differs  the power nearest in the ratio; scales more than 2^14 below their row's largest are raised to that.
+    """
+
+    bits: int = 4
+
+    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
+        if not bool(torch.isfinite(scale).all()):
+            raise NumericsError("a scale is not finite.")
+        return {"row": scale.amax(-1, keepdim=True).float()}
+
+    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        return self._decoded(self._codes(scale, outer), outer["row"])
+
+    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
+        codes = self._codes(scale, outer).to(torch.uint8)
+        return {"": pack(codes, self.bits), "row": outer["row"].reshape(-1)}
+
+    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        return self._decoded(unpack(stored[""], self.bits, across), stored["row"][:, None])
+
+    def expected(self, down: int, across: int) -> Shapes:
+        return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
+
+    def shared_by_rows(self) -> bool:
+        return False
+
+    @property
+    def _none(self) -> int:
+        """The code of a scale of 0."""
+        return (1 << self.bits) - 1
+
+    def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
+        row = outer["row"]
+        shifts = torch.log2(row / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, self._none - 1)
+        return torch.where((scale > 0) & (row > 0), shifts, self._none)
+
+    def _decoded(self, codes: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        scale = row * _power_of_two(-codes.to(torch.int32))
+        # A row that is not a number must show even where no scale uses it.
+        return torch.where((codes == self._none) & torch.isfinite(row), 0.0, scale)
+
+
+@dataclass(frozen=True)
 class DoubleQuantized:
     """Scales less their mean, in blocks of 256 over the tensor, as codes of the 8-bit dynamic map times the block's largest.
 
@@ -229,7 +280,7 @@ class DoubleQuantized:
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         codes = self._codes(scale, outer).to(torch.uint8)
-        block = outer["block"].reshape(-1)[:: self.block].contiguous()
+        block = outer["block"].reshape(-1)[:: self.block].clone(memory_format=torch.contiguous_format)
         return {"": codes.contiguous(), "block": block, "offset": outer["offset"].reshape(1)}
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
@@ -273,5 +324,6 @@ SCALES: dict[str, ScaleStore] = {
     "s4": IntegerCodes(4),
     "s6": IntegerCodes(6),
     "s8": IntegerCodes(8),
+    "p2row": RowShifts(),
     "dq": DoubleQuantized(),
 }

@@ -10,15 +10,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitpress.errors import FormatError, unknown_name
+from bitpress.formats.additive_book import AdditiveBook
+from bitpress.formats.bitmod import bitmod
 from bitpress.formats.block import Block
+from bitpress.formats.block_float import signed_magnitudes, twos_complement
+from bitpress.formats.codebook import FixedBook, LearnedBook
+from bitpress.formats.denormal_integer import DenormalInteger
 from bitpress.formats.format import Format
+from bitpress.formats.gaussian import gaussian_levels, gaussian_points
+from bitpress.formats.gaussian_mixture import GaussianMixture
 from bitpress.formats.grid import Grid
 from bitpress.formats.integer import Integer
+from bitpress.formats.kmeans import KMeans
+from bitpress.formats.lattice import E8P, E81B
 from bitpress.formats.layouts import LAYOUTS
 from bitpress.formats.levels import Levels, Rule
+from bitpress.formats.logarithmic import logarithmic
 from bitpress.formats.minifloat import Specials, minifloat_levels
-from bitpress.formats.named_levels import bipolar, normal_float
+from bitpress.formats.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
+from bitpress.formats.outlier_pair import OutlierPair
+from bitpress.formats.planes import Planes
+from bitpress.formats.power import power
+from bitpress.formats.pyramid import Pyramid
 from bitpress.formats.scales import SCALES
+from bitpress.formats.searched_float import searched_float
 
 __all__ = ["GRIDS", "PATTERNS", "SHORT", "Row", "describe_formats", "find_grid", "find_row", "parse_format"]
 
@@ -29,12 +44,14 @@ class Row:
 
     zero      the same grid with a stored zero point, where there is such a thing
     nearest   whether `encode` always finds the nearest of all codes; a search that may miss it says so here
+    block     the block that it is mostly used with, where `formats.listing` could not tell from the grid
     """
 
     grid: Grid
     about: str
     zero: Grid | None = None
     nearest: bool = True
+    block: str = ""
 
 
 def _minifloat(
@@ -62,12 +79,59 @@ GRIDS: dict[str, Row] = {
     "mxfp6": Row(_minifloat(2, 3, name="mxfp6", rule="ocp"), "OCP MXFP6, e2m3 elements"),
     "mxfp6e3m2": Row(_minifloat(3, 2, name="mxfp6e3m2", rule="ocp"), "OCP MXFP6, e3m2 elements"),
     "mxfp4": Row(_minifloat(2, 1, name="mxfp4", rule="ocp"), "OCP MXFP4, e2m1 elements"),
+    "mxint8": Row(Levels("mxint8", twos_complement(8), "ocp"), "OCP MXINT8, two's complement with six places after the point"),
+    **{
+        f"bfp{b}": Row(Levels(f"bfp{b}", signed_magnitudes(b), "ocp", "e8m0"), f"block float, {b - 1} bits and sign")
+        for b in range(3, 9)
+    },
+    **{f"fp{b}s": Row(searched_float(b), f"{b}-bit minifloat, its exponent bits chosen per block") for b in (4, 6, 8)},
+    "fp4bnb": Row(Levels("fp4bnb", fp4_bitsandbytes()), "the 4-bit float of bitsandbytes, by its codes"),
+    **{f"log{b}": Row(Levels(f"log{b}", logarithmic(b)), "powers of 2 and zero, signed") for b in range(3, 7)},
+    **{f"sqrtlog{b}": Row(Levels(f"sqrtlog{b}", logarithmic(b, 2)), "powers of sqrt 2 and zero, signed") for b in range(3, 8)},
+    **{f"pow{b}": Row(power(b), "integers to a power that every block chooses") for b in range(2, 9)},
+    **{
+        f"dint{b}": Row(DenormalInteger(b), f"{b}-bit integers and two halves", DenormalInteger(b, zero=True))
+        for b in range(3, 9)
+    },
     "nf4": Row(Levels("nf4", normal_float(4)), "quantiles of a normal distribution, 4 bits"),
     "nf3": Row(Levels("nf3", normal_float(3)), "quantiles of a normal distribution, 3 bits"),
     "nf2": Row(Levels("nf2", normal_float(2)), "quantiles of a normal distribution, 2 bits"),
+    "iq4nl": Row(Levels("iq4nl", IQ4NL), "llama.cpp's 4-bit levels, closer together near zero"),
+    **{f"bitmod{b}": Row(bitmod(b), f"{b}-bit floats with one more value, chosen per block", block="g128") for b in (3, 4)},
+    **{f"kmeans{b}": Row(KMeans(b), "levels by weighted k-means, for every block its own") for b in (2, 3, 4)},
+    **{f"gmm{b}": Row(GaussianMixture(b), "means of a Gaussian mixture, for every block its own") for b in (2, 3, 4)},
+    **{
+        f"planes{b}": Row(Planes(f"planes{b}", ((-1, 1),) * b), f"{b} planes of signs, a scale each", block="g128")
+        for b in (2, 3, 4)
+    },
+    "dual2": Row(Planes("dual2", ((0, 1), (0, -1))), "a plane of 0 and 1 added, another taken away, a scale each"),
+    "trits2": Row(Planes("trits2", ((-1, 0, 1),) * 2), "2 planes of -1, 0, 1, a scale each", block="g128"),
     "binary": Row(Levels("binary", (-1.0, 1.0), "mean"), "the sign, times the mean magnitude"),
     "ternary": Row(Levels("ternary", (-1.0, 0.0, 1.0), "mean"), "-1, 0, 1 times the mean magnitude"),
     "ternarymed": Row(Levels("ternarymed", (-1.0, 0.0, 1.0), "median"), "-1, 0, 1 times the median magnitude"),
+    **{
+        f"gauss{b}": Row(Levels(f"gauss{b}", gaussian_levels(b), "rms"), f"levels best for normal weights, {b} bits")
+        for b in range(2, 9)
+    },
+    **{
+        f"gauss{b}x2": Row(FixedBook(f"gauss{b}x2", gaussian_points(b)), f"{1 << b} points best for normal weights in pairs")
+        for b in (4, 6, 8)
+    },
+    **{
+        f"vq{b}x{span}": Row(LearnedBook(b, span), f"one of {1 << b} learned vectors of {span} weights")
+        for b, span in ((4, 2), (6, 2), (8, 2), (8, 4), (12, 4))
+    },
+    **{
+        f"aq{m}x{b}x{span}": Row(AdditiveBook(m, b, span), f"sum of {m} learned vectors of {span} weights")
+        for m, b, span in ((2, 8, 8), (2, 6, 4))
+    },
+    "e8p": Row(E8P, "QuIP#'s codebook of the E8 lattice, 8 weights in 16 bits"),
+    "e81b": Row(E81B, "QuIP#'s codebook of the E8 lattice, 8 weights in 8 bits; for what e8p leaves over"),
+    **{
+        f"pvq{n}k{k}": Row(Pyramid(n, k), f"pyramid: {n} weights as a direction; the scale is their length", block=f"g{n}")
+        for n, k in ((4, 4), (8, 5))
+    },
+    "olive4": Row(OutlierPair(), "OliVe: pairs of 4-bit integers, or an outlier and a zero"),
 }
 
 # Families with too many members for a row each: a pattern, what it looks like, and what makes the grid of a match.
@@ -76,6 +140,21 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
         re.compile(r"e([1-7])m([0-6])(?:b(0|[1-9][0-9]?))?(i?)"),
         "eXmYbB: bias B; eXmYi: with infinities",
         lambda m: _minifloat(int(m[1]), int(m[2]), None if m[3] is None else int(m[3]), "ieee" if m[4] else None, name=m[0]),
+    ),
+    (
+        re.compile(r"pvq([1-9][0-9]?)k([1-9][0-9]?)"),
+        "pvqNkK: N weights as a direction, magnitudes that add up to K",
+        lambda m: Pyramid(int(m[1]), int(m[2])),
+    ),
+    (
+        re.compile(r"vq([1-9]|1[0-6])x([2-9]|1[0-6])"),
+        "vqBxN: B bits for N weights, a vector learned from the weight",
+        lambda m: LearnedBook(int(m[1]), int(m[2])),
+    ),
+    (
+        re.compile(r"aq([2-9]|1[0-6])x([1-8])x([2-9]|1[0-6])"),
+        "aqMxBxN: M times B bits, 16 at most, for N weights, a sum of M vectors learned from the weight",
+        lambda m: AdditiveBook(int(m[1]), int(m[2]), int(m[3])),
     ),
 )
 
@@ -86,6 +165,7 @@ SHORT: dict[str, str] = {
     "mxfp6": "mxfp6-g32-e8m0",
     "mxfp6e3m2": "mxfp6e3m2-g32-e8m0",
     "mxfp4": "mxfp4-g32-e8m0",
+    "mxint8": "mxint8-g32-e8m0",
     "nvfp4": "e2m1-g16-fp8",
 }
 

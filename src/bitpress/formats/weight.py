@@ -2,24 +2,35 @@
 
     w_hat = T_out (sum of dequantized terms) T_in
 
-A term is anything with the verbs of `Term`: packed codes today, beside them low-rank pairs, sparse outliers or further planes.
+A term is anything with the verbs of `Term` and a row of the table `TERMS`: packed codes, low-rank pairs, sparse outliers.
 The specification (JSON) and the tensors together are the whole weight; `expected` says from the specification alone which
 tensors there must be, so that a reader can check a file before it looks at a byte of its data.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError
+from bitpress.formats.dfloat11 import DFloat11
 from bitpress.formats.format import Expected
+from bitpress.formats.kept import Kept
+from bitpress.formats.low_rank import LowRank
 from bitpress.formats.maps import MAPS, Map, split_kind
 from bitpress.formats.packed import Packed
+from bitpress.formats.sign_low_rank import SignLowRank
+from bitpress.formats.sparse import Sparse
 
 __all__ = ["TERMS", "CompressedWeight", "Term"]
+
+# What a weight decodes to is bounded by what is stored for it: beyond a million weights at least 1/64 bit each. A thin product
+# or an empty term of a small file would otherwise ask for any amount of memory.
+SMALL = 1 << 20
+WEIGHTS_A_BIT = 64
 
 
 class Term(Protocol):
@@ -33,14 +44,46 @@ class Term(Protocol):
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
 
-    def dequantize(self) -> Float[torch.Tensor, "out in"]: ...
+    def dequantize(self) -> Float[torch.Tensor, "out in"]:
+        """Give the weights in float32."""
+        ...
 
-    def spec(self) -> dict[str, Any]: ...
+    def spec(self) -> dict[str, Any]:
+        """Give what beside the shape and the tensors makes the term, as JSON."""
+        ...
 
-    def check(self) -> None: ...
+    @staticmethod
+    def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
+        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
+        ...
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Put a term together from tensors that are the expected ones; `check` has still to look at what they hold."""
+        ...
+
+    def check(self) -> None:
+        """Raise FormatError when the content is not that of such a term, above all where it is used as an address."""
+        ...
+
+    def row_slice(self, start: int, stop: int) -> Self:
+        """Give some rows as a term of their own. Raises FormatError where rows cannot be taken apart."""
+        ...
+
+    @classmethod
+    def stack_rows(cls, terms: Sequence[Self]) -> Self:
+        """Put terms below each other. Raises FormatError where they are too different."""
+        ...
 
 
-TERMS: dict[str, type[Packed]] = {"packed": Packed}
+TERMS: dict[str, type[Term]] = {
+    "packed": Packed,
+    "low_rank": LowRank,
+    "sign_low_rank": SignLowRank,
+    "sparse": Sparse,
+    "kept": Kept,
+    "dfloat11": DFloat11,
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +144,9 @@ class CompressedWeight:
             if spec[key] is not None:
                 kind, rest = split_kind(spec[key], "map", MAPS)
                 tensors |= {f"{side}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
+        stored, weights = sum(dtype.itemsize * math.prod(dims) for dtype, dims in tensors.values()), shape[0] * shape[1]
+        if weights > SMALL and stored * 8 * WEIGHTS_A_BIT < weights:
+            raise FormatError(f"{stored} bytes are too few for {list(shape)}: less than 1/{WEIGHTS_A_BIT} bit a weight.")
         return tensors
 
     @classmethod
@@ -114,7 +160,7 @@ class CompressedWeight:
                 got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
                 raise FormatError(f"{name} is {got} where {dtype} {list(dims)} is needed.")
         shape = _shape(spec)
-        terms = []
+        terms: list[Term] = []
         for i, entry in enumerate(spec["terms"]):
             kind, rest = split_kind(entry, "term", TERMS)
             terms.append(TERMS[kind].build(rest, shape, _below(tensors, f"term{i}.")))
@@ -136,21 +182,17 @@ class CompressedWeight:
         """Give some rows as a weight of their own (one expert of a stack), sharing memory."""
         if self.output_map is not None:
             raise FormatError("rows of a weight with an output map cannot be taken apart.")
-        return CompressedWeight(tuple(t.row_slice(start, stop) for t in _packed(self.terms)), self.input_map)
+        return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), self.input_map)
 
     @staticmethod
     def stack_rows(weights: Sequence["CompressedWeight"]) -> "CompressedWeight":
-        """Put weights without maps and with one packed term below each other (the experts of a stack)."""
-        if any(w.input_map is not None or w.output_map is not None or len(w.terms) != 1 for w in weights):
-            raise FormatError("only weights of one term and without maps can be stacked.")
-        return CompressedWeight((Packed.stack_rows([t for w in weights for t in _packed(w.terms)]),))
-
-
-def _packed(terms: Sequence[Term]) -> list[Packed]:
-    packed = [t for t in terms if isinstance(t, Packed)]
-    if len(packed) != len(terms):
-        raise FormatError("only packed terms can be cut or stacked by rows.")
-    return packed
+        """Put weights without maps and with the same kinds of terms below each other (the experts of a stack)."""
+        if any(w.input_map is not None or w.output_map is not None for w in weights):
+            raise FormatError("only weights without maps can be stacked.")
+        kinds = [type(term) for term in weights[0].terms]
+        if any([type(term) for term in w.terms] != kinds for w in weights):
+            raise FormatError("only weights with the same kinds of terms, in the same order, can be stacked.")
+        return CompressedWeight(tuple(kind.stack_rows([w.terms[i] for w in weights]) for i, kind in enumerate(kinds)))
 
 
 def _map_spec(change: Map | None) -> dict[str, Any] | None:

@@ -73,11 +73,11 @@ class BitpressQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, (PackedLinear, PackedExperts)):
                 try:
-                    module.weight_terms()  # every check of content
+                    module.weight_terms()  # every check of content but those that only decoding makes
+                    if self.quantization_config.weights == "decoded":
+                        module.decode_()
                 except FormatError as error:
                     raise CheckpointError(f"{model.config.name_or_path}: {name}: {error}") from error
-                if self.quantization_config.weights == "decoded":
-                    module.decode_()
         refuse_saving_(model)
         return model
 

@@ -10,7 +10,7 @@ from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
-from bitpress.errors import CheckpointError, UsageError
+from bitpress.errors import CheckpointError, FormatError, UsageError
 from bitpress.runtime.layers import PackedExperts, PackedLinear, replace_
 from bitpress.runtime.skeleton import build_config, build_skeleton, restore_ties_, set_parameter_
 
@@ -55,7 +55,10 @@ def load(
         for leaf, value in pressed.read_weight(name).tensors().items():
             set_parameter_(layer, leaf, value)
         if weights == "decoded":
-            layer.decode_()
+            try:
+                layer.decode_()
+            except FormatError as error:
+                raise CheckpointError(f"{pressed.root}: {name}: {error}") from error
         note(name)
     _set_generation_(model, pressed)
     refuse_saving_(model)

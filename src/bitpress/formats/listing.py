@@ -1,0 +1,98 @@
+"""The tables of number formats as rows for people and machines, and the usual format of every grid."""
+
+import math
+
+from bitpress.formats.block import Block
+from bitpress.formats.format import Format
+from bitpress.formats.grid import Grid, StoredParam
+from bitpress.formats.layouts import LAYOUTS
+from bitpress.formats.scales import SCALES
+from bitpress.formats.table import GRIDS, PATTERNS, SHORT, describe_formats, find_grid, parse_format
+
+__all__ = ["describe_tables", "usual_format", "usual_formats"]
+
+# A large linear of a model of some billion weights: what formats are compared on where there is no model.
+SHAPE = (4096, 4096)
+
+
+def usual_format(grid: Grid, block: str = "") -> Format:
+    """Give a grid the block that its row of the table says or its kind is mostly used with, and the tightest layout.
+
+    tensor   where the whole weight shares every parameter
+    row      where levels are learned or a code stands for several weights: tables and small blocks would cost more than codes
+    g64      everything else
+    """
+    if {p.scope for p in grid.params} == {"tensor"}:
+        usual = "tensor"
+    elif grid.span > 1 or any(p.kind == "value" for p in grid.params):
+        usual = "row"
+    else:
+        usual = "g64"
+    fits = {name: at for name, at in LAYOUTS.items() if at.refuses(grid.code_bits, grid.num_codes) is None}
+    layout = min(fits, key=lambda name: fits[name].row_bytes(SHAPE[1] // grid.span, grid.code_bits))
+    parsed = Block.parse(block or usual)
+    assert parsed is not None, block
+    return Format(grid, parsed, layout=layout)
+
+
+def usual_formats() -> list[Format]:
+    """Give one format a grid of the table, a second one where there is a variant with a zero point, and the named formats."""
+    formats: dict[str, Format] = {}
+    for name, row in GRIDS.items():
+        fmt = parse_format(name) if name in SHORT else usual_format(row.grid, row.block)
+        formats[fmt.name] = fmt
+        if row.zero is not None and row.zero != row.grid:
+            with_zero = usual_format(row.zero, row.block)
+            formats[with_zero.name] = with_zero
+    for name in SHORT.values():
+        formats.setdefault(name, parse_format(name))
+    return list(formats.values())
+
+
+def describe_tables() -> list[dict[str, object]]:
+    """List everything that a format's name can be made of; `kind` is grid, family, scale, layout or short."""
+    rows: list[dict[str, object]] = []
+    for entry in describe_formats():
+        head = str(entry["name"]).split("-")[0]
+        fmt = (
+            parse_format(head) if head in SHORT else usual_format(find_grid(head, bool(entry["zero_point"])), GRIDS[head].block)
+        )
+        fits = [n for n, at in LAYOUTS.items() if at.refuses(fmt.grid.code_bits, fmt.grid.num_codes) is None]
+        row = {"kind": "grid", **entry, "usual": fmt.name, "bits_per_weight": _bits(fmt), "layouts": fits}
+        rows.append(row | {"stored": [_stored(p, fmt) for p in fmt.grid.params]})
+    for pattern, about, _ in PATTERNS:
+        rows.append({"kind": "family", "name": pattern.pattern, "about": about})
+    for name, store in SCALES.items():
+        parts = {f"scale_{part}" if part else "scale": str(dtype) for part, (dtype, _) in store.expected(1, 1).items()}
+        own = store.expected(SHAPE[0], SHAPE[1] // 64)
+        nbytes = sum(dtype.itemsize * math.prod(dims) for dtype, dims in own.values())
+        rows.append(
+            {
+                "kind": "scale",
+                "name": name,
+                "about": _said_of(store),
+                "tensors": {key: dtype.removeprefix("torch.") for key, dtype in parts.items()},
+                "bits_per_scale": nbytes * 8 * 64 / math.prod(SHAPE),
+                "rows_apart": not store.shared_by_rows(),
+            }
+        )
+    for name, at in LAYOUTS.items():
+        rows.append({"kind": "layout", "name": name, "about": _said_of(at)})
+    for name, full in SHORT.items():
+        rows.append({"kind": "short", "name": name, "format": full, "bits_per_weight": _bits(parse_format(full))})
+    return rows
+
+
+def _stored(param: StoredParam, fmt: Format) -> str:
+    """Say how a parameter is kept: `scale fp16`, `zero 4 bits`, `levels fp16 x 16`."""
+    how = {"scale": fmt.scale, "value": "fp16", "code": f"{param.bits} bit{'s' * (param.bits > 1)}"}[param.kind]
+    many = f" x {math.prod(param.shape)}" if param.shape else ""
+    return f"{param.name} {how}{many}" + (" in all" if param.scope == "tensor" else "")
+
+
+def _bits(fmt: Format) -> float:
+    return fmt.nbytes(SHAPE) * 8 / math.prod(SHAPE)
+
+
+def _said_of(row: object) -> str:
+    return (type(row).__doc__ or "").strip().splitlines()[0].partition(". ")[0].rstrip(".")
