@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitpress.errors import UsageError, unknown_name
-from bitpress.formats import Format, parse_format
+from bitpress.formats import LOSSLESS, AnyFormat, find_format
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import TRANSFORMS
@@ -71,7 +71,7 @@ class Recipe(_Closed):
     def resolved(self) -> dict[str, Any]:
         """Give the recipe with every default spelled out, as it goes into a manifest."""
         values = self.model_dump(mode="json")
-        values["weights"] = parse_format(self.weights).name
+        values["weights"] = find_format(self.weights).name
         values["quantizer"] = {"name": self.quantizer["name"], **_settings(self.make_quantizer())}
         values["transforms"] = [{"name": name, **_settings(part)} for name, part in self.make_transforms()]
         values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
@@ -87,13 +87,13 @@ class Recipe(_Closed):
             given = tuple({"name": name} for name in self.make_quantizer().transforms)
         return [(str(part.get("name")), _make("transform", part, TRANSFORMS)) for part in given]
 
-    def format_for(self, weight: str) -> Format:
+    def format_for(self, weight: str) -> AnyFormat:
         """Give the format of a weight by its name: the last override that matches, else the recipe's."""
         chosen = self.weights
         for override in self.overrides:
             if fnmatch.fnmatchcase(weight, override.match):
                 chosen = override.weights
-        return parse_format(chosen)
+        return find_format(chosen)
 
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
@@ -123,7 +123,13 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         raise _usage(where, error, Recipe) from error
     recipe.resolved()  # builds every part, so that a wrong name or value shows here and not after an hour
     for override in recipe.overrides:
-        parse_format(override.weights)
+        find_format(override.weights)
+    exact = [name for name in (recipe.weights, *(o.weights for o in recipe.overrides)) if name in LOSSLESS]
+    if exact and recipe.make_transforms():
+        changes = ", ".join(name for name, _ in recipe.make_transforms())
+        raise UsageError(
+            f"{exact[0]} keeps weights bit for bit, and {changes} rescales them; use rtn or gptq without transforms."
+        )
     return recipe
 
 

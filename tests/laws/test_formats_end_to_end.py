@@ -12,7 +12,9 @@ import torch
 
 import bitpress
 from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.errors import FormatError, UsageError
 from bitpress.formats import GRIDS, SHORT, parse_format
+from bitpress.recipes import make_recipe
 
 LAYERS = 4
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -69,3 +71,26 @@ def test_experts_that_share_nothing_are_stacked(
         a = bitpress.load(tmp_path / "out")(tokens).logits
         b = bitpress.load(tmp_path / "out", weights="packed")(tokens).logits
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_lossless_model_is_the_model(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(architecture, dtype="bfloat16")
+    report = bitpress.quantize(model, tmp_path / "out", recipe={"weights": "dfloat11", "quantizer": "rtn"}, proof_tokens=64)
+    assert report["figures"]["kl_mean"] == 0
+    assert report["figures"]["bits_per_weight"] < 16
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager")(tokens).logits
+        assert torch.equal(bitpress.load(tmp_path / "out")(tokens).logits, original)
+
+
+def test_what_cannot_be_lossless_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"layers\.0\..*keeps bfloat16 weights bit for bit, and these have more digits"):
+        bitpress.quantize(tiny_model("llama"), tmp_path / "a", recipe={"weights": "dfloat11", "quantizer": "rtn"})
+    with pytest.raises(UsageError, match="awq-scale rescales them"):
+        make_recipe({"weights": "dfloat11", "quantizer": "awq"})
+    with pytest.raises(UsageError, match="awq-scale rescales them"):
+        make_recipe({"overrides": [{"match": "*.q_proj", "weights": "dfloat11"}], "quantizer": "awq"})

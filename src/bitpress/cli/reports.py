@@ -199,6 +199,8 @@ def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
     fits = {r["name"]: [g["usual"].split("-")[0] for g in kinds["grid"] if r["name"] in g["layouts"]] for r in kinds["layout"]}
     lines = [(r["name"], f"{len(fits[r['name']])} of {len(kinds['grid'])} grids", r["about"]) for r in kinds["layout"]]
     table("\nLayouts of codes", ("name", "takes", "what it is"), lines)
+    lines = [(r["name"], f"about {r['bits_per_weight']:.2f}", r["about"]) for r in kinds["lossless"]]
+    table("\nLossless", ("name", "bits", "what it is"), lines, right=(1,))
     lines = [(r["name"], r["format"], f"{r['bits_per_weight']:.3f}") for r in kinds["short"]]
     table("\nShort names", ("name", "stands for", "bits"), lines, right=(2,))
     out.print("\nA name is grid-block[-zero][-scale][-layout]; blocks are gN, row, tensor and RxC.")

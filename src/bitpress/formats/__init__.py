@@ -9,6 +9,7 @@ from bitpress.formats.integer import Integer
 from bitpress.formats.kept import Kept
 from bitpress.formats.layouts import LAYOUTS, Layout
 from bitpress.formats.levels import Levels
+from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format
 from bitpress.formats.low_rank import LowRank
 from bitpress.formats.maps import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.nested import narrow
@@ -21,11 +22,13 @@ from bitpress.formats.weight import TERMS, CompressedWeight, Term
 __all__ = [
     "GRIDS",
     "LAYOUTS",
+    "LOSSLESS",
     "MAPS",
     "PATTERNS",
     "SCALES",
     "SHORT",
     "TERMS",
+    "AnyFormat",
     "Block",
     "Chain",
     "CompressedWeight",
@@ -38,6 +41,7 @@ __all__ = [
     "Kept",
     "Layout",
     "Levels",
+    "Lossless",
     "LowRank",
     "Map",
     "Packed",
@@ -53,6 +57,7 @@ __all__ = [
     "chain",
     "describe_formats",
     "fake_quantize",
+    "find_format",
     "find_row",
     "narrow",
     "parse_format",

@@ -6,6 +6,7 @@ from bitpress.formats.block import Block
 from bitpress.formats.format import Format
 from bitpress.formats.grid import Grid, StoredParam
 from bitpress.formats.layouts import LAYOUTS
+from bitpress.formats.lossless import LOSSLESS
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, describe_formats, find_grid, parse_format
 
@@ -50,7 +51,7 @@ def usual_formats() -> list[Format]:
 
 
 def describe_tables() -> list[dict[str, object]]:
-    """List everything that a format's name can be made of; `kind` is grid, family, scale, layout or short."""
+    """List everything that a format's name can be made of; `kind` is grid, family, scale, layout, lossless or short."""
     rows: list[dict[str, object]] = []
     for entry in describe_formats():
         head = str(entry["name"]).split("-")[0]
@@ -78,6 +79,8 @@ def describe_tables() -> list[dict[str, object]]:
         )
     for name, at in LAYOUTS.items():
         rows.append({"kind": "layout", "name": name, "about": _said_of(at)})
+    for name, exact in LOSSLESS.items():
+        rows.append({"kind": "lossless", "name": name, "about": exact.about, "bits_per_weight": exact.usual_bits})
     for name, full in SHORT.items():
         rows.append({"kind": "short", "name": name, "format": full, "bits_per_weight": _bits(parse_format(full))})
     return rows

@@ -17,7 +17,7 @@ import torch
 
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
-from bitpress.formats import Format
+from bitpress.formats import AnyFormat
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.recipes import Recipe
@@ -31,7 +31,7 @@ BASE_BYTES = 450 * 2**20
 @dataclass(frozen=True)
 class PlannedWeight:
     parameter: WeightParameter
-    format: Format
+    format: AnyFormat
     block: int
 
     @property
@@ -54,7 +54,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight with its format, what is kept, and totals. Bytes are exact, `peak_memory` and `seconds` estimates."""
+    """Every weight with its format, what is kept, and totals. Bytes are exact but for entropy-coded weights; `peak_memory` and `seconds` are estimates."""
 
     weights: tuple[PlannedWeight, ...]
     kept: dict[str, str]

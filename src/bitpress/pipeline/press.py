@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from bitpress.calibration import Capture, Stats, Watched
 from bitpress.checkpoints.parameter import WeightParameter
-from bitpress.errors import CalibrationError, NumericsError
-from bitpress.formats import CompressedWeight, Format, Scale, chain
+from bitpress.errors import CalibrationError, FormatError, NumericsError
+from bitpress.formats import AnyFormat, CompressedWeight, Lossless, Scale, chain
 from bitpress.pipeline.memory import release
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.products import list_weights
@@ -191,13 +191,18 @@ class Presser:
         parameter: WeightParameter,
         w: Float[torch.Tensor, "out in"],
         stats: Stats | None,
-        fmt: Format,
+        fmt: AnyFormat,
         scales: Rescaled | None,
     ) -> tuple[Outcome, tuple[float, float]]:
         """Compress one matrix; errors are those of the layer's output, plainly rounded and as compressed.
 
         `w` has a rescaled weight's columns multiplied by their factor already; `stats` are of the input as it was.
         """
+        if isinstance(fmt, Lossless):
+            try:
+                return Outcome(CompressedWeight((fmt.encode(w),))), (0.0, 0.0)
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from error
         factor = None if scales is None else scales.factors.get(name)
         scarce = self._scarce(name, parameter, stats)
         if scarce is not None:

@@ -58,7 +58,8 @@ def rescale_block_(
     result = Rescaled({}, set(), dict(stats))
     if not searches:
         return result
-    formats = {p.parameter.stem: p.format for p in planned if not p.parameter.experts}
+    # A recipe with transforms has no lossless formats: those weights must not change.
+    formats = {p.parameter.stem: p.format for p in planned if not p.parameter.experts and isinstance(p.format, Format)}
     plain = [[n for n in group if not watched[n][0].experts] for group in groups]
     plain = [group for group in plain if any(n in formats for n in group)]
     probe = hidden[:1, :PROBE_LENGTH]

@@ -1,0 +1,50 @@
+"""Formats that keep every bit: named like number formats, made without a grid, and never a quantizer's business."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+
+from bitpress.errors import FormatError
+from bitpress.formats.dfloat11 import DFloat11, dfloat11
+from bitpress.formats.format import Format
+from bitpress.formats.table import parse_format
+
+__all__ = ["LOSSLESS", "AnyFormat", "Lossless", "find_format"]
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """bfloat16 weights, entropy-coded (`formats.dfloat11`)."""
+
+    name: str
+    about: str
+    # What it usually comes to; real weights decide. SmolLM2 takes 10.67.
+    usual_bits: float
+
+    def block_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Every shape fits."""
+        return 1, 1
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Estimate the bytes of a weight."""
+        return round(shape[0] * shape[1] * self.usual_bits / 8)
+
+    def encode(self, w: Float[torch.Tensor, "out in"]) -> DFloat11:
+        """Encode a weight. Raises FormatError when it is not exactly one of bfloat16."""
+        bits = w.to(torch.bfloat16)
+        if not torch.equal(bits.to(w.dtype), w):
+            raise FormatError(
+                f"{self.name} keeps bfloat16 weights bit for bit, and these have more digits; choose a number format."
+            )
+        return dfloat11(bits)
+
+
+LOSSLESS: dict[str, Lossless] = {"dfloat11": Lossless("dfloat11", "bfloat16 bit for bit, exponents entropy-coded", 10.75)}
+
+AnyFormat = Format | Lossless
+
+
+def find_format(name: str) -> AnyFormat:
+    """Read the name of a number format or of a lossless one. Raises UsageError or FormatError."""
+    return LOSSLESS[name] if name in LOSSLESS else parse_format(name)
