@@ -64,10 +64,10 @@ void rank_by_counting(const float *scaled, std::int32_t *rank, std::int64_t n, c
 // Many levels: halve eight times a table of 255 boundaries, padded with infinity.
 EVERY_VECTOR_UNIT
 void rank_by_halving(const float *scaled, std::int32_t *rank, std::int64_t n, const float *boundaries) {
-    for (std::int64_t i = 0; i < n; ++i) {
-        std::int32_t at = 0;
-        for (std::int32_t half = 128; half > 0; half /= 2) at += scaled[i] > boundaries[at + half - 1] ? half : 0;
-        rank[i] = at;
+    for (std::int64_t i = 0; i < n; ++i) rank[i] = 0;
+    for (std::int32_t half = 128; half > 0; half /= 2) {
+        const float *middle = boundaries + half - 1;
+        for (std::int64_t i = 0; i < n; ++i) rank[i] += scaled[i] > middle[rank[i]] ? half : 0;
     }
 }
 
