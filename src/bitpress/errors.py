@@ -74,9 +74,9 @@ class JobStopped(BitpressError, RuntimeError):
     exit_code = 75
 
 
-def unknown_name(kind: str, got: str, known: Iterable[str]) -> UsageError:
-    """Make the error for a name that is in no table: it lists the table and the nearest match."""
+def unknown_name(kind: str, got: str, known: Iterable[str], listed: str | None = None) -> UsageError:
+    """Make the error for a name that is in no table: it gives the nearest match and lists the table, or says `listed`."""
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")
+    return UsageError(f"unknown {kind} {got!r}.{hint} {listed or 'Known: ' + ', '.join(names) + '.'}")

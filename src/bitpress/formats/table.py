@@ -178,7 +178,12 @@ def find_row(name: str) -> Row:
         match = pattern.fullmatch(name)
         if match is not None:
             return Row(make(match), "")
-    raise unknown_name("number grid", name, GRIDS)
+    families = sorted({re.sub(r"\d+", "N", known) for known in GRIDS})
+    listed = (
+        "A format is grid-block[-zero][-scale][-layout], for example int4-g64-zero or e4m3-row; "
+        f"grids are {', '.join(families)} (`bitpress formats` lists them)."
+    )
+    raise unknown_name("number grid", name, GRIDS, listed)
 
 
 def find_grid(name: str, zero: bool = False) -> Grid:
