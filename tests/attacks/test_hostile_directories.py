@@ -390,7 +390,9 @@ JSON = {
         manifest(lambda m: m["weights"][f"{Q}.weight"].update(more=1)), "more: Extra inputs"
     ),
     "manifest: unknown key of a specification": Attack(spec(lambda s: s.update(more=1)), "no more and no less"),
-    "manifest: unknown key of a term": Attack(spec(lambda s: s["terms"][0].update(more=1)), "by its format's name and its parts"),
+    "manifest: unknown key of a term": Attack(
+        spec(lambda s: s["terms"][0].update(more=1)), "by its format's name and its parts"
+    ),
     "manifest: unknown key of a map": Attack(spec(lambda s: s["input_map"].update(more=1)), "has no settings"),
     "manifest: missing key": Attack(manifest(lambda m: m.pop("aliases")), "aliases: Field required"),
     "manifest: version 2": Attack(manifest(lambda m: m.update(bitpress=2)), "version 2"),
