@@ -69,9 +69,7 @@ def _inside(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) ->
     shape = (x.shape[0], x.shape[1])
     rows, cols = fmt.block.resolve(shape, fmt.grid.span)
     down, across = shape[0] // rows, shape[1] // cols
-    by_block = {
-        p.name: params[p.name].reshape(-1, 1, *p.shape) if p.scope == "block" else params[p.name] for p in fmt.grid.params
-    }
+    by_block = fmt.per_block(params)
     size = max(DECODED_TOGETHER // codes.numel(), 1)
     ends = []
     for start in range(0, down * across, size):

@@ -159,12 +159,12 @@ class Format:
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
         """Give the nearest code of every weight under given parameters."""
-        codes = self.grid.encode(self._to_blocks(w.float()), self._per_block(params))
+        codes = self.grid.encode(self._to_blocks(w.float()), self.per_block(params))
         return self._from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "out codes"], params: Params) -> Float[torch.Tensor, "out in"]:
         """Give the weights in float32: `(codes - zero) * scale` for integers."""
-        values = self.grid.decode(self._to_blocks(codes, self.grid.span), self._per_block(params))
+        values = self.grid.decode(self._to_blocks(codes, self.grid.span), self.per_block(params))
         return self._from_blocks(values, codes.shape[0])
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
@@ -197,7 +197,8 @@ class Format:
         whole: Params,
     ) -> Params:
         best = self._rounded(self._fitted(blocks * shrink[0], weights, whole), outer)
-        if len(shrink) > 1:
+        # A grid without scales learns its levels: it has no range to shrink, and would learn them again for every ratio.
+        if len(shrink) > 1 and self._scales():
             whole = self._whole(best)
             best_error = self._error(blocks, weights, best)
             for ratio in shrink[1:]:
@@ -262,7 +263,8 @@ class Format:
             by_block[p.name] = {part: t.expand(grid[0], width).reshape(-1, 1, *p.shape) for part, t in outer[p.name].items()}
         return by_block
 
-    def _per_block(self, params: Params) -> Params:
+    def per_block(self, params: Params) -> Params:
+        """Give parameters as a grid takes them beside blocks: `[blocks, 1, *shape]`, or `shape` for the whole weight."""
         return {
             p.name: params[p.name].reshape(-1, 1, *p.shape) if p.scope == "block" else params[p.name] for p in self.grid.params
         }

@@ -15,6 +15,7 @@ from bitpress.errors import FormatError
 from bitpress.formats import dense
 from bitpress.formats.format import Expected, Format, shared_name
 from bitpress.formats.grid import Params
+from bitpress.formats.specs import check_rows, read_parts, with_parts
 from bitpress.formats.table import parse_format
 
 __all__ = ["Packed"]
@@ -79,18 +80,20 @@ class Packed:
         return self.format.decode(*self.unpack())
 
     def spec(self) -> dict[str, Any]:
-        return {"format": self.format.name} | ({"parts": self.parts} if self.parts > 1 else {})
+        return with_parts({"format": self.format.name}, self.parts)
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
         """Give dtype and shape of every tensor that this specification implies."""
-        parts = _parts(spec, shape)
+        if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
+            raise FormatError(f"a packed term is specified by its format's name and its parts, not by {sorted(spec)}.")
+        parts = read_parts(spec, shape[0])
         one = parse_format(spec["format"]).expected((shape[0] // parts, shape[1]))
         return {name: (dtype, (dims[0] * parts, *dims[1:])) for name, (dtype, dims) in one.items()}
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> "Packed":
-        return cls(parse_format(spec["format"]), shape, tensors, _parts(spec, shape))
+        return cls(parse_format(spec["format"]), shape, tensors, read_parts(spec, shape[0]))
 
     def check(self) -> None:
         """Raise FormatError when a stored parameter is not finite, or a code or a byte stands for nothing."""
@@ -104,8 +107,7 @@ class Packed:
 
     def row_slice(self, start: int, stop: int) -> "Packed":
         """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
-        if not 0 <= start < stop <= self.shape[0]:
-            raise FormatError(f"rows {start} to {stop} are not in a weight of {self.shape[0]} rows.")
+        check_rows(self.shape[0], start, stop)
         height = self.shape[0] // self.parts
         if self.format.rows_apart:
             rows, _ = self.format.block.resolve((stop - start, self.shape[1]), self.format.grid.span)
@@ -131,12 +133,3 @@ class Packed:
     def _apart(self) -> list["Packed"]:
         height = self.shape[0] // self.parts
         return [self] if self.parts == 1 else [self.row_slice(a, a + height) for a in range(0, self.shape[0], height)]
-
-
-def _parts(spec: Mapping[str, Any], shape: tuple[int, int]) -> int:
-    if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
-        raise FormatError(f"a packed term is specified by its format's name and its parts, not by {sorted(spec)}.")
-    parts = spec.get("parts", 1)
-    if type(parts) is not int or parts < 1 or shape[0] % parts:
-        raise FormatError(f"parts is {parts!r}; it must divide the {shape[0]} rows of the weight.")
-    return parts

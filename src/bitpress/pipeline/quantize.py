@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bitpress import native
 from bitpress.calibration.samples import read_texts
 from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
@@ -38,6 +39,7 @@ from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import load_windows
 from bitpress.recipes import Recipe
 from bitpress.runtime.skeleton import check_tokens
+from bitpress.settings import use_native
 from bitpress.version import __version__
 
 __all__ = ["Proof", "plan_run", "quantize_directory"]
@@ -137,6 +139,8 @@ def _press(
     total = plan.blocks + 1
     if len(job.units) == total:
         return 0.0
+    if use_native() and not native.available():
+        progress.note("the native library is not built for this version; everything is computed in torch, slower")
     progress.begin("pressing", total, len(job.units))
     outer = model.load_outer_()
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
@@ -200,6 +204,7 @@ def _finish(
             "seconds_pressing": round(clock[1], 2),
             "peak_memory_bytes": peak_bytes(),
             "threads": torch.get_num_threads(),
+            "native": sorted(native.features()) if native.available() else None,
             "machine": platform.processor() or platform.machine(),
         },
     )
