@@ -13,6 +13,7 @@
 
 #include "codes.h"
 #include "cpu.h"
+#include "engine/bindings.h"
 #include "feedback.h"
 #include "gram.h"
 
@@ -156,7 +157,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 2;  // as in bitpress.native
+    m.attr("version") = 3;  // as in bitpress.native
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -174,6 +175,7 @@ NB_MODULE(_native, m) {
           nb::arg("scale").noconvert(), nb::arg("table").noconvert(), nb::arg("threads"));
     m.def("pack_dense", &pack_dense, nb::arg("codes").noconvert(), nb::arg("packed").noconvert(), nb::arg("bits"),
           nb::arg("threads"));
+    bitpress::bind_engine(m);
     m.def("unpack_dense", &unpack_dense, nb::arg("packed").noconvert(), nb::arg("codes").noconvert(), nb::arg("bits"),
           nb::arg("threads"));
 }

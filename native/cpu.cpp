@@ -17,15 +17,16 @@ namespace bitpress {
 
 namespace {
 
-bool ask_for_amx() {
+bool ask_for_amx(unsigned feature) {
 #if defined(__x86_64__) && defined(__linux__)
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-    if ((d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+    constexpr unsigned amx_tile = 1u << 24;
+    if ((d & feature) == 0 || (d & amx_tile) == 0) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
+    (void)feature;
     return false;
 #endif
 }
@@ -43,8 +44,17 @@ bool has_avx512() {
 }
 
 bool has_amx_bf16() {
-    static const bool there = has_avx512() && ask_for_amx();
+    static const bool there = has_avx512() && ask_for_amx(1u << 22);
     return there;
+}
+
+bool has_amx_int8() {
+#if defined(__x86_64__)
+    static const bool there = has_amx_bf16() && ask_for_amx(1u << 25) && __builtin_cpu_supports("avx512bf16");
+    return there;
+#else
+    return false;
+#endif
 }
 
 void parallel(int threads, const std::function<void(int)> &work) {

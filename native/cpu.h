@@ -8,6 +8,9 @@ namespace bitpress {
 // AMX tiles with bf16, granted to this process by the kernel.
 bool has_amx_bf16();
 
+// AMX tiles with 8-bit integers, likewise.
+bool has_amx_int8();
+
 // AVX-512 F, BW, DQ and VL, with the operating system saving the registers.
 bool has_avx512();
 

@@ -23,6 +23,7 @@ __all__ = [
     "encode_levels",
     "features",
     "gram_size",
+    "library",
     "pack_dense",
     "round_columns_",
     "serves",
@@ -31,7 +32,7 @@ __all__ = [
 
 
 # What the library and this file agree on; raised whenever a function of it changes. A library left over from before is not used.
-VERSION = 2
+VERSION = 3
 
 
 @functools.cache
@@ -41,6 +42,13 @@ def _find_library() -> ModuleType | None:
     except ImportError:
         return None
     return library if getattr(library, "version", 0) == VERSION else None
+
+
+def library() -> ModuleType:
+    """Give the library itself. Raises KernelUnavailable where it was not built, or is not wanted."""
+    if not use_native():
+        raise KernelUnavailable("native code is switched off by BITPRESS_NATIVE=off; unset it.")
+    return _library()
 
 
 def _library() -> ModuleType:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_directory", "package_index_arguments", "share_cores", "use_native"]
+__all__ = ["cache_directory", "code_path", "package_index_arguments", "share_cores", "usable_cores", "use_native"]
 
 
 def cache_directory() -> Path:
@@ -30,3 +30,23 @@ def share_cores() -> None:
     torch calls, and other processes. Only has an effect before torch is loaded, so the command line calls it first.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def code_path() -> str:
+    """BITPRESS_PATH: the code path of native products (amx, avx512, avx2, portable); by default the best that the processor has."""
+    return os.environ.get("BITPRESS_PATH", "")
+
+
+def usable_cores() -> int:
+    """Count the processors that this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota()))
+
+
+def _quota() -> int:
+    """Give how many processors' time the control group may use, rounded up; a large number where there is no quota."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return 1 << 20

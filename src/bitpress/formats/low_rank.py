@@ -61,9 +61,14 @@ class LowRank:
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
         """Give the product in float32."""
-        a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
+        a, b = self.factors()
         each = a.reshape(self.parts, -1, self.rank) @ b.reshape(self.parts, self.rank, -1)
         return each.reshape(self.shape)
+
+    def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "parts*rank in"]]:
+        """Give both factors in float32."""
+        a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
+        return a, b
 
     def spec(self) -> dict[str, Any]:
         return with_parts({"rank": self.rank, "dtype": self.dtype}, self.parts)

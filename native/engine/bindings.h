@@ -1,0 +1,9 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace bitpress {
+
+void bind_engine(nanobind::module_ &m);
+
+}  // namespace bitpress

@@ -1,0 +1,20 @@
+#include "kernels.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace bitpress {
+
+const Kernels &choose_kernels(const char *name) {
+    const Kernels *paths[] = {amx_kernels(), avx512_kernels(), avx2_kernels(), &portable_kernels()};
+    std::string there;
+    for (const Kernels *path : paths) {
+        if (path == nullptr) continue;
+        if (name == nullptr || *name == 0 || std::strcmp(name, path->name) == 0) return *path;
+        there += there.empty() ? path->name : std::string(", ") + path->name;
+    }
+    throw std::invalid_argument("code path '" + std::string(name) + "' is not there; this processor runs " + there);
+}
+
+}  // namespace bitpress

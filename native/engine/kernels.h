@@ -1,0 +1,124 @@
+// The table of a code path: every inner loop of the engine, one set per vector unit.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace bitpress {
+
+// Rows of activations in 8 bits: [row][padded columns], with a scale and a sum for every block of a row.
+struct Quantized {
+    Cut cut;
+    Aligned<int8_t> values;
+    Aligned<float> scales;
+    Aligned<int32_t> sums;
+    void fit(const Cut &to, int rows) {
+        cut = to;
+        values.resize(size_t(rows) * cut.padded());
+        scales.resize(size_t(rows) * cut.blocks());
+        sums.resize(size_t(rows) * cut.blocks());
+    }
+};
+
+// The same for tile products: [tile of 16 rows][tile of 64 columns][16][64], a scale for every row and segment.
+struct Tiled {
+    Cut cut;
+    int rows = 0;
+    Aligned<int8_t> values;
+    Aligned<float> scales;  // [segment][rows padded to 32]
+    Aligned<int32_t> sums;  // likewise
+    int padded_rows() const { return (rows + 31) / 32 * 32; }
+    void fit(const Cut &to, int count) {
+        cut = to;
+        rows = count;
+        values.resize(size_t(padded_rows()) * cut.tiles() * 64);
+        scales.resize(size_t(padded_rows()) * cut.segments());
+        sums.resize(size_t(padded_rows()) * cut.segments());
+    }
+    int8_t *tile(int row_tile, int column_tile) {
+        return values.data() + (size_t(row_tile) * cut.tiles() + column_tile) * 1024;
+    }
+    const int8_t *tile(int row_tile, int column_tile) const { return const_cast<Tiled *>(this)->tile(row_tile, column_tile); }
+};
+
+// The keys and values of one layer and one key-value head.
+struct CacheView {
+    bool bytes = false;       // 8 bits with a scale for every position, otherwise fp16
+    int head = 0;             // elements of a head
+    void *keys = nullptr;     // [position / 16][head][16]
+    void *values = nullptr;   // [position][head]
+    float *key_scales = nullptr, *value_scales = nullptr;  // [position]
+};
+
+constexpr int MOST_ROWS = 4;      // rows of a direct product
+constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
+constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
+
+// Floats of memory that attend_tiles works in.
+constexpr size_t tile_scratch(int head) { return size_t(32) * CHUNK_POSITIONS * 2 + size_t(64) * head + 256; }
+
+struct Kernels {
+    const char *name;
+
+    // out[row][16] += the strip's weights times rows (1 to 4) of x
+    void (*coded_bytes)(const Coded &, int strip, const Quantized &, int first, int rows, float *out);
+    void (*coded_floats)(const Coded &, int strip, const float *x, int stride, int rows, float *out);
+    void (*dense_floats)(const Dense &, int strip, const float *x, int stride, int rows, float *out);
+
+    // one strip in float: [padded column][16], [column][16]
+    void (*decode_coded)(const Coded &, int strip, float *to);
+    void (*decode_dense)(const Dense &, int strip, float *to);
+    // out[row][16] += panel [columns][16] times any number of rows
+    void (*panel_floats)(const float *panel, int columns, const float *x, int stride, int rows, float *out, int out_stride);
+
+    // one segment of a strip as tiles of signed bytes [tile][16][16 rows x 4 columns], and its scale for every row
+    void (*fill_tiles)(const Coded &, int strip, int segment, int8_t *tiles, float *scales);
+    // The same of sixteen-bit weights, whose columns are cut like those of codes.
+    void (*fill_tiles_dense)(const Dense &, const Cut &, int strip, int segment, int8_t *tiles, float *scales);
+    // out[row][32] += all segments of two strips times all rows of x, padded ones included. `tiles` is
+    // [segment][strip][tiles_per_segment], `scales` [segment][strip][16].
+    void (*tile_product)(const Tiled &x, const int8_t *tiles, const float *scales, float *out);
+
+    void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
+    void (*quantize_tiled)(const float *x, int row, Tiled &to);
+    void (*pad)(const float *x, const Cut &, float *to);
+
+    void (*norm)(const float *x, const float *weight, int n, float eps, float *to);
+    void (*add)(const float *x, int n, float *to);
+    void (*scale)(float factor, int n, float *to);
+    // to[row][lanes] = from[row][16], and act(from[row][16]) * from[row][16 ..]
+    void (*put_rows)(const float *from, int from_stride, int rows, int lanes, float *to, int to_stride);
+    void (*put_gated)(const float *from, int rows, int lanes, bool tanh_gelu, float *to, int to_stride);
+    void (*gate)(const float *gate, const float *up, int n, bool tanh_gelu, float *to);
+    void (*rotate)(float *x, const float *cosines, const float *sines, int half);
+
+    // write position `at`; then attend rows of queries [count][head] (already scaled) over positions from..to:
+    // gives the largest score, the sum of exponentials and the weighted values, for every query
+    void (*remember)(const CacheView &, int at, const float *key, const float *value);
+    void (*attend)(const CacheView &, int from, int to, const float *queries, int count, float *largest, float *sums, float *out);
+
+    // Attention of many rows on tiles, null where there are none. First the cache as tiles of bf16, blocks of 32 positions from..to of
+    // `length`; then 32 rows of one query head, the first at `position`: [row][stride] in and out.
+    void (*tile_cache)(const CacheView &, int from, int to, int length, uint16_t *keys, uint16_t *values);
+    void (*attend_tiles)(int head, const uint16_t *keys, const uint16_t *values, int position, int rows, int window,
+                         const float *queries, int stride, float *out, float *scratch);
+
+    // `repeats` rounds of the path's byte products on registers alone, each of `peak_operations` multiplications and additions
+    void (*peak)(int repeats);
+    double peak_operations;
+    int peak_repeats;
+};
+
+double measure_reading(size_t bytes, int threads);
+double measure_multiplying(const Kernels &, int threads);
+
+const Kernels &portable_kernels();
+const Kernels *avx2_kernels();    // null where the processor or the compiler lacks it
+const Kernels *avx512_kernels();
+const Kernels *amx_kernels();
+
+// The best path that this processor runs, or the one of that name. Throws std::invalid_argument.
+const Kernels &choose_kernels(const char *name);
+
+}  // namespace bitpress

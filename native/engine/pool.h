@@ -1,0 +1,59 @@
+// The threads of one engine: they run the same program side by side and meet at barriers.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace bitpress {
+
+// A pool belongs to one engine. Its workers spin for a moment after their work and then sleep; they start at first use, and again in
+// a forked child, which has none of them.
+class Pool {
+  public:
+    explicit Pool(int threads) : threads_(threads) {}
+    ~Pool();
+    Pool(const Pool &) = delete;
+    Pool &operator=(const Pool &) = delete;
+
+    int threads() const { return threads_; }
+
+    // Runs work(0) here and work(1) .. work(threads - 1) on the workers. The work must meet `wait` equally often on every thread
+    // and must not throw between two of them.
+    void run(const std::function<void(int)> &work);
+
+    // All threads of the running work meet here. Gives each the same view of what the others wrote before.
+    void wait();
+
+    // Hands out 0 .. count - 1 in pieces: the next piece's start, or count when there is none. `reset` between two barriers.
+    int take(int count, int size) {
+        const int start = next_.fetch_add(size, std::memory_order_relaxed);
+        return start < count ? start : count;
+    }
+
+  private:
+    void start();
+    void stop();
+    void work_for(int index);
+
+    const int threads_;
+    int owner_ = 0;  // the process that the workers live in
+    std::vector<std::thread> workers_;
+    const std::function<void(int)> *work_ = nullptr;
+    alignas(64) std::atomic<int> generation_{0};
+    alignas(64) std::atomic<int> finished_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> phase_{0};
+    alignas(64) std::atomic<int> next_{0};
+    std::atomic<bool> stopping_{false};
+    std::atomic<int> asleep_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::exception_ptr failure_;
+};
+
+}  // namespace bitpress

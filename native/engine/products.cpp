@@ -1,0 +1,299 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace bitpress {
+
+namespace {
+
+const Linear *ordering(const Linear &l) { return l.order.empty() ? nullptr : &l; }
+
+Cut flat_cut(int columns) { return make_cut(columns, columns, 8); }
+
+}  // namespace
+
+void Input::want(Form::Kind kind, const Cut &cut, const Linear *linear) {
+    for (size_t i = 0; i < used_; ++i) {
+        if (forms_[i].kind == kind && forms_[i].cut == cut && forms_[i].linear == linear) return;
+    }
+    if (used_ == forms_.size()) forms_.emplace_back();
+    Form &form = forms_[used_++];
+    form.kind = kind;
+    form.cut = cut;
+    form.linear = linear;
+    if (kind == Form::direct) form.quantized.fit(cut, rows_);
+    else if (kind == Form::tiled) form.tiles.fit(cut, rows_);
+    else {
+        form.width = kind == Form::floats ? cut.padded() : cut.columns;
+        form.values.resize(size_t(rows_) * form.width);
+    }
+}
+
+void Input::plan(const std::vector<const Linear *> &linears, int rows, bool bytes) {
+    if (rows == rows_ && bytes == bytes_ && linears == planned_) return;
+    rows_ = rows;
+    bytes_ = bytes;
+    planned_ = linears;
+    used_ = 0;
+    const bool few = rows <= MOST_ROWS;
+    for (const Linear *linear : linears) {
+        const Linear *order = ordering(*linear);
+        Cut whole;
+        whole.columns = linear->columns;
+        // First, for the others are made of it.
+        if (order != nullptr || !linear->dense.empty() || linear->sparse) want(Form::ordered, whole, order);
+        for (const Coded &m : linear->coded) {
+            want(!bytes ? Form::floats : few ? Form::direct : Form::tiled, m.cut, order);
+        }
+        if (!linear->dense.empty() && bytes && !few) want(Form::tiled, flat_cut(linear->columns), order);
+        if (linear->down) {
+            whole.columns = linear->down->rows;
+            want(Form::inner, whole, linear);
+        }
+    }
+}
+
+const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const Linear *linear) const {
+    for (size_t i = 0; i < used_; ++i) {
+        if (forms_[i].kind == kind && forms_[i].cut == cut && forms_[i].linear == linear) return forms_[i];
+    }
+    __builtin_unreachable();
+}
+
+void Input::prepare(const Kernels &kernels, const float *x, int row) {
+    auto source = [&](const Linear *order) -> const float * {
+        for (size_t i = 0; i < used_; ++i) {
+            if (forms_[i].kind == Form::ordered && forms_[i].linear == order) {
+                return forms_[i].values.data() + size_t(row) * forms_[i].width;
+            }
+        }
+        return x;
+    };
+    for (size_t i = 0; i < used_; ++i) {
+        Form &form = forms_[i];
+        if (form.kind == Form::ordered) {
+            float *to = form.values.data() + size_t(row) * form.width;
+            if (form.linear == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
+            else for (int c = 0; c < form.width; ++c) to[c] = x[form.linear->order[c]];
+        } else if (form.kind == Form::direct) {
+            Quantized &q = form.quantized;
+            kernels.quantize(source(form.linear), q.cut, q.values.data() + size_t(row) * q.cut.padded(),
+                             q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
+        } else if (form.kind == Form::tiled) {
+            kernels.quantize_tiled(source(form.linear), row, form.tiles);
+        } else if (form.kind == Form::floats) {
+            kernels.pad(source(form.linear), form.cut, form.values.data() + size_t(row) * form.width);
+        } else {
+            const Dense &down = *form.linear->down;
+            const float *from = source(ordering(*form.linear));
+            float *to = form.values.data() + size_t(row) * form.width;
+            for (int s = 0; s < down.strips(); ++s) {
+                float out[STRIP] = {};
+                kernels.dense_floats(down, s, from, down.columns, 1, out);
+                std::memcpy(to + s * STRIP, out, size_t(std::min(STRIP, down.rows - s * STRIP)) * sizeof(float));
+            }
+        }
+    }
+}
+
+namespace {
+
+using Form = Input::Form;
+
+const Form &ordered(const Input &input, const Linear &l) {
+    Cut whole;
+    whole.columns = l.columns;
+    return input.find(Form::ordered, whole, ordering(l));
+}
+
+const Form &inner(const Input &input, const Linear &l) {
+    Cut whole;
+    whole.columns = l.down->rows;
+    return input.find(Form::inner, whole, &l);
+}
+
+void add_sparse(const Linear &l, const Input &input, int strip, int lanes, float *out, int stride) {
+    const Form &x = ordered(input, l);
+    for (int lane = 0; lane < lanes; ++lane) {
+        const int64_t from = l.sparse->starts[strip * STRIP + lane], to = l.sparse->starts[strip * STRIP + lane + 1];
+        for (int row = 0; row < input.rows(); ++row) {
+            const float *values = x.values.data() + size_t(row) * x.width;
+            float total = 0;
+            for (int64_t i = from; i < to; ++i) total += l.sparse->values[i] * values[l.sparse->columns[i]];
+            out[size_t(row) * stride + lane] += total;
+        }
+    }
+}
+
+void begin(const Linear &l, int strip, int rows, float *out, int stride) {
+    for (int row = 0; row < rows; ++row) {
+        if (l.bias.size()) std::memcpy(out + size_t(row) * stride, l.bias.data() + strip * STRIP, STRIP * sizeof(float));
+        else std::memset(out + size_t(row) * stride, 0, STRIP * sizeof(float));
+    }
+}
+
+void finish(const Kernels &k, const Product &p, int strip, int rows, const float *out, int stride) {
+    const int lanes = std::min(STRIP, p.linear->rows - strip * STRIP);
+    k.put_rows(out, stride, rows, lanes, p.out + strip * STRIP, p.stride);
+}
+
+// One strip, few rows.
+void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
+    const Linear &l = *p.linear;
+    alignas(64) float out[MOST_ROWS * STRIP];
+    const int rows = input.rows();
+    begin(l, strip, rows, out, STRIP);
+    for (const Coded &m : l.coded) {
+        if (input.bytes()) {
+            k.coded_bytes(m, strip, input.find(Form::direct, m.cut, ordering(l)).quantized, 0, rows, out);
+        } else {
+            const Form &x = input.find(Form::floats, m.cut, ordering(l));
+            k.coded_floats(m, strip, x.values.data(), x.width, rows, out);
+        }
+    }
+    for (const Dense &m : l.dense) k.dense_floats(m, strip, ordered(input, l).values.data(), l.columns, rows, out);
+    if (l.up) k.dense_floats(*l.up, strip, inner(input, l).values.data(), l.up->columns, rows, out);
+    if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
+    finish(k, p, strip, rows, out, STRIP);
+}
+
+void panel_of(const Kernels &k, const Dense &m, int strip, const float *x, int rows, float *out, int stride, Scratch &scratch) {
+    scratch.panel.resize(size_t(m.columns) * STRIP);
+    k.decode_dense(m, strip, scratch.panel.data());
+    k.panel_floats(scratch.panel.data(), m.columns, x, m.columns, rows, out, stride);
+}
+
+// One of the two strips that share a tile product; no linear where there is only one.
+struct Half {
+    const Linear *linear;
+    int strip;
+};
+
+// Two strips, many rows: scratch.out[row][32].
+void tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratch &scratch) {
+    const int rows = input.rows(), padded = (rows + 31) / 32 * 32;
+    scratch.out.resize(size_t(padded) * 2 * STRIP);
+    float *out = scratch.out.data();
+    for (int i = 0; i < 2; ++i) {
+        if (halves[i].linear != nullptr) begin(*halves[i].linear, halves[i].strip, rows, out + i * STRIP, 2 * STRIP);
+    }
+    // The n-th terms of both together where they read the same form of x; alone, beside a strip of scale 0, otherwise.
+    auto with_tiles = [&](auto form_of, auto fill) {
+        const Tiled *forms[2] = {halves[0].linear ? form_of(*halves[0].linear) : nullptr,
+                                 halves[1].linear ? form_of(*halves[1].linear) : nullptr};
+        auto run = [&](const Tiled &x, bool with_first, bool with_second) {
+            const size_t step = size_t(x.cut.tiles_per_segment()) * 1024;
+            scratch.tiles.resize(step * 2 * x.cut.segments());
+            scratch.scales.resize(size_t(2 * STRIP) * x.cut.segments());
+            for (int s = 0; s < x.cut.segments(); ++s) {
+                for (int i = 0; i < 2; ++i) {
+                    float *scales = scratch.scales.data() + (2 * s + i) * STRIP;
+                    int8_t *tiles = scratch.tiles.data() + (2 * size_t(s) + i) * step;
+                    if (i == 0 ? with_first : with_second) fill(*halves[i].linear, halves[i].strip, s, tiles, scales);
+                    else std::memset(scales, 0, STRIP * sizeof(float));
+                }
+            }
+            k.tile_product(x, scratch.tiles.data(), scratch.scales.data(), out);
+        };
+        if (forms[0] != nullptr && forms[0] == forms[1]) return run(*forms[0], true, true);
+        if (forms[0] != nullptr) run(*forms[0], true, false);
+        if (forms[1] != nullptr) run(*forms[1], false, true);
+    };
+    size_t coded = 0, dense = 0;
+    for (const Half &h : halves) {
+        if (h.linear == nullptr) continue;
+        coded = std::max(coded, h.linear->coded.size()), dense = std::max(dense, h.linear->dense.size());
+    }
+    for (size_t t = 0; t < coded; ++t) {
+        with_tiles(
+            [&](const Linear &l) -> const Tiled * {
+                return t < l.coded.size() ? &input.find(Form::tiled, l.coded[t].cut, ordering(l)).tiles : nullptr;
+            },
+            [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
+                k.fill_tiles(l.coded[t], strip, s, tiles, scales);
+            });
+    }
+    for (size_t t = 0; t < dense; ++t) {
+        with_tiles(
+            [&](const Linear &l) -> const Tiled * {
+                return t < l.dense.size() ? &input.find(Form::tiled, flat_cut(l.columns), ordering(l)).tiles : nullptr;
+            },
+            [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
+                k.fill_tiles_dense(l.dense[t], flat_cut(l.columns), strip, s, tiles, scales);
+            });
+    }
+    for (int i = 0; i < 2; ++i) {
+        if (halves[i].linear == nullptr) continue;
+        const Linear &l = *halves[i].linear;
+        const int strip = halves[i].strip;
+        float *here = out + i * STRIP;
+        if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, here, 2 * STRIP, scratch);
+        if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), here, 2 * STRIP);
+    }
+}
+
+void tiled_pair(const Kernels &k, const Product &p, int pair, const Input &input, Scratch &scratch) {
+    const int first = pair * 2;
+    const bool two = first + 1 < p.linear->strips();
+    tiled(k, {{p.linear, first}, {two ? p.linear : nullptr, first + 1}}, input, scratch);
+    finish(k, p, first, input.rows(), scratch.out.data(), 2 * STRIP);
+    if (two) finish(k, p, first + 1, input.rows(), scratch.out.data() + STRIP, 2 * STRIP);
+}
+
+// One strip, many rows, in float.
+void paneled(const Kernels &k, const Product &p, int strip, const Input &input, Scratch &scratch) {
+    const Linear &l = *p.linear;
+    const int rows = input.rows();
+    scratch.out.resize(size_t(rows) * STRIP);
+    float *out = scratch.out.data();
+    begin(l, strip, rows, out, STRIP);
+    for (const Coded &m : l.coded) {
+        scratch.panel.resize(size_t(m.cut.padded()) * STRIP);
+        k.decode_coded(m, strip, scratch.panel.data());
+        const Form &x = input.find(Form::floats, m.cut, ordering(l));
+        k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, rows, out, STRIP);
+    }
+    for (const Dense &m : l.dense) panel_of(k, m, strip, ordered(input, l).values.data(), rows, out, STRIP, scratch);
+    if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, out, STRIP, scratch);
+    if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
+    finish(k, p, strip, rows, out, STRIP);
+}
+
+}  // namespace
+
+void multiply_gated(const Kernels &kernels, Pool &pool, const Gated &p, const Input &input, Scratch &scratch) {
+    const int strips = p.gate->strips(), piece = std::max(1, std::min(4, strips / (pool.threads() * 4)));
+    for (int at = pool.take(strips, piece); at < strips; at = pool.take(strips, piece)) {
+        for (int strip = at; strip < std::min(strips, at + piece); ++strip) {
+            tiled(kernels, {{p.gate, strip}, {p.up, strip}}, input, scratch);
+            kernels.put_gated(scratch.out.data(), input.rows(), std::min(STRIP, p.gate->rows - strip * STRIP), p.tanh_gelu,
+                              p.out + strip * STRIP, p.stride);
+        }
+    }
+}
+
+void multiply(const Kernels &kernels, Pool &pool, const std::vector<Product> &products, const Input &input, Scratch &scratch) {
+    const bool few = input.rows() <= MOST_ROWS, pairs = !few && input.bytes();
+    int total = 0;
+    for (const Product &p : products) total += pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips();
+    // Pieces long enough to read memory in order, short enough that no thread waits long for another.
+    const int piece = std::max(1, std::min(few ? 32 : 4, total / (pool.threads() * 4)));
+    for (int at = pool.take(total, piece); at < total; at = pool.take(total, piece)) {
+        for (int item = at; item < std::min(total, at + piece); ++item) {
+            int index = item;
+            for (const Product &p : products) {
+                const int count = pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips();
+                if (index < count) {
+                    if (few) direct(kernels, p, index, input);
+                    else if (pairs) tiled_pair(kernels, p, index, input, scratch);
+                    else paneled(kernels, p, index, input, scratch);
+                    break;
+                }
+                index -= count;
+            }
+        }
+    }
+}
+
+}  // namespace bitpress

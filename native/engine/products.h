@@ -1,0 +1,68 @@
+// Products of rows of activations with linear layers: what one thread does of them.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace bitpress {
+
+// One output of a phase: rows [row * stride + output feature].
+struct Product {
+    const Linear *linear;
+    float *out;
+    int stride;
+};
+
+// What products of one input need of it: the rows themselves and, made once, their bytes or padded floats for every cut, and the
+// inner vectors of low-rank terms.
+class Input {
+  public:
+    // Makes room for `rows` rows and every form that these linears want. Called by one thread.
+    void plan(const std::vector<const Linear *> &linears, int rows, bool bytes);
+    // Fills every form of one row. Different threads may fill different rows.
+    void prepare(const Kernels &kernels, const float *x, int row);
+
+    struct Form {
+        enum Kind { direct, tiled, floats, ordered, inner } kind;
+        Cut cut;
+        const Linear *linear;  // whose order or low-rank term it is, or null
+        Quantized quantized;
+        Tiled tiles;
+        Aligned<float> values;  // [row][width]
+        int width;
+    };
+    const Form &find(Form::Kind kind, const Cut &cut, const Linear *linear) const;
+    int rows() const { return rows_; }
+    bool bytes() const { return bytes_; }
+
+  private:
+    void want(Form::Kind kind, const Cut &cut, const Linear *linear);
+    std::vector<Form> forms_;
+    size_t used_ = 0;
+    int rows_ = 0;
+    bool bytes_ = true;
+    std::vector<const Linear *> planned_;
+};
+
+// Memory of one thread for tiles and panels.
+struct Scratch {
+    Aligned<int8_t> tiles;
+    Aligned<float> scales, panel, out, attention;
+    std::vector<float> queries;
+};
+
+// The gated half of an MLP, many rows: out = act(gate @ x) * (up @ x), a strip of both at a time.
+struct Gated {
+    const Linear *gate, *up;
+    float *out;
+    int stride;
+    bool tanh_gelu;
+};
+void multiply_gated(const Kernels &kernels, Pool &pool, const Gated &product, const Input &input, Scratch &scratch);
+
+// This thread's share of the products of `input`, handed out by the pool. The caller waits afterwards.
+void multiply(const Kernels &kernels, Pool &pool, const std::vector<Product> &products, const Input &input, Scratch &scratch);
+
+}  // namespace bitpress
