@@ -57,6 +57,7 @@ peers: $(VENV)/.dev
 	test -x .peers/golden/bin/python || $(PYTHON) -m venv .peers/golden
 	.peers/golden/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	.peers/golden/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/golden.txt
+	PYTHON=$(PYTHON) JOBS=$(THREADS) sh benchmarks/peers/llamacpp.sh
 
 attack: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks
@@ -66,6 +67,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_formats.py
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render
+	$(BIN)/python benchmarks/engine.py --render
 
 size:
 	@find src -name '*.py' | xargs wc -l | sort -rn | head -15

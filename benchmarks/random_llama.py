@@ -22,7 +22,7 @@ CONFIG = {
     "num_key_value_heads": 4,
     "head_dim": 64,
     "vocab_size": 32000,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 8192,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -72,7 +73,9 @@ void add_codes(Linear &l, Bytes2 codes, int bits, int group, const std::string &
     need(!table || (bits <= 4 && !zeros && table->shape(0) == 16 && levels->shape(0) == 16),
          "a table has 16 bytes and 16 levels, for codes of at most 4 bits without zero points");
     const uint8_t top = uint8_t((1 << bits) - 1);
-    for (size_t i = 0; i < codes.size(); ++i) need(codes.data()[i] <= top, "a code is too large for its bits");
+    uint8_t largest = 0;
+    for (size_t i = 0; i < codes.size(); ++i) largest = std::max(largest, codes.data()[i]);
+    need(largest <= top, "a code is too large for its bits");
     const CodedParts parts{l.rows,
                            l.columns,
                            bits,
@@ -168,7 +171,7 @@ struct Multiplier {
         pool.run([&](int thread) {
             for (int row = thread; row < rows; row += threads) input.prepare(kernels, x.data() + size_t(row) * l.columns, row);
             pool.wait();
-            bitpress::multiply(kernels, pool, {{&l, out.data(), l.rows}}, input, scratch[size_t(thread)]);
+            bitpress::multiply(kernels, pool, thread, {{&l, out.data(), l.rows}}, input, scratch[size_t(thread)]);
         });
     }
 };

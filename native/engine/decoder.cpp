@@ -168,7 +168,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         meet();
         lap(0);
         const int q = shape_.heads * head, kv = shape_.kv_heads * head;
-        multiply(kernels_, pool_, {{l.q, s.q.data(), q}, {l.k, s.k.data(), kv}, {l.v, s.v.data(), kv}}, own.to_qkv, scratch_[thread]);
+        multiply(kernels_, pool_, thread, {{l.q, s.q.data(), q}, {l.k, s.k.data(), kv}, {l.v, s.v.data(), kv}}, own.to_qkv, scratch_[thread]);
         pool_.wait();
         lap(1);
         if (alone) {
@@ -178,7 +178,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
             const int total = shape_.kv_heads * chunks;
             std::vector<float> &queries = scratch_[thread].queries;
             queries.resize(size_t(group) * head);
-            for (int item = pool_.take(total, 1); item < total; item = pool_.take(total, 1)) {
+            for (int item = pool_.first_piece(thread, total, 1); item < total; item = pool_.next_piece(total, 1)) {
                 const int kv_head = item / chunks, chunk = item % chunks;
                 const CacheView view = cache(int(layer), kv_head);
                 if (chunk == chunks - 1) {
@@ -216,14 +216,14 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
                 }
             }
             pool_.wait();
-            if (tiles(count)) attend_blocks(int(layer), count, scratch_[thread]);
-            else attend_rows(int(layer), count, scratch_[thread]);
+            if (tiles(count)) attend_blocks(thread, int(layer), count);
+            else attend_rows(thread, int(layer), count);
             pool_.wait();
             for (int row = from; row < to; ++row) own.to_o.prepare(kernels_, s.attended.data() + size_t(row) * q, row);
             pool_.wait();
         }
         lap(2);
-        multiply(kernels_, pool_, {{l.o, s.o.data(), hidden}}, own.to_o, scratch_[thread]);
+        multiply(kernels_, pool_, thread, {{l.o, s.o.data(), hidden}}, own.to_o, scratch_[thread]);
         pool_.wait();
         lap(3);
         for (int row = from; row < to; ++row) {
@@ -234,8 +234,8 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         lap(0);
         const int inner = l.gate->rows;
         const bool gated = count > MOST_ROWS && byte_activations_;
-        if (gated) multiply_gated(kernels_, pool_, {l.gate, l.up, s.acted.data(), inner, shape_.tanh_gelu}, own.to_mlp, scratch_[thread]);
-        else multiply(kernels_, pool_, {{l.gate, s.gates.data(), inner}, {l.up, s.ups.data(), inner}}, own.to_mlp, scratch_[thread]);
+        if (gated) multiply_gated(kernels_, pool_, thread, {l.gate, l.up, s.acted.data(), inner, shape_.tanh_gelu}, own.to_mlp, scratch_[thread]);
+        else multiply(kernels_, pool_, thread, {{l.gate, s.gates.data(), inner}, {l.up, s.ups.data(), inner}}, own.to_mlp, scratch_[thread]);
         pool_.wait();
         lap(4);
         for (int row = from; row < to; ++row) {
@@ -245,7 +245,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         }
         meet();
         lap(5);
-        multiply(kernels_, pool_, {{l.down, s.down.data(), hidden}}, own.to_down, scratch_[thread]);
+        multiply(kernels_, pool_, thread, {{l.down, s.down.data(), hidden}}, own.to_down, scratch_[thread]);
         pool_.wait();
         lap(6);
         for (int row = from; row < to; ++row) add_to_stream(s.down.data(), l.mlp_out_norm, row);
@@ -256,7 +256,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         meet();
         for (int row = from; row < to; ++row) own.to_head.prepare(kernels_, normed(shape_.final_norm, row), row);
         meet();
-        multiply(kernels_, pool_, {{head_, s.logits.data(), shape_.vocabulary}}, own.to_head, scratch_[thread]);
+        multiply(kernels_, pool_, thread, {{head_, s.logits.data(), shape_.vocabulary}}, own.to_head, scratch_[thread]);
     } else {
         meet();
         Rows &mine = *rows_[size_t(thread)];
@@ -264,7 +264,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         kernels_.norm(own.hidden.data() + size_t(count - 1) * hidden, shape_.final_norm.data(), hidden, shape_.eps, mine.normed.data());
         mine.to_head.plan({head_}, 1, byte_activations_);
         mine.to_head.prepare(kernels_, mine.normed.data(), 0);
-        multiply(kernels_, pool_, {{head_, s.logits.data(), shape_.vocabulary}}, mine.to_head, scratch_[thread]);
+        multiply(kernels_, pool_, thread, {{head_, s.logits.data(), shape_.vocabulary}}, mine.to_head, scratch_[thread]);
     }
     pool_.wait();
     lap(7);
@@ -297,14 +297,15 @@ bool Decoder::tiles(int count) const {
 }
 
 // Attention of many rows on tiles: the cache is laid out once, then a piece of work is 32 rows of one query head.
-void Decoder::attend_blocks(int layer, int count, Scratch &scratch) {
+void Decoder::attend_blocks(int thread, int layer, int count) {
+    Scratch &scratch = scratch_[thread];
     Shared &s = *shared_;
     const int group = shape_.heads / shape_.kv_heads, head = shape_.head, q = shape_.heads * head, length = length_ + count;
     const int window = layers_[layer].window;
     const int oldest = window > 0 ? std::max(0, length_ + 1 - window) / 32 : 0, blocks = (length + 31) / 32, fresh = blocks - oldest;
     const size_t plane = s.key_tiles.size() / shape_.kv_heads;
     const int pieces = (fresh + 3) / 4, cached = pieces * shape_.kv_heads;
-    for (int item = pool_.take(cached, 1); item < cached; item = pool_.take(cached, 1)) {
+    for (int item = pool_.first_piece(thread, cached, 1); item < cached; item = pool_.next_piece(cached, 1)) {
         const int kv_head = item / pieces, from = oldest + item % pieces * 4;
         kernels_.tile_cache(cache(layer, kv_head), from, std::min(blocks, from + 4), length, s.key_tiles.data() + kv_head * plane,
                             s.value_tiles.data() + kv_head * plane);
@@ -312,7 +313,7 @@ void Decoder::attend_blocks(int layer, int count, Scratch &scratch) {
     pool_.wait();
     scratch.attention.resize(tile_scratch(head));
     const int row_blocks = (count + 31) / 32, total = row_blocks * shape_.heads;
-    for (int item = pool_.take(total, 1); item < total; item = pool_.take(total, 1)) {
+    for (int item = pool_.first_piece(thread, total, 1); item < total; item = pool_.next_piece(total, 1)) {
         // The last rows see most positions: they come first, so that the threads end together.
         const int h = item % shape_.heads, row = (row_blocks - 1 - item / shape_.heads) * 32;
         const size_t at = size_t(row) * q + size_t(h) * head;
@@ -322,7 +323,8 @@ void Decoder::attend_blocks(int layer, int count, Scratch &scratch) {
 }
 
 // Attention of many rows: a piece of work is one row and one key-value head.
-void Decoder::attend_rows(int layer, int count, Scratch &scratch) {
+void Decoder::attend_rows(int thread, int layer, int count) {
+    Scratch &scratch = scratch_[thread];
     Shared &s = *shared_;
     const LayerWeights &l = layers_[layer];
     const int group = shape_.heads / shape_.kv_heads, head = shape_.head, q = shape_.heads * head;
@@ -330,7 +332,7 @@ void Decoder::attend_rows(int layer, int count, Scratch &scratch) {
     scratch.queries.resize(size_t(group) * (head + 2));
     float *part = scratch.queries.data(), *tops = part + size_t(group) * head, *sums = tops + group;
     std::vector<float> best(group), weights(group);
-    for (int at = pool_.take(total, 8); at < total; at = pool_.take(total, 8)) {
+    for (int at = pool_.first_piece(thread, total, 8); at < total; at = pool_.next_piece(total, 8)) {
         for (int item = at; item < std::min(total, at + 8); ++item) {
             const int kv_head = item / count, row = item % count, position = length_ + row;
             const CacheView view = cache(layer, kv_head);

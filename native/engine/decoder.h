@@ -57,9 +57,9 @@ class Decoder {
     struct Rows;  // the activations of the tokens at hand
     CacheView cache(int layer, int kv_head) const;
     void run(int thread, Rows &own, const int32_t *tokens, int count, bool all_logits);
-    void attend_rows(int layer, int count, Scratch &scratch);
+    void attend_rows(int thread, int layer, int count);
     bool tiles(int count) const;
-    void attend_blocks(int layer, int count, Scratch &scratch);
+    void attend_blocks(int thread, int layer, int count);
     void merge(int chunks, float *to) const;
     void rotate(const LayerWeights &l, float *head, const std::vector<float> &norm, int position) const;
 

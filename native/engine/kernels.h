@@ -55,6 +55,13 @@ constexpr int MOST_ROWS = 4;      // rows of a direct product
 constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
+// Where the sums of a tile product go: they stay, or are put there strip by strip, or as act(first strip) * second strip.
+struct Put {
+    enum Mode { stay, both, silu, gelu } mode = stay;
+    float *left = nullptr, *right = nullptr;  // [row * stride]; `left` alone takes gated sums
+    int stride = 0;
+};
+
 // Floats of memory that attend_tiles works in.
 constexpr size_t tile_scratch(int head) { return size_t(32) * CHUNK_POSITIONS * 2 + size_t(64) * head + 256; }
 
@@ -77,8 +84,8 @@ struct Kernels {
     // The same of sixteen-bit weights, whose columns are cut like those of codes.
     void (*fill_tiles_dense)(const Dense &, const Cut &, int strip, int segment, int8_t *tiles, float *scales);
     // out[row][32] += all segments of two strips times all rows of x, padded ones included. `tiles` is
-    // [segment][strip][tiles_per_segment], `scales` [segment][strip][16].
-    void (*tile_product)(const Tiled &x, const int8_t *tiles, const float *scales, float *out);
+    // [segment][strip][tiles_per_segment], `scales` [segment][strip][16]. The sums of the true rows end up where `put` says.
+    void (*tile_product)(const Tiled &x, const int8_t *tiles, const float *scales, float *out, const Put &put);
 
     void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
     void (*quantize_tiled)(const float *x, int row, Tiled &to);

@@ -31,33 +31,49 @@ inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
+using namespace amx;
+
 // The integers of 2 x 2 tiles that wait to be scaled into the output while the next ones are computed.
 struct Waiting {
     const int32_t *values;
     float *out;
     const float *row_scales;
+    float *left, *right;  // where the sums go in the end
+    int stride, rows;     // of these, the true ones
 };
 
-inline __attribute__((always_inline)) void scale_rows(const Waiting &w, __m512 left, __m512 right, int from, int count) {
-    for (int i = from; i < from + count; ++i) {
-        const int tile = i >> 4, row = (tile >> 1) * 16 + (i & 15);
-        const __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(w.values + i * 16));
-        const __m512 scale = _mm512_mul_ps((tile & 1) ? right : left, _mm512_set1_ps(w.row_scales[row]));
-        float *out = w.out + row * 32 + (tile & 1) * 16;
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(out)));
+template <Put::Mode MODE>
+INLINE void scale_rows(const Waiting &w, Floats left, Floats right, int from, int count) {
+    for (int row = from; row < from + count; ++row) {
+        const int32_t *values = w.values + (row & 16) * 32 + (row & 15) * 16;
+        const Floats scale = set_floats(w.row_scales[row]);
+        float *out = w.out + row * 32;
+        const Floats a = fma(Floats{_mm512_cvtepi32_ps(_mm512_load_si512(values))}, left * scale, load_floats(out));
+        const Floats b = fma(Floats{_mm512_cvtepi32_ps(_mm512_load_si512(values + 256))}, right * scale, load_floats(out + 16));
+        if constexpr (MODE == Put::stay) {
+            store(out, a), store(out + 16, b);
+        } else if (row < w.rows) {
+            float *to = w.left + size_t(row) * w.stride;
+            if constexpr (MODE == Put::both) store(to, a), store(w.right + size_t(row) * w.stride, b);
+            else store(to, activated(a, MODE == Put::gelu) * b);
+        }
     }
 }
 
 // TILES steps of 64 columns; between the tile instructions, the last block's integers are scaled.
-template <int TILES>
+template <int TILES, Put::Mode MODE>
 void rows_of(const Tiled &x, int segment, const int8_t *first, const int8_t *second, const float *scales, int from, int to,
-             float *out) {
+             float *out, const Put &put) {
     alignas(64) int32_t integers[2][1024];
     const int at = segment * x.cut.tiles_per_segment();
     const float *row_scales = x.scales.data() + size_t(segment) * x.padded_rows();
-    const __m512 left = _mm512_loadu_ps(scales), right = _mm512_loadu_ps(scales + 16);
-    constexpr int share = (16 + TILES - 1) / TILES;  // rows to scale after each of the 4 * TILES tile products
-    Waiting last{nullptr, nullptr, nullptr};
+    const Floats left = load_floats(scales), right = load_floats(scales + 16);
+    constexpr int share = (8 + TILES - 1) / TILES;  // rows to scale after each of the 4 * TILES tile products
+    Waiting last{};
+    auto scale = [&](int slot) FLAT {
+        const int done = slot * share, most = 32 - done < share ? 32 - done : share;
+        if (last.values != nullptr && most > 0) scale_rows<MODE>(last, left, right, done, most);
+    };
     for (int row = from, turn = 0; row < to; row += 32, turn ^= 1) {
         _tile_zero(0);
         _tile_zero(1);
@@ -65,31 +81,43 @@ void rows_of(const Tiled &x, int segment, const int8_t *first, const int8_t *sec
         _tile_zero(3);
         for (int t = 0; t < TILES; ++t) {
             const int8_t *a = x.tile(row / 16, at + t), *b = x.tile(row / 16 + 1, at + t);
-            const int done = t * share, most = 16 - done < share ? (16 - done > 0 ? 16 - done : 0) : share;
             _tile_loadd(6, first + t * 1024, 64);
             _tile_loadd(4, a, 64);
             _tile_dpbssd(0, 4, 6);
-            if (last.values != nullptr) scale_rows(last, left, right, done, most);
+            scale(t * 4);
             _tile_loadd(7, second + t * 1024, 64);
             _tile_dpbssd(1, 4, 7);
-            if (last.values != nullptr) scale_rows(last, left, right, 16 + done, most);
+            scale(t * 4 + 1);
             _tile_loadd(5, b, 64);
             _tile_dpbssd(2, 5, 6);
-            if (last.values != nullptr) scale_rows(last, left, right, 32 + done, most);
+            scale(t * 4 + 2);
             _tile_dpbssd(3, 5, 7);
-            if (last.values != nullptr) scale_rows(last, left, right, 48 + done, most);
+            scale(t * 4 + 3);
         }
         int32_t *to_scale = integers[turn];
         _tile_stored(0, to_scale, 64);
         _tile_stored(1, to_scale + 256, 64);
         _tile_stored(2, to_scale + 512, 64);
         _tile_stored(3, to_scale + 768, 64);
-        last = {to_scale, out + size_t(row) * 32, row_scales + row};
+        last = {to_scale, out + size_t(row) * 32, row_scales + row, nullptr, nullptr, put.stride, x.rows - row};
+        if constexpr (MODE != Put::stay) last.left = put.left + size_t(row) * put.stride;
+        if constexpr (MODE == Put::both) last.right = put.right + size_t(row) * put.stride;
     }
-    if (last.values != nullptr) scale_rows(last, left, right, 0, 64);
+    if (last.values != nullptr) scale_rows<MODE>(last, left, right, 0, 32);
 }
 
-void tile_product(const Tiled &x, const int8_t *tiles, const float *scales, float *out) {
+template <int TILES>
+void segment_of(const Tiled &x, int s, const int8_t *first, const int8_t *second, const float *scales, int from, int to, float *out,
+                const Put &put) {
+    switch (s == x.cut.segments() - 1 ? put.mode : Put::stay) {
+        case Put::stay: return rows_of<TILES, Put::stay>(x, s, first, second, scales, from, to, out, put);
+        case Put::both: return rows_of<TILES, Put::both>(x, s, first, second, scales, from, to, out, put);
+        case Put::silu: return rows_of<TILES, Put::silu>(x, s, first, second, scales, from, to, out, put);
+        case Put::gelu: return rows_of<TILES, Put::gelu>(x, s, first, second, scales, from, to, out, put);
+    }
+}
+
+void tile_product(const Tiled &x, const int8_t *tiles, const float *scales, float *out, const Put &put) {
     const size_t step = size_t(x.cut.tiles_per_segment()) * 1024;
     configure_tiles();
     for (int from = 0; from < x.padded_rows(); from += ROW_BLOCK) {
@@ -98,17 +126,15 @@ void tile_product(const Tiled &x, const int8_t *tiles, const float *scales, floa
             const int8_t *first = tiles + 2 * size_t(s) * step, *second = first + step;
             const float *pair = scales + s * 2 * STRIP;
             switch (x.cut.tiles_of_segment(s)) {
-                case 1: rows_of<1>(x, s, first, second, pair, from, to, out); break;
-                case 2: rows_of<2>(x, s, first, second, pair, from, to, out); break;
-                case 3: rows_of<3>(x, s, first, second, pair, from, to, out); break;
-                default: rows_of<4>(x, s, first, second, pair, from, to, out); break;
+                case 1: segment_of<1>(x, s, first, second, pair, from, to, out, put); break;
+                case 2: segment_of<2>(x, s, first, second, pair, from, to, out, put); break;
+                case 3: segment_of<3>(x, s, first, second, pair, from, to, out, put); break;
+                default: segment_of<4>(x, s, first, second, pair, from, to, out, put); break;
             }
         }
     }
     _tile_release();
 }
-
-using namespace amx;
 
 // Two rows of 16 floats as 16 pairs of bf16, the first row in the low halves.
 inline __m512i pairs(Floats a, Floats b) {

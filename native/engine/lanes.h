@@ -379,6 +379,16 @@ INLINE Bytes flip_signs(const int8_t *p) {
 #endif
 }
 
+// 1 / x for normal x, to the last bit or two.
+INLINE Floats reciprocal(Floats x) {
+#if defined(__AVX512VNNI__)
+    const __m512 guess = _mm512_rcp14_ps(x.v);
+    return {_mm512_mul_ps(guess, _mm512_fnmadd_ps(x.v, guess, _mm512_set1_ps(2.0f)))};
+#else
+    return set_floats(1.0f) / x;
+#endif
+}
+
 // e^x for x from -87 to 88, within 2e-7 of it: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 INLINE Floats exponential(Floats x) {
     x = min(max(x, set_floats(-87.0f)), set_floats(88.0f));
@@ -394,6 +404,13 @@ INLINE Floats exponential(Floats x) {
     p = fma(p, r, set_floats(5.0000001201e-1f));
     p = fma(p, r * r, r + set_floats(1.0f));
     return p * bits_to_floats(shift_left_ints(n + set_ints(127), 23));
+}
+
+// silu(x) = x / (1 + e^-x); the tanh form of gelu is x / (1 + e^-2y) with y = sqrt(2 / pi) (x + 0.044715 x^3).
+INLINE Floats activated(Floats x, bool tanh_gelu) {
+    Floats y = x;
+    if (tanh_gelu) y = x * set_floats(1.5957691216f) * fma(x * x, set_floats(0.044715f), set_floats(1.0f));
+    return x * reciprocal(set_floats(1.0f) + exponential(zero_floats() - y));
 }
 
 }  // namespace bitpress::BITPRESS_PATH

@@ -126,6 +126,8 @@ Cut make_cut(int columns, int group, int bits) {
     }
     cut.blocks_per_group = (group + cut.block - 1) / cut.block;
     cut.width = (cut.block + chunk - 1) / chunk * chunk;
+    const int most = std::max(1, SEGMENT / cut.width), segments = (cut.blocks() + most - 1) / most;
+    cut.per_segment = (cut.blocks() + segments - 1) / segments;  // 576 columns are three times 192, not 256, 256 and 64
     return cut;
 }
 

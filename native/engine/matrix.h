@@ -51,7 +51,7 @@ float scale_value(ScaleKind kind, const uint8_t *p);  // without the matrix's ga
 // padded with zero activations to whole lines. Matrices cut alike can share quantized activations.
 struct Cut {
     int columns = 0, group = 0, block = 0, width = 0;  // width: a block with its padding
-    int groups = 0, blocks_per_group = 0;
+    int groups = 0, blocks_per_group = 0, per_segment = 1;
     bool operator==(const Cut &) const = default;
     int blocks() const { return groups * blocks_per_group; }
     int padded() const { return blocks() * width; }
@@ -61,8 +61,8 @@ struct Cut {
         return std::min(std::min(block, left), in_row);
     }
     // Tile products rescale once a segment: some whole blocks, padded to whole tiles of 64 columns.
-    int blocks_per_segment() const { return std::max(1, SEGMENT / width); }
-    int segments() const { return (blocks() + blocks_per_segment() - 1) / blocks_per_segment(); }
+    int blocks_per_segment() const { return per_segment; }
+    int segments() const { return (blocks() + per_segment - 1) / per_segment; }
     int blocks_of_segment(int s) const { return std::min(blocks_per_segment(), blocks() - s * blocks_per_segment()); }
     int tiles_of_segment(int s) const { return (blocks_of_segment(s) * width + 63) / 64; }
     int tiles_per_segment() const { return (blocks_per_segment() * width + 63) / 64; }

@@ -1,6 +1,7 @@
 // The threads of one engine: they run the same program side by side and meet at barriers.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -29,10 +30,11 @@ class Pool {
     // All threads of the running work meet here. Gives each the same view of what the others wrote before.
     void wait();
 
-    // Hands out 0 .. count - 1 in pieces: the next piece's start, or count when there is none. `reset` between two barriers.
-    int take(int count, int size) {
-        const int start = next_.fetch_add(size, std::memory_order_relaxed);
-        return start < count ? start : count;
+    // Hands out 0 .. count - 1 in pieces of `size`, anew after every barrier: each thread calls first_piece once, then next_piece
+    // until it gives count.
+    int first_piece(int thread, int count, int size) const { return std::min(thread * size, count); }
+    int next_piece(int count, int size) {
+        return std::min(next_.fetch_add(size, std::memory_order_relaxed) + threads_ * size, count);
     }
 
   private:

@@ -170,14 +170,27 @@ struct Half {
     int strip;
 };
 
-// Two strips, many rows: scratch.out[row][32].
-void tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratch &scratch) {
+// Whether a tile product is all that a whole strip takes.
+bool is_single(const Half &h) {
+    const Linear &l = *h.linear;
+    return l.coded.size() + l.dense.size() == 1 && !l.down && !l.sparse && (h.strip + 1) * STRIP <= l.rows;
+}
+
+// Two strips, many rows: scratch.out[row][32]. The sums of whole strips that take a single product are put where they belong at
+// once; says whether that was done.
+bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratch &scratch, const Put &put) {
     const int rows = input.rows(), padded = (rows + 31) / 32 * 32;
     scratch.out.resize(size_t(padded) * 2 * STRIP);
     float *out = scratch.out.data();
     for (int i = 0; i < 2; ++i) {
         if (halves[i].linear != nullptr) begin(*halves[i].linear, halves[i].strip, rows, out + i * STRIP, 2 * STRIP);
     }
+    const auto form = [&](const Half &h) -> const void * {
+        const Linear &l = *h.linear;
+        return &input.find(Form::tiled, l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, ordering(l));
+    };
+    const bool done = put.mode != Put::stay && halves[1].linear != nullptr && is_single(halves[0]) && is_single(halves[1]) &&
+                      form(halves[0]) == form(halves[1]);
     // The n-th terms of both together where they read the same form of x; alone, beside a strip of scale 0, otherwise.
     auto with_tiles = [&](auto form_of, auto fill) {
         const Tiled *forms[2] = {halves[0].linear ? form_of(*halves[0].linear) : nullptr,
@@ -194,7 +207,7 @@ void tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
                     else std::memset(scales, 0, STRIP * sizeof(float));
                 }
             }
-            k.tile_product(x, scratch.tiles.data(), scratch.scales.data(), out);
+            k.tile_product(x, scratch.tiles.data(), scratch.scales.data(), out, done ? put : Put{});
         };
         if (forms[0] != nullptr && forms[0] == forms[1]) return run(*forms[0], true, true);
         if (forms[0] != nullptr) run(*forms[0], true, false);
@@ -231,12 +244,14 @@ void tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
         if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, here, 2 * STRIP, scratch);
         if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), here, 2 * STRIP);
     }
+    return done;
 }
 
 void tiled_pair(const Kernels &k, const Product &p, int pair, const Input &input, Scratch &scratch) {
     const int first = pair * 2;
     const bool two = first + 1 < p.linear->strips();
-    tiled(k, {{p.linear, first}, {two ? p.linear : nullptr, first + 1}}, input, scratch);
+    const Put put{Put::both, p.out + first * STRIP, p.out + (first + 1) * STRIP, p.stride};
+    if (tiled(k, {{p.linear, first}, {two ? p.linear : nullptr, first + 1}}, input, scratch, put)) return;
     finish(k, p, first, input.rows(), scratch.out.data(), 2 * STRIP);
     if (two) finish(k, p, first + 1, input.rows(), scratch.out.data() + STRIP, 2 * STRIP);
 }
@@ -262,35 +277,43 @@ void paneled(const Kernels &k, const Product &p, int strip, const Input &input, 
 
 }  // namespace
 
-void multiply_gated(const Kernels &kernels, Pool &pool, const Gated &p, const Input &input, Scratch &scratch) {
+void multiply_gated(const Kernels &kernels, Pool &pool, int thread, const Gated &p, const Input &input, Scratch &scratch) {
     const int strips = p.gate->strips(), piece = std::max(1, std::min(4, strips / (pool.threads() * 4)));
-    for (int at = pool.take(strips, piece); at < strips; at = pool.take(strips, piece)) {
+    for (int at = pool.first_piece(thread, strips, piece); at < strips; at = pool.next_piece(strips, piece)) {
         for (int strip = at; strip < std::min(strips, at + piece); ++strip) {
-            tiled(kernels, {{p.gate, strip}, {p.up, strip}}, input, scratch);
+            const Put put{p.tanh_gelu ? Put::gelu : Put::silu, p.out + strip * STRIP, nullptr, p.stride};
+            if (tiled(kernels, {{p.gate, strip}, {p.up, strip}}, input, scratch, put)) continue;
             kernels.put_gated(scratch.out.data(), input.rows(), std::min(STRIP, p.gate->rows - strip * STRIP), p.tanh_gelu,
                               p.out + strip * STRIP, p.stride);
         }
     }
 }
 
-void multiply(const Kernels &kernels, Pool &pool, const std::vector<Product> &products, const Input &input, Scratch &scratch) {
+namespace {
+
+// Pieces long enough to read memory in order, short enough that no thread waits long for another.
+int piece_size(int items, int threads, bool few) { return std::max(1, std::min(few ? 32 : 4, items / (threads * 4))); }
+
+}  // namespace
+
+void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, const Input &input,
+              Scratch &scratch) {
     const bool few = input.rows() <= MOST_ROWS, pairs = !few && input.bytes();
+    const auto items = [&](const Product &p) { return pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips(); };
     int total = 0;
-    for (const Product &p : products) total += pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips();
-    // Pieces long enough to read memory in order, short enough that no thread waits long for another.
-    const int piece = std::max(1, std::min(few ? 32 : 4, total / (pool.threads() * 4)));
-    for (int at = pool.take(total, piece); at < total; at = pool.take(total, piece)) {
+    for (const Product &p : products) total += items(p);
+    const int piece = piece_size(total, pool.threads(), few);
+    for (int at = pool.first_piece(thread, total, piece); at < total; at = pool.next_piece(total, piece)) {
         for (int item = at; item < std::min(total, at + piece); ++item) {
             int index = item;
             for (const Product &p : products) {
-                const int count = pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips();
-                if (index < count) {
+                if (index < items(p)) {
                     if (few) direct(kernels, p, index, input);
                     else if (pairs) tiled_pair(kernels, p, index, input, scratch);
                     else paneled(kernels, p, index, input, scratch);
                     break;
                 }
-                index -= count;
+                index -= items(p);
             }
         }
     }

@@ -60,9 +60,10 @@ struct Gated {
     int stride;
     bool tanh_gelu;
 };
-void multiply_gated(const Kernels &kernels, Pool &pool, const Gated &product, const Input &input, Scratch &scratch);
+void multiply_gated(const Kernels &kernels, Pool &pool, int thread, const Gated &product, const Input &input, Scratch &scratch);
 
 // This thread's share of the products of `input`, handed out by the pool. The caller waits afterwards.
-void multiply(const Kernels &kernels, Pool &pool, const std::vector<Product> &products, const Input &input, Scratch &scratch);
+void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, const Input &input,
+              Scratch &scratch);
 
 }  // namespace bitpress

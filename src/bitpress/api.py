@@ -11,7 +11,7 @@ from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.prove import evaluate as _evaluate
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import Recipe, make_recipe
-from bitpress.runtime.loading import load
+from bitpress.runtime.choice import load
 
 __all__ = ["evaluate", "load", "load_tokenizer", "quantize"]
 

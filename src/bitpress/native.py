@@ -11,12 +11,14 @@ from types import ModuleType
 import torch
 from jaxtyping import Float, Int, UInt8
 
-from bitpress.errors import KernelUnavailable
-from bitpress.settings import use_native
+from bitpress.errors import KernelUnavailable, UsageError
+from bitpress.settings import code_path, use_native
 
 __all__ = [
     "add_gram_",
     "available",
+    "chosen_path",
+    "code_paths",
     "decode_affine",
     "decode_levels",
     "encode_affine",
@@ -73,6 +75,19 @@ def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
 def features() -> frozenset[str]:
     """Name what this processor offers to native code ("avx512", "amx-bf16"); empty without it."""
     return frozenset(_library().features()) if available() else frozenset()
+
+
+def code_paths() -> tuple[str, ...]:
+    """Name the code paths of products that this processor runs, the best one first; none without the library."""
+    return tuple(_library().paths()) if available() else ()
+
+
+def chosen_path() -> str:
+    """Give the code path that products take. Raises KernelUnavailable, UsageError for a BITPRESS_PATH that is not there."""
+    paths = library().paths()
+    if code_path() not in ("", *paths):
+        raise UsageError(f"BITPRESS_PATH: {code_path()!r} is not there; this processor runs {', '.join(paths)}.")
+    return code_path() or str(paths[0])
 
 
 def round_columns_(

@@ -30,8 +30,8 @@ import torch
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
-from bitpress.cli import chat
 from bitpress.errors import BitpressError, CheckpointError
+from bitpress.runtime import prompt
 
 INDEX = "model.safetensors.index.json"
 OUTER = "model-00001-of-00003.safetensors"
@@ -793,7 +793,7 @@ def test_a_hostile_directory_is_refused_everywhere(
         hostile.seal()
     stage = Stage(root, tiny_model("llama", tie_word_embeddings=True), stage_files)
     before = snapshot(outside)
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(prompt, "TEMPLATE_SECONDS", 0.5)
     spoken = "run" if "verify" in attack.passes else "verify"
     refused: set[str] = set()
     for entry in ENTRIES:

@@ -35,6 +35,12 @@ CalibrationText = Annotated[str | None, typer.Option("--calibration", help="buil
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens a window.")]
 Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
+Activations = Annotated[str | None, typer.Option(metavar="int8|none", help="native: inputs of products in 8 bits or in float.")]
+Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the kept keys and values.")]
+Head = Annotated[
+    str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")
+]
+Context = Annotated[int | None, typer.Option(min=2, help="native: tokens that there must be room for.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Weights to leave alone, e.g. '*.down_proj'. May be given again.")]
 
 
@@ -155,27 +161,92 @@ def run(
     directory: Directory,
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it, a chat on the terminal.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. May be given again.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="Keep the codes in memory: smaller and slower.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the k most likely tokens; 0: among all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the fewest with this probability together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Leave out those less likely than this part of the most likely.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: less of what has been said.")] = None,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    runtime: Annotated[
+        str, typer.Option(help="auto, native or transformers; auto is native where that knows the model.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
+    activations: Activations = None,
+    cache: Cache = None,
+    head: Head = None,
+    context: Context = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="transformers: keep the codes in memory, not the decoded weights.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate text with a compressed model."""
-    from bitpress.cli.chat import answer_once, chat
+    """Generate text with a compressed model.
+
+    Where the model's generation_config.json has sampling settings, they apply at a temperature above 0, unless given here.
+    """
+    from bitpress.cli.chat import Asked, answer_once, chat
 
     if as_json and prompt is None:
         raise UsageError("--json needs a --prompt.")
-    if prompt is None:
-        chat(directory, max_tokens=max_tokens, temperature=temperature, seed=seed, packed=packed)
-        return
-    answer = answer_once(
-        directory, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, raw=raw, packed=packed, stream=not as_json
+    if prompt is None and raw:
+        raise UsageError("--raw needs a --prompt.")
+    native = {"activations": activations, "cache": cache, "head": head, "context": context}
+    asked = Asked(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=tuple(stop or ()),
+        sampling={"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+        runtime=runtime,
+        packed=packed,
+        threads=threads,
+        native={name: value for name, value in native.items() if value is not None},
     )
+    if prompt is None:
+        chat(directory, asked)
+        return
+    answer = answer_once(directory, prompt, asked, raw=raw, stream=not as_json)
     if as_json:
         print_json(answer)
-    else:
-        err.print(f"[dim]{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
+        return
+    read = answer.get("prefill_tokens_per_second")
+    before = "" if read is None else f"{answer['prompt_tokens']} tokens read, {read:.1f} tokens/s; "
+    err.print(f"[dim]{before}{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
+
+
+@app.command(epilog="Example: bitpress bench decode out/smollm2-4bit --context 2048")
+def bench(
+    what: Annotated[str, typer.Argument(metavar="decode|prefill", help="One token after the other, or a prompt at once.")],
+    directory: Directory,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache beforehand.")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repeat: 64 for decode, 512 for prefill.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
+    activations: Activations = None,
+    cache: Cache = None,
+    head: Head = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the native engine's speed on a model, beside what the machine could do."""
+    from bitpress.cli.bench import show_speed
+    from bitpress.errors import unknown_name
+    from bitpress.runtime.speed import bench_decode, bench_prefill
+
+    if what not in ("decode", "prefill"):
+        raise unknown_name("measurement", what, ("decode", "prefill"))
+    options: dict[str, Any] = {"tokens": tokens, "activations": activations, "cache": cache, "head": head}
+    options = {name: value for name, value in options.items() if value is not None}
+    measure = bench_decode if what == "decode" else bench_prefill
+    facts = measure(directory, context=context, repeats=repeats, threads=threads, **options)
+    print_json(facts) if as_json else show_speed(facts)
 
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")

@@ -1,42 +1,69 @@
-"""Answers on the terminal: one prompt, or a chat.
+"""Answers on the terminal: one prompt, or a chat, by the native engine or by transformers."""
 
-A chat template is code: it runs in transformers' sandboxed jinja environment, for a few seconds and in limited memory at most.
-"""
-
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
-from bitpress.cli.screen import err, out
+from bitpress.cli.screen import err
 from bitpress.errors import CheckpointError, UsageError
-from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
+from bitpress.formats import parse_format
+from bitpress.runtime.choice import choose_runtime, load_native
 from bitpress.runtime.loading import load
-from bitpress.runtime.skeleton import check_tokens
+from bitpress.runtime.prompt import Prompt, check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.text import Pieces, TextEngine, text_decoder
 
-__all__ = ["answer_once", "chat"]
+__all__ = ["Asked", "answer_once", "chat"]
 
-TEMPLATE_CHARACTERS = 2**22
+Show = Callable[[str], None]
 
 
-def answer_once(
-    directory: Path, prompt: str, *, max_tokens: int, temperature: float, seed: int, raw: bool, packed: bool, stream: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """What the options of `bitpress run` say. `native` holds those that only the native engine has."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    sampling: dict[str, float | None] = field(default_factory=dict)
+    runtime: str = "auto"
+    packed: bool = False
+    threads: int | None = None
+    native: dict[str, Any] = field(default_factory=dict)
+
+
+class Speaker(Protocol):
+    """A model that answers. `facts` says what runs, and `answer` gives the text and its figures."""
+
+    tokenizer: Any
+    facts: dict[str, Any]
+
+    def line(self) -> str: ...
+
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]: ...
+
+
+def answer_once(directory: Path, prompt: str, asked: Asked, *, raw: bool = False, stream: bool = True) -> dict[str, Any]:
     """Answer one prompt; the text goes to standard output while it is made when `stream` is set."""
     if not prompt:
         raise UsageError("the prompt is empty.")
-    model, tokenizer = _open(directory, packed)
-    ids = _encode(tokenizer, [{"role": "user", "content": prompt}], raw=prompt if raw else None)
-    return _generate(model, tokenizer, ids, max_tokens, temperature, seed, stream)
+    speaker = _open(directory, asked)
+    with _Printed(stream) as printed:
+        answer = speaker.answer(prompt, printed.show, raw=raw)
+    return {**answer, **speaker.facts}
 
 
-def chat(directory: Path, *, max_tokens: int, temperature: float, seed: int, packed: bool) -> None:
+def chat(directory: Path, asked: Asked) -> None:
     """Talk until an empty line, end of input or Ctrl-C."""
-    model, tokenizer = _open(directory, packed)
-    if tokenizer.chat_template is None:
+    speaker = _open(directory, asked)
+    if speaker.tokenizer.chat_template is None:
         raise CheckpointError(f"{directory}: the tokenizer has no chat template; use --prompt with --raw.")
     err.print("[dim]An empty line ends the chat.[/dim]")
     messages: list[dict[str, str]] = []
@@ -48,95 +75,177 @@ def chat(directory: Path, *, max_tokens: int, temperature: float, seed: int, pac
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        ids = _encode(tokenizer, messages, raw=None)
-        answer = _generate(model, tokenizer, ids, max_tokens, temperature, seed, stream=True)
+        with _Printed(True) as printed:
+            answer = speaker.answer(messages, printed.show)
         messages.append({"role": "assistant", "content": answer["text"]})
 
 
-def _open(directory: Path, packed: bool) -> tuple[Any, Any]:
-    PressedCheckpoint.open(directory, verify=False)  # a wrong directory is said before anything slow happens
-    model = load(directory, weights="packed" if packed else "decoded")
-    return model, load_tokenizer(directory)
+class _Printed:
+    """Prints pieces of text as they come, and ends their line however they end."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._open = False
+
+    def show(self, piece: str) -> None:
+        if self._wanted and piece:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            self._open = True
+
+    def __enter__(self) -> "_Printed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wanted and (self._open or kind is None):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
-def _encode(tokenizer: Any, messages: list[dict[str, str]], raw: str | None) -> torch.Tensor:
-    import jinja2
-
-    if any("\ud800" <= character <= "\udfff" for character in messages[-1]["content"]):
-        raise UsageError("the prompt is not valid UTF-8.")
-    if raw is not None or tokenizer.chat_template is None:
-        text = raw if raw is not None else messages[-1]["content"]
-        ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
-        return ids
-    try:
-        with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except MemoryError as error:
-        raise CheckpointError("the chat template needs too much memory; use --raw.") from error
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"the chat template failed: {reason}; use --raw.") from error
-    if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
-        raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return ids
+def _open(directory: Path, asked: Asked) -> Speaker:
+    """Load the model in the runtime that fits, and say which one and why. What is wrong is said before anything slow happens."""
+    Pieces(str, asked.stop)
+    choose_sampling(None, asked.temperature, asked.seed, **asked.sampling)
+    if asked.native.get("head", "keep") != "keep":
+        parse_format(asked.native["head"])
+    native_options = tuple(f"--{name}" for name in asked.native)
+    PressedCheckpoint.open(directory, verify=False)
+    choice = choose_runtime(directory, asked.runtime, native=native_options, transformers=("--packed",) if asked.packed else ())
+    speaker: Speaker
+    if choice.runtime == "native":
+        speaker = _Native(load_native(directory, threads=asked.threads, **asked.native), asked)
+    else:
+        speaker = _Transformers(directory, asked, choice.reason)
+    err.print(speaker.line(), style="dim", markup=False, soft_wrap=True)
+    return speaker
 
 
-def _generate(
-    model: Any, tokenizer: Any, ids: torch.Tensor, max_tokens: int, temperature: float, seed: int, stream: bool
-) -> dict[str, Any]:
-    from transformers import TextStreamer
+class _Native:
+    def __init__(self, engine: TextEngine, asked: Asked) -> None:
+        self.engine = engine
+        self.tokenizer = engine.tokenizer
+        self.facts = engine.facts
+        self._asked = asked
+        self._sampling = engine.sampling(asked.temperature, asked.seed, **asked.sampling)
 
-    room = _check_prompt(model, ids)
-    torch.manual_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    start = time.perf_counter()
-    with torch.inference_mode():
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=_generation(model, tokenizer, min(max_tokens, room), temperature),
-            streamer=streamer,
-        )
-    seconds = time.perf_counter() - start
-    new = made[0, ids.shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    if stream:
-        out.file.flush()
-    return {
-        "text": text,
-        "tokens": int(new.numel()),
-        "prompt_tokens": int(ids.shape[1]),
-        "tokens_per_second": new.numel() / seconds,
-    }
+    def line(self) -> str:
+        f = self.facts
+        activations = "8-bit activations" if f["activations"] == "int8" else "float activations"
+        cache = ["8-bit cache"] if f["cache"] == "int8" else []
+        expanded = [f"expanded to 16 bits: {', '.join(f['expanded'])}"] if f["expanded"] else []
+        parts = [f"native ({f['path']})", _threads(f["threads"]), activations, *cache, f"head {f['head']}", *expanded]
+        return ", ".join(parts)
 
-
-def _check_prompt(model: Any, ids: torch.Tensor) -> int:
-    """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
-    count = ids.shape[1]
-    if not count:
-        raise UsageError("the prompt has no tokens.")
-    check_tokens(ids, model.config, "this directory")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return 2**31
-    if count >= limit:
-        raise UsageError(f"the prompt has {count} tokens; the model's context is {limit}, and the answer needs room in it.")
-    return int(limit) - count
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]:
+        asked = self._asked
+        stream = self.engine.stream(prompt, max_tokens=asked.max_tokens, sampling=self._sampling, stop=asked.stop, raw=raw)
+        for piece in stream:
+            show(piece)
+        made = stream.result
+        return {
+            "text": made.text,
+            "tokens": made.tokens,
+            "prompt_tokens": made.prompt_tokens,
+            "tokens_per_second": made.tokens_per_second,
+            "prefill_tokens_per_second": made.prefill_tokens_per_second,
+            "finish": made.finish,
+        }
 
 
-def _generation(model: Any, tokenizer: Any, max_tokens: int, temperature: float) -> Any:
-    """Make the settings of one answer: the model's own special tokens, and its sampling where there is a temperature."""
-    from transformers import GenerationConfig
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
 
-    given = model.generation_config
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = {"eos_token_id": given.eos_token_id, "pad_token_id": pad, "max_new_tokens": max_tokens}
-    if temperature == 0:
-        return GenerationConfig(**settings, do_sample=False)
-    kept = {key: getattr(given, key, None) for key in ("top_p", "top_k", "repetition_penalty")}
-    kept = {key: value for key, value in kept.items() if value is not None}
-    try:
-        return GenerationConfig(**settings, **kept, do_sample=True, temperature=temperature)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"generation_config.json: {str(error).strip().split(chr(10))[0]}") from error
+
+class _Transformers:
+    def __init__(self, directory: Path, asked: Asked, reason: str) -> None:
+        if asked.threads is not None:
+            torch.set_num_threads(asked.threads)
+        self.model = load(directory, weights="packed" if asked.packed else "decoded")
+        self.tokenizer = load_tokenizer(directory)
+        self.facts: dict[str, Any] = {
+            "runtime": "transformers",
+            "reason": reason,
+            "weights": "packed" if asked.packed else "decoded",
+            "threads": torch.get_num_threads(),
+        }
+        self._asked = asked
+        self._sampling = choose_sampling(self.model.generation_config, asked.temperature, asked.seed, **asked.sampling)
+
+    def line(self) -> str:
+        return f"transformers: {self.facts['reason']}; weights {self.facts['weights']}, {_threads(self.facts['threads'])}"
+
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]:
+        tokens = encode_prompt(self.tokenizer, prompt, raw=raw)
+        config = self.model.config
+        room = check_prompt(tokens, config, getattr(config.get_text_config(), "max_position_embeddings", None))
+        ends = end_tokens(self.model.generation_config, config, self.tokenizer)
+        heard = _Heard(Pieces(text_decoder(self.tokenizer), self._asked.stop), ends, show)
+        ids = torch.tensor([tokens])
+        torch.manual_seed(self._sampling.seed)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._settings(ends, min(self._asked.max_tokens, room)),
+                streamer=heard,
+                stopping_criteria=[heard.has_stopped],
+            )
+        seconds = time.perf_counter() - start
+        return {
+            "text": "".join(heard.text),
+            "tokens": heard.count,
+            "prompt_tokens": len(tokens),
+            "tokens_per_second": heard.count / seconds,
+            "finish": "stop" if heard.ended else "length" if heard.count >= self._asked.max_tokens else "context",
+        }
+
+    def _settings(self, ends: tuple[int, ...], max_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        pad, how = self.tokenizer.pad_token_id, self._sampling
+        settings: dict[str, Any] = {
+            "eos_token_id": list(ends) or None,
+            "pad_token_id": pad if pad is not None else next(iter(ends), None),
+            "max_new_tokens": max_tokens,
+            "repetition_penalty": how.repetition_penalty,
+        }
+        if how.temperature == 0:
+            return GenerationConfig(**settings, do_sample=False)
+        # Every one of them is set: transformers takes what is not from its own defaults, such as a top_k of 50.
+        sampling = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": how.min_p}
+        return GenerationConfig(**settings, **sampling, do_sample=True)
+
+
+class _Heard:
+    """Takes tokens from transformers' `generate` one by one, and tells it when a stop string has appeared."""
+
+    def __init__(self, pieces: Pieces, ends: tuple[int, ...], show: Show) -> None:
+        self.text: list[str] = []
+        self.count = 0
+        self.ended = False
+        self._pieces, self._ends, self._show = pieces, ends, show
+        self._seen_prompt = False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        for token in tokens.reshape(-1).tolist():
+            if token in self._ends or self._pieces.stopped:
+                self.ended = True
+                return
+            self.count += 1
+            self._say(self._pieces.add(token))
+            self.ended = self._pieces.stopped
+
+    def end(self) -> None:
+        self._say(self._pieces.end())
+        self.ended = self.ended or self._pieces.stopped
+
+    def has_stopped(self, tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((tokens.shape[0],), self._pieces.stopped)
+
+    def _say(self, piece: str) -> None:
+        self.text.append(piece)
+        self._show(piece)

@@ -1,7 +1,6 @@
 """What the smaller commands gather and print."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from rich.markup import escape
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
+from bitpress.errors import KernelUnavailable
 from bitpress.pipeline.plan import Plan
+from bitpress.settings import usable_cores
 
 __all__ = [
     "describe_directory",
@@ -121,11 +122,18 @@ def describe_machine() -> dict[str, Any]:
     """Gather what decides how fast things run here."""
     import torch
 
+    from bitpress import native
     from bitpress.kernels import KERNELS
 
+    library: dict[str, Any] = {"native": "there", "code_paths": list(native.code_paths()), "code_path": None}
+    try:
+        library["code_path"] = native.chosen_path()
+    except KernelUnavailable as error:
+        library["native"] = str(error)
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "cores_usable": len(os.sched_getaffinity(0)),
+        "cores_usable": usable_cores(),
+        **library,
         "threads": torch.get_num_threads(),
         "bf16_products": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "kernels": list(KERNELS),
@@ -135,7 +143,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def show_machine(facts: Mapping[str, Any]) -> None:
-    table("", ("", ""), [(key.replace("_", " "), str(value)) for key, value in facts.items()])
+    def shown(value: Any) -> str:
+        return (", ".join(value) or "none") if isinstance(value, list) else "none" if value is None else str(value)
+
+    table("", ("", ""), [(key.replace("_", " "), shown(value)) for key, value in facts.items()])
 
 
 def verify_directory(directory: Path) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def _halves(t: torch.Tensor) -> np.ndarray:
 
 def _add_dense(strips: Strips, w: torch.Tensor) -> None:
     threads = torch.get_num_threads()
+    if w.dtype == torch.float32 and torch.equal(w.bfloat16().float(), w):
+        w = w.bfloat16()
     if w.dtype in (torch.bfloat16, torch.float16):
         strips.linear.add_dense(_halves(w), w.dtype == torch.float16, None, threads)
         return
@@ -212,9 +214,12 @@ def _plan_even(grid: Levels) -> list[_Codes]:
     for divisor in (1, 2, 3):
         whole = real / (step / divisor)
         if bool((whole == whole.round()).all()) and whole.min() >= -OFFSET and whole.max() <= BYTE_REACH:
-            table = (whole + OFFSET).to(torch.uint8)
-            return [_Codes(8, lambda codes: table[codes.int()], gain=step / divisor, zero=OFFSET)]
+            return [_Codes(8, _through((whole + OFFSET).to(torch.uint8)), gain=step / divisor, zero=OFFSET)]
     return []
+
+
+def _through(table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda codes: table[codes.int()]
 
 
 def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
@@ -288,4 +293,5 @@ def _native_scales(term: Packed, params: Params, plane: int | None) -> tuple[str
 
 
 def _as_bytes(scales: torch.Tensor) -> np.ndarray:
-    return scales.contiguous().view(torch.uint8).reshape(scales.shape[0], -1).numpy()
+    # A single scale of several planes counts as contiguous whatever its stride, which the view refuses.
+    return scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(scales.shape[0], -1).numpy()

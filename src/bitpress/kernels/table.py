@@ -5,11 +5,12 @@ import torch
 from bitpress.errors import KernelUnavailable
 from bitpress.formats import CompressedWeight
 from bitpress.kernels.kernel import Kernel
+from bitpress.kernels.native import Native
 from bitpress.kernels.reference import Reference
 
 __all__ = ["KERNELS", "choose_kernel"]
 
-KERNELS: dict[str, type[Kernel]] = {"reference": Reference}
+KERNELS: dict[str, type[Kernel]] = {"native": Native, "reference": Reference}
 
 
 def choose_kernel(weight: CompressedWeight, device: torch.device) -> type[Kernel]:

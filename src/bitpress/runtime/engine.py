@@ -26,14 +26,17 @@ from bitpress.formats.table import parse_format
 from bitpress.kernels.strips import Strips, lay_out, lay_out_matrix
 from bitpress.runtime.families import Layout, describe, refusal
 from bitpress.runtime.skeleton import build_config
-from bitpress.settings import code_path, usable_cores
+from bitpress.settings import usable_cores
 
 __all__ = ["Engine", "Sampling", "load_engine", "refuses"]
 
 Activations = Literal["int8", "none"]
 CACHES = {"fp16": False, "int8": True}
+# Rows of a head that are rounded at a time.
+ROUNDED_TOGETHER = 4096
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Engine:
         self.config = config
         self.layout = layout
         self.facts = facts
+        self._cached = np.empty(layout.context, np.int32)  # the first `length` are the tokens in the cache
 
     @property
     def length(self) -> int:
@@ -79,15 +83,22 @@ class Engine:
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"a cache of {self.length} tokens cannot be cut to a length of {length}.")
         self._model.truncate(length)
 
     def forward(
-        self, tokens: Sequence[int], logits: Literal["none", "last", "all"] = "last"
+        self, tokens: Sequence[int] | np.ndarray, logits: Literal["none", "last", "all"] = "last"
     ) -> Float[torch.Tensor, "rows vocabulary"]:
         """Run tokens behind those of the cache and give logits in float32: of none of them, the last, or all."""
+        if logits not in ("none", "last", "all"):
+            raise UsageError(f"logits={logits!r}: it is 'none', 'last' or 'all'.")
         given = self._checked(tokens)
+        if len(given) > self.context - self.length:
+            raise UsageError(f"{len(given)} tokens behind {self.length} of the cache; the context is {self.context}.")
         rows = {"none": 0, "last": 1, "all": len(given)}[logits]
         values = np.empty((rows, self.layout.vocabulary), np.float32)
+        self._remember(given)
         self._model.forward(given, values)
         return torch.from_numpy(values)
 
@@ -112,36 +123,38 @@ class Engine:
             raise UsageError(f"{error}.") from error
         random = library.Random(how.seed & (2**64 - 1))
         given = self._checked(tokens)
-        self._keep_common(given)
+        self.truncate(self.common(given))
         fresh = given[self.length :]
         while len(fresh) > chunk:  # a signal is seen between chunks
-            self.forward(fresh[:chunk].tolist(), "none")
-            self._seen = given[: self.length]
+            self.forward(fresh[:chunk], "none")
             fresh = fresh[chunk:]
-        text = list(given)
         for _ in range(min(max_tokens, self.context - len(given))):
+            self._remember(fresh)
             token = int(self._model.step(fresh, native_how, random))
-            self._seen = np.array(text, np.int32)
             if token in stop:
                 return
             yield token
-            text.append(token)
             fresh = np.array([token], np.int32)
 
-    _seen: np.ndarray = np.empty(0, np.int32)
+    def common(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """Count the first tokens of a text that the cache holds; the last one is left out, since it is run again for its logits."""
+        given = np.asarray(tokens)[:-1]
+        length = min(self.length, len(given))
+        same = self._cached[:length] == given[:length]
+        return int(length if same.all() else np.argmin(same))
 
-    def _keep_common(self, tokens: np.ndarray) -> None:
-        """Cut the cache back to what it has in common with a text; the last token is always run again, for its logits."""
-        common = min(len(self._seen), len(tokens) - 1, self.length)
-        same = self._seen[:common] == tokens[:common]
-        self._model.truncate(int(common if same.all() else np.argmin(same)))
+    def _remember(self, tokens: np.ndarray) -> None:
+        """Note tokens that are about to be run behind those of the cache."""
+        behind = self._cached[self.length : self.length + len(tokens)]
+        behind[:] = tokens[: len(behind)]
 
-    def _checked(self, tokens: Sequence[int]) -> np.ndarray:
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         given = np.asarray(tokens, dtype=np.int64).reshape(-1)
         if not len(given):
             raise UsageError("there are no tokens to run.")
-        if given.min() < 0 or given.max() >= self.layout.vocabulary:
-            raise UsageError(f"token {int(given.max())} is not in the vocabulary of {self.layout.vocabulary}.")
+        unknown = given[(given < 0) | (given >= self.layout.vocabulary)]
+        if len(unknown):
+            raise UsageError(f"token {int(unknown[0])} is not in the vocabulary of {self.layout.vocabulary}.")
         if len(given) > self.context:
             raise UsageError(f"{len(given)} tokens; the context is {self.context}.")
         return given.astype(np.int32)
@@ -181,18 +194,21 @@ def load_engine(
         raise UsageError(f"activations={activations!r}: it is 'int8' or 'none'.")
     if cache not in CACHES:
         raise UsageError(f"cache={cache!r}: it is 'fp16' or 'int8'.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads={threads}: it is 1 to {MOST_THREADS}.")
     pressed = PressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config)
     reason = refuses(config)
     if reason is not None:
         raise KernelUnavailable(f"the native engine does not run {directory}: {reason}; use the runtime transformers.")
     layout = describe(config)
-    wanted = context or min(layout.context, USUAL_CONTEXT)
+    wanted = min(layout.context, USUAL_CONTEXT) if context is None else context
     if not 1 <= wanted <= layout.context:
         raise UsageError(f"context={wanted}: the model's own is {layout.context}.")
     reader = _Reader(pressed, note)
     used = threads or usable_cores()
     library = native.library()
+    path = native.chosen_path()
     made = _assemble(reader, layout, head)
     shape = {
         "hidden": layout.hidden,
@@ -219,7 +235,7 @@ def load_engine(
             used,
             activations == "int8",
             CACHES[cache],
-            code_path(),
+            path,
         )
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}.") from error
@@ -286,7 +302,8 @@ class _Reader:
 
 
 def _assemble(reader: _Reader, layout: Layout, head: str) -> _Assembled:
-    layers, linears = [], []
+    layers: list[dict[str, Any]] = []
+    linears: list[Strips] = []
     family = layout.family
     for index in range(layout.layers):
         stem = f"model.layers.{index}"
@@ -322,20 +339,26 @@ def _assemble(reader: _Reader, layout: Layout, head: str) -> _Assembled:
     elif head == "keep":
         head_format = str(top.dtype).removeprefix("torch.")
     else:
-        top = _rounded(top, head)
+        rounded = _rounded(top, head)
+        top, head_format = CompressedWeight((rounded,)), rounded.format.name
     made_head = reader.strips("head", top)
     embedding = made_head if layout.tied else reader.strips("embedding", table)
     return _Assembled(layers, linears, embedding, made_head, head_format)
 
 
-def _rounded(w: torch.Tensor, name: str) -> CompressedWeight:
+def _rounded(w: torch.Tensor, name: str) -> Packed:
     fmt = parse_format(name)
-    values = w.float()
     try:
         fmt.block_grid((w.shape[0], w.shape[1]))
     except FormatError:
         if name != "int8-g64":
             raise
         fmt = parse_format("int8-row")
-    params = fmt.fit(values)
-    return CompressedWeight((Packed.pack(fmt, fmt.encode(values, params), params),))
+    # Some rows at a time: the head is a model's largest matrix, and only its codes are to stay.
+    equal = next((n for n in range(ROUNDED_TOGETHER, ROUNDED_TOGETHER // 16, -1) if w.shape[0] % n == 0), w.shape[0])
+    pieces = w.split(equal) if fmt.rows_apart else (w,)
+    packed = []
+    for piece in pieces:
+        params = fmt.fit(piece.float())
+        packed.append(Packed.pack(fmt, fmt.encode(piece.float(), params), params))
+    return Packed.stack_rows(packed)

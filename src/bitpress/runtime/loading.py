@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 import torch
 
-from bitpress.checkpoints.directory import safe_file
-from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, FormatError, UsageError
 from bitpress.runtime.layers import PackedExperts, PackedLinear, replace_
+from bitpress.runtime.prompt import read_generation
 from bitpress.runtime.skeleton import build_config, build_skeleton, restore_ties_, set_parameter_
 
 __all__ = ["install_", "load", "refuse_saving_"]
@@ -97,16 +96,6 @@ def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExpert
 
 
 def _set_generation_(model: Any, pressed: PressedCheckpoint) -> None:
-    from transformers import GenerationConfig
-
-    if "generation_config.json" not in pressed.manifest.files:
-        return
-    path = safe_file(pressed.root, "generation_config.json")
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must be an object.")
-    try:
-        model.generation_config = GenerationConfig.from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: does not describe how to generate: {reason}") from error
+    generation = read_generation(pressed)
+    if generation is not None:
+        model.generation_config = generation

@@ -1,0 +1,132 @@
+"""A prompt's way to tokens, and what a model's own files say about how to answer it.
+
+A chat template is code: it runs in transformers' sandboxed jinja environment, for a few seconds and in limited memory at most.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.directory import safe_file
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
+from bitpress.runtime.engine import Sampling
+from bitpress.runtime.skeleton import check_tokens
+
+__all__ = ["Prompt", "check_prompt", "choose_sampling", "encode_prompt", "end_tokens", "read_generation"]
+
+Prompt = str | Sequence[Mapping[str, str]]
+TEMPLATE_CHARACTERS = 2**22
+GENERATION = "generation_config.json"
+_MODEL_SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """Give the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
+
+    `raw` leaves the template out. Raises UsageError for text that is none, CheckpointError for a template that fails.
+    """
+    import jinja2
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages or not messages[-1].get("content"):
+        raise UsageError("the prompt is empty.")
+    if any("\ud800" <= character <= "\udfff" for m in messages for character in m.get("content", "")):
+        raise UsageError("the prompt is not valid UTF-8.")
+    if raw or tokenizer.chat_template is None:
+        if len(messages) > 1:
+            raise UsageError("several messages need the chat template; give one text.")
+        return [int(token) for token in tokenizer(messages[0]["content"])["input_ids"]]
+    try:
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except MemoryError as error:
+        raise CheckpointError("the chat template needs too much memory; use --raw.") from error
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"the chat template failed: {reason}; use --raw.") from error
+    if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
+        raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int:
+    """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
+    if not tokens:
+        raise UsageError("the prompt has no tokens.")
+    check_tokens(torch.tensor(tokens), config, "this directory")
+    if context is None:
+        return 2**31
+    if len(tokens) >= context:
+        own = getattr(config.get_text_config(), "max_position_embeddings", None)
+        hint = f" Its own limit is {own}: give a larger context." if own is not None and own > context else ""
+        raise UsageError(
+            f"the prompt has {len(tokens)} tokens; the model's context is {context}, and the answer needs room in it.{hint}"
+        )
+    return context - len(tokens)
+
+
+def read_generation(pressed: PressedCheckpoint) -> Any:
+    """Read generation_config.json as transformers' GenerationConfig; None where the model has none. Raises CheckpointError."""
+    from transformers import GenerationConfig
+
+    if GENERATION not in pressed.manifest.files:
+        return None
+    path = safe_file(pressed.root, GENERATION)
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must be an object.")
+    try:
+        return GenerationConfig.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: does not describe how to generate: {reason}") from error
+
+
+def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """Give the tokens that end a text: those of the generation settings, else of the configuration, else of the tokenizer."""
+    for owner in (generation, config.get_text_config(), tokenizer):
+        given = getattr(owner, "eos_token_id", None)
+        if given is None:
+            continue
+        tokens = given if isinstance(given, (list, tuple)) else [given]
+        if any(type(token) is not int for token in tokens):
+            raise CheckpointError(f"eos_token_id is {given!r}; it must be a token or a list of tokens.")
+        return tuple(tokens)
+    return ()
+
+
+def choose_sampling(generation: Any, temperature: float = 0.0, seed: int = 0, **given: float | None) -> Sampling:
+    """Give the settings of an answer: the model's own where there is a temperature, each replaced by what is given for it.
+
+    Raises UsageError for a value that cannot be, or that would have no effect without a temperature.
+    """
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {}
+    if temperature > 0:
+        own = {name: getattr(generation, name, None) for name in _MODEL_SETTINGS}
+        chosen = {name: value for name, value in own.items() if value is not None}
+    elif idle := [name for name in changes if name != "repetition_penalty"]:
+        raise UsageError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0.")
+    for values, where, error in ((chosen, f"{GENERATION}: ", CheckpointError), (changes, "", UsageError)):
+        for name, value in values.items():
+            if (reason := _refusal(name, value)) is not None:
+                raise error(f"{where}{name} is {value!r}; {reason}.")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"temperature is {temperature!r}; it must not be negative.")
+    return Sampling(**{**chosen, **changes, "temperature": temperature, "seed": seed})
+
+
+def _refusal(name: str, value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "it must be a number"
+    if name == "top_k":
+        return None if isinstance(value, int) and 0 <= value < 2**31 else "it must be a whole number, 0 or more"
+    if name == "top_p":
+        return None if 0 < value <= 1 else "it must be above 0 and at most 1"
+    if name == "min_p":
+        return None if 0 <= value <= 1 else "it must be 0 to 1"
+    return None if 0 < value < float("inf") else "it must be above 0"

@@ -1,0 +1,318 @@
+"""Text from tokens: whole characters only, stop strings, end tokens, figures; and the engine that makes it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bitpress
+from bitpress import native
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.runtime.engine import Sampling
+from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.text import Pieces, TextEngine, text_decoder
+
+PROMPT = "The sea was calm, and the"
+needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
+
+
+def pieces_of(pieces: Pieces, tokens: Sequence[int]) -> Iterator[str]:
+    for token in tokens:
+        yield pieces.add(token)
+        if pieces.stopped:
+            return
+    yield pieces.end()
+
+
+# ---- pieces ----
+
+
+@pytest.fixture(scope="module")
+def by_bytes(tiny_tokenizer: Any) -> Any:
+    return tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def by_fallback() -> Any:
+    """A tokenizer of SentencePiece's kind: words with their space in front, other characters as bytes, all of a run or none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefghij", *(f"▁{c}" for c in "abcdefghij")]
+    merges = [("▁", c) for c in "abcdefghij"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<s>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+# Characters of one to four bytes, more of them than a tokenizer of 384 tokens has; no line breaks, which pieces do not care about.
+TEXT = st.text(st.sampled_from("abc def.é😀中文🇩🇪\u00ad"), max_size=30)
+
+
+@pytest.mark.parametrize("kind", ["by_bytes", "by_fallback"])
+def test_pieces_are_whole_characters_and_together_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    decode = text_decoder(tokenizer)
+
+    @given(TEXT)
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    def check(text: str) -> None:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        made = list(pieces_of(Pieces(decode), tokens))
+        assert "".join(made) == decode(tokens)
+        assert not any("\ufffd" in piece for piece in made)
+
+    check()
+    assert len(tokenizer("😀", add_special_tokens=False)["input_ids"]) >= 4, "characters of several tokens are what is tested"
+
+
+def test_text_comes_as_early_as_it_is_settled(by_bytes: Any) -> None:
+    tokens = by_bytes("a😀b", add_special_tokens=False)["input_ids"]
+    made = list(pieces_of(Pieces(text_decoder(by_bytes)), tokens))
+    assert [piece for piece in made if piece] == ["a", "😀", "b"]
+    assert made[0] == "a", "a character that is whole does not wait for the next one"
+
+
+def test_a_character_that_never_ends_shows_as_such(by_bytes: Any) -> None:
+    tokens = by_bytes("a😀", add_special_tokens=False)["input_ids"][:-1]
+    assert list(pieces_of(Pieces(text_decoder(by_bytes)), tokens))[-1] == "\ufffd"
+    tokens += by_bytes("b", add_special_tokens=False)["input_ids"]
+    assert "".join(pieces_of(Pieces(text_decoder(by_bytes)), tokens)) == "a\ufffdb"
+
+
+def test_special_tokens_and_tokens_beyond_the_tokenizer_have_no_text(by_bytes: Any) -> None:
+    a, b = by_bytes("ab", add_special_tokens=False)["input_ids"]
+    made = list(pieces_of(Pieces(text_decoder(by_bytes)), [a, by_bytes.bos_token_id, by_bytes.eos_token_id, 100_000, b]))
+    assert made == ["a", "", "", "", "b", ""]
+
+
+def test_a_space_in_front_is_kept_between_words(by_fallback: Any) -> None:
+    tokens = by_fallback("ab cd", add_special_tokens=False)["input_ids"]
+    tokens.insert(len(tokens) // 2, by_fallback.bos_token_id)
+    assert "".join(pieces_of(Pieces(text_decoder(by_fallback)), tokens)) == "ab cd"
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_text_ends_before_the_first_stop_string_that_appears(text: str, stop: list[str]) -> None:
+    pieces = Pieces(lambda tokens: "".join(map(chr, tokens)), stop)
+    made, shown = list(pieces_of(pieces, [ord(c) for c in text])), ""
+    ends = [
+        min(text[:n].find(s) for s in stop if s in text[:n]) for n in range(len(text) + 1) if any(s in text[:n] for s in stop)
+    ]
+    expected = text[: ends[0]] if ends else text
+    assert "".join(made) == expected
+    assert pieces.stopped == bool(ends)
+    for piece in made:  # what is shown is never taken back
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_text_without_a_beginning_of_a_stop_string_does_not_wait() -> None:
+    pieces = Pieces(lambda tokens: "".join(map(chr, tokens)), ["xyz"])
+    assert [pieces.add(ord(c)) for c in "abxaxyb"] == ["a", "b", "", "xa", "", "", "xyb"]
+
+
+@pytest.mark.parametrize("stop", ["abc", ["a", ""]])
+def test_stop_strings_that_are_none(stop: Any) -> None:
+    with pytest.raises(UsageError, match="not empty"):
+        Pieces(str, stop)
+
+
+# ---- what the model's files say ----
+
+
+def config(**values: Any) -> Any:
+    text = SimpleNamespace(vocab_size=384, max_position_embeddings=64, **values)
+    return SimpleNamespace(get_text_config=lambda: text)
+
+
+@pytest.mark.parametrize(
+    ("generation", "own", "tokenizer", "expected"),
+    [
+        ([3, 4], 1, 2, (3, 4)),
+        (3, 1, 2, (3,)),
+        (None, [1], 2, (1,)),
+        (None, None, 2, (2,)),
+        (None, None, None, ()),
+    ],
+)
+def test_end_tokens(generation: Any, own: Any, tokenizer: Any, expected: tuple[int, ...]) -> None:
+    owners = [SimpleNamespace(eos_token_id=value) for value in (generation, tokenizer)]
+    assert end_tokens(owners[0], config(eos_token_id=own), owners[1]) == expected
+    assert end_tokens(None, config(eos_token_id=own), owners[1]) == expected or generation is not None
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "x"], True, 1.0])
+def test_end_tokens_that_are_none(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        end_tokens(SimpleNamespace(eos_token_id=value), config())
+
+
+def test_the_models_sampling_applies_at_a_temperature_and_gives_way() -> None:
+    own = SimpleNamespace(top_k=7, top_p=0.9, min_p=None, repetition_penalty=1.1)
+    assert choose_sampling(own) == Sampling()
+    assert choose_sampling(own, 0.5, 3) == Sampling(0.5, 7, 0.9, 0.0, 1.1, 3)
+    assert choose_sampling(own, 0.5, top_k=0, top_p=None, min_p=0.1) == Sampling(0.5, 0, 0.9, 0.1, 1.1)
+    assert choose_sampling(own, repetition_penalty=1.3) == Sampling(repetition_penalty=1.3)
+    assert choose_sampling(None, 1.0) == Sampling(1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ({"top_k": 3}, "top_k changes nothing at temperature 0"),
+        ({"temperature": 1, "top_k": -1}, "top_k is -1"),
+        ({"temperature": 1, "top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": 1, "min_p": float("nan")}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+    ],
+)
+def test_sampling_that_cannot_be(settings_: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        choose_sampling(None, **settings_)
+
+
+def test_sampling_of_the_file_that_cannot_be() -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config.json: top_p is 'much'"):
+        choose_sampling(SimpleNamespace(top_p="much"), 1.0)
+
+
+def test_prompts(tiny_tokenizer: Any) -> None:
+    plain = tiny_tokenizer("ab", add_special_tokens=False)["input_ids"]
+    messages = [{"role": "user", "content": "ab"}]
+    assert encode_prompt(tiny_tokenizer, "ab", raw=True) == plain
+    assert encode_prompt(tiny_tokenizer, "ab") == encode_prompt(tiny_tokenizer, messages) != plain
+    for prompt, says in (("", "empty"), ([], "empty"), ("\udcff", "UTF-8")):
+        with pytest.raises(UsageError, match=says):
+            encode_prompt(tiny_tokenizer, prompt)
+    with pytest.raises(UsageError, match="chat template"):
+        encode_prompt(tiny_tokenizer, messages * 2, raw=True)
+    assert check_prompt([1] * 60, config(), 64) == 4
+    assert check_prompt([1], config(), None) > 2**30
+    with pytest.raises(UsageError, match="larger context"):
+        check_prompt([1] * 9, config(), 8)
+    with pytest.raises(UsageError, match="no tokens"):
+        check_prompt([], config(), 8)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        check_prompt([384], config(), 8)
+
+
+# ---- the engine ----
+
+
+@pytest.fixture(scope="module")
+def engine(pressed_original: Path) -> TextEngine:
+    made = bitpress.load(pressed_original, runtime="native", threads=1)
+    assert isinstance(made, TextEngine)
+    return made
+
+
+@needs_native
+def test_a_stream_is_its_result(engine: TextEngine) -> None:
+    stream = engine.stream(PROMPT, max_tokens=12)
+    with pytest.raises(UsageError, match="has not ended"):
+        _ = stream.result
+    made = list(stream)
+    answer = stream.result
+    assert "".join(made) == answer.text == text_decoder(engine.tokenizer)(list(answer.token_ids))
+    assert len(answer.token_ids) == answer.tokens <= 12
+    assert answer.prompt_tokens == len(engine.encode(PROMPT))
+    assert answer.tokens_per_second > 0
+    assert answer.prefill_tokens_per_second > 0
+    assert list(stream) == []
+
+
+@needs_native
+def test_the_tokens_are_the_engines_own(engine: TextEngine) -> None:
+    tokens = engine.encode(PROMPT, raw=True)
+    answer = engine.complete(PROMPT, max_tokens=8, raw=True)
+    engine.engine.reset()
+    assert list(answer.token_ids) == list(engine.engine.generate(tokens, max_tokens=8))
+    how = engine.sampling(1.5, 7, top_k=50)
+    drawn = engine.complete(PROMPT, max_tokens=8, raw=True, sampling=how)
+    assert drawn.token_ids == engine.complete(PROMPT, max_tokens=8, raw=True, sampling=how).token_ids
+    assert drawn.token_ids != answer.token_ids
+
+
+def with_end_token(engine: TextEngine, token: int) -> TextEngine:
+    other = TextEngine(engine.engine, engine.directory)
+    other.generation = SimpleNamespace(eos_token_id=[token])
+    return other
+
+
+@needs_native
+def test_every_reason_to_finish(engine: TextEngine, pressed_original: Path) -> None:
+    free = engine.complete(PROMPT, max_tokens=6)
+    assert (free.finish, free.tokens) == ("length", 6)
+    how = Sampling(temperature=3.0, seed=1)
+    drawn = engine.complete(PROMPT, max_tokens=20, sampling=how).token_ids
+    at = next(i for i in range(2, 20) if drawn[i] not in drawn[:i])
+    ended = with_end_token(engine, drawn[at]).complete(PROMPT, max_tokens=20, sampling=how)
+    assert (ended.finish, ended.token_ids) == ("stop", drawn[:at])
+    cut = engine.complete(PROMPT, max_tokens=6, stop=["\0", free.text[2:4]])
+    assert cut.finish == "stop"
+    assert cut.text == free.text[: free.text.index(free.text[2:4])]
+    count = len(engine.encode(PROMPT))
+    small = bitpress.load(pressed_original, runtime="native", context=count + 3)
+    full = small.complete(PROMPT, max_tokens=20)
+    assert (full.finish, full.tokens) == ("context", 3)
+    assert small.complete(PROMPT, max_tokens=3).finish == "length"
+    with pytest.raises(UsageError, match="larger context"):
+        small.complete(PROMPT * 2)
+    with pytest.raises(UsageError, match="max_tokens=0"):
+        small.complete(PROMPT, max_tokens=0)
+
+
+@needs_native
+def test_a_conversation_keeps_its_cache(engine: TextEngine) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    first = engine.complete(messages, max_tokens=4)
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And?"}]
+    tokens = engine.encode(messages)
+    shared = engine.engine.common(tokens)
+    assert first.prompt_tokens - 2 <= shared < len(tokens)
+    second = engine.complete(messages, max_tokens=4)
+    engine.engine.reset()
+    assert engine.engine.common(tokens) == 0
+    assert engine.complete(messages, max_tokens=4).token_ids == second.token_ids
+
+
+@needs_native
+def test_the_cache_is_what_was_run_last(engine: TextEngine) -> None:
+    """Tokens that went in beside `generate` count too."""
+    text = list(range(10, 30))
+    fresh = list(engine.engine.generate(text, max_tokens=4))
+    engine.engine.reset()
+    engine.engine.forward([50] * 25)
+    assert engine.engine.common(text) == 0
+    assert list(engine.engine.generate(text, max_tokens=4)) == fresh
+
+
+@needs_native
+def test_a_directory_without_a_tokenizer_runs_tokens(
+    tiny_model: Callable[..., Path], tmp_path: Path, gptq_recipe: Callable[..., Any]
+) -> None:
+    import shutil
+
+    from bitpress.pipeline.quantize import Proof, quantize_directory
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("llama"), source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink()
+    recipe = gptq_recipe(quantizer={"name": "rtn"})
+    quantize_directory(source, tmp_path / "out", recipe, proof=Proof(tokens=0))
+    engine = bitpress.load(tmp_path / "out", runtime="native")
+    assert len(list(engine.engine.generate([5, 6, 7], max_tokens=3))) == 3
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        engine.complete("a")
