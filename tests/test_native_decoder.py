@@ -372,7 +372,7 @@ def test_a_head_is_rounded_as_asked_and_a_tied_embedding_with_it(
         for layer in [model.lm_head] + [model.model.embed_tokens] * model.config.tie_word_embeddings:
             layer.weight.data = fmt.decode(fmt.encode(weight, params), params)
         want = expected(model, draw(TOKENS), "fp16")
-        assert engine.facts["head"] == head
+        assert engine.facts["head"] == fmt.name
         assert distance(want, wanted(name).rounded) > 2 * wanted(name).tolerance
         assert distance(engine.forward(draw(TOKENS), "all"), want) <= wanted(name).tolerance
 
