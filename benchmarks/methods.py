@@ -64,10 +64,14 @@ def missing() -> list[str]:
 
 
 def latest() -> list[dict[str, Any]]:
-    """The newest row of every recipe and width, of those that were measured on the same texts as the newest of all."""
+    """The newest row of every recipe and width, of those that saw the same model and texts as the newest of all."""
+
+    def seen(row: dict[str, Any]) -> tuple[Any, ...]:
+        calibration = row["recipe"]["calibration"]
+        return row["model"], row["sources"], calibration["samples"], calibration["length"]
+
     rows = read_rows("methods")
-    same = [row for row in rows if row["sources"] == rows[-1]["sources"] and row["model"] == rows[-1]["model"]]
-    return list({(row["name"], row["bits"]): row for row in same}.values())
+    return list({(row["name"], row["bits"]): row for row in rows if seen(row) == seen(rows[-1])}.values())
 
 
 def render() -> None:

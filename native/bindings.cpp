@@ -13,6 +13,7 @@
 
 #include "codes.h"
 #include "cpu.h"
+#include "distance.h"
 #include "engine/bindings.h"
 #include "feedback.h"
 #include "gram.h"
@@ -79,7 +80,7 @@ bitpress::AffineBlocks affine(std::size_t blocks, const Vector &scale, const std
 
 template <typename A, typename B>
 void need_same_shape(const A &a, const B &b) {
-    need(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1), "codes and values must have one shape");
+    need(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1), "the two arrays must have one shape");
 }
 
 void encode_affine(Floats values, Codes codes, Vector scale, std::optional<Vector> zero, float offset, int top, int threads) {
@@ -146,6 +147,28 @@ void unpack_dense(ConstCodes packed, Codes codes, int bits, int threads) {
                            static_cast<std::int64_t>(codes.shape(1)), bits, used);
 }
 
+int compare_rows(nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> p, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> q,
+                 Array<const std::int64_t, 1> following, Array<double, 2> figures, int threads) {
+    need(p.dtype() == q.dtype() && (p.dtype() == nb::dtype<float>() || p.dtype() == nb::dtype<std::int16_t>()),
+         "p and q must both be float32 or both the bits of bfloat16 as int16");
+    need_same_shape(p, q);
+    const auto rows = static_cast<std::int64_t>(p.shape(0)), vocabulary = static_cast<std::int64_t>(p.shape(1));
+    need(vocabulary >= 1, "the vocabulary must not be empty");
+    need(following.shape(0) == p.shape(0), "following must have one token a row");
+    need(figures.shape(0) == p.shape(0) && figures.shape(1) == bitpress::ROW_FIGURES, "figures must be [rows, 4]");
+    for (std::int64_t i = 0; i < rows; ++i) need(following(i) >= -1 && following(i) < vocabulary, "following holds a token out of range");
+    const int used = checked_threads(threads);
+    const bool floats = p.dtype() == nb::dtype<float>();
+    const void *a = p.data(), *b = q.data();
+    const nb::gil_scoped_release released;
+    if (floats) {
+        return bitpress::compare_rows(static_cast<const float *>(a), static_cast<const float *>(b), following.data(), figures.data(), rows,
+                                      vocabulary, used);
+    }
+    return bitpress::compare_rows(static_cast<const std::uint16_t *>(a), static_cast<const std::uint16_t *>(b), following.data(),
+                                  figures.data(), rows, vocabulary, used);
+}
+
 std::vector<std::string> features() {
     std::vector<std::string> names;
     if (bitpress::has_avx512()) names.emplace_back("avx512");
@@ -157,7 +180,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 4;  // as in bitpress.library
+    m.attr("version") = 5;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -175,7 +198,9 @@ NB_MODULE(_native, m) {
           nb::arg("scale").noconvert(), nb::arg("table").noconvert(), nb::arg("threads"));
     m.def("pack_dense", &pack_dense, nb::arg("codes").noconvert(), nb::arg("packed").noconvert(), nb::arg("bits"),
           nb::arg("threads"));
-    bitpress::bind_engine(m);
     m.def("unpack_dense", &unpack_dense, nb::arg("packed").noconvert(), nb::arg("codes").noconvert(), nb::arg("bits"),
           nb::arg("threads"));
+    m.def("compare_rows", &compare_rows, nb::arg("p").noconvert(), nb::arg("q").noconvert(), nb::arg("following").noconvert(),
+          nb::arg("figures").noconvert(), nb::arg("threads"));
+    bitpress::bind_engine(m);
 }

@@ -9,8 +9,9 @@ log=$folder/build.log
 mkdir -p "$folder"
 {
     cmake -S "$root" -B "$folder" -DBITPRESS_SANITIZE=ON -DPython_EXECUTABLE="$python" \
-        -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" &&
-        cmake --build "$folder" --parallel "${JOBS:-1}"
+        -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" \
+        -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1 -DNDEBUG" &&
+        cmake --build "$folder" --parallel "${JOBS:-$(nproc)}"
 } >"$log" 2>&1 || {
     tail -40 "$log" >&2
     exit 1

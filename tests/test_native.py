@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -222,6 +224,33 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
     for call in wrong:
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             call()
+
+
+def test_rows_of_logits_that_do_not_fit_are_refused() -> None:
+    p, following, figures = np.zeros((3, 5), np.float32), np.zeros(3, np.int64), np.zeros((3, 4))
+    good: dict[str, Any] = {"p": p, "q": p, "following": following, "figures": figures, "threads": 1}
+    wrong = [
+        {"p": p[:2]},
+        {"q": p[:, :4]},
+        {"q": p.astype(np.float64)},
+        {"q": p.view(np.int32)},
+        {"q": p.astype(np.int16)},
+        {"p": p[:, ::2], "q": p[:, ::2]},
+        {"p": p[:, :0], "q": p[:, :0]},
+        {"p": p[0], "q": p[0]},
+        {"following": following[:2]},
+        {"following": following - 2},
+        {"following": following + 5},
+        {"following": following.astype(np.int32)},
+        {"figures": figures[:, :3]},
+        {"figures": np.zeros((4, 4))},
+        {"figures": figures.astype(np.float32)},
+        {"threads": 0},
+    ]
+    library.built_library().compare_rows(**good)
+    for change in wrong:
+        with pytest.raises((ValueError, TypeError)):
+            library.built_library().compare_rows(**{**good, **change})
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 // Python's doors to the engine. Every shape and range is checked here, before a pointer is used.
 #include "bindings.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,6 +12,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "arguments.h"
 #include "decoder.h"
 #include "sampling.h"
 
@@ -21,19 +21,6 @@ namespace nb = nanobind;
 namespace bitpress {
 
 namespace {
-
-template <typename T, int Dimensions>
-using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-
-void need(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
-template <class A> bool is_matrix(const A &array, size_t rows, size_t columns) {
-    return array.shape(0) == rows && array.shape(1) == columns;
-}
-
-constexpr int MOST = 1 << 30;
 
 int checked_threads(int threads) {
     need(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
@@ -212,59 +199,12 @@ struct Model {
     std::mutex mutex;
 };
 
-// What a model is made of comes in lists and dictionaries. Errors say which part is not what it must be.
-[[noreturn]] void refuse(const std::string &part, const char *what) { throw std::invalid_argument(part + " must be " + what); }
-
-template <class T> T taken(nb::handle given, const std::string &part, const char *what) {
-    T value{};
-    if (!nb::try_cast(given, value)) throw nb::type_error((part + " must be " + what).c_str());
-    return value;
-}
-
-struct Part {
-    std::string name;
-    nb::dict values;
-
-    Part(std::string called, nb::handle given) : name(std::move(called)), values(taken<nb::dict>(given, name, "a dictionary")) {}
-
-    std::string path(const char *key) const { return name + "." + key; }
-    nb::object at(const char *key) const {
-        if (!values.contains(key)) throw std::invalid_argument(name + " lacks " + key);
-        return values[key];
-    }
-    int whole(const char *key, int least) const {
-        const int value = taken<int>(at(key), path(key), "a whole number of 32 bits");
-        if (value < least || value > MOST) refuse(path(key), least == 1 ? "1 to 1,073,741,824" : "0 to 1,073,741,824");
-        return value;
-    }
-    float number(const char *key) const {
-        const float value = taken<float>(at(key), path(key), "a number");
-        if (!std::isfinite(value)) refuse(path(key), "finite");
-        return value;
-    }
-    bool claim(const char *key) const { return taken<bool>(at(key), path(key), "True or False"); }
-    std::vector<float> vector(const char *key, int size, bool may_miss = false) const;
-};
-
-std::vector<float> vector_of(nb::handle given, const std::string &part) {
-    const auto array = taken<Array<const float, 1>>(given, part, "an array of float32 of one dimension");
-    return {array.data(), array.data() + array.shape(0)};
-}
-
-std::vector<float> Part::vector(const char *key, int size, bool may_miss) const {
-    const nb::object given = at(key);
-    if (may_miss && given.is_none()) return {};
-    std::vector<float> values_of = vector_of(given, path(key));
-    if (values_of.size() != size_t(size)) refuse(path(key), ("[" + std::to_string(size) + "]").c_str());
-    return values_of;
-}
-
 const Linear *take_linear(Model &model, nb::handle given, int rows, int columns, const std::string &part) {
     const auto *l = taken<const Linear *>(given, part, "a Linear");
     if (l == nullptr) throw nb::type_error((part + " must be a Linear").c_str());
     if (l->rows != rows || l->columns != columns) {
-        refuse(part, ("[" + std::to_string(rows) + ", " + std::to_string(columns) + "], not [" + std::to_string(l->rows) + ", " +
-                      std::to_string(l->columns) + "]").c_str());
+        const auto shape = [](int a, int b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; };
+        refuse(part, shape(rows, columns) + ", not " + shape(l->rows, l->columns));
     }
     model.kept.push_back(nb::borrow(given));
     model.uses.emplace_back(*l);

@@ -231,7 +231,7 @@ Dense lay_out_dense(int rows, int columns, const uint16_t *values, bool half, co
 
 std::unique_lock<std::mutex> Turns::fill() {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (users_ > 0) throw std::invalid_argument("the layer is used by a product or a model and cannot change; make a new one");
+    if (users_ > 0) throw std::invalid_argument("the layer is in use by a product, a model or arrays of it and cannot change; make a new one");
     return lock;
 }
 

@@ -128,8 +128,8 @@ struct Sparse {
     size_t bytes() const { return starts.size() * 8 + columns.size() * 8; }
 };
 
-// Who is at a layer. Those who fill it take turns; nobody fills it while it is used: by a product under way, or by a model for as long
-// as there is one, whose plans it would no longer fit.
+// Who is at a layer. Those who fill it take turns; nobody fills it while it is in use: by a product under way, by arrays of its memory,
+// or by a model for as long as there is one, whose plans it would no longer fit.
 class Turns {
   public:
     // Keeps everybody else out. Throws std::invalid_argument where the layer is used.
@@ -153,6 +153,7 @@ struct Linear {
     std::unique_ptr<Sparse> sparse;
     Aligned<float> bias;
     std::vector<int32_t> order;  // the input map: column j of the terms meets x[order[j]]
+    std::shared_ptr<void> owner;  // of memory that the parts borrow
 
     int strips() const { return (rows + STRIP - 1) / STRIP; }
     size_t bytes() const;

@@ -1,14 +1,14 @@
 // Linear layers as plain arrays and back, so that a layout can be written to a file and mapped from it: nothing is laid out twice.
 //
 // Coming back, the large arrays (codes and sixteen-bit weights) are used where they lie, which Python keeps alive; the rest is copied.
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstring>
-#include <stdexcept>
+#include <memory>
 #include <vector>
 
+#include "arguments.h"
 #include "bindings.h"
 #include "matrix.h"
 
@@ -18,40 +18,21 @@ namespace bitpress {
 
 namespace {
 
-template <typename T> using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-constexpr int MOST = 1 << 30;
-
-void need(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
 template <typename T> nb::object as_array(const T *data, size_t count, nb::handle owner) {
     return nb::cast(nb::ndarray<nb::numpy, const T, nb::ndim<1>>(data, {count}, owner));
 }
 
-template <typename T> Vector<T> array(const nb::dict &from, const char *key, size_t count) {
-    auto given = nb::cast<Vector<T>>(from[key], false);
-    need(given.shape(0) == count, "an array of a stored layer has the wrong size");
-    return given;
-}
-
-template <typename T> void copy_array(const nb::dict &from, const char *key, size_t count, Aligned<T> &to) {
-    const auto given = array<T>(from, key, count);
+template <typename T> void copy_array(const Part &from, const char *key, size_t count, Aligned<T> &to) {
+    const auto given = from.array<T>(key, count);
     to.resize(count);
     if (count) std::memcpy(to.data(), given.data(), count * sizeof(T));
 }
 
-int whole(const nb::dict &from, const char *key, int least, int most) {
-    const auto value = nb::cast<int64_t>(from[key]);
-    need(value >= least && value <= most, "a number of a stored layer is out of range");
-    return int(value);
-}
-
-float number(const nb::dict &from, const char *key) {
-    const auto value = nb::cast<float>(from[key]);
-    need(std::isfinite(value), "a number of a stored layer is not finite");
-    return value;
+// Uses an array where it lies; `kept` keeps it.
+template <typename T> void borrow_array(const Part &from, const char *key, size_t count, Aligned<T> &to, nb::list &kept) {
+    const auto given = from.array<T>(key, count);
+    to.borrow(given.data(), count);
+    kept.append(from.at(key));
 }
 
 // ---- to arrays ----
@@ -76,8 +57,17 @@ nb::dict give_dense(const Dense &m, nb::handle owner) {
     return d;
 }
 
-nb::dict give(nb::handle self) {
-    const auto &l = *nb::cast<const Linear *>(self);
+// What arrays of a layer's memory hold on to: the layer, which stays as it is while there are any.
+struct Owner {
+    nb::object linear;
+    Use use;
+};
+
+nb::dict give(nb::handle linear) {
+    const auto *given = taken<const Linear *>(linear, "linear", "a Linear");
+    if (given == nullptr) throw nb::type_error("linear must be a Linear");
+    const Linear &l = *given;
+    const nb::capsule self(new Owner{nb::borrow(linear), Use(l)}, [](void *p) noexcept { delete static_cast<Owner *>(p); });
     nb::dict d;
     d["rows"] = l.rows, d["columns"] = l.columns;
     nb::list coded, dense;
@@ -99,71 +89,84 @@ nb::dict give(nb::handle self) {
 
 // ---- from arrays ----
 
-Coded take_coded(const nb::dict &d, int rows, int columns) {
+Coded take_coded(const Part &part, int rows, int columns, nb::list &kept) {
     Coded m;
     m.rows = rows;
-    m.bits = whole(d, "bits", 1, 8);
-    m.zero = whole(d, "zero", 0, 255);
-    m.kind = ScaleKind(whole(d, "kind", 0, int(ScaleKind::e4m3)));
-    m.gain = number(d, "gain");
-    m.cut = make_cut(columns, whole(d, "group", 1, columns), m.bits);
-    m.has_zeros = nb::cast<bool>(d["has_zeros"]);
-    m.has_table = nb::cast<bool>(d["has_table"]);
+    m.bits = part.whole("bits", 1, 8);
+    m.zero = part.whole("zero", 0, 255);
+    m.kind = ScaleKind(part.whole("kind", 0, int(ScaleKind::e4m3)));
+    m.gain = part.number("gain");
+    m.cut = make_cut(columns, part.whole("group", 1, columns), m.bits);
+    m.has_zeros = part.claim("has_zeros");
+    m.has_table = part.claim("has_table");
     need(!m.has_table || (m.bits <= 4 && !m.has_zeros && m.zero == 128), "a table is for codes of at most 4 bits without zero points");
-    std::memcpy(m.table, array<uint8_t>(d, "table", 16).data(), 16);
-    std::memcpy(m.levels, array<float>(d, "levels", 16).data(), 64);
-    for (float level : m.levels) need(std::isfinite(level), "a number of a stored layer is not finite");
+    std::memcpy(m.table, part.array<uint8_t>("table", 16).data(), 16);
+    std::memcpy(m.levels, part.array<float>("levels", 16).data(), 64);
+    for (float level : m.levels) need(std::isfinite(level), "levels must be finite");
     const size_t strips = size_t(m.strips()), groups = strips * m.cut.groups * STRIP;
-    const auto lines = array<uint8_t>(d, "lines", strips * m.cut.blocks() * m.block_bytes());
-    m.lines.borrow(lines.data(), lines.shape(0));
-    copy_array(d, "scales", groups * scale_bytes(m.kind), m.scales);
-    if (m.has_zeros) copy_array(d, "zeros", groups, m.zeros);
+    borrow_array(part, "lines", strips * m.cut.blocks() * m.block_bytes(), m.lines, kept);
+    copy_array(part, "scales", groups * scale_bytes(m.kind), m.scales);
+    if (m.has_zeros) copy_array(part, "zeros", groups, m.zeros);
+    for (size_t i = 0; i < m.zeros.size(); ++i) need(m.zeros[i] < 1 << m.bits, "a zero point is too large for the bits of the codes");
     m.find_reach();
     return m;
 }
 
-Dense take_dense(const nb::dict &d, int rows, int columns) {
+Dense take_dense(const Part &part, int rows, int columns, nb::list &kept) {
     Dense m;
-    m.rows = rows, m.columns = columns;
-    need(whole(d, "rows", 1, MOST) == rows && whole(d, "columns", 1, MOST) == columns, "parts of a stored layer do not fit together");
-    m.half = nb::cast<bool>(d["half"]);
-    const auto values = array<uint16_t>(d, "values", size_t(m.strips()) * columns * STRIP);
-    m.values.borrow(values.data(), values.shape(0));
-    if (nb::cast<bool>(d["has_gain"])) copy_array(d, "gain", size_t(m.strips()) * STRIP, m.gain);
+    m.rows = part.whole("rows", rows, rows), m.columns = part.whole("columns", columns, columns);
+    m.half = part.claim("half");
+    borrow_array(part, "values", size_t(m.strips()) * columns * STRIP, m.values, kept);
+    if (part.claim("has_gain")) copy_array(part, "gain", size_t(m.strips()) * STRIP, m.gain);
     return m;
 }
 
-Linear *take(const nb::dict &d) {
+std::unique_ptr<Sparse> take_sparse(const Part &part, int rows, int columns) {
+    const auto starts = part.array<int64_t>("starts", size_t(rows) + 1);
+    auto sparse = std::make_unique<Sparse>();
+    sparse->starts.assign(starts.data(), starts.data() + rows + 1);
+    const int64_t count = sparse->starts.back();
+    need(sparse->starts.front() == 0 && count <= int64_t(rows) * columns, "starts must go from 0 to the number of values");
+    need(std::is_sorted(sparse->starts.begin(), sparse->starts.end()), "starts must not fall");
+    const auto given = part.array<int32_t>("columns", size_t(count));
+    const auto values = part.array<float>("values", size_t(count));
+    sparse->columns.assign(given.data(), given.data() + count);
+    sparse->values.assign(values.data(), values.data() + count);
+    for (int32_t c : sparse->columns) need(c >= 0 && c < columns, "a column is out of range");
+    return sparse;
+}
+
+template <class F> void each_part(const Part &part, const char *key, F take) {
+    int index = 0;
+    for (nb::handle given : taken<nb::list>(part.at(key), part.path(key), "a list")) {
+        take(Part(part.path(key) + "[" + std::to_string(index++) + "]", given));
+    }
+}
+
+Linear *take(nb::handle stored) {
+    const Part part("stored", stored);
+    nb::list kept;
     auto l = std::make_unique<Linear>();
-    l->rows = whole(d, "rows", 1, MOST), l->columns = whole(d, "columns", 1, MOST);
-    for (nb::handle part : nb::cast<nb::list>(d["coded"])) l->coded.push_back(take_coded(nb::cast<nb::dict>(part), l->rows, l->columns));
-    for (nb::handle part : nb::cast<nb::list>(d["dense"])) l->dense.push_back(take_dense(nb::cast<nb::dict>(part), l->rows, l->columns));
-    if (d.contains("down")) {
-        const auto down = nb::cast<nb::dict>(d["down"]), up = nb::cast<nb::dict>(d["up"]);
-        const int rank = whole(down, "rows", 1, MOST);
-        l->down = std::make_unique<Dense>(take_dense(down, rank, l->columns));
-        l->up = std::make_unique<Dense>(take_dense(up, l->rows, rank));
+    l->rows = part.whole("rows", 1), l->columns = part.whole("columns", 1);
+    each_part(part, "coded", [&](const Part &given) { l->coded.push_back(take_coded(given, l->rows, l->columns, kept)); });
+    each_part(part, "dense", [&](const Part &given) { l->dense.push_back(take_dense(given, l->rows, l->columns, kept)); });
+    if (part.has("down")) {
+        const Part down(part.path("down"), part.at("down")), up(part.path("up"), part.at("up"));
+        const int rank = down.whole("rows", 1);
+        l->down = std::make_unique<Dense>(take_dense(down, rank, l->columns, kept));
+        l->up = std::make_unique<Dense>(take_dense(up, l->rows, rank, kept));
     }
-    if (d.contains("sparse")) {
-        const auto s = nb::cast<nb::dict>(d["sparse"]);
-        const auto starts = array<int64_t>(s, "starts", size_t(l->rows) + 1);
-        const int64_t count = starts.data()[l->rows];
-        need(starts.data()[0] == 0 && count >= 0 && count <= int64_t(l->rows) * l->columns, "row starts are out of range");
-        for (int r = 0; r < l->rows; ++r) need(starts.data()[r] <= starts.data()[r + 1], "row starts must not fall");
-        const auto columns = array<int32_t>(s, "columns", size_t(count));
-        const auto values = array<float>(s, "values", size_t(count));
-        for (int64_t i = 0; i < count; ++i) need(columns.data()[i] >= 0 && columns.data()[i] < l->columns, "a column is out of range");
-        l->sparse = std::make_unique<Sparse>();
-        l->sparse->starts.assign(starts.data(), starts.data() + l->rows + 1);
-        l->sparse->columns.assign(columns.data(), columns.data() + count);
-        l->sparse->values.assign(values.data(), values.data() + count);
-    }
-    if (d.contains("bias")) copy_array(d, "bias", size_t(l->strips()) * STRIP, l->bias);
-    if (d.contains("order")) {
-        const auto order = array<int32_t>(d, "order", size_t(l->columns));
-        for (int c = 0; c < l->columns; ++c) need(order.data()[c] >= 0 && order.data()[c] < l->columns, "order is out of range");
+    if (part.has("sparse")) l->sparse = take_sparse({part.path("sparse"), part.at("sparse")}, l->rows, l->columns);
+    if (part.has("bias")) copy_array(part, "bias", size_t(l->strips()) * STRIP, l->bias);
+    if (part.has("order")) {
+        const auto order = part.array<int32_t>("order", size_t(l->columns));
         l->order.assign(order.data(), order.data() + l->columns);
+        for (int32_t c : l->order) need(c >= 0 && c < l->columns, "order is out of range");
     }
+    l->owner = std::shared_ptr<void>(kept.release().ptr(), [](void *list) {
+        const nb::gil_scoped_acquire held;
+        nb::handle(static_cast<PyObject *>(list)).dec_ref();
+    });
     return l.release();
 }
 
@@ -171,7 +174,7 @@ Linear *take(const nb::dict &d) {
 
 void bind_stored(nb::module_ &m) {
     m.def("store_linear", &give, nb::arg("linear"));
-    m.def("restore_linear", &take, nb::arg("stored"), nb::rv_policy::take_ownership, nb::keep_alive<0, 1>());
+    m.def("restore_linear", &take, nb::arg("stored"), nb::rv_policy::take_ownership);
 }
 
 }  // namespace bitpress

@@ -14,6 +14,7 @@ __all__ = [
     "available",
     "chosen_path",
     "code_paths",
+    "compare_rows",
     "decode_affine",
     "decode_levels",
     "encode_affine",
@@ -134,3 +135,16 @@ def _vector(scale: torch.Tensor) -> torch.Tensor:
 
 def _zero(zero: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
     return (_vector(zero), 0.0) if isinstance(zero, torch.Tensor) else (None, float(zero))
+
+
+def compare_rows(
+    p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
+) -> tuple[Float[torch.Tensor, "4 rows"], int]:
+    """Give of every row KL(p, q), whether both name one token, and the negative log-likelihoods of `following` (-1: none), in nats.
+
+    Logits are float32 or bf16, both of one kind. Also says whose are not all finite: 1 for p, 2 for q, 3 for both, 0 for neither.
+    """
+    figures = torch.empty((p.shape[0], 4), dtype=torch.float64)
+    p, q = (x.contiguous().view(torch.int16) if x.dtype == torch.bfloat16 else x.contiguous() for x in (p, q))
+    bad = built_library().compare_rows(p, q, following, figures, torch.get_num_threads())
+    return figures.T, bad

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from bitpress import native
 from bitpress.errors import NumericsError, UsageError
 from bitpress.evaluation import measure_distance
+from bitpress.evaluation.distance import compare_rows
 
 
 def tables(
@@ -73,3 +75,46 @@ def test_bad_windows_and_different_vocabularies() -> None:
         measure_distance(reader(p), reader(q), tokens[:, :1])
     with pytest.raises(UsageError, match="vocabularies of 40 and 39"):
         measure_distance(reader(p), reader(q[..., :39]), tokens)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 5, 16, 17, 1024, 1041, 5000])
+def test_native_rows_against_torch_in_float64(vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    p = (torch.randn(37, vocabulary, generator=generator) * 8 + 30).to(dtype)
+    q = (p.float() + torch.randn(p.shape, generator=generator) * 0.3 - 50).to(dtype)
+    p[3], q[4] = 2.0, -1.0  # ties: the first of them is the most likely token of both
+    following = torch.randint(0, vocabulary, (37,), generator=generator)
+    following[::5] = -1
+    figures, bad = native.compare_rows(p, q, following)
+    assert bad == 0
+    log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    # e^x within 2e-7 of it, 64 terms a float32 sum; p - q reaches 3 here.
+    torch.testing.assert_close(figures[0], kl, rtol=2e-6, atol=2e-6)
+    assert figures[1].tolist() == (p.double().argmax(-1) == q.double().argmax(-1)).double().tolist()
+    for row, logs in zip(figures[2:], (log_p, log_q), strict=True):
+        wanted = -logs.gather(1, following.clamp(min=0)[:, None])[:, 0] * (following >= 0)
+        torch.testing.assert_close(row, wanted, rtol=2e-6, atol=2e-6)
+    reference, _ = compare_rows(p, q, following)
+    torch.testing.assert_close(figures, reference, rtol=1e-5, atol=2e-5)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again, _ = native.compare_rows(p, q, following)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(figures, again)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+@pytest.mark.parametrize("place", [0, 15, 16, 40])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_native_rows_say_whose_logits_are_not_finite(value: float, place: int) -> None:
+    following = torch.zeros(3, dtype=torch.int64)
+    fine = torch.randn(3, 41)
+    sick = fine.clone()
+    sick[1, place] = value
+    for p, q, wanted in ((fine, fine, 0), (sick, fine, 1), (fine, sick, 2), (sick, sick, 3)):
+        assert native.compare_rows(p, q, following)[1] == compare_rows(p, q, following)[1] == wanted

@@ -216,6 +216,17 @@ def test_a_recipe_that_changed_is_run_again(run: Run, recipes: Path) -> None:
     assert calls.stages == [], "its row is still there"
 
 
+def test_a_method_that_was_worked_on_is_run_again(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run("gptq", "plain")
+    changed = tmp_path / "gptq.py"
+    changed.write_text("other code")
+    where = compare.inspect.getsourcefile
+    monkeypatch.setattr(compare.inspect, "getsourcefile", lambda kind: str(changed) if kind is GPTQ else where(kind))
+    calls = Calls()
+    run("gptq", "plain", progress=calls)
+    assert calls.stages == ["gptq, 3 bits"]
+
+
 def test_a_torn_line_has_not_happened(run: Run, tmp_path: Path) -> None:
     run("plain", "gptq")
     rows = tmp_path / "out" / "results.jsonl"
@@ -229,7 +240,7 @@ def test_a_torn_line_has_not_happened(run: Run, tmp_path: Path) -> None:
         run("plain", "gptq")
 
 
-def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quantize = GPTQ.quantize
     broken = [NumericsError("model.layers.1: broken by the test"), IndexError("broken by the test")]
 
@@ -241,6 +252,8 @@ def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: p
     assert failed["failed"] == "model.layers.1: broken by the test"
     assert "texts" not in failed
     assert fine["failed"] is None
+    run("gptq", "plain", forget_capture=True)
+    assert (tmp_path / "out" / "capture").is_dir(), "what failed will need it again"
     broken.pop(0)
     _, failed = run("gptq", "plain")["rows"]
     assert failed["failed"].startswith("IndexError: broken by the test (test_compare.py:")

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
+from bitpress import native
 from bitpress.errors import NumericsError, UsageError
 
 __all__ = ["Distance", "measure_distance"]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
-# Positions compared at once; 16 x 49,152 floats are 3 MB, so that what is made on the way stays in the cache.
+# Positions compared at once in torch; 16 x 49,152 floats are 3 MB, so that what is made on the way stays in the cache.
 ROWS = 16
 
 
@@ -77,23 +78,35 @@ def measure_distance(
 
 def _compare(
     p: Float[torch.Tensor, "length vocabulary"], q: Float[torch.Tensor, "length vocabulary"], window: torch.Tensor
-) -> tuple[float, float, float, float]:
-    """Sum KL, agreements and both negative log-likelihoods over one window, a few rows at a time."""
-    kl = agree = nll_p = nll_q = 0.0
-    for start in range(0, p.shape[0], ROWS):
-        rows = slice(start, min(start + ROWS, p.shape[0]))
-        log_p, log_q = torch.log_softmax(p[rows].float(), -1), torch.log_softmax(q[rows].float(), -1)
-        if not bool(torch.isfinite(log_p.sum())) or not bool(torch.isfinite(log_q.sum())):
-            which = "the original" if not bool(torch.isfinite(log_p).all()) else "the compressed model"
-            raise NumericsError(f"the logits of {which} are not finite.")
-        # KL is never negative; rounding can make a position -1e-9, which the mean should keep, not clip.
-        kl += float((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum())
-        agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        following = window[rows.start + 1 : rows.stop + 1]
-        index = following[:, None]
-        nll_p -= float(log_p[: len(following)].gather(1, index).sum(dtype=torch.float64))
-        nll_q -= float(log_q[: len(following)].gather(1, index).sum(dtype=torch.float64))
-    return kl, agree, nll_p, nll_q
+) -> list[float]:
+    """Sum KL, agreements and both negative log-likelihoods over one window."""
+    following = torch.cat([window[1:], window.new_full((1,), -1)])
+    if native.available() and p.device.type == q.device.type == "cpu" and p.shape[-1] > 0:
+        if p.dtype != q.dtype or p.dtype not in (torch.float32, torch.bfloat16):
+            p, q = p.float(), q.float()
+        figures, bad = native.compare_rows(p, q, following)
+    else:
+        figures, bad = compare_rows(p, q, following)
+    if bad:
+        raise NumericsError(f"the logits of {'the original' if bad & 1 else 'the compressed model'} are not finite.")
+    # KL is never negative; rounding can make a position -1e-9, which the mean should keep, not clip.
+    return [math.fsum(column) for column in figures.tolist()]
+
+
+def compare_rows(
+    p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
+) -> tuple[Float[torch.Tensor, "4 rows"], int]:
+    """Give what `native.compare_rows` gives, in torch."""
+    figures, bad = [], 0
+    for p_rows, q_rows, tokens in zip(p.split(ROWS), q.split(ROWS), following.split(ROWS), strict=True):
+        log_p, log_q = torch.log_softmax(p_rows.float(), -1), torch.log_softmax(q_rows.float(), -1)
+        bad |= (not bool(torch.isfinite(log_p).all())) | (not bool(torch.isfinite(log_q).all())) << 1
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+        agrees = (log_p.argmax(-1) == log_q.argmax(-1)).double()
+        index = tokens.clamp(min=0)[:, None]
+        nll = [-logs.gather(1, index)[:, 0].double() * (tokens >= 0) for logs in (log_p, log_q)]
+        figures.append(torch.stack([kl, agrees, *nll]))
+    return torch.cat(figures, 1), bad
 
 
 def _mean(values: list[float]) -> float:

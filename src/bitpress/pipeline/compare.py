@@ -5,6 +5,8 @@ blocks as these are made, so that a recipe costs its own work and the head; noth
 """
 
 import datetime
+import hashlib
+import inspect
 import math
 import shutil
 import time
@@ -19,7 +21,7 @@ import torch
 from bitpress.calibration import Windows, of_origin, read_texts
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import MANIFEST_NAME
-from bitpress.errors import BitpressError, CheckpointError, DiskError, JobStopped, UsageError
+from bitpress.errors import BitpressError, CheckpointError, DiskError, JobStopped, NumericsError, UsageError
 from bitpress.pipeline.candidate import Candidate
 from bitpress.pipeline.captured import Captured, capture_original, forget
 from bitpress.pipeline.heldout import Heldout, distances
@@ -115,9 +117,9 @@ def compare_recipes(
     try:
         with stoppable() as check_stop:
             _run(made, results, candidates, identity, source, keep, check_stop, note_row)
-        if forget_capture:
-            forget(out / "capture")
         rows = [results.find(_known(made, c)) or results.find(_known(made, c, failed=True)) for c in candidates]
+        if forget_capture and all(row is not None and not row["failed"] for row in rows):
+            forget(out / "capture")
         return {
             "model": str(path),
             "compute": dtype,
@@ -196,7 +198,8 @@ def _run(
         floor = results.find({"kind": "floor"})
     if not pending and floor is not None:
         return
-    made.outer = made.model.load_outer_()
+    outer = made.model.load_outer_()
+    made.outer = outer if keep else {}
     captured = _capture(made, results.out / "capture", identity, check_stop)
     try:
         if floor is None:
@@ -312,6 +315,9 @@ def _press(
     finally:
         if job is not None:
             job.close()
+    error = _mean([row["error"] for row in rows])
+    if not math.isfinite(error):
+        raise NumericsError("the error of the layers is beyond the range of numbers.")
     fallbacks = [text for row in rows for text in row["fallbacks"]]
     nbytes, weights = sum(row["bytes"] for row in rows), sum(w.weights for w in plan.weights)
     return {
@@ -321,7 +327,7 @@ def _press(
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
-        "error": _mean([row["error"] for row in rows]),
+        "error": error,
         "error_rounded": _mean([row["error_rounded"] for row in rows]),
         "measured_on": "weight" if any(row["measured_on"] == "weight" for row in rows) else "output",
         "inputs": recipe.calibration.inputs if recipe.needs() else None,
@@ -375,7 +381,17 @@ def _known(made: _Comparison, c: Candidate, *, failed: bool = False) -> dict[str
         return known
     windows = made.tokens(c.recipe)
     calibration = None if windows is None else windows.sha256
-    return {**known, "recipe": recorded(c.recipe), "calibration": calibration, "failed": None}
+    return {**known, "recipe": recorded(c.recipe), "code": _code(c.recipe), "calibration": calibration, "failed": None}
+
+
+def _code(recipe: Recipe) -> str:
+    """Hash the files of the recipe's own parts: a method that has been worked on is measured again."""
+    parts = [recipe.make_quantizer(), *(part for _, part in (*recipe.make_transforms(), *recipe.make_corrections()))]
+    digest = hashlib.sha256()
+    for part in parts:
+        source = inspect.getsourcefile(type(part))
+        digest.update(b"" if source is None else Path(source).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _folder(out: Path, c: Candidate) -> Path:
