@@ -25,9 +25,10 @@ from bitpress.formats.integer import Integer
 from bitpress.formats.levels import Levels
 from bitpress.formats.listing import usual_formats
 from bitpress.formats.low_rank import LowRank, low_rank
-from bitpress.formats.maps import Chain, Permutation, Scale
+from bitpress.formats.maps import Chain, Map, Permutation, Scale
 from bitpress.formats.packed import Packed
 from bitpress.formats.planes import Planes
+from bitpress.formats.rotations import Hadamard, Kronecker
 from bitpress.formats.sign_low_rank import sign_low_rank
 from bitpress.formats.sparse import Sparse, sparse
 from bitpress.kernels.strips import Strips, lay_out, lay_out_matrix, reason_to_expand
@@ -145,11 +146,14 @@ def bound(weight: CompressedWeight, strips: Strips, x: torch.Tensor, bias: torch
         add(x, dx, w, dw)
 
     x = x.double()
-    if weight.output_map is not None or isinstance(weight.input_map, (Scale, Chain)):
+    if weight.output_map is not None:
         add_dense(x, weight.dequantize().double())
         return error + (x.shape[1] + 16) * EPS * size
-    if isinstance(weight.input_map, Permutation):
-        x = weight.input_map.apply(x)
+    if weight.input_map is not None:
+        x, moved = mapped(x, weight.input_map)
+        w = sum((term.dequantize().double().abs() for term in weight.terms), torch.zeros(weight.shape).double())
+        error += moved @ w.T
+        x = x.sign() * (x.abs() + moved)  # what follows is about sizes only
     for term in weight.terms:
         w = term.dequantize().double()
         if is_expanded(term, strips):
@@ -174,6 +178,26 @@ def bound(weight: CompressedWeight, strips: Strips, x: torch.Tensor, bias: torch
     # A product is rounded once for every addition behind it: those of its columns, of the inner ones of a low-rank pair, and a
     # few scales, gains and terms, each in float32 and each twice where the path has no fused multiply-add.
     return error + (x.shape[1] + rank + 16) * EPS * size
+
+
+def mapped(x: torch.Tensor, change: Map) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give T x, and what float32 may lose of it: a rounding for every addition and multiplication of a value, and of its factors."""
+    size, additions = x.abs(), 0
+    for part in change.maps if isinstance(change, Chain) else (change,):
+        x = part.apply(x)
+        # T' applied to the unit vectors gives the rows of T.
+        size = size @ part.apply_transposed(torch.eye(x.shape[1], dtype=torch.float64)).abs().T
+        if isinstance(part, Scale):
+            additions += 2
+        elif isinstance(part, (Hadamard, Kronecker)):
+            additions += sum(factors_of(part)) + 4
+    return x, additions * EPS * size
+
+
+def factors_of(change: Hadamard | Kronecker) -> tuple[int, int]:
+    if isinstance(change, Kronecker):
+        return change.left.shape[0], change.right.shape[0]
+    return change.core, change.block // change.core
 
 
 def missed_in_tiles(codes: Codes) -> torch.Tensor:
@@ -331,6 +355,10 @@ def permutation(size: int) -> Permutation:
     return Permutation(torch.randperm(size, generator=generator(5)).to(torch.int32))
 
 
+def rotation(block: int) -> Hadamard:
+    return Hadamard.random(200, block, generator(13))
+
+
 def composed() -> dict[str, CompressedWeight]:
     """Weights of several terms and with maps, [37, 200]."""
     w = weights(37, 200, 21)
@@ -365,6 +393,15 @@ def composed() -> dict[str, CompressedWeight]:
         "scale before": CompressedWeight((packed,), scale),
         "scale after": CompressedWeight((packed,), None, Scale(torch.rand(37, generator=generator(8)) + 0.5)),
         "chain, all three": CompressedWeight(terms, Chain((scale, order))),
+        "hadamard": CompressedWeight((packed,), rotation(200)),
+        "hadamard in blocks": CompressedWeight((packed,), rotation(8)),
+        "hadamard with Hartley's core": CompressedWeight((packed,), rotation(25)),
+        "kronecker": CompressedWeight((packed,), Kronecker.random(200, generator(10))),
+        "chain of four, all three": CompressedWeight(
+            terms, Chain((scale, rotation(40), order, Kronecker.random(200, generator(11))))
+        ),
+        "chain, expanded": CompressedWeight((press("e4m3-g40", w),), Chain((scale, rotation(200)))),
+        "hadamard after": CompressedWeight((packed,), None, Hadamard.random(37, 37, generator(12))),
         "permutation after": CompressedWeight(terms, order, permutation(37)),
     }
 
@@ -380,7 +417,7 @@ def test_sums_of_terms_and_maps_multiply_as_they_decode(name: str, with_bias: bo
     check(weight, (1, 4, 5, 33), bias=bias)
 
 
-@pytest.mark.parametrize("name", ["scale before", "scale after", "chain, all three", "lossless", "two sparse", "two low-rank"])
+@pytest.mark.parametrize("name", ["scale after", "hadamard after", "chain, expanded", "lossless", "two sparse", "two low-rank"])
 def test_what_is_expanded_is_named(name: str) -> None:
     weight = COMPOSED[name]
     reason, expanded = reason_to_expand(weight), lay_out(weight).expanded
@@ -389,7 +426,9 @@ def test_what_is_expanded_is_named(name: str) -> None:
     assert reason in ([None] if name.startswith("two") else expanded)
 
 
-@pytest.mark.parametrize("name", ["all three", "permutation, all three", "two packed and tables"])
+@pytest.mark.parametrize(
+    "name", ["all three", "permutation, all three", "two packed and tables", "chain, all three", "chain of four, all three"]
+)
 def test_what_has_a_layout_is_not_expanded(name: str) -> None:
     assert lay_out(COMPOSED[name]).expanded == []
     assert reason_to_expand(COMPOSED[name]) is None

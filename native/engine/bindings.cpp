@@ -137,13 +137,11 @@ void set_bias(Linear &l, Row bias) {
     std::memcpy(l.bias.data(), bias.data(), size_t(l.rows) * sizeof(float));
 }
 
-void set_order(Linear &l, Array<const int32_t, 1> order) {
-    need(order.shape(0) == size_t(l.columns), "order must be [columns]");
-    std::vector<int32_t> copy(order.data(), order.data() + order.shape(0));
-    for (int32_t c : copy) need(c >= 0 && c < l.columns, "order is out of range");
+void set_map(Linear &l, nb::handle steps) {
+    auto map = InputMap::of(l.columns, take_map(steps, "steps", l.columns));
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
-    l.order = std::move(copy);
+    l.map = std::move(map);
 }
 
 void linear_row(const Linear &l, int row, Array<float, 1> to) {
@@ -387,7 +385,7 @@ void bind_engine(nb::module_ &m) {
         .def("set_sparse", &set_sparse, nb::arg("starts").noconvert(), nb::arg("columns").noconvert(),
              nb::arg("values").noconvert())
         .def("set_bias", &set_bias, nb::arg("bias").noconvert())
-        .def("set_order", &set_order, nb::arg("order").noconvert())
+        .def("set_map", &set_map, nb::arg("steps"))
         .def("row", &linear_row, nb::arg("row"), nb::arg("to").noconvert())
         .def_prop_ro("rows", [](const Linear &l) { return l.rows; })
         .def_prop_ro("columns", [](const Linear &l) { return l.columns; })

@@ -246,7 +246,7 @@ void Turns::end_use() {
 }
 
 size_t Linear::bytes() const {
-    size_t total = bias.bytes() + order.size() * 4;
+    size_t total = bias.bytes() + (map ? map->bytes() : 0);
     for (const Coded &m : coded) total += m.bytes();
     for (const Dense &m : dense) total += m.bytes();
     if (down) total += down->bytes() + up->bytes();
@@ -284,7 +284,8 @@ void Linear::row(int r, float *out) const {
     if (sparse) {
         for (int64_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) terms[sparse->columns[i]] += sparse->values[i];
     }
-    for (int c = 0; c < columns; ++c) out[order.empty() ? c : order[c]] = terms[c];
+    if (map) map->apply_transposed(terms.data(), out);
+    else std::copy(terms.begin(), terms.end(), out);
 }
 
 }  // namespace bitpress

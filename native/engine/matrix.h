@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "maps.h"
+
 namespace bitpress {
 
 constexpr int STRIP = 16;       // output rows side by side in one vector
@@ -143,7 +145,7 @@ class Turns {
     int users_ = 0;
 };
 
-// One linear layer: y = x[order] @ (sum of terms).T + bias.
+// One linear layer: y = T x @ (sum of terms).T + bias, T the input map.
 struct Linear {
     int rows = 0, columns = 0;
     mutable Turns turns;
@@ -152,7 +154,7 @@ struct Linear {
     std::unique_ptr<Dense> down, up;  // a low-rank product: up @ (down @ x)
     std::unique_ptr<Sparse> sparse;
     Aligned<float> bias;
-    std::vector<int32_t> order;  // the input map: column j of the terms meets x[order[j]]
+    std::shared_ptr<const InputMap> map;
     std::shared_ptr<void> owner;  // of memory that the parts borrow
 
     int strips() const { return (rows + STRIP - 1) / STRIP; }

@@ -7,20 +7,20 @@ namespace bitpress {
 
 namespace {
 
-const Linear *ordering(const Linear &l) { return l.order.empty() ? nullptr : &l; }
-
 Cut flat_cut(int columns) { return make_cut(columns, columns, 8); }
 
 }  // namespace
 
-void Input::want(Form::Kind kind, const Cut &cut, const Linear *linear) {
+void Input::want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear) {
     for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].kind == kind && forms_[i].cut == cut && forms_[i].linear == linear) return;
+        const Form &form = forms_[i];
+        if (form.kind == kind && form.cut == cut && form.map == map && form.linear == linear) return;
     }
     if (used_ == forms_.size()) forms_.emplace_back();
     Form &form = forms_[used_++];
     form.kind = kind;
     form.cut = cut;
+    form.map = map;
     form.linear = linear;
     if (kind == Form::direct) form.quantized.fit(cut, rows_);
     else if (kind == Form::tiled) form.tiles.fit(cut, rows_);
@@ -38,34 +38,35 @@ void Input::plan(const std::vector<const Linear *> &linears, int rows, bool byte
     used_ = 0;
     const bool few = rows <= MOST_ROWS;
     for (const Linear *linear : linears) {
-        const Linear *order = ordering(*linear);
+        const InputMap *map = linear->map.get();
         Cut whole;
         whole.columns = linear->columns;
         // First, for the others are made of it.
-        if (order != nullptr || !linear->dense.empty() || linear->sparse) want(Form::ordered, whole, order);
+        if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
         for (const Coded &m : linear->coded) {
-            want(!bytes ? Form::floats : few ? Form::direct : Form::tiled, m.cut, order);
+            want(!bytes ? Form::floats : few ? Form::direct : Form::tiled, m.cut, map);
         }
-        if (!linear->dense.empty() && bytes && !few) want(Form::tiled, flat_cut(linear->columns), order);
+        if (!linear->dense.empty() && bytes && !few) want(Form::tiled, flat_cut(linear->columns), map);
         if (linear->down) {
             whole.columns = linear->down->rows;
-            want(Form::inner, whole, linear);
+            want(Form::inner, whole, map, linear);
         }
     }
     planned_ = linears;
 }
 
-const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const Linear *linear) const {
+const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear) const {
     for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].kind == kind && forms_[i].cut == cut && forms_[i].linear == linear) return forms_[i];
+        const Form &form = forms_[i];
+        if (form.kind == kind && form.cut == cut && form.map == map && form.linear == linear) return form;
     }
     __builtin_unreachable();
 }
 
 void Input::prepare(const Kernels &kernels, const float *x, int row) {
-    auto source = [&](const Linear *order) -> const float * {
+    auto source = [&](const InputMap *map) -> const float * {
         for (size_t i = 0; i < used_; ++i) {
-            if (forms_[i].kind == Form::ordered && forms_[i].linear == order) {
+            if (forms_[i].kind == Form::mapped && forms_[i].map == map) {
                 return forms_[i].values.data() + size_t(row) * forms_[i].width;
             }
         }
@@ -73,21 +74,21 @@ void Input::prepare(const Kernels &kernels, const float *x, int row) {
     };
     for (size_t i = 0; i < used_; ++i) {
         Form &form = forms_[i];
-        if (form.kind == Form::ordered) {
+        if (form.kind == Form::mapped) {
             float *to = form.values.data() + size_t(row) * form.width;
-            if (form.linear == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
-            else for (int c = 0; c < form.width; ++c) to[c] = x[form.linear->order[c]];
+            if (form.map == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
+            else form.map->apply(x, to);
         } else if (form.kind == Form::direct) {
             Quantized &q = form.quantized;
-            kernels.quantize(source(form.linear), q.cut, q.values.data() + size_t(row) * q.cut.padded(),
+            kernels.quantize(source(form.map), q.cut, q.values.data() + size_t(row) * q.cut.padded(),
                              q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
         } else if (form.kind == Form::tiled) {
-            kernels.quantize_tiled(source(form.linear), row, form.tiles);
+            kernels.quantize_tiled(source(form.map), row, form.tiles);
         } else if (form.kind == Form::floats) {
-            kernels.pad(source(form.linear), form.cut, form.values.data() + size_t(row) * form.width);
+            kernels.pad(source(form.map), form.cut, form.values.data() + size_t(row) * form.width);
         } else {
             const Dense &down = *form.linear->down;
-            const float *from = source(ordering(*form.linear));
+            const float *from = source(form.map);
             float *to = form.values.data() + size_t(row) * form.width;
             for (int s = 0; s < down.strips(); ++s) {
                 float out[STRIP] = {};
@@ -102,20 +103,20 @@ namespace {
 
 using Form = Input::Form;
 
-const Form &ordered(const Input &input, const Linear &l) {
+const Form &mapped(const Input &input, const Linear &l) {
     Cut whole;
     whole.columns = l.columns;
-    return input.find(Form::ordered, whole, ordering(l));
+    return input.find(Form::mapped, whole, l.map.get());
 }
 
 const Form &inner(const Input &input, const Linear &l) {
     Cut whole;
     whole.columns = l.down->rows;
-    return input.find(Form::inner, whole, &l);
+    return input.find(Form::inner, whole, l.map.get(), &l);
 }
 
 void add_sparse(const Linear &l, const Input &input, int strip, int lanes, float *out, int stride) {
-    const Form &x = ordered(input, l);
+    const Form &x = mapped(input, l);
     for (int lane = 0; lane < lanes; ++lane) {
         const int64_t from = l.sparse->starts[strip * STRIP + lane], to = l.sparse->starts[strip * STRIP + lane + 1];
         for (int row = 0; row < input.rows(); ++row) {
@@ -147,13 +148,13 @@ void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
     begin(l, strip, rows, out, STRIP);
     for (const Coded &m : l.coded) {
         if (input.bytes()) {
-            k.coded_bytes(m, strip, input.find(Form::direct, m.cut, ordering(l)).quantized, 0, rows, out);
+            k.coded_bytes(m, strip, input.find(Form::direct, m.cut, l.map.get()).quantized, 0, rows, out);
         } else {
-            const Form &x = input.find(Form::floats, m.cut, ordering(l));
+            const Form &x = input.find(Form::floats, m.cut, l.map.get());
             k.coded_floats(m, strip, x.values.data(), x.width, rows, out);
         }
     }
-    for (const Dense &m : l.dense) k.dense_floats(m, strip, ordered(input, l).values.data(), l.columns, rows, out);
+    for (const Dense &m : l.dense) k.dense_floats(m, strip, mapped(input, l).values.data(), l.columns, rows, out);
     if (l.up) k.dense_floats(*l.up, strip, inner(input, l).values.data(), l.up->columns, rows, out);
     if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
     finish(k, p, strip, rows, out, STRIP);
@@ -188,7 +189,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     }
     const auto form = [&](const Half &h) -> const void * {
         const Linear &l = *h.linear;
-        return &input.find(Form::tiled, l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, ordering(l));
+        return &input.find(Form::tiled, l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, l.map.get());
     };
     const bool done = put.mode != Put::stay && halves[1].linear != nullptr && is_single(halves[0]) && is_single(halves[1]) &&
                       form(halves[0]) == form(halves[1]);
@@ -222,7 +223,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     for (size_t t = 0; t < coded; ++t) {
         with_tiles(
             [&](const Linear &l) -> const Tiled * {
-                return t < l.coded.size() ? &input.find(Form::tiled, l.coded[t].cut, ordering(l)).tiles : nullptr;
+                return t < l.coded.size() ? &input.find(Form::tiled, l.coded[t].cut, l.map.get()).tiles : nullptr;
             },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
                 k.fill_tiles(l.coded[t], strip, s, tiles, scales);
@@ -231,7 +232,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     for (size_t t = 0; t < dense; ++t) {
         with_tiles(
             [&](const Linear &l) -> const Tiled * {
-                return t < l.dense.size() ? &input.find(Form::tiled, flat_cut(l.columns), ordering(l)).tiles : nullptr;
+                return t < l.dense.size() ? &input.find(Form::tiled, flat_cut(l.columns), l.map.get()).tiles : nullptr;
             },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
                 k.fill_tiles_dense(l.dense[t], flat_cut(l.columns), strip, s, tiles, scales);
@@ -267,10 +268,10 @@ void paneled(const Kernels &k, const Product &p, int strip, const Input &input, 
     for (const Coded &m : l.coded) {
         scratch.panel.resize(size_t(m.cut.padded()) * STRIP);
         k.decode_coded(m, strip, scratch.panel.data());
-        const Form &x = input.find(Form::floats, m.cut, ordering(l));
+        const Form &x = input.find(Form::floats, m.cut, l.map.get());
         k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, rows, out, STRIP);
     }
-    for (const Dense &m : l.dense) panel_of(k, m, strip, ordered(input, l).values.data(), rows, out, STRIP, scratch);
+    for (const Dense &m : l.dense) panel_of(k, m, strip, mapped(input, l).values.data(), rows, out, STRIP, scratch);
     if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, out, STRIP, scratch);
     if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
     finish(k, p, strip, rows, out, STRIP);

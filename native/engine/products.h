@@ -25,20 +25,21 @@ class Input {
     void prepare(const Kernels &kernels, const float *x, int row);
 
     struct Form {
-        enum Kind { direct, tiled, floats, ordered, inner } kind;
+        enum Kind { direct, tiled, floats, mapped, inner } kind;
         Cut cut;
-        const Linear *linear;  // whose order or low-rank term it is, or null
+        const InputMap *map;   // that the row has been through, or null
+        const Linear *linear;  // whose low-rank term it is, or null
         Quantized quantized;
         Tiled tiles;
         Aligned<float> values;  // [row][width]
         int width;
     };
-    const Form &find(Form::Kind kind, const Cut &cut, const Linear *linear) const;
+    const Form &find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr) const;
     int rows() const { return rows_; }
     bool bytes() const { return bytes_; }
 
   private:
-    void want(Form::Kind kind, const Cut &cut, const Linear *linear);
+    void want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr);
     std::vector<Form> forms_;
     size_t used_ = 0;
     int rows_ = 0;

@@ -57,6 +57,24 @@ nb::dict give_dense(const Dense &m, nb::handle owner) {
     return d;
 }
 
+nb::list give_map(const InputMap &map, nb::handle owner) {
+    nb::list steps;
+    for (const MapStep &step : map.steps()) {
+        nb::dict d;
+        if (step.kind == MapStep::gather) {
+            d["kind"] = "gather", d["order"] = as_array(step.order.data(), step.order.size(), owner);
+        } else if (step.kind == MapStep::scale) {
+            d["kind"] = "scale", d["values"] = as_array(step.values.data(), step.values.size(), owner);
+        } else {
+            d["kind"] = "mix", d["block"] = step.block, d["across"] = step.across;
+            if (!step.left.empty()) d["left"] = as_array(step.left.data(), step.left.size(), owner);
+            if (!step.right.empty()) d["right"] = as_array(step.right.data(), step.right.size(), owner);
+        }
+        steps.append(d);
+    }
+    return steps;
+}
+
 // What arrays of a layer's memory hold on to: the layer, which stays as it is while there are any.
 struct Owner {
     nb::object linear;
@@ -83,7 +101,7 @@ nb::dict give(nb::handle linear) {
         d["sparse"] = s;
     }
     if (l.bias.size()) d["bias"] = as_array(l.bias.data(), l.bias.size(), self);
-    if (!l.order.empty()) d["order"] = as_array(l.order.data(), l.order.size(), self);
+    if (l.map) d["map"] = give_map(*l.map, self);
     return d;
 }
 
@@ -158,11 +176,7 @@ Linear *take(nb::handle stored) {
     }
     if (part.has("sparse")) l->sparse = take_sparse({part.path("sparse"), part.at("sparse")}, l->rows, l->columns);
     if (part.has("bias")) copy_array(part, "bias", size_t(l->strips()) * STRIP, l->bias);
-    if (part.has("order")) {
-        const auto order = part.array<int32_t>("order", size_t(l->columns));
-        l->order.assign(order.data(), order.data() + l->columns);
-        for (int32_t c : l->order) need(c >= 0 && c < l->columns, "order is out of range");
-    }
+    if (part.has("map")) l->map = InputMap::of(l->columns, take_map(part.at("map"), "stored.map", l->columns));
     l->owner = std::shared_ptr<void>(kept.release().ptr(), [](void *list) {
         const nb::gil_scoped_acquire held;
         nb::handle(static_cast<PyObject *>(list)).dec_ref();
@@ -171,6 +185,50 @@ Linear *take(nb::handle stored) {
 }
 
 }  // namespace
+
+std::vector<MapStep> take_map(nb::handle given, const char *name, int columns) {
+    constexpr int MOST_FACTOR = 1024, MOST_STEPS = 64;
+    std::vector<MapStep> steps;
+    const auto list = taken<nb::list>(given, name, "a list");
+    if (list.size() > MOST_STEPS) refuse(name, "a list of at most " + std::to_string(MOST_STEPS));
+    for (nb::handle entry : list) {
+        const Part part(std::string(name) + "[" + std::to_string(steps.size()) + "]", entry);
+        const auto kind = taken<std::string>(part.at("kind"), part.path("kind"), "gather, scale or mix");
+        MapStep step;
+        const auto floats = [&](const char *key, size_t count) {
+            const auto array = part.array<float>(key, count);
+            std::vector<float> values(array.data(), array.data() + count);
+            if (!std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); })) refuse(part.path(key), "finite");
+            return values;
+        };
+        if (kind == "gather") {
+            const auto array = part.array<int32_t>("order", size_t(columns));
+            step.order.assign(array.data(), array.data() + columns);
+            for (int32_t c : step.order) need(c >= 0 && c < columns, "order is out of range");
+        } else if (kind == "scale") {
+            step.kind = MapStep::scale;
+            step.values = floats("values", size_t(columns));
+        } else if (kind == "mix") {
+            step.kind = MapStep::mix;
+            step.block = part.whole("block", 1, columns);
+            if (columns % step.block) refuse(part.path("block"), "a divisor of the columns");
+            step.across = part.whole("across", 1, std::min(step.block, MOST_FACTOR));
+            if (step.block % step.across) refuse(part.path("across"), "a divisor of the block");
+            const int along = step.block / step.across;
+            if (step.across > 1) step.left = floats("left", size_t(step.across) * step.across);
+            if (part.has("right")) {
+                if (along > MOST_FACTOR) refuse(part.path("across"), "such that no factor is above " + std::to_string(MOST_FACTOR));
+                step.right = floats("right", size_t(along) * along);
+            } else if (along & (along - 1)) {
+                refuse(part.path("across"), "such that the rest of the block is a power of two, or right given");
+            }
+        } else {
+            refuse(part.path("kind"), "gather, scale or mix");
+        }
+        steps.push_back(std::move(step));
+    }
+    return steps;
+}
 
 void bind_stored(nb::module_ &m) {
     m.def("store_linear", &give, nb::arg("linear"));

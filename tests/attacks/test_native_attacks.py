@@ -173,13 +173,59 @@ def sparse_arguments() -> dict[str, Any]:
     return {"starts": starts, "columns": i32(0, COLUMNS - 1), "values": f32(2)}
 
 
+def map_steps(columns: int = COLUMNS) -> list[dict[str, Any]]:
+    """One step of every kind; 10 divides the columns."""
+    rng = np.random.default_rng(9)
+
+    def draw(n: int) -> np.ndarray:
+        return rng.standard_normal(n).astype(np.float32)
+
+    return [
+        {"kind": "gather", "order": rng.permutation(columns).astype(np.int32)},
+        {"kind": "scale", "values": draw(columns)},
+        {"kind": "mix", "block": 10, "across": 5, "left": draw(25)},
+        {"kind": "mix", "block": 10, "across": 5, "left": draw(25), "right": draw(4)},
+        {"kind": "mix", "block": 2, "across": 1},
+        {"kind": "mix", "block": columns, "across": 1, "right": draw(columns * columns)},
+    ]
+
+
+def changed_step(index: int, **values: Any) -> dict[str, Any]:
+    """Give arguments of a map one step of which is another; a value of None leaves the key out."""
+    steps = map_steps()
+    steps[index] = {key: value for key, value in {**steps[index], **values}.items() if value is not None}
+    return {"steps": steps}
+
+
+def map_attacks() -> list[tuple[str, dict[str, Any]]]:
+    attacks: list[tuple[str, dict[str, Any]]] = []
+    for index, step in enumerate(map_steps()):
+        for key, value in step.items():
+            wrong: dict[str, Any] = {repr(n): n for n in ("1", 1.5, 0, -1, 3, [1], *BIG)}
+            if isinstance(value, np.ndarray):
+                wrong = {k: v for k, v in variants(value).items() if v is not None}
+                sick = value.copy()
+                sick[-1] = COLUMNS if key == "order" else np.nan
+                wrong["a value that is out of range"] = sick
+            attacks += [(f"step {index}, {key}: {name}", changed_step(index, **{key: other})) for name, other in wrong.items()]
+            if key != "right":
+                attacks.append((f"step {index}, no {key}", changed_step(index, **{key: None})))
+    attacks += [
+        ("no list", {"steps": 1}),
+        ("a tuple of lists", {"steps": [[1, 2]]}),
+        ("too many steps", {"steps": map_steps() * 11}),
+    ]
+    attacks.append(("a rest that is no power of two", changed_step(2, across=2, left=f32(4))))
+    return attacks
+
+
 LINEAR: dict[str, Callable[[], dict[str, Any]]] = {
     "add_codes": codes_arguments,
     "add_dense": dense_arguments,
     "set_low_rank": low_rank_arguments,
     "set_sparse": sparse_arguments,
     "set_bias": lambda: {"bias": f32(ROWS)},
-    "set_order": lambda: {"order": np.arange(COLUMNS, dtype=np.int32)[::-1].copy()},
+    "set_map": lambda: {"steps": map_steps()},
     "row": lambda: {"row": 0, "to": f32(COLUMNS)},
 }
 
@@ -249,9 +295,9 @@ def linear_attacks() -> list[Any]:
         ("set_sparse", {"columns": i32(-1, 0)}, "column before the row"),
         ("set_sparse", {"columns": i32(2**31 - 1, 0)}, "column far behind"),
         ("set_sparse", {"columns": i32(0, 1, 2)}, "more columns than values"),
-        ("set_order", {"order": np.full(COLUMNS, COLUMNS, np.int32)}, "order behind"),
-        ("set_order", {"order": np.full(COLUMNS, -1, np.int32)}, "order before"),
-        ("set_order", {"order": np.full(COLUMNS, -(2**31), np.int32)}, "order far before"),
+        ("set_map", changed_step(0, order=np.full(COLUMNS, -1, np.int32)), "order before"),
+        ("set_map", changed_step(0, order=np.full(COLUMNS, -(2**31), np.int32)), "order far before"),
+        *(("set_map", change, what) for what, change in map_attacks()),
         ("row", {"row": ROWS}, "row behind"),
         ("row", {"to": frozen(f32(COLUMNS))}, "to read-only memory"),
     ]
@@ -272,7 +318,7 @@ def full_linear(rows: int = ROWS, columns: int = COLUMNS) -> Any:
     starts = np.minimum(np.arange(rows + 1), 2)
     linear.set_sparse(starts, i32(0, columns - 1), f32(2))
     linear.set_bias(f32(rows))
-    linear.set_order(rng.permutation(columns).astype(np.int32))
+    linear.set_map(map_steps(columns))
     return linear
 
 
@@ -712,7 +758,7 @@ ADDITIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "low-rank": lambda layer: layer.set_low_rank(u16(3, layer.columns), u16(layer.rows, 3), True, 1),
     "single weights": lambda layer: layer.set_sparse(np.zeros(layer.rows + 1, np.int64), i32(), f32(0)),
-    "order": lambda layer: layer.set_order(np.arange(layer.columns, dtype=np.int32)),
+    "map": lambda layer: layer.set_map(map_steps(layer.columns)[:2]),
     "bias": lambda layer: layer.set_bias(f32(layer.rows)),
 }
 
@@ -980,7 +1026,7 @@ def stored_attacks() -> dict[str, Callable[[], Any]]:
     wrong_numbers = (None, "1", 1.5, -1, 10**9, *BIG)
     for key, value in good.items():
         wrong: dict[str, Any] = variants(value) if isinstance(value, np.ndarray) else {repr(n): n for n in wrong_numbers}
-        if key not in ("down", "up", "sparse", "bias", "order"):
+        if key not in ("down", "up", "sparse", "bias", "map"):
             attacks[f"no {key}"] = lambda key=key: {k: v for k, v in stored().items() if k != key}
         for name, other in wrong.items():
             attacks[f"{key}: {name}"] = lambda key=key, other=other: {**stored(), key: other}
@@ -1016,7 +1062,8 @@ def stored_attacks() -> dict[str, Callable[[], Any]]:
         "a column before the row": {"columns": i32(-1, 0)},
     }.items():
         attacks[name] = lambda change=change: {**stored(), "sparse": {**stored()["sparse"], **change}}
-    attacks["an order beyond the row"] = lambda: {**stored(), "order": np.full(COLUMNS, COLUMNS, np.int32)}
+    for name, change in map_attacks():
+        attacks[f"map: {name}"] = lambda change=change: {**stored(), "map": change["steps"]}
     attacks["ranks that differ"] = lambda: {**stored(), "up": {**stored()["up"], "columns": 4}}
     attacks["a product without its other half"] = lambda: {k: v for k, v in stored().items() if k != "up"}
     for name, value in {"None": None, "a list": [], "a number": 1, "a layer": full_linear()}.items():

@@ -55,10 +55,10 @@ class Hadamard:
         return cls(size, block, spec["core"], dense.pack(flips, 1)[0].contiguous())
 
     def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        return self._mix(x * self._signs(x.dtype), transposed=False)
+        return self._mix(x * self.factors(x.dtype), transposed=False)
 
     def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        return self._mix(x, transposed=True) * self._signs(x.dtype)
+        return self._mix(x, transposed=True) * self.factors(x.dtype)
 
     def dual(self) -> "Hadamard":
         return self
@@ -91,7 +91,8 @@ class Hadamard:
         if self.size % 8 and int(self.signs[-1]) >> self.size % 8:
             raise FormatError("a hadamard map has signs beyond its width.")
 
-    def _signs(self, dtype: torch.dtype) -> Float[torch.Tensor, " n"]:
+    def factors(self, dtype: torch.dtype = torch.float32) -> Float[torch.Tensor, " n"]:
+        """Give the signs as ones and minus ones."""
         return 1 - 2 * dense.unpack(self.signs[None], 1, self.size)[0].to(dtype)
 
     def _mix(self, x: Float[torch.Tensor, "... n"], *, transposed: bool) -> Float[torch.Tensor, "... n"]:

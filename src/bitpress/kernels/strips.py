@@ -4,12 +4,14 @@
              hold 2, 4 or 8 columns each; every group of columns is padded to whole lines
     scales   fp32, fp16, bf16, e8m0 or e4m3 as the format stores them, 16 rows side by side; zero points likewise
     table    grids of up to 16 levels: the levels in float, and the bytes nearest to them for products with 8-bit activations
+    map      of the inputs, applied to a row before its product: gathers, scales, rotations that are products of small factors
     dense    fp16 with a factor a row, or bf16: terms whose grids have no layout here, and weights that are not compressed
 
 `lay_out` makes a `Strips` of a weight; it repeats nothing that the format has already decided, so `row` gives back what `dequantize`
 does. What has no layout of its own is decoded to 16 bits a weight, and `expanded` says so.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +27,10 @@ from bitpress.formats.grid import Grid, Params
 from bitpress.formats.integer import Integer
 from bitpress.formats.levels import Levels
 from bitpress.formats.low_rank import LowRank
-from bitpress.formats.maps import Map, Permutation
+from bitpress.formats.maps import Chain, Map, Permutation, Scale
 from bitpress.formats.packed import Packed
 from bitpress.formats.planes import Planes
+from bitpress.formats.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.sparse import Sparse
 from bitpress.formats.weight import Term
 
@@ -60,13 +63,12 @@ class Strips:
 def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None) -> Strips:
     """Lay a compressed weight out. Raises KernelUnavailable without the native library."""
     strips = _empty(weight.shape)
-    input_map = weight.input_map
-    if weight.output_map is not None or not (input_map is None or isinstance(input_map, Permutation)):
-        strips.expanded.append(_map_reason(weight))
+    if weight.output_map is not None:
+        strips.expanded.append(_map_reason(weight.output_map))
         _add_dense(strips, weight.dequantize())
     else:
-        if isinstance(input_map, Permutation):
-            strips.linear.set_order(input_map.order.numpy())
+        if weight.input_map is not None:
+            strips.linear.set_map(_steps(weight.input_map))
         _add_terms(strips, weight.terms)
     return _with_bias(strips, bias)
 
@@ -80,16 +82,41 @@ def lay_out_matrix(w: Float[torch.Tensor, "out in"], bias: torch.Tensor | None =
 
 def reason_to_expand(weight: CompressedWeight) -> str | None:
     """Say which part of a weight would be decoded to 16 bits, or None."""
-    if weight.output_map is not None or not (weight.input_map is None or isinstance(weight.input_map, Permutation)):
-        return _map_reason(weight)
+    if weight.output_map is not None:
+        return _map_reason(weight.output_map)
     return next((reason for term in weight.terms if (reason := _term_reason(term)) is not None), None)
 
 
-def _map_reason(weight: CompressedWeight) -> str:
-    def name(change: Map | None) -> str:
-        return "none" if change is None else change.kind
+def _map_reason(output_map: Map) -> str:
+    return f"a map of the outputs ({output_map.kind})"
 
-    return f"maps ({name(weight.input_map)} before, {name(weight.output_map)} after)"
+
+def _steps(change: Map) -> list[dict[str, Any]]:
+    """Give a map as native code takes it: gathers, scales, and products of every block with left ⊗ right."""
+    if isinstance(change, Chain):
+        return [step for part in change.maps for step in _steps(part)]
+    if isinstance(change, Permutation):
+        return [{"kind": "gather", "order": change.order.contiguous().numpy()}]
+    if isinstance(change, Scale):
+        return [_scaling(change.scale)]
+    if isinstance(change, Kronecker):
+        left, right = _flat(change.left), _flat(change.right)
+        across = change.left.shape[0]
+        block = across * change.right.shape[0]
+        return [{"kind": "mix", "block": block, "across": across, "right": right, **({"left": left} if across > 1 else {})}]
+    assert isinstance(change, Hadamard), change.kind
+    mix: dict[str, Any] = {"kind": "mix", "block": change.block, "across": change.core}
+    if change.core > 1:
+        mix["left"] = _flat(hadamard_matrix(change.core))
+    return [_scaling(change.factors() / math.sqrt(change.block)), mix]
+
+
+def _scaling(factors: torch.Tensor) -> dict[str, Any]:
+    return {"kind": "scale", "values": _flat(factors)}
+
+
+def _flat(values: torch.Tensor) -> np.ndarray:
+    return values.float().contiguous().flatten().numpy()
 
 
 def _term_reason(term: Term) -> str | None:
