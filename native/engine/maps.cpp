@@ -20,11 +20,48 @@ std::vector<float> transpose(const std::vector<float> &m, int order) {
     return turned;
 }
 
-// A row times Walsh's matrix, in place.
-inline __attribute__((always_inline)) void walsh(float *x, int n) {
-    for (int half = 1; half < n; half *= 2) {
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Places __attribute__((vector_size(4 * LANES)));
+
+// Inlined everywhere, so that no vector is ever passed to a function; GCC warns of the calling convention all the same.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+INLINE Vector load(const float *x) {
+    Vector v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+}
+
+INLINE void store(float *x, Vector v) { std::memcpy(x, &v, sizeof v); }
+
+// Sums and differences of values that are `HALF` places apart in a vector.
+template <int HALF> INLINE Vector butterfly(Vector v) {
+    Places other;
+    Vector sign;
+    for (int i = 0; i < LANES; ++i) other[i] = i ^ HALF, sign[i] = i & HALF ? -1.0f : 1.0f;
+    return __builtin_shuffle(v, other) + sign * v;
+}
+
+// A row times Walsh's matrix, in place; the order is a power of two.
+INLINE void walsh(float *x, int n) {
+    int half = 1;
+    if (n >= LANES) {
+        for (int i = 0; i < n; i += LANES) store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i))))));
+        half = LANES;
+    }
+    for (; half < n; half *= 2) {
         for (int start = 0; start < n; start += 2 * half) {
             float *a = x + start, *b = a + half;
+            if (half >= LANES) {
+                for (int i = 0; i < half; i += LANES) {
+                    const Vector p = load(a + i), q = load(b + i);
+                    store(a + i, p + q), store(b + i, p - q);
+                }
+                continue;
+            }
             for (int i = 0; i < half; ++i) {
                 const float sum = a[i] + b[i], difference = a[i] - b[i];
                 a[i] = sum, b[i] = difference;
@@ -33,47 +70,53 @@ inline __attribute__((always_inline)) void walsh(float *x, int n) {
     }
 }
 
-// out[i] = sum of by[i][j] x[j] over rows of `width` values.
-inline __attribute__((always_inline)) void combine(const float *by, const float *x, float *out, int rows, int width) {
-    constexpr int PIECE = 64;
-    for (int from = 0; from < width; from += PIECE) {
-        const int n = std::min(PIECE, width - from);
+// `COUNT` rows of a @ b from `column` on, a vector wide; b is [inner, width].
+template <int COUNT> INLINE void multiply_strip(const float *a, const float *b, float *out, int inner, int width, int column) {
+    Vector sums[COUNT] = {};
+    for (int k = 0; k < inner; ++k) {
+        const Vector row = load(b + size_t(k) * width + column);
+        for (int i = 0; i < COUNT; ++i) sums[i] += a[size_t(i) * inner + k] * row;
+    }
+    for (int i = 0; i < COUNT; ++i) store(out + size_t(i) * width + column, sums[i]);
+}
+
+// out = a @ b: [rows, inner] times [inner, width].
+INLINE void multiply(const float *a, const float *b, float *out, int rows, int inner, int width) {
+    constexpr int TOGETHER = 8;
+    if (width < LANES) {
         for (int i = 0; i < rows; ++i) {
-            float sums[PIECE] = {};
-            for (int j = 0; j < rows; ++j) {
-                const float factor = by[size_t(i) * rows + j];
-                const float *row = x + size_t(j) * width + from;
-                if (n == PIECE) {
-                    for (int c = 0; c < PIECE; ++c) sums[c] += factor * row[c];
-                } else {
-                    for (int c = 0; c < n; ++c) sums[c] += factor * row[c];
-                }
+            for (int c = 0; c < width; ++c) {
+                float sum = 0;
+                for (int k = 0; k < inner; ++k) sum += a[size_t(i) * inner + k] * b[size_t(k) * width + c];
+                out[size_t(i) * width + c] = sum;
             }
-            std::memcpy(out + size_t(i) * width + from, sums, size_t(n) * sizeof(float));
         }
+        return;
+    }
+    for (int from = 0; from < width; from += LANES) {
+        const int column = std::min(from, width - LANES);  // the last strip may overlap the one before
+        int i = 0;
+        for (; i + TOGETHER <= rows; i += TOGETHER) {
+            multiply_strip<TOGETHER>(a + size_t(i) * inner, b, out + size_t(i) * width, inner, width, column);
+        }
+        for (; i + 4 <= rows; i += 4) multiply_strip<4>(a + size_t(i) * inner, b, out + size_t(i) * width, inner, width, column);
+        for (; i < rows; ++i) multiply_strip<1>(a + size_t(i) * inner, b, out + size_t(i) * width, inner, width, column);
     }
 }
 
 // One block, in place. `left` is [across, across] or null, `right` [along, along], turned so that its row j goes with x[j], or null for
 // Walsh's. `spare` has room for the block.
 EVERY_VECTOR_UNIT void mix_block(float *x, float *spare, const float *left, int across, const float *right, int along) {
+    const size_t bytes = size_t(across) * along * sizeof(float);
     if (right == nullptr) {
         for (int i = 0; i < across; ++i) walsh(x + size_t(i) * along, along);
     } else {
-        for (int i = 0; i < across; ++i) {
-            float *to = spare + size_t(i) * along;
-            std::memset(to, 0, size_t(along) * sizeof(float));
-            for (int j = 0; j < along; ++j) {
-                const float value = x[size_t(i) * along + j];
-                const float *row = right + size_t(j) * along;
-                for (int c = 0; c < along; ++c) to[c] += value * row[c];
-            }
-        }
-        std::memcpy(x, spare, size_t(across) * along * sizeof(float));
+        multiply(x, right, spare, across, along, along);
+        std::memcpy(x, spare, bytes);
     }
     if (left == nullptr) return;
-    combine(left, x, spare, across, along);
-    std::memcpy(x, spare, size_t(across) * along * sizeof(float));
+    multiply(left, x, spare, across, across, along);
+    std::memcpy(x, spare, bytes);
 }
 
 const float *data_of(const std::vector<float> &m) { return m.empty() ? nullptr : m.data(); }

@@ -239,3 +239,29 @@ def test_a_tokenizer_that_does_more_is_not_taken(tokenizer: Any, monkeypatch: py
     assert PlainTokenizer.of(Other()) is None
     tokenizer.chat_template = {"default": "x", "tools": "y"}
     assert PlainTokenizer.of(tokenizer) is None
+
+
+@needs_native
+def test_a_rotated_model_keeps_its_codes_and_its_layout(
+    tiny_model: Callable[..., Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import bitpress
+    from bitpress.pipeline.quantize import Proof, quantize_directory
+    from bitpress.recipes import make_recipe
+
+    recipe = make_recipe({"weights": "int4-g16", "transforms": ["hadamard"], "quantizer": "rtn"})
+    out = tmp_path / "rotated"
+    quantize_directory(tiny_model("llama"), out, recipe, proof=Proof(tokens=0))
+    first = load_native(out, activations="none", head="keep")
+    assert first.facts["expanded"] == []
+    tokens = list(range(6, 30))
+    with torch.no_grad():
+        wanted = bitpress.load(out, runtime="transformers")(torch.tensor([tokens])).logits[0, -1].float()
+    made = first.engine.forward(tokens)[-1]
+    assert float((made - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+    assert mapped(monkeypatch, out, activations="none", head="keep")
+    second = load_native(out, activations="none", head="keep")
+    answers = [text.complete("The sky", max_tokens=12).token_ids for text in (first, second)]
+    assert answers[0] == answers[1]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch.overrides import TorchFunctionMode
 
+from bitpress.calibration.stats import StatsCollector
 from bitpress.calibration.watched import Watched, product_of
 
 __all__ = ["Attention", "HeadCollector", "Role", "find_roles", "is_attention", "token_weights"]
@@ -85,6 +86,7 @@ class HeadCollector:
     def __init__(self, weights: Mapping[Role, Watched]) -> None:
         self.weights = weights
         self._sums: dict[tuple[str, str], torch.Tensor] = {}
+        self._mixed: list[StatsCollector] = []
         self._rows = 0
 
     def add(self, attention: Attention, x: Float[torch.Tensor, "*tokens in"]) -> None:
@@ -97,21 +99,20 @@ class HeadCollector:
         self._add("query", "row_gram", keys.repeat_interleave(group, 0))
         queries = torch.einsum("bhtr,bhts->hrs", query, query)
         self._add("key", "row_gram", queries.unflatten(0, (-1, group)).sum(1))
-        heads = self._heads("value")
-        texts = x.reshape(query.shape[0], -1, x.shape[-1]).float()
-        grams = torch.zeros(heads, x.shape[-1], x.shape[-1])
-        for sample, text in enumerate(texts):
+        heads, name = self._heads("value"), self.weights["value"].name
+        self._mixed = self._mixed or [StatsCollector({"gram"}, x.shape[-1]) for _ in range(heads)]
+        for sample, text in enumerate(x.reshape(query.shape[0], -1, x.shape[-1])):
             for head in range(query.shape[1]):
-                mixed = attention.scores(sample, head) @ text
-                grams[head * heads // query.shape[1]].addmm_(mixed.T, mixed)
-        self._add("value", "head_gram", grams)
+                mixed = attention.scores(sample, head).to(text.dtype) @ text
+                self._mixed[head * heads // query.shape[1]].add(mixed, name)
 
     def finish(self, name: str, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Give a weight's row_gram and head_gram; None where it has no such part in the attention."""
-        row_gram, head_gram = (
-            self._sums[key] / tokens if key in self._sums else None for key in ((name, "row_gram"), (name, "head_gram"))
-        )
-        if head_gram is not None:
+        row_gram = self._sums[name, "row_gram"] / tokens if (name, "row_gram") in self._sums else None
+        head_gram = None
+        if name == self.weights["value"].name and self._mixed:
+            sums = [stats.gram * stats.tokens for stats in (c.finish() for c in self._mixed) if stats.gram is not None]
+            head_gram = torch.stack(sums) / tokens
             output = self.weights["output"].matrix.float()
             parts = output.unflatten(1, (-1, self._rows)).transpose(0, 1)  # [heads, hidden, row]
             row_gram = (parts.mT @ parts).unflatten(0, (self._heads("value"), -1)).sum(1)
