@@ -2,7 +2,9 @@
 
     make bench Q=methods                                 every recipe of benchmarks/methods.yaml on the re-gauged SmolLM2
     python benchmarks/methods.py --only 'gptq*' rtn      some of them; what has been measured is kept
+    python benchmarks/methods.py --tasks arc-easy,piqa   and zero-shot accuracy of the best three recipes of every width
     python benchmarks/methods.py --render                only the table and the picture, from the rows there are
+    python benchmarks/methods.py --presets               what `bitpress quantize --preset` takes, chosen from the rows there are
 
 The comparison works in a directory of its own and goes on there after a stop. A row of benchmarks/results/methods.jsonl is one recipe at
 one width.
@@ -12,20 +14,29 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rows import ROOT, add_row, read_rows, rewrite_section
 
+from bitpress.calibration import Stats
+from bitpress.cli.accuracy import by_recipe, percent
 from bitpress.cli.compare import label, ordered
 from bitpress.cli.compare_picture import draw_comparison
+from bitpress.formats import parse_format
+from bitpress.kernels.strips import reason_to_expand
 from bitpress.pipeline.candidate import read_candidates
+from bitpress.pipeline.composition import compress_matrix
 from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes import make_recipe
 from bitpress.settings import cache_directory
 
 MODEL = "smollm2-135m-regauged"
 RECIPES = ROOT / "benchmarks" / "methods.yaml"
 DOCUMENT = ROOT / "docs" / "methods.md"
+PRESETS = ROOT / "src" / "bitpress" / "presets.json"
 
 
 def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
@@ -55,6 +66,14 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
             print(f"{label(row)}: failed: {row['failed']}", file=sys.stderr)
         elif (row["name"], row["bits"], row["finished"]) not in known:
             add_row("methods", {**shared, **row})
+    answered = {
+        (row["name"], row["bits"], row["task"], row["finished"]) for row in read_rows("methods") if row["kind"] == "tasks"
+    }
+    for row in compared["answers"]:
+        if row["failed"]:
+            print(f"{row['name'] or 'original'}, {row['task']}: failed: {row['failed']}", file=sys.stderr)
+        elif (row["name"], row["bits"], row["task"], row["finished"]) not in answered:
+            add_row("methods", {"model": MODEL, "compute": compared["compute"], **row})
 
 
 def missing() -> list[str]:
@@ -70,8 +89,39 @@ def latest() -> list[dict[str, Any]]:
         calibration = row["recipe"]["calibration"]
         return row["model"], row["sources"], calibration["samples"], calibration["length"]
 
-    rows = read_rows("methods")
+    rows = [row for row in read_rows("methods") if row["kind"] == "recipe"]
     return list({(row["name"], row["bits"]): row for row in rows if seen(row) == seen(rows[-1])}.values())
+
+
+def render_tasks() -> None:
+    """Write the section `tasks` of docs/methods.md: the newest answers of the original and of every recipe that was asked."""
+    rows = [row for row in read_rows("methods") if row["kind"] == "tasks" and row["model"] == MODEL]
+    if not rows:
+        return
+    newest = {row["task"]: row["documents"] for row in rows}
+    answers = by_recipe([row for row in rows if row["documents"] == newest[row["task"]]])
+    measured = {(row["name"], row["bits"]): row for row in latest()}
+    asked = [row for row in ordered(list(measured.values())) if (row["name"], row["bits"]) in answers]
+    heads = " | ".join(f"{task} | by length" for task in newest)
+    read = ", ".join(f"the first {documents} questions of `{task}`" for task, documents in newest.items())
+    lines = [
+        f"`{MODEL}` on {read}: % right without examples, ± one standard error; by length: of the likelihood per character of a choice. The",
+        "recipes with the least KL of each width. `python benchmarks/methods.py --tasks arc-easy,piqa` prints it.",
+        "",
+        f"| recipe | bits | KL | {heads} |",
+        f"|---|---|---|{'---|---|' * len(newest)}",
+        task_line("original", "16", "0", answers.get((None, None), {}), list(newest)),
+    ]
+    for row in asked:
+        own = answers[row["name"], row["bits"]]
+        lines.append(task_line(row["label"], f"{row['bits_per_weight']:.3f}", f"{row['kl_mean']:.4f}", own, list(newest)))
+    rewrite_section(DOCUMENT, "tasks", lines)
+
+
+def task_line(name: str, bits: str, kl: str, own: Mapping[str, Mapping[str, Any]], tasks: list[str]) -> str:
+    cells = [name, bits, kl]
+    cells += [percent(own[task], key) if task in own else "" for task in tasks for key in ("acc", "acc_norm")]
+    return f"| {' | '.join(cells)} |"
 
 
 def render() -> None:
@@ -108,6 +158,90 @@ def render() -> None:
     (ROOT / "docs" / "methods.svg").write_text(draw_comparison(rows, f"{some['model']}: what methods cost"), encoding="utf-8")
 
 
+# Stored bits a preset may have beyond its name's: scales and zero points of groups of 64 are 0.31.
+BEYOND = 0.5
+# Seconds on 2 cores that "balanced" may press the bench's model for.
+BALANCED = 180
+RULES = {
+    "fast": "the least KL without calibration",
+    "balanced": f"the least KL of what presses the bench's model in {BALANCED // 60} minutes on 2 cores",
+    "best": "the least KL",
+}
+SHARED_RULE = f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are"
+
+
+def choose_presets() -> None:
+    """Write src/bitpress/presets.json."""
+    rows = [row for row in latest() if row["bits"] is not None and not reason_to_expand_of(row)]
+    some = rows[0]
+    samples, texts = some["recipe"]["calibration"], some["sources"]
+    read = " and ".join(f"{text['tokens']:,} held-out tokens of {name}" for name, text in texts.items())
+    bench = f"{some['model']}, calibrated on {samples['samples']} windows of {samples['length']} built-in tokens; KL on {read}"
+    choices: dict[str, dict[str, Any]] = {name: {} for name in RULES}
+    for bits in sorted({row["bits"] for row in rows}, reverse=True):
+        fit = sorted(
+            (r for r in rows if r["bits"] == bits and r["bits_per_weight"] <= bits + BEYOND), key=lambda r: r["kl_mean"]
+        )
+        allowed = {
+            "fast": [row for row in fit if row["calibration"] is None],
+            "balanced": [row for row in fit if seconds(row) <= BALANCED],
+            "best": fit,
+        }
+        for name, those in allowed.items():
+            if those:
+                choices[name][str(bits)] = {
+                    "recipe": keys_of(those[0]["recipe"]),
+                    "chosen": figures(those[0]),
+                    "others": [figures(row) for row in those[1:6]],
+                }
+    rules = {name: f"{rule}; {SHARED_RULE}" for name, rule in RULES.items()}
+    table = {"bench": bench, "rules": rules, "choices": choices}
+    PRESETS.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def reason_to_expand_of(row: dict[str, Any]) -> str | None:
+    """Say what of a recipe's weights the native engine would decode to 16 bits, by trying a small one."""
+    recipe = make_recipe(keys_of(row["recipe"]))
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(64, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    gram, heads = x.T @ x / 512, 4
+    stats = Stats(
+        512,
+        gram=gram,
+        mean_abs=x.abs().mean(0),
+        cross=gram,
+        attention_gram=gram,
+        row_gram=torch.eye(64 // heads).expand(heads, -1, -1),
+        head_gram=gram.expand(heads, -1, -1),
+        sensitivity=torch.rand(w.shape, generator=generator),
+    )
+    made = compress_matrix(
+        w,
+        stats,
+        parse_format(recipe.weights),
+        recipe.make_quantizer(),
+        [change for _, change in recipe.make_changes()],
+        [correction for _, correction in recipe.make_corrections()],
+    )
+    return reason_to_expand(made.weight)
+
+
+def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Give what of a recipe is the method's own."""
+    found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
+    return {**found, "calibration": {"inputs": recipe["calibration"]["inputs"]}}
+
+
+def seconds(row: dict[str, Any]) -> float:
+    """Seconds of pressing on 2 cores, if two press twice as fast as one."""
+    return float(row["seconds_pressing"] * row["threads"] / 2)
+
+
+def figures(row: dict[str, Any]) -> dict[str, Any]:
+    kl = {name: round(text["kl_mean"], 5) for name, text in row["texts"].items()}
+    return {"name": row["name"], "bits": round(row["bits_per_weight"], 4), "kl": kl, "seconds": round(seconds(row))}
+
+
 def line(row: dict[str, Any], names: list[str]) -> str:
     cells = [f"{row['label']}{' *' if row['front'] else ''}", row["weights"], f"{row['bits_per_weight']:.3f}"]
     for name in names:
@@ -127,16 +261,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods")
     parser.add_argument("--tokens", help="of every held-out text; rows of other numbers are not put in one table")
     parser.add_argument("--samples", help="calibration windows")
+    parser.add_argument("--tasks", help="multiple-choice tasks for the best recipes of every width, such as arc-easy,piqa")
+    parser.add_argument("--documents", help="questions of every task")
+    parser.add_argument("--best", help="recipes of every width that answer the tasks")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--presets", action="store_true")
     options = parser.parse_args()
-    if not options.render:
+    if options.presets:
+        choose_presets()
+    elif not options.render:
         for name in missing():
             print(f"{name}: has no recipe in {RECIPES.name}", file=sys.stderr)
-        given = [("--tokens", options.tokens), ("--samples", options.samples)]
+        given = [("--tokens", options.tokens), ("--samples", options.samples), ("--tasks", options.tasks)]
+        given += [("--documents", options.documents), ("--best", options.best)]
         options.out.parent.mkdir(parents=True, exist_ok=True)
         measure(options.out, options.bits, options.only, [part for key, value in given if value for part in (key, value)])
     if read_rows("methods"):
         render()
+        render_tasks()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Write the tables of methods into the marked sections of docs/methods.md: `python scripts/list_methods.py`."""
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from bitpress.calibration import STATISTICS
 from bitpress.cli.reports import describe_methods
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
@@ -50,11 +52,16 @@ def _quantizers(rows: list[dict[str, Any]]) -> Iterable[str]:
                 row["summary"],
                 "{:g} to {:g}".format(*row["bits"]) if row["bits"][0] < row["bits"][1] else f"{row['bits'][0]:g}",
                 _patterns(serves),
-                ", ".join(f"`{name}`" for name in row["transforms"]) or "-",
+                ", ".join(_before(part) for part in row["transforms"]) or "-",
                 ", ".join(row["needs"]) or "-",
                 row["paper"].removeprefix("yardstick: "),
             )
             yield _line(cells)
+
+
+def _before(part: dict[str, Any]) -> str:
+    settings = ", ".join(f"{key}: {json.dumps(value)}" for key, value in part.items() if key != "name")
+    return f"`{part['name']}`" + (f" with `{settings}`" if settings else "")
 
 
 def _patterns(serves: tuple[str, ...]) -> str:
@@ -79,6 +86,16 @@ def _corrections(rows: list[dict[str, Any]]) -> Iterable[str]:
     for row in rows:
         if row["kind"] == "correction":
             yield _line((f"`{row['name']}`", row["summary"], ", ".join(row["needs"]) or "-", row["paper"]))
+
+
+def _named(_: list[dict[str, Any]]) -> Iterable[str]:
+    yield "| name | what it does | keys | paper |"
+    yield "|---|---|---|---|"
+    for name, recipe in NAMED_RECIPES.items():
+        keys = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in recipe.keys.items())
+        yield _line((f"`{name}`", recipe.summary, keys, recipe.paper))
+    for name, recipe in NAMED_RECIPES.items():
+        yield f"\n`{name}`: *Source.* {recipe.source} *Differs.* {recipe.differs}"
 
 
 def _statistics(_: list[dict[str, Any]]) -> Iterable[str]:
@@ -135,6 +152,7 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Iterable[str]]] = {
     "quantizers": _quantizers,
     "transforms": _transforms,
     "corrections": _corrections,
+    "named recipes": _named,
     "statistics": _statistics,
     "sources": _sources,
 }

@@ -12,6 +12,7 @@ FLOORS = {
     "limits": 0,
     "settings": 0,
     "library": 0.3,  # needs errors and settings
+    "packages": 0.3,
     "native": 0.5,  # its typed doors, which formats need
     "version": 0,
     "formats": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "corrections": 3,
     "runtime": 3,
     "recipes": 4,
+    "presets": 4,
     "pipeline": 5,
     "api": 6,
     "__main__": 7,

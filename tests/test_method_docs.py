@@ -8,6 +8,7 @@ import pytest
 from bitpress.calibration import STATISTICS
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,9 @@ def test_every_method_is_written_once_with_source_and_settings(monkeypatch: pyte
         section = text.split(f"\n### `{name}`\n")[1].split("\n### ")[0]
         assert "*Source.* " in section, name
         assert "*Settings.* " in section, name
+    for name, recipe in NAMED_RECIPES.items():
+        assert text.count(f"\n| `{name}` |") == 1, name
+        assert f"| {recipe.paper} |" in text
     for name in STATISTICS:
         assert f"\n| `{name}` | `[" in text
     assert "`damp=0.01`" in text.split("\n### `gptq`\n")[1].split("\n### ")[0]

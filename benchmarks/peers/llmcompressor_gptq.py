@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import transformers
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -90,6 +91,15 @@ def dequantized(name: str, module: torch.nn.Linear, bits: int, group: int) -> to
     return weight.flatten(1).contiguous()
 
 
+def packed(module: torch.nn.Linear) -> tuple[torch.Tensor, int]:
+    """Give a weight as the package decodes what it stores, and the bytes of that."""
+    scheme = vars(module)["quantization_scheme"]
+    stored = PackedQuantizationCompressor.compress(
+        {name: value.detach() for name, value in module.state_dict().items()}, scheme
+    )
+    return PackedQuantizationCompressor.decompress(stored, scheme)["weight"], sum(value.nbytes for value in stored.values())
+
+
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Load, quantize, write the weights and return the report."""
     if not args.out.parent.is_dir():
@@ -112,11 +122,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     order = {} if args.actorder is None else {"actorder": None if args.actorder == "none" else args.actorder}
     recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], **order)
-    started = time.monotonic()
+    started, busy = time.monotonic(), time.process_time()
     oneshot(model=model, tokenizer=tokenizer, dataset=DataLoader(dataset, batch_size=1, shuffle=False), recipe=recipe)
-    seconds = time.monotonic() - started
+    seconds, busy = time.monotonic() - started, time.process_time() - busy
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    load = round(os.getloadavg()[0], 2)
     if missed := [name for name, module in linears.items() if not hasattr(module, "quantization_scheme")]:
         raise ValueError(f"layers left unquantized: {missed}")
     save_file({f"{n}.weight": dequantized(n, m, args.bits, args.group) for n, m in linears.items()}, args.out)
@@ -125,8 +136,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "tool": "llmcompressor-gptq",
         "version": version("llmcompressor"),
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(busy, 2),
         "load_seconds": round(load_seconds, 3),
         "peak_rss_mb": round(peak, 1),
+        "bytes": sum(packed(module)[1] for module in linears.values()),
+        "load": load,
         "layers": len(linears),
         "bits": args.bits,
         "group": args.group,

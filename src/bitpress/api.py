@@ -1,19 +1,21 @@
 """The Python interface: the command line's verbs as functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.pressed import is_pressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.pipeline.answers import DOCUMENTS
+from bitpress.pipeline.answers import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.prove import evaluate as _evaluate
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import Recipe, make_recipe
 from bitpress.runtime.choice import load
 
-__all__ = ["evaluate", "load", "load_tokenizer", "quantize"]
+__all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
 
 
 def quantize(
@@ -63,3 +65,17 @@ def evaluate(directory: str | Path, against: str | Path, **settings: Any) -> dic
     """Measure a model directory against the original; see `bitpress.pipeline.prove.evaluate` for settings and figures."""
     given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
     return _evaluate(given, resolve_model(str(against)), **settings)
+
+
+def evaluate_tasks(
+    directory: str | Path, tasks: Sequence[str], *, documents: int = DOCUMENTS, progress: Progress | None = None
+) -> dict[str, dict[str, Any]]:
+    """Measure the zero-shot accuracy of a model directory on multiple-choice tasks.
+
+    tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and .jsonl files of one's own
+    documents   questions of each, the first ones
+
+    Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
+    """
+    given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
+    return _evaluate_tasks(given, tasks, documents=documents, progress=progress)

@@ -6,7 +6,7 @@ quantizer: {name: gptq, damp: 0.01}
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed}          or original: what the uncompressed blocks before give a block, instead of the compressed ones
-skip: ["*.down_proj"]                   weights that stay as they are
+skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 overrides: [{match: "*.v_proj", weights: int8-row}]
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
@@ -16,6 +16,7 @@ compute: auto                           bf16 where the processor multiplies it n
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,30 @@ from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TRANSFORMS
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["Calibration", "Override", "Recipe", "make_recipe"]
+__all__ = ["NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe"]
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A paper that is no part of a recipe but a recipe. `keys` are those that it sets."""
+
+    summary: str
+    paper: str
+    source: str
+    differs: str
+    keys: Mapping[str, Any]
+
+
+NAMED_RECIPES: dict[str, NamedRecipe] = {
+    "moqe": NamedRecipe(
+        summary="experts alone in few bits, rounded to nearest; everything else untouched",
+        paper="P048",
+        source='Kim et al. 2023, "Mixture of Quantized Experts (MoQE): Complementary Effect of Low-bit Quantization and Robustness"; '
+        "only its abstract and a summary were seen: experts alone, 3 and 4 bits without training, 2 bits with it.",
+        differs="3 bits with a scale for each output channel, nothing trained; other widths by --weights, for example int2-g64-zero.",
+        keys={"weights": "int3-row", "quantizer": {"name": "rtn"}, "skip": ["*", "!*.experts.*"]},
+    ),
+}
 
 
 class _Closed(BaseModel):
@@ -69,7 +93,10 @@ class Recipe(_Closed):
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a YAML file. Raises UsageError with the key that is wrong."""
+        """Read a YAML file, or give one of `NAMED_RECIPES`. Raises UsageError with the key that is wrong."""
+        named = NAMED_RECIPES.get(str(path))
+        if named is not None and not Path(path).exists():
+            return make_recipe(named.keys, where=str(path))
         return make_recipe(_read_yaml(Path(path)), where=str(path))
 
     def dump(self) -> str:
@@ -104,7 +131,7 @@ class Recipe(_Closed):
     def _transforms(self) -> tuple[dict[str, Any], ...]:
         if self.transforms is not None:
             return self.transforms
-        return tuple({"name": name} for name in self.make_quantizer().transforms)
+        return tuple({"name": part} if isinstance(part, str) else dict(part) for part in self.make_quantizer().transforms)
 
     def make_corrections(self) -> list[tuple[str, Correction]]:
         return [(str(part.get("name")), _make("correction", part, CORRECTIONS)) for part in self.corrections]
@@ -225,7 +252,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; a recipe is a YAML file.") from error
+        named = ", ".join(NAMED_RECIPES)
+        raise UsageError(
+            f"{path}: {error.strerror or error}; a recipe is a YAML file or one of these names: {named}."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = str(error).replace("\n", " ")
         raise UsageError(f"{path}: is not YAML: {line}") from error

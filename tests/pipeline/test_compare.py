@@ -1,5 +1,6 @@
 """A comparison says of every recipe what `quantize` and `eval` say of it alone, shares what can be shared, and goes on where it stopped."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -220,8 +221,8 @@ def test_a_method_that_was_worked_on_is_run_again(run: Run, monkeypatch: pytest.
     run("gptq", "plain")
     changed = tmp_path / "gptq.py"
     changed.write_text("other code")
-    where = compare.inspect.getsourcefile
-    monkeypatch.setattr(compare.inspect, "getsourcefile", lambda kind: str(changed) if kind is GPTQ else where(kind))
+    where = inspect.getsourcefile
+    monkeypatch.setattr(inspect, "getsourcefile", lambda kind: str(changed) if kind is GPTQ else where(kind))
     calls = Calls()
     run("gptq", "plain", progress=calls)
     assert calls.stages == ["gptq, 3 bits"]

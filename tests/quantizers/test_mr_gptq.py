@@ -9,6 +9,7 @@ from bitpress.formats import Packed, Scale, parse_format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mr_gptq import MRGPTQ
 from bitpress.quantizers.quantizer import output_error
+from bitpress.recipes import make_recipe
 from bitpress.transforms.basis import into_basis, with_maps
 from bitpress.transforms.hadamard import HadamardBasis
 
@@ -122,3 +123,8 @@ def test_other_formats_and_settings_are_refused() -> None:
     for factors in (0, 65):
         with pytest.raises(UsageError, match="row_factors"):
             MRGPTQ(row_factors=factors)
+
+
+def test_its_recipe_rotates_inside_every_block() -> None:
+    recipe = make_recipe({"weights": "mxfp4", "quantizer": "mr_gptq"})
+    assert recipe.make_changes() == [("hadamard", HadamardBasis(block="group"))]

@@ -9,6 +9,8 @@ from bitpress.formats import Packed, parse_format
 from bitpress.quantizers.descent import RIDGE
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.quip_sharp import QuIPSharp
+from bitpress.recipes import make_recipe
+from bitpress.transforms.hadamard import HadamardBasis
 
 DAMP = 0.01
 
@@ -111,3 +113,11 @@ def test_what_it_cannot_do_is_refused() -> None:
     for settings in ({"residual": "e8"}, {"rms": 0.0}, {"sweeps": -1}, {"damp": 0.0}):
         with pytest.raises(UsageError):
             QuIPSharp(**settings)
+
+
+def test_its_recipe_puts_the_papers_basis_before_it() -> None:
+    recipe = make_recipe({"weights": "e8p-row", "quantizer": "quip_sharp"})
+    assert [name for name, _ in recipe.make_transforms()] == ["balance", "hadamard"]
+    assert recipe.make_changes()[1][1] == HadamardBasis(outputs=True)
+    assert recipe.resolved()["transforms"][1] == {"name": "hadamard", "block": "row", "outputs": True, "seed": 0}
+    assert make_recipe({"weights": "e8p-row", "quantizer": "quip_sharp", "transforms": []}).make_transforms() == []

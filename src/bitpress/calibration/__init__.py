@@ -2,7 +2,7 @@
 
 from bitpress.calibration.attention import Role, find_roles
 from bitpress.calibration.capture import Capture
-from bitpress.calibration.samples import Document, Windows, builtin_texts, read_texts, sample_windows
+from bitpress.calibration.samples import Document, Windows, begin_tokens, builtin_texts, read_texts, sample_windows
 from bitpress.calibration.stats import STATISTICS, Statistic, Stats, StatsCollector, of_origin
 from bitpress.calibration.watched import Watched
 
@@ -16,6 +16,7 @@ __all__ = [
     "StatsCollector",
     "Watched",
     "Windows",
+    "begin_tokens",
     "builtin_texts",
     "find_roles",
     "of_origin",

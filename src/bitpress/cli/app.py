@@ -33,7 +33,14 @@ Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with any of the settings.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML file with any of the settings, or a named recipe (moqe).")
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="fast|balanced|best", help="The recipe that measured best under the preset's rule."),
+]
+PresetBits = Annotated[int | None, typer.Option("--bits", help="Bits of the preset's codes.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE with dotted keys, e.g. quantizer.damp=0.05.")]
 CalibrationText = Annotated[str | None, typer.Option("--calibration", help="builtin, a .txt or .jsonl file, or hf:NAME.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
@@ -45,7 +52,18 @@ Head = Annotated[
     str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")
 ]
 Context = Annotated[int | None, typer.Option(min=2, help="native: tokens that there must be room for.")]
-Skip = Annotated[list[str] | None, typer.Option(help="Weights to leave alone, e.g. '*.down_proj'. May be given again.")]
+Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Read only so much of a model that bitstack made, e.g. 60MB.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Weights to leave alone, e.g. '*.down_proj'; '!*.experts.*' takes back. May be given again."),
+]
+
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Multiple-choice tasks: arc-easy,piqa,... or FILE.jsonl, separated by commas."),
+]
+Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, the first ones.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,6 +90,8 @@ def quantize(
     ],
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    preset: PresetName = None,
+    bits: PresetBits = None,
     recipe: RecipeFile = None,
     sets: Sets = None,
     calibration: CalibrationText = None,
@@ -84,14 +104,19 @@ def quantize(
     proof_tokens: Annotated[int, typer.Option(help="Held-out tokens of the final comparison; 0 leaves it out.")] = 8192,
     proof_text: Annotated[str, typer.Option(help="Held-out text of the final comparison.")] = "builtin:heldout",
     max_kl: Annotated[float | None, typer.Option(help="Publish nothing beyond this KL divergence (exit 6).")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what the preset takes and why, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model, prove what that cost, and publish it."""
+    if explain:
+        _explain(preset, bits, as_json)
+        return
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
-    made = _recipe(recipe, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    base = _base(recipe, preset, bits)
+    made = _recipe(base, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen.note)
@@ -111,6 +136,8 @@ def plan(
     model: Model,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    preset: PresetName = None,
+    bits: PresetBits = None,
     recipe: RecipeFile = None,
     sets: Sets = None,
     calibration: CalibrationText = None,
@@ -125,7 +152,8 @@ def plan(
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.quantize import plan_run
 
-    made = _recipe(recipe, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    base = _base(recipe, preset, bits)
+    made = _recipe(base, weights, quantizer, sets, calibration, samples, length, seed, skip)
     with Screen() as screen:
         planned, _, _ = plan_run(resolve_model(model, screen.note), made)
     if as_json:
@@ -134,30 +162,51 @@ def plan(
         show_plan(planned)
 
 
-@app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --json")
+@app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")
 def evaluate(
+    context: typer.Context,
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or any other model.")],
-    against: Annotated[str, typer.Option(help="The original model.")],
+    against: Annotated[str | None, typer.Option(help="The original model, to measure the distance from it.")] = None,
     text: Annotated[str, typer.Option(help="builtin:heldout[:KIND], a .txt or .jsonl file, or hf:NAME.")] = "builtin:heldout",
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens.")] = 8192,
     length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    tasks: Tasks = None,
+    documents: Documents = 500,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the distance of a model from its original on held-out text."""
+    """Measure the distance of a model from its original on held-out text, its accuracy on multiple-choice tasks, or both."""
+    from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.named import resolve_model
     from bitpress.checkpoints.pressed import is_pressed
+    from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
+    from bitpress.pipeline.answers import evaluate_tasks
     from bitpress.pipeline.prove import evaluate as measure
 
+    names = parse_tasks(tasks)
+    if against is None and not names:
+        raise UsageError("eval needs --against MODEL, --tasks NAMES, or both.")
+    _refuse_idle(context, "--against", against is None, ("text", "tokens", "length", "seed"))
+    _refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
         given = Path(directory) if is_pressed(directory) else resolve_model(directory, screen.note)
-        original = resolve_model(against, screen.note)
-        figures = measure(given, original, text=text, tokens=tokens, length=length, seed=seed, progress=screen)
+        original = None if against is None else resolve_model(against, screen.note)
+        part = None if memory is None else open_within(given, memory)
+        figures: dict[str, Any] = {}
+        if names:
+            figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
+        if original is not None:
+            figures |= measure(
+                given, original, text=text, tokens=tokens, length=length, seed=seed, pressed=part, progress=screen
+            )
+            if names:
+                figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:
         print_json({k: (None if v in (float("inf"), float("-inf")) else v) for k, v in figures.items()})
     else:
-        figures_table(figures, {})
+        figures_table(figures, accuracy_rows(figures))
 
 
 @app.command(epilog='Example: bitpress run out/smollm2-4bit --prompt "What is a Hadamard matrix?"')
@@ -190,6 +239,7 @@ def run(
     packed: Annotated[
         bool, typer.Option("--packed", help="transformers: keep the codes in memory, not the decoded weights.")
     ] = False,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Generate text with a compressed model.
@@ -211,6 +261,7 @@ def run(
         sampling={"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
         runtime=runtime,
         packed=packed,
+        memory=memory,
         threads=threads,
         native={name: value for name, value in native.items() if value is not None},
     )
@@ -255,6 +306,7 @@ def bench(
 
 @app.command(epilog="Example: bitpress compare smollm2-135m out/methods --recipes recipes.yaml --bits 4,3,2")
 def compare(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="The directory of the results. The same command goes on there.")
@@ -276,6 +328,9 @@ def compare(
         typer.Option(metavar="original|pressed", help="What blocks are calibrated on; original is run once for all recipes."),
     ] = None,
     compute: Annotated[str, typer.Option(metavar="auto|bf16|fp32", help="Arithmetic of calibration and measuring.")] = "auto",
+    tasks: Tasks = None,
+    documents: Documents = 500,
+    best: Annotated[int, typer.Option(min=1, help="Recipes of every width that answer the tasks, the best by KL.")] = 3,
     keep: Annotated[bool, typer.Option("--keep", help="Publish what every recipe makes in OUT/models.")] = False,
     forget_capture: Annotated[bool, typer.Option("--forget-capture", help="Remove OUT/capture when all is done.")] = False,
     as_json: Json = False,
@@ -286,6 +341,7 @@ def compare(
     when a recipe failed; the others are done all the same.
     """
     from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.accuracy import parse_tasks
     from bitpress.cli.compare import Board, parse_texts, parse_widths, show_comparison, write_page
     from bitpress.pipeline.candidate import read_candidates
     from bitpress.pipeline.compare import HELDOUT, compare_recipes
@@ -295,8 +351,9 @@ def compare(
     given = {key: value for key, value in given.items() if value is not None}
     shared = make_recipe({"compute": compute, "calibration": {"inputs": "original", **given}}).calibration
     candidates, notes = read_candidates(recipes, parse_widths(bits), given, compute=compute, only=only or ())
-    texts = parse_texts(text, HELDOUT)
-    with Board(len(candidates), list(texts)) as board:
+    texts, names = parse_texts(text, HELDOUT), parse_tasks(tasks)
+    _refuse_idle(context, "--tasks", not names, ("documents", "best"))
+    with Board(len(candidates), list(texts), names) as board:
         for note in notes:
             board.note(note)
         done = compare_recipes(
@@ -307,6 +364,9 @@ def compare(
             shared=shared,
             tokens=tokens,
             length=shared.length,
+            tasks=names,
+            documents=documents,
+            best=best,
             keep=keep,
             forget_capture=forget_capture,
             progress=board,
@@ -317,8 +377,10 @@ def compare(
     print_json(done) if as_json else show_comparison(done, output)
     failed = [row for row in done["rows"] if row["failed"]]
     if failed:
-        names = ", ".join(dict.fromkeys(row["name"] for row in failed))
-        raise BitpressError(f"{len(failed)} of {len(done['rows'])} recipes failed: {names}; their rows say why.")
+        those = ", ".join(dict.fromkeys(row["name"] for row in failed))
+        raise BitpressError(f"{len(failed)} of {len(done['rows'])} recipes failed: {those}; their rows say why.")
+    if any(row["failed"] for row in done["answers"]):
+        raise BitpressError("some recipes have no answers to the tasks; their rows say why.")
 
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
@@ -411,8 +473,47 @@ def models(as_json: Json = False) -> None:
     print_json(rows) if as_json else show_models(rows)
 
 
+def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:
+    """Refuse options that were given and do nothing without another."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if is_missing and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name} needs {needed}.")
+
+
+def _base(file: Path | None, preset: str | None, bits: int | None) -> dict[str, Any]:
+    """Give the keys that a recipe file or a preset sets."""
+    from bitpress.presets import find_preset
+    from bitpress.recipes import Recipe
+
+    if file is not None and preset is not None:
+        raise UsageError(
+            "--preset and --recipe: give one of them; `--preset NAME --explain --json` prints a recipe to start from."
+        )
+    if (preset is None) != (bits is None):
+        raise UsageError("--preset and --bits go together, for example --preset balanced --bits 3.")
+    if preset is not None and bits is not None:
+        return dict(find_preset(preset, bits).recipe)
+    return {} if file is None else Recipe.load(file).model_dump(exclude_unset=True)
+
+
+def _explain(preset: str | None, bits: int | None, as_json: bool) -> None:
+    import dataclasses
+
+    from bitpress.cli.reports import show_preset
+    from bitpress.presets import find_preset
+
+    if preset is None or bits is None:
+        raise UsageError("--explain says why a preset takes its recipe: give --preset and --bits too.")
+    found = find_preset(preset, bits)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        show_preset(found)
+
+
 def _recipe(
-    file: Path | None,
+    base: dict[str, Any],
     weights: str | None,
     quantizer: str | None,
     sets: list[str] | None,
@@ -422,10 +523,10 @@ def _recipe(
     seed: int | None,
     skip: list[str] | None,
 ) -> Any:
-    """Build the recipe: the file first, then the options, then --set."""
-    from bitpress.recipes import Recipe, make_recipe
+    """Build the recipe: the file or preset first, then the options, then --set."""
+    from bitpress.recipes import make_recipe
 
-    values: dict[str, Any] = {} if file is None else Recipe.load(file).model_dump(exclude_unset=True)
+    values = dict(base)
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:

@@ -31,6 +31,7 @@ class Asked:
     sampling: dict[str, float | None] = field(default_factory=dict)
     runtime: str = "auto"
     packed: bool = False
+    memory: str | None = None
     threads: int | None = None
     native: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ def _open(directory: Path, asked: Asked) -> Speaker:
             parse_format(head)
         PressedCheckpoint.open(directory, verify=False)
     native_options = tuple(f"--{name}" for name in asked.native)
-    transformers_options = ("--packed",) if asked.packed else ()
+    transformers_options = ("--packed",) * asked.packed + ("--memory",) * (asked.memory is not None)
     choice = choose_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
     speaker: Speaker
     if choice.runtime == "native":

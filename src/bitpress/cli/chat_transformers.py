@@ -8,6 +8,7 @@ import torch
 
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.chat import Asked, Show, threads_text
+from bitpress.cli.screen import size
 from bitpress.runtime.loading import load
 from bitpress.runtime.prompt import Prompt, check_prompt, choose_sampling, encode_prompt, end_tokens
 from bitpress.runtime.text import Pieces, text_decoder
@@ -21,19 +22,24 @@ class Transformers:
     def __init__(self, directory: Path, asked: Asked, reason: str) -> None:
         if asked.threads is not None:
             torch.set_num_threads(asked.threads)
-        self.model = load(directory, weights="packed" if asked.packed else "decoded")
+        packed = asked.packed or asked.memory is not None
+        self.model = load(directory, weights="packed" if packed else "decoded", memory=asked.memory)
         self.tokenizer = load_tokenizer(directory)
         self.facts: dict[str, Any] = {
             "runtime": "transformers",
             "reason": reason,
-            "weights": "packed" if asked.packed else "decoded",
+            "weights": "packed" if packed else "decoded",
             "threads": torch.get_num_threads(),
         }
+        if asked.memory is not None:
+            self.facts["weight_bytes"] = _held_bytes(self.model)
         self._asked = asked
         self._sampling = choose_sampling(self.model.generation_config, asked.temperature, asked.seed, **asked.sampling)
 
     def line(self) -> str:
-        return f"transformers: {self.facts['reason']}; weights {self.facts['weights']}, {threads_text(self.facts['threads'])}"
+        held = f", {size(self.facts['weight_bytes'])}" if "weight_bytes" in self.facts else ""
+        weights = f"weights {self.facts['weights']}{held}"
+        return f"transformers: {self.facts['reason']}; {weights}, {threads_text(self.facts['threads'])}"
 
     def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]:
         tokens = encode_prompt(self.tokenizer, prompt, raw=raw)
@@ -76,6 +82,12 @@ class Transformers:
         # Every one of them is set: transformers takes what is not from its own defaults, such as a top_k of 50.
         sampling = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": how.min_p}
         return GenerationConfig(**settings, **sampling, do_sample=True)
+
+
+def _held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and kept buffers, shared memory once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 class _Heard:

@@ -13,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bitpress.checkpoints.durable import write_durably
+from bitpress.cli.accuracy import by_recipe, heading, percent
 from bitpress.cli.compare_picture import draw_comparison, front
 from bitpress.cli.screen import Screen, duration, err, out, table
 from bitpress.errors import UsageError
+from bitpress.pipeline.compare_tasks import width_of
 
 __all__ = ["Board", "comparison_lines", "ordered", "parse_texts", "parse_widths", "show_comparison", "write_page"]
 
@@ -44,8 +46,9 @@ def parse_texts(given: Sequence[str] | None, default: Mapping[str, str]) -> dict
 class Board:
     """Shows rows as they are done and what is under way: one live table on a terminal, a line each in a log."""
 
-    def __init__(self, total: int, texts: Sequence[str]) -> None:
-        self.total, self.texts, self.rows = total, texts, list[Row]()
+    def __init__(self, total: int, texts: Sequence[str], tasks: Sequence[str] = ()) -> None:
+        self.total, self.texts, self.tasks = total, texts, tasks
+        self.rows, self.answers = list[Row](), list[Row]()
         self._plain = None if err.is_terminal else Screen()
         self._what, self._units, self._done, self._unit = "", 0, 0, ""
         self._live = Live(get_renderable=self._render, console=err, refresh_per_second=4, transient=True)
@@ -74,15 +77,21 @@ class Board:
         err.print(text, markup=False, soft_wrap=True)
 
     def row(self, row: Row) -> None:
+        if row.get("kind") == "tasks":
+            self.answers.append(row)
+            if self._plain is not None:
+                err.print(told_answers(row), markup=False, soft_wrap=True)
+            return
         self.rows.append(row)
         if self._plain is not None:
             err.print(f"[{len(self.rows)}/{self.total}] {told(row, self.texts)}", markup=False, soft_wrap=True)
 
     def _render(self) -> Group:
         room = max(err.height - 6, 3)
-        grid = _grid(self.texts)
+        grid = _grid(self.texts, self.tasks)
+        answers = by_recipe(self.answers)
         for row in self.rows[-room:]:
-            grid.add_row(*(escape(cell) for cell in _cells(row, self.texts)))
+            grid.add_row(*(escape(cell) for cell in _cells(row, self.texts, self.tasks, answers)))
         state = f"{len(self.rows)} of {self.total} recipes; {self._what}: {self._done}/{self._units} {self._unit}"
         return Group(grid, Text(state, style="dim", overflow="ellipsis", no_wrap=True))
 
@@ -96,6 +105,14 @@ def told(row: Row, texts: Sequence[str]) -> str:
     return f"{label(row)}: {row['bits_per_weight']:.3f} bits, KL {distances}; error {row['error']:.4g}, {seconds}"
 
 
+def told_answers(row: Row) -> str:
+    """Say a row of a task in one line."""
+    who = "original" if row["name"] is None else label(row)
+    if row["failed"]:
+        return f"{who}, {row['task']}: failed: {row['failed']}"
+    return f"{who}, {row['task']}: {percent(row, 'acc')} % of {row['documents']} right"
+
+
 def label(row: Row) -> str:
     return str(row["name"]) if row["bits"] is None else f"{row['name']}, {row['bits']} bits"
 
@@ -105,7 +122,7 @@ def ordered(rows: Sequence[Row]) -> list[dict[str, Any]]:
     best = front(rows)
 
     def group(row: Row) -> int:
-        return 0 if row["failed"] else int(row["bits"] or max(math.floor(row["bits_per_weight"]), 1))
+        return 0 if row["failed"] else width_of(row)
 
     lines: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: (-group(r), r.get("kl_mean", 0.0))):
@@ -114,23 +131,28 @@ def ordered(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def comparison_lines(rows: Sequence[Row], texts: Sequence[str]) -> list[tuple[str, ...]]:
+def comparison_lines(
+    rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = (), answers: Sequence[Row] = ()
+) -> list[tuple[str, ...]]:
     """Give the lines of the table; what is on the front has a star."""
     lines = []
+    answered = by_recipe(answers)
     for row in ordered(rows):
-        name, *rest = _cells(row, texts)
+        name, *rest = _cells(row, texts, tasks, answered)
         lines.append((f"{name} *" if row["front"] else name, *rest))
     return lines
 
 
-def columns(texts: Sequence[str]) -> list[str]:
-    return ["recipe", "bits", *(f"KL {name}" for name in texts), "same token", "error", "time", "peak MB", "fallbacks"]
+def columns(texts: Sequence[str], tasks: Sequence[str] = ()) -> list[str]:
+    shown = [*(f"KL {name}" for name in texts), "same token", *map(heading, tasks)]
+    return ["recipe", "bits", *shown, "error", "time", "peak MB", "fallbacks"]
 
 
 def show_comparison(done: Mapping[str, Any], directory: Path) -> None:
     """Print the table, what it was measured on, every failure, and where the rest is."""
-    names = list(done["texts"])
-    table("", columns(names), comparison_lines(done["rows"], names), right=range(1, len(columns(names))))
+    names, tasks = list(done["texts"]), list(done["tasks"])
+    heads = columns(names, tasks)
+    table("", heads, comparison_lines(done["rows"], names, tasks, done["answers"]), right=range(1, len(heads)))
     read = ", ".join(f"{text['tokens']:,} tokens of {name} ({text['source']})" for name, text in done["texts"].items())
     out.print(
         f"\n{done['model']}, in {done['compute']}; {read}.\nKL: nats a token, ± half the 95 % interval. same token, error: means over texts, "
@@ -140,9 +162,16 @@ def show_comparison(done: Mapping[str, Any], directory: Path) -> None:
     floor = done["floor"]
     if floor is not None and floor["texts"]:
         out.print(f"Noise: the original in {done['compute']} is {floor['kl_mean']:.2g} nats a token away from itself in fp32.")
+    original = by_recipe(done["answers"]).get((None, None), {})
+    for task, documents in done["tasks"].items():
+        told = f"; the original: {percent(original[task], 'acc')} %" if task in original else ""
+        out.print(f"{task}: % of {documents} questions right, ± one standard error{told}.", markup=False)
     for row in done["rows"]:
         if row["failed"]:
             out.print(f"failed: {label(row)}: {row['failed']}", markup=False)
+    for row in done["answers"]:
+        if row["failed"]:
+            out.print(told_answers(row), markup=False)
     out.print(
         f"{directory / 'compare.html'} has it all with the picture, {directory / 'results.jsonl'} the rows.", markup=False
     )
@@ -169,22 +198,29 @@ def write_page(done: Mapping[str, Any], directory: Path) -> None:
         floor=floor,
         rows=ordered(done["rows"]),
         originals=originals,
+        tasks=done["tasks"],
+        answers=by_recipe(done["answers"]),
+        heading=heading,
+        percent=percent,
         picture=Markup(picture),  # our own, every word in it escaped
     )
     write_durably(directory / "compare.svg", [picture.encode()])
     write_durably(directory / "compare.html", [page.encode()])
 
 
-def _grid(texts: Sequence[str]) -> Table:
+def _grid(texts: Sequence[str], tasks: Sequence[str]) -> Table:
     grid = Table(box=None, pad_edge=False, header_style="dim")
-    for i, column in enumerate(columns(texts)):
+    for i, column in enumerate(columns(texts, tasks)):
         grid.add_column(column, justify="right" if i else "left", overflow="ellipsis", no_wrap=True)
     return grid
 
 
-def _cells(row: Row, texts: Sequence[str]) -> list[str]:
+def _cells(
+    row: Row, texts: Sequence[str], tasks: Sequence[str], answers: Mapping[tuple[Any, Any], Mapping[str, Row]]
+) -> list[str]:
     if row["failed"]:
-        return [label(row), "failed", *[""] * (len(columns(texts)) - 2)]
+        return [label(row), "failed", *[""] * (len(columns(texts, tasks)) - 2)]
+    own = answers.get((row["name"], row["bits"]), {})
     figures = [row["texts"][name] for name in texts]
     agreement = math.fsum(f["top1_agreement"] for f in figures) / len(figures)
     return [
@@ -192,6 +228,7 @@ def _cells(row: Row, texts: Sequence[str]) -> list[str]:
         f"{row['bits_per_weight']:.3f}",
         *(_distance(f) for f in figures),
         f"{100 * agreement:.1f} %",
+        *(percent(own[task], "acc") if task in own else "" for task in tasks),
         f"{row['error']:.4g}",
         duration(row["seconds_pressing"] + row["seconds_measuring"]),
         f"{row['peak_memory_bytes'] / 1e6:.0f}",

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.markup import escape
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import KernelUnavailable
 from bitpress.pipeline.plan import Plan
+from bitpress.presets import Preset
 from bitpress.settings import usable_cores
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "show_methods",
     "show_models",
     "show_plan",
+    "show_preset",
     "show_report",
     "verify_directory",
 ]
@@ -51,6 +54,24 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     )
     if report["fallbacks"]:
         table("\nFallbacks", ("layer", "what"), [(item["weight"], item["what"]) for item in report["fallbacks"]])
+
+
+def show_preset(preset: Preset) -> None:
+    """Print what a preset takes, its figures, and what it was chosen over."""
+    out.print(f"[bold]{preset.name}, {preset.bits} bits:[/bold] {escape(preset.chosen.name)}")
+    out.print(f"rule: {escape(preset.rule)}")
+    out.print(f"measured on: {escape(preset.bench)}")
+    table(
+        "\nChosen, and the nearest others",
+        ("recipe", "stored bits", *(f"KL, {text}" for text in preset.chosen.kl), "seconds"),
+        [
+            (figures.name, f"{figures.bits:.3f}", *(f"{kl:.4f}" for kl in figures.kl.values()), f"{figures.seconds:.0f}")
+            for figures in (preset.chosen, *preset.others)
+        ],
+        right=range(1, 3 + len(preset.chosen.kl)),
+    )
+    out.print("\nAs a recipe file:")
+    out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
 
 
 def show_plan(plan: Plan) -> None:
@@ -188,7 +209,7 @@ def describe_methods() -> list[dict[str, Any]]:
             row = {"name": name, "kind": kind, "summary": method.summary, "needs": sorted(method.needs), "settings": settings}
             row |= {"paper": method.paper, "bits": list(method.bits) if kind == "quantizer" else None}
             if kind == "quantizer":
-                row["transforms"] = list(method.transforms)
+                row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
             if kind == "transform":
                 row["works_on"] = "weights" if name in BASIS_CHANGES else "groups"
             rows.append(row)

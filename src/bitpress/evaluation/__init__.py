@@ -1,7 +1,24 @@
-"""Evaluation: the distance of one model from another, over functions from tokens to logits that know nothing of quantization; and
-the rate and distortion of number formats on given matrices."""
+"""Evaluation: the distance of one model from another and its accuracy on multiple-choice questions, over functions from tokens to logits
+that know nothing of quantization; and the rate and distortion of number formats on given matrices."""
 
+from bitpress.evaluation.choices import Accuracy, Question, Task, lay_out, measure_accuracy, score_choices
 from bitpress.evaluation.distance import Distance, measure_distance
 from bitpress.evaluation.rate import Rate, draw_source, measure_rates
+from bitpress.evaluation.tasks import TASKS, hash_questions, read_questions
 
-__all__ = ["Distance", "Rate", "draw_source", "measure_distance", "measure_rates"]
+__all__ = [
+    "TASKS",
+    "Accuracy",
+    "Distance",
+    "Question",
+    "Rate",
+    "Task",
+    "draw_source",
+    "hash_questions",
+    "lay_out",
+    "measure_accuracy",
+    "measure_distance",
+    "measure_rates",
+    "read_questions",
+    "score_choices",
+]

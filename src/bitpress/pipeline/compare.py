@@ -4,42 +4,37 @@ Recipes that calibrate on the original's inputs share the statistics of one pass
 blocks as these are made, so that a recipe costs its own work and the head; nothing is written but a row, unless models are kept.
 """
 
-import datetime
-import hashlib
-import inspect
+import functools
 import math
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitpress.calibration import Windows, of_origin, read_texts
+from bitpress.calibration import read_texts
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import MANIFEST_NAME
-from bitpress.errors import BitpressError, CheckpointError, DiskError, JobStopped, NumericsError, UsageError
+from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
+from bitpress.pipeline.answers import DOCUMENTS, read_tasks, tokenize_tasks
 from bitpress.pipeline.candidate import Candidate
-from bitpress.pipeline.captured import Captured, capture_original, forget
+from bitpress.pipeline.captured import Captured, forget
+from bitpress.pipeline.compare_tasks import choose_best, measure_tasks
+from bitpress.pipeline.comparison import Comparison, attempt, capture, drawn, known_of, make_presser, noting
 from bitpress.pipeline.heldout import Heldout, distances
-from bitpress.pipeline.identity import identify, recorded, versions
+from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.job import Job
-from bitpress.pipeline.memory import peak_bytes, release, reset_peak
 from bitpress.pipeline.plan import Plan, check_room, make_plan
-from bitpress.pipeline.press import PressedBlock, Presser
+from bitpress.pipeline.press import PressedBlock
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.quantize import Proof, finish_job, shard_name
-from bitpress.pipeline.rescale import PROBE_LENGTH
 from bitpress.pipeline.results import Results
-from bitpress.pipeline.sensitivity import measure_sensitivity
-from bitpress.pipeline.source_model import OriginalLoader, open_original
+from bitpress.pipeline.source_model import open_original
 from bitpress.pipeline.stopping import stoppable
-from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import calibration_windows, load_windows
-from bitpress.recipes import Calibration, Recipe
+from bitpress.recipes import Calibration
 from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["HELDOUT", "compare_recipes"]
@@ -48,36 +43,6 @@ __all__ = ["HELDOUT", "compare_recipes"]
 HELDOUT = {"speeches": "builtin:heldout:speeches", "reference": "builtin:heldout:reference"}
 # Windows of every text on which the noise of the arithmetic is measured, against float32.
 FLOOR_WINDOWS = 8
-# A method that is being written may break in any of these ways; the other recipes are not to suffer from that.
-FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-
-
-@dataclass
-class _Comparison:
-    """What all recipes share while they run."""
-
-    path: Path
-    model: StreamedModel
-    loader: OriginalLoader
-    texts: dict[str, torch.Tensor]
-    hashes: dict[str, str]
-    shared: Calibration
-    windows: dict[Calibration, Windows]
-    plans: dict[Candidate, Plan]
-    progress: Progress
-    outer: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def tokens(self, recipe: Recipe) -> Windows | None:
-        return self.windows[_drawn(recipe.calibration)] if recipe.needs() else None
-
-    def shares(self, recipe: Recipe) -> bool:
-        """Whether the pass over the original serves a recipe: it calibrates just so, or needs nothing."""
-        return not recipe.needs() or (recipe.calibration == self.shared and recipe.batch == _batch())
-
-    def needs(self) -> frozenset[str]:
-        """Statistics to collect of the original; with any, the gram, by which every recipe's error is told."""
-        found: frozenset[str] = frozenset().union(*(c.recipe.needs() for c in self.plans if self.shares(c.recipe)))
-        return found | {"gram"} if found else found
 
 
 def compare_recipes(
@@ -89,6 +54,9 @@ def compare_recipes(
     shared: Calibration | None = None,
     tokens: int = 32768,
     length: int = 512,
+    tasks: Sequence[str] = (),
+    documents: int = DOCUMENTS,
+    best: int = 3,
     keep: bool = False,
     forget_capture: bool = False,
     progress: Progress | None = None,
@@ -98,6 +66,8 @@ def compare_recipes(
 
     texts       held-out texts by name; `tokens` of each are taken in windows of `length`
     shared      the calibration of recipes that share one pass over the original
+    tasks       multiple-choice tasks, by name or from files, that the original and the `best` recipes of every width answer at
+                the end, by the first `documents` questions of each; those recipes are pressed again
     keep        publish what every recipe makes in OUT/models
     note_row    hears every row: what is there already first, then each as soon as it is done
 
@@ -106,7 +76,11 @@ def compare_recipes(
     """
     progress = progress or Silent()
     Results.check_vacant(out)
+    if best < 1:
+        raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
     made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, progress)
+    if tasks:
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model.model.config)
     for candidate, plan in made.plans.items():
         if made.tokens(candidate.recipe) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
@@ -117,15 +91,20 @@ def compare_recipes(
     try:
         with stoppable() as check_stop:
             _run(made, results, candidates, identity, source, keep, check_stop, note_row)
-        rows = [results.find(_known(made, c)) or results.find(_known(made, c, failed=True)) for c in candidates]
-        if forget_capture and all(row is not None and not row["failed"] for row in rows):
+            found = {c: results.find(known_of(made, c)) or results.find(known_of(made, c, failed=True)) for c in candidates}
+            rows = {c: row for c, row in found.items() if row is not None}
+            chosen = choose_best(rows, best)
+            answers = measure_tasks(made, results, chosen, identity, check_stop, note_row) if tasks else []
+        if forget_capture and all(not row["failed"] for row in (*rows.values(), *answers)):
             forget(out / "capture")
         return {
             "model": str(path),
             "compute": dtype,
             "texts": {name: {"source": texts[name], "tokens": w.numel()} for name, w in made.texts.items()},
             "floor": results.find({"kind": "floor"}),
-            "rows": [row for row in rows if row is not None],
+            "rows": list(rows.values()),
+            "tasks": {name: len(task.questions) for name, task in made.tasks.items()},
+            "answers": answers,
         }
     finally:
         results.close()
@@ -139,7 +118,7 @@ def _prepare(
     tokens: int,
     length: int,
     progress: Progress,
-) -> _Comparison:
+) -> Comparison:
     """Open, plan and read everything: whatever cannot work is said here, before anything is written."""
     if len({(c.name, c.bits) for c in candidates}) < len(candidates) or not candidates:
         raise UsageError("a comparison needs recipes, each with a name of its own.")
@@ -162,21 +141,21 @@ def _prepare(
             raise type(error)(f"{c.label}: {error}") from error
     limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length
     length = min(length, limit)
-    drawn = {
+    heldout = {
         name: load_windows(text, path, samples=max(tokens // length, 1), length=length, seed=0) for name, text in texts.items()
     }
-    for windows in drawn.values():
+    for windows in heldout.values():
         check_tokens(windows.tokens, model.model.config, str(path))
-    wanted = {_drawn(c.recipe.calibration) for c in candidates if c.recipe.needs()}
+    wanted = {drawn(c.recipe.calibration) for c in candidates if c.recipe.needs()}
     calibration = {c: calibration_windows(c, path, model.model.config) for c in sorted(wanted, key=str)}
-    heldout = {name: windows.tokens for name, windows in drawn.items()}
-    hashes = {name: windows.sha256 for name, windows in drawn.items()}
+    tokens_of = {name: windows.tokens for name, windows in heldout.items()}
+    hashes = {name: windows.sha256 for name, windows in heldout.items()}
     shared = shared.model_copy(update={"inputs": "original"})
-    return _Comparison(path, model, loader, heldout, hashes, shared, calibration, plans, progress)
+    return Comparison(path, model, loader, tokens_of, hashes, shared, calibration, {}, plans, progress)
 
 
 def _run(
-    made: _Comparison,
+    made: Comparison,
     results: Results,
     candidates: Sequence[Candidate],
     identity: Mapping[str, Any],
@@ -187,7 +166,7 @@ def _run(
 ) -> None:
     pending = []
     for c in candidates:
-        known = results.find(_known(made, c))
+        known = results.find(known_of(made, c))
         if known is None or (keep and not _is_kept(made, c, results.out, source)):
             pending.append(c)
         else:
@@ -200,29 +179,20 @@ def _run(
         return
     outer = made.model.load_outer_()
     made.outer = outer if keep else {}
-    captured = _capture(made, results.out / "capture", identity, check_stop)
+    captured = capture(made, results.out / "capture", identity, check_stop)
     try:
         if floor is None:
             results.add(_measure_floor(made, captured, check_stop))
         for c in pending:
             check_stop()
-            row = _known(made, c) | _measure(made, captured, c, results.out if keep else None, source, check_stop)
-            results.add(row)
+            work = functools.partial(_press, made, captured, c, results.out if keep else None, source, check_stop)
+            results.add(known_of(made, c) | attempt(made, work))
             note_row(results.rows[-1])
     finally:
         captured.close()
 
 
-def _capture(made: _Comparison, where: Path, identity: Mapping[str, Any], check_stop: Callable[[], None]) -> Captured:
-    needs = made.needs()
-    windows = made.windows[_drawn(made.shared)] if needs else None
-    wanted = {**identity, "calibration": None if windows is None else windows.sha256, "batch": _batch()}
-    recipe = Recipe(quantizer={"name": "rtn"}, calibration=made.shared)
-    tokens = None if windows is None else windows.tokens
-    return capture_original(where, wanted, made.model, made.texts, recipe, tokens, needs, check_stop, made.progress)
-
-
-def _measure_floor(made: _Comparison, captured: Captured, check_stop: Callable[[], None]) -> dict[str, Any]:
+def _measure_floor(made: Comparison, captured: Captured, check_stop: Callable[[], None]) -> dict[str, Any]:
     """Measure the original as it computes here against itself in float32, on some windows of every text."""
     texts = {name: windows[:FLOOR_WINDOWS] for name, windows in made.texts.items()}
     exact, _ = open_original(made.path, torch.float32)
@@ -237,40 +207,12 @@ def _measure_floor(made: _Comparison, captured: Captured, check_stop: Callable[[
         exact.drop_block_(i)
         made.progress.advance(exact.block_name(i))
     states = {name: value[:FLOOR_WINDOWS] for name, value in captured.states().items()}
-    figures = distances((exact, heldout.states), (made.model, states), texts, _noting(made, check_stop))
+    figures = distances((exact, heldout.states), (made.model, states), texts, noting(made, check_stop))
     return {"kind": "floor", "texts": figures, "tokens": sum(w.numel() for w in texts.values()), "kl_mean": _mean_kl(figures)}
 
 
-def _measure(
-    made: _Comparison,
-    captured: Captured,
-    c: Candidate,
-    keep: Path | None,
-    source: Mapping[str, str],
-    check_stop: Callable[[], None],
-) -> dict[str, Any]:
-    """Press and measure one recipe: what its row says beyond which recipe it is."""
-    reset_peak()
-    try:
-        found = _press(made, captured, c, keep, source, check_stop)
-    except (JobStopped, DiskError):
-        raise
-    except BitpressError as error:
-        found = {"failed": str(error)}
-    except FAILURES as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = " ".join(str(error).split())[:300]
-        found = {"failed": f"{type(error).__name__}: {what} ({Path(frame.filename).name}:{frame.lineno})"}
-    finally:
-        for i in range(len(made.model.blocks)):
-            made.model.drop_block_(i)
-        release()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    return {"failed": None, **found, "peak_memory_bytes": peak_bytes(), "threads": torch.get_num_threads(), "finished": now}
-
-
 def _press(
-    made: _Comparison,
+    made: Comparison,
     captured: Captured,
     c: Candidate,
     keep: Path | None,
@@ -280,7 +222,7 @@ def _press(
     started = time.perf_counter()
     model, plan, recipe = made.model, made.plans[c], c.recipe
     heldout = Heldout(model, made.texts)
-    presser = _make_presser(made, captured, c, heldout, check_stop)
+    presser = make_presser(made, captured, c, heldout.step_, check_stop)
     heldout.start_()
     job = None if keep is None else _open_job(made, c, keep, source)
     try:
@@ -295,7 +237,7 @@ def _press(
                 _keep_block(job, made, plan, i, block)
             made.progress.advance(model.block_name(i), error=block.error)
         pressed = time.perf_counter() - started - heldout.seconds
-        figures = distances((model, captured.states()), (model, heldout.states), made.texts, _noting(made, check_stop))
+        figures = distances((model, captured.states()), (model, heldout.states), made.texts, noting(made, check_stop))
         measured = time.perf_counter() - started - pressed
         if job is not None:
             job.settle()
@@ -338,73 +280,17 @@ def _press(
     }
 
 
-def _noting(made: _Comparison, check_stop: Callable[[], None]) -> Callable[[str], None]:
-    def note(unit: str) -> None:
-        made.progress.advance(unit)
-        check_stop()
-
-    return note
-
-
-def _make_presser(
-    made: _Comparison, captured: Captured, c: Candidate, heldout: Heldout, check_stop: Callable[[], None]
-) -> Presser:
-    """Make a presser that takes what the pass over the original has seen, or where that is not for this recipe runs its own windows."""
-    model, plan, recipe = made.model, made.plans[c], c.recipe
-    needs = recipe.needs()
-    felt = of_origin(needs, "loss")
-    windows = made.tokens(recipe)
-    sensitivity = None
-    if felt and felt <= captured.needs and windows is made.windows.get(_drawn(made.shared)):
-        sensitivity = captured.sensitivity
-    elif felt and windows is not None:
-        sensitivity = measure_sensitivity(model, plan.weights, windows.tokens, check_stop, made.progress).__getitem__
-    if made.shares(recipe) and captured.needs:
-        shared = made.windows[_drawn(made.shared)].tokens
-        model.embed(shared[:1, :PROBE_LENGTH])  # the model learns what it passes to its blocks for inputs of the probe's shape
-
-        def measured(i: int) -> Any:
-            return captured.measured(i, needs)
-
-        return Presser(
-            model, recipe, plan.weights, check_stop=check_stop, sensitivity=sensitivity, measured=measured, visit=heldout.step_
-        )
-    presser = Presser(model, recipe, plan.weights, check_stop=check_stop, sensitivity=sensitivity, visit=heldout.step_)
-    presser.start_(None if windows is None else windows.tokens, None)
-    return presser
-
-
-def _known(made: _Comparison, c: Candidate, *, failed: bool = False) -> dict[str, Any]:
-    """What a row says of the recipe that it is about; one that failed is found by its name alone, as it is done again."""
-    known: dict[str, Any] = {"kind": "recipe", "name": c.name, "bits": c.bits}
-    if failed:
-        return known
-    windows = made.tokens(c.recipe)
-    calibration = None if windows is None else windows.sha256
-    return {**known, "recipe": recorded(c.recipe), "code": _code(c.recipe), "calibration": calibration, "failed": None}
-
-
-def _code(recipe: Recipe) -> str:
-    """Hash the files of the recipe's own parts: a method that has been worked on is measured again."""
-    parts = [recipe.make_quantizer(), *(part for _, part in (*recipe.make_transforms(), *recipe.make_corrections()))]
-    digest = hashlib.sha256()
-    for part in parts:
-        source = inspect.getsourcefile(type(part))
-        digest.update(b"" if source is None else Path(source).read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _folder(out: Path, c: Candidate) -> Path:
     name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in c.name)
     return out / "models" / (name if c.bits is None else f"{name}-{c.bits}")
 
 
-def _identity(made: _Comparison, c: Candidate, source: Mapping[str, str]) -> dict[str, Any]:
+def _identity(made: Comparison, c: Candidate, source: Mapping[str, str]) -> dict[str, Any]:
     windows = made.tokens(c.recipe)
     return identify(source, None if windows is None else windows.sha256, c.recipe)
 
 
-def _is_kept(made: _Comparison, c: Candidate, out: Path, source: Mapping[str, str]) -> bool:
+def _is_kept(made: Comparison, c: Candidate, out: Path, source: Mapping[str, str]) -> bool:
     manifest = _folder(out, c) / MANIFEST_NAME
     try:
         known = read_json(manifest) if manifest.exists() else None
@@ -413,7 +299,7 @@ def _is_kept(made: _Comparison, c: Candidate, out: Path, source: Mapping[str, st
     return isinstance(known, dict) and known.get("job") == _identity(made, c, source)
 
 
-def _open_job(made: _Comparison, c: Candidate, out: Path, source: Mapping[str, str]) -> Job:
+def _open_job(made: Comparison, c: Candidate, out: Path, source: Mapping[str, str]) -> Job:
     folder = _folder(out, c)
     if folder.exists():
         shutil.rmtree(folder)  # of a recipe that has changed, or of a run that was stopped
@@ -423,17 +309,8 @@ def _open_job(made: _Comparison, c: Candidate, out: Path, source: Mapping[str, s
     return job
 
 
-def _keep_block(job: Job, made: _Comparison, plan: Plan, i: int, block: PressedBlock) -> None:
+def _keep_block(job: Job, made: Comparison, plan: Plan, i: int, block: PressedBlock) -> None:
     job.commit_behind(made.model.block_name(i), shard_name(i + 1, plan.blocks + 1), block.tensors, block.facts(), None)
-
-
-def _drawn(calibration: Calibration) -> Calibration:
-    """Leave out what does not decide which windows are drawn."""
-    return calibration.model_copy(update={"inputs": "pressed"})
-
-
-def _batch() -> int:
-    return int(Recipe.model_fields["batch"].default)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,6 +22,7 @@ from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitEr
 from bitpress.formats import AnyFormat, Format
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.streaming import StreamedModel
+from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Recipe
 
@@ -33,7 +34,7 @@ BASE_BYTES = 450 * 2**20
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """`beside`: the bytes of the recipe's corrections."""
+    """`beside`: the bytes of the recipe's corrections, and of what its quantizer stores otherwise than its format says."""
 
     parameter: WeightParameter
     format: AnyFormat
@@ -62,8 +63,8 @@ class PlannedWeight:
 class Plan:
     """Every weight with its format, what is kept, and totals.
 
-    Bytes are exact but for entropy-coded weights, and for maps, which are small and not counted; `peak_memory` and `seconds` are
-    estimates.
+    Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`own_bytes`), and for
+    maps, which are small and not counted; `peak_memory` and `seconds` are estimates.
     """
 
     weights: tuple[PlannedWeight, ...]
@@ -108,7 +109,7 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
         kept |= others
     if not weights:
-        raise UsageError("nothing is left to compress; --skip leaves every weight as it is.")
+        raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
     _check_shapes(weights)
     _check_parts(weights, recipe)
     weights = [replace(w, beside=_bytes_beside(w, recipe)) for w in weights]
@@ -170,6 +171,11 @@ def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
                 check_served(recipe.quantizer["name"], serves, planned.format)
             except FormatError as error:
                 wrong.setdefault(str(error), []).append(parameter.stem)
+            else:
+                try:
+                    own_bytes(recipe.make_quantizer(), planned.format, parameter.shape)
+                except BitpressError as error:
+                    wrong.setdefault(f"{recipe.quantizer['name']}: {error}", []).append(parameter.stem)
         for name, correction in recipe.make_corrections():
             try:
                 correction.nbytes(parameter.shape)
@@ -179,8 +185,9 @@ def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
 
 
 def _bytes_beside(planned: PlannedWeight, recipe: Recipe) -> int:
-    parameter = planned.parameter
-    return sum(part.nbytes(parameter.shape, max(parameter.experts, 1)) for _, part in recipe.make_corrections())
+    shape, parts = planned.parameter.shape, max(planned.parameter.experts, 1)
+    own = own_bytes(recipe.make_quantizer(), planned.format, shape, parts) if isinstance(planned.format, Format) else 0
+    return own + sum(part.nbytes(shape, parts) for _, part in recipe.make_corrections())
 
 
 def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
@@ -190,8 +197,8 @@ def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
 
 
 def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:7])
-    return shown if len(names) <= 7 else f"{shown} and {len(names) - 7} more"
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _activation_bytes(model: StreamedModel, recipe: Recipe) -> int:

@@ -257,6 +257,8 @@ class Presser:
             raise NumericsError(f"{parameter.stem}: the compressed weight is not finite.")
         block.tensors |= {f"{parameter.stem}.{leaf}": t for leaf, t in weight.tensors().items()}
         record = {"spec": weight.spec(), "transposed": parameter.transposed, "experts": parameter.experts}
+        if (by_terms := _errors_by_terms(outcomes, len(weight.terms))) is not None:
+            record["errors"] = by_terms
         block.weights[parameter.name] = record
         block.digests[parameter.name] = digest(w_hat)
         block.rows.append(
@@ -297,7 +299,7 @@ class Presser:
             # Experts of one stack have the same kinds of terms: this one goes the same way, as if its channels were all alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
             quantizer = self.quantizer if self.quantizer.needs <= {"gram", "mean_abs"} else RTN(clip="mse")
-            outcome = Outcome(compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections).weight, (scarce,))
+            outcome = replace(compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections), fallbacks=(scarce,))
         else:
             seen = stats if scales is None else scales.stats.get(name)
             outcome = self._compose(name, w, self._needed(seen), fmt)
@@ -309,7 +311,7 @@ class Presser:
                 divide = Scale((1 / factor).contiguous())
                 mapped = CompressedWeight(weight.terms, chain(divide, weight.input_map), weight.output_map)
                 text = "no producer takes the input's scale; it is applied at run time"
-                outcome = Outcome(mapped, (*outcome.fallbacks, text))
+                outcome = replace(outcome, weight=mapped, fallbacks=(*outcome.fallbacks, text))
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
         alone = self.quantizer == RTN() and not self.changes and not self.corrections
@@ -347,6 +349,14 @@ class Presser:
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
     """SHA-256 of a decoded weight's float32 values, to be compared after the file has been read again."""
     return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()
+
+
+def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:
+    """Give the errors of the first 1, 2, ... of a weight's terms, experts' on average, where its quantizer says them all."""
+    wanted = [f"error_{k}" for k in range(1, count + 1)]
+    if not all(set(wanted) == {name for name in o.figures if name.startswith("error_")} for o in outcomes):
+        return None
+    return [_mean([o.figures[name] for o in outcomes]) for name in wanted]
 
 
 def _mean(values: Sequence[float]) -> float:

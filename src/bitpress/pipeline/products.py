@@ -18,7 +18,10 @@ __all__ = ["list_weights"]
 def list_weights(
     block_name: str, block: torch.nn.Module, config: Any, skip: Sequence[str]
 ) -> tuple[list[WeightParameter], dict[str, str]]:
-    """List the weights of a block in the order of its modules, and why each other matrix is kept as it is."""
+    """List the weights of a block in the order of its modules, and why each other matrix is kept as it is.
+
+    Of the patterns of `skip` the last one that matches decides; one behind "!" takes back what those before leave out.
+    """
     from transformers.pytorch_utils import Conv1D
 
     num_experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
@@ -43,8 +46,13 @@ def list_weights(
                 found = WeightParameter(name, (out, inner), transposed, experts=value.shape[0])
             if found is None:
                 kept[name] = "not a linear product"
-            elif any(fnmatch.fnmatchcase(found.stem, p) or fnmatch.fnmatchcase(name, p) for p in skip):
+            elif _skipped((found.stem, name), skip):
                 kept[name] = "skipped as asked"
             else:
                 weights.append(found)
     return weights, kept
+
+
+def _skipped(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    matched = (p for p in reversed(patterns) if any(fnmatch.fnmatchcase(name, p.removeprefix("!")) for name in names))
+    return not next(matched, "!").startswith("!")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
+from bitpress.checkpoints.budget import open_within
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
 from bitpress.evaluation import measure_distance
@@ -79,15 +80,19 @@ def evaluate(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     pressed: PressedCheckpoint | None = None,
+    memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare a compressed (or any other) model directory with the original on held-out text.
 
     Gives kl_mean, kl_ci95, top1_agreement, perplexity, perplexity_original, bits_per_weight and bytes (from what is stored),
     tokens and tokens_per_second (tokens that the candidate's decoded weights scored per second, loading left out).
+    With `memory`, a model of stacks is read only so far (`checkpoints.budget`), and bits and bytes are those of what is read.
     Raises CheckpointError, CalibrationError, NumericsError.
     """
     directory, against = Path(directory), Path(against)
+    if pressed is None and memory is not None:
+        pressed = open_within(directory, memory)
     if pressed is None and is_pressed(directory):
         pressed = PressedCheckpoint.open(directory)
     original = open_streamed(against, dtype)

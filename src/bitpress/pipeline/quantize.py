@@ -1,6 +1,7 @@
 """The main job: plan, press block by block into a journal, stage, prove, publish."""
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -25,6 +26,7 @@ from bitpress.checkpoints.pressed import (
     WeightRecord,
 )
 from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.formats import Format
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
@@ -41,7 +43,7 @@ from bitpress.pipeline.windows import calibration_windows
 from bitpress.recipes import Recipe
 from bitpress.settings import use_native
 
-__all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name", "unmeant_bits"]
 
 
 class Proof:
@@ -94,6 +96,10 @@ def quantize_directory(
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
         return finished
+    for text in unmeant_bits(plan, recipe):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict).")
+        progress.note(f"{text}.")
     check_room(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     job = Job.open(out, identity, force=force)
@@ -103,6 +109,19 @@ def quantize_directory(
             return finish_job(job, loader, model, plan, recipe, windows, proof, progress, check_stop, (started, seconds))
     finally:
         job.close()
+
+
+def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
+    """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
+    quantizer, name = recipe.make_quantizer(), recipe.quantizer["name"]
+    least, most = quantizer.bits
+    formats = {w.format.name: w.format for w in plan.weights if isinstance(w.format, Format)}
+    bits = {name: fmt.grid.code_bits / fmt.grid.span for name, fmt in formats.items()}
+    return [
+        f"{name} is meant for codes of {least:g}{'' if least == most else f' to {most:g}'} bits a weight, and {fmt} has {value:g}"
+        for fmt, value in bits.items()
+        if not math.floor(least) <= value <= math.ceil(most)
+    ]
 
 
 def _press(

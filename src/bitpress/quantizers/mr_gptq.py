@@ -14,7 +14,7 @@ Fails    as GPTQ; FormatError for other formats.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ class MRGPTQ:
     damp_limit: float = 10.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
-    transforms: ClassVar[tuple[str, ...]] = ("hadamard",)
+    transforms: ClassVar[tuple[dict[str, Any], ...]] = ({"name": "hadamard", "block": "group"},)
     summary: ClassVar[str] = "GPTQ with a scale search for MXFP4 and NVFP4, after a Hadamard rotation of every block"
     paper: ClassVar[str] = "P438"
     bits: ClassVar[tuple[float, float]] = (4, 4)

@@ -6,7 +6,7 @@ A quantizer is pure: no model, no files, no randomness that is not seeded by its
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -31,14 +31,14 @@ class Quantizer(Protocol):
     """One paper's way to choose codes.
 
     needs       names from `calibration.stats.STATISTICS`
-    transforms  names of the transforms that the paper puts before it; a recipe may say otherwise
+    transforms  the transforms that the paper puts before it, by name or as in a recipe with their settings; a recipe may say otherwise
     paper       row of the paper in the catalogue of methods, or what it is a yardstick of
     bits        the least and the most bits of the codes, a weight, that it is meant for
     serves      patterns of the names of formats that it can choose codes for; a method without it serves every format
     """
 
     needs: ClassVar[frozenset[str]]
-    transforms: ClassVar[tuple[str, ...]]
+    transforms: ClassVar[tuple[Any, ...]]  # names and mappings; a protocol's attributes are invariant
     summary: ClassVar[str]
     paper: ClassVar[str]
     bits: ClassVar[tuple[float, float]]

@@ -1,8 +1,8 @@
 """QuIP#, before its fine-tuning: eight weights at a time as a point of the E8 lattice, errors fed back, then swept again.
 
 Source   Tseng et al. 2024, "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks": BlockLDLQ and
-         the books; scales, damping and the sweeps after BlockLDLQ as in the authors' public code (`lib/algo/quip.py`). The random
-         Hadamard rotation is the transform `hadamard`, done before.
+         the books; scales, damping and the sweeps after BlockLDLQ as in the authors' public code (`lib/algo/quip.py`). The balance of
+         channels (its `rescale_WH`) and the random Hadamard rotation of both sides are transforms, done before.
 Differs  a scale for every block of the format (rows by `e8p-row`), where the code has one for the whole matrix, and with such scales
          weights of root mean square 1.03 instead of 0.9 for one book and 0.93 instead of 1.03 for two of 2 bits (8% less error on
          a small model); every row keeps the best of its sweeps, as a sweep may make it worse; 2 sweeps instead of 10; the second
@@ -15,7 +15,7 @@ Fails    as GPTQ; FormatError for codes that are not e8p.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -52,7 +52,7 @@ class QuIPSharp:
     damp_limit: float = 10.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
-    transforms: ClassVar[tuple[str, ...]] = ("hadamard",)
+    transforms: ClassVar[tuple[dict[str, Any], ...]] = ({"name": "balance"}, {"name": "hadamard", "outputs": True})
     summary: ClassVar[str] = "points of the E8 lattice with error feedback, after a random Hadamard rotation"
     paper: ClassVar[str] = "P204"
     bits: ClassVar[tuple[float, float]] = (2, 4)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from bitpress.quantizers.adadim import AdaDim
+from bitpress.quantizers.aespa import Aespa
 from bitpress.quantizers.aligned_groups import AlignedGroups
 from bitpress.quantizers.aqlm import AQLM
 from bitpress.quantizers.awq import AWQ
@@ -52,6 +53,7 @@ QUANTIZERS: dict[str, type[Any]] = {
     "gptaq": GPTAQ,
     "rsq": RSQ,
     "boa": BoA,
+    "aespa": Aespa,
     "ldlq": LDLQ,
     "quantease": QuantEase,
     "comq": COMQ,

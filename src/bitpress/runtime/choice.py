@@ -116,6 +116,7 @@ def load(
     runtime: Literal["auto", "native", "transformers"] = "transformers",
     weights: Literal["decoded", "packed"] | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
+    memory: int | str | None = None,
     activations: Literal["int8", "none"] | None = None,
     cache: Literal["fp16", "int8"] | None = None,
     head: str | None = None,
@@ -134,6 +135,7 @@ def load(
     weights      "decoded" (default): decode each weight once, as fast and as large in memory as the original;
                  "packed": keep the codes, a fraction of the memory
     dtype        what the rest computes in; "auto" (default) is the original's type
+    memory       read at most so many bytes ("60MB") of a model made of stacks (the quantizer bitstack); weights are "packed" by default
 
     Of the native engine:
     activations  "int8" (default): inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float
@@ -145,7 +147,7 @@ def load(
     Raises CheckpointError when anything in the directory is not as its manifest says, UsageError for an option of the other runtime,
     KernelUnavailable where the native engine does not know the model.
     """
-    of_transformers = {"weights": weights, "dtype": dtype}
+    of_transformers: dict[str, Any] = {"weights": weights, "dtype": dtype, "memory": memory}
     of_native = {"activations": activations, "cache": cache, "head": head, "context": context, "threads": threads}
     of_transformers = {name: value for name, value in of_transformers.items() if value is not None}
     given: dict[str, Any] = {name: value for name, value in of_native.items() if value is not None}
@@ -156,5 +158,5 @@ def load(
         return load_native(directory, verify=verify, note=note, **given)
     from bitpress.runtime.loading import load as load_transformers
 
-    options: dict[str, Any] = of_transformers
+    options: dict[str, Any] = of_transformers if memory is None else {"weights": "packed", **of_transformers}
     return load_transformers(directory, verify=verify, note=note, **options)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from bitpress.checkpoints.budget import within
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, FormatError, UsageError
@@ -23,6 +24,7 @@ def load(
     *,
     weights: Literal["decoded", "packed"] = "decoded",
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    memory: int | str | None = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> Any:
@@ -31,15 +33,19 @@ def load(
     weights     "decoded": decode each weight once, as fast and as large in memory as the original;
                 "packed": keep the codes, a fraction of the memory, and decode at every product
     dtype       what the rest computes in; "auto" is the original's type
+    memory      of a model of stacks (the quantizer bitstack), read only so many terms that all that is read takes at most these bytes,
+                as a number or like "60MB"; what is decoded is larger
     verify      check the SHA-256 of every file first
 
-    Raises CheckpointError when anything in the directory is not as its manifest says.
+    Raises CheckpointError when anything in the directory is not as its manifest says, MemoryLimitError for too little memory.
     """
     if weights not in ("decoded", "packed"):
         raise UsageError(f"weights={weights!r}: it is 'decoded' or 'packed'.")
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r}: it is one of {', '.join(DTYPES)}.")
     pressed = PressedCheckpoint.open(directory, verify=verify)
+    if memory is not None:
+        pressed = within(pressed, memory)
     config = build_config(pressed.config)
     chosen = DTYPES[dtype] or getattr(config, "dtype", None) or _stored_dtype(pressed)
     model = build_skeleton(config, chosen)

@@ -1,0 +1,95 @@
+"""A model within a budget of bytes: of every stack of terms only so many of the first as the budget has room for.
+
+The manifest holds what every stack loses with its first 1, 2, ... terms; `formats.stack_budget` makes one order of all blocks of them,
+in which a larger budget only ever adds. The bytes counted are those of all tensors that are read, as they are stored.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bitpress.checkpoints.pressed import PressedCheckpoint, WeightRecord, is_pressed
+from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
+from bitpress.formats.stack_budget import choose_blocks
+
+__all__ = ["open_within", "parse_bytes", "within"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmg]i?)?b?", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Read a number of bytes: 60000000, "60MB", "1.5GB", "64MiB". Raises UsageError."""
+    found = _SIZE.fullmatch(str(size).strip())
+    count = int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found and not isinstance(size, bool) else 0
+    if count < 1:
+        raise UsageError(f"memory={size!r}: it is a number of bytes, for example 60MB, 1.5GB or 64MiB.")
+    return count
+
+
+def open_within(directory: str | Path, memory: int | str) -> PressedCheckpoint:
+    """Open a directory that bitpress wrote, within a budget. Raises UsageError for any other model."""
+    if not is_pressed(directory):
+        raise UsageError(
+            f"{directory}: bitpress did not write it, so no part of its weights can be left out; leave memory out."
+        )
+    return within(PressedCheckpoint.open(directory), memory)
+
+
+def within(pressed: PressedCheckpoint, memory: int | str) -> PressedCheckpoint:
+    """Give the checkpoint with as many terms of its stacks as fit, the most error taken away for a byte first.
+
+    Raises UsageError where no weight is such a stack, MemoryLimitError where even the first terms are too large, CheckpointError for
+    a manifest whose figures are not those of its weights.
+    """
+    budget = parse_bytes(memory)
+    blocks = {name: _blocks(pressed, name, record) for name, record in pressed.manifest.weights.items() if record.errors}
+    if not blocks:
+        raise UsageError(
+            f"{pressed.root}: no weight is a stack that can be loaded in part; leave memory out, or press with the quantizer bitstack."
+        )
+    errors = {name: pressed.manifest.weights[name].errors or [] for name in blocks}
+    sizes = {name: [_nbytes(pressed, names) for names in parts] for name, parts in blocks.items()}
+    in_stacks = sum(map(sum, sizes.values()))
+    always = _nbytes(pressed, pressed.tensors) - in_stacks
+    least = always + sum(parts[0] for parts in sizes.values())
+    if budget < least:
+        raise MemoryLimitError(
+            f"{pressed.root}: {budget:,} bytes are too few; {least:,} at least, and {always + in_stacks:,} for all."
+        )
+    try:
+        counts = choose_blocks(errors, sizes, budget - always)
+    except UsageError as error:
+        raise CheckpointError(f"{pressed.root}: {error}") from error
+    return _cut(pressed, blocks, counts)
+
+
+def _blocks(pressed: PressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
+    """Give the tensors of each term of a stack; its maps go with the first."""
+    terms = record.spec["terms"]
+    if len(terms) != len(record.errors or ()):
+        raise CheckpointError(f"{pressed.root}: {name}: {len(record.errors or ())} errors are not those of {len(terms)} terms.")
+    stem = record.parameter(name).stem
+    parts = [[t for t in pressed.stored[name] if t.startswith(f"{stem}.term{k}.")] for k in range(len(terms))]
+    parts[0] += [t for t in pressed.stored[name] if not t.startswith(f"{stem}.term")]
+    return parts
+
+
+def _nbytes(pressed: PressedCheckpoint, names: Sequence[str] | Mapping[str, object]) -> int:
+    return sum(pressed.tensors[name][1].nbytes for name in names)
+
+
+def _cut(pressed: PressedCheckpoint, blocks: Mapping[str, list[list[str]]], counts: Mapping[str, int]) -> PressedCheckpoint:
+    weights, stored = dict(pressed.manifest.weights), dict(pressed.stored)
+    left_out: set[str] = set()
+    for name, count in counts.items():
+        record = weights[name]
+        spec = {**record.spec, "terms": record.spec["terms"][:count]}
+        weights[name] = record.model_copy(update={"spec": spec, "errors": (record.errors or [])[:count]})
+        behind = {t for part in blocks[name][count:] for t in part}
+        stored[name] = tuple(t for t in stored[name] if t not in behind)
+        left_out |= behind
+    tensors = {name: entry for name, entry in pressed.tensors.items() if name not in left_out}
+    manifest = pressed.manifest.model_copy(update={"weights": weights})
+    return replace(pressed, manifest=manifest, stored=stored, tensors=tensors, cut=True)

@@ -1,0 +1,132 @@
+"""Multiple-choice tasks on their way through a model, block by block, and how many answers are right at its end."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.calibration import begin_tokens
+from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
+from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.errors import UsageError
+from bitpress.evaluation import Question, Task, lay_out, measure_accuracy, read_questions
+from bitpress.pipeline.memory import release
+from bitpress.pipeline.progress import Progress, Silent
+from bitpress.pipeline.source_model import open_streamed
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.recipes import Recipe
+from bitpress.runtime.skeleton import check_tokens
+
+__all__ = ["DOCUMENTS", "Answers", "count_batches", "evaluate_tasks", "read_tasks", "tokenize_tasks"]
+
+DOCUMENTS = 500
+
+
+def read_tasks(
+    names: Sequence[str], documents: int = DOCUMENTS, say: Callable[[str], None] = lambda line: None
+) -> dict[str, list[Question]]:
+    """Read the first questions of every task. Raises what `read_questions` raises, UsageError for a name given twice."""
+    if len(set(names)) < len(names) or not names:
+        raise UsageError(f"tasks {', '.join(names) or '(none)'}: name one or more, each once.")
+    return {name: read_questions(name, documents, say) for name in names}
+
+
+def tokenize_tasks(tasks: Mapping[str, Sequence[Question]], path: Path, config: Any) -> dict[str, Task]:
+    """Lay tasks out for a model directory with its own tokenizer. Raises UsageError, CheckpointError."""
+    tokenizer: Any = load_tokenizer(path)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    made = {}
+    for name, questions in tasks.items():
+        try:
+            made[name] = lay_out(questions, encode, begin=begin_tokens(tokenizer), first=first, limit=limit)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+        for batch in made[name].batches:
+            check_tokens(torch.cat([batch.tokens.flatten(), batch.targets]), config, str(path))
+    return made
+
+
+class Answers:
+    """The hidden states of every batch of every task; `step_` moves them past a block that is loaded."""
+
+    def __init__(self, model: StreamedModel, tasks: Mapping[str, Task]) -> None:
+        self.model, self.tasks = model, tasks
+        self.states: dict[str, list[torch.Tensor]] = {}
+
+    def start_(self) -> None:
+        self.states = {name: [self.model.embed(batch.tokens) for batch in task.batches] for name, task in self.tasks.items()}
+
+    def step_(self, i: int) -> None:
+        for states in self.states.values():
+            for k, state in enumerate(states):
+                states[k] = self.model.run_block(i, state)
+
+    def accuracies(self, note: Callable[[str], None] = lambda unit: None) -> dict[str, dict[str, Any]]:
+        """Give the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
+
+        Values that JSON does not have, such as the standard error of a single question, are None.
+        """
+        found = {}
+        for name, task in self.tasks.items():
+
+            def say(done: int, name: str = name) -> None:
+                note(f"{name}, batch {done}")
+
+            figures = measure_accuracy(self._scorer(name), task, say)
+            found[name] = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(figures).items()}
+        return found
+
+    def _scorer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Give the logits of one batch after the other; what follows the last block sees every position alone."""
+        left = iter(self.states[name])
+
+        def logits(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            hidden = next(left).flatten(0, 1)[at, None]
+            return self.model.logits(tokens.flatten()[at, None], hidden)[:, 0]
+
+        return logits
+
+
+def evaluate_tasks(
+    directory: str | Path,
+    tasks: Sequence[str],
+    *,
+    documents: int = DOCUMENTS,
+    dtype: torch.dtype | None = None,
+    pressed: PressedCheckpoint | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure the zero-shot accuracy of a compressed (or any other) model directory on tasks, by name or from files.
+
+    Computes in bf16 where the processor has it, as calibration does, unless `dtype` says otherwise: float32 takes twice the time.
+    Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents for every task; see `bitpress.evaluation.choices` for what they
+    are. Raises UsageError, CheckpointError, NumericsError.
+    """
+    progress, directory = progress or Silent(), Path(directory)
+    questions = read_tasks(tasks, documents, progress.note)
+    if pressed is None and is_pressed(directory):
+        pressed = PressedCheckpoint.open(directory)
+    model = open_streamed(directory, dtype or Recipe().compute_dtype(), pressed)
+    answers = Answers(model, tokenize_tasks(questions, directory, model.model.config))
+    progress.begin(f"answering {', '.join(tasks)}", len(model.blocks) + count_batches(answers.tasks))
+    model.load_outer_()
+    answers.start_()
+    for i in range(len(model.blocks)):
+        model.load_block_(i)
+        answers.step_(i)
+        model.drop_block_(i)
+        release()
+        progress.advance(model.block_name(i))
+    return answers.accuracies(progress.advance)
+
+
+def count_batches(tasks: Mapping[str, Task]) -> int:
+    return sum(len(task.batches) for task in tasks.values())

@@ -1,0 +1,73 @@
+"""Presets: every choice is a recipe, the explanation says why, and wrong wishes are refused in one line before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bitpress.cli.app import app
+from bitpress.errors import UsageError
+from bitpress.formats import parse_format
+from bitpress.presets import find_preset, preset_names
+from bitpress.recipes import Recipe, make_recipe
+
+CHOICES = [(name, bits) for name in ("fast", "balanced", "best") for bits in (4, 3, 2)]
+
+
+@pytest.mark.parametrize(("name", "bits"), CHOICES)
+def test_every_choice_is_a_recipe_of_its_width(name: str, bits: int) -> None:
+    preset = find_preset(name, bits)
+    recipe = make_recipe(preset.recipe)
+    assert parse_format(recipe.weights).grid.code_bits / parse_format(recipe.weights).grid.span <= bits
+    assert bits <= preset.chosen.bits <= bits + 0.5
+    means = [sum(figures.kl.values()) for figures in (preset.chosen, *preset.others)]
+    assert means == sorted(means), "the least KL is chosen"
+
+
+def test_a_preset_with_more_patience_is_no_worse() -> None:
+    for bits in (4, 3, 2):
+        fast, balanced, best = (sum(find_preset(name, bits).chosen.kl.values()) for name in ("fast", "balanced", "best"))
+        assert best <= balanced <= fast
+    assert not make_recipe(find_preset("fast", 4).recipe).needs()
+    assert preset_names() == ["fast", "balanced", "best"]
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    made = CliRunner().invoke(app, ["quantize", "nowhere", "out", *arguments])
+    if isinstance(made.exception, UsageError):
+        return made.exception.exit_code, str(made.exception)
+    return made.exit_code, made.output
+
+
+def test_the_explanation_names_recipe_rule_figures_and_others(tmp_path: Path) -> None:
+    code, text = run("--preset", "best", "--bits", "3", "--explain")
+    preset = find_preset("best", 3)
+    assert code == 0
+    assert preset.chosen.name in text
+    assert preset.others[0].name in text
+    assert f"{preset.chosen.bits:.3f}" in text
+    kept = tmp_path / "recipe.yaml"
+    kept.write_text(text[text.index("weights:") :])
+    assert Recipe.load(kept) == make_recipe(preset.recipe)
+    code, text = run("--preset", "best", "--bits", "3", "--explain", "--json")
+    assert code == 0
+    assert json.loads(text)["recipe"] == yaml.safe_load(json.dumps(preset.recipe))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--preset", "better", "--bits", "3"), "unknown preset 'better'"),
+        (("--preset", "best", "--bits", "9"), "preset best has no recipe of 9 bits; it has 4, 3, 2"),
+        (("--preset", "best"), "--preset and --bits go together"),
+        (("--bits", "3"), "--preset and --bits go together"),
+        (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
+        (("--explain",), "give --preset and --bits too"),
+    ],
+)
+def test_wrong_wishes_are_refused(arguments: tuple[str, ...], wanted: str) -> None:
+    code, text = run(*arguments)
+    assert code == 2
+    assert wanted in text

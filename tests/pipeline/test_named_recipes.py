@@ -1,0 +1,82 @@
+"""Recipes that go by a name, and the patterns of weights that are left alone."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.cli.app import main
+from bitpress.errors import UsageError
+from bitpress.pipeline.products import list_weights
+from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
+from bitpress.pipeline.source_model import open_original
+from bitpress.recipes import NAMED_RECIPES, Recipe
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    quantize_directory(model, tmp_path / "out", Recipe.load("moqe"), proof=Proof(tokens=0))
+    pressed = PressedCheckpoint.open(tmp_path / "out")
+    assert len(pressed.manifest.weights) == 4
+    assert all(".experts." in name for name in pressed.manifest.weights)
+    assert {record.spec["terms"][0]["format"] for record in pressed.manifest.weights.values()} == {"int3-row"}
+    _, loader = open_original(model, torch.float32)
+    held = loader.load("")
+    for name, value in pressed.load("").items():
+        same = torch.equal(value.to(held[name].dtype), held[name])
+        assert same is (name not in pressed.manifest.weights), name
+    # What 3 bits with a scale a row lose: at most half a step of 2 * most / 7 a weight, and something.
+    for name in pressed.manifest.weights:
+        error = (pressed.load(name)[name].float() - held[name].float()).abs()
+        assert 0 < error.max() <= held[name].abs().max() / 3
+
+
+def test_a_model_without_experts_leaves_moqe_nothing_to_do(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"nothing is left to compress: skip \(\*, !\*\.experts\.\*\)"):
+        plan_run(tiny_model("llama"), Recipe.load("moqe"))
+
+
+def test_the_command_line_takes_a_named_recipe_and_other_keys(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(tiny_model("mixtral")), "--recipe", "moqe", "--weights", "int2-g32-zero", "--json"]
+    monkeypatch.setattr(sys, "argv", ["bitpress", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    planned = json.loads(capsys.readouterr().out)
+    assert {row["format"] for row in planned["weights"]} == {"int2-g32-zero"}
+    assert all("experts" in row["name"] for row in planned["weights"])
+    assert planned["recipe"]["quantizer"]["name"] == "rtn"
+
+
+def test_a_file_of_the_same_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("moqe").weights == "int3-row"
+    (tmp_path / "moqe").write_text("weights: int8-row\n")
+    assert Recipe.load("moqe").weights == "int8-row"
+    with pytest.raises(UsageError, match=f"one of these names: {', '.join(NAMED_RECIPES)}"):
+        Recipe.load("mooqe")
+
+
+def test_the_last_pattern_that_matches_decides() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.out = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def left(*skip: str) -> set[str]:
+        return {w.stem.removeprefix("b.") for w in list_weights("b", Block(), object(), skip)[0]}
+
+    assert left() == {"up", "down", "out"}
+    assert left("*.up") == {"down", "out"}
+    assert left("*", "!*.up") == {"up"}
+    assert left("!*.up", "*") == set()
+    assert left("*", "!*.up", "*.u?") == set()
+    assert left("!*.up") == {"up", "down", "out"}
+    assert left("b.down.weight", "!b.out") == {"up", "out"}
