@@ -82,15 +82,18 @@ def missing() -> list[str]:
     return sorted(set(QUANTIZERS) - {candidate.recipe.quantizer["name"] for candidate in candidates})
 
 
-def latest() -> list[dict[str, Any]]:
-    """The newest row of every recipe and width, of those that saw the same model and texts as the newest of all."""
+def latest(kind: str = "recipe") -> list[dict[str, Any]]:
+    """The newest row of every recipe (or peer) and width, of those that saw the same model and texts as the newest recipe."""
 
     def seen(row: dict[str, Any]) -> tuple[Any, ...]:
         calibration = row["recipe"]["calibration"]
         return row["model"], row["sources"], calibration["samples"], calibration["length"]
 
-    rows = [row for row in read_rows("methods") if row["kind"] == "recipe"]
-    return list({(row["name"], row["bits"]): row for row in rows if seen(row) == seen(rows[-1])}.values())
+    rows = [row for row in read_rows("methods") if row["kind"] in ("recipe", "peer")]
+    newest = next((row for row in reversed(rows) if row["kind"] == "recipe"), None)
+    if newest is None:
+        return []
+    return list({(r["name"], r["bits"]): r for r in rows if r["kind"] == kind and seen(r) == seen(newest)}.values())
 
 
 def render_tasks() -> None:
@@ -125,8 +128,8 @@ def task_line(name: str, bits: str, kl: str, own: Mapping[str, Mapping[str, Any]
 
 
 def render() -> None:
-    """Write the section `measured` of docs/methods.md, and docs/methods.svg."""
-    rows = latest()
+    """Write the sections `measured` and `peers` of docs/methods.md, that of README.md, and docs/methods.svg."""
+    rows, peers = latest(), latest("peer")
     if not rows:
         return
     some = rows[0]
@@ -155,7 +158,34 @@ def render() -> None:
     ]
     lines += [line(row, names) for row in ordered(rows)]
     rewrite_section(DOCUMENT, "measured", lines)
-    (ROOT / "docs" / "methods.svg").write_text(draw_comparison(rows, f"{some['model']}: what methods cost"), encoding="utf-8")
+    lines = [
+        f"| package | weights | bits | {' | '.join(f'KL, {name} | top token | perplexity' for name in names)} | error | inputs | s |",
+        f"|---|---|---|{'---|---|---|' * len(names)}---|---|---|",
+        *(line({**row, "front": False}, names) for row in ordered(peers)),
+    ]
+    rewrite_section(DOCUMENT, "peers", lines)
+    render_readme(rows, peers, names)
+    picture = draw_comparison([*rows, *peers], f"{some['model']}: what methods cost, other packages beside")
+    (ROOT / "docs" / "methods.svg").write_text(picture, encoding="utf-8")
+
+
+def render_readme(rows: list[dict[str, Any]], peers: list[dict[str, Any]], names: list[str]) -> None:
+    """Write the section `methods` of README.md: of every width the best recipes and packages, and the yardsticks."""
+    lines = [
+        f"| | stored bits | {' | '.join(f'KL, {name}' for name in names)} | same top token, {names[0]} | perplexity, {names[0]} |",
+        f"|---|---|{'---|' * len(names)}---|---|",
+    ]
+    for bits in sorted({row["bits"] for row in rows if row["bits"]}, reverse=True):
+        near = [row for row in ordered(rows) if row["bits"] == bits and row["bits_per_weight"] <= bits + BEYOND]
+        shown = [*near[:3], *(row for row in near[3:] if row["name"] in YARDSTICKS)]
+        shown += [row for row in ordered(peers) if bits <= row["bits_per_weight"] < bits + 1][:3]
+        for row in sorted(shown, key=lambda r: r["kl_mean"]):
+            name = row["label"] if row["kind"] == "recipe" else f"*{row['label']}*"
+            texts = [row["texts"][text] for text in names]
+            cells = [name, f"{row['bits_per_weight']:.2f}", *(f"{text['kl_mean']:.4f}" for text in texts)]
+            cells += [f"{100 * texts[0]['top1_agreement']:.1f} %", perplexity(texts[0])]
+            lines.append(f"| {' | '.join(cells)} |")
+    rewrite_section(ROOT / "README.md", "methods", lines)
 
 
 # Stored bits a preset may have beyond its name's: scales and zero points of groups of 64 are 0.31.
@@ -167,6 +197,8 @@ RULES = {
     "balanced": f"the least KL of what presses the bench's model in {BALANCED // 60} minutes on 2 cores",
     "best": "the least KL",
 }
+# Recipes that the README shows however they did.
+YARDSTICKS = ("gptq", "rtn")
 SHARED_RULE = f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are"
 
 
@@ -247,11 +279,14 @@ def line(row: dict[str, Any], names: list[str]) -> str:
     for name in names:
         figures = row["texts"][name]
         width = "" if figures["kl_ci95"] is None else f" ± {figures['kl_ci95']:.4f}"
-        perplexity = figures["perplexity"]
-        shown = "inf" if perplexity is None else f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}"
-        cells += [f"{figures['kl_mean']:.4f}{width}", f"{100 * figures['top1_agreement']:.1f} %", shown]
-    cells += [f"{row['error']:.4g}", row["inputs"] or "-", f"{row['seconds_pressing']:.0f}"]
+        cells += [f"{figures['kl_mean']:.4f}{width}", f"{100 * figures['top1_agreement']:.1f} %", perplexity(figures)]
+    cells += ["-" if row["error"] is None else f"{row['error']:.4g}", row["inputs"] or "-", f"{row['seconds_pressing']:.0f}"]
     return f"| {' | '.join(cells)} |"
+
+
+def perplexity(figures: Mapping[str, Any]) -> str:
+    value = figures["perplexity"]
+    return "inf" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import tempfile
 from typing import Any
 
 import torch
-from rows import ROOT, add_row, read_rows, rewrite_section
+from rows import ROOT, add_row, read_rows
 
 MODEL = "smollm2-135m-regauged"
 METHODS = {
@@ -92,7 +92,6 @@ def render() -> None:
             f"| {r['weights']} | {r['method']} | {r['bits_per_weight']:.3f} | {r['kl_mean']:.4f} ± {r['kl_ci95']:.4f} | "
             f"{100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {r.get('seconds_pressing', '')} | {r['threads']} | {r['load']:.1f} | {r.get('peak_memory_mb', '')} |"
         )
-    rewrite_section(ROOT / "README.md", "methods", [*BRIEF_HEAD, *map(brief, rows)])
     original = rows[0]["perplexity_original"] if rows else 0.0
     text = (
         "# What the methods cost\n\n"
@@ -107,19 +106,6 @@ def render() -> None:
     (ROOT / "docs" / "press.md").write_text(text, encoding="utf-8")
     draw(rows)
     print("\n".join(lines))
-
-
-BRIEF_HEAD = ("| format | method | bits | KL, nats a token | same top token | perplexity |", "|---|---|---|---|---|---|")
-
-
-def brief(row: dict[str, Any]) -> str:
-    """The row as the README shows it."""
-    kl = f"{row['kl_mean']:.3f} ± {row['kl_ci95']:.3f}" if row["kl_mean"] > 0.01 else f"{row['kl_mean']:.4f}"
-    perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.1e}"
-    return (
-        f"| {row['weights']} | {row['method']} | {row['bits_per_weight']:.2f} | {kl} | "
-        f"{100 * row['top1_agreement']:.1f} % | {perplexity} |"
-    )
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

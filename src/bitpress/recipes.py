@@ -35,7 +35,7 @@ from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TRANSFORMS
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe"]
+__all__ = ["NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe", "spelled"]
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,11 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         merged["quantizer"] = {"name": merged["quantizer"]}
     if isinstance(merged.get("quantizer"), dict):
         merged["quantizer"].setdefault("name", "gptq")
-    for key in ("transforms", "corrections"):
+        merged["quantizer"] = _with_name(merged["quantizer"], QUANTIZERS)
+    for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
         if isinstance(merged.get(key), (list, tuple)):
-            merged[key] = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
+            parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
+            merged[key] = [_with_name(part, table) for part in parts]
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -177,6 +179,16 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         find_format(override.weights)
     _check_composition(recipe)
     return recipe
+
+
+def spelled(name: str, table: Mapping[str, Any]) -> str:
+    """Give a name as the table spells it: quip-sharp is quip_sharp, awq_scale is awq-scale; one that is not there as it is."""
+    return next((known for known in table if known.replace("_", "-") == name.replace("_", "-")), name)
+
+
+def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
+    named = isinstance(part, Mapping) and isinstance(part.get("name"), str)
+    return {**part, "name": spelled(part["name"], table)} if named else part
 
 
 def _check_composition(recipe: Recipe) -> None:

@@ -342,3 +342,10 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     names = [*PressedCheckpoint.open(tmp_path / "whole").manifest.files, "bitpress.json"]
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_hyphens_and_underscores_in_names_are_alike() -> None:
+    recipe = make_recipe({"weights": "int4-g64", "quantizer": "bitnet-ptq", "transforms": ["awq_scale"]})
+    assert recipe.quantizer["name"] == "bitnet_ptq"
+    assert [name for name, _ in recipe.make_transforms()] == ["awq-scale"]
+    assert make_recipe({}, ["quantizer=pb-llm"]).quantizer["name"] == "pb_llm"
