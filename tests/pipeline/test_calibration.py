@@ -141,6 +141,7 @@ class Weighted:
     """Rounds to nearest; the scales are fitted with the sensitivity as weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "sensitivity"})
+    bits: ClassVar[tuple[float, float]] = (2, 8)
     transforms: ClassVar[tuple[str, ...]] = ()
 
     def quantize(self, w: torch.Tensor, stats: Stats | None, fmt: Any) -> Outcome:
