@@ -94,7 +94,13 @@ def _map_reason(output_map: Map) -> str:
 def _steps(change: Map) -> list[dict[str, Any]]:
     """Give a map as native code takes it: gathers, scales, and products of every block with left ⊗ right."""
     if isinstance(change, Chain):
-        return [step for part in change.maps for step in _steps(part)]
+        steps: list[dict[str, Any]] = []
+        for step in (step for part in change.maps for step in _steps(part)):
+            if steps and steps[-1]["kind"] == step["kind"] == "scale":
+                steps[-1] = {"kind": "scale", "values": steps[-1]["values"] * step["values"]}
+            else:
+                steps.append(step)
+        return steps
     if isinstance(change, Permutation):
         return [{"kind": "gather", "order": change.order.contiguous().numpy()}]
     if isinstance(change, Scale):
