@@ -14,6 +14,7 @@
 #include "codes.h"
 #include "cpu.h"
 #include "distance.h"
+#include "engine/arguments.h"
 #include "engine/bindings.h"
 #include "feedback.h"
 #include "gram.h"
@@ -22,14 +23,9 @@ namespace nb = nanobind;
 
 namespace {
 
-template <typename T, int Dimensions>
-using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+using bitpress::Array, bitpress::need;
 
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;  // contiguous along the last axis only
-
-void need(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 int checked_threads(int threads) {
     need(threads >= 1 && threads <= 4096, "threads must be 1 to 4096");

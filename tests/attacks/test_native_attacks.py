@@ -339,8 +339,12 @@ def draw_x(rows: int, columns: int = COLUMNS) -> np.ndarray:
 @pytest.mark.parametrize("method", LINEAR)
 def test_the_calls_that_are_attacked_are_right_as_they_are(method: str) -> None:
     for linear in (native.library().Linear(ROWS, COLUMNS), full_linear()):
+        before = linear.nbytes
         getattr(linear, method)(**LINEAR[method]())
-    native.library().Linear(ROWS, COLUMNS).add_codes(**table_arguments())
+        assert linear.nbytes >= before
+    linear = native.library().Linear(ROWS, COLUMNS)
+    linear.add_codes(**table_arguments())
+    assert linear.nbytes > 0
 
 
 @pytest.mark.parametrize(("method", "change"), linear_attacks())
@@ -404,7 +408,10 @@ def test_no_wrong_array_reaches_a_product(name: str) -> None:
 
 
 def test_no_rows_are_no_work() -> None:
-    native.library().Multiplier(2, "").multiply(full_linear(), f32(0, COLUMNS), f32(0, ROWS), True)
+    multiplier, linear, x, out = native.library().Multiplier(2, ""), full_linear(), draw_x(3), f32(3, ROWS)
+    multiplier.multiply(linear, f32(0, COLUMNS), f32(0, ROWS), True)
+    multiplier.multiply(linear, x, out, True)
+    assert (out == multiply(linear, x)).all(), "and what comes behind is done"
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, None, "2", 1.5, *BIG])
@@ -489,7 +496,7 @@ def test_levels_bias_gain_and_single_weights_that_are_no_numbers_crash_nothing(p
     linear.set_bias(f32(ROWS, value=value))
     for rows in (1, 4, 5, 33):
         for in_bytes in (False, True):
-            multiply(linear, draw_x(rows), path, in_bytes)
+            assert multiply(linear, draw_x(rows), path, in_bytes).shape == (rows, ROWS)
 
 
 @pytest.mark.parametrize("path", PATHS)

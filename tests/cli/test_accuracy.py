@@ -1,17 +1,14 @@
 """Tasks on the command line: what `eval` and `compare` print of them, and every refusal in one line."""
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bitpress as package
-from bitpress.cli import screen
 from bitpress.cli.accuracy import accuracy_line, accuracy_rows, by_recipe, parse_tasks, percent
-from bitpress.cli.app import main
 from bitpress.cli.compare import comparison_lines, told_answers
 from bitpress.errors import UsageError
 
@@ -19,31 +16,7 @@ ROWS = [{"context": "The ship sailed to the ", "choices": ["sea", "island of no 
 RECIPES = "rtn: {weights: 'int{bits}-g16-zero', quantizer: rtn, bits: [4, 3]}\ngptq: {weights: 'int{bits}-g16-zero'}\n"
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def bitpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(screen.out, "_width", 160)
-        monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return Done(code, printed.out, printed.err)
-
-    return run
+Run = Callable[..., Any]
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,47 +14,12 @@ import torch
 
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
-from bitpress.cli.app import main
 from bitpress.errors import CheckpointError
 
 RTN = ("--weights", "int4-g16", "--quantizer", "rtn", "--proof-tokens", "0")
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that says what is wrong."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        assert self.err.splitlines()[-1] == lines[0], "the error is the last line, in one line"
-        assert "Traceback" not in self.err
-        return lines[0]
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def bitpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line, in this process."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return Done(code, printed.out, printed.err)
-
-    return run
+Run = Callable[..., Any]
 
 
 @pytest.fixture

@@ -1,17 +1,12 @@
 """`bitpress run`, `bench` and `inspect --machine`: which runtime, what it says, and what either of them refuses."""
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitpress import native
-from bitpress.cli import screen
-from bitpress.cli.app import main
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime import speed
@@ -21,44 +16,7 @@ ASK = ("--prompt", "The sea was calm, and the", "--max-tokens", "8")
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        value = json.loads(self.out)
-        assert isinstance(value, dict)
-        return value
-
-    @property
-    def error(self) -> str:
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        return lines[0]
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def bitpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(screen.out, "_width", 100)
-        monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return Done(code, printed.out, printed.err)
-
-    return run
+Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ def quantize(
 ) -> None:
     """Compress a model, prove what that cost, and publish it."""
     if explain:
+        _base(recipe, preset, bits)  # which refuses a recipe file beside a preset
         _explain(preset, bits, as_json)
         return
     from bitpress.checkpoints.named import resolve_model
@@ -150,12 +151,15 @@ def plan(
     """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
+    from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
     base = _base(recipe, preset, bits)
     made = _recipe(base, weights, quantizer, sets, calibration, samples, length, seed, skip)
     with Screen() as screen:
         planned, _, _ = plan_run(resolve_model(model, screen.note), made)
+        for text in unmeant_bits(planned, made):
+            screen.note(f"{text}.")
     if as_json:
         print_json({**planned.as_dict(), "recipe": made.resolved()})
     else:

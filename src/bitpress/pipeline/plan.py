@@ -26,7 +26,7 @@ from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Recipe
 
-__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan"]
+__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "unmeant_bits"]
 
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
@@ -156,6 +156,19 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
         except BitpressError as error:
             wrong.setdefault(f"{planned.format.name}: {error}", []).append(planned.parameter.stem)
     _refuse(wrong, "Choose another block, override these layers or skip them.")
+
+
+def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
+    """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
+    name, (least, most) = recipe.quantizer["name"], recipe.make_quantizer().bits
+    meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    formats = {w.format.name: w.format for w in plan.weights if isinstance(w.format, Format)}
+    bits = {label: fmt.grid.code_bits / fmt.grid.span for label, fmt in formats.items()}
+    return [
+        f"{name} is meant for codes of {meant} bits a weight, and {label} has {value:g}"
+        for label, value in bits.items()
+        if not math.floor(least) <= value <= math.ceil(most)
+    ]
 
 
 def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:

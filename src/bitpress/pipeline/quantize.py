@@ -1,7 +1,6 @@
 """The main job: plan, press block by block into a journal, stage, prove, publish."""
 
 import json
-import math
 import platform
 import shutil
 import time
@@ -26,11 +25,10 @@ from bitpress.checkpoints.pressed import (
     WeightRecord,
 )
 from bitpress.errors import CheckpointError, NumericsError, UsageError
-from bitpress.formats import Format
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
-from bitpress.pipeline.plan import Plan, check_room, make_plan
+from bitpress.pipeline.plan import Plan, check_room, make_plan, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.prove import check_reloaded, evaluate
@@ -43,7 +41,7 @@ from bitpress.pipeline.windows import calibration_windows
 from bitpress.recipes import Recipe
 from bitpress.settings import use_native
 
-__all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name", "unmeant_bits"]
+__all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
 
 class Proof:
@@ -109,19 +107,6 @@ def quantize_directory(
             return finish_job(job, loader, model, plan, recipe, windows, proof, progress, check_stop, (started, seconds))
     finally:
         job.close()
-
-
-def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
-    """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
-    quantizer, name = recipe.make_quantizer(), recipe.quantizer["name"]
-    least, most = quantizer.bits
-    formats = {w.format.name: w.format for w in plan.weights if isinstance(w.format, Format)}
-    bits = {name: fmt.grid.code_bits / fmt.grid.span for name, fmt in formats.items()}
-    return [
-        f"{name} is meant for codes of {least:g}{'' if least == most else f' to {most:g}'} bits a weight, and {fmt} has {value:g}"
-        for fmt, value in bits.items()
-        if not math.floor(least) <= value <= math.ceil(most)
-    ]
 
 
 def _press(
