@@ -254,6 +254,7 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
         recipe.make_quantizer(),
         [change for _, change in recipe.make_changes()],
         [correction for _, correction in recipe.make_corrections()],
+        [target for _, target in recipe.make_targets()],
     )
     return reason_to_expand(made.weight)
 

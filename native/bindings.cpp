@@ -62,6 +62,19 @@ void add_gram(Array<float, 2> gram, Array<const std::int16_t, 2> x, int threads)
                        static_cast<std::int64_t>(x.shape(0)), n, used);
 }
 
+void add_product(Array<float, 2> sum, Array<const std::int16_t, 2> a, Array<const std::int16_t, 2> b, int threads) {
+    const auto padded = static_cast<std::int64_t>(sum.shape(0)), n = static_cast<std::int64_t>(a.shape(1));
+    need(sum.shape(1) == sum.shape(0) && padded % 32 == 0, "sum must be square, its size a multiple of 32");
+    need(n <= padded && n > padded - 32, "sum must be as large as a's channels, rounded up to a multiple of 32");
+    need(b.shape(0) == a.shape(0) && b.shape(1) == a.shape(1), "a and b must have one shape");
+    need(a.size() == 0 || a.data() != b.data(), "a and b must be two matrices; add_gram takes one");
+    if (a.size() == 0) return;
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::add_product(sum.data(), padded, reinterpret_cast<const std::uint16_t *>(a.data()),
+                          reinterpret_cast<const std::uint16_t *>(b.data()), static_cast<std::int64_t>(a.shape(0)), n, used);
+}
+
 using Floats = Array<const float, 2>;
 using Vector = Array<const float, 1>;
 using Codes = Array<std::uint8_t, 2>;
@@ -176,13 +189,15 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 5;  // as in bitpress.library
+    m.attr("version") = 6;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
           nb::arg("factor").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"),
           nb::arg("top"), nb::arg("group").noconvert(), nb::arg("threads"));
     m.def("add_gram", &add_gram, nb::arg("gram").noconvert(), nb::arg("x").noconvert(), nb::arg("threads"));
+    m.def("add_product", &add_product, nb::arg("sum").noconvert(), nb::arg("a").noconvert(), nb::arg("b").noconvert(),
+          nb::arg("threads"));
     m.def("encode_affine", &encode_affine, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
           nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("top"), nb::arg("threads"));
     m.def("decode_affine", &decode_affine, nb::arg("codes").noconvert(), nb::arg("values").noconvert(),

@@ -5,52 +5,78 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu.h"
 #include "vector_units.h"
+
+// Vectors are passed between functions that are all inlined, so that no calling convention is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace bitpress {
 
 namespace {
 
 constexpr int LANES = 16;
-constexpr int BLOCK = 64 * LANES;  // logits summed in single precision before the sums go on in double
-constexpr std::uint32_t INFINITE = 0x7f800000;
+constexpr std::int64_t BLOCK = 64 * LANES;  // logits summed in single precision before the sums go on in double
 
 #define INLINE inline __attribute__((always_inline))
 
-INLINE std::uint32_t bits_of(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
+// Vectors of the compiler's own kind: it makes whole registers of them where loops over lanes stay scalar.
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = std::uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * LANES)));
+
+template <typename To, typename From> INLINE To as(const From &from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
 
-INLINE float float_of(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
+INLINE Floats every(float x) { return x - Floats{}; }
 
 INLINE float value(float x) { return x; }
-INLINE float value(std::uint16_t x) { return float_of(std::uint32_t(x) << 16); }
+INLINE float value(std::uint16_t x) { return as<float>(std::uint32_t(x) << 16); }
+
+INLINE Floats load(const float *x) {
+    Floats values;
+    std::memcpy(&values, x, sizeof values);
+    return values;
+}
+
+INLINE Floats load(const std::uint16_t *x) {
+    Halves halves;
+    std::memcpy(&halves, x, sizeof halves);
+    return as<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Sixteen logits less `top`; where only `left` of them are still of the row, `beyond` in the places after those.
+template <typename T> INLINE Floats load(const T *x, std::int64_t left, float top, float beyond) {
+    if (left >= LANES) return load(x) - top;
+    float values[LANES];
+    for (int j = 0; j < LANES; ++j) values[j] = j < left ? value(x[j]) - top : beyond;
+    return load(values);
+}
 
 // e^x for x up to 0, within 2e-7 of it, 0 from -87 down: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-INLINE float exponential(float x) {
+INLINE Floats exponential(Floats x) {
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added and taken away, it leaves a whole number
-    const float seen = x < -87.0f ? -87.0f : x;
-    const float shifted = seen * 1.44269504f + ROUND;
-    const float n = shifted - ROUND;
-    float r = seen + n * -0.693359375f;
+    const auto low = x < -87.0f;
+    const Floats seen = low ? every(-87.0f) : x;
+    const Floats shifted = seen * 1.44269504f + ROUND;
+    const Floats n = shifted - ROUND;
+    Floats r = seen + n * -0.693359375f;
     r = r + n * 2.12194440e-4f;
-    float s = 1.9875691500e-4f;
+    Floats s = every(1.9875691500e-4f);
     s = s * r + 1.3981999507e-3f;
     s = s * r + 8.3334519073e-3f;
     s = s * r + 4.1665795894e-2f;
     s = s * r + 1.6666665459e-1f;
     s = s * r + 5.0000001201e-1f;
     s = s * (r * r) + (r + 1.0f);
-    const float scaled = s * float_of((bits_of(shifted) - bits_of(ROUND) + 127) << 23);
-    return x < -87.0f ? 0.0f : scaled;
+    const Floats scaled = s * as<Floats>((as<Words>(shifted) - as<std::uint32_t>(ROUND) + 127) << 23);
+    return low ? Floats{} : scaled;
 }
 
 // The largest logit, the first place that has it, and whether all are finite.
@@ -61,30 +87,22 @@ struct Top {
 };
 
 template <typename T> INLINE Top find_top(const T *x, std::int64_t n) {
-    float most[LANES];
-    std::uint32_t widest[LANES] = {};
-    for (int j = 0; j < LANES; ++j) most[j] = -INFINITY;
-    std::int64_t at = 0;
-    for (; at + LANES <= n; at += LANES) {
-        for (int j = 0; j < LANES; ++j) {
-            const float v = value(x[at + j]);
-            const std::uint32_t size = bits_of(v) & INFINITE;
-            most[j] = v > most[j] ? v : most[j];
-            widest[j] = size > widest[j] ? size : widest[j];
-        }
+    Floats most = every(-INFINITY);
+    Words place{}, size{};  // in steps of LANES; the largest magnitude's bits
+    for (std::int64_t at = 0; at < n; at += LANES) {
+        const Floats v = load(x + at, n - at, 0.0f, std::numeric_limits<float>::lowest());
+        const Words bits = as<Words>(v) & 0x7fffffffu;
+        const auto more = v > most;
+        most = more ? v : most;
+        place = more ? Words{} + static_cast<std::uint32_t>(at / LANES) : place;
+        size = bits > size ? bits : size;
     }
-    for (int j = 0; at < n; ++at, ++j) {
-        const float v = value(x[at]);
-        const std::uint32_t size = bits_of(v) & INFINITE;
-        most[j] = v > most[j] ? v : most[j];
-        widest[j] = size > widest[j] ? size : widest[j];
-    }
-    Top top{-INFINITY, 0, true};
+    Top top{-INFINITY, n, true};
     for (int j = 0; j < LANES; ++j) {
-        top.most = most[j] > top.most ? most[j] : top.most;
-        top.finite = top.finite && widest[j] != INFINITE;
+        const std::int64_t here = static_cast<std::int64_t>(place[j]) * LANES + j;
+        if (here < n && (most[j] > top.most || (most[j] == top.most && here < top.place))) top.most = most[j], top.place = here;
+        top.finite = top.finite && size[j] < 0x7f800000u;
     }
-    while (top.finite && value(x[top.place]) != top.most) ++top.place;
     return top;
 }
 
@@ -96,24 +114,14 @@ struct Sums {
 template <typename T> INLINE Sums sum_rows(const T *p, const T *q, float top_p, float top_q, std::int64_t n) {
     Sums sums;
     for (std::int64_t block = 0; block < n; block += BLOCK) {
-        const std::int64_t end = block + BLOCK < n ? block + BLOCK : n;
-        float of_p[LANES] = {}, of_q[LANES] = {}, of_cross[LANES] = {};
-        std::int64_t at = block;
-        for (; at + LANES <= end; at += LANES) {
-            for (int j = 0; j < LANES; ++j) {
-                const float a = value(p[at + j]) - top_p, b = value(q[at + j]) - top_q;
-                const float e = exponential(a);
-                of_p[j] += e;
-                of_q[j] += exponential(b);
-                of_cross[j] += e * (a - b);
-            }
-        }
-        for (int j = 0; at < end; ++at, ++j) {
-            const float a = value(p[at]) - top_p, b = value(q[at]) - top_q;
-            const float e = exponential(a);
-            of_p[j] += e;
-            of_q[j] += exponential(b);
-            of_cross[j] += e * (a - b);
+        const std::int64_t end = std::min(block + BLOCK, n);
+        Floats of_p{}, of_q{}, of_cross{};
+        for (std::int64_t at = block; at < end; at += LANES) {
+            const Floats a = load(p + at, end - at, top_p, -100.0f), b = load(q + at, end - at, top_q, -100.0f);  // e^-100 is 0 here
+            const Floats e = exponential(a);
+            of_p += e;
+            of_q += exponential(b);
+            of_cross += e * (a - b);
         }
         for (int j = 0; j < LANES; ++j) sums.p += double(of_p[j]), sums.q += double(of_q[j]), sums.cross += double(of_cross[j]);
     }

@@ -64,7 +64,7 @@ AMX void transpose16(const __m512i in[16], __m512i out[16]) {
     }
 }
 
-// One tile for each side: `right` has pairs of tokens in lines and channels across, `left` is its transpose.
+// One tile: `right` has pairs of tokens in lines and channels across, `left` is its transpose; either may be null.
 AMX void pack_tile(const std::uint16_t *x, std::int64_t n, std::int64_t tokens, std::int64_t channels, std::uint32_t *left,
                    std::uint32_t *right) {
     const __mmask16 mask = static_cast<__mmask16>((1u << channels) - 1);
@@ -75,14 +75,13 @@ AMX void pack_tile(const std::uint16_t *x, std::int64_t n, std::int64_t tokens, 
         const __m256i odd = first + 1 < tokens ? _mm256_maskz_loadu_epi16(mask, x + (first + 1) * n) : _mm256_setzero_si256();
         lines[line] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
     }
+    for (std::int64_t line = 0; right && line < kLines; ++line) _mm512_store_si512(right + line * 16, lines[line]);
+    if (!left) return;
     transpose16(lines, turned);
-    for (std::int64_t line = 0; line < kLines; ++line) {
-        _mm512_store_si512(right + line * 16, lines[line]);
-        _mm512_store_si512(left + line * 16, turned[line]);
-    }
+    for (std::int64_t line = 0; line < kLines; ++line) _mm512_store_si512(left + line * 16, turned[line]);
 }
 
-// Adds the products of two pairs of packed tile columns to a 32 x 32 block of the gram.
+// Adds the products of two pairs of packed tile columns to a 32 x 32 block of the sum.
 AMX void add_block(float *block, std::int64_t padded, const std::uint32_t *left, const std::uint32_t *right,
                    std::int64_t tiles_apart, std::int64_t steps) {
     const std::int64_t stride = padded * static_cast<std::int64_t>(sizeof(float));
@@ -118,9 +117,9 @@ struct Aligned {
     std::uint32_t *data;
 };
 
-}  // namespace
-
-void add_gram(float *gram, std::int64_t padded, const std::uint16_t *x, std::int64_t tokens, std::int64_t n, int threads) {
+// Adds a.T @ b, where a and b are the same only on and above the diagonal.
+void add(float *sum, std::int64_t padded, const std::uint16_t *a, const std::uint16_t *b, std::int64_t tokens, std::int64_t n,
+         int threads) {
     if (!has_amx_bf16()) throw std::runtime_error("this processor has no AMX tiles for bf16");
     const std::int64_t pairs = (n + kPair - 1) / kPair;
     constexpr std::int64_t column = kSteps * kLines * 16;  // words of one packed tile column
@@ -136,15 +135,21 @@ void add_gram(float *gram, std::int64_t padded, const std::uint16_t *x, std::int
                 const std::int64_t first = tile * kTile, channels = std::clamp<std::int64_t>(n - first, 0, kTile);
                 for (std::int64_t step = 0; step < steps; ++step) {
                     const std::int64_t token = step * kStep, at = tile * column + step * kLines * 16;
-                    pack_tile(x + (start + token) * n + first, n, here - token, channels, left.data + at, right.data + at);
+                    const std::int64_t from = (start + token) * n + first;
+                    if (a == b) {
+                        pack_tile(a + from, n, here - token, channels, left.data + at, right.data + at);
+                    } else {
+                        pack_tile(a + from, n, here - token, channels, left.data + at, nullptr);
+                        pack_tile(b + from, n, here - token, channels, nullptr, right.data + at);
+                    }
                 }
             }
             meeting.arrive_and_wait();
             std::int64_t number = 0;
             for (std::int64_t down = 0; down < pairs; ++down) {
-                for (std::int64_t across = down; across < pairs; ++across) {
+                for (std::int64_t across = a == b ? down : 0; across < pairs; ++across) {
                     if (number++ % used != index) continue;
-                    add_block(gram + down * kPair * padded + across * kPair, padded, left.data + down * 2 * column,
+                    add_block(sum + down * kPair * padded + across * kPair, padded, left.data + down * 2 * column,
                               right.data + across * 2 * column, column, steps);
                 }
             }
@@ -154,12 +159,28 @@ void add_gram(float *gram, std::int64_t padded, const std::uint16_t *x, std::int
     });
 }
 
+}  // namespace
+
 #else
 
-void add_gram(float *, std::int64_t, const std::uint16_t *, std::int64_t, std::int64_t, int) {
+namespace {
+
+void add(float *, std::int64_t, const std::uint16_t *, const std::uint16_t *, std::int64_t, std::int64_t, int) {
     throw std::runtime_error("this processor has no AMX tiles for bf16");
 }
 
+}  // namespace
+
 #endif
+
+void add_gram(float *gram, std::int64_t padded, const std::uint16_t *x, std::int64_t tokens, std::int64_t n, int threads) {
+    add(gram, padded, x, x, tokens, n, threads);
+}
+
+void add_product(float *sum, std::int64_t padded, const std::uint16_t *a, const std::uint16_t *b, std::int64_t tokens,
+                 std::int64_t n, int threads) {
+    if (a == b) throw std::invalid_argument("a product of a matrix with itself is a gram");
+    add(sum, padded, a, b, tokens, n, threads);
+}
 
 }  // namespace bitpress

@@ -114,6 +114,44 @@ def test_gram_of_bf16_matches_float64(features: int, tokens: int) -> None:
 
 
 @needs_amx
+@pytest.mark.parametrize("features", [1, 31, 33, 576])
+@pytest.mark.parametrize("tokens", [1, 33, 512, 700])
+def test_product_of_two_bf16_matrices_matches_float64(features: int, tokens: int) -> None:
+    a, b = draw(tokens, features).bfloat16(), draw(tokens, features, seed=1).bfloat16()
+    size = native.gram_size(features)
+    expected, bound = a.double().T @ b.double(), (tokens + 2) * 2.0**-24 * (a.double().abs().T @ b.double().abs())
+    totals = []
+    for count in (1, 2, 3):
+        total = torch.zeros(size, size)
+        with threads(count):
+            native.add_product_(total, a, b)
+        totals.append(total)
+        assert bool(((total[:features, :features].double() - expected).abs() <= bound).all())
+    assert torch.equal(totals[0], totals[1])
+    assert torch.equal(totals[0], totals[2])
+    assert not bool(totals[0][features:].any())
+    assert not bool(totals[0][:, features:].any())
+
+
+@needs_amx
+def test_the_difference_from_the_original_goes_through_native_code_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, original = draw(3, 40, 70).bfloat16(), draw(3, 40, 70, seed=1).bfloat16()
+
+    def collect() -> torch.Tensor:
+        collector = StatsCollector({"gram", "cross"}, 70)
+        for given, true in zip(x, original, strict=True):
+            collector.add(given, "layer")
+            collector.add_original(given, true)
+        cross = collector.finish().cross
+        assert cross is not None
+        return cross
+
+    fast = collect()
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    assert torch.allclose(fast, collect(), rtol=1e-5, atol=1e-5)
+
+
+@needs_amx
 def test_the_collector_takes_bf16_through_native_code_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(3, 40, 70).bfloat16()
 
@@ -167,6 +205,13 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched(name: str, value:
 def test_a_gram_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="gram"):
         native.add_gram_(torch.zeros(size, size), torch.zeros(5, 64, dtype=torch.bfloat16))
+
+
+def test_a_product_of_matrices_that_do_not_fit_is_refused() -> None:
+    a, total = torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
+    for sum_, left, right in ((torch.zeros(96, 96), a, a.clone()), (total, a, a), (total, a, a[:4].clone())):
+        with pytest.raises(ValueError, match=r"sum|two matrices|one shape"):
+            native.add_product_(sum_, left, right)
 
 
 SCALAR = [name for name in GRIDS if GRIDS[name].grid.span == 1 and GRIDS[name].grid.code_bits <= 8]

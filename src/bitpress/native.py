@@ -11,6 +11,7 @@ from bitpress.library import available, built_library, chosen_path, code_paths, 
 
 __all__ = [
     "add_gram_",
+    "add_product_",
     "available",
     "chosen_path",
     "code_paths",
@@ -54,13 +55,18 @@ def round_columns_(
 
 
 def gram_size(in_features: int) -> int:
-    """Rows and columns of the buffer that `add_gram_` needs: whole tiles of 32."""
+    """Rows and columns of the buffer that `add_gram_` and `add_product_` need: whole tiles of 32."""
     return -(-in_features // 32) * 32
 
 
 def add_gram_(gram: Float[torch.Tensor, "padded padded"], x: torch.Tensor) -> None:
     """Add x.T @ x on and above the diagonal; `x` is bf16 `[tokens, in]`. What is below the diagonal is undefined."""
     built_library().add_gram(gram, x.view(torch.int16), torch.get_num_threads())
+
+
+def add_product_(total: Float[torch.Tensor, "padded padded"], a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a.T @ b of two matrices; both are bf16 `[tokens, in]`."""
+    built_library().add_product(total, a.view(torch.int16), b.view(torch.int16), torch.get_num_threads())
 
 
 def encode_affine(

@@ -5,7 +5,8 @@ transforms: [{name: awq-scale}]         what runs before; left out: what the qua
 quantizer: {name: gptq, damp: 0.01}
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
-              inputs: pressed}          or original: what the uncompressed blocks before give a block, instead of the compressed ones
+              inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
+              sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 overrides: [{match: "*.v_proj", weights: int8-row}]
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
@@ -32,7 +33,8 @@ from bitpress.formats import LOSSLESS, AnyFormat, find_format
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.basis import BasisChange
-from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TRANSFORMS
+from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe", "spelled"]
@@ -72,6 +74,7 @@ class Calibration(_Closed):
     seed: int = Field(default=0, ge=0, lt=2**63)
     chat: bool = False
     inputs: Literal["pressed", "original"] = "pressed"
+    sequential: bool = False
 
 
 class Override(_Closed):
@@ -117,7 +120,7 @@ class Recipe(_Closed):
         made: Quantizer = _make("quantizer", self.quantizer, QUANTIZERS)
         return made
 
-    def make_transforms(self) -> list[tuple[str, ScaleSearch | BasisChange]]:
+    def make_transforms(self) -> list[tuple[str, ScaleSearch | BasisChange | Target]]:
         return [(str(part.get("name")), _make("transform", part, TRANSFORMS)) for part in self._transforms()]
 
     def make_searches(self) -> list[tuple[str, ScaleSearch]]:
@@ -127,6 +130,10 @@ class Recipe(_Closed):
     def make_changes(self) -> list[tuple[str, BasisChange]]:
         """Make those of the transforms that change the basis of single weights."""
         return [(p["name"], _make("transform", p, BASIS_CHANGES)) for p in self._transforms() if p["name"] in BASIS_CHANGES]
+
+    def make_targets(self) -> list[tuple[str, Target]]:
+        """Make those of the transforms that change what the codes aim at."""
+        return [(p["name"], _make("transform", p, TARGETS)) for p in self._transforms() if p["name"] in TARGETS]
 
     def _transforms(self) -> tuple[dict[str, Any], ...]:
         if self.transforms is not None:
@@ -209,6 +216,15 @@ def _check_composition(recipe: Recipe) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
+    if recipe.calibration.sequential:
+        whole = [name for name in transforms if name in SCALE_SEARCHES]
+        whole += sorted(of_origin(recipe.needs(), "attention"))
+        if whole:
+            raise UsageError(f"{whole[0]} sees a block as a whole, so calibration.sequential must be false.")
+        if recipe.calibration.inputs == "original":
+            raise UsageError(
+                "calibration.sequential follows compressed weights inside a block, so calibration.inputs must be pressed."
+            )
     late = [name for i, name in enumerate(transforms) if name in SCALE_SEARCHES and set(transforms[:i]) & set(BASIS_CHANGES)]
     if late:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")

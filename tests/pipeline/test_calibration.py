@@ -110,6 +110,107 @@ def test_original_inputs_do_not_depend_on_the_method(tiny_model: Callable[..., P
         assert torch.equal(a.need_gram("test"), b.need_gram("test"))
 
 
+# -------------------------------------------------------------------------------------------------------------- sequential
+
+
+def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Run the calibration tokens; give what every linear of the blocks is fed."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1).double()))
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_sequential_measures_what_the_finished_model_feeds_its_weights(
+    tiny_model: Callable[..., Path], sequential: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_model("llama")
+    values = {"weights": "int2-g16-zero", "quantizer": "gptq", "compute": "fp32", "batch": 2}
+    recipe = make_recipe({**values, "calibration": {"sequential": sequential}})
+    plan, streamed, _ = plan_run(path, recipe)
+    streamed.load_outer_()
+    presser = Presser(streamed, recipe, plan.weights)
+    presser.quantizer = noting = Noting({"gram", "cross"})
+    presser.needs = noting.needs
+    presser.start_(TOKENS, None)
+    original, finished = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
+    names = []
+    for i in range(plan.blocks):
+        block = presser.press_(i, last=i == plan.blocks - 1)
+        for name in block.weights:
+            stem = f"{name.removesuffix('.weight')}."
+            tensors = {leaf.removeprefix(stem): t for leaf, t in block.tensors.items() if leaf.startswith(stem)}
+            weight = CompressedWeight.build(block.weights[name]["spec"], tensors)
+            finished.get_parameter(name).data.copy_(weight.dequantize())
+            names.append(name.removeprefix("model.layers.").removesuffix(".weight"))
+    before, after = inputs_of(original), inputs_of(finished)
+    wrong = []
+    for name, stats in zip(names, noting.seen, strict=True):
+        x, true = after[name], before[name]
+        gram, cross = x.T @ x / len(x), (true - x).T @ x / len(x)
+        near = [
+            torch.allclose(stats.need(kind, "test").double(), expected, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
+            for kind, expected in (("gram", gram), ("cross", cross))
+        ]
+        wrong += [name] * (not all(near))
+    if sequential:
+        assert not wrong
+    else:
+        # The first weights of a block are fed the same either way.
+        assert [n for n in wrong if not n.split(".")[-1].startswith(("q_", "k_", "v_"))] == wrong
+        assert {n.split(".")[-1] for n in wrong} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [
+        ("llama", [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]),
+        ("gpt2", [["c_attn"], ["c"], ["c_fc"], ["c"]]),
+        ("qwen3_moe", [["q", "k", "v"], ["o"], ["gate_up"], ["down"]]),
+    ],
+)
+def test_sequential_takes_a_pass_for_every_input_and_experts_together(
+    tiny_model: Callable[..., Path], architecture: str, stages: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"weights": "int4-g16", "quantizer": "gptq", "compute": "fp32", "batch": 2, "calibration": {"sequential": True}}
+    recipe = make_recipe(values)
+    plan, streamed, _ = plan_run(tiny_model(architecture), recipe)
+    streamed.load_outer_()
+    presser = Presser(streamed, recipe, plan.weights)
+    made: list[list[list[str]]] = []
+    inner = presser._stages
+
+    def noted(i: int, planned: Any) -> Any:
+        found = inner(i, planned)
+        made.append([[p.parameter.stem.rpartition(".")[2].removesuffix("_proj") for p in stage] for stage in found])
+        return found
+
+    monkeypatch.setattr(presser, "_stages", noted)
+    presser.start_(TOKENS, None)
+    presser.press_(0, last=False)
+    assert made == [stages]
+
+
+def test_sequential_beside_what_needs_a_whole_block_is_refused() -> None:
+    sequential = {"sequential": True}
+    with pytest.raises(UsageError, match=r"awq-scale sees a block as a whole, so calibration\.sequential must be false"):
+        make_recipe({"transforms": ["awq-scale"], "calibration": sequential})
+    with pytest.raises(UsageError, match="attention_gram sees a block as a whole"):
+        make_recipe({"quantizer": "rsq", "calibration": sequential})
+    with pytest.raises(UsageError, match=r"calibration\.inputs must be pressed"):
+        make_recipe({"calibration": {**sequential, "inputs": "original"}})
+
+
 # ------------------------------------------------------------------------------------------------------------- sensitivity
 
 

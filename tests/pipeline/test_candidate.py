@@ -65,7 +65,7 @@ def test_inputs_are_the_originals_unless_somebody_says_otherwise(write: Write) -
     assert [c.recipe.calibration.inputs for c in made] == ["original", "pressed", "pressed"]
     assert [c.recipe.calibration.samples for c in made] == [7, 7, 7]
     assert [c.recipe.calibration.seed for c in made] == [0, 5, 0]
-    assert notes == ["run on the compressed model's inputs, as they compare both models': c"]
+    assert notes == ["run on the compressed model's inputs, as they ask for them: c"]
     made, notes = read_candidates(path, [4], {"inputs": "pressed"})
     assert {c.recipe.calibration.inputs for c in made} == {"pressed"}
     assert notes == []

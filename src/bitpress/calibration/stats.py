@@ -8,8 +8,7 @@
     head_gram       [heads, in, in]     the gram of what each head's attention mixes of the inputs; for values
     sensitivity     [out, in]           mean over texts of the squared gradient of the loss
 
-Accumulation is in float32 over batches of at most a few thousand tokens each, and in float64 across batches, so the result does
-not lose digits with the number of tokens.
+Products of bf16 values are exact in float32 and are added up in float32, a batch of at most a few thousand tokens at a time.
 """
 
 from collections.abc import Collection, Iterator
@@ -167,10 +166,14 @@ class StatsCollector:
     def add_original(self, x: Float[torch.Tensor, "*batch in"], original: Float[torch.Tensor, "*batch in"]) -> None:
         """Take in what the uncompressed model gives this layer where it was given `x`."""
         if self._cross is None:
-            self._cross = torch.zeros(self.in_features, self.in_features)
-        given = x.reshape(-1, self.in_features).float()
-        with _bf16_products() if x.dtype == torch.bfloat16 else nullcontext():
-            self._cross.addmm_((original.reshape(-1, self.in_features).float() - given).T, given)
+            self._cross = torch.zeros(native.gram_size(self.in_features), native.gram_size(self.in_features))
+        given = x.reshape(-1, self.in_features).contiguous()
+        difference = original.reshape(-1, self.in_features) - given
+        if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+            native.add_product_(self._cross, difference, given)
+        else:
+            with _bf16_products() if x.dtype == torch.bfloat16 else nullcontext():
+                self._cross[: self.in_features, : self.in_features].addmm_(difference.float().T, given.float())
 
     def add_weighted(self, x: Float[torch.Tensor, "*batch in"], weight: Float[torch.Tensor, " tokens"]) -> None:
         """Take in a batch whose tokens have weights."""
@@ -187,7 +190,7 @@ class StatsCollector:
             gram = _mirrored(self._gram[: self.in_features, : self.in_features]).div_(tokens)
             self._gram = None
         mean_abs = None if self._sum_abs is None else (self._sum_abs / tokens).float()
-        cross = None if self._cross is None else self._cross.div_(tokens)
+        cross = None if self._cross is None else self._cross[: self.in_features, : self.in_features].div(tokens)
         attention = None if self._attention is None else _mirrored(self._attention).div_(tokens)
         self._cross = self._attention = None
         return Stats(self.tokens, gram, mean_abs, cross, attention)

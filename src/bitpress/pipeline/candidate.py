@@ -78,7 +78,7 @@ def read_candidates(
     if not made:
         raise UsageError(f"{path}: no recipe is meant for {', '.join(map(str, widths))} bits; give other --bits.")
     notes = [f"not meant for these bits and left out: {'; '.join(left_out)}"] * bool(left_out)
-    notes += [f"run on the compressed model's inputs, as they compare both models': {', '.join(both)}"] * bool(both)
+    notes += [f"run on the compressed model's inputs, as they ask for them: {', '.join(both)}"] * bool(both)
     return made, notes
 
 
@@ -187,10 +187,10 @@ def _build(values: Mapping[str, Any], shared: Mapping[str, Any], compute: str) -
     said = isinstance(own, dict) and "inputs" in own
     # On the compressed model's inputs every method can run; what it needs says whether it must.
     first = make_recipe({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}})
-    compares = bool(of_origin(first.needs(), "original"))
+    must = bool(of_origin(first.needs(), "original")) or first.calibration.sequential
     if not said:
-        calibration["inputs"] = "pressed" if compares else calibration.get("inputs", "original")
+        calibration["inputs"] = "pressed" if must else calibration.get("inputs", "original")
     recipe = make_recipe({"compute": compute, **values, "calibration": calibration})
     if recipe.compute_dtype() != Recipe.model_validate({"compute": compute}).compute_dtype():
         raise UsageError(f"compute: {recipe.compute} is not what all are compared in; leave it out and give --compute.")
-    return recipe, compares and not said and shared.get("inputs") != "pressed"
+    return recipe, must and not said and shared.get("inputs") != "pressed"

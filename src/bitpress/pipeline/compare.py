@@ -219,7 +219,7 @@ def _press(
     source: Mapping[str, str],
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     model, plan, recipe = made.model, made.plans[c], c.recipe
     heldout = Heldout(model, made.texts)
     presser = make_presser(made, captured, c, heldout.step_, check_stop)
@@ -237,6 +237,7 @@ def _press(
                 _keep_block(job, made, plan, i, block)
             made.progress.advance(model.block_name(i), error=block.error)
         pressed = time.perf_counter() - started - heldout.seconds
+        pressed_cpu = time.process_time() - cpu - heldout.cpu_seconds
         figures = distances((model, captured.states()), (model, heldout.states), made.texts, noting(made, check_stop))
         measured = time.perf_counter() - started - pressed
         if job is not None:
@@ -274,6 +275,7 @@ def _press(
         "measured_on": "weight" if any(row["measured_on"] == "weight" for row in rows) else "output",
         "inputs": recipe.calibration.inputs if recipe.needs() else None,
         "seconds_pressing": round(pressed, 2),
+        "seconds_pressing_cpu": round(pressed_cpu, 2),
         "seconds_measuring": round(measured, 2),
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,

@@ -1,7 +1,8 @@
 """One weight through all the parts of a recipe: changes of basis, splits, the quantizer, repairs.
 
     w' = T_out^-1 w T_in^-1              the recipe's changes of basis, one after the other
-    w_hat' = Q(w' - splits) + splits + repairs
+    a = w' + shifts                      its changes of target
+    w_hat' = Q(a - splits) + splits + repairs
     w_hat = T_out w_hat' T_in            the maps stay beside the terms
 
 Channel factors come before, by group of weights (`rescale`). A quantizer may bring maps of its own: repairs then go between them.
@@ -19,6 +20,7 @@ from bitpress.errors import CalibrationError, FormatError
 from bitpress.formats import CompressedWeight, Format, Term
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.transforms.basis import BasisChange, Maps, into_basis, with_maps
+from bitpress.transforms.target import Target
 
 __all__ = ["compress_matrix"]
 
@@ -30,6 +32,7 @@ def compress_matrix(
     quantizer: Quantizer,
     changes: Sequence[BasisChange] = (),
     corrections: Sequence[Correction] = (),
+    targets: Sequence[Target] = (),
 ) -> Outcome:
     """Compress a weight. Raises what the parts raise.
 
@@ -47,6 +50,10 @@ def compress_matrix(
         raise CalibrationError(
             f"{lost[0]} is not known after a change of basis, and this quantizer needs it; use one or the other."
         )
+    fallbacks: tuple[str, ...] = ()
+    for target in targets:
+        w, taken = target.aim(w, stats)
+        fallbacks += taken
     terms: list[Term] = []
     rest = w
     for correction in corrections:
@@ -70,7 +77,7 @@ def compress_matrix(
     weight = with_maps(inner, own)
     for maps in reversed(around):
         weight = with_maps(weight, maps)
-    return replace(outcome, weight=weight)
+    return replace(outcome, weight=weight, fallbacks=(*fallbacks, *outcome.fallbacks))
 
 
 def _into(w: torch.Tensor, stats: Stats | None, maps: Maps) -> tuple[torch.Tensor, Stats | None]:

@@ -6,6 +6,7 @@ bytes.
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,7 @@ class Presser:
         self.quantizer = recipe.make_quantizer()
         self.searches = [search for _, search in recipe.make_searches()]
         self.changes = [change for _, change in recipe.make_changes()]
+        self.targets = [target for _, target in recipe.make_targets()]
         self.corrections = [correction for _, correction in recipe.make_corrections()]
         self.needs = recipe.needs()
         self.follows_original = recipe.calibration.inputs == "original"
@@ -123,7 +125,7 @@ class Presser:
             self.hidden, self.beside = stored
         else:
             self.hidden = stored
-        if self.searches or self.needs & HEAD_STATISTICS:
+        if self.searches or self.needs & HEAD_STATISTICS or self.recipe.calibration.sequential:
             self.model.embed(tokens[:1, :PROBE_LENGTH])
 
     def press_(self, i: int, *, last: bool) -> PressedBlock:
@@ -131,16 +133,21 @@ class Presser:
         tensors = self.model.load_block_(i)
         planned = [p for p in self.planned if p.block == i]
         compressed = {p.parameter.name for p in planned}
-        measuring = self.needs or self.measured is not None
-        stats, scales = self._measure(i, tensors, planned, last=last) if measuring else ({}, None)
         block = PressedBlock({name: t for name, t in tensors.items() if name not in compressed})
-        for p in planned:
-            self.check_stop()
-            started = time.perf_counter()
-            w_hat = self._press_parameter(block, p, tensors[p.parameter.name], stats, scales)
-            block.rows[-1]["seconds"] = round(time.perf_counter() - started, 3)
-            if self.visit is not None or (not last and self.needs):
-                self.model.fill_({p.parameter.name: w_hat})
+        stages = self._stages(i, planned) if self.recipe.calibration.sequential and self.needs else [planned]
+        replaced: dict[str, torch.Tensor] = {}
+        for stage in stages:
+            final = stage is stages[-1]
+            measuring = self.needs or self.measured is not None
+            stats, scales = self._measure(i, tensors, stage, replaced, last=last, final=final) if measuring else ({}, None)
+            for p in stage:
+                self.check_stop()
+                started = time.perf_counter()
+                w_hat = self._press_parameter(block, p, tensors[p.parameter.name], stats, scales)
+                block.rows[-1]["seconds"] = round(time.perf_counter() - started, 3)
+                if self.visit is not None or (self.needs and not (last and final)):
+                    self.model.fill_({p.parameter.name: w_hat})
+                replaced[p.parameter.name] = tensors[p.parameter.name]
         if not last and self.needs and not self.follows_original and self.measured is None:
             self._advance(i)
         if self.visit is not None:
@@ -153,13 +160,42 @@ class Presser:
         """Collect statistics of every weight of block `i` and move the hidden states past it, with nothing compressed."""
         self.model.load_block_(i)
         watched = self._watch(list_weights(self.model.block_name(i), self.model.blocks[i], self.model.model.config, ())[0])
-        found = self._capture(i, watched, needs, last=last)
+        found = self._capture(i, watched, needs, {}, last=last, final=True)
         self.model.drop_block_(i)
         release()
         return found
 
+    def _stages(self, i: int, planned: Sequence[PlannedWeight]) -> list[list[PlannedWeight]]:
+        """Part a block's weights by their inputs, in the order in which these are made; experts together, by what they share."""
+        watched = self._watch([p.parameter for p in planned])
+        capture = Capture([w for _, w in watched.values()], ())
+        _, hidden = self._batches()[0]
+        with capture:
+            self.model.run_block(i, hidden[:1, :PROBE_LENGTH])
+        capture.next_batch()
+
+        def alike(name: str) -> str:
+            return re.sub(r"\d+", "*", name) if watched[name][1].expert else name
+
+        number: dict[str, int] = {}
+        for at, group in enumerate(capture.groups()):
+            known = min((number[alike(name)] for name in group if alike(name) in number), default=at)
+            number |= {alike(name): known for name in group}
+        stages: dict[int, list[PlannedWeight]] = {}
+        for p in planned:
+            # Experts that the probe did not reach go with their like; what it never uses goes last.
+            stages.setdefault(number.get(alike(p.parameter.parts()[0]), len(number)), []).append(p)
+        return [stages[at] for at in sorted(stages)]
+
     def _measure(
-        self, i: int, tensors: dict[str, torch.Tensor], planned: Sequence[PlannedWeight], *, last: bool
+        self,
+        i: int,
+        tensors: dict[str, torch.Tensor],
+        planned: Sequence[PlannedWeight],
+        replaced: Mapping[str, torch.Tensor],
+        *,
+        last: bool,
+        final: bool,
     ) -> tuple[dict[str, Stats], Rescaled]:
         """Collect statistics of every weight's input; let the recipe's searches rescale the block by them."""
         parameters = [p.parameter for p in planned]
@@ -167,7 +203,10 @@ class Presser:
             # A weight that is kept may share an input that is rescaled, and has to follow; or have its part in the attention.
             parameters, _ = list_weights(self.model.block_name(i), self.model.blocks[i], self.model.model.config, ())
         watched = self._watch(parameters)
-        found = self._capture(i, watched, self.needs, last=last) if self.measured is None else self.measured(i)
+        if self.measured is not None:
+            found = self.measured(i)
+        else:
+            found = self._capture(i, watched, self.needs, replaced, last=last, final=final)
         stats = found.stats
         if self.sensitivity is not None:
             stats = stats | self._sensitivities(planned, stats)
@@ -183,21 +222,38 @@ class Presser:
         return watched
 
     def _capture(
-        self, i: int, watched: Mapping[str, tuple[WeightParameter, Watched]], needs: Collection[str], *, last: bool
+        self,
+        i: int,
+        watched: Mapping[str, tuple[WeightParameter, Watched]],
+        needs: Collection[str],
+        replaced: Mapping[str, torch.Tensor],
+        *,
+        last: bool,
+        final: bool,
     ) -> Measured:
-        """Run the calibration text through the loaded block."""
+        """Run the calibration text through the loaded block.
+
+        `replaced` holds what weights that are compressed already were, for the uncompressed model's forward, whose states move on only
+        in the `final` of a block's passes.
+        """
         batches = self._batches()
         probe = batches[0][1][:1, :PROBE_LENGTH].clone()
         roles = None
         if HEAD_STATISTICS & set(needs):
             roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in watched.values()])
         capture = Capture([w for _, w in watched.values()], needs, roles)
-        if self.beside is not None or self.follows_original:
+        if (self.beside is not None and final) or self.follows_original:
             self.before_advance()  # the original's states are overwritten as soon as they have been used
+        original = {name: value.to(self.model.dtype) for name, value in replaced.items()}
+        pressed = {name: self.model.model.get_parameter(name).data for name in original}
         for rows, hidden in batches:
             if self.beside is not None:
+                self.model.fill_(original)
                 with capture.original():
-                    self.beside[rows] = self._checked(i, self.model.run_block(i, self.beside[rows]))
+                    out = self._checked(i, self.model.run_block(i, self.beside[rows]))
+                self.model.fill_(pressed)
+                if final:
+                    self.beside[rows] = out
             with capture:
                 out = self.model.run_block(i, hidden)
                 capture.next_batch()
@@ -314,7 +370,7 @@ class Presser:
                 outcome = replace(outcome, weight=mapped, fallbacks=(*outcome.fallbacks, text))
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        alone = self.quantizer == RTN() and not self.changes and not self.corrections
+        alone = self.quantizer == RTN() and not self.changes and not self.corrections and not self.targets
         plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
@@ -322,7 +378,7 @@ class Presser:
 
     def _compose(self, name: str, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         try:
-            return compress_matrix(w, stats, fmt, self.quantizer, self.changes, self.corrections)
+            return compress_matrix(w, stats, fmt, self.quantizer, self.changes, self.corrections, self.targets)
         except (CalibrationError, FormatError) as error:
             raise type(error)(f"{name}: {error}") from error
 

@@ -1,14 +1,16 @@
-"""The table of transforms: searches for channel factors, by group of weights, and changes of basis, weight by weight."""
+"""The table of transforms: searches for channel factors, by group of weights, changes of basis and of target, weight by weight."""
 
 from bitpress.transforms.awq_scale import AWQScale
 from bitpress.transforms.balance import Balance
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.hadamard import HadamardBasis
 from bitpress.transforms.orthogonal import OrthogonalBasis
+from bitpress.transforms.qep import QEP
 from bitpress.transforms.smooth_plus import SmoothPlus
+from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["BASIS_CHANGES", "SCALE_SEARCHES", "TRANSFORMS"]
+__all__ = ["BASIS_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRANSFORMS"]
 
 SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {"awq-scale": AWQScale, "smooth-plus": SmoothPlus}
 
@@ -18,4 +20,6 @@ BASIS_CHANGES: dict[str, type[BasisChange]] = {
     "orthogonal": OrthogonalBasis,
 }
 
-TRANSFORMS: dict[str, type[ScaleSearch] | type[BasisChange]] = {**SCALE_SEARCHES, **BASIS_CHANGES}
+TARGETS: dict[str, type[Target]] = {"qep": QEP}
+
+TRANSFORMS: dict[str, type[ScaleSearch] | type[BasisChange] | type[Target]] = {**SCALE_SEARCHES, **BASIS_CHANGES, **TARGETS}
