@@ -262,7 +262,8 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
 def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Give what of a recipe is the method's own."""
     found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
-    return {**found, "calibration": {"inputs": recipe["calibration"]["inputs"]}}
+    calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
+    return {**found, "calibration": calibration}
 
 
 def seconds(row: dict[str, Any]) -> float:

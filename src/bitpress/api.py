@@ -12,6 +12,7 @@ from bitpress.pipeline.answers import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.prove import evaluate as _evaluate
 from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.presets import preset_keys
 from bitpress.recipes import Recipe, make_recipe
 from bitpress.runtime.choice import load
 
@@ -23,6 +24,8 @@ def quantize(
     out: str | Path,
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    preset: str | None = None,
+    bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
     strict: bool = False,
@@ -35,17 +38,19 @@ def quantize(
 
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
+    preset      instead of a recipe: fast, balanced or best, the one that measured best under that rule at `bits` 4, 3 or 2
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
+    values = preset_keys(preset, bits, beside_recipe=recipe is not None)
     if isinstance(recipe, Recipe):
-        values: dict[str, Any] = recipe.model_dump()
+        values = recipe.model_dump()
     elif isinstance(recipe, (str, Path)):
         values = Recipe.load(recipe).model_dump()
     else:
-        values = dict(recipe or {})
+        values |= dict(recipe or {})
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:

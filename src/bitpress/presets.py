@@ -13,7 +13,7 @@ from typing import Any
 
 from bitpress.errors import UsageError, unknown_name
 
-__all__ = ["Figures", "Preset", "find_preset", "preset_names"]
+__all__ = ["Figures", "Preset", "find_preset", "preset_keys", "preset_names"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,20 @@ def find_preset(name: str, bits: int) -> Preset:
     choice = choices[str(bits)]
     others = tuple(Figures(**other) for other in choice["others"])
     return Preset(name, bits, table["rules"][name], table["bench"], choice["recipe"], Figures(**choice["chosen"]), others)
+
+
+def preset_keys(name: str | None, bits: int | None, *, beside_recipe: bool) -> dict[str, Any]:
+    """Give the keys of a recipe that a preset sets, none where none is asked for.
+
+    Raises UsageError for a preset beside a recipe, for one of name and bits alone, and what `find_preset` raises.
+    """
+    if name is not None and beside_recipe:
+        raise UsageError(
+            "--preset and --recipe: give one of them; `--preset NAME --explain --json` prints a recipe to start from."
+        )
+    if (name is None) != (bits is None):
+        raise UsageError("--preset and --bits go together, for example --preset balanced --bits 3.")
+    return {} if name is None or bits is None else dict(find_preset(name, bits).recipe)
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import bitpress
 from bitpress.cli.app import app
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
@@ -54,6 +55,22 @@ def test_the_explanation_names_recipe_rule_figures_and_others(tmp_path: Path) ->
     code, text = run("--preset", "best", "--bits", "3", "--explain", "--json")
     assert code == 0
     assert json.loads(text)["recipe"] == yaml.safe_load(json.dumps(preset.recipe))
+
+
+def test_python_takes_presets_too(tmp_path: Path) -> None:
+    for keys, wanted in (
+        ({"preset": "fast"}, "--preset and --bits go together"),
+        ({"preset": "fast", "bits": 9}, "preset fast has no recipe of 9 bits"),
+        ({"preset": "fast", "bits": 4, "recipe": {}}, "give one of them"),
+    ):
+        with pytest.raises(UsageError, match=wanted):
+            bitpress.quantize("nowhere", tmp_path / "out", **keys)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitpress.api.resolve_model", Path)
+        patch.setattr("bitpress.api.quantize_directory", lambda model, out, recipe, **rest: seen.append(recipe))
+        bitpress.quantize("nowhere", tmp_path / "out", preset="best", bits=3, weights="int3-g128-zero")
+    assert seen == [make_recipe({**find_preset("best", 3).recipe, "weights": "int3-g128-zero"})]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitpress.cli.recipe_options import build_recipe, explain_preset
 from bitpress.cli.screen import Screen, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
 from bitpress.settings import share_cores
@@ -109,15 +110,13 @@ def quantize(
 ) -> None:
     """Compress a model, prove what that cost, and publish it."""
     if explain:
-        _base(recipe, preset, bits)  # which refuses a recipe file beside a preset
-        _explain(preset, bits, as_json)
+        explain_preset(recipe, preset, bits, as_json)
         return
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
-    base = _base(recipe, preset, bits)
-    made = _recipe(base, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen.note)
@@ -154,8 +153,7 @@ def plan(
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
-    base = _base(recipe, preset, bits)
-    made = _recipe(base, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     with Screen() as screen:
         planned, _, _ = plan_run(resolve_model(model, screen.note), made)
         for text in unmeant_bits(planned, made):
@@ -483,65 +481,6 @@ def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: t
         source = context.get_parameter_source(name)
         if is_missing and source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name} needs {needed}.")
-
-
-def _base(file: Path | None, preset: str | None, bits: int | None) -> dict[str, Any]:
-    """Give the keys that a recipe file or a preset sets."""
-    from bitpress.presets import find_preset
-    from bitpress.recipes import Recipe
-
-    if file is not None and preset is not None:
-        raise UsageError(
-            "--preset and --recipe: give one of them; `--preset NAME --explain --json` prints a recipe to start from."
-        )
-    if (preset is None) != (bits is None):
-        raise UsageError("--preset and --bits go together, for example --preset balanced --bits 3.")
-    if preset is not None and bits is not None:
-        return dict(find_preset(preset, bits).recipe)
-    return {} if file is None else Recipe.load(file).model_dump(exclude_unset=True)
-
-
-def _explain(preset: str | None, bits: int | None, as_json: bool) -> None:
-    import dataclasses
-
-    from bitpress.cli.reports import show_preset
-    from bitpress.presets import find_preset
-
-    if preset is None or bits is None:
-        raise UsageError("--explain says why a preset takes its recipe: give --preset and --bits too.")
-    found = find_preset(preset, bits)
-    if as_json:
-        print_json(dataclasses.asdict(found))
-    else:
-        show_preset(found)
-
-
-def _recipe(
-    base: dict[str, Any],
-    weights: str | None,
-    quantizer: str | None,
-    sets: list[str] | None,
-    text: str | None,
-    samples: int | None,
-    length: int | None,
-    seed: int | None,
-    skip: list[str] | None,
-) -> Any:
-    """Build the recipe: the file or preset first, then the options, then --set."""
-    from bitpress.recipes import make_recipe
-
-    values = dict(base)
-    if weights is not None:
-        values["weights"] = weights
-    if quantizer is not None:
-        values["quantizer"] = {"name": quantizer}
-    given = {"text": text, "samples": samples, "length": length, "seed": seed}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given:
-        values["calibration"] = {**values.get("calibration", {}), **given}
-    if skip:
-        values["skip"] = [*values.get("skip", ()), *skip]
-    return make_recipe(values, sets or ())
 
 
 def main() -> None:
