@@ -75,6 +75,14 @@ def test_the_same_input_gives_the_same_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+def test_whether_it_keeps_a_map_is_known_before(name: str) -> None:
+    made = QUANTIZERS[name]()
+    w, stats = case()
+    weight = made.quantize(w, stats, parse_format(served(name, "int3-g16-zero"))).weight
+    assert ((weight.input_map, weight.output_map) != (None, None)) == getattr(made, "keeps_map", False)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_weight_is_left_alone(name: str) -> None:
     w, stats = case(2)
     before, gram = w.clone(), stats.need_gram("test").clone()

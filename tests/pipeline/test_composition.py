@@ -224,6 +224,10 @@ def test_the_plan_refuses_what_no_weight_could_have(tiny_model: Callable[..., Pa
     said = refused(tiny_model, "mixtral", weights="int4-g16", quantizer="rtn", transforms=["hadamard"])
     assert "the maps of experts cannot be stacked" in said
     assert "experts.gate_up_proj" in said
+    for weights, quantizer in (("binary-tensor", "bitstack"), ("int4-g16", {"name": "gptq", "groups": "running"})):
+        said = refused(tiny_model, "mixtral", weights=weights, quantizer=quantizer)
+        assert "it keeps a map with every weight, and those of experts cannot be stacked" in said
+    plan_run(tiny_model("mixtral"), make_recipe({"weights": "int4-g16", "quantizer": "gptq"}))
     monkeypatch.setitem(QUANTIZERS, "choosy", Choosy)
     said = refused(tiny_model, "llama", weights="nf4-g16", quantizer="choosy")
     assert "choosy serves int4-*, not nf4-g16" in said

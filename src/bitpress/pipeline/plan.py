@@ -179,6 +179,11 @@ def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
         parameter = planned.parameter
         if changes and parameter.experts:
             wrong.setdefault(f"{changes}: the maps of experts cannot be stacked.", []).append(parameter.stem)
+        if parameter.experts and getattr(recipe.make_quantizer(), "keeps_map", False):
+            name = recipe.quantizer["name"]
+            wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
+                parameter.stem
+            )
         if isinstance(planned.format, Format):
             try:
                 check_served(recipe.quantizer["name"], serves, planned.format)

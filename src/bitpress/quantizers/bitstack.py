@@ -37,6 +37,7 @@ class BitStack:
     summary: ClassVar[str] = "a stack of signs times low-rank magnitudes that can be loaded in part"
     paper: ClassVar[str] = "P373"
     bits: ClassVar[tuple[float, float]] = (1, 4)
+    keeps_map: ClassVar[bool] = True
     # The signs of a term; how many terms there are is the method's to say.
     serves: ClassVar[tuple[str, ...]] = ("binary-tensor",)
 

@@ -50,14 +50,17 @@ class GPTQ:
         if self.groups not in ("static", "running"):
             raise UsageError(f"groups={self.groups!r}: it is 'static' or 'running'.")
 
+    @property
+    def keeps_map(self) -> bool:
+        return self.groups == "running" and self.order == "activation"
+
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("gptq")
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
         order, importance = feedback.order, feedback.importance
-        permuted = self.groups == "running" and self.order == "activation"
         ratios = shrink_ratios(self.clip, self.steps, self.smallest)
         w = w.float()
-        if permuted:
+        if self.keeps_map:
             w, importance = w[:, order], importance[order]
             walk = torch.arange(w.shape[1])
         else:
@@ -65,6 +68,6 @@ class GPTQ:
         columns = Columns(fmt, w, importance, ratios, static=self.groups == "static" or fmt.block.cols == "all")
         columns.round_(walk, feedback.factor, self.lazy)
         weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params),))
-        if permuted:
+        if self.keeps_map:
             weight = CompressedWeight(weight.terms, input_map=Permutation(order.to(torch.int32)))
         return Outcome(weight, feedback.fallbacks, {"damp": feedback.damp or 0.0})

@@ -36,6 +36,7 @@ class JLCM:
     summary: ClassVar[str] = "rows re-ordered into groups of like distribution, a codebook or scale for each"
     paper: ClassVar[str] = "P268"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    keeps_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios("mse", self.steps, self.smallest)

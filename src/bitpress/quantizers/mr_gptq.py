@@ -52,6 +52,10 @@ class MRGPTQ:
         if not 1 <= self.row_factors <= 64:
             raise UsageError(f"row_factors={self.row_factors}: it is 1 (none) to 64.")
 
+    @property
+    def keeps_map(self) -> bool:
+        return self.row_factors > 1
+
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("mr_gptq", self.serves, fmt)
         gram = (stats or Stats(0)).need_gram("mr_gptq")

@@ -43,6 +43,7 @@ class PTQ161:
     summary: ClassVar[str] = "input channels of large activations in 4 bits, the others binary with fitted factors"
     paper: ClassVar[str] = "P432"
     bits: ClassVar[tuple[float, float]] = (1, 2)
+    keeps_map: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("binary-row*", "binary-g*")
 
     def __post_init__(self) -> None:

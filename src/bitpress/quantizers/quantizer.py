@@ -35,6 +35,7 @@ class Quantizer(Protocol):
     paper       row of the paper in the catalogue of methods, or what it is a yardstick of
     bits        the least and the most bits of the codes, a weight, that it is meant for
     serves      patterns of the names of formats that it can choose codes for; a method without it serves every format
+    keeps_map   whether it gives weights with a map of their own, which cannot be stacked; a method without it gives none
     """
 
     needs: ClassVar[frozenset[str]]
