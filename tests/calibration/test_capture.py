@@ -107,3 +107,28 @@ def test_sick_input_names_the_weight() -> None:
     w = draw(OUT, IN)
     with pytest.raises(NumericsError, match=r"layers\.0\.up"), Capture([Watched("layers.0.up", w)], {"gram"}):
         torch.nn.functional.linear(torch.full((2, IN), torch.nan), w)
+
+
+@pytest.mark.parametrize("expert", [False, True])
+def test_a_forward_is_left_after_its_last_product_but_never_with_experts(expert: bool) -> None:
+    a, b, x = draw(IN, IN), draw(IN, IN), draw(TOKENS, IN)
+    ends = []
+
+    def forward() -> torch.Tensor:
+        y = torch.nn.functional.linear(torch.nn.functional.linear(x, a) + x, b)
+        y = torch.nn.functional.linear(y, a)  # again: the last product is this one
+        ends.append(True)
+        return y
+
+    capture = Capture([Watched("a", a, expert=expert), Watched("b", b)], {"gram"})
+    outs = [capture.run(forward, whole=whole) for whole in (False, False, True)]
+    assert [out is None for out in outs] == [False, not expert, False]
+    assert len(ends) == (3 if expert else 2)
+    stats = capture.finish()
+    assert stats["a"].tokens == 3 * 2 * TOKENS
+    assert stats["b"].tokens == 3 * TOKENS
+    original = Capture([Watched("a", a), Watched("b", b)], {"gram", "cross"})
+    for _ in range(2):
+        original.run(forward, whole=False, original=True)
+        original.run(forward, whole=False)
+    assert not original.finish()["b"].need("cross", "test").any()

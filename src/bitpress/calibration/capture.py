@@ -3,7 +3,7 @@
 Products are recognised by the address of the weight. Products that are given the same input share one set of statistics.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,12 @@ from bitpress.errors import CalibrationError
 __all__ = ["Capture", "Watched"]
 
 
+class _Left(Exception):
+    """A forward has been left after the last product that it was run for."""
+
+
 class Capture(TorchFunctionMode):
-    """Collects statistics of every watched weight while active. Call `next_batch` between forwards.
+    """Collects statistics of every watched weight while active. Call `next_batch` between forwards, or let `run` do both.
 
     Where the inputs of the uncompressed model are needed too, its forward goes before, within `original`. `roles` says which
     weights make the block's attention, for statistics of its heads.
@@ -41,6 +45,10 @@ class Capture(TorchFunctionMode):
         self._originals: dict[str, torch.Tensor] = {}
         self._attention: list[Attention] = []
         self._attended = False
+        # Products with watched weights in this forward, and in a whole one where that is always the same number.
+        self._products = 0
+        self._products_of_whole: int | None = None
+        self._leave_after: int | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -49,9 +57,34 @@ class Capture(TorchFunctionMode):
         product = product_of(func, args, kwargs)
         if product is not None and product[1].data_ptr() in self._by_address:
             self._note(*product)
+            self._products += 1
+            if self._products == self._leave_after:
+                raise _Left
         if self._attention_needed and not self._recording and is_attention(func):
             self._attention.append(Attention.of(args, kwargs))
         return func(*args, **kwargs)
+
+    def run(self, forward: Callable[[], torch.Tensor], *, whole: bool, original: bool = False) -> torch.Tensor | None:
+        """Run a forward, as `original` says of the uncompressed model, and note its inputs.
+
+        Without `whole` a forward is left after its last product with a watched weight, and the result is None, once another has
+        shown which that is.
+        """
+        self._products = 0
+        needs_all = whole or self._attention_needed or self._heads is not None
+        self._leave_after = None if needs_all else self._products_of_whole
+        try:
+            with self.original() if original else self:
+                out = forward()
+        except _Left:
+            return None
+        finally:
+            self._leave_after = None
+            if not original:
+                self.next_batch()
+        if not any(w.expert for w in self._by_address.values()):
+            self._products_of_whole = self._products
+        return out
 
     @contextmanager
     def original(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,9 +171,7 @@ class Presser:
         watched = self._watch([p.parameter for p in planned])
         capture = Capture([w for _, w in watched.values()], ())
         _, hidden = self._batches()[0]
-        with capture:
-            self.model.run_block(i, hidden[:1, :PROBE_LENGTH])
-        capture.next_batch()
+        capture.run(lambda: self.model.run_block(i, hidden[:1, :PROBE_LENGTH]), whole=True)
 
         def alike(name: str) -> str:
             return re.sub(r"\d+", "*", name) if watched[name][1].expert else name
@@ -249,15 +248,13 @@ class Presser:
         for rows, hidden in batches:
             if self.beside is not None:
                 self.model.fill_(original)
-                with capture.original():
-                    out = self._checked(i, self.model.run_block(i, self.beside[rows]))
+                beside = self.beside[rows]
+                out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
                 self.model.fill_(pressed)
-                if final:
-                    self.beside[rows] = out
-            with capture:
-                out = self.model.run_block(i, hidden)
-                capture.next_batch()
-            if self.follows_original and not last:
+                if final and out is not None:
+                    self.beside[rows] = self._checked(i, out)
+            out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and not last)
+            if self.follows_original and not last and out is not None:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
