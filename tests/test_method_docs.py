@@ -4,11 +4,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bitpress.calibration import STATISTICS
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import NAMED_RECIPES
+from bitpress.recipes import NAMED_RECIPES, Calibration, Recipe
 from bitpress.transforms.table import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,14 @@ def test_every_method_is_written_once_with_source_and_settings(monkeypatch: pyte
     assert "`damp=0.01`" in text.split("\n### `gptq`\n")[1].split("\n### ")[0]
     monkeypatch.delitem(QUANTIZERS, "gptq")
     assert "| `gptq` |" not in rewrite(text)
+
+
+def test_the_recipe_that_is_shown_is_the_default_one() -> None:
+    shown = yaml.safe_load(DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
+    assert set(shown) == set(Recipe.model_fields)
+    assert set(shown["calibration"]) == set(Calibration.model_fields)
+    assert shown.pop("transforms") == []  # which would leave out what a paper puts there
+    assert Recipe.model_validate(shown) == Recipe()
 
 
 def test_a_document_without_its_marks_is_refused() -> None:
