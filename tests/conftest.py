@@ -136,7 +136,7 @@ def gptq_recipe(text_file: Path) -> Callable[..., Any]:
     from bitpress.recipes import make_recipe
 
     def make(**values: Any) -> Any:
-        calibration = {"text": str(text_file), "samples": 4, "length": 32}
+        calibration = {"text": str(text_file), "samples": 4, "length": 32} | values.pop("calibration", {})
         return make_recipe(
             {"weights": "int4-g32-zero", "quantizer": {"name": "gptq"}, "calibration": calibration, "batch": 2} | values
         )

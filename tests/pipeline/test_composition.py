@@ -251,6 +251,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "quantizer": {"name": "gptq", "groups": "running"},
         "corrections": [{"name": "lqer", "rank": 4}],
     },
+    "another target, weight by weight": {"transforms": ["hadamard", "qep"], "calibration": {"sequential": True}},
     "no calibration": {
         "quantizer": {"name": "rtn"},
         "transforms": ["hadamard"],
@@ -322,6 +323,16 @@ def test_experts_have_terms_too_and_one_without_tokens_has_them_as_well(
         assert [t.kind for t in pressed.read_weight(name).terms] == ["packed", "sparse", "low_rank"]
 
 
+def test_experts_have_no_other_target_and_it_is_said(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = gptq_recipe(transforms=["qep"], calibration={"sequential": True}, min_expert_tokens=1)
+    report = quantize_directory(tiny_model("mixtral"), tmp_path / "out", recipe, proof=Proof(tokens=0))
+    told = {row["name"]: row["fallbacks"] for row in report["layers"]}
+    assert all(texts for name, texts in told.items() if "experts" in name)
+    assert not any(texts for name, texts in told.items() if "experts" not in name)
+
+
 class StopAfter(Silent):
     """Stops the run when a unit is done."""
 
@@ -333,7 +344,7 @@ class StopAfter(Silent):
             raise JobStopped("stopped by the test")
 
 
-@pytest.mark.parametrize("what", ["hadamard + gptq + lqer", "everything"])
+@pytest.mark.parametrize("what", ["hadamard + gptq + lqer", "everything", "another target, weight by weight"])
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     what: str, tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
