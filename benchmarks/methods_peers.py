@@ -33,9 +33,10 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor
 from bitpress.errors import NumericsError
 from bitpress.pipeline.captured import Captured, capture_original
-from bitpress.pipeline.compare import FLOOR_WINDOWS, HELDOUT
+from bitpress.pipeline.compare import HELDOUT
 from bitpress.pipeline.heldout import Heldout, distances
 from bitpress.pipeline.identity import versions
+from bitpress.pipeline.noise import measure_noise
 from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.source_model import open_original
 from bitpress.pipeline.windows import calibration_windows, load_windows
@@ -128,22 +129,11 @@ class Bench:
     def _noise(self, where: Path) -> dict[str, Any]:
         """Measure the original in bf16 against itself in float32, as a comparison does."""
         known = json.loads(where.read_text(encoding="utf-8")) if where.exists() else {}
-        if known.get("identity") != self.identity:
-            texts = {name: windows[:FLOOR_WINDOWS] for name, windows in self.texts.items()}
-            exact, _ = open_original(self.path, torch.float32)
-            exact.load_outer_()
-            heldout = Heldout(exact, texts)
-            heldout.start_()
-            for i in range(len(exact.blocks)):
-                exact.load_block_(i)
-                heldout.step_(i)
-                exact.drop_block_(i)
-            states = {name: value[:FLOOR_WINDOWS] for name, value in self.states.items()}
-            known = {"identity": self.identity, "texts": distances((exact, heldout.states), (self.model, states), texts)}
+        if known.get("identity") != self.identity or "floor" not in known:
+            known = {"identity": self.identity, "floor": measure_noise(self.path, self.model, self.texts, self.states)}
             where.write_text(json.dumps(known), encoding="utf-8")
-        figures = known["texts"]
-        tokens = sum(min(len(w), FLOOR_WINDOWS) * LENGTH for w in self.texts.values())
-        return {"kind": "floor", "texts": figures, "tokens": tokens, "kl_mean": mean([f["kl_mean"] for f in figures.values()])}
+        floor: dict[str, Any] = known["floor"]
+        return floor
 
     def importance(self) -> dict[str, torch.Tensor]:
         """Give the mean square of every weight's inputs."""

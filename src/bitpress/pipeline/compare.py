@@ -26,6 +26,7 @@ from bitpress.pipeline.comparison import Comparison, attempt, capture, drawn, kn
 from bitpress.pipeline.heldout import Heldout, distances
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.job import Job
+from bitpress.pipeline.noise import FLOOR_WINDOWS, measure_noise
 from bitpress.pipeline.plan import Plan, check_room, make_plan
 from bitpress.pipeline.press import PressedBlock
 from bitpress.pipeline.progress import Progress, Silent
@@ -41,8 +42,6 @@ __all__ = ["HELDOUT", "compare_recipes"]
 
 # Held-out texts of two kinds: one that the built-in calibration mix has too, one that it has not.
 HELDOUT = {"speeches": "builtin:heldout:speeches", "reference": "builtin:heldout:reference"}
-# Windows of every text on which the noise of the arithmetic is measured, against float32.
-FLOOR_WINDOWS = 8
 
 
 def compare_recipes(
@@ -194,21 +193,9 @@ def _run(
 
 def _measure_floor(made: Comparison, captured: Captured, check_stop: Callable[[], None]) -> dict[str, Any]:
     """Measure the original as it computes here against itself in float32, on some windows of every text."""
-    texts = {name: windows[:FLOOR_WINDOWS] for name, windows in made.texts.items()}
-    exact, _ = open_original(made.path, torch.float32)
-    exact.load_outer_()
-    heldout = Heldout(exact, texts)
-    heldout.start_()
-    made.progress.begin("noise of the arithmetic", len(exact.blocks) + sum(map(len, texts.values())))
-    for i in range(len(exact.blocks)):
-        check_stop()
-        exact.load_block_(i)
-        heldout.step_(i)
-        exact.drop_block_(i)
-        made.progress.advance(exact.block_name(i))
-    states = {name: value[:FLOOR_WINDOWS] for name, value in captured.states().items()}
-    figures = distances((exact, heldout.states), (made.model, states), texts, noting(made, check_stop))
-    return {"kind": "floor", "texts": figures, "tokens": sum(w.numel() for w in texts.values()), "kl_mean": _mean_kl(figures)}
+    windows = sum(min(len(w), FLOOR_WINDOWS) for w in made.texts.values())
+    made.progress.begin("noise of the arithmetic", len(made.model.blocks) + windows)
+    return measure_noise(made.path, made.model, made.texts, captured.states(), noting(made, check_stop))
 
 
 def _press(
