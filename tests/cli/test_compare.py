@@ -247,6 +247,21 @@ def test_the_picture_has_every_point_once_at_its_place() -> None:
     assert "nothing to draw: no recipe has a distance" in draw_comparison([ROWS[-1]], "x")
 
 
+def test_a_crowd_has_one_look_for_recipes_and_one_for_other_packages() -> None:
+    rows = [row(f"r{i}", 4, 4.0 + i / 20, 1.0 - i / 40) for i in range(20)]
+    rows += [{**row(f"p{i}", 4, 4.0 + i / 20, 2.0 - i / 40), "kind": "peer"} for i in range(8)]
+    space = "{http://www.w3.org/2000/svg}"
+    drawn = ElementTree.fromstring(draw_comparison(rows, "x"))
+    texts = [text.text for text in drawn.iter(f"{space}text")]
+    assert {"recipes", "other packages"} <= set(texts)
+    marks = [path for path in drawn.iter(f"{space}path") if path.find(f"{space}title") is not None]
+    assert len(marks) == 28
+    assert len({mark.attrib["fill"] for mark in marks}) == 2
+    assert len([path for path in drawn.iter(f"{space}path") if path.attrib.get("stroke-width") == "7"]) == 2, "a front of each"
+    few = ElementTree.fromstring(draw_comparison(rows[:3], "x"))
+    assert "recipes" not in [text.text for text in few.iter(f"{space}text")]
+
+
 def test_one_recipe_and_a_kl_of_zero_can_be_drawn() -> None:
     for rows, shown in (([row("a", 4, 4.0, 0.1)], "a"), ([row("a", 4, 4.0, 0.0), row("b", 4, 4.0, 1e-6)], "b")):
         texts = [text.text for text in ElementTree.fromstring(draw_comparison(rows, "x")).iter() if text.text]

@@ -38,7 +38,7 @@ def test_the_quantizer_says_at_which_widths(write: Write) -> None:
 
 def test_a_recipe_says_at_which_widths(write: Write) -> None:
     path = write("rtn: {weights: 'int{bits}-g16', quantizer: rtn, bits: [8, 2]}\nonce: {weights: int4-g16}\nat3: {bits: 3}\n")
-    assert labels(path, [4, 3, 2]) == ["rtn, 2 bits", "once", "at3"]
+    assert labels(path, [4, 3, 2]) == ["rtn, 2 bits", "once", "at3, 3 bits"]
     assert labels(path, [8]) == ["rtn, 8 bits", "once"]
 
 

@@ -16,6 +16,10 @@ MARKS = ("circle", "square", "up", "diamond", "down", "plus", "cross", "star")
 LEFT, TOP, WIDTH, LEAST_HEIGHT = 64, 44, 760, 520
 LINE, LEGEND, LETTER, BOLD = 17, 250, 6.1, 6.8
 INK, FAINT = "#222222", "#dddddd"
+# With more names than this a look for each tells nothing any more: all recipes get one, and all other packages another.
+CROWD = 24
+CROWD_LOOKS = {"recipe": ("#1f5fa8", "circle"), "peer": ("#b35a00", "square")}
+FRONTS = {"recipe": "#f0c040", "peer": "#c8c8c8"}
 
 Row = Mapping[str, Any]
 Box = tuple[float, float, float, float]
@@ -33,13 +37,18 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_comparison(rows: Sequence[Row], title: str) -> str:
-    """Draw the rows that have a distance above zero; without any, a picture that says so."""
+    """Draw the rows that have a distance above zero; without any, a picture that says so.
+
+    Rows of kind "peer" are of other packages, and have a front of their own.
+    """
     shown = [row for row in _measured(rows) if row["kl_mean"] > 0]
     names = list(dict.fromkeys(str(row["name"]) for row in shown))
-    height = max(LEAST_HEIGHT, LINE * len(names) + 20)
+    crowded = len(names) > CROWD
+    height = 720 if crowded else max(LEAST_HEIGHT, LINE * len(names) + 20)
+    whole, legend_at = (LEFT + WIDTH + 24, LEFT + WIDTH - 130) if crowded else (LEFT + WIDTH + LEGEND, LEFT + WIDTH + 22)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + LEGEND} {TOP + height + 56}" '
-        f'width="{LEFT + WIDTH + LEGEND}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {TOP + height + 56}" '
+        f'width="{whole}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="24" font-size="14" font-weight="bold">{escape(title)}</text>',
     ]
@@ -47,17 +56,23 @@ def draw_comparison(rows: Sequence[Row], title: str) -> str:
         return "\n".join([*parts, f'<text x="{LEFT}" y="{TOP + 20}">nothing to draw: no recipe has a distance</text></svg>'])
     axes = _Axes(shown, height)
     parts += axes.draw()
+    kinds = {str(row["name"]): _kind(row) for row in shown}
     looks = {name: (COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]) for i, name in enumerate(names)}
-    parts += _front_line(axes, front(shown))
-    opacity = 0.5 if len(names) <= 12 else 0.2  # of the lines between one recipe's widths
+    legend = looks
+    if crowded:
+        looks = {name: CROWD_LOOKS[kinds[name]] for name in names}
+        legend = {"recipes": CROWD_LOOKS["recipe"]}
+        legend |= {"other packages": CROWD_LOOKS["peer"]} if "peer" in kinds.values() else {}
+    for kind in ("peer", "recipe"):
+        parts += _front_line(axes, front([row for row in shown if _kind(row) == kind]), FRONTS[kind])
+    opacity = 0.0 if crowded else 0.5 if len(names) <= 12 else 0.2  # of the lines between one recipe's widths
     for name in names:
         parts += _series(axes, [row for row in shown if row["name"] == name], *looks[name], opacity)
-    parts += _labels(axes, shown, looks)
-    for i, name in enumerate(names):
-        color, mark = looks[name]
+    parts += _labels(axes, shown, looks, (legend_at - 10, TOP, whole, TOP + 20 + LINE * len(legend)))
+    for i, (name, (color, mark)) in enumerate(legend.items()):
         y = TOP + 10 + i * LINE
-        parts.append(_mark(LEFT + WIDTH + 22, y, mark, color))
-        parts.append(f'<text x="{LEFT + WIDTH + 34}" y="{y + 4}" fill="{color}">{escape(_short(name, 36))}</text>')
+        parts.append(_mark(legend_at, y, mark, color))
+        parts.append(f'<text x="{legend_at + 12}" y="{y + 4}" fill="{color}">{escape(_short(name, 36))}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -111,14 +126,18 @@ def _ticks(bottom: float, top: float) -> list[tuple[float, bool]]:
     return [(v, round(v / 10.0 ** math.floor(math.log10(v) + 1e-9)) in kept) for v in values]
 
 
-def _front_line(axes: _Axes, rows: Sequence[Row]) -> list[str]:
+def _kind(row: Row) -> str:
+    return "peer" if row.get("kind") == "peer" else "recipe"
+
+
+def _front_line(axes: _Axes, rows: Sequence[Row], color: str) -> list[str]:
     path = " ".join(
         f"{'M' if i == 0 else 'L'}{axes.x(row['bits_per_weight']):.1f} {axes.y(row['kl_mean']):.1f}"
         for i, row in enumerate(rows)
     )
     if len(rows) < 2:
         return []
-    return [f'<path d="{path}" stroke="#f0c040" stroke-width="7" stroke-linejoin="round" fill="none" opacity="0.6"/>']
+    return [f'<path d="{path}" stroke="{color}" stroke-width="7" stroke-linejoin="round" fill="none" opacity="0.6"/>']
 
 
 def _series(axes: _Axes, rows: Sequence[Row], color: str, mark: str, opacity: float) -> list[str]:
@@ -126,7 +145,7 @@ def _series(axes: _Axes, rows: Sequence[Row], color: str, mark: str, opacity: fl
     rows = sorted(rows, key=lambda row: row["bits_per_weight"])
     places = [(axes.x(row["bits_per_weight"]), axes.y(row["kl_mean"])) for row in rows]
     parts = []
-    if len(rows) > 1:
+    if len(rows) > 1 and opacity > 0:
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(f'<path d="{path}" stroke="{color}" stroke-width="0.8" fill="none" opacity="{opacity}"/>')
     for row, (x, y) in zip(rows, places, strict=True):
@@ -163,15 +182,15 @@ def _mark(x: float, y: float, mark: str, color: str, told: str = "") -> str:
     )
 
 
-def _labels(axes: _Axes, rows: Sequence[Row], looks: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Write names beside points where they cover nothing: the front chooses first, and who finds no room has only the legend."""
-    best = front(rows)
+def _labels(axes: _Axes, rows: Sequence[Row], looks: Mapping[str, tuple[str, str]], legend: Box) -> list[str]:
+    """Write names beside points where they cover nothing: the fronts choose first, and who finds no room has only the legend."""
+    best = [row for kind in FRONTS for row in front([row for row in rows if _kind(row) == kind])]
     places = [(axes.x(row["bits_per_weight"]), axes.y(row["kl_mean"])) for row in rows]
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    taken: list[Box] = [legend, *((x - 5, y - 5, x + 5, y + 5) for x, y in places)]
     order = sorted(range(len(rows)), key=lambda i: (not any(rows[i] is row for row in best), rows[i]["kl_mean"]))
     parts = []
     for i in order:
-        (x, y), name = places[i], _short(str(rows[i]["name"]), 24)
+        (x, y), name = places[i], _short(str(rows[i]["name"]), 30)
         chosen = any(rows[i] is row for row in best)
         width, height = (BOLD if chosen else LETTER) * len(name), 12.0
         spots = [

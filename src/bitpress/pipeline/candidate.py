@@ -5,8 +5,8 @@
     higgs:   {quantizer: higgs, bits: {4: {weights: gauss8x2-g64}, 2: {weights: gauss4x2-g64}}}
 
 A file maps names to recipes; in a directory every file is one recipe, named by its stem. `{bits}` stands for the width in any text
-of a recipe, and one without it is run once. `bits` lists the widths that a recipe is meant for, or says what its keys are at each;
-without it the quantizer's own range decides.
+of a recipe, and one without it is run once, as of the width that `bits` names if that is a single one. `bits` lists the widths that a
+recipe is meant for, or says what its keys are at each; without it the quantizer's own range decides.
 """
 
 import fnmatch
@@ -30,7 +30,7 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """`bits` is the width that took the place of `{bits}`; None for a recipe without it."""
+    """`bits` is the width that took the place of `{bits}`, or the only one that the recipe is meant for; None where there is none."""
 
     name: str
     bits: int | None
@@ -140,6 +140,8 @@ def _widths(where: str, values: Mapping[str, Any], widths: Sequence[int]) -> lis
         if isinstance(given, dict) and not all(isinstance(keys, dict) and "bits" not in keys for keys in given.values()):
             raise UsageError(f"{where}: bits: say for each width which keys of the recipe it has.")
     if not _mentions(values) and not isinstance(given, dict):
+        if meant is not None and len(meant) == 1:
+            return [w for w in widths if w in meant]
         return [None] if meant is None or set(meant) & set(widths) else []
     if meant is not None:
         return [w for w in widths if w in meant]
