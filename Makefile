@@ -30,7 +30,7 @@ $(VENV)/.dev: $(NATIVE)
 	@touch $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
-	$(BIN)/bitpress quantize smollm2-135m out/smollm2-135m-int4 --weights int4-g64-zero --quantizer gptq --samples 64
+	$(BIN)/bitpress quantize smollm2-135m out/smollm2-135m-int4 --samples 64
 	$(BIN)/bitpress run out/smollm2-135m-int4 --prompt "Why is the sky blue? Answer in two sentences." --max-tokens 60
 
 test: $(VENV)/.dev

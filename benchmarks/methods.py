@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rows import ROOT, add_row, read_rows, rewrite_section
-from yardsticks import baseline_lines, peer_lines
+from yardsticks import baseline_lines, kind_lines, peer_lines
 
 from bitpress.calibration import Stats
 from bitpress.cli.accuracy import by_recipe, percent
@@ -39,6 +39,7 @@ RECIPES = ROOT / "benchmarks" / "methods.yaml"
 DOCUMENT = ROOT / "docs" / "methods.md"
 # The held-out text of a kind that the built-in calibration mix has not.
 UNSEEN = "reference"
+SEEN = "speeches"
 PRESETS = ROOT / "src" / "bitpress" / "presets.json"
 
 
@@ -82,7 +83,7 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
 def missing() -> list[str]:
     """Name the quantizers that no recipe uses."""
     candidates, _ = read_candidates(RECIPES, range(1, 9))
-    return sorted(set(QUANTIZERS) - {candidate.recipe.quantizer["name"] for candidate in candidates})
+    return sorted(set(QUANTIZERS) - {candidate.recipe.quantizer_name for candidate in candidates})
 
 
 def latest(kind: str = "recipe") -> list[dict[str, Any]]:
@@ -169,6 +170,7 @@ def render() -> None:
     lines += ["", *peer_lines(ordered(rows), ordered(peers), UNSEEN)]
     rewrite_section(DOCUMENT, "peers", lines)
     rewrite_section(DOCUMENT, "baselines", baseline_lines(ordered(rows), UNSEEN))
+    rewrite_section(DOCUMENT, "kinds", kind_lines(ordered(rows), ordered(peers), UNSEEN, SEEN))
     render_readme(rows, peers, names)
     picture = draw_comparison([*rows, *peers], f"{some['model']}: what methods cost, other packages beside")
     (ROOT / "docs" / "methods.svg").write_text(picture, encoding="utf-8")

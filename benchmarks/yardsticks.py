@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 from rows import ROOT
 
-__all__ = ["baseline_lines", "peer_lines", "unexplained"]
+__all__ = ["baseline_lines", "kind_lines", "peer_lines", "unexplained"]
 
 BASELINES = ROOT / "benchmarks" / "baselines.yaml"
+# Nats a token at which what a model says has nothing to do with the original's words, and KL orders nothing.
+BEYOND_USE = 2.0
 Row = Mapping[str, Any]
 
 
@@ -97,6 +99,35 @@ def reason(missed: Sequence[Row], text: str) -> str:
     if all(level(row, text) for row in missed):
         return "level with it, within the 95 % interval."
     return str(missed[0]["why"] or "not looked into yet.")
+
+
+def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str) -> list[str]:
+    """Give a table of how much more a recipe costs on a kind of text that calibration never saw, by width.
+
+    One that reads no text shows what the texts themselves differ by. Rows beyond use (KL over 2) are left out.
+    """
+    by_name: dict[str, dict[int, Row]] = {}
+    for row in (*rows, *peers):
+        if row["bits"] and row["texts"][unseen]["kl_mean"] <= BEYOND_USE:
+            by_name.setdefault(row["name"], {})[row["bits"]] = row
+    widths = sorted({bits for found in by_name.values() for bits in found}, reverse=True)
+    lines = [
+        f"KL on {unseen}, a kind that calibration never saw, as a multiple of KL on {seen}, a kind that it saw. What reads no text shows by how much",
+        f"the two kinds differ of themselves. Left out where KL is beyond {BEYOND_USE:g}.",
+        "",
+        f"| recipe or *package* | inputs | {' | '.join(f'{bits} bits' for bits in widths)} |",
+        f"|---|---|{'---|' * len(widths)}",
+    ]
+    ratios = {
+        name: {bits: row["texts"][unseen]["kl_mean"] / row["texts"][seen]["kl_mean"] for bits, row in found.items()}
+        for name, found in by_name.items()
+    }
+    for name, found in sorted(ratios.items(), key=lambda item: -math.fsum(item[1].values()) / len(item[1])):
+        some = next(iter(by_name[name].values()))
+        cells = [f"*{name}*" if some["kind"] == "peer" else name, some["inputs"] or "-"]
+        cells += [f"{found[bits]:.2f}" if bits in found else "" for bits in widths]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def peer_lines(rows: Sequence[Row], peers: Sequence[Row], text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 weights: int4-g64-zero
 transforms: [{name: awq-scale}]         what runs before; left out: what the quantizer's paper puts there
-quantizer: {name: gptq, damp: 0.01}
+quantizer: {name: gptq, damp: 0.01}     without a name: channel scales and gptq, see `Recipe`
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
@@ -37,7 +37,11 @@ from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS, TR
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe", "spelled"]
+__all__ = ["DEFAULT_QUANTIZER", "NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe", "spelled"]
+
+
+DEFAULT_QUANTIZER = "gptq"
+DEFAULT_TRANSFORMS: tuple[Mapping[str, Any], ...] = ({"name": "awq-scale", "run_time": False},)
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,16 @@ class Override(_Closed):
 
 
 class Recipe(_Closed):
+    """See the head of this file.
+
+    transforms   None stands for those of the quantizer's paper. Where the quantizer has no name either, it stands for channel scales before
+                 error feedback where the network takes them, except where a weight is to stay bit for bit and with `calibration.sequential`
+    quantizer    its name and settings; without a name `DEFAULT_QUANTIZER`
+    """
+
     weights: str = "int4-g64-zero"
     transforms: tuple[dict[str, Any], ...] | None = None
-    quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "gptq"})
+    quantizer: dict[str, Any] = {}
     corrections: tuple[dict[str, Any], ...] = ()
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
@@ -110,14 +121,18 @@ class Recipe(_Closed):
         """Give the recipe with every default spelled out, as it goes into a manifest."""
         values = self.model_dump(mode="json")
         values["weights"] = find_format(self.weights).name
-        values["quantizer"] = {"name": self.quantizer["name"], **_settings(self.make_quantizer())}
+        values["quantizer"] = {"name": self.quantizer_name, **_settings(self.make_quantizer())}
         values["transforms"] = [{"name": name, **_settings(part)} for name, part in self.make_transforms()]
         values["corrections"] = [{"name": name, **_settings(part)} for name, part in self.make_corrections()]
         values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
         return values
 
+    @property
+    def quantizer_name(self) -> str:
+        return str(self.quantizer.get("name", DEFAULT_QUANTIZER))
+
     def make_quantizer(self) -> Quantizer:
-        made: Quantizer = _make("quantizer", self.quantizer, QUANTIZERS)
+        made: Quantizer = _make("quantizer", {**self.quantizer, "name": self.quantizer_name}, QUANTIZERS)
         return made
 
     def make_transforms(self) -> list[tuple[str, ScaleSearch | BasisChange | Target]]:
@@ -138,6 +153,8 @@ class Recipe(_Closed):
     def _transforms(self) -> tuple[dict[str, Any], ...]:
         if self.transforms is not None:
             return self.transforms
+        if "name" not in self.quantizer and not self.exact_formats() and not self.calibration.sequential:
+            return tuple(dict(part) for part in DEFAULT_TRANSFORMS)
         return tuple({"name": part} if isinstance(part, str) else dict(part) for part in self.make_quantizer().transforms)
 
     def make_corrections(self) -> list[tuple[str, Correction]]:
@@ -150,6 +167,10 @@ class Recipe(_Closed):
             if fnmatch.fnmatchcase(weight, override.match):
                 chosen = override.weights
         return find_format(chosen)
+
+    def exact_formats(self) -> list[str]:
+        """Name the formats of the recipe that keep weights bit for bit."""
+        return [name for name in (self.weights, *(override.weights for override in self.overrides)) if name in LOSSLESS]
 
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
@@ -171,7 +192,6 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     if isinstance(merged.get("quantizer"), str):
         merged["quantizer"] = {"name": merged["quantizer"]}
     if isinstance(merged.get("quantizer"), dict):
-        merged["quantizer"].setdefault("name", "gptq")
         merged["quantizer"] = _with_name(merged["quantizer"], QUANTIZERS)
     for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
         if isinstance(merged.get(key), (list, tuple)):
@@ -201,7 +221,7 @@ def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
 def _check_composition(recipe: Recipe) -> None:
     """Raise UsageError for parts that each are fine and do not go together."""
     transforms = [name for name, _ in recipe.make_transforms()]
-    exact = [name for name in (recipe.weights, *(o.weights for o in recipe.overrides)) if name in LOSSLESS]
+    exact = recipe.exact_formats()
     if exact and (transforms or recipe.corrections):
         changes = ", ".join([*transforms, *(name for name, _ in recipe.make_corrections())])
         raise UsageError(

@@ -25,12 +25,12 @@ LENGTH, TOKENS = 32, 256
 
 RECIPES = """
 plain: {weights: "int{bits}-g16-zero", quantizer: rtn, bits: [4, 3, 2]}
-gptq: {weights: "int{bits}-g16-zero"}
+gptq: {weights: "int{bits}-g16-zero", quantizer: gptq}
 awq: {weights: int4-g16-zero, quantizer: awq}
 rotated: {weights: int3-g16-zero, transforms: [hadamard], corrections: [{name: lqer, rank: 2}]}
-follows: {weights: int3-g16-zero, calibration: {inputs: pressed}}
+follows: {weights: int3-g16-zero, quantizer: gptq, calibration: {inputs: pressed}}
 both: {weights: int3-g16-zero, quantizer: gptaq}
-longer: {weights: int3-g16-zero, calibration: {samples: 6}}
+longer: {weights: int3-g16-zero, quantizer: gptq, calibration: {samples: 6}}
 felt: {weights: kmeans2-row, quantizer: squeezellm}
 heads: {weights: int3-g16-zero, quantizer: boa}
 """
@@ -206,7 +206,7 @@ def test_a_damaged_capture_is_made_again(run: Run, tmp_path: Path) -> None:
 
 def test_a_recipe_that_changed_is_run_again(run: Run, recipes: Path) -> None:
     before = run("gptq", "plain")["rows"]
-    recipes.write_text(RECIPES.replace('gptq: {weights: "int{bits}-g16-zero"}', 'gptq: {weights: "int{bits}-g32-zero"}'))
+    recipes.write_text(RECIPES.replace('gptq: {weights: "int{bits}-g16-zero"', 'gptq: {weights: "int{bits}-g32-zero"'))
     calls = Calls()
     after = run("gptq", "plain", progress=calls)["rows"]
     assert calls.stages == ["gptq, 3 bits"]

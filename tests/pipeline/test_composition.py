@@ -12,6 +12,7 @@ import yaml
 import bitpress
 from bitpress.calibration import Stats
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, PressedCheckpoint
+from bitpress.cli.recipe_options import build_recipe
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
 from bitpress.corrections.svdquant import SVDQuant
@@ -364,3 +365,46 @@ def test_hyphens_and_underscores_in_names_are_alike() -> None:
     assert recipe.quantizer["name"] == "bitnet_ptq"
     assert [name for name, _ in recipe.make_transforms()] == ["awq-scale"]
     assert make_recipe({}, ["quantizer=pb-llm"]).quantizer["name"] == "pb_llm"
+
+
+def test_what_is_left_out_is_channel_scales_and_gptq() -> None:
+    scales = [{"name": "awq-scale", "grid": 20, "run_time": False}]
+    left_out = make_recipe({}).resolved()
+    assert left_out["transforms"] == scales
+    assert left_out["quantizer"]["name"] == "gptq"
+    settings = make_recipe({}, ["quantizer.damp=0.5"]).resolved()
+    assert settings["transforms"] == scales
+    assert settings["quantizer"]["damp"] == 0.5
+    assert make_recipe({"corrections": ["lqer"]}).resolved()["transforms"] == scales
+    assert make_recipe({"quantizer": "gptq"}).resolved()["transforms"] == []
+    assert make_recipe({"transforms": ["hadamard"]}).resolved()["quantizer"]["name"] == "gptq"
+    assert [part["name"] for part in make_recipe({"transforms": ["hadamard"]}).resolved()["transforms"]] == ["hadamard"]
+    # Scales would change weights that are to stay, and they see a block as a whole.
+    assert make_recipe({"weights": "dfloat11"}).resolved()["transforms"] == []
+    assert make_recipe({"overrides": [{"match": "*.v_proj", "weights": "dfloat11"}]}).resolved()["transforms"] == []
+    assert make_recipe({"calibration": {"sequential": True}}).resolved()["transforms"] == []
+
+
+def test_a_file_without_a_quantizer_takes_one_of_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("weights: int3-g16-zero\n", encoding="utf-8")
+    made = build_recipe(path, None, None, None, "rtn", None, None, None, None, None, None)
+    assert made.quantizer_name == "rtn"
+    assert made.resolved()["transforms"] == []
+
+
+@pytest.mark.parametrize("run_time", [True, False])
+def test_scales_that_nothing_takes_are_left_alone_on_demand(
+    tiny_model: Callable[..., Path], tmp_path: Path, run_time: bool
+) -> None:
+    """In GPT-2 an activation lies before mlp.c_proj, so that its input's scales cannot be folded."""
+    keys = {
+        "weights": "int3-g16-zero",
+        "transforms": [{"name": "awq-scale", "run_time": run_time}],
+        "calibration": {"samples": 4, "length": 32},
+    }
+    quantize_directory(tiny_model("gpt2"), tmp_path / "out", make_recipe(keys), proof=Proof(tokens=0))
+    pressed = PressedCheckpoint.open(tmp_path / "out")
+    mapped = [name for name in pressed.manifest.weights if pressed.read_weight(name).input_map is not None]
+    assert bool(mapped) == run_time
+    assert all(name.endswith("mlp.c_proj.weight") for name in mapped)

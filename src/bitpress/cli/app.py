@@ -83,7 +83,7 @@ def options(
     _state["debug"] = debug
 
 
-@app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-4bit --weights int4-g64-zero --quantizer gptq")
+@app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-3bit --weights int3-g64-zero")
 def quantize(
     model: Model,
     output: Annotated[
@@ -122,7 +122,7 @@ def quantize(
         source = resolve_model(model, screen.note)
         if not made.needs() and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
-                f"{made.quantizer['name']} needs no calibration: --calibration, --samples, --length and --seed change nothing."
+                f"{made.quantizer_name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
         report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
     if as_json:

@@ -20,7 +20,7 @@ import yaml
 from bitpress.calibration.stats import of_origin
 from bitpress.errors import BitpressError, UsageError
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import Recipe, make_recipe, spelled
+from bitpress.recipes import DEFAULT_QUANTIZER, Recipe, make_recipe, spelled
 
 __all__ = ["Candidate", "read_candidates"]
 
@@ -145,8 +145,8 @@ def _widths(where: str, values: Mapping[str, Any], widths: Sequence[int]) -> lis
         return [None] if meant is None or set(meant) & set(widths) else []
     if meant is not None:
         return [w for w in widths if w in meant]
-    quantizer = values.get("quantizer", "gptq")
-    name = quantizer.get("name", "gptq") if isinstance(quantizer, dict) else quantizer
+    quantizer = values.get("quantizer", DEFAULT_QUANTIZER)
+    name = quantizer.get("name", DEFAULT_QUANTIZER) if isinstance(quantizer, dict) else quantizer
     method = QUANTIZERS.get(spelled(name, QUANTIZERS)) if isinstance(name, str) else None
     if method is None:
         return list(widths[:1])  # building it says that the name is unknown

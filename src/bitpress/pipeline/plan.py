@@ -160,7 +160,7 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
 
 def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
     """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
-    name, (least, most) = recipe.quantizer["name"], recipe.make_quantizer().bits
+    name, (least, most) = recipe.quantizer_name, recipe.make_quantizer().bits
     meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
     formats = {w.format.name: w.format for w in plan.weights if isinstance(w.format, Format)}
     bits = {label: fmt.grid.code_bits / fmt.grid.span for label, fmt in formats.items()}
@@ -180,20 +180,20 @@ def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
         if changes and parameter.experts:
             wrong.setdefault(f"{changes}: the maps of experts cannot be stacked.", []).append(parameter.stem)
         if parameter.experts and getattr(recipe.make_quantizer(), "keeps_map", False):
-            name = recipe.quantizer["name"]
+            name = recipe.quantizer_name
             wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
                 parameter.stem
             )
         if isinstance(planned.format, Format):
             try:
-                check_served(recipe.quantizer["name"], serves, planned.format)
+                check_served(recipe.quantizer_name, serves, planned.format)
             except FormatError as error:
                 wrong.setdefault(str(error), []).append(parameter.stem)
             else:
                 try:
                     own_bytes(recipe.make_quantizer(), planned.format, parameter.shape)
                 except BitpressError as error:
-                    wrong.setdefault(f"{recipe.quantizer['name']}: {error}", []).append(parameter.stem)
+                    wrong.setdefault(f"{recipe.quantizer_name}: {error}", []).append(parameter.stem)
         for name, correction in recipe.make_corrections():
             try:
                 correction.nbytes(parameter.shape)

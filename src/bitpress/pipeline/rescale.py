@@ -1,7 +1,7 @@
 """Scale searches inside a block: plan a factor for each group of weights that share an input, fold it where the network allows.
 
-Where no producer takes the division, the factor stays with the weight and its inverse becomes the weight's input map. Experts are
-left alone: their inputs come through a router that must see the same values as before.
+Where no producer takes the division, the factor stays with the weight and its inverse becomes the weight's input map, unless the search
+leaves such inputs alone. Experts are left alone: their inputs come through a router that must see the same values as before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,6 +91,8 @@ def _rescale_group_(
     stored: Mapping[str, torch.dtype],
     result: Rescaled,
 ) -> None:
+    if fold is None and not search.run_time:
+        return
     parameters = [watched[name][0] for name in group]
     live = [model.model.get_parameter(p.name).data for p in parameters]
     matrices = [p.matrices(w)[0] for p, w, name in zip(parameters, live, group, strict=True) if name in formats]

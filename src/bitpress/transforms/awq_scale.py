@@ -30,7 +30,10 @@ SMALLEST = 1e-4
 
 @dataclass(frozen=True)
 class AWQScale:
+    """`run_time`: see `ScaleSearch`."""
+
     grid: int = 20
+    run_time: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
     summary: ClassVar[str] = "scale input channels by a power of their mean magnitude, chosen by output error"

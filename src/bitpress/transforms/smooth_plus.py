@@ -28,10 +28,11 @@ __all__ = ["SmoothPlus"]
 
 @dataclass(frozen=True)
 class SmoothPlus:
-    """`alpha` None is a search over 0, 1/grid .. 1."""
+    """`alpha` None is a search over 0, 1/grid .. 1. `run_time`: see `ScaleSearch`."""
 
     alpha: float | None = None
     grid: int = 20
+    run_time: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
     summary: ClassVar[str] = "smooth inputs against weights by channel, at a strength chosen by output error"

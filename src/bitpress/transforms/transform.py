@@ -34,13 +34,17 @@ class InputStats(Protocol):
 class ScaleSearch(Protocol):
     """One paper's way to choose the factors.
 
-    needs   names of the statistics that `plan` reads
-    paper   row of the paper in the catalogue of methods
+    needs      names of the statistics that `plan` reads
+    paper      row of the paper in the catalogue of methods
+    run_time   whether inputs that the network makes in no way that could take the division are divided at run time, or left alone
     """
 
     needs: ClassVar[frozenset[str]]
     summary: ClassVar[str]
     paper: ClassVar[str]
+
+    @property
+    def run_time(self) -> bool: ...
 
     def plan(
         self,
