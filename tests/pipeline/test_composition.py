@@ -1,5 +1,6 @@
 """Parts of a recipe together: what each of them sees, what becomes of it, and the whole way with them on a tiny model."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.calibration import Stats
@@ -30,6 +33,7 @@ from bitpress.quantizers.spqr import SpQR
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import Recipe, make_recipe
 from bitpress.transforms.basis import Maps
+from bitpress.transforms.table import SCALE_SEARCHES
 
 OUT, IN = 24, 32
 FMT = parse_format("int3-g16-zero")
@@ -408,3 +412,30 @@ def test_scales_that_nothing_takes_are_left_alone_on_demand(
     mapped = [name for name in pressed.manifest.weights if pressed.read_weight(name).input_map is not None]
     assert bool(mapped) == run_time
     assert all(name.endswith("mlp.c_proj.weight") for name in mapped)
+
+
+@pytest.mark.parametrize("search", SCALE_SEARCHES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3", "mixtral"])
+def test_what_takes_the_scales_is_published_with_them(
+    tiny_model: Callable[..., Path], tmp_path: Path, architecture: str, search: str
+) -> None:
+    source = tmp_path / "uneven"
+    shutil.copytree(tiny_model(architecture, dtype="bfloat16"), source)
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if value.ndim == 1 and name.endswith("weight"):  # norms: so that channels are of different sizes
+            value.mul_(torch.exp(torch.randn(value.shape, generator=generator)))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    keys = {"weights": "int8-row", "transforms": [search], "quantizer": "rtn", "compute": "fp32"}
+    recipe = make_recipe({**keys, "calibration": {"samples": 4, "length": 32}})
+    quantize_directory(source, tmp_path / "out", recipe, proof=Proof(tokens=0))
+    before, after = load_file(source / "model.safetensors"), PressedCheckpoint.open(tmp_path / "out")
+    kept = {name: value for name, value in after.load("").items() if name in before}
+    assert any(not torch.equal(value, before[name]) for name, value in kept.items()), "nothing took a scale"
+    tokens = torch.randint(0, 64, (2, 32), generator=generator)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        wanted, given = original(tokens).logits, bitpress.load(tmp_path / "out", dtype="fp32")(tokens).logits
+    # Scales that are lost change every channel by its factor; 8 bits a row and norms in bf16 change the logits by about a hundredth.
+    assert float((given - wanted).norm() / wanted.norm()) < 0.05

@@ -134,7 +134,7 @@ class Presser:
         tensors = self.model.load_block_(i)
         planned = [p for p in self.planned if p.block == i]
         compressed = {p.parameter.name for p in planned}
-        block = PressedBlock({name: t for name, t in tensors.items() if name not in compressed})
+        block = PressedBlock({})
         stages = self._stages(i, planned) if self.recipe.calibration.sequential and self.needs else [planned]
         replaced: dict[str, torch.Tensor] = {}
         for stage in stages:
@@ -149,6 +149,8 @@ class Presser:
                 if self.visit is not None or (self.needs and not (last and final)):
                     self.model.fill_({p.parameter.name: w_hat})
                 replaced[p.parameter.name] = tensors[p.parameter.name]
+        # Only now: searches rewrite the norms and biases that take their scales.
+        block.tensors |= {name: t for name, t in tensors.items() if name not in compressed}
         if not last and self.needs and not self.follows_original and self.measured is None:
             self._advance(i)
         if self.visit is not None:
