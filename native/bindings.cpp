@@ -18,6 +18,7 @@
 #include "engine/bindings.h"
 #include "feedback.h"
 #include "gram.h"
+#include "search.h"
 
 namespace nb = nanobind;
 
@@ -110,6 +111,24 @@ void decode_affine(ConstCodes codes, Array<float, 2> values, Vector scale, std::
                             static_cast<std::int64_t>(values.shape(1)), levels, used);
 }
 
+bool search_ranges(Floats values, std::optional<Floats> importance, Vector ratios, int top, Array<float, 1> scale,
+                   std::optional<Array<float, 1>> zero, int type, int threads) {
+    need(!importance || (importance->shape(0) == values.shape(0) && importance->shape(1) == values.shape(1)),
+         "importance must have the shape of the values");
+    need(ratios.shape(0) >= 1, "there must be a ratio");
+    need(top >= (zero ? 1 : 3) && top <= 255, "top must be 1 to 255, 3 at least without a zero point");
+    need(scale.shape(0) == values.shape(0), "scale must have one value a block");
+    need(!zero || zero->shape(0) == values.shape(0), "zero must have one value a block");
+    need(type >= 0 && type <= 2, "type must be 0 (fp16), 1 (bf16) or 2 (fp32)");
+    const bitpress::RangeSearch search{values.data(), importance ? importance->data() : nullptr,
+                                       static_cast<std::int64_t>(values.shape(0)), static_cast<std::int64_t>(values.shape(1)),
+                                       ratios.data(), static_cast<std::int64_t>(ratios.shape(0)), top, zero.has_value(),
+                                       static_cast<bitpress::ScaleType>(type)};
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    return bitpress::search_ranges(search, scale.data(), zero ? zero->data() : nullptr, used);
+}
+
 void encode_levels(Floats values, Codes codes, Vector scale, Vector boundaries, Array<const std::uint8_t, 1> code_of, int zero_code,
                    int negative_zero_code, int threads) {
     need_same_shape(values, codes);
@@ -189,7 +208,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 6;  // as in bitpress.library
+    m.attr("version") = 7;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -202,6 +221,9 @@ NB_MODULE(_native, m) {
           nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("top"), nb::arg("threads"));
     m.def("decode_affine", &decode_affine, nb::arg("codes").noconvert(), nb::arg("values").noconvert(),
           nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("threads"));
+    m.def("search_ranges", &search_ranges, nb::arg("values").noconvert(), nb::arg("importance").noconvert().none(),
+          nb::arg("ratios").noconvert(), nb::arg("top"), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
+          nb::arg("type"), nb::arg("threads"));
     m.def("encode_levels", &encode_levels, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
           nb::arg("scale").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("code_of").noconvert(), nb::arg("zero_code"),
           nb::arg("negative_zero_code"), nb::arg("threads"));

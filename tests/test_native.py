@@ -10,9 +10,10 @@ import torch
 
 from bitpress import library, native
 from bitpress.calibration import StatsCollector
-from bitpress.errors import KernelUnavailable
+from bitpress.errors import KernelUnavailable, NumericsError
 from bitpress.formats import GRIDS, dense, parse_format
 from bitpress.quantizers.quantizer import output_error
+from bitpress.quantizers.rtn import shrink_ratios
 from bitpress.quantizers.table import QUANTIZERS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
@@ -236,6 +237,62 @@ def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pyt
             assert torch.equal(torch.signbit(again), torch.signbit(values))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ratios", [(1.0,), shrink_ratios("mse", 20, 0.5)])
+@pytest.mark.parametrize(
+    "name",
+    ["int4-g64-zero", "int3-g21", "int2-g14-zero-bf16", "int8-row", "int4-tensor-zero-fp32", "int1-g6-zero", "int4-2x42"],
+)
+def test_ranges_are_those_that_the_reference_finds(
+    name: str, ratios: tuple[float, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = 128 if "g64" in name else 126
+    w = draw(96, columns) * torch.exp(draw(columns, seed=1))
+    w[3] = 0.0  # blocks of zeros
+    w[4] *= 1e-9  # scales below the smallest half float
+    w[5] = w[5].abs()  # a range on one side of 0
+    importance = draw(96, columns, seed=2).square() if weighted else None
+    fmt = parse_format(name)
+    found = []
+    for count in (1, 3):
+        with threads(count):
+            found.append(fmt.fit(w, importance, ratios))
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    expected = fmt.fit(w, importance, ratios)
+    assert set(found[0]) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[0][key], found[1][key])
+        assert found[0][key].shape == value.shape
+        # Sums are taken in another order, so that of two ratios that are equally good either may be kept.
+        assert float((found[0][key] == value).float().mean()) > 0.99
+    weights = torch.ones(()) if importance is None else importance
+    errors = [((fmt.decode(fmt.encode(w, p), p) - w).double().square() * weights).sum() for p in (found[0], expected)]
+    assert float(errors[0]) == pytest.approx(float(errors[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", native.SCALE_TYPES)
+def test_scales_are_rounded_as_torch_rounds_them(kept: torch.dtype) -> None:
+    """Of blocks whose one weight is the scale itself: of all sizes, ties of half floats and denormal ones among them."""
+    halves = torch.arange(1, 0x7BFF, dtype=torch.int16).view(torch.float16).float()
+    scales = torch.cat([halves, (halves[1:] + halves[:-1]) / 2, torch.exp(8 * draw(20000)), torch.tensor([1e-40, 65519.0])])
+    scales = scales[scales < 65520]
+    scale, zero, good = native.search_ranges(scales[:, None], None, (1.0,), 1, with_zero=True, kept=kept)
+    rounded = scales.to(kept).float()
+    smallest = float(torch.finfo(kept).smallest_normal * torch.finfo(kept).eps)
+    assert good
+    assert zero is not None
+    assert not zero.any()
+    assert torch.equal(scale[:, 0], torch.where(rounded == 0, smallest, rounded))
+
+
+def test_a_scale_beyond_its_type_is_told() -> None:
+    w = torch.full((2, 4), 1e6)
+    assert not native.search_ranges(w, None, (1.0, 0.01), 15, with_zero=True, kept=torch.float16)[2]
+    assert native.search_ranges(w, None, (1.0, 0.01), 15, with_zero=True, kept=torch.bfloat16)[2]
+    with pytest.raises(NumericsError, match="beyond the range of fp16"):
+        parse_format("int4-g4-zero").fit(w)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1000])
 def test_packing_is_that_of_the_reference(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +313,11 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
         lambda: native.encode_affine(v, s, torch.zeros(2, 1), 15),
         lambda: native.encode_affine(v, s, 0.0, 256),
         lambda: native.encode_affine(v.double(), s, 0.0, 15),
+        lambda: native.search_ranges(v, v[:2], (1.0,), 15, with_zero=True, kept=torch.float16),
+        lambda: native.search_ranges(v, None, (), 15, with_zero=True, kept=torch.float16),
+        lambda: native.search_ranges(v, None, (1.0,), 1, with_zero=False, kept=torch.float16),
+        lambda: native.search_ranges(v, None, (1.0,), 256, with_zero=True, kept=torch.float16),
+        lambda: native.search_ranges(v.double(), None, (1.0,), 15, with_zero=True, kept=torch.float16),
         lambda: native.decode_affine(c, torch.ones(4, 1), 0.0),
         lambda: native.decode_affine(c.int(), s, 0.0),
         lambda: native.encode_levels(v, s, b, torch.zeros(2, dtype=torch.uint8), None),

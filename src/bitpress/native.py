@@ -4,6 +4,8 @@ Every function has a reference in torch that says what it computes; callers use 
 on the CPU and contiguous; results do not depend on the number of threads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int, UInt8
 
@@ -25,9 +27,14 @@ __all__ = [
     "library",
     "pack_dense",
     "round_columns_",
+    "search_ranges",
     "serves",
     "unpack_dense",
 ]
+
+
+# The kinds of scales that `search_ranges` knows, by its numbers for them.
+SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -80,6 +87,29 @@ def encode_affine(
     stored, constant = _zero(zero)
     built_library().encode_affine(values.contiguous(), codes, _vector(scale), stored, constant, top, torch.get_num_threads())
     return codes
+
+
+def search_ranges(
+    values: Float[torch.Tensor, "blocks n"],
+    importance: Float[torch.Tensor, "blocks n"] | None,
+    ratios: Sequence[float],
+    top: int,
+    *,
+    with_zero: bool,
+    kept: torch.dtype,
+) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks 1"] | None, bool]:
+    """Give each block the scale, and the zero point, of the ratio of its range that leaves the least squared error.
+
+    Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16 or float32. The third says whether every
+    scale that was tried lies in its range.
+    """
+    scale = torch.empty(values.shape[0])
+    zero = torch.empty(values.shape[0]) if with_zero else None
+    weights = None if importance is None else importance.contiguous()
+    tried = torch.tensor(ratios, dtype=torch.float32)
+    kind = SCALE_TYPES[kept]
+    good = built_library().search_ranges(values.contiguous(), weights, tried, top, scale, zero, kind, torch.get_num_threads())
+    return scale[:, None], None if zero is None else zero[:, None], good
 
 
 def decode_affine(

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
-from bitpress.formats.grid import Grid, Params, SharedParams, StoredParam
+from bitpress.formats.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
 from bitpress.formats.layouts import LAYOUTS, Layout
-from bitpress.formats.scales import SCALES, ScaleStore
+from bitpress.formats.scales import SCALES, Plain, ScaleStore
 
 __all__ = ["Format"]
 
@@ -113,6 +113,10 @@ class Format:
         grid = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self._to_blocks(w.float())
         weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
+        if isinstance(self.grid, OwnSearch) and isinstance(self.store, Plain) and shared is None:
+            own = self.grid.search(blocks, weights, shrink, self.store.dtype)
+            if own is not None:
+                return {p.name: own[p.name].reshape(*grid, *p.shape) for p in self.grid.params}
         # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
         tied = any(p.scope == "tensor" for p in self.grid.params)
         whole = {} if shared is None else self._whole(shared)

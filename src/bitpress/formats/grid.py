@@ -6,14 +6,14 @@ whole matrix cut into blocks, one column of a matrix in the middle of an error-f
 weights into one code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 
-__all__ = ["EvenlySpaced", "Grid", "Params", "SharedParams", "StoredParam"]
+__all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam"]
 
 Params = Mapping[str, torch.Tensor]
 
@@ -92,6 +92,21 @@ class SharedParams(Protocol):
         self, blocks: Float[torch.Tensor, "blocks n"], whole: Params, importance: torch.Tensor | None = None
     ) -> Params:
         """Choose the parameters of every block."""
+        ...
+
+
+@runtime_checkable
+class OwnSearch(Protocol):
+    """What a grid offers that searches clipping faster than `Format` does, to the same end."""
+
+    def search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        importance: Float[torch.Tensor, "blocks n"] | None,
+        shrink: Sequence[float],
+        kept: torch.dtype,
+    ) -> Params | None:
+        """Choose parameters as `Format.fit` says, scales rounded to `kept`; None where it cannot serve, or a scale is out of range."""
         ...
 
 

@@ -6,6 +6,7 @@ Without a stored zero point, zero is the constant 2^(bits-1): the levels are -2^
 With one, zero is an integer code of the same width, so the value 0.0 is always a level.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,21 @@ class Integer:
         scale = (high - low) / self.top
         zero = torch.where(scale > 0, -low / scale, 0.0).round_().clamp_(0, self.top)
         return {"scale": scale, "zero": zero}
+
+    def search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        importance: Float[torch.Tensor, "blocks n"] | None,
+        shrink: Sequence[float],
+        kept: torch.dtype,
+    ) -> Params | None:
+        """See `OwnSearch`."""
+        if kept not in native.SCALE_TYPES or blocks.device.type != "cpu" or not native.available():
+            return None
+        scale, zero, good = native.search_ranges(blocks, importance, shrink, self.top, with_zero=self.zero, kept=kept)
+        if not good:
+            return None
+        return {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         scale = params["scale"]

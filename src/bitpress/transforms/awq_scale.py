@@ -11,6 +11,7 @@ Update   s = mean_abs^alpha / sqrt(max * min),  alpha = argmin over i / grid of 
 Fails    CalibrationError when no token reached the weights. alpha = 0 is s = 1: never worse than no scaling by that error.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 
+from bitpress import native
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format
 from bitpress.transforms.transform import InputStats
@@ -58,11 +60,12 @@ class AWQScale:
         magnitude = stats.mean_abs.float()
         if channel_of is not None:
             magnitude = tie(magnitude, channel_of)
+        error_of = OutputError(weights, stats.gram, fmt).of
         best = torch.ones_like(magnitude)
-        best_error = output_error(weights, best, stats.gram, fmt)
+        best_error = error_of(best)
         for i in range(1, self.grid):
             factor = normalise(magnitude.pow(i / self.grid))
-            error = output_error(weights, factor, stats.gram, fmt)
+            error = error_of(factor)
             if error < best_error:
                 best, best_error = factor, error
         return best
@@ -82,17 +85,33 @@ def normalise(factor: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
     return factor / (factor.max() * factor.min()).sqrt()
 
 
-def output_error(
-    weights: Sequence[Float[torch.Tensor, "_out in"]],
-    factor: Float[torch.Tensor, " in"],
-    gram: Float[torch.Tensor, "in in"],
-    fmt: Format,
-) -> float:
-    """Give the mean squared change of all outputs, summed over rows, when scaled weights are rounded to nearest."""
-    total = 0.0
-    for w in weights:
-        scaled = w.float() * factor
-        params = fmt.fit(scaled)
-        difference = (fmt.decode(fmt.encode(scaled, params), params) / factor).sub_(w)
-        total += float((difference @ gram).mul_(difference).sum(dtype=torch.float64))
-    return total
+class OutputError:
+    """The mean squared change of all outputs of sibling weights, summed over rows, when their scaled columns are rounded to nearest."""
+
+    def __init__(
+        self, weights: Sequence[Float[torch.Tensor, "_out in"]], gram: Float[torch.Tensor, "in in"], fmt: Format
+    ) -> None:
+        self.weights, self.gram, self.fmt = [w.float() for w in weights], gram, fmt
+        self._upper: torch.Tensor | None = None
+        if gram.device.type == "cpu" and "amx-bf16" in native.features():
+            size = native.gram_size(gram.shape[0])
+            self._upper = torch.zeros(size, size)
+            self._upper[: gram.shape[0], : gram.shape[0]] = gram.triu() + gram.triu(1)
+
+    def of(self, factor: Float[torch.Tensor, " in"]) -> float:
+        """Give it for a factor of every column."""
+        differences = [self._difference(w, factor) for w in self.weights]
+        if self._upper is None:
+            return math.fsum(float((d @ self.gram).mul_(d).sum(dtype=torch.float64)) for d in differences)
+        # tr(D G D') is the sum of G times D'D, which tiles of bf16 sum up in float32: only the differences are rounded to bf16.
+        products = torch.zeros_like(self._upper)
+        for d in differences:
+            native.add_gram_(products, d.bfloat16())
+        return float(products.mul_(self._upper).sum(dtype=torch.float64))
+
+    def _difference(
+        self, w: Float[torch.Tensor, "out in"], factor: Float[torch.Tensor, " in"]
+    ) -> Float[torch.Tensor, "out in"]:
+        scaled = w * factor
+        params = self.fmt.fit(scaled)
+        return (self.fmt.decode(self.fmt.encode(scaled, params), params) / factor).sub_(w)

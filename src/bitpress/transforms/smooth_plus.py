@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format
-from bitpress.transforms.awq_scale import normalise, output_error, tie
+from bitpress.transforms.awq_scale import OutputError, normalise, tie
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["SmoothPlus"]
@@ -65,11 +65,12 @@ class SmoothPlus:
         inputs, columns = bounded(inputs), bounded(columns)
         if self.alpha is not None:
             return smoothing(inputs, columns, self.alpha)
+        error_of = OutputError(weights, stats.gram, fmt).of
         best = torch.ones_like(inputs)
-        best_error = output_error(weights, best, stats.gram, fmt)
+        best_error = error_of(best)
         for i in range(self.grid + 1):
             factor = smoothing(inputs, columns, i / self.grid)
-            error = output_error(weights, factor, stats.gram, fmt)
+            error = error_of(factor)
             if error < best_error:
                 best, best_error = factor, error
         return best

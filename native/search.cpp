@@ -1,0 +1,148 @@
+#include "search.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+
+#include "cpu.h"
+#include "vector_units.h"
+
+namespace bitpress {
+
+namespace {
+
+// Sums go over lanes of a fixed number, so that every vector unit gives the same bits, and in pieces, so that long blocks lose nothing.
+constexpr std::int64_t kLanes = 16, kPiece = 1024;
+// Below this many weights times ratios a second thread costs more than it saves.
+constexpr std::int64_t kShare = 1 << 16;
+
+// To the nearest half float, halves to even; infinity beyond its range. Exact for every float.
+float as_half(float x) {
+    const float size = std::fabs(x);
+    if (!(size < 65520.0f)) return std::copysign(INFINITY, x);
+    // A sum with a power of two whose last bit is the half float's last bit rounds there; denormal ones share the smallest exponent.
+    const int exponent = std::max(static_cast<int>(std::bit_cast<std::uint32_t>(size) >> 23) - 127, -14);
+    const float magic = std::bit_cast<float>(static_cast<std::uint32_t>(exponent - 10 + 23 + 127) << 23);
+    return std::copysign((size + magic) - magic, x);
+}
+
+float as_bf16(float x) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+    return std::bit_cast<float>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
+// As the store keeps it: a block that is not all zeros keeps at least the smallest scale there is.
+float stored_scale(float scale, ScaleType type) {
+    if (type == ScaleType::fp32) return scale;
+    const float rounded = type == ScaleType::fp16 ? as_half(scale) : as_bf16(scale);
+    const float smallest = std::bit_cast<float>(type == ScaleType::fp16 ? 0x33800000u : 0x00010000u);  // 2^-24, 2^-133
+    return rounded == 0.0f && scale > 0.0f ? smallest : rounded;
+}
+
+EVERY_VECTOR_UNIT
+void find_range(const float *x, std::int64_t n, float &low, float &high) {
+    float least[kLanes] = {}, most[kLanes] = {};
+    const std::int64_t whole = n / kLanes * kLanes;
+    for (std::int64_t i = 0; i < whole; i += kLanes) {
+        for (std::int64_t k = 0; k < kLanes; ++k) {
+            least[k] = x[i + k] < least[k] ? x[i + k] : least[k];
+            most[k] = x[i + k] > most[k] ? x[i + k] : most[k];
+        }
+    }
+    for (std::int64_t i = whole; i < n; ++i) {
+        least[0] = x[i] < least[0] ? x[i] : least[0];
+        most[0] = x[i] > most[0] ? x[i] : most[0];
+    }
+    for (std::int64_t k = 1; k < kLanes; ++k) {
+        least[0] = std::min(least[0], least[k]);
+        most[0] = std::max(most[0], most[k]);
+    }
+    low = least[0];
+    high = most[0];
+}
+
+struct Levels {
+    float scale, zero, top;
+};
+
+inline float squared_error(float x, float divisor, const Levels &levels) {
+    float code = std::nearbyint(x / divisor) + levels.zero;
+    code = code < 0.0f ? 0.0f : code;
+    code = code > levels.top ? levels.top : code;
+    const float difference = (code - levels.zero) * levels.scale - x;
+    return difference * difference;
+}
+
+EVERY_VECTOR_UNIT
+double error_of(const float *x, const float *importance, std::int64_t n, const Levels &levels) {
+    const float divisor = levels.scale == 0.0f ? 1.0f : levels.scale;
+    double total = 0.0;
+    for (std::int64_t start = 0; start < n; start += kPiece) {
+        const std::int64_t last = std::min(start + kPiece, n), whole = start + (last - start) / kLanes * kLanes;
+        float sums[kLanes] = {};
+        if (importance) {
+            for (std::int64_t i = start; i < whole; i += kLanes)
+                for (std::int64_t k = 0; k < kLanes; ++k) sums[k] += squared_error(x[i + k], divisor, levels) * importance[i + k];
+            for (std::int64_t i = whole; i < last; ++i) sums[0] += squared_error(x[i], divisor, levels) * importance[i];
+        } else {
+            for (std::int64_t i = start; i < whole; i += kLanes)
+                for (std::int64_t k = 0; k < kLanes; ++k) sums[k] += squared_error(x[i + k], divisor, levels);
+            for (std::int64_t i = whole; i < last; ++i) sums[0] += squared_error(x[i], divisor, levels);
+        }
+        for (std::int64_t k = 0; k < kLanes; ++k) total += static_cast<double>(sums[k]);
+    }
+    return total;
+}
+
+// The smallest scale that clips nothing of the range, and its zero point; the scale as it will be kept.
+Levels levels_of(float low, float high, const RangeSearch &search) {
+    const float top = static_cast<float>(search.top), half = static_cast<float>((search.top + 1) / 2);
+    float scale, zero = half;
+    if (search.with_zero) {
+        scale = (high - low) / top;
+        zero = scale > 0.0f ? std::clamp(std::nearbyint(-low / scale), 0.0f, top) : 0.0f;
+    } else {
+        scale = std::max(high / (half - 1.0f), -low / half);
+    }
+    return {stored_scale(scale, search.type), zero, top};
+}
+
+bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t last, float *scale, float *zero) {
+    bool good = true;
+    for (std::int64_t b = first; b < last; ++b) {
+        const float *x = search.values + b * search.n;
+        const float *importance = search.importance ? search.importance + b * search.n : nullptr;
+        float low, high;
+        find_range(x, search.n, low, high);
+        Levels best = levels_of(low * search.ratios[0], high * search.ratios[0], search);
+        good = good && std::isfinite(best.scale);
+        double least = search.num_ratios > 1 ? error_of(x, importance, search.n, best) : 0.0;
+        for (std::int64_t r = 1; r < search.num_ratios; ++r) {
+            const Levels trial = levels_of(low * search.ratios[r], high * search.ratios[r], search);
+            good = good && std::isfinite(trial.scale);
+            const double error = error_of(x, importance, search.n, trial);
+            if (error < least) {
+                least = error;
+                best = trial;
+            }
+        }
+        scale[b] = best.scale;
+        if (search.with_zero) zero[b] = best.zero;
+    }
+    return good;
+}
+
+}  // namespace
+
+bool search_ranges(const RangeSearch &search, float *scale, float *zero, int threads) {
+    const std::int64_t useful = std::max<std::int64_t>(1, search.blocks * search.n * search.num_ratios / kShare);
+    const std::int64_t used = std::max<std::int64_t>(1, std::min<std::int64_t>({threads, useful, search.blocks}));
+    std::atomic<bool> good = true;
+    parallel(static_cast<int>(used), [&](int index) {
+        if (!search_some(search, search.blocks * index / used, search.blocks * (index + 1) / used, scale, zero)) good = false;
+    });
+    return good;
+}
+
+}  // namespace bitpress

@@ -1,0 +1,27 @@
+// The range of every block of weights for evenly spaced levels, searched by the squared error it leaves.
+#pragma once
+
+#include <cstdint>
+
+namespace bitpress {
+
+// How a scale is kept: rounded to a half float, to a bfloat16, or as it is.
+enum class ScaleType { fp16, bf16, fp32 };
+
+// `[blocks, n]` finite weights, and of each what its squared error counts (null: alike). Every ratio is tried as a factor on the block's
+// range, the first of the best kept. Without a zero point levels are -half .. half - 1 times the scale, half = (top + 1) / 2.
+struct RangeSearch {
+    const float *values;
+    const float *importance;
+    std::int64_t blocks, n;
+    const float *ratios;
+    std::int64_t num_ratios;
+    int top;
+    bool with_zero;
+    ScaleType type;
+};
+
+// Says whether every scale that was tried could be kept. `zero` is written only with a zero point.
+bool search_ranges(const RangeSearch &search, float *scale, float *zero, int threads);
+
+}  // namespace bitpress
