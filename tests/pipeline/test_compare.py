@@ -93,7 +93,7 @@ def names(done: dict[str, Any]) -> list[tuple[str, Any]]:
 def test_rows_are_what_eval_says_of_the_pressed_directory(
     architecture: str, run: Run, tiny_model: Callable[..., Path], recipes: Path, calibration: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, dtype="bfloat16")
     chosen = ["plain", "gptq", "awq", "follows", "both", "longer"] + ["rotated", "felt", "heads"] * (architecture == "llama")
     done = run(*chosen, model=model, keep=True)
     assert [row["failed"] for row in done["rows"]] == [None] * len(chosen)
