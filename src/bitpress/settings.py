@@ -10,6 +10,7 @@ __all__ = [
     "package_index_arguments",
     "share_cores",
     "usable_cores",
+    "use_large_pages",
     "use_native",
 ]
 
@@ -46,6 +47,15 @@ def share_cores() -> None:
     torch calls, and other processes. Only has an effect before torch is loaded, so the command line calls it first.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def use_large_pages() -> None:
+    """Let torch ask the system for large pages for its large tensors, unless THP_MEM_ALLOC_ENABLE says otherwise.
+
+    Pressing makes and drops tensors of many megabytes, and the faults of their small pages are a good part of its time on a virtual machine.
+    Only has an effect before torch is loaded.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def code_path() -> str:

@@ -14,6 +14,7 @@ import torch
 
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
+from bitpress.cli import app as cli
 from bitpress.errors import CheckpointError
 
 RTN = ("--weights", "int4-g16", "--quantizer", "rtn", "--proof-tokens", "0")
@@ -444,3 +445,16 @@ def test_debug_shows_the_traceback(bitpress: Run, tmp_path: Path, monkeypatch: p
     assert done.code == 3
     assert "Traceback" in done.err
     assert os.fspath(tmp_path) in done.err
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"])
+@pytest.mark.parametrize("given", [None, "0"])
+def test_what_torch_reads_when_it_loads_is_set_and_never_overruled(
+    name: str, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "app", lambda: None)
+    cli.main()
+    assert os.environ[name] == (given or {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}[name])

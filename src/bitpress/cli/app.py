@@ -15,7 +15,7 @@ import typer
 from bitpress.cli.recipe_options import build_recipe, explain_preset
 from bitpress.cli.screen import Screen, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
-from bitpress.settings import share_cores
+from bitpress.settings import share_cores, use_large_pages
 from bitpress.version import __version__
 
 __all__ = ["app", "main"]
@@ -486,6 +486,7 @@ def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: t
 def main() -> None:
     """Run the command line; every error of bitpress is one line and its exit code."""
     share_cores()
+    use_large_pages()
     try:
         app()
     except BitpressError as error:
