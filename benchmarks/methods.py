@@ -205,7 +205,7 @@ RULES = {
     "best": "the least KL",
 }
 # Recipes that the README shows however they did.
-YARDSTICKS = ("gptq", "rtn")
+YARDSTICKS = ("default of quantize", "gptq", "rtn")
 SHARED_RULE = f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are"
 
 
