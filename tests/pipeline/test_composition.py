@@ -19,9 +19,10 @@ from bitpress.cli.recipe_options import build_recipe
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
 from bitpress.corrections.svdquant import SVDQuant
-from bitpress.errors import BitpressError, CalibrationError, FormatError, JobStopped, UsageError
+from bitpress.errors import BitpressError, CalibrationError, FormatError, JobStopped, NumericsError, UsageError
 from bitpress.formats import CompressedWeight, Format, Hadamard, LowRank, Packed, Permutation, Scale, Sparse, parse_format
 from bitpress.formats.sparse import sparse
+from bitpress.pipeline import press
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
@@ -439,3 +440,17 @@ def test_what_takes_the_scales_is_published_with_them(
         wanted, given = original(tokens).logits, bitpress.load(tmp_path / "out", dtype="fp32")(tokens).logits
     # Scales that are lost change every channel by its factor; 8 bits a row and norms in bf16 change the logits by about a hundredth.
     assert float((given - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_norm_that_would_be_lost_is_an_error(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rescale = press.rescale_block_
+
+    def forgetful(model: Any, i: int, tensors: dict[str, torch.Tensor], *rest: Any) -> Any:
+        return rescale(model, i, dict(tensors), *rest)
+
+    monkeypatch.setattr(press, "rescale_block_", forgetful)
+    recipe = make_recipe({"weights": "int3-g16-zero", "calibration": {"samples": 4, "length": 32}})
+    with pytest.raises(NumericsError, match="would not be stored as the model computes with it"):
+        quantize_directory(tiny_model("llama", dtype="bfloat16"), tmp_path / "out", recipe, proof=Proof(tokens=0))
