@@ -294,7 +294,8 @@ def line(row: dict[str, Any], names: list[str]) -> str:
         figures = row["texts"][name]
         width = "" if figures["kl_ci95"] is None else f" ± {figures['kl_ci95']:.4f}"
         cells += [f"{figures['kl_mean']:.4f}{width}", f"{100 * figures['top1_agreement']:.1f} %", perplexity(figures)]
-    cells += ["-" if row["error"] is None else f"{row['error']:.4g}", row["inputs"] or "-", f"{processor_seconds(row):.0f}"]
+    cells += ["-" if row["error"] is None else f"{row['error']:.4g}", row["inputs"] or "-"]
+    cells.append("-" if row["seconds_pressing"] is None else f"{processor_seconds(row):.0f}")
     return f"| {' | '.join(cells)} |"
 
 

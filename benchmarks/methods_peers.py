@@ -241,7 +241,7 @@ def row_of(bench: Bench, name: str, width: int | None, facts: dict[str, Any], fi
         "failed": None,
         "seconds_pressing": facts["seconds"],
         "seconds_pressing_cpu": facts["cpu_seconds"],
-        "peak_memory_bytes": round(facts["peak_rss_mb"] * 2**20),
+        "peak_memory_bytes": facts["peak_rss_mb"] and round(facts["peak_rss_mb"] * 2**20),
         "threads": facts["threads"],
         "load": facts["load"],
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

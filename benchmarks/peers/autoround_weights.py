@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
     save_file({f"{n}.weight": dequantized(n, m, args.bits, args.group) for n, m in linears.items()}, args.out)
     with tempfile.TemporaryDirectory() as folder:
-        rounder.save_quantized(folder, format="auto_round", inplace=True)
+        rounder.save_quantized(folder, format="auto_round:auto_gptq", inplace=True)
         nbytes = stored_bytes(Path(folder))
     return {
         "tool": "auto-round",
