@@ -153,7 +153,7 @@ class Recipe(_Closed):
     def _transforms(self) -> tuple[dict[str, Any], ...]:
         if self.transforms is not None:
             return self.transforms
-        if "name" not in self.quantizer and not self.exact_formats() and not self.calibration.sequential:
+        if "name" not in self.quantizer and self.no_default_scales() is None:
             return tuple(dict(part) for part in DEFAULT_TRANSFORMS)
         return tuple({"name": part} if isinstance(part, str) else dict(part) for part in self.make_quantizer().transforms)
 
@@ -167,6 +167,16 @@ class Recipe(_Closed):
             if fnmatch.fnmatchcase(weight, override.match):
                 chosen = override.weights
         return find_format(chosen)
+
+    def no_default_scales(self) -> str | None:
+        """Say why the channel scales that a recipe without quantizer and transforms has are left out; None where they are not."""
+        if self.transforms is not None or "name" in self.quantizer:
+            return None
+        if exact := self.exact_formats():
+            return f"{exact[0]} keeps weights bit for bit, so the default's channel scales are left out of the whole model"
+        if self.calibration.sequential:
+            return "calibration.sequential follows weights inside a block, so the default's channel scales are left out"
+        return None
 
     def exact_formats(self) -> list[str]:
         """Name the formats of the recipe that keep weights bit for bit."""

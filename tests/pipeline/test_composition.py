@@ -390,6 +390,21 @@ def test_what_is_left_out_is_channel_scales_and_gptq() -> None:
     assert make_recipe({"calibration": {"sequential": True}}).resolved()["transforms"] == []
 
 
+def test_default_scales_that_are_left_out_are_told(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
+    keys = {"weights": "int3-g16-zero", "calibration": {"samples": 4, "length": 32, "sequential": True}}
+    for quantizer, expected in ((None, 1), ("gptq", 0)):
+        told.clear()
+        recipe = make_recipe({**keys, "quantizer": quantizer})
+        out = tmp_path / str(quantizer)
+        quantize_directory(tiny_model("llama"), out, recipe, proof=Proof(tokens=0), progress=Notes())
+        assert sum("channel scales are left out" in text for text in told) == expected
+
+
 def test_a_file_without_a_quantizer_takes_one_of_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("weights: int3-g16-zero\n", encoding="utf-8")

@@ -98,6 +98,8 @@ def quantize_directory(
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")
+    if (reason := recipe.no_default_scales()) is not None:
+        progress.note(f"{reason}; name a quantizer to choose.")
     check_room(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     job = Job.open(out, identity, force=force)
