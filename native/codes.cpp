@@ -4,23 +4,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu.h"
+#include "share.h"
 #include "vector_units.h"
 
 namespace bitpress {
 
 namespace {
-
-// Below this many weights a second thread costs more than it saves.
-constexpr std::int64_t kShare = 1 << 16;
-
-// Calls work(first, last) for as many equal ranges of [0, items) as there are threads for; an item is `weights` weights.
-template <typename Work>
-void share(std::int64_t items, std::int64_t weights, int threads, const Work &work) {
-    const std::int64_t useful = std::max<std::int64_t>(1, items * weights / kShare);
-    const std::int64_t used = std::min<std::int64_t>({static_cast<std::int64_t>(threads), useful, std::max<std::int64_t>(items, 1)});
-    parallel(static_cast<int>(used), [&](int index) { work(items * index / used, items * (index + 1) / used); });
-}
 
 EVERY_VECTOR_UNIT
 void encode_affine_range(const float *values, std::uint8_t *codes, std::int64_t first, std::int64_t last, std::int64_t n,

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cmath>
 
-#include "cpu.h"
+#include "share.h"
 #include "vector_units.h"
 
 namespace bitpress {
@@ -14,8 +14,6 @@ namespace {
 
 // Sums go over lanes of a fixed number, so that every vector unit gives the same bits, and in pieces, so that long blocks lose nothing.
 constexpr std::int64_t kLanes = 16, kPiece = 1024;
-// Below this many weights times ratios a second thread costs more than it saves.
-constexpr std::int64_t kShare = 1 << 16;
 
 // To the nearest half float, halves to even; infinity beyond its range. Exact for every float.
 float as_half(float x) {
@@ -136,11 +134,9 @@ bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t las
 }  // namespace
 
 bool search_ranges(const RangeSearch &search, float *scale, float *zero, int threads) {
-    const std::int64_t useful = std::max<std::int64_t>(1, search.blocks * search.n * search.num_ratios / kShare);
-    const std::int64_t used = std::max<std::int64_t>(1, std::min<std::int64_t>({threads, useful, search.blocks}));
     std::atomic<bool> good = true;
-    parallel(static_cast<int>(used), [&](int index) {
-        if (!search_some(search, search.blocks * index / used, search.blocks * (index + 1) / used, scale, zero)) good = false;
+    share(search.blocks, search.n * search.num_ratios, threads, [&](std::int64_t first, std::int64_t last) {
+        if (!search_some(search, first, last, scale, zero)) good = false;
     });
     return good;
 }
