@@ -37,7 +37,7 @@ heads: {weights: int3-g16-zero, quantizer: boa}
 
 
 class Calls:
-    """Counts what a run does, and stops it after so many units of a kind."""
+    """Counts what a run does, and stops it after so many units of a kind; judging a recipe counts as a part of it."""
 
     def __init__(self, stop_after: tuple[str, int] | None = None) -> None:
         self.stop_after = stop_after
@@ -45,7 +45,8 @@ class Calls:
         self.units: dict[str, int] = {}
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        self.stages.append(what)
+        if self.stages[-1:] != [what.removesuffix(", judged")]:
+            self.stages.append(what)
 
     def advance(self, unit: str, **figures: Any) -> None:
         stage = self.stages[-1]

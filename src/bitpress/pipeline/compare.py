@@ -213,8 +213,7 @@ def _press(
     heldout.start_()
     job = None if keep is None else _open_job(made, c, keep, source)
     try:
-        windows = sum(len(w) for w in made.texts.values())
-        made.progress.begin(c.label, plan.blocks + windows)
+        made.progress.begin(c.label, plan.blocks)
         rows: list[dict[str, Any]] = []
         for i in range(plan.blocks):
             check_stop()
@@ -225,6 +224,8 @@ def _press(
             made.progress.advance(model.block_name(i), error=block.error)
         pressed = time.perf_counter() - started - heldout.seconds
         pressed_cpu = time.process_time() - cpu - heldout.cpu_seconds
+        # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.
+        made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()))
         figures = distances((model, captured.states()), (model, heldout.states), made.texts, noting(made, check_stop))
         measured = time.perf_counter() - started - pressed
         if job is not None:

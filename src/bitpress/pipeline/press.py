@@ -24,7 +24,7 @@ from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.memory import release
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.products import list_weights
-from bitpress.pipeline.rescale import PROBE_LENGTH, Rescaled, rescale_block_
+from bitpress.pipeline.rescale import PROBE_LENGTH, Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.quantizer import Outcome, output_errors
 from bitpress.quantizers.rtn import RTN
@@ -152,7 +152,7 @@ class Presser:
         # Only now: searches rewrite the norms and biases that take their scales.
         kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.searches:
-            self._check_kept(kept)
+            check_kept(self.model, kept)
         block.tensors |= kept
         if not last and self.needs and not self.follows_original and self.measured is None:
             self._advance(i)
@@ -161,15 +161,6 @@ class Presser:
         self.model.drop_block_(i)
         release()
         return block
-
-    def _check_kept(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Raise NumericsError unless tensors that are stored as they are are those that the loaded block computes with."""
-        live = dict(self.model.model.named_parameters()) | dict(self.model.model.named_buffers())
-        for name, value in kept.items():
-            if name in live and not torch.equal(live[name].data, value.to(live[name].dtype)):
-                raise NumericsError(
-                    f"{name}: would not be stored as the model computes with it; this is a mistake in bitpress, report it."
-                )
 
     def measure_(self, i: int, needs: Collection[str], *, last: bool) -> Measured:
         """Collect statistics of every weight of block `i` and move the hidden states past it, with nothing compressed."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from bitpress.calibration import Stats, Watched
 from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.errors import NumericsError
 from bitpress.formats import Format
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.streaming import StreamedModel
@@ -19,7 +20,7 @@ from bitpress.runtime.skeleton import set_parameter_
 from bitpress.transforms.folding import Fold, apply_fold_, find_folds
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["PROBE_LENGTH", "Rescaled", "rescale_block_"]
+__all__ = ["PROBE_LENGTH", "Rescaled", "check_kept", "rescale_block_"]
 
 # Tokens on which folds are looked for.
 PROBE_LENGTH = 16
@@ -78,6 +79,16 @@ def rescale_block_(
             tensors[name] = live.detach().clone() if compressed else live.detach().to(stored[name])
     model.fill_(tensors)
     return result
+
+
+def check_kept(model: StreamedModel, kept: Mapping[str, torch.Tensor]) -> None:
+    """Raise NumericsError unless tensors that are stored as they are are those that the loaded block computes with."""
+    live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
+    for name, value in kept.items():
+        if name in live and not torch.equal(live[name].data, value.to(live[name].dtype)):
+            raise NumericsError(
+                f"{name}: would not be stored as the model computes with it; this is a mistake in bitpress, report it."
+            )
 
 
 def _rescale_group_(
