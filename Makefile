@@ -71,6 +71,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render
 	$(BIN)/python benchmarks/methods.py --render
+	$(BIN)/python benchmarks/methods_speed.py --render
 	$(BIN)/python benchmarks/engine.py --render
 
 size:

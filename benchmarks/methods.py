@@ -43,8 +43,9 @@ SEEN = "speeches"
 PRESETS = ROOT / "src" / "bitpress" / "presets.json"
 
 
-def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
-    """Run the comparison and keep the rows that are new; those of recipes that failed are told and not kept."""
+def compare(out: Path, bits: str, only: list[str], options: list[str]) -> dict[str, Any]:
+    """Run `bitpress compare` on the bench's model and recipes, and give what it found."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
         "-m",
@@ -62,7 +63,13 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}")
-    compared = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
+    """Run the comparison and keep the rows that are new; those of recipes that failed are told and not kept."""
+    compared = compare(out, bits, only, options)
     known = {(row["name"], row["bits"], row["finished"]) for row in read_rows("methods") if row["kind"] == "recipe"}
     shared = {"model": MODEL, "compute": compared["compute"], "sources": compared["texts"], "noise": compared["floor"]}
     for row in compared["rows"]:
@@ -324,7 +331,6 @@ def main() -> None:
             print(f"{name}: has no recipe in {RECIPES.name}", file=sys.stderr)
         given = [("--tokens", options.tokens), ("--samples", options.samples), ("--tasks", options.tasks)]
         given += [("--documents", options.documents), ("--best", options.best)]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         measure(options.out, options.bits, options.only, [part for key, value in given if value for part in (key, value)])
     if read_rows("methods"):
         render()

@@ -146,6 +146,12 @@ def test_errors_tell_of_the_output_although_rounding_needs_no_statistics(run: Ru
     assert gptq["error"] < 0.9 * plain["error"]
 
 
+def test_rows_say_what_the_shared_pass_took(run: Run) -> None:
+    took = {row["name"]: row["seconds_capture"] for row in run("plain", "follows", "gptq", "awq")["rows"]}
+    assert took["plain"] == took["follows"] == 0, "no statistics, or those of its own forward passes"
+    assert took["gptq"] == took["awq"] > 0
+
+
 def test_nothing_is_calibrated_where_nothing_needs_it(run: Run, tmp_path: Path) -> None:
     calls = Calls()
     (row,) = run("plain", progress=calls)["rows"]

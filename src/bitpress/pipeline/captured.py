@@ -4,7 +4,9 @@ The first unit of the job holds the states of the held-out texts after the last 
 then every block's statistics are a unit. A run that is stopped goes on from the last one.
 """
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,12 @@ class Captured:
                     held[kind] = tensors[key]
             stats[weight] = Stats(entry["tokens"], **held)
         return Measured(stats, facts["groups"], read("probe"))
+
+    @property
+    def seconds(self) -> float | None:
+        """What collecting the statistics took; None where an earlier version did it."""
+        taken = [unit["facts"].get("seconds") for unit in self.job.units]
+        return None if None in taken else math.fsum(taken)
 
     @property
     def sensitivity(self) -> Callable[[str], torch.Tensor]:
@@ -137,11 +145,13 @@ def _first_unit(
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> None:
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"seconds": 0.0}
+    started = time.perf_counter()
     if of_origin(needs, "loss") and tokens is not None:
         found = measure_sensitivity(model, _every_weight(model, recipe), tokens, check_stop, progress)
         facts["kept"] = job.keep(SENSITIVITY, found)
         del found
+        facts["seconds"] = time.perf_counter() - started
     heldout = Heldout(model, texts)
     heldout.start_()
     progress.begin("original on the held-out texts", len(model.blocks))
@@ -173,9 +183,10 @@ def _block_units(
     progress.begin("statistics of the original", total, done)
     for i in range(done, total):
         check_stop()
-        last = i == total - 1
+        last, started = i == total - 1, time.perf_counter()
         found = presser.measure_(i, needs, last=last)
         tensors, facts = _packed(found)
+        facts["seconds"] = time.perf_counter() - started
         job.commit_behind(model.block_name(i), f"block-{i:05d}.safetensors", tensors, facts, None if last else presser.state)
         progress.advance(model.block_name(i))
     job.settle()

@@ -35,7 +35,7 @@ from bitpress.pipeline.results import Results
 from bitpress.pipeline.source_model import open_original
 from bitpress.pipeline.stopping import stoppable
 from bitpress.pipeline.windows import calibration_windows, load_windows
-from bitpress.recipes import Calibration
+from bitpress.recipes import Calibration, Recipe
 from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["HELDOUT", "compare_recipes"]
@@ -265,9 +265,17 @@ def _press(
         "seconds_pressing": round(pressed, 2),
         "seconds_pressing_cpu": round(pressed_cpu, 2),
         "seconds_measuring": round(measured, 2),
+        "seconds_capture": _seconds_of_capture(made, captured, recipe),
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
     }
+
+
+def _seconds_of_capture(made: Comparison, captured: Captured, recipe: Recipe) -> float | None:
+    """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its pressing."""
+    if not recipe.needs() or not made.shares(recipe):
+        return 0.0
+    return None if captured.seconds is None else round(captured.seconds, 2)
 
 
 def _folder(out: Path, c: Candidate) -> Path:

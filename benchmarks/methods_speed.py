@@ -1,0 +1,103 @@
+"""How long methods press the re-gauged SmolLM2: the recipes of benchmarks/methods.yaml on both cores, with nothing beside.
+
+    make bench Q=methods_speed                                every recipe, at 4 bits where it has them
+    python benchmarks/methods_speed.py --only 'gptq*' comq
+    python benchmarks/methods_speed.py --render               only the table, from the rows there are
+
+Recipes run by `bitpress compare` on held-out texts of two windows, as only the pressing counts. What a recipe takes from the pass over
+the original is in its time as if it had run the pass for itself: recipes that need the attention's or the loss's statistics share a pass
+of their own, so that the others do not wait for these. A row of benchmarks/results/methods_speed.jsonl is one recipe; what has been
+timed is not run again unless --again.
+"""
+
+import argparse
+import fnmatch
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from methods import DOCUMENT, MODEL, RECIPES, compare
+from rows import add_row, read_rows, rewrite_section
+
+from bitpress.calibration import of_origin
+from bitpress.cli.compare import label
+from bitpress.pipeline.candidate import Candidate, read_candidates
+from bitpress.settings import cache_directory
+
+QUESTION = "methods_speed"
+TOKENS = "1024"
+
+
+def choose(only: list[str], bits: list[int]) -> list[Candidate]:
+    """Give every recipe at the first of the widths that it has."""
+    candidates, _ = read_candidates(RECIPES, bits)
+    first = {candidate.name: candidate for candidate in reversed(candidates)}
+    return [c for c in candidates if first[c.name] is c and any(fnmatch.fnmatchcase(c.name, pattern) for pattern in only)]
+
+
+def measure(candidates: list[Candidate], out: Path) -> None:
+    known = {(row["name"], row["bits"], row["finished"]) for row in read_rows(QUESTION)}
+    groups: dict[frozenset[str], list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        needs = candidate.recipe.needs()
+        groups[of_origin(needs, "attention") | of_origin(needs, "loss")].append(candidate)
+    for needs, group in groups.items():
+        for bits in sorted({candidate.bits for candidate in group}):
+            names = [candidate.name for candidate in group if candidate.bits == bits]
+            where = out / ("-".join(sorted(needs)) or "inputs")
+            for row in compare(where, str(bits), names, ["--tokens", TOKENS])["rows"]:
+                if row["failed"]:
+                    print(f"{label(row)}: failed: {row['failed']}", file=sys.stderr)
+                if row["failed"] or (row["name"], row["bits"], row["finished"]) in known:
+                    continue
+                kept = ("name", "bits", "recipe", "seconds_pressing", "seconds_pressing_cpu", "seconds_capture", "finished")
+                add_row(
+                    QUESTION, {"model": MODEL, **{key: row[key] for key in kept}, "peak_memory_bytes": row["peak_memory_bytes"]}
+                )
+
+
+def render() -> None:
+    """Write the section `speed` of docs/methods.md."""
+    rows = list({(row["name"], row["bits"]): row for row in read_rows(QUESTION)}.values())
+    if not rows:
+        return
+    some = rows[0]["recipe"]["calibration"]
+    lines = [
+        f"`{MODEL}` on the {rows[0]['threads']} cores of the bench's machine with nothing beside, calibrated on {some['samples']} windows of",
+        f"{some['length']} tokens: seconds from the loaded model to the last compressed weight, with the pass over the original where a method",
+        "takes statistics from it, and without. `make bench Q=methods_speed` prints it; the rows are in `benchmarks/results/methods_speed.jsonl`.",
+        "",
+        "| recipe | bits | s | of it pressing | memory, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=total):
+        memory = f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['name']} | {row['bits']} | {total(row):.0f} | {row['seconds_pressing']:.0f} | {memory} |")
+    rewrite_section(DOCUMENT, "speed", lines)
+
+
+def total(row: dict[str, Any]) -> float:
+    return float(row["seconds_pressing"] + row["seconds_capture"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["*"], help="names or patterns of recipes")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
+    parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods_speed")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    if not options.render:
+        timed = {(row["name"], row["bits"]) for row in read_rows(QUESTION)}
+        wanted = [c for c in choose(options.only, options.bits) if options.again or (c.name, c.bits) not in timed]
+        if options.again:
+            shutil.rmtree(options.out, ignore_errors=True)
+        measure(wanted, options.out)
+    render()
+
+
+if __name__ == "__main__":
+    main()
