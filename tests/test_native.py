@@ -12,6 +12,8 @@ from bitpress import library, native
 from bitpress.calibration import StatsCollector
 from bitpress.errors import KernelUnavailable, NumericsError
 from bitpress.formats import GRIDS, dense, parse_format
+from bitpress.formats.additive_book import beam_search
+from bitpress.formats.nearest import nearest
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import shrink_ratios
 from bitpress.quantizers.table import QUANTIZERS
@@ -293,6 +295,43 @@ def test_a_scale_beyond_its_type_is_told() -> None:
         parse_format("int4-g4-zero").fit(w)
 
 
+@pytest.mark.parametrize("shape", [(1, 256, 8), (2, 100, 4), (2, 16, 1), (3, 33, 6), (4, 7, 2)], ids=str)
+@pytest.mark.parametrize("width", [1, 5, 40])
+def test_words_of_sums_are_those_of_the_reference(
+    shape: tuple[int, int, int], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, words = draw(900, shape[2]), draw(*shape, seed=1)
+
+    def distance(codes: torch.Tensor) -> torch.Tensor:
+        return (vectors - sum(book[code] for book, code in zip(words, codes, strict=True))).double().square().sum(1)
+
+    found = []
+    for count in (1, 3):
+        with threads(count):
+            found.append(beam_search(vectors, words, width))
+    assert torch.equal(*found)
+    one = nearest(vectors, words[0])
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    expected = beam_search(vectors, words, width)
+    assert found[0].dtype == expected.dtype
+    # Of two beginnings that are equally good either may be kept.
+    assert float((found[0] == expected).all(0).float().mean()) > 0.99
+    assert float(distance(found[0]).sum()) == pytest.approx(float(distance(expected).sum()), rel=1e-4)
+    assert float((one == nearest(vectors, words[0])).float().mean()) > 0.999
+
+
+def test_words_of_numbers_that_are_not_finite_are_words_all_the_same() -> None:
+    vectors, words = draw(50, 3), draw(2, 20, 3, seed=1)
+    vectors[::3] = torch.nan
+    vectors[1::3] = torch.inf
+    words[0, 4] = torch.nan
+    words[1, 5] = -torch.inf
+    codes = native.beam_search(vectors, words, 4)
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < 20
+    assert native.beam_search(vectors[:0], words, 4).shape == (2, 0)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1000])
 def test_packing_is_that_of_the_reference(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +357,13 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
         lambda: native.search_ranges(v, None, (1.0,), 1, with_zero=False, kept=torch.float16),
         lambda: native.search_ranges(v, None, (1.0,), 256, with_zero=True, kept=torch.float16),
         lambda: native.search_ranges(v.double(), None, (1.0,), 15, with_zero=True, kept=torch.float16),
+        lambda: native.beam_search(v, torch.zeros(2, 5, 3), 4),
+        lambda: native.beam_search(v, torch.zeros(0, 5, 4), 4),
+        lambda: native.beam_search(v, torch.zeros(2, 0, 4), 4),
+        lambda: native.beam_search(v, torch.zeros(2, 5, 4), 0),
+        lambda: native.beam_search(v, torch.zeros(2, 5, 4), 5000),
+        lambda: native.beam_search(v.double(), torch.zeros(2, 5, 4), 4),
+        lambda: native.beam_search(v, torch.zeros(5, 4), 4),
         lambda: native.decode_affine(c, torch.ones(4, 1), 0.0),
         lambda: native.decode_affine(c.int(), s, 0.0),
         lambda: native.encode_levels(v, s, b, torch.zeros(2, dtype=torch.uint8), None),

@@ -15,6 +15,7 @@ __all__ = [
     "add_gram_",
     "add_product_",
     "available",
+    "beam_search",
     "chosen_path",
     "code_paths",
     "compare_rows",
@@ -110,6 +111,15 @@ def search_ranges(
     kind = SCALE_TYPES[kept]
     good = built_library().search_ranges(values.contiguous(), weights, tried, top, scale, zero, kind, torch.get_num_threads())
     return scale[:, None], None if zero is None else zero[:, None], good
+
+
+def beam_search(
+    vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int
+) -> Int[torch.Tensor, "books n"]:
+    """Give the words, one of each book, that add up to nearly each vector; the `width` best beginnings of a sum are kept."""
+    codes = torch.empty(words.shape[0], vectors.shape[0], dtype=torch.int64)
+    built_library().beam_search(vectors.contiguous(), words.contiguous(), width, codes, torch.get_num_threads())
+    return codes
 
 
 def decode_affine(

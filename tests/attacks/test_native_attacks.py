@@ -1237,7 +1237,7 @@ SANITIZED = [
     ("tests/attacks/test_native_attacks.py", "not sanitized"),
     ("tests/test_native_products.py", ""),
     ("tests/test_native_sampling.py", "not frequencies"),
-    ("tests/test_native.py", "refuse or logits or bf16 or ranges or scale"),
+    ("tests/test_native.py", "refuse or logits or bf16 or ranges or scale or words"),
     ("tests/evaluation/test_distance.py", "native"),
     ("tests/test_native_decoder.py", "long_text or threads or side_by_side or begins_alike"),
 ]

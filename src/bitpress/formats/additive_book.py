@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
+from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.clusters import cluster
 from bitpress.formats.codebook import look_up, scaled_vectors, training_vectors
 from bitpress.formats.dense import code_dtype
 from bitpress.formats.grid import Params, StoredParam
 from bitpress.formats.levels import root_mean_square
-from bitpress.formats.nearest import nearest
+from bitpress.formats.nearest import nearest, searched_natively
 
 __all__ = ["AdditiveBook"]
 
@@ -148,6 +149,8 @@ def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int = BEAM
 ) -> Int[torch.Tensor, "books n"]:
     """Give codes whose words add up to nearly each vector: book by book, the `width` best beginnings of a sum are kept."""
+    if searched_natively(vectors, words.shape[1]):
+        return native.beam_search(vectors, words, width)
     kept = width if len(words) > 2 else 1  # beginnings that are scored against a whole book, but for the last one
     together = max(SCORES_TOGETHER // (kept * words.shape[1]), 1)
     return torch.cat([_beam_search(part, words, width) for part in vectors.split(together)], dim=1)

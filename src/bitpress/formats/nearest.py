@@ -9,11 +9,20 @@ for 65,536 words of 8 numbers, but picking them out takes as long as computing a
 import torch
 from jaxtyping import Float, Int
 
-__all__ = ["nearest"]
+from bitpress import native
 
+__all__ = ["nearest", "searched_natively"]
+
+# Books of which native code scores every word for one vector after the other; a product of matrices is faster for larger ones.
+NATIVE_WORDS = 1 << 10
 # Words scored at a time, and scores: 2 MiB, so that the reductions read them from the cache.
 WORDS_TOGETHER = 1 << 12
 SCORES_TOGETHER = 1 << 19
+
+
+def searched_natively(vectors: torch.Tensor, count: int) -> bool:
+    """Say whether `native.beam_search` takes these vectors and books of `count` words."""
+    return vectors.device.type == "cpu" and vectors.dtype == torch.float32 and count <= NATIVE_WORDS and native.available()
 
 
 def nearest(vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "count span"]) -> Int[torch.Tensor, " n"]:
@@ -23,6 +32,8 @@ def nearest(vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "
     and the best word of that group alone.
     """
     count, span = words.shape
+    if searched_natively(vectors, count):
+        return native.beam_search(vectors, words[None], 1)[0]
     size = 1 if count <= 32 else 16 if count <= 4096 else 64
     scored = torch.cat([words, words.square().sum(-1, keepdim=True) / -2], dim=-1)
     if count % size:
