@@ -249,7 +249,7 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
     """Say what of a recipe's weights the native engine would decode to 16 bits, by trying a small one."""
     recipe = make_recipe(keys_of(row["recipe"]))
     generator = torch.Generator().manual_seed(0)
-    w, x = torch.randn(64, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    w, x = torch.randn(64, 768, generator=generator), torch.randn(512, 768, generator=generator)
     gram, heads = x.T @ x / 512, 4
     stats = Stats(
         512,

@@ -9,7 +9,7 @@ import torch
 
 from bitpress.calibration import Stats
 from bitpress.errors import BitpressError, FormatError
-from bitpress.formats import GRIDS, SHORT, parse_format
+from bitpress.formats import GRIDS, SHORT, CompressedWeight, parse_format
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
@@ -58,11 +58,14 @@ def test_no_worse_than_rounding_on_what_it_measures(name: str, fmt: str) -> None
         return
     # Without statistics a method can only mean the weight itself.
     measured = stats if QUANTIZERS[name].needs else None
-    ours = QUANTIZERS[name]().quantize(w, stats, parsed).weight.dequantize()
+    weight = QUANTIZERS[name]().quantize(w, stats, parsed).weight
+    ours = weight.dequantize()
     plain = RTN().quantize(w, None, parsed).weight.dequantize()
     # AWQ weighs each block by its own part of the gram; what blocks have in common may cost it a little.
     slack = 1e-5 if fmt in FORMATS else 0.02
     assert output_error(w, ours, measured) <= output_error(w, plain, measured) * (1 + slack)
+    # What is stored is what a reader of the specification looks for, so that its bytes are those that the format has.
+    assert torch.equal(CompressedWeight.build(weight.spec(), weight.tensors()).dequantize(), ours)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

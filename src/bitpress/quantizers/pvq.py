@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
+from bitpress.formats.dense import code_dtype
 from bitpress.formats.pyramid import Pyramid
 from bitpress.quantizers.columns import Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.groups import metric_roots, walk
@@ -69,7 +70,7 @@ class PVQ:
         assert isinstance(grid, Pyramid)
         own_length = fmt.block.resolve(shape, grid.span) == (1, grid.span)
         params = fmt.fit(w, feedback.importance)
-        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=torch.int32)
+        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=code_dtype(grid.code_bits))
         roots = metric_roots(feedback.factor, shape[1], grid.span)
 
         def choose(target: torch.Tensor, place: int, column: int) -> torch.Tensor:
