@@ -77,7 +77,7 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
     ("arguments", "wanted"),
     [
         (("--preset", "better", "--bits", "3"), "unknown preset 'better'"),
-        (("--preset", "best", "--bits", "9"), "preset best has no recipe of 9 bits; it has 4, 3, 2"),
+        (("--preset", "best", "--bits", "9"), "preset best has no recipe of 9 bits; it has 5, 4, 3, 2"),
         (("--preset", "best"), "--preset and --bits go together"),
         (("--bits", "3"), "--preset and --bits go together"),
         (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
