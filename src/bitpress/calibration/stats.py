@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from bitpress import native
 from bitpress.errors import CalibrationError, NumericsError
+from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
 
 __all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "of_origin"]
@@ -149,8 +150,7 @@ class StatsCollector:
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
         """Take in a batch. Raises NumericsError, naming `where`, when a value is not finite."""
         x = x.reshape(-1, self.in_features)
-        # One sum finds any NaN or infinity at the price of a read; opposite infinities give NaN, so none hides.
-        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
         self.tokens += x.shape[0]
         if self._gram is not None:

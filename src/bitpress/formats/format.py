@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 
 from bitpress.errors import FormatError, NumericsError, unknown_name
+from bitpress.finite import all_finite
 from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
 from bitpress.formats.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
@@ -108,7 +109,7 @@ class Format:
         fit of this weight, whose parts that many blocks share (codebooks, scales of scales) stay as they are. Raises NumericsError
         when the weight is not finite or a scale does not fit the storage type.
         """
-        if not bool(torch.isfinite(w).all()):
+        if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
         grid = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self._to_blocks(w.float())

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from bitpress.calibration import STATISTICS, Capture, Stats, Watched, find_roles, of_origin
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, FormatError, NumericsError
+from bitpress.finite import all_finite
 from bitpress.formats import AnyFormat, CompressedWeight, Format, Lossless, Scale, chain
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.memory import release
@@ -282,7 +283,7 @@ class Presser:
             self.check_stop()
 
     def _checked(self, i: int, out: torch.Tensor) -> torch.Tensor:
-        if not bool(torch.isfinite(out.sum(dtype=torch.float32))) and not bool(torch.isfinite(out).all()):
+        if not all_finite(out):
             raise NumericsError(f"{self.model.block_name(i)}: the output of the block is not finite.")
         return out
 
@@ -311,7 +312,7 @@ class Presser:
             tokens.append(stats[name].tokens if name in stats else 0)
         weight = CompressedWeight.stack_rows([o.weight for o in outcomes]) if parameter.experts else outcomes[0].weight
         w_hat = weight.dequantize()
-        if not bool(torch.isfinite(w_hat).all()):
+        if not all_finite(w_hat):
             raise NumericsError(f"{parameter.stem}: the compressed weight is not finite.")
         block.tensors |= {f"{parameter.stem}.{leaf}": t for leaf, t in weight.tensors().items()}
         record = {"spec": weight.spec(), "transposed": parameter.transposed, "experts": parameter.experts}

@@ -10,6 +10,7 @@ from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import NumericsError
+from bitpress.finite import all_finite
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.runtime.skeleton import build_config
 
@@ -34,14 +35,9 @@ class OriginalLoader:
 
     def _read(self, name: str) -> torch.Tensor:
         value = self.source.read(name)
-        # A sum meets every element once; opposite infinities give NaN, so nothing hides in it. Half precision may overflow.
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not _finite(value):
+        if not all_finite(value):
             raise NumericsError(f"{self.source.root}: tensor {name!r} holds a NaN or an infinity; repair the checkpoint.")
         return value
-
-
-def _finite(value: torch.Tensor) -> bool:
-    return bool(torch.isfinite(value).all())
 
 
 def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, OriginalLoader]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from bitpress import native
 from bitpress.errors import UsageError
+from bitpress.finite import all_finite
 from bitpress.formats import EvenlySpaced, Format, Params
 from bitpress.formats.dense import code_dtype
 
@@ -91,7 +92,7 @@ def _factor(
         if not int(failed):
             work = torch.cholesky_inverse(work)
             work, failed = torch.linalg.cholesky_ex(work, upper=True)
-            if not int(failed) and bool(torch.isfinite(work).all()):
+            if not int(failed) and all_finite(work):
                 return work.float().contiguous(), damp
         damp *= 10
     return None, None
