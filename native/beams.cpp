@@ -182,7 +182,101 @@ class Beam {
     std::size_t worst_ = 0;
 };
 
+// What every sum of two words adds to half its square beyond the halves of both: their product.
+struct Products {
+    Products(const Books &books, const std::vector<Turned> &turned, std::int64_t padded)
+        : all(static_cast<std::size_t>(books.count * padded)), least(static_cast<std::size_t>(books.count), kBeyond) {
+        for (std::int64_t i = 0; i < books.count; ++i) {
+            const float *word = books.words + i * books.span;
+            float *row = all.data() + i * padded;
+            for (std::int64_t d = 0; d < books.span; ++d) {
+                const float *line = turned[1].words.data() + d * padded;
+                for (std::int64_t j = 0; j < padded; ++j) row[j] += word[d] * line[j];
+            }
+            for (std::int64_t j = 0; j < books.count; ++j) least[static_cast<std::size_t>(i)] = std::min(least[static_cast<std::size_t>(i)], row[j]);
+        }
+    }
+    std::vector<float> all, least;  // [count, padded]; the least of each row
+};
+
+// The least of scores with a row of products added.
+EVERY_VECTOR_UNIT
+float least_sum(const float *scores, const float *products, std::int64_t padded) {
+    Lanes least, one, other;
+    std::memcpy(&least, scores, sizeof(least));
+    std::memcpy(&other, products, sizeof(other));
+    least += other;
+    for (std::int64_t j = kLanes; j < padded; j += kLanes) {
+        std::memcpy(&one, scores + j, sizeof(one));
+        std::memcpy(&other, products + j, sizeof(other));
+        one += other;
+        least = one < least ? one : least;
+    }
+    float lowest = least[0];
+    for (std::int64_t k = 1; k < kLanes; ++k) lowest = least[k] < lowest ? least[k] : lowest;
+    return lowest;
+}
+
+// Finds the nearest of all sums; words of the first book that no word of the second can make the nearest are passed over.
+class Pairs {
+  public:
+    Pairs(const Books &books, const std::vector<Turned> &turned, const Products &products, std::int64_t padded)
+        : books_(books), turned_(turned), products_(products), padded_(padded), first_(static_cast<std::size_t>(padded)),
+          second_(first_.size()) {}
+
+    void find(const float *vector, std::int64_t *codes, std::int64_t apart) {
+        score(vector, books_.span, turned_[0].words.data(), turned_[0].halves.data(), padded_, first_.data());
+        score(vector, books_.span, turned_[1].words.data(), turned_[1].halves.data(), padded_, second_.data());
+        const float lowest = *std::min_element(second_.begin(), second_.begin() + books_.count);
+        std::int64_t start = 0;
+        for (std::int64_t i = 1; i < books_.count; ++i) start = bound(i) < bound(start) ? i : start;
+        float least = row(start);
+        std::int64_t best = start;
+        for (std::int64_t i = 0; i < books_.count; ++i) {
+            if (i == start || !(bound(i) + lowest < least)) continue;
+            const float found = row(i);
+            if (found < least) least = found, best = i;
+        }
+        codes[0] = best;
+        codes[apart] = place(best);
+    }
+
+  private:
+    float bound(std::int64_t i) const {
+        return first_[static_cast<std::size_t>(i)] + products_.least[static_cast<std::size_t>(i)];
+    }
+
+    float row(std::int64_t i) const {
+        return first_[static_cast<std::size_t>(i)] + least_sum(second_.data(), products_.all.data() + i * padded_, padded_);
+    }
+
+    std::int64_t place(std::int64_t i) const {
+        const float *products = products_.all.data() + i * padded_;
+        std::int64_t best = 0;
+        for (std::int64_t j = 1; j < books_.count; ++j) {
+            if (second_[static_cast<std::size_t>(j)] + products[j] < second_[static_cast<std::size_t>(best)] + products[best]) best = j;
+        }
+        return best;
+    }
+
+    const Books &books_;
+    const std::vector<Turned> &turned_;
+    const Products &products_;
+    std::int64_t padded_;
+    std::vector<float> first_, second_;
+};
+
 }  // namespace
+
+void nearest_pairs(const float *vectors, std::int64_t n, const Books &books, std::int64_t *codes, int threads) {
+    const std::int64_t padded = (books.count + kLanes - 1) / kLanes * kLanes;
+    const std::vector<Turned> turned = turn(books, padded);
+    const Products products(books, turned, padded);
+    share(n, books.count * kLanes, threads, [&](std::int64_t first, std::int64_t last) {
+        Pairs pairs(books, turned, products, padded);
+        for (std::int64_t i = first; i < last; ++i) pairs.find(vectors + i * books.span, codes + i, n);
+    });
+}
 
 void beam_search(const float *vectors, std::int64_t n, const Books &books, std::int64_t width, std::int64_t *codes, int threads) {
     const std::int64_t padded = (books.count + kLanes - 1) / kLanes * kLanes;

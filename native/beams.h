@@ -14,4 +14,7 @@ struct Books {
 // Writes to `[books, n]` the word of every book for each of `[n, span]` vectors; numbers that are not finite find the first words.
 void beam_search(const float *vectors, std::int64_t n, const Books &books, std::int64_t width, std::int64_t *codes, int threads);
 
+// Writes to `[2, n]` the words of two books whose sum is the nearest of all sums to each vector.
+void nearest_pairs(const float *vectors, std::int64_t n, const Books &books, std::int64_t *codes, int threads);
+
 }  // namespace bitpress

@@ -130,16 +130,28 @@ bool search_ranges(Floats values, std::optional<Floats> importance, Vector ratio
     return bitpress::search_ranges(search, scale.data(), zero ? zero->data() : nullptr, used);
 }
 
-void beam_search(Floats vectors, Array<const float, 3> words, std::int64_t width, Array<std::int64_t, 2> codes, int threads) {
+bitpress::Books checked_books(const Floats &vectors, const Array<const float, 3> &words, const Array<std::int64_t, 2> &codes) {
     need(words.shape(0) >= 1 && words.shape(1) >= 1 && words.shape(2) >= 1, "there must be a book, a word and a number in it");
     need(vectors.shape(1) == words.shape(2), "vectors must be as long as words");
     need(codes.shape(0) == words.shape(0) && codes.shape(1) == vectors.shape(0), "codes must be [books, vectors]");
+    return {words.data(), static_cast<std::int64_t>(words.shape(0)), static_cast<std::int64_t>(words.shape(1)),
+            static_cast<std::int64_t>(words.shape(2))};
+}
+
+void beam_search(Floats vectors, Array<const float, 3> words, std::int64_t width, Array<std::int64_t, 2> codes, int threads) {
+    const bitpress::Books books = checked_books(vectors, words, codes);
     need(width >= 1 && width <= 4096, "width must be 1 to 4096");
-    const bitpress::Books books{words.data(), static_cast<std::int64_t>(words.shape(0)), static_cast<std::int64_t>(words.shape(1)),
-                                static_cast<std::int64_t>(words.shape(2))};
     const int used = checked_threads(threads);
     const nb::gil_scoped_release released;
     bitpress::beam_search(vectors.data(), static_cast<std::int64_t>(vectors.shape(0)), books, width, codes.data(), used);
+}
+
+void nearest_pairs(Floats vectors, Array<const float, 3> words, Array<std::int64_t, 2> codes, int threads) {
+    const bitpress::Books books = checked_books(vectors, words, codes);
+    need(words.shape(0) == 2 && words.shape(1) <= 4096, "there must be two books of at most 4096 words");
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::nearest_pairs(vectors.data(), static_cast<std::int64_t>(vectors.shape(0)), books, codes.data(), used);
 }
 
 void encode_levels(Floats values, Codes codes, Vector scale, Vector boundaries, Array<const std::uint8_t, 1> code_of, int zero_code,
@@ -221,7 +233,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 8;  // as in bitpress.library
+    m.attr("version") = 9;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -238,6 +250,8 @@ NB_MODULE(_native, m) {
           nb::arg("ratios").noconvert(), nb::arg("top"), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
           nb::arg("type"), nb::arg("threads"));
     m.def("beam_search", &beam_search, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(), nb::arg("width"),
+          nb::arg("codes").noconvert(), nb::arg("threads"));
+    m.def("nearest_pairs", &nearest_pairs, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(),
           nb::arg("codes").noconvert(), nb::arg("threads"));
     m.def("encode_levels", &encode_levels, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
           nb::arg("scale").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("code_of").noconvert(), nb::arg("zero_code"),

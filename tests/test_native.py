@@ -320,15 +320,28 @@ def test_words_of_sums_are_those_of_the_reference(
     assert float((one == nearest(vectors, words[0])).float().mean()) > 0.999
 
 
+@pytest.mark.parametrize(("count", "span"), [(256, 8), (100, 3), (16, 1), (2, 2)])
+def test_words_of_the_nearest_sum_are_those_of_the_reference(count: int, span: int) -> None:
+    vectors, words = draw(700, span), draw(2, count, span, seed=1)
+    with threads(3):
+        found = native.nearest_pairs(vectors, words)
+    with threads(1):
+        assert torch.equal(found, native.nearest_pairs(vectors, words))
+    squares = (vectors[:, None].double() - (words[0][:, None] + words[1][None]).view(1, -1, span)).square().sum(-1)
+    taken = squares[torch.arange(700), found[0] * count + found[1]]
+    assert torch.allclose(taken, squares.amin(1), rtol=1e-4, atol=1e-6)
+
+
 def test_words_of_numbers_that_are_not_finite_are_words_all_the_same() -> None:
     vectors, words = draw(50, 3), draw(2, 20, 3, seed=1)
     vectors[::3] = torch.nan
     vectors[1::3] = torch.inf
     words[0, 4] = torch.nan
     words[1, 5] = -torch.inf
-    codes = native.beam_search(vectors, words, 4)
-    assert int(codes.min()) >= 0
-    assert int(codes.max()) < 20
+    for codes in (native.beam_search(vectors, words, 4), native.nearest_pairs(vectors, words)):
+        assert int(codes.min()) >= 0
+        assert int(codes.max()) < 20
+    assert native.nearest_pairs(vectors[:0], words).shape == (2, 0)
     assert native.beam_search(vectors[:0], words, 4).shape == (2, 0)
 
 
@@ -364,6 +377,9 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
         lambda: native.beam_search(v, torch.zeros(2, 5, 4), 5000),
         lambda: native.beam_search(v.double(), torch.zeros(2, 5, 4), 4),
         lambda: native.beam_search(v, torch.zeros(5, 4), 4),
+        lambda: native.nearest_pairs(v, torch.zeros(3, 5, 4)),
+        lambda: native.nearest_pairs(v, torch.zeros(2, 5, 3)),
+        lambda: native.nearest_pairs(v, torch.zeros(2, 5000, 4)),
         lambda: native.decode_affine(c, torch.ones(4, 1), 0.0),
         lambda: native.decode_affine(c.int(), s, 0.0),
         lambda: native.encode_levels(v, s, b, torch.zeros(2, dtype=torch.uint8), None),

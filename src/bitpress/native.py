@@ -26,6 +26,7 @@ __all__ = [
     "features",
     "gram_size",
     "library",
+    "nearest_pairs",
     "pack_dense",
     "round_columns_",
     "search_ranges",
@@ -119,6 +120,15 @@ def beam_search(
     """Give the words, one of each book, that add up to nearly each vector; the `width` best beginnings of a sum are kept."""
     codes = torch.empty(words.shape[0], vectors.shape[0], dtype=torch.int64)
     built_library().beam_search(vectors.contiguous(), words.contiguous(), width, codes, torch.get_num_threads())
+    return codes
+
+
+def nearest_pairs(
+    vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "2 count span"]
+) -> Int[torch.Tensor, "2 n"]:
+    """Give the words of two books whose sum is the nearest of all sums to each vector."""
+    codes = torch.empty(2, vectors.shape[0], dtype=torch.int64)
+    built_library().nearest_pairs(vectors.contiguous(), words.contiguous(), codes, torch.get_num_threads())
     return codes
 
 

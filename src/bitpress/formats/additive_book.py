@@ -80,8 +80,12 @@ class AdditiveBook:
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
         vectors = scaled_vectors(values, params["scale"], self.span)
-        codes = nearest(vectors, self._sums(params["words"])).to(code_dtype(self.code_bits))
-        return codes.reshape(*values.shape[:-1], -1)
+        if self.books == 2 and searched_natively(vectors, 1 << self.bits):
+            parts = native.nearest_pairs(vectors, params["words"])
+            codes = parts[0] + (parts[1] << self.bits)
+        else:
+            codes = nearest(vectors, self._sums(params["words"]))
+        return codes.to(code_dtype(self.code_bits)).reshape(*values.shape[:-1], -1)
 
     def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
         parts = self._split(codes)
