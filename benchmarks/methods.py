@@ -119,6 +119,8 @@ def render_tasks() -> None:
     heads = " | ".join(f"{task} | by length" for task in newest)
     read = ", ".join(f"the first {documents} questions of `{task}`" for task, documents in newest.items())
     lines = [
+        "### On tasks",
+        "",
         f"`{MODEL}` on {read}: % right without examples, ± one standard error; by length: of the likelihood per character of a choice. The",
         "recipes with the least KL of each width. `python benchmarks/methods.py --tasks arc-easy,piqa` prints it.",
         "",

@@ -65,6 +65,8 @@ def render() -> None:
         return
     some = rows[0]["recipe"]["calibration"]
     lines = [
+        "### Speed",
+        "",
         f"`{MODEL}` on the {rows[0]['threads']} cores of the bench's machine with nothing beside, calibrated on {some['samples']} windows of",
         f"{some['length']} tokens: seconds from the loaded model to the last compressed weight, with the pass over the original where a method",
         "takes statistics from it, and without. `make bench Q=methods_speed` prints it; the rows are in `benchmarks/results/methods_speed.jsonl`.",
