@@ -143,8 +143,9 @@ class Beam {
             for (std::int64_t i = 0; i < books_.count; ++i) {
                 const float error = own + scores_[static_cast<std::size_t>(i)];
                 if (filled < wanted) {
-                    worst_ = static_cast<std::size_t>(filled++);
-                    replace(error, k, i);
+                    errors_[static_cast<std::size_t>(filled)] = error;
+                    best_[static_cast<std::size_t>(filled)] = {k, i};
+                    if (++filled == wanted) find_worst();
                 } else if (error < errors_[worst_]) {
                     replace(error, k, i);
                 }
@@ -169,6 +170,10 @@ class Beam {
     void replace(float error, std::int64_t before, std::int64_t word) {
         errors_[worst_] = error;
         best_[worst_] = {before, word};
+        find_worst();
+    }
+
+    void find_worst() {
         worst_ = static_cast<std::size_t>(std::max_element(errors_.begin(), errors_.end()) - errors_.begin());
     }
 

@@ -26,6 +26,7 @@ constexpr std::int64_t kSteps = kChunk / kStep;
 constexpr std::int64_t kLines = 16;         // 64-byte lines of a tile
 constexpr std::int64_t kWords = 16;         // 32-bit words of a line
 constexpr std::int64_t kColumn = kSteps * kLines * kWords;  // words of a packed column of tiles
+constexpr std::int64_t kShared = 8;         // pairs a thread must have: with fewer, packing what all read outweighs the products
 constexpr std::int64_t kPanel = 4;          // pairs of tile columns that are multiplied by the same pair while that is at hand
 
 struct alignas(64) TileConfig {
@@ -180,7 +181,7 @@ void add(float *sum, std::int64_t padded, const std::uint16_t *a, const std::uin
          int threads) {
     if (!has_amx_bf16()) throw std::runtime_error("this processor has no AMX tiles for bf16");
     const std::int64_t pairs = (n + kPair - 1) / kPair;
-    const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, pairs)));
+    const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, pairs / kShared)));
     const auto dealt = deal(pairs, used, a == b);
     parallel(used, [&](int index) {
         const auto &panels = dealt[static_cast<std::size_t>(index)];

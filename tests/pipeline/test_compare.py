@@ -45,7 +45,7 @@ class Calls:
         self.units: dict[str, int] = {}
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        if self.stages[-1:] != [what.removesuffix(", judged")]:
+        if what not in [f"{stage}, judged" for stage in self.stages[-1:]]:
             self.stages.append(what)
 
     def advance(self, unit: str, **figures: Any) -> None:

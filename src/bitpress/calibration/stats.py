@@ -163,7 +163,7 @@ class StatsCollector:
                 with _bf16_products() if x.dtype == torch.bfloat16 else nullcontext():
                     add_gram_(self._gram[: self.in_features, : self.in_features], x.float())
         if self._sum_abs is not None:
-            # Of a few tokens in float32, while they are in the cache, which is five times faster; all together in float64.
+            # Of a few tokens in float32, while they are in the cache; all together in float64.
             for some in x.split(TOKENS_TOGETHER):
                 self._sum_abs += some.abs().sum(0, dtype=torch.float32)
 

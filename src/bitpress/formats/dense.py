@@ -38,7 +38,7 @@ def pack(codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tenso
     """Pack codes, each below 2^bits, row by row."""
     rows, count = codes.shape
     if bits == 8:
-        return codes.contiguous()
+        return codes.to(torch.uint8).contiguous()
     if bits > 8:
         return _pack_wide(codes, bits)
     if codes.device.type == "cpu" and native.available():
