@@ -41,6 +41,12 @@ class Noting:
         return RTN().quantize(w, None, fmt)
 
 
+def set_quantizer(presser: Presser, noting: Noting) -> Noting:
+    presser.weights.quantizer = noting
+    presser.needs = presser.weights.needs = noting.needs
+    return noting
+
+
 def press(model: Path, needs: set[str], **calibration: Any) -> list[Stats]:
     """Press a tiny model in two bits; give the statistics of its weights in order."""
     values = {"weights": "int2-g16-zero", "quantizer": "gptq", "compute": "fp32", "batch": 2, "calibration": calibration}
@@ -48,8 +54,7 @@ def press(model: Path, needs: set[str], **calibration: Any) -> list[Stats]:
     plan, streamed, _ = plan_run(model, recipe)
     streamed.load_outer_()
     presser = Presser(streamed, recipe, plan.weights)
-    noting = Noting(needs)
-    presser.quantizer, presser.needs = noting, noting.needs
+    noting = set_quantizer(presser, Noting(needs))
     presser.start_(TOKENS, None)
     for i in range(plan.blocks):
         presser.press_(i, last=i == plan.blocks - 1)
@@ -102,7 +107,7 @@ def test_original_inputs_do_not_depend_on_the_method(tiny_model: Callable[..., P
     plan, streamed, _ = plan_run(tiny_model("opt"), recipe)
     streamed.load_outer_()
     presser = Presser(streamed, recipe, plan.weights)
-    presser.quantizer = fine = Noting({"gram"})
+    fine = set_quantizer(presser, Noting({"gram"}))
     presser.start_(TOKENS, None)
     for i in range(plan.blocks):
         presser.press_(i, last=i == plan.blocks - 1)
@@ -140,8 +145,7 @@ def test_sequential_measures_what_the_finished_model_feeds_its_weights(
     plan, streamed, _ = plan_run(path, recipe)
     streamed.load_outer_()
     presser = Presser(streamed, recipe, plan.weights)
-    presser.quantizer = noting = Noting({"gram", "cross"})
-    presser.needs = noting.needs
+    noting = set_quantizer(presser, Noting({"gram", "cross"}))
     presser.start_(TOKENS, None)
     original, finished = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
     names = []

@@ -10,7 +10,8 @@ from bitpress.calibration import Capture, Watched
 from bitpress.errors import CalibrationError, CheckpointError
 from bitpress.formats import CompressedWeight
 from bitpress.pipeline.plan import make_plan
-from bitpress.pipeline.press import Presser, digest
+from bitpress.pipeline.press import Presser
+from bitpress.pipeline.press_weight import digest
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.source_model import open_original
 from bitpress.recipes import make_recipe

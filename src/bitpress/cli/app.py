@@ -12,6 +12,30 @@ from typing import Annotated, Any
 
 import typer
 
+from bitpress.cli import looking
+from bitpress.cli.options import (
+    Activations,
+    Cache,
+    CalibrationText,
+    Context,
+    Directory,
+    Documents,
+    Head,
+    Json,
+    Length,
+    Memory,
+    Model,
+    PresetBits,
+    PresetName,
+    QuantizerName,
+    RecipeFile,
+    Samples,
+    Seed,
+    Sets,
+    Skip,
+    Tasks,
+    Weights,
+)
 from bitpress.cli.recipe_options import build_recipe, explain_preset
 from bitpress.cli.screen import Screen, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
@@ -28,43 +52,6 @@ app = typer.Typer(
     help="Press a pretrained language model into few bits, prove what that cost, and run it.",
 )
 _state = {"debug": False}
-
-Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
-Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
-QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML file with any of the settings, or a named recipe (moqe).")
-]
-PresetName = Annotated[
-    str | None,
-    typer.Option("--preset", metavar="fast|balanced|best", help="The recipe that measured best under the preset's rule."),
-]
-PresetBits = Annotated[int | None, typer.Option("--bits", help="Bits of the preset's codes.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE with dotted keys, e.g. quantizer.damp=0.05.")]
-CalibrationText = Annotated[str | None, typer.Option("--calibration", help="builtin, a .txt or .jsonl file, or hf:NAME.")]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
-Length = Annotated[int | None, typer.Option(help="Tokens a window.")]
-Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
-Activations = Annotated[str | None, typer.Option(metavar="int8|none", help="native: inputs of products in 8 bits or in float.")]
-Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the kept keys and values.")]
-Head = Annotated[
-    str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")
-]
-Context = Annotated[int | None, typer.Option(min=2, help="native: tokens that there must be room for.")]
-Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Read only so much of a model that bitstack made, e.g. 60MB.")]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(help="Weights to leave alone, e.g. '*.down_proj'; '!*.experts.*' takes back. May be given again."),
-]
-
-
-Tasks = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="Multiple-choice tasks: arc-easy,piqa,... or FILE.jsonl, separated by commas."),
-]
-Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, the first ones.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -385,94 +372,7 @@ def compare(
         raise BitpressError("some recipes have no answers to the tasks; their rows say why.")
 
 
-@app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
-def inspect(
-    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
-    machine: Annotated[bool, typer.Option("--machine", help="Say what this machine offers instead.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show what a compressed model holds, or what the machine can do."""
-    from bitpress.cli.reports import describe_directory, describe_machine, show_inspection, show_machine
-
-    if machine == (directory is not None):
-        raise UsageError("inspect needs either DIR or --machine.")
-    if directory is None:
-        facts = describe_machine()
-        print_json(facts) if as_json else show_machine(facts)
-        return
-    facts = describe_directory(directory)
-    print_json(facts) if as_json else show_inspection(facts)
-
-
-@app.command(epilog="Example: bitpress verify out/smollm2-4bit")
-def verify(directory: Directory, as_json: Json = False) -> None:
-    """Hash every file again and check every tensor, its content included."""
-    from bitpress.cli.reports import verify_directory
-
-    facts = verify_directory(directory)
-    if as_json:
-        print_json(facts)
-    else:
-        out.print(
-            f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['weights']} weights: all as published."
-        )
-
-
-@app.command(epilog="Example: bitpress methods --json")
-def methods(as_json: Json = False) -> None:
-    """List the quantizers, transforms and corrections with their settings."""
-    from bitpress.cli.reports import describe_methods, show_methods
-
-    rows = describe_methods()
-    print_json(rows) if as_json else show_methods(rows)
-
-
-@app.command(epilog="Example: bitpress formats --measure smollm2-135m-regauged --picture formats.png")
-def formats(
-    measure: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Measure bits and error on a model's weights and on known distributions."),
-    ] = None,
-    names: Annotated[
-        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to measure; by default one of every grid.")
-    ] = None,
-    whole: Annotated[bool, typer.Option("--all", help="Measure all weights, not a sample of a million.")] = False,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw error against bits as a .png or .svg.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the number formats with what they cost, or measure what they lose."""
-    from bitpress.cli.reports import show_formats
-    from bitpress.formats.listing import describe_tables
-
-    if measure is None:
-        if names or whole or picture is not None:
-            raise UsageError("--format, --all and --picture need --measure MODEL.")
-        rows = describe_tables()
-        print_json(rows) if as_json else show_formats(rows)
-        return
-    from bitpress.checkpoints.named import resolve_model
-    from bitpress.cli.rate_picture import check_picture, draw_rates
-    from bitpress.cli.rates import show_rates
-    from bitpress.pipeline.rates import measure_formats
-
-    if picture is not None:
-        check_picture(picture)
-    with Screen() as screen:
-        measured = measure_formats(resolve_model(measure, screen.note), names or (), whole=whole, progress=screen)
-    measured["model"] = measure
-    if picture is not None:
-        draw_rates(measured, picture)
-    print_json(measured) if as_json else show_rates(measured)
-
-
-@app.command(epilog="Example: bitpress models")
-def models(as_json: Json = False) -> None:
-    """List the models that can be had by name."""
-    from bitpress.checkpoints.named import describe_models
-    from bitpress.cli.reports import show_models
-
-    rows = describe_models()
-    print_json(rows) if as_json else show_models(rows)
+app.add_typer(looking.app)
 
 
 def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:

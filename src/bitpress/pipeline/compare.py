@@ -28,7 +28,7 @@ from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.job import Job
 from bitpress.pipeline.noise import FLOOR_WINDOWS, measure_noise
 from bitpress.pipeline.plan import Plan, check_room, make_plan
-from bitpress.pipeline.press import PressedBlock
+from bitpress.pipeline.press_weight import PressedBlock
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.quantize import Proof, finish_job, shard_name
 from bitpress.pipeline.results import Results

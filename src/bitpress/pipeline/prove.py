@@ -14,7 +14,7 @@ from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
 from bitpress.evaluation import measure_distance
 from bitpress.pipeline.memory import release
-from bitpress.pipeline.press import digest
+from bitpress.pipeline.press_weight import digest
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.source_model import open_streamed
 from bitpress.pipeline.streaming import StreamedModel

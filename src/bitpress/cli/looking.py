@@ -1,0 +1,104 @@
+"""The commands that show what is there and change nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitpress.cli.options import Directory, Json
+from bitpress.cli.screen import Screen, out, print_json
+from bitpress.errors import UsageError
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
+def inspect(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
+    machine: Annotated[bool, typer.Option("--machine", help="Say what this machine offers instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a compressed model holds, or what the machine can do."""
+    from bitpress.cli.reports import describe_directory, describe_machine, show_inspection, show_machine
+
+    if machine == (directory is not None):
+        raise UsageError("inspect needs either DIR or --machine.")
+    if directory is None:
+        facts = describe_machine()
+        print_json(facts) if as_json else show_machine(facts)
+        return
+    facts = describe_directory(directory)
+    print_json(facts) if as_json else show_inspection(facts)
+
+
+@app.command(epilog="Example: bitpress verify out/smollm2-4bit")
+def verify(directory: Directory, as_json: Json = False) -> None:
+    """Hash every file again and check every tensor, its content included."""
+    from bitpress.cli.reports import verify_directory
+
+    facts = verify_directory(directory)
+    if as_json:
+        print_json(facts)
+    else:
+        out.print(
+            f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['weights']} weights: all as published."
+        )
+
+
+@app.command(epilog="Example: bitpress methods --json")
+def methods(as_json: Json = False) -> None:
+    """List the quantizers, transforms and corrections with their settings."""
+    from bitpress.cli.reports import describe_methods, show_methods
+
+    rows = describe_methods()
+    print_json(rows) if as_json else show_methods(rows)
+
+
+@app.command(epilog="Example: bitpress formats --measure smollm2-135m-regauged --picture formats.png")
+def formats(
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Measure bits and error on a model's weights and on known distributions."),
+    ] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to measure; by default one of every grid.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Measure all weights, not a sample of a million.")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw error against bits as a .png or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the number formats with what they cost, or measure what they lose."""
+    from bitpress.cli.reports import show_formats
+    from bitpress.formats.listing import describe_tables
+
+    if measure is None:
+        if names or whole or picture is not None:
+            raise UsageError("--format, --all and --picture need --measure MODEL.")
+        rows = describe_tables()
+        print_json(rows) if as_json else show_formats(rows)
+        return
+    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.rate_picture import check_picture, draw_rates
+    from bitpress.cli.rates import show_rates
+    from bitpress.pipeline.rates import measure_formats
+
+    if picture is not None:
+        check_picture(picture)
+    with Screen() as screen:
+        measured = measure_formats(resolve_model(measure, screen.note), names or (), whole=whole, progress=screen)
+    measured["model"] = measure
+    if picture is not None:
+        draw_rates(measured, picture)
+    print_json(measured) if as_json else show_rates(measured)
+
+
+@app.command(epilog="Example: bitpress models")
+def models(as_json: Json = False) -> None:
+    """List the models that can be had by name."""
+    from bitpress.checkpoints.named import describe_models
+    from bitpress.cli.reports import show_models
+
+    rows = describe_models()
+    print_json(rows) if as_json else show_models(rows)
