@@ -1,20 +1,21 @@
 """Every method on one model: KL, agreement, perplexity and time at 4, 3 and 2 bits, by `bitpress compare`.
 
     make bench Q=methods                                 every recipe of benchmarks/methods.yaml on the re-gauged SmolLM2
-    python benchmarks/methods.py --only 'gptq*' rtn      some of them; what has been measured is kept
-    python benchmarks/methods.py --tasks arc-easy,piqa   and zero-shot accuracy of the best three recipes of every width
+    python benchmarks/methods.py --only 'gptq*' rtn      some of them
+    python benchmarks/methods.py --tasks arc-easy,piqa   zero-shot accuracy of the best three recipes of every width
     python benchmarks/methods.py --render                only the table and the picture, from the rows there are
     python benchmarks/methods.py --presets               what `bitpress quantize --preset` takes, chosen from the rows there are
 
-The comparison works in a directory of its own and goes on there after a stop. A row of benchmarks/results/methods.jsonl is one recipe at
-one width.
+A row of benchmarks/results/methods.jsonl is one recipe at one width, or its answers to one task. What has a row is not run again unless
+--again; the best are those of the rows. The comparison works in a directory of its own and goes on there after a stop.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ import torch
 from rows import ROOT, add_row, read_rows, rewrite_section
 from yardsticks import baseline_lines, kind_lines, peer_lines
 
-from bitpress.calibration import Stats
+from bitpress.calibration import Stats, of_origin
 from bitpress.cli.accuracy import by_recipe, percent
 from bitpress.cli.compare import label, ordered
 from bitpress.cli.compare_picture import draw_comparison
 from bitpress.formats import parse_format
 from bitpress.kernels.strips import reason_to_expand
-from bitpress.pipeline.candidate import read_candidates
+from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.pipeline.composition import compress_matrix
+from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import make_recipe
 from bitpress.settings import cache_directory
@@ -85,6 +87,44 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
             print(f"{row['name'] or 'original'}, {row['task']}: failed: {row['failed']}", file=sys.stderr)
         elif (row["name"], row["bits"], row["task"], row["finished"]) not in answered:
             add_row("methods", {"model": MODEL, "compute": compared["compute"], **row})
+
+
+def by_pass(candidates: Sequence[Candidate], out: Path) -> dict[tuple[Path, int], list[str]]:
+    """Give a directory and the names of recipes for every run of a comparison.
+
+    Recipes share a width, and what they need of the pass over the original: statistics of the attention or of the loss would make it
+    long for all.
+    """
+    runs: dict[tuple[Path, int], list[str]] = defaultdict(list)
+    for c in candidates:
+        needs = c.recipe.needs()
+        more = sorted(of_origin(needs, "attention") | of_origin(needs, "loss"))
+        assert c.bits is not None, f"{RECIPES}: {c.name} has no bits"
+        runs[out.with_name("-".join([out.name, *more])), c.bits].append(c.name)
+    return dict(runs)
+
+
+def pending(bits: list[int], only: list[str], again: bool) -> list[Candidate]:
+    """Give the recipes that have no row, or all with `again`; one that has changed since its row has none."""
+    candidates, _ = read_candidates(RECIPES, bits, only=only)
+    known = {} if again else {(row["name"], row["bits"]): meant(row) for row in latest()}
+    return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(c.recipe))]
+
+
+def best(bits: list[int], only: list[str], count: int) -> list[Candidate]:
+    """Give the `count` recipes of every width with the least KL, of those that have a row."""
+    candidates, _ = read_candidates(RECIPES, bits, only=only)
+    rows = {(row["name"], row["bits"]): row for row in latest()}
+    measured = [
+        c for c in candidates if (c.name, c.bits) in rows and meant(rows[c.name, c.bits]) == keys_of(recorded(c.recipe))
+    ]
+    measured.sort(key=lambda c: float(rows[c.name, c.bits]["kl_mean"]))
+    return [c for width in bits for c in [c for c in measured if c.bits == width][:count]]
+
+
+def meant(row: dict[str, Any]) -> dict[str, Any]:
+    """Give the method of a row's recipe with the settings that have come since, as they are by default."""
+    return keys_of(recorded(make_recipe(keys_of(row["recipe"]))))
 
 
 def missing() -> list[str]:
@@ -316,13 +356,16 @@ def perplexity(figures: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names or patterns of recipes")
-    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
+    parser.add_argument("--again", action="store_true", help="also those that have a row")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods")
     parser.add_argument("--tokens", help="of every held-out text; rows of other numbers are not put in one table")
     parser.add_argument("--samples", help="calibration windows")
-    parser.add_argument("--tasks", help="multiple-choice tasks for the best recipes of every width, such as arc-easy,piqa")
+    parser.add_argument(
+        "--tasks", help="multiple-choice tasks for the best recipes of every width by their rows, such as arc-easy,piqa"
+    )
     parser.add_argument("--documents", help="questions of every task")
-    parser.add_argument("--best", help="recipes of every width that answer the tasks")
+    parser.add_argument("--best", type=int, default=3, help="recipes of every width that answer the tasks")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--presets", action="store_true")
     options = parser.parse_args()
@@ -331,9 +374,15 @@ def main() -> None:
     elif not options.render:
         for name in missing():
             print(f"{name}: has no recipe in {RECIPES.name}", file=sys.stderr)
-        given = [("--tokens", options.tokens), ("--samples", options.samples), ("--tasks", options.tasks)]
-        given += [("--documents", options.documents), ("--best", options.best)]
-        measure(options.out, options.bits, options.only, [part for key, value in given if value for part in (key, value)])
+        given = [("--tokens", options.tokens), ("--samples", options.samples)]
+        if options.tasks:
+            given += [("--tasks", options.tasks), ("--documents", options.documents), ("--best", str(options.best))]
+            wanted = best(options.bits, options.only, options.best)
+        else:
+            again = options.again or options.tokens or options.samples  # rows are of other texts
+            wanted = pending(options.bits, options.only, bool(again))
+        for (where, width), names in by_pass(wanted, options.out).items():
+            measure(where, str(width), names, [part for key, value in given if value for part in (key, value)])
     if read_rows("methods"):
         render()
         render_tasks()

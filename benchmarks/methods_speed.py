@@ -14,14 +14,12 @@ import argparse
 import fnmatch
 import shutil
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from methods import DOCUMENT, MODEL, RECIPES, compare
+from methods import DOCUMENT, MODEL, RECIPES, by_pass, compare
 from rows import add_row, read_rows, rewrite_section
 
-from bitpress.calibration import of_origin
 from bitpress.cli.compare import label
 from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.settings import cache_directory
@@ -39,23 +37,22 @@ def choose(only: list[str], bits: list[int]) -> list[Candidate]:
 
 def measure(candidates: list[Candidate], out: Path) -> None:
     known = {(row["name"], row["bits"], row["finished"]) for row in read_rows(QUESTION)}
-    groups: dict[frozenset[str], list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        needs = candidate.recipe.needs()
-        groups[of_origin(needs, "attention") | of_origin(needs, "loss")].append(candidate)
-    for needs, group in groups.items():
-        for bits in sorted({candidate.bits for candidate in group}):
-            names = [candidate.name for candidate in group if candidate.bits == bits]
-            where = out / ("-".join(sorted(needs)) or "inputs")
-            for row in compare(where, str(bits), names, ["--tokens", TOKENS])["rows"]:
-                if row["failed"]:
-                    print(f"{label(row)}: failed: {row['failed']}", file=sys.stderr)
-                if row["failed"] or (row["name"], row["bits"], row["finished"]) in known:
-                    continue
-                kept = ("name", "bits", "recipe", "seconds_pressing", "seconds_pressing_cpu", "seconds_capture", "finished")
-                add_row(
-                    QUESTION, {"model": MODEL, **{key: row[key] for key in kept}, "peak_memory_bytes": row["peak_memory_bytes"]}
-                )
+    kept = (
+        "name",
+        "bits",
+        "recipe",
+        "seconds_pressing",
+        "seconds_pressing_cpu",
+        "seconds_capture",
+        "peak_memory_bytes",
+        "finished",
+    )
+    for (where, bits), names in by_pass(candidates, out).items():
+        for row in compare(where, str(bits), names, ["--tokens", TOKENS])["rows"]:
+            if row["failed"]:
+                print(f"{label(row)}: failed: {row['failed']}", file=sys.stderr)
+            elif (row["name"], row["bits"], row["finished"]) not in known:
+                add_row(QUESTION, {"model": MODEL, **{key: row[key] for key in kept}})
 
 
 def render() -> None:
@@ -96,7 +93,8 @@ def main() -> None:
         timed = {(row["name"], row["bits"]) for row in read_rows(QUESTION)}
         wanted = [c for c in choose(options.only, options.bits) if options.again or (c.name, c.bits) not in timed]
         if options.again:
-            shutil.rmtree(options.out, ignore_errors=True)
+            for where, _ in by_pass(wanted, options.out):
+                shutil.rmtree(where, ignore_errors=True)
         measure(wanted, options.out)
     render()
 

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from bitpress.library import code_paths
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -42,7 +44,12 @@ def machine() -> dict[str, Any]:
         (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return {"device": name, "threads": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
+    return {
+        "device": name,
+        "code_path": next(iter(code_paths()), None),
+        "threads": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def _commit() -> str:

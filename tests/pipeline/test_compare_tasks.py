@@ -1,6 +1,8 @@
 """Tasks in a comparison: the figures are those of the model that was pressed, for the best recipes only, and a run goes on where it stopped."""
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from bitpress.pipeline import compare_tasks
 from bitpress.pipeline.answers import evaluate_tasks
 from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.pipeline.compare import compare_recipes
-from bitpress.pipeline.compare_tasks import choose_best, width_of
+from bitpress.pipeline.compare_tasks import choose_best, sure_to_answer, width_of
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.recipes import Calibration, Recipe
 
@@ -131,6 +133,40 @@ def test_a_run_goes_on_and_a_new_task_costs_only_itself(run: Run, task_files: li
     run("plain", "gptq", tasks=[one], documents=5, best=1, progress=calls)
     assert len(calls.stages) == 3, "other questions"
     assert run("plain", "gptq")["answers"] == []
+
+
+def test_recipes_that_are_sure_to_be_asked_answer_while_they_are_pressed(
+    run: Run, task_files: list[str], tmp_path: Path
+) -> None:
+    late = run("plain", "gptq", tasks=task_files, best=1)
+    twice = run("plain", "gptq", tasks=task_files, best=2)
+    shutil.rmtree(tmp_path / "out")
+    calls = Stages()
+    with pytest.raises(JobStopped):
+        run("plain", "gptq", tasks=task_files, best=2, progress=Stages(stop_at="gptq, 2 bits"))
+    once = run("plain", "gptq", tasks=task_files, best=2, progress=calls)
+    assert calls.left == 0
+    assert [stage for stage in calls.stages if ":" in stage] == [f"original: {', '.join(task_files)}"]
+
+    def told(done: dict[str, Any]) -> list[Any]:
+        return [[row[key] for key in ("name", "bits", "task", *FIGURES)] for row in done["answers"]]
+
+    assert told(once) == told(twice)
+    assert {str(row) for row in told(late)} < {str(row) for row in told(once)}, "of the best alone, pressed twice"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert not any("answers" in row for row in lines)
+    names = Counter((row["name"], row["bits"], row.get("task")) for row in lines if row["kind"] != "floor")
+    assert set(names.values()) == {1}, "nothing twice"
+
+
+def test_who_is_sure_to_answer() -> None:
+    def candidate(name: str, bits: int | None) -> Candidate:
+        return Candidate(name, bits, Recipe(quantizer={"name": "rtn"}))
+
+    three, two = [candidate("a", 3), candidate("b", 3)], [candidate("c", 2)]
+    assert sure_to_answer([*three, *two], 2) == {*three, *two}
+    assert sure_to_answer([*three, *two], 1) == {*two}
+    assert sure_to_answer([*two, candidate("d", None)], 3) == frozenset(), "its width may be 2"
 
 
 def test_a_capture_that_was_removed_is_made_again(run: Run, task_files: list[str], tmp_path: Path) -> None:

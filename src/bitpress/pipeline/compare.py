@@ -8,7 +8,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from bitpress.calibration import read_texts
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import MANIFEST_NAME
 from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
-from bitpress.pipeline.answers import DOCUMENTS, read_tasks, tokenize_tasks
+from bitpress.pipeline.answers import DOCUMENTS, Answers, count_batches, read_tasks, tokenize_tasks
 from bitpress.pipeline.candidate import Candidate
 from bitpress.pipeline.captured import Captured, forget
-from bitpress.pipeline.compare_tasks import choose_best, measure_tasks
-from bitpress.pipeline.comparison import Comparison, attempt, capture, drawn, known_of, make_presser, noting
+from bitpress.pipeline.compare_tasks import choose_best, keys_of, measure_tasks, sure_to_answer, task_rows
+from bitpress.pipeline.comparison import Comparison, Walks, attempt, capture, drawn, known_of, make_presser, noting
 from bitpress.pipeline.heldout import Heldout, distances
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.job import Job
@@ -66,7 +66,8 @@ def compare_recipes(
     texts       held-out texts by name; `tokens` of each are taken in windows of `length`
     shared      the calibration of recipes that share one pass over the original
     tasks       multiple-choice tasks, by name or from files, that the original and the `best` recipes of every width answer at
-                the end, by the first `documents` questions of each; those recipes are pressed again
+                the end, by the first `documents` questions of each. They are pressed again for that, but where no more than
+                `best` recipes have the same width: all of those answer, and do so while they are pressed
     keep        publish what every recipe makes in OUT/models
     note_row    hears every row: what is there already first, then each as soon as it is done
 
@@ -89,7 +90,8 @@ def compare_recipes(
     results = Results.open(out, identity)
     try:
         with stoppable() as check_stop:
-            _run(made, results, candidates, identity, source, keep, check_stop, note_row)
+            early = sure_to_answer(candidates, best) if tasks else ()
+            _run(made, results, candidates, early, identity, source, keep, check_stop, note_row)
             found = {c: results.find(known_of(made, c)) or results.find(known_of(made, c, failed=True)) for c in candidates}
             rows = {c: row for c, row in found.items() if row is not None}
             chosen = choose_best(rows, best)
@@ -157,6 +159,7 @@ def _run(
     made: Comparison,
     results: Results,
     candidates: Sequence[Candidate],
+    early: Collection[Candidate],
     identity: Mapping[str, Any],
     source: Mapping[str, str],
     keep: bool,
@@ -184,9 +187,15 @@ def _run(
             results.add(_measure_floor(made, captured, check_stop))
         for c in pending:
             check_stop()
-            work = functools.partial(_press, made, captured, c, results.out if keep else None, source, check_stop)
-            results.add(known_of(made, c) | attempt(made, work))
+            keys = keys_of(made, c) if c in early else {}
+            asked = [task for task, key in keys.items() if results.find(key) is None]
+            work = functools.partial(_press, made, captured, c, asked, results.out if keep else None, source, check_stop)
+            found = attempt(made, work)
+            answered = found.pop("answers", {})
+            results.add(known_of(made, c) | found)
             note_row(results.rows[-1])
+            for row in task_rows(keys, answered, found):
+                results.add(row)
     finally:
         captured.close()
 
@@ -202,15 +211,18 @@ def _press(
     made: Comparison,
     captured: Captured,
     c: Candidate,
+    tasks: Sequence[str],
     keep: Path | None,
     source: Mapping[str, str],
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     model, plan, recipe = made.model, made.plans[c], c.recipe
-    heldout = Heldout(model, made.texts)
-    presser = make_presser(made, captured, c, heldout.step_, check_stop)
+    heldout, answers = Heldout(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
+    walks = Walks((heldout.step_, answers.step_))
+    presser = make_presser(made, captured, c, walks.step_, check_stop)
     heldout.start_()
+    answers.start_()
     job = None if keep is None else _open_job(made, c, keep, source)
     try:
         made.progress.begin(c.label, plan.blocks)
@@ -222,11 +234,13 @@ def _press(
             if job is not None:
                 _keep_block(job, made, plan, i, block)
             made.progress.advance(model.block_name(i), error=block.error)
-        pressed = time.perf_counter() - started - heldout.seconds
-        pressed_cpu = time.process_time() - cpu - heldout.cpu_seconds
+        pressed = time.perf_counter() - started - walks.seconds
+        pressed_cpu = time.process_time() - cpu - walks.cpu_seconds
         # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.
-        made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()))
-        figures = distances((model, captured.states()), (model, heldout.states), made.texts, noting(made, check_stop))
+        made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()) + count_batches(answers.tasks))
+        note = noting(made, check_stop)
+        figures = distances((model, captured.states()), (model, heldout.states), made.texts, note)
+        answered = answers.accuracies(note)
         measured = time.perf_counter() - started - pressed
         if job is not None:
             job.settle()
@@ -268,6 +282,7 @@ def _press(
         "seconds_capture": _seconds_of_capture(made, captured, recipe),
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
+        "answers": answered,
     }
 
 

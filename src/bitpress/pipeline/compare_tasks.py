@@ -1,10 +1,12 @@
-"""Zero-shot accuracy in a comparison: of the original, and of the best recipes of every width, which are pressed once more for it.
+"""Zero-shot accuracy in a comparison: of the original, and of the best recipes of every width.
 
 The questions walk through the compressed blocks as these are made, as held-out texts do; nothing is written but a row for every task.
+Which recipes are the best is known when all have been measured, so that they are pressed once more; those that are sure to be among
+them answer the first time.
 """
 
 import math
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from bitpress.pipeline.captured import Captured
 from bitpress.pipeline.comparison import Comparison, attempt, capture, known_of, make_presser, noting
 from bitpress.pipeline.results import Results
 
-__all__ = ["choose_best", "measure_tasks", "width_of"]
+__all__ = ["choose_best", "keys_of", "measure_tasks", "sure_to_answer", "task_rows", "width_of"]
 
 Row = Mapping[str, Any]
 
@@ -32,6 +34,27 @@ def choose_best(rows: Mapping[Candidate, Row], best: int) -> list[Candidate]:
     return [c for width in widths for c in [c for c in fine if width_of(rows[c]) == width][:best]]
 
 
+def sure_to_answer(candidates: Sequence[Candidate], best: int) -> frozenset[Candidate]:
+    """Give those that are among the `best` of their width whatever is measured, as there are no more."""
+    if any(c.bits is None for c in candidates):
+        return frozenset()  # its width is known when it has been pressed, and may be anyone's
+    count = Counter(c.bits for c in candidates)
+    return frozenset(c for c in candidates if count[c.bits] <= best)
+
+
+def keys_of(made: Comparison, c: Candidate | None) -> dict[str, dict[str, Any]]:
+    """Give what the rows of a recipe, or of the original, say for every task of what they are about."""
+    known = {"name": None, "bits": None, "failed": None} if c is None else known_of(made, c)
+    hashes = {name: hash_questions(task.questions) for name, task in made.tasks.items()}
+    return {task: {**known, "kind": "tasks", "task": task, "documents_sha256": sha} for task, sha in hashes.items()}
+
+
+def task_rows(keys: Mapping[str, Row], figures: Mapping[str, Row], found: Row) -> list[dict[str, Any]]:
+    """Give the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
+    shared = {key: found[key] for key in ("failed", "peak_memory_bytes", "threads", "finished")}
+    return [{**keys[task], **shared, **told} for task, told in figures.items()]
+
+
 def measure_tasks(
     made: Comparison,
     results: Results,
@@ -41,13 +64,11 @@ def measure_tasks(
     note_row: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Give a row for every task and the original (its name is None), then every recipe chosen; measure what has none yet."""
-    hashes = {name: hash_questions(task.questions) for name, task in made.tasks.items()}
     captured: Captured | None = None
     rows: list[dict[str, Any]] = []
     try:
         for c in (None, *chosen):
-            known = {"name": None, "bits": None, "failed": None} if c is None else known_of(made, c)
-            keys = {task: {**known, "kind": "tasks", "task": task, "documents_sha256": sha} for task, sha in hashes.items()}
+            keys = keys_of(made, c)
             pending = [task for task, key in keys.items() if results.find(key) is None]
             if pending:
                 made.model.load_outer_()
@@ -55,8 +76,8 @@ def measure_tasks(
                     captured = capture(made, results.out / "capture", identity, check_stop)
                 found = _answer(made, captured, c, pending, check_stop)
                 figures = found.pop("tasks", {})
-                for task in pending:
-                    results.add({**keys[task], **found, **figures.get(task, {})})
+                for row in task_rows(keys, {task: figures.get(task, {}) for task in pending}, found):
+                    results.add(row)
             for task, key in keys.items():
                 named = {"kind": "tasks", "name": key["name"], "bits": key["bits"], "task": task}
                 rows.append(results.find(key) or results.find(named) or {})
@@ -71,7 +92,7 @@ def _answer(
     made: Comparison, captured: Captured | None, c: Candidate | None, tasks: Sequence[str], check_stop: Callable[[], None]
 ) -> dict[str, Any]:
     """Give what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
-    model, started = made.model, time.perf_counter()
+    model = made.model
     answers = Answers(model, {name: made.tasks[name] for name in tasks})
     label = "original" if c is None else c.label
 
@@ -89,7 +110,6 @@ def _answer(
             else:
                 presser.press_(i, last=i == total - 1)
             made.progress.advance(model.block_name(i))
-        figures = answers.accuracies(noting(made, check_stop))
-        return {"tasks": figures, "seconds": round(time.perf_counter() - started, 2)}
+        return {"tasks": answers.accuracies(noting(made, check_stop))}
 
     return attempt(made, work)

@@ -3,8 +3,9 @@
 import datetime
 import hashlib
 import inspect
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from bitpress.pipeline.source_model import OriginalLoader
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.recipes import Calibration, Recipe
 
-__all__ = ["Comparison", "attempt", "capture", "drawn", "known_of", "make_presser", "noting"]
+__all__ = ["Comparison", "Walks", "attempt", "capture", "drawn", "known_of", "make_presser", "noting"]
 
 # A method that is being written may break in any of these ways; the other recipes are not to suffer from that.
 FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -60,6 +61,22 @@ class Comparison:
         """Statistics to collect of the original; with any, the gram, by which every recipe's error is told."""
         found: frozenset[str] = frozenset().union(*(c.recipe.needs() for c in self.plans if self.shares(c.recipe)))
         return found | {"gram"} if found else found
+
+
+@dataclass
+class Walks:
+    """What walks through a model while its blocks are made, and the time that takes: on the clock, and of all threads together."""
+
+    steps: Sequence[Callable[[int], None]]
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def step_(self, i: int) -> None:
+        started, cpu = time.perf_counter(), time.process_time()
+        for step_ in self.steps:
+            step_(i)
+        self.seconds += time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu
 
 
 def capture(made: Comparison, where: Path, identity: Mapping[str, Any], check_stop: Callable[[], None]) -> Captured:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,30 +18,22 @@ States = Mapping[str, Float[torch.Tensor, "windows length hidden"]]
 
 
 class Heldout:
-    """The hidden states of every text; `step_` moves them past a block that is loaded.
-
-    `seconds` and `cpu_seconds` are what that took, on the clock and of all threads together.
-    """
+    """The hidden states of every text; `step_` moves them past a block that is loaded."""
 
     def __init__(self, model: StreamedModel, windows: Mapping[str, Int[torch.Tensor, "windows length"]]) -> None:
         self.model, self.windows = model, windows
         self.states: dict[str, torch.Tensor] = {}
-        self.seconds = self.cpu_seconds = 0.0
 
     def start_(self) -> None:
-        self.seconds = self.cpu_seconds = 0.0
         self.states = {
             name: torch.cat([self.model.embed(batch) for batch in windows.split(BATCH)])
             for name, windows in self.windows.items()
         }
 
     def step_(self, i: int) -> None:
-        started, cpu = time.perf_counter(), time.process_time()
         for states in self.states.values():
             for batch in states.split(BATCH):  # views: each is overwritten by what the block makes of it
                 batch.copy_(self.model.run_block(i, batch))
-        self.seconds += time.perf_counter() - started
-        self.cpu_seconds += time.process_time() - cpu
 
 
 def distances(
