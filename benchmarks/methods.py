@@ -59,6 +59,8 @@ def compare(out: Path, bits: str, only: list[str], options: list[str]) -> dict[s
         str(RECIPES),
         "--bits",
         bits,
+        "--compute",
+        "bf16",  # rows of all machines in the same arithmetic
         "--json",
     ]
     command += [part for pattern in only for part in ("--only", pattern)] + options

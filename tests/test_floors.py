@@ -9,6 +9,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 
 FLOORS = {
     "errors": 0,
+    "arithmetic": 0,
     "finite": 0,
     "limits": 0,
     "settings": 0,

@@ -11,7 +11,7 @@ skip: ["*.down_proj"]                   weights that stay as they are; "!*.exper
 overrides: [{match: "*.v_proj", weights: int8-row}]
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
-compute: auto                           bf16 where the processor multiplies it natively, else fp32
+compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.stats import of_origin
 from bitpress.corrections.correction import Correction
 from bitpress.corrections.table import CORRECTIONS
@@ -190,7 +191,7 @@ class Recipe(_Closed):
 
     def compute_dtype(self) -> torch.dtype:
         if self.compute == "auto":
-            return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+            return torch.bfloat16 if has_fast_bf16() else torch.float32
         return torch.bfloat16 if self.compute == "bf16" else torch.float32
 
 

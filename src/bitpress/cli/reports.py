@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
+from bitpress.arithmetic import has_fast_bf16
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import KernelUnavailable
@@ -157,7 +158,7 @@ def describe_machine() -> dict[str, Any]:
         "cores_usable": usable_cores(),
         **library,
         "threads": torch.get_num_threads(),
-        "bf16_products": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bf16_products": has_fast_bf16(),
         "kernels": list(KERNELS),
         "cuda": torch.cuda.is_available(),
         "torch": torch.__version__,

@@ -106,7 +106,7 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a compressed (or any other) model directory on tasks, by name or from files.
 
-    Computes in bf16 where the processor has it, as calibration does, unless `dtype` says otherwise: float32 takes twice the time.
+    Computes in bf16 where that is the faster one, as calibration does, unless `dtype` says otherwise.
     Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents for every task; see `bitpress.evaluation.choices` for what they
     are. Raises UsageError, CheckpointError, NumericsError.
     """
