@@ -321,7 +321,8 @@ def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Give what of a recipe is the method's own."""
     found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
-    return {**found, "calibration": calibration}
+    overrides = {"overrides": recipe["overrides"]} if recipe.get("overrides") else {}
+    return {**found, **overrides, "calibration": calibration}
 
 
 def processor_seconds(row: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
-overrides: [{match: "*.v_proj", weights: int8-row}]
+overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
 compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
@@ -38,7 +38,18 @@ from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS, TR
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["DEFAULT_QUANTIZER", "NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe", "make_recipe", "spelled"]
+__all__ = [
+    "DEFAULT_QUANTIZER",
+    "NAMED_RECIPES",
+    "Calibration",
+    "NamedRecipe",
+    "Override",
+    "Recipe",
+    "make_recipe",
+    "spelled",
+    "told_override",
+    "told_weights",
+]
 
 
 DEFAULT_QUANTIZER = "gptq"
@@ -83,8 +94,11 @@ class Calibration(_Closed):
 
 
 class Override(_Closed):
+    """What weights have whose name matches; a part that is left out is the recipe's."""
+
     match: str
-    weights: str
+    weights: str | None = None
+    quantizer: dict[str, Any] | None = None
 
 
 class Recipe(_Closed):
@@ -125,6 +139,7 @@ class Recipe(_Closed):
         values["quantizer"] = {"name": self.quantizer_name, **_settings(self.make_quantizer())}
         values["transforms"] = [{"name": name, **_settings(part)} for name, part in self.make_transforms()]
         values["corrections"] = [{"name": name, **_settings(part)} for name, part in self.make_corrections()]
+        values["overrides"] = [_spell_out(override) for override in self.overrides]
         values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
         return values
 
@@ -162,12 +177,24 @@ class Recipe(_Closed):
         return [(str(part.get("name")), _make("correction", part, CORRECTIONS)) for part in self.corrections]
 
     def format_for(self, weight: str) -> AnyFormat:
-        """Give the format of a weight by its name: the last override that matches, else the recipe's."""
-        chosen = self.weights
-        for override in self.overrides:
-            if fnmatch.fnmatchcase(weight, override.match):
-                chosen = override.weights
-        return find_format(chosen)
+        """Give the format of a weight by its name: that of the last override that matches, else the recipe's."""
+        override = self._override_for(weight)
+        return find_format(self.weights if override is None or override.weights is None else override.weights)
+
+    def quantizer_for(self, weight: str) -> tuple[str, Quantizer] | None:
+        """Give the name of the quantizer that an override has for a weight, and make it; None where that is the recipe's."""
+        override = self._override_for(weight)
+        if override is None or override.quantizer is None:
+            return None
+        return str(override.quantizer.get("name")), _make("quantizer", override.quantizer, QUANTIZERS)
+
+    def make_quantizers(self) -> list[Quantizer]:
+        """Make the recipe's quantizer and all that overrides name."""
+        others = [o.quantizer for o in self.overrides if o.quantizer is not None]
+        return [self.make_quantizer(), *(_make("quantizer", other, QUANTIZERS) for other in others)]
+
+    def _override_for(self, weight: str) -> Override | None:
+        return next((o for o in reversed(self.overrides) if fnmatch.fnmatchcase(weight, o.match)), None)
 
     def no_default_scales(self) -> str | None:
         """Say why the channel scales that a recipe without quantizer and transforms has are left out; None where they are not."""
@@ -181,11 +208,11 @@ class Recipe(_Closed):
 
     def exact_formats(self) -> list[str]:
         """Name the formats of the recipe that keep weights bit for bit."""
-        return [name for name in (self.weights, *(override.weights for override in self.overrides)) if name in LOSSLESS]
+        return [name for name in (self.weights, *(o.weights for o in self.overrides if o.weights)) if name in LOSSLESS]
 
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
-        parts: list[Any] = [self.make_quantizer()]
+        parts: list[Any] = list(self.make_quantizers())
         parts += [part for _, part in (*self.make_transforms(), *self.make_corrections())]
         return frozenset().union(*(part.needs for part in parts))
 
@@ -200,10 +227,9 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
     for text in sets:
         _set_(merged, text)
-    if isinstance(merged.get("quantizer"), str):
-        merged["quantizer"] = {"name": merged["quantizer"]}
-    if isinstance(merged.get("quantizer"), dict):
-        merged["quantizer"] = _with_name(merged["quantizer"], QUANTIZERS)
+    merged = _with_quantizer(merged)
+    if isinstance(merged.get("overrides"), (list, tuple)):
+        merged["overrides"] = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
     for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
         if isinstance(merged.get(key), (list, tuple)):
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
@@ -214,14 +240,43 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         raise _usage(where, error, Recipe) from error
     recipe.resolved()  # builds every part, so that a wrong name or value shows here and not after an hour
     for override in recipe.overrides:
-        find_format(override.weights)
+        if override.weights is None and override.quantizer is None:
+            raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer.")
+        if override.weights is not None:
+            find_format(override.weights)
     _check_composition(recipe)
     return recipe
+
+
+def told_weights(recipe: Mapping[str, Any]) -> str:
+    """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
+    return "; ".join([recipe["weights"], *map(told_override, recipe["overrides"])])
+
+
+def told_override(override: Mapping[str, Any]) -> str:
+    method = f"by {override['quantizer']['name']}" if "quantizer" in override else None
+    return " ".join(part for part in (override["match"], override.get("weights"), method) if part)
 
 
 def spelled(name: str, table: Mapping[str, Any]) -> str:
     """Give a name as the table spells it: quip-sharp is quip_sharp, awq_scale is awq-scale; one that is not there as it is."""
     return next((known for known in table if known.replace("_", "-") == name.replace("_", "-")), name)
+
+
+def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a quantizer that is given by its name alone as its settings are given, and spell the name as the table does."""
+    given = values.get("quantizer")
+    if given is None:
+        return dict(values)
+    return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
+
+
+def _spell_out(override: Override) -> dict[str, Any]:
+    values = {key: value for key, value in override.model_dump(mode="json").items() if value is not None}
+    if override.quantizer is not None:
+        made = _make("quantizer", override.quantizer, QUANTIZERS)
+        values["quantizer"] = {"name": override.quantizer.get("name"), **_settings(made)}
+    return values
 
 
 def _with_name(part: Any, table: Mapping[str, Any]) -> Any:

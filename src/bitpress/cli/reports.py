@@ -14,6 +14,7 @@ from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import KernelUnavailable
 from bitpress.pipeline.plan import Plan
 from bitpress.presets import Preset
+from bitpress.recipes import told_override, told_weights
 from bitpress.settings import usable_cores
 
 __all__ = [
@@ -37,7 +38,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     run, sizes = report["run"], report["size"]
     recipe = report["job"]["recipe"]
     parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
-    out.print(f"[bold]{directory}[/bold]  {recipe['weights']} by {parts}")
+    out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
         report["figures"],
         {
@@ -137,6 +138,8 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     quantizer = facts["recipe"]["quantizer"]
     settings = ", ".join(f"{k}={v}" for k, v in quantizer.items() if k != "name")
     out.print(f"\nquantizer {quantizer['name']} ({settings})")
+    for override in facts["recipe"]["overrides"]:
+        out.print(f"for {told_override(override)}")
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
 

@@ -35,7 +35,7 @@ from bitpress.pipeline.results import Results
 from bitpress.pipeline.source_model import open_original
 from bitpress.pipeline.stopping import stoppable
 from bitpress.pipeline.windows import calibration_windows, load_windows
-from bitpress.recipes import Calibration, Recipe
+from bitpress.recipes import Calibration, Recipe, told_weights
 from bitpress.runtime.skeleton import check_tokens
 
 __all__ = ["HELDOUT", "compare_recipes"]
@@ -266,7 +266,7 @@ def _press(
     fallbacks = [text for row in rows for text in row["fallbacks"]]
     nbytes, weights = sum(row["bytes"] for row in rows), sum(w.weights for w in plan.weights)
     return {
-        "weights": recipe.resolved()["weights"],
+        "weights": told_weights(recipe.resolved()),
         "bits_per_weight": nbytes * 8 / weights,
         "bytes": nbytes,
         "kl_mean": _mean_kl(figures),

@@ -149,7 +149,7 @@ def known_of(made: Comparison, c: Candidate, *, failed: bool = False) -> dict[st
 
 def _code(recipe: Recipe) -> str:
     """Hash the files of the recipe's own parts: a method that has been worked on is measured again."""
-    parts = [recipe.make_quantizer(), *(part for _, part in (*recipe.make_transforms(), *recipe.make_corrections()))]
+    parts = [*recipe.make_quantizers(), *(part for _, part in (*recipe.make_transforms(), *recipe.make_corrections()))]
     digest = hashlib.sha256()
     for part in parts:
         source = inspect.getsourcefile(type(part))

@@ -23,7 +23,7 @@ from bitpress.formats import AnyFormat, Format
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.own_bytes import own_bytes
-from bitpress.quantizers.quantizer import check_served
+from bitpress.quantizers.quantizer import Quantizer, check_served
 from bitpress.recipes import Recipe
 
 __all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "unmeant_bits"]
@@ -160,40 +160,44 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
 
 def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
     """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
-    name, (least, most) = recipe.quantizer_name, recipe.make_quantizer().bits
-    meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
-    formats = {w.format.name: w.format for w in plan.weights if isinstance(w.format, Format)}
-    bits = {label: fmt.grid.code_bits / fmt.grid.span for label, fmt in formats.items()}
-    return [
-        f"{name} is meant for codes of {meant} bits a weight, and {label} has {value:g}"
-        for label, value in bits.items()
-        if not math.floor(least) <= value <= math.ceil(most)
-    ]
+    found: dict[str, None] = {}
+    for planned in plan.weights:
+        if isinstance(planned.format, Format):
+            name, quantizer = _quantizer_of(planned, recipe)
+            least, most = quantizer.bits
+            value = planned.format.grid.code_bits / planned.format.grid.span
+            if not math.floor(least) <= value <= math.ceil(most):
+                meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+                found[f"{name} is meant for codes of {meant} bits a weight, and {planned.format.name} has {value:g}"] = None
+    return list(found)
+
+
+def _quantizer_of(planned: PlannedWeight, recipe: Recipe) -> tuple[str, Quantizer]:
+    return recipe.quantizer_for(planned.parameter.stem) or (recipe.quantizer_name, recipe.make_quantizer())
 
 
 def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
     wrong: dict[str, list[str]] = {}
     changes = ", ".join(name for name, _ in recipe.make_changes())
-    serves = getattr(recipe.make_quantizer(), "serves", ("*",))
     for planned in weights:
         parameter = planned.parameter
+        method, quantizer = _quantizer_of(planned, recipe)
         if changes and parameter.experts:
             wrong.setdefault(f"{changes}: the maps of experts cannot be stacked.", []).append(parameter.stem)
-        if parameter.experts and getattr(recipe.make_quantizer(), "keeps_map", False):
-            name = recipe.quantizer_name
-            wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
+        if parameter.experts and getattr(quantizer, "keeps_map", False):
+            wrong.setdefault(f"{method}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
                 parameter.stem
             )
         if isinstance(planned.format, Format):
             try:
-                check_served(recipe.quantizer_name, serves, planned.format)
+                check_served(method, getattr(quantizer, "serves", ("*",)), planned.format)
             except FormatError as error:
                 wrong.setdefault(str(error), []).append(parameter.stem)
             else:
                 try:
-                    own_bytes(recipe.make_quantizer(), planned.format, parameter.shape)
+                    own_bytes(quantizer, planned.format, parameter.shape)
                 except BitpressError as error:
-                    wrong.setdefault(f"{recipe.quantizer_name}: {error}", []).append(parameter.stem)
+                    wrong.setdefault(f"{method}: {error}", []).append(parameter.stem)
         for name, correction in recipe.make_corrections():
             try:
                 correction.nbytes(parameter.shape)
@@ -204,7 +208,9 @@ def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
 
 def _bytes_beside(planned: PlannedWeight, recipe: Recipe) -> int:
     shape, parts = planned.parameter.shape, max(planned.parameter.experts, 1)
-    own = own_bytes(recipe.make_quantizer(), planned.format, shape, parts) if isinstance(planned.format, Format) else 0
+    own = (
+        own_bytes(_quantizer_of(planned, recipe)[1], planned.format, shape, parts) if isinstance(planned.format, Format) else 0
+    )
     return own + sum(part.nbytes(shape, parts) for _, part in recipe.make_corrections())
 
 

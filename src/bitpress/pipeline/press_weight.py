@@ -17,7 +17,7 @@ from bitpress.formats import AnyFormat, CompressedWeight, Format, Lossless, Scal
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.rescale import Rescaled
-from bitpress.quantizers.quantizer import Outcome, output_errors
+from bitpress.quantizers.quantizer import Outcome, Quantizer, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import Recipe
 
@@ -114,16 +114,18 @@ class WeightPresser:
                 return Outcome(CompressedWeight((fmt.encode(w),))), (0.0, 0.0)
             except FormatError as error:
                 raise FormatError(f"{name}: {error}") from error
+        quantizer = self._quantizer_of(parameter)
         factor = None if scales is None else scales.factors.get(name)
         scarce = self._scarce(name, parameter, stats)
         if scarce is not None:
             # Experts of one stack have the same kinds of terms: this one goes the same way, as if its channels were all alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
-            quantizer = self.quantizer if self.quantizer.needs <= {"gram", "mean_abs"} else RTN(clip="mse")
+            if not quantizer.needs <= {"gram", "mean_abs"}:
+                quantizer = RTN(clip="mse")
             outcome = replace(compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections), fallbacks=(scarce,))
         else:
             seen = stats if scales is None else scales.stats.get(name)
-            outcome = self._compose(name, w, self._needed(seen), fmt)
+            outcome = self._compose(name, w, self._needed(seen), fmt, quantizer)
         unscaled, w_hat = w, outcome.weight.dequantize()
         if factor is not None and scales is not None:
             unscaled, w_hat = w / factor, w_hat / factor
@@ -135,15 +137,21 @@ class WeightPresser:
                 outcome = replace(outcome, weight=mapped, fallbacks=(*outcome.fallbacks, text))
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        alone = self.quantizer == RTN() and not self.changes and not self.corrections and not self.targets
+        alone = quantizer == RTN() and not self.changes and not self.corrections and not self.targets
         plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
         return outcome, (before, after)
 
-    def _compose(self, name: str, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+    def _quantizer_of(self, parameter: WeightParameter) -> Quantizer:
+        other = self.recipe.quantizer_for(parameter.stem)
+        return self.quantizer if other is None else other[1]
+
+    def _compose(
+        self, name: str, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format, quantizer: Quantizer
+    ) -> Outcome:
         try:
-            return compress_matrix(w, stats, fmt, self.quantizer, self.changes, self.corrections, self.targets)
+            return compress_matrix(w, stats, fmt, quantizer, self.changes, self.corrections, self.targets)
         except (CalibrationError, FormatError) as error:
             raise type(error)(f"{name}: {error}") from error
 
