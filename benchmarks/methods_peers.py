@@ -86,7 +86,7 @@ PEERS: dict[str, Peer] = {
         "llmcompressor", "llmcompressor_gptq.py", "--bits {bits}", "int{bits}-g64-zero", inputs="pressed"
     ),
     "awq (llm-compressor)": Peer(
-        "llmcompressor", "llmcompressor_awq.py", "--bits {bits} --samples 64", "int{bits}-g64-zero", inputs="original"
+        "llmcompressor", "llmcompressor_awq.py", "--bits {bits} --samples 32", "int{bits}-g64-zero", inputs="original"
     ),
     "auto-round": Peer("llmcompressor", "autoround_weights.py", "--bits {bits}", "int{bits}-g64-zero", inputs="pressed"),
 }

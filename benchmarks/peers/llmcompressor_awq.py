@@ -4,7 +4,7 @@
         --model MODEL_DIR --tokens TOKENS.npy --bits 4 --out weights.safetensors
 
 The package's own search (20 points, weights and activations both) and min-max scales with a zero point in groups of 64; every window is
-used once and in order, all products in float32. Scales are folded into the norms and into the rows of up projections, so the file holds
+used once and in order. It searches in float32 and is stored in bf16. Scales are folded into the norms and into the rows of up projections, so the file holds
 those too. The package rounds when it saves: weights are here what its own compressor packs, unpacked again, and bytes are those of what
 it packs.
 """
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     oneshot(model=model, tokenizer=tokenizer, dataset=DataLoader(dataset, batch_size=1, shuffle=False), recipe=recipe)
     seconds, busy = time.monotonic() - started, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    model.to(torch.bfloat16)  # as the checkpoint is: weights, their scales, norms
     load = round(os.getloadavg()[0], 2)
     if missed := [name for name, module in linears.items() if not hasattr(module, "quantization_scheme")]:
         raise ValueError(f"layers left unquantized: {missed}")
