@@ -47,7 +47,7 @@ __all__ = [
     "Recipe",
     "make_recipe",
     "spelled",
-    "told_override",
+    "told_overrides",
     "told_weights",
 ]
 
@@ -250,12 +250,20 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
-    return "; ".join([recipe["weights"], *map(told_override, recipe["overrides"])])
+    return "; ".join([recipe["weights"], *told_overrides(recipe)])
 
 
-def told_override(override: Mapping[str, Any]) -> str:
-    method = f"by {override['quantizer']['name']}" if "quantizer" in override else None
-    return " ".join(part for part in (override["match"], override.get("weights"), method) if part)
+def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
+    """Say what each override of a resolved recipe has: "*.v_proj int6-g64 by gptq (damp 0.05)", settings where the recipe has others."""
+    told = []
+    for override in recipe["overrides"]:
+        parts, own = [override["match"], override.get("weights", "")], override.get("quantizer")
+        if own is not None:
+            usual = recipe["quantizer"] if recipe["quantizer"]["name"] == own["name"] else own
+            settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
+            parts.append(f"by {own['name']}{settings and f' ({settings})'}")
+        told.append(" ".join(part for part in parts if part))
+    return told
 
 
 def spelled(name: str, table: Mapping[str, Any]) -> str:

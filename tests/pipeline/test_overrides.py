@@ -70,8 +70,12 @@ def test_the_recipe_as_it_is_written_down_is_the_recipe(tmp_path: Path) -> None:
     assert recipe.resolved()["overrides"][1]["quantizer"]["rounds"] == 5
     told = told_weights(recipe.resolved())
     assert told.startswith("int4-g64-zero; *.v_proj int6-g16 by rtn; *.down_proj by hqq; *.mlp.* int5-g16-zero; ")
-    spelled = make_recipe({"overrides": [{"match": "*", "weights": "e8p-row", "quantizer": "quip-sharp"}]})
-    assert spelled.overrides[0].quantizer == {"name": "quip_sharp"}
+    given = {"name": "quip-sharp", "residual": "e8p"}
+    spelled = make_recipe(
+        {"weights": "e8p-row", "quantizer": "quip_sharp", "overrides": [{"match": "*.v_proj", "quantizer": given}]}
+    )
+    assert spelled.overrides[0].quantizer == {"name": "quip_sharp", "residual": "e8p"}
+    assert told_weights(spelled.resolved()) == "e8p-row; *.v_proj by quip_sharp (residual e8p)"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -14,7 +14,7 @@ from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import KernelUnavailable
 from bitpress.pipeline.plan import Plan
 from bitpress.presets import Preset
-from bitpress.recipes import told_override, told_weights
+from bitpress.recipes import told_overrides, told_weights
 from bitpress.settings import usable_cores
 
 __all__ = [
@@ -138,8 +138,8 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     quantizer = facts["recipe"]["quantizer"]
     settings = ", ".join(f"{k}={v}" for k, v in quantizer.items() if k != "name")
     out.print(f"\nquantizer {quantizer['name']} ({settings})")
-    for override in facts["recipe"]["overrides"]:
-        out.print(f"for {told_override(override)}")
+    for override in told_overrides(facts["recipe"]):
+        out.print(f"for {override}")
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
 
