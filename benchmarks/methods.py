@@ -33,7 +33,7 @@ from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import make_recipe
+from bitpress.recipes import make_recipe, told_weights
 from bitpress.settings import cache_directory
 
 MODEL = "smollm2-135m-regauged"
@@ -341,7 +341,8 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any], names: list[str]) -> str:
-    cells = [f"{row['label']}{' *' if row['front'] else ''}", row["weights"], f"{row['bits_per_weight']:.3f}"]
+    told = told_weights(row["recipe"]) if row["kind"] == "recipe" else row["weights"]
+    cells = [f"{row['label']}{' *' if row['front'] else ''}", told, f"{row['bits_per_weight']:.3f}"]
     for name in names:
         figures = row["texts"][name]
         width = "" if figures["kl_ci95"] is None else f" ± {figures['kl_ci95']:.4f}"
