@@ -6,8 +6,9 @@
     python benchmarks/methods.py --render                only the table and the picture, from the rows there are
     python benchmarks/methods.py --presets               what `bitpress quantize --preset` takes, chosen from the rows there are
 
-A row of benchmarks/results/methods.jsonl is one recipe at one width, or its answers to one task. What has a row is not run again unless
---again; the best are those of the rows. The comparison works in a directory of its own and goes on there after a stop.
+A row of benchmarks/results/methods.jsonl is one recipe at one width, or its answers to one task. A recipe that has a row is not run
+again unless --again; the best are those of the rows. The comparison works in a directory of its own and takes what is there, after a stop
+and with --again too.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import make_recipe, told_weights
+from bitpress.recipes import make_recipe
 from bitpress.settings import cache_directory
 
 MODEL = "smollm2-135m-regauged"
@@ -341,8 +342,7 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any], names: list[str]) -> str:
-    told = told_weights(row["recipe"]) if row["kind"] == "recipe" else row["weights"]
-    cells = [f"{row['label']}{' *' if row['front'] else ''}", told, f"{row['bits_per_weight']:.3f}"]
+    cells = [f"{row['label']}{' *' if row['front'] else ''}", row["weights"], f"{row['bits_per_weight']:.3f}"]
     for name in names:
         figures = row["texts"][name]
         width = "" if figures["kl_ci95"] is None else f" ± {figures['kl_ci95']:.4f}"
@@ -361,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names or patterns of recipes")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
-    parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--again", action="store_true", help="also those that have a row; what --out holds is taken from there")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods")
     parser.add_argument("--tokens", help="of every held-out text; rows of other numbers are not put in one table")
     parser.add_argument("--samples", help="calibration windows")
@@ -373,6 +373,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--presets", action="store_true")
     options = parser.parse_args()
+    if (options.tasks and options.again) or (options.documents and not options.tasks):
+        parser.error("--again goes without --tasks, and --documents with it.")
     if options.presets:
         choose_presets()
     elif not options.render:

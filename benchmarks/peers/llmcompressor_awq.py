@@ -4,9 +4,9 @@
         --model MODEL_DIR --tokens TOKENS.npy --bits 4 --out weights.safetensors
 
 The package's own search (20 points, weights and activations both) and min-max scales with a zero point in groups of 64; every window is
-used once and in order. It searches in float32 and is stored in bf16. Scales are folded into the norms and into the rows of up projections, so the file holds
-those too. The package rounds when it saves: weights are here what its own compressor packs, unpacked again, and bytes are those of what
-it packs.
+used once and in order. It searches in float32 and is stored in bf16. Scales are folded into the norms and into the rows of up
+projections, so the file holds those too. The package rounds when it saves: weights are here what its own compressor packs, unpacked
+again, and bytes are those of what it packs.
 """
 
 import argparse
@@ -43,9 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Load, quantize, write the weights and return the report."""
-    model = load_model(
-        args.model, "float32"
-    )  # no less exact than the package in bf16, and faster where there are no tiles for that
+    model = load_model(args.model, "float32")  # no less exact than in bf16, and faster where there are no tiles for that
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     dataset = load_tokens(args.tokens, model.config.vocab_size)
     if args.samples is not None:

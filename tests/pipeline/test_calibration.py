@@ -43,7 +43,7 @@ class Noting:
 
 def set_quantizer(presser: Presser, noting: Noting) -> Noting:
     presser.weights.quantizer = noting
-    presser.needs = presser.weights.needs = noting.needs
+    presser.needs = noting.needs
     return noting
 
 

@@ -1,17 +1,19 @@
 """Some weights in another format, by another method or both: each is what a run with that alone makes of it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import bitpress
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.app import app
-from bitpress.errors import BitpressError, UsageError
+from bitpress.errors import BitpressError, CalibrationError, UsageError
 from bitpress.pipeline.plan import unmeant_bits
 from bitpress.pipeline.quantize import plan_run
 from bitpress.recipes import Recipe, make_recipe, told_weights
@@ -112,6 +114,21 @@ def test_the_plan_holds_a_weight_to_its_own_method(tiny_model: Callable[..., Pat
     )
     plan, _, _ = plan_run(tiny_model(), meant)
     assert unmeant_bits(plan, meant) == ["comq is meant for codes of 2 to 4 bits a weight, and int8-g16 has 8"]
+
+
+def test_a_weight_that_is_rounded_needs_no_inputs(tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """What a message advises, to quantize with rtn what calibration has nothing for, can be done for these weights alone."""
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.0.input_layernorm.weight"].zero_()
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    recipe: dict[str, Any] = {"weights": "int4-g16-zero", "quantizer": "gptq"}
+    recipe["calibration"] = {"text": str(text_file), "samples": 4, "length": 32}
+    with pytest.raises(CalibrationError, match="every calibration input of this layer was zero"):
+        bitpress.quantize(tmp_path / "model", tmp_path / "a", recipe=recipe, proof_tokens=0)
+    recipe["overrides"] = [{"match": "*.layers.0.self_attn.*", "quantizer": "rtn"}]
+    report = bitpress.quantize(tmp_path / "model", tmp_path / "b", recipe=recipe, proof_tokens=0)
+    assert len(report["layers"]) == 14
 
 
 def test_what_overrides_need_is_refused_where_it_cannot_be() -> None:

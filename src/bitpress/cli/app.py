@@ -266,33 +266,6 @@ def run(
     err.print(f"[dim]{before}{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
 
 
-@app.command(epilog="Example: bitpress bench decode out/smollm2-4bit --context 2048")
-def bench(
-    what: Annotated[str, typer.Argument(metavar="decode|prefill", help="One token after the other, or a prompt at once.")],
-    directory: Directory,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache beforehand.")] = 0,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repeat: 64 for decode, 512 for prefill.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
-    activations: Activations = None,
-    cache: Cache = None,
-    head: Head = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the native engine's speed on a model, beside what the machine could do."""
-    from bitpress.cli.bench import show_speed
-    from bitpress.errors import unknown_name
-    from bitpress.runtime.speed import bench_decode, bench_prefill
-
-    if what not in ("decode", "prefill"):
-        raise unknown_name("measurement", what, ("decode", "prefill"))
-    options: dict[str, Any] = {"tokens": tokens, "activations": activations, "cache": cache, "head": head}
-    options = {name: value for name, value in options.items() if value is not None}
-    measure = bench_decode if what == "decode" else bench_prefill
-    facts = measure(directory, context=context, repeats=repeats, threads=threads, **options)
-    print_json(facts) if as_json else show_speed(facts)
-
-
 @app.command(epilog="Example: bitpress compare smollm2-135m out/methods --recipes recipes.yaml --bits 4,3,2")
 def compare(
     context: typer.Context,

@@ -1,17 +1,44 @@
-"""The commands that show what is there and change nothing."""
+"""The commands that show or time what is there and change nothing."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli.options import Directory, Json
+from bitpress.cli.options import Activations, Cache, Directory, Head, Json
 from bitpress.cli.screen import Screen, out, print_json
 from bitpress.errors import UsageError
 
 __all__ = ["app"]
 
 app = typer.Typer()
+
+
+@app.command(epilog="Example: bitpress bench decode out/smollm2-4bit --context 2048")
+def bench(
+    what: Annotated[str, typer.Argument(metavar="decode|prefill", help="One token after the other, or a prompt at once.")],
+    directory: Directory,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache beforehand.")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repeat: 64 for decode, 512 for prefill.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
+    activations: Activations = None,
+    cache: Cache = None,
+    head: Head = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the native engine's speed on a model, beside what the machine could do."""
+    from bitpress.cli.bench import show_speed
+    from bitpress.errors import unknown_name
+    from bitpress.runtime.speed import bench_decode, bench_prefill
+
+    if what not in ("decode", "prefill"):
+        raise unknown_name("measurement", what, ("decode", "prefill"))
+    options: dict[str, Any] = {"tokens": tokens, "activations": activations, "cache": cache, "head": head}
+    options = {name: value for name, value in options.items() if value is not None}
+    measure = bench_decode if what == "decode" else bench_prefill
+    facts = measure(directory, context=context, repeats=repeats, threads=threads, **options)
+    print_json(facts) if as_json else show_speed(facts)
 
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")

@@ -69,7 +69,7 @@ class Presser:
     ) -> None:
         self.model, self.recipe, self.planned, self.check_stop = model, recipe, planned, check_stop
         self.before_advance, self.sensitivity, self.measured, self.visit = before_advance, sensitivity, measured, visit
-        self.weights = WeightPresser(recipe, strict=strict, measured=measured is not None)
+        self.weights = WeightPresser(recipe, strict=strict)
         self.searches = [search for _, search in recipe.make_searches()]
         self.needs = recipe.needs()
         self.follows_original = recipe.calibration.inputs == "original"

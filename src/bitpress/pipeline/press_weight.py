@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,15 +43,16 @@ class PressedBlock:
 
 
 class WeightPresser:
-    """Holds a recipe's parts. With `measured`, statistics may be there that the recipe does not need, to say what the error is."""
+    """Holds a recipe's parts. Statistics may be there that a weight's own do not need: they serve to say what its error is."""
 
-    def __init__(self, recipe: Recipe, *, strict: bool = False, measured: bool = False) -> None:
-        self.recipe, self.strict, self.measured = recipe, strict, measured
+    def __init__(self, recipe: Recipe, *, strict: bool = False) -> None:
+        self.recipe, self.strict = recipe, strict
         self.quantizer = recipe.make_quantizer()
         self.changes = [change for _, change in recipe.make_changes()]
         self.targets = [target for _, target in recipe.make_targets()]
         self.corrections = [correction for _, correction in recipe.make_corrections()]
-        self.needs = recipe.needs()
+        parts: list[Any] = [part for _, part in (*recipe.make_transforms(), *recipe.make_corrections())]
+        self.shared_needs: frozenset[str] = frozenset().union(*(part.needs for part in parts))
 
     def press_into(
         self,
@@ -67,6 +68,7 @@ class WeightPresser:
         """
         parameter = planned.parameter
         outcomes, errors, tokens = [], [], []
+        seens = [stats[name] for name in parameter.parts() if name in stats]
         for name, w in zip(parameter.parts(), parameter.matrices(original), strict=True):
             outcome, error = self._press_matrix(name, parameter, w, stats.get(name), planned.format, scales)
             outcomes.append(outcome)
@@ -89,7 +91,7 @@ class WeightPresser:
                 "bits_per_weight": weight.bits_per_weight,
                 "error_rounded": _mean([e[0] for e in errors]),
                 "error": _mean([e[1] for e in errors]),
-                "measured_on": "output" if "gram" in self.needs or self.measured else "weight",
+                "measured_on": "output" if any(seen.gram is not None for seen in seens) else "weight",
                 "tokens": tokens if parameter.experts else tokens[0],
                 "fallbacks": [text for o in outcomes for text in o.fallbacks],
             }
@@ -116,7 +118,8 @@ class WeightPresser:
                 raise FormatError(f"{name}: {error}") from error
         quantizer = self._quantizer_of(parameter)
         factor = None if scales is None else scales.factors.get(name)
-        scarce = self._scarce(name, parameter, stats)
+        needs = quantizer.needs | self.shared_needs
+        scarce = self._scarce(name, parameter, stats, needs)
         if scarce is not None:
             # Experts of one stack have the same kinds of terms: this one goes the same way, as if its channels were all alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
@@ -125,7 +128,7 @@ class WeightPresser:
             outcome = replace(compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections), fallbacks=(scarce,))
         else:
             seen = stats if scales is None else scales.stats.get(name)
-            outcome = self._compose(name, w, self._needed(seen), fmt, quantizer)
+            outcome = self._compose(name, w, _needed(seen, needs), fmt, quantizer)
         unscaled, w_hat = w, outcome.weight.dequantize()
         if factor is not None and scales is not None:
             unscaled, w_hat = w / factor, w_hat / factor
@@ -155,22 +158,16 @@ class WeightPresser:
         except (CalibrationError, FormatError) as error:
             raise type(error)(f"{name}: {error}") from error
 
-    def _needed(self, stats: Stats | None) -> Stats | None:
-        """Leave out what is there only to say what the error is."""
-        if stats is None or not self.needs:
-            return None
-        return stats if "gram" in self.needs else replace(stats, gram=None)
-
-    def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None) -> str | None:
+    def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without."""
-        if not self.needs:
+        if not needs:
             return None
         tokens = stats.tokens if stats is not None else 0
         if parameter.experts and tokens < max(self.recipe.min_expert_tokens, 1):
             return f"{name} saw {tokens} calibration tokens, fewer than {self.recipe.min_expert_tokens}; rounded without statistics"
         if stats is None:
             raise CalibrationError(f"{name}: calibration never reached this layer; skip it with --skip or quantize with rtn.")
-        if stats.gram is not None and float(stats.gram.diagonal().sum()) <= 0:
+        if "gram" in needs and stats.gram is not None and float(stats.gram.diagonal().sum()) <= 0:
             raise CalibrationError(f"{name}: every calibration input of this layer was zero.")
         return None
 
@@ -178,6 +175,13 @@ class WeightPresser:
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
     """SHA-256 of a decoded weight's float32 values, to be compared after the file has been read again."""
     return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()
+
+
+def _needed(stats: Stats | None, needs: Collection[str]) -> Stats | None:
+    """Leave out what is there only to say what the error is."""
+    if stats is None or not needs:
+        return None
+    return stats if "gram" in needs else replace(stats, gram=None)
 
 
 def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:
