@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from rows import ROOT, add_row, read_rows
 
+from bitpress.arithmetic import has_fast_bf16
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor
 from bitpress.errors import NumericsError
@@ -54,7 +55,7 @@ class Peer:
 
     environment  the folder of .peers whose Python runs it
     script       in benchmarks/peers
-    options      what the script is told; "{bits}" stands for the width
+    options      what the script is told; "{bits}" stands for the width, "{compute}" for bf16 where that is fast and fp32 elsewhere
     weights      how it stores them, in a word
     widths       None alone: the peer has no widths; its row is of the whole bits that its bytes come to
     inputs       whose inputs it calibrates on, the original's or those the pressed blocks give; None: it reads no text
@@ -88,7 +89,9 @@ PEERS: dict[str, Peer] = {
     "awq (llm-compressor)": Peer(
         "llmcompressor", "llmcompressor_awq.py", "--bits {bits} --samples 32", "int{bits}-g64-zero", inputs="original"
     ),
-    "auto-round": Peer("llmcompressor", "autoround_weights.py", "--bits {bits}", "int{bits}-g64-zero", inputs="pressed"),
+    "auto-round": Peer(
+        "llmcompressor", "autoround_weights.py", "--bits {bits} --compute {compute}", "int{bits}-g64-zero", inputs="pressed"
+    ),
 }
 
 
@@ -199,7 +202,8 @@ def press(bench: Bench, peer: Peer, width: int | None, folder: Path) -> dict[str
     if "{importance}" in peer.options:
         squares: dict[str, Any] = {name: value.numpy() for name, value in bench.importance().items()}
         np.savez(folder / "importance.npz", **squares)
-    command += peer.options.format(bits=width, importance=folder / "importance.npz").split()
+    compute = "bf16" if has_fast_bf16() else "fp32"
+    command += peer.options.format(bits=width, importance=folder / "importance.npz", compute=compute).split()
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     with (folder / "log").open("w") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False, env=environment)

@@ -35,6 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=64, help="input columns a scale covers")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--samples", type=int, help="only this many windows, to try things out")
+    parser.add_argument(
+        "--compute", choices=("bf16", "fp32"), default="bf16", help="the package takes bf16; fp32 is faster without AMX"
+    )
     parser.add_argument("--out", type=Path, required=True, help="safetensors file for the dequantized weights")
     return parser.parse_args()
 
@@ -78,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         batch_size=8,
         dataset=list(tokens.split(8)),
         device_map="cpu",
+        amp=args.compute == "bf16",
     )
     model, _ = rounder.quantize()
     seconds, busy = time.monotonic() - started, time.process_time() - busy
@@ -103,6 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             "symmetric": False,
             "iterations": args.iterations,
             "batch": 8,
+            "compute": args.compute,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -137,18 +137,20 @@ def plan(
     """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
+    from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     with Screen() as screen:
-        planned, _, _ = plan_run(resolve_model(model, screen.note), made)
+        planned, streamed, _ = plan_run(resolve_model(model, screen.note), made)
+        seconds = estimate_seconds(streamed, made, planned.weights)
         for text in unmeant_bits(planned, made):
             screen.note(f"{text}.")
     if as_json:
-        print_json({**planned.as_dict(), "recipe": made.resolved()})
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": made.resolved()})
     else:
-        show_plan(planned)
+        show_plan(planned, seconds)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")

@@ -76,7 +76,7 @@ def show_preset(preset: Preset) -> None:
     out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan, seconds: float) -> None:
     rows = [
         (
             w.parameter.stem,
@@ -95,7 +95,7 @@ def show_plan(plan: Plan) -> None:
         "original": size(plan.source_bytes),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(plan.seconds)} and the proof at the end",
+        "time, estimated": f"{duration(seconds)} and the proof at the end",
     }
     table("", ("", ""), list(totals.items()))
 

@@ -1,20 +1,17 @@
 """The plan: what a run would do, layer by layer, and what it would take, before any work is done.
 
 Whatever would fail late fails here: a shape that its format does not divide, a disk or a memory that is too small. Bytes are exact
-(they follow from shapes); memory and time are estimates, and say so.
+(they follow from shapes); memory is an estimate, and says so, and so is time (estimate.py).
 """
 
-import functools
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from bitpress.calibration.stats import STATISTICS, of_origin
 from bitpress.checkpoints.parameter import WeightParameter
@@ -64,7 +61,7 @@ class Plan:
     """Every weight with its format, what is kept, and totals.
 
     Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`own_bytes`), and for
-    maps, which are small and not counted; `peak_memory` and `seconds` are estimates.
+    maps, which are small and not counted; `peak_memory` is an estimate.
     """
 
     weights: tuple[PlannedWeight, ...]
@@ -75,7 +72,6 @@ class Plan:
     source_bytes: int
     disk: int
     peak_memory: int
-    seconds: float
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,7 +89,6 @@ class Plan:
             "bytes_source": self.source_bytes,
             "disk_bytes_needed": self.disk,
             "peak_memory_bytes_estimate": self.peak_memory,
-            "seconds_estimate": self.seconds,
         }
 
 
@@ -127,7 +122,6 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         # Side files and headers are small; twice the activations, since the new ones are written before the old ones go.
         disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(recipe, weights) + 32 * 2**20,
         peak_memory=_peak_memory(model, recipe, weights, stored, hidden),
-        seconds=_seconds(recipe, weights),
     )
 
 
@@ -283,28 +277,3 @@ def _backward_bytes(model: StreamedModel, recipe: Recipe, weights: Sequence[Plan
     first = [w for w in weights if w.block == 0]
     back = sum(w.weights * 8 + length * sum(w.parameter.shape) * 8 for w in first)
     return int(whole + states + back + 4 * length * text.vocab_size * 4)
-
-
-def _seconds(recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
-    """Estimate from two short products timed now; rounding costs about as much as reading each weight forty times."""
-    total = sum(w.weights for w in weights)
-    rounding = total * 1.2e-7
-    if not recipe.needs():
-        return rounding
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    forward = 2 * 2 * tokens * total / _speed(recipe.compute_dtype())
-    inputs = {(w.block, w.parameter.shape[1], w.parameter.experts) for w in weights}
-    grams = sum(2 * tokens * n * n * max(e, 1) for _, n, e in inputs) / _speed(torch.float32)
-    columns = sum(w.parameter.shape[1] * max(w.parameter.experts, 1) for w in weights) * 2.5e-4
-    backward = 2 * forward if of_origin(recipe.needs(), "loss") else 0.0
-    return rounding + forward + grams + columns + backward
-
-
-@functools.cache
-def _speed(dtype: torch.dtype) -> float:
-    """Operations a second of a 1024-cubed product on this machine."""
-    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    torch.nn.functional.linear(a, b)
-    start = time.perf_counter()
-    torch.nn.functional.linear(a, b)
-    return 2 * 1024**3 / max(time.perf_counter() - start, 1e-6)

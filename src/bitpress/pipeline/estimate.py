@@ -1,0 +1,206 @@
+"""How long a run would take: its parts done on a little of the model's shapes on this machine, and multiplied up.
+
+    reading       the text's passes through the blocks, by their products
+    statistics    what calibration sums up of every input
+    pressing      the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
+
+Wide inputs are sampled with fewer columns. What is left out: reading and writing files, and the proof.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import torch
+
+from bitpress.calibration import Stats, of_origin
+from bitpress.calibration.stats import STATISTICS, StatsCollector
+from bitpress.errors import FormatError
+from bitpress.formats import AnyFormat, Format
+from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.press_weight import PressedBlock, WeightPresser
+from bitpress.pipeline.streaming import StreamedModel
+from bitpress.quantizers.quantizer import Quantizer
+from bitpress.recipes import Recipe
+from bitpress.transforms.transform import ScaleSearch
+
+__all__ = ["estimate_seconds"]
+
+TOKENS = 512
+# Columns of a sample where an input is wider: the most that the format's groups divide.
+COLUMNS = (2048, 1536, 1024)
+# Rows of the smallest sample, and seconds that one has to take to be more than what there is around it.
+ROWS, ENOUGH = 64, 0.1
+# A block's attention, norms and activations beside its products, as seen with SmolLM2 on texts of 512 tokens.
+BESIDE_PRODUCTS = 1.25
+# A block's passes up to each of its inputs in turn (attention's own input, its output, the MLP's input, its inside), together.
+STAGES = 1.3
+
+
+def estimate_seconds(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
+    """Give the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
+    seconds = _pressing(model, recipe, weights)
+    needs = recipe.needs()
+    if not needs:
+        return seconds
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    text = model.model.config.get_text_config()
+    active = getattr(text, "num_experts_per_tok", None)
+    heads = getattr(text, "num_key_value_heads", None) or 1
+    reading = BESIDE_PRODUCTS * sum(_product_seconds(w, recipe.compute_dtype(), active) for w in weights) / TOKENS
+    inputs = {(w.block, w.parameter.stem.rpartition(".")[0], w.parameter.shape[1], w.parameter.experts) for w in weights}
+    known: dict[int, float] = {}
+    summing = 0.0
+    for _, _, cols, experts in inputs:
+        if cols not in known:
+            known[cols] = _summing_seconds(needs, cols, heads, recipe.compute_dtype()) / TOKENS
+        summing += known[cols] * (min(active or experts, experts) if experts else 1)
+    return seconds + tokens * (reading * _passes(recipe) + summing)
+
+
+def _passes(recipe: Recipe) -> float:
+    """How often the calibration text goes through the blocks."""
+    needs, calibration = recipe.needs(), recipe.calibration
+    backward = 4.0 if of_origin(needs, "loss") else 0.0
+    if calibration.inputs == "original":
+        return backward + 1
+    beside = bool(of_origin(needs, "original"))
+    measuring = STAGES if calibration.sequential else 1.0
+    return backward + measuring * (2 if beside else 1) + 1
+
+
+def _product_seconds(planned: PlannedWeight, dtype: torch.dtype, active: int | None) -> float:
+    """Seconds of one weight's product with TOKENS inputs."""
+    rows, cols = planned.parameter.shape
+    experts = planned.parameter.experts
+    some = (min(rows, COLUMNS[0]), min(cols, COLUMNS[0]))
+    times = min(active or experts, experts) if experts else 1
+    return times * _time_product(*some, dtype) * (rows * cols) / (some[0] * some[1])
+
+
+@functools.cache
+def _time_product(rows: int, cols: int, dtype: torch.dtype) -> float:
+    x, w = torch.ones(TOKENS, cols, dtype=dtype), torch.ones(rows, cols, dtype=dtype)
+    return _timed(lambda: torch.nn.functional.linear(x, w))
+
+
+def _summing_seconds(needs: Collection[str], cols: int, heads: int, dtype: torch.dtype) -> float:
+    """Seconds of summing up what is wanted of TOKENS inputs of one layer."""
+    some = min(cols, COLUMNS[0])
+    x = torch.ones(TOKENS, some, dtype=dtype)
+    collector = StatsCollector(needs, some)
+    squares = sum(heads if STATISTICS[n].shape[0] == "heads" else 1 for n in needs if n in ("attention_gram", "head_gram"))
+
+    def work() -> None:
+        collector.add(x, "")
+        if "cross" in needs:
+            collector.add_original(x, x)
+        for _ in range(squares):
+            collector.add_weighted(x, torch.ones(TOKENS))
+
+    return _timed(work) * (cols / some) ** 2
+
+
+def _pressing(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
+    presser = WeightPresser(recipe)
+    searches = [search for _, search in recipe.make_searches()]
+    kinds: dict[tuple[int, AnyFormat, Quantizer | None, int | None], list[PlannedWeight]] = {}
+    for w in weights:
+        own = recipe.quantizer_for(w.parameter.stem)
+        quantizer = None if own is None else own[1]
+        kinds.setdefault((w.parameter.shape[1], w.format, quantizer, _of_heads(model, w)), []).append(w)
+    total = 0.0
+    for (*_, head), alike in kinds.items():
+        cols, rows = alike[0].parameter.shape[1], max(w.parameter.shape[0] for w in alike)
+        some = _columns(alike[0], min(rows, ROWS))
+        work = _sample(presser, searches, alike[0], some, recipe.needs(), head)
+        # Of two numbers of rows, to tell what a weight costs apart from what its rows do.
+        most = min(rows, 2 * ROWS)
+        many = _timed(functools.partial(work, most))
+        while many < ENOUGH and most < rows:
+            most = min(rows, 4 * most)
+            many = _timed(functools.partial(work, most))
+        least = max(most // 2, 1)
+        few = _timed(functools.partial(work, least))
+        row = max(many - few, 0.0) / max(most - least, 1)
+        once = max(many - row * most, 0.0)
+        # A solve with a gram is of the third order in columns and its use in a row of the second; without a gram all is of the first.
+        wider = cols / some
+        once, row = (once * wider**3, row * wider**2) if recipe.needs() else (once * wider, row * wider)
+        total += sum((once + row * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in alike)
+    return total
+
+
+def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
+    """Give the rows of a head where a weight has the shape of one that makes queries, keys or values."""
+    text = model.model.config.get_text_config()
+    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    if not heads or planned.parameter.experts or planned.parameter.shape[1] != hidden:
+        return None
+    row = getattr(text, "head_dim", None) or hidden // heads
+    return (
+        row
+        if planned.parameter.shape[0] in {row * heads, row * (getattr(text, "num_key_value_heads", None) or heads)}
+        else None
+    )
+
+
+def _columns(planned: PlannedWeight, rows: int) -> int:
+    cols = planned.parameter.shape[1]
+    for some in COLUMNS:
+        if some < cols and isinstance(planned.format, Format):
+            try:
+                planned.format.block_grid((rows, some))
+            except FormatError:
+                continue
+            return some
+    return cols
+
+
+def _sample(
+    presser: WeightPresser,
+    searches: Sequence[ScaleSearch],
+    planned: PlannedWeight,
+    cols: int,
+    needs: Collection[str],
+    head: int | None,
+) -> Callable[[int], None]:
+    """Give what presses a made-up weight of some rows as the recipe would; `head` rows of it belong together."""
+
+    def work(rows: int) -> None:
+        parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0)
+        w = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
+        stats = {parameter.stem: _made_up(rows, cols, needs, head)} if needs else {}
+        if isinstance(planned.format, Format) and stats:
+            for search in searches:
+                search.plan([w], stats[parameter.stem], planned.format)
+        presser.press_into(PressedBlock({}), replace(planned, parameter=parameter), w, stats, None)
+
+    return work
+
+
+def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> Stats:
+    x = torch.randn(TOKENS, cols, generator=torch.Generator().manual_seed(1))
+    gram = (x.T @ x) / TOKENS + 0.1 * torch.eye(cols)
+    made = {
+        "gram": gram,
+        "mean_abs": x.abs().mean(0),
+        "cross": 0.01 * gram,
+        "attention_gram": gram,
+        "sensitivity": torch.rand(rows, cols, generator=torch.Generator().manual_seed(2)),
+    }
+    if head is not None and rows % head == 0:
+        made["row_gram"] = torch.eye(head).repeat(rows // head, 1, 1)
+    return Stats(TOKENS, **{name: value for name, value in made.items() if name in needs})
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Seconds of the second of two runs, as the first also makes ready what is made only once; of the first where it is long."""
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        if seconds > 10 * ENOUGH:
+            break
+    return seconds

@@ -1,0 +1,137 @@
+"""The time that a plan foretells: known work comes out as what it is, and every method can be asked."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitpress.cli.app import app
+from bitpress.errors import BitpressError
+from bitpress.formats import parse_format
+from bitpress.pipeline.estimate import estimate_seconds
+from bitpress.pipeline.plan import unmeant_bits
+from bitpress.pipeline.quantize import plan_run
+from bitpress.quantizers.rtn import RTN
+from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes import Recipe, make_recipe
+
+# Formats of groups that fit the tiny models, of which every quantizer serves some.
+FORMATS = (
+    "int4-g16-zero",
+    "kmeans4-row",
+    "gauss4-g16",
+    "binary-g16",
+    "dual2-g16",
+    "trits2-g16",
+    "ternary-g16",
+    "mxfp4",
+    "e8p-row",
+)
+FORMATS += ("pvq8k8-g16", "aq2x8x8-row", "int2-g16-zero", "binary-tensor", "kmeans4-tensor")
+
+
+def estimate(model: Path, recipe: Recipe) -> float:
+    planned, streamed, _ = plan_run(model, recipe)
+    return estimate_seconds(streamed, recipe, planned.weights)
+
+
+def natural(model: Path, quantizer: str) -> Recipe:
+    """Give the first recipe with a format that the quantizer serves and is meant for."""
+    for name in FORMATS:
+        for transforms in ([], ["hadamard"]):
+            try:
+                recipe = make_recipe({"weights": name, "quantizer": quantizer, "transforms": transforms})
+                planned, _, _ = plan_run(model, recipe)
+            except BitpressError:
+                continue
+            if not unmeant_bits(planned, recipe):
+                return recipe
+    raise AssertionError(f"{quantizer} serves none of {FORMATS}")
+
+
+@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+def test_every_quantizer_can_be_timed(quantizer: str, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("llama")
+    assert 0 < estimate(model, natural(model, quantizer)) < 3600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transforms": ["awq-scale"], "quantizer": "awq"},
+        {"transforms": ["hadamard", "qep"], "quantizer": "ldlq", "calibration": {"sequential": True}},
+        {"quantizer": "gptq", "corrections": [{"name": "lqer", "rank": 2}]},
+        {"weights": "dfloat11", "quantizer": "rtn"},
+    ],
+)
+def test_recipes_of_several_parts_can_be_timed(changes: dict[str, Any], tiny_model: Callable[..., Path]) -> None:
+    recipe = make_recipe({"weights": "int4-g16-zero", **changes})
+    assert 0 < estimate(tiny_model("llama", dtype="bfloat16"), recipe) < 3600
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_work_of_known_length_is_foretold(
+    architecture: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that takes 4 ms a weight and 0.2 ms a row, on every weight of the model."""
+    plain = RTN.quantize
+
+    def slow(self: RTN, w: torch.Tensor, *rest: Any) -> Any:
+        time.sleep(0.004 + 0.0002 * w.shape[0])
+        return plain(self, w, *rest)
+
+    recipe = make_recipe({"weights": "int4-g16", "quantizer": {"name": "rtn", "clip": "mse"}})
+    model = tiny_model(architecture)
+    before = estimate(model, recipe)
+    monkeypatch.setattr(RTN, "quantize", slow)
+    planned, streamed, _ = plan_run(model, recipe)
+    # Each weight is rounded twice: as the recipe says, and plainly to compare with.
+    wanted = sum(2 * (0.004 + 0.0002 * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in planned.weights)
+    found = estimate_seconds(streamed, recipe, planned.weights) - before
+    assert 0.7 * wanted < found < 1.7 * wanted
+
+
+def test_more_text_takes_longer(tiny_model: Callable[..., Path]) -> None:
+    def seconds(samples: int) -> float:
+        return estimate(
+            tiny_model(), make_recipe({"weights": "int4-g16", "quantizer": "gptq", "calibration": {"samples": samples}})
+        )
+
+    assert seconds(100_000) > 100 * seconds(100)
+
+
+def test_a_wide_input_is_sampled_with_fewer_columns(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    plain = RTN.quantize
+
+    def note(self: RTN, w: torch.Tensor, *rest: Any) -> Any:
+        seen.append(tuple(w.shape))
+        return plain(self, w, *rest)
+
+    monkeypatch.setattr(RTN, "quantize", note)
+    model = tiny_model("llama", intermediate_size=4096 + 1024)
+    estimate(model, make_recipe({"weights": "int4-g16", "quantizer": "rtn"}))
+    assert max(cols for _, cols in seen) == 2048
+    seen.clear()
+    # Groups of 1280 columns divide 5120, but no sample: the whole width is taken.
+    estimate(
+        model,
+        make_recipe(
+            {"weights": "int4-g32", "quantizer": "rtn", "overrides": [{"match": "*.down_proj", "weights": "int4-g1280"}]}
+        ),
+    )
+    assert max(cols for _, cols in seen) == 5120
+
+
+def test_the_command_says_it(tiny_model: Callable[..., Path]) -> None:
+    words = ["plan", str(tiny_model()), "--weights", "int4-g16", "--quantizer", "rtn", "--json"]
+    told = json.loads(CliRunner().invoke(app, words).stdout)
+    assert told["seconds_estimate"] > 0
+    shown = CliRunner().invoke(app, words[:-1]).stdout
+    assert "time, estimated" in shown
+    assert parse_format("int4-g16").name in shown
