@@ -60,8 +60,6 @@ def compare(out: Path, bits: str, only: list[str], options: list[str]) -> dict[s
         str(RECIPES),
         "--bits",
         bits,
-        "--compute",
-        "bf16",  # rows of all machines in the same arithmetic
         "--json",
     ]
     command += [part for pattern in only for part in ("--only", pattern)] + options
@@ -74,7 +72,7 @@ def compare(out: Path, bits: str, only: list[str], options: list[str]) -> dict[s
 
 def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
     """Run the comparison and keep the rows that are new; those of recipes that failed are told and not kept."""
-    compared = compare(out, bits, only, options)
+    compared = compare(out, bits, only, ["--compute", "bf16", *options])  # rows of all machines in the same arithmetic
     known = {(row["name"], row["bits"], row["finished"]) for row in read_rows("methods") if row["kind"] == "recipe"}
     shared = {"model": MODEL, "compute": compared["compute"], "sources": compared["texts"], "noise": compared["floor"]}
     for row in compared["rows"]:

@@ -7,7 +7,7 @@
 Recipes run by `bitpress compare` on held-out texts of two windows, as only the pressing counts. What a recipe takes from the pass over
 the original is in its time as if it had run the pass for itself: recipes that need the attention's or the loss's statistics share a pass
 of their own, so that the others do not wait for these. A row of benchmarks/results/methods_speed.jsonl is one recipe; what has been
-timed is not run again unless --again.
+timed on a machine of the same code path is not run again unless --again. The arithmetic is what `compute: auto` takes there.
 """
 
 import argparse
@@ -18,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from methods import DOCUMENT, MODEL, RECIPES, by_pass, compare
-from rows import add_row, read_rows, rewrite_section
+from rows import add_row, machine, read_rows, rewrite_section
 
 from bitpress.cli.compare import label
 from bitpress.pipeline.candidate import Candidate, read_candidates
 from bitpress.settings import cache_directory
 
 QUESTION = "methods_speed"
+# Quantizers by how they search, each kind with the seconds that it should press this model in.
+CLASSES = {
+    "error feedback": (180, {"gptq", "gptaq", "rsq", "boa", "ldlq", "spqr", "mr_gptq"}),
+    "coordinate descent": (360, {"quantease", "comq", "aespa", "decoupleq"}),
+    "codebooks": (3600, {"aqlm", "pvq", "quip_sharp"}),
+}
 TOKENS = "1024"
 
 
@@ -48,23 +54,26 @@ def measure(candidates: list[Candidate], out: Path) -> None:
         "finished",
     )
     for (where, bits), names in by_pass(candidates, out).items():
-        for row in compare(where, str(bits), names, ["--tokens", TOKENS])["rows"]:
+        compared = compare(where, str(bits), names, ["--tokens", TOKENS])
+        for row in compared["rows"]:
             if row["failed"]:
                 print(f"{label(row)}: failed: {row['failed']}", file=sys.stderr)
             elif (row["name"], row["bits"], row["finished"]) not in known:
-                add_row(QUESTION, {"model": MODEL, **{key: row[key] for key in kept}})
+                add_row(QUESTION, {"model": MODEL, "compute": compared["compute"], **{key: row[key] for key in kept}})
 
 
 def render() -> None:
     """Write the section `speed` of docs/methods.md."""
-    rows = list({(row["name"], row["bits"]): row for row in read_rows(QUESTION)}.values())
-    if not rows:
+    found = read_rows(QUESTION)
+    if not found:
         return
+    path = found[-1]["code_path"]
+    rows = list({(row["name"], row["bits"]): row for row in found if row["code_path"] == path}.values())
     some = rows[0]["recipe"]["calibration"]
     lines = [
         "### Speed",
         "",
-        f"`{MODEL}` on the {rows[0]['threads']} cores of the bench's machine with nothing beside, calibrated on {some['samples']} windows of",
+        f"`{MODEL}` on {rows[0]['threads']} cores with {path} in {rows[0]['compute']}, nothing beside, calibrated on {some['samples']} windows of",
         f"{some['length']} tokens: seconds from the loaded model to the last compressed weight, with the pass over the original where a method",
         "takes statistics from it, and without. `make bench Q=methods_speed` prints it; the rows are in `benchmarks/results/methods_speed.jsonl`.",
         "",
@@ -74,6 +83,15 @@ def render() -> None:
     for row in sorted(rows, key=total):
         memory = f"{row['peak_memory_bytes'] / 1e6:.0f}"
         lines.append(f"| {row['name']} | {row['bits']} | {total(row):.0f} | {row['seconds_pressing']:.0f} | {memory} |")
+    lines.append("")
+    for kind, (limit, names) in CLASSES.items():
+        alone = [row for row in rows if row["recipe"]["quantizer"]["name"] in names]
+        within = [row for row in alone if total(row) <= limit]
+        if alone:
+            slow = (
+                "; over it: " + ", ".join(row["name"] for row in alone if row not in within) if len(within) < len(alone) else ""
+            )
+            lines.append(f"- {kind}: {len(within)} of {len(alone)} recipes within {limit // 60} minutes{slow}.")
     rewrite_section(DOCUMENT, "speed", lines)
 
 
@@ -90,7 +108,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:
-        timed = {(row["name"], row["bits"]) for row in read_rows(QUESTION)}
+        path = machine()["code_path"]
+        timed = {(row["name"], row["bits"]) for row in read_rows(QUESTION) if row["code_path"] == path}
         wanted = [c for c in choose(options.only, options.bits) if options.again or (c.name, c.bits) not in timed]
         if options.again:
             for where, _ in by_pass(wanted, options.out):
