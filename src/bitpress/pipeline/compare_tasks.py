@@ -100,7 +100,7 @@ def _answer(
         total = len(model.blocks)
         presser = None if c is None or captured is None else make_presser(made, captured, c, answers.step_, check_stop)
         answers.start_()
-        made.progress.begin(f"{label}: {', '.join(tasks)}", total + count_batches(answers.tasks))
+        made.progress.begin(f"{label}: {', '.join(tasks)}", total)
         for i in range(total):
             check_stop()
             if presser is None:
@@ -110,6 +110,8 @@ def _answer(
             else:
                 presser.press_(i, last=i == total - 1)
             made.progress.advance(model.block_name(i))
+        # A stage of its own: some questions take another time than a block, and the end is foretold from the units that are done.
+        made.progress.begin(f"{label}, answering", count_batches(answers.tasks))
         return {"tasks": answers.accuracies(noting(made, check_stop))}
 
     return attempt(made, work)
