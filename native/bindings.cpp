@@ -36,7 +36,8 @@ int checked_threads(int threads) {
 
 void round_columns(Array<float, 2> w, Array<std::uint8_t, 2> codes, Array<float, 2> errors, Rows factor,
                    Array<const float, 2> scale, std::optional<Array<const float, 2>> zero, float offset, int top,
-                   Array<const std::int64_t, 1> group, int threads) {
+                   Array<const std::int64_t, 1> group, std::optional<Array<const float, 2>> least,
+                   std::optional<Array<float, 2>> kept, int threads) {
     const auto cols = static_cast<std::int64_t>(w.shape(0)), rows = static_cast<std::int64_t>(w.shape(1));
     need(codes.shape(0) == w.shape(0) && codes.shape(1) == w.shape(1), "codes must have the shape of w");
     need(errors.shape(0) == w.shape(0) && errors.shape(1) == w.shape(1), "errors must have the shape of w");
@@ -46,12 +47,17 @@ void round_columns(Array<float, 2> w, Array<std::uint8_t, 2> codes, Array<float,
     need(!zero || (zero->shape(0) == scale.shape(0) && zero->shape(1) == scale.shape(1)), "zero must have the shape of scale");
     need(group.shape(0) == w.shape(0), "group must have one entry a column");
     need(top >= 0 && top <= 255, "top must be 0 to 255");
+    need(least.has_value() == kept.has_value(), "least and kept go together");
+    need(!least || (least->shape(0) == w.shape(0) && least->shape(1) == w.shape(1)), "least must have the shape of w");
+    need(!kept || (kept->shape(0) == w.shape(0) && kept->shape(1) == w.shape(1)), "kept must have the shape of w");
     for (std::int64_t c = 0; c < cols; ++c)
         need(group(c) >= 0 && group(c) < static_cast<std::int64_t>(scale.shape(0)), "group holds an index out of range");
     const bitpress::AffineColumns levels{scale.data(), zero ? zero->data() : nullptr, offset, static_cast<float>(top), group.data()};
+    const bitpress::KeptApart apart{least ? least->data() : nullptr, kept ? kept->data() : nullptr};
     const int used = checked_threads(threads);
     const nb::gil_scoped_release released;
-    bitpress::round_columns(w.data(), codes.data(), errors.data(), cols, rows, factor.data(), factor.stride(0), levels, used);
+    bitpress::round_columns(w.data(), codes.data(), errors.data(), cols, rows, factor.data(), factor.stride(0), levels, apart,
+                            used);
 }
 
 void add_gram(Array<float, 2> gram, Array<const std::int16_t, 2> x, int threads) {
@@ -233,12 +239,13 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 9;  // as in bitpress.library
+    m.attr("version") = 10;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
           nb::arg("factor").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"),
-          nb::arg("top"), nb::arg("group").noconvert(), nb::arg("threads"));
+          nb::arg("top"), nb::arg("group").noconvert(), nb::arg("least").noconvert().none(), nb::arg("kept").noconvert().none(),
+          nb::arg("threads"));
     m.def("add_gram", &add_gram, nb::arg("gram").noconvert(), nb::arg("x").noconvert(), nb::arg("threads"));
     m.def("add_product", &add_product, nb::arg("sum").noconvert(), nb::arg("a").noconvert(), nb::arg("b").noconvert(),
           nb::arg("threads"));

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "half.h"
 #include "vector_units.h"
 
 namespace bitpress {
@@ -20,6 +21,8 @@ struct Strip {
     std::uint8_t *codes;
     float *scale;
     float *zero;
+    float *least;  // null where nothing is kept apart
+    float *kept;
 };
 
 EVERY_VECTOR_UNIT
@@ -38,8 +41,17 @@ void round_strip(const Strip &strip, std::int64_t cols, const float *factor, std
             code = code < 0.0f ? 0.0f : code;
             code = code > top ? top : code;
             codes[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
-            error[r] = (w[r] - (code - zero[r]) * scale[r]) / own;
+            error[r] = w[r] - (code - zero[r]) * scale[r];
         }
+        if (strip.least != nullptr) {
+            const float *least = strip.least + c * kRows;
+            float *kept = strip.kept + c * kRows;
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                kept[r] = std::fabs(error[r]) > least[r] ? as_half(error[r]) : 0.0f;
+                error[r] -= kept[r];
+            }
+        }
+        for (std::int64_t r = 0; r < kRows; ++r) error[r] /= own;
         for (std::int64_t next = c + 1; next < cols; ++next) {
             const float weight = factor[c * factor_stride + next];
             float *open = strip.w + next * kRows;
@@ -51,14 +63,16 @@ void round_strip(const Strip &strip, std::int64_t cols, const float *factor, std
 }  // namespace
 
 void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
-                   std::int64_t factor_stride, const AffineColumns &levels, int threads) {
+                   std::int64_t factor_stride, const AffineColumns &levels, const KeptApart &apart, int threads) {
     const std::int64_t strips = (rows + kRows - 1) / kRows;
     const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, strips)));
     parallel(used, [&](int index) {
         const auto size = static_cast<std::size_t>(cols * kRows);
         std::vector<float> values(size), pushed(size), scale(size), zero(size, levels.offset);
+        std::vector<float> least(apart.least ? size : 0), kept(apart.least ? size : 0);
         std::vector<std::uint8_t> chosen(size);
-        const Strip strip{values.data(), pushed.data(), chosen.data(), scale.data(), zero.data()};
+        const Strip strip{values.data(), pushed.data(), chosen.data(), scale.data(), zero.data(),
+                          apart.least ? least.data() : nullptr, kept.data()};
         for (std::int64_t s = index; s < strips; s += used) {
             const std::int64_t first = s * kRows, width = std::min(kRows, rows - first);
             for (std::int64_t c = 0; c < cols; ++c) {
@@ -67,6 +81,10 @@ void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t co
                 std::copy(from, from + width, strip.w + c * kRows);
                 std::copy(levels.scale + at, levels.scale + at + width, strip.scale + c * kRows);
                 if (levels.zero) std::copy(levels.zero + at, levels.zero + at + width, strip.zero + c * kRows);
+                if (apart.least) {
+                    const float *limits = apart.least + c * rows + first;
+                    std::copy(limits, limits + width, strip.least + c * kRows);
+                }
             }
             round_strip(strip, cols, factor, factor_stride, levels.top);
             for (std::int64_t c = 0; c < cols; ++c) {
@@ -74,6 +92,7 @@ void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t co
                 std::copy(strip.errors + c * kRows, strip.errors + c * kRows + width, errors + at);
                 std::copy(strip.codes + c * kRows, strip.codes + c * kRows + width, codes + at);
                 std::copy(strip.w + c * kRows, strip.w + c * kRows + width, w + at);
+                if (apart.least) std::copy(strip.kept + c * kRows, strip.kept + c * kRows + width, apart.kept + at);
             }
         }
     });

@@ -14,10 +14,16 @@ struct AffineColumns {
     const std::int64_t *group;  // `[cols]`: the row of parameters of each column
 };
 
+// Errors kept apart, in half precision, where they are larger than `least`; they are not fed back. Both `[cols, rows]`, or both null.
+struct KeptApart {
+    const float *least;
+    float *kept;
+};
+
 // w [cols, rows]: weights with all earlier feedback in, changed on the way. codes, errors [cols, rows]: results.
 // factor: upper triangle, row c at factor + c * factor_stride.
 // Each row of the matrix is computed alone, in the same order whatever `threads` is.
 void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
-                   std::int64_t factor_stride, const AffineColumns &levels, int threads);
+                   std::int64_t factor_stride, const AffineColumns &levels, const KeptApart &apart, int threads);
 
 }  // namespace bitpress

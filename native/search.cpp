@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 
+#include "half.h"
 #include "share.h"
 #include "vector_units.h"
 
@@ -14,16 +15,6 @@ namespace {
 
 // Sums go over lanes of a fixed number, so that every vector unit gives the same bits, and in pieces, so that long blocks lose nothing.
 constexpr std::int64_t kLanes = 16, kPiece = 1024;
-
-// To the nearest half float, halves to even; infinity beyond its range. Exact for every float.
-float as_half(float x) {
-    const float size = std::fabs(x);
-    if (!(size < 65520.0f)) return std::copysign(INFINITY, x);
-    // A sum with a power of two whose last bit is the half float's last bit rounds there; denormal ones share the smallest exponent.
-    const int exponent = std::max(static_cast<int>(std::bit_cast<std::uint32_t>(size) >> 23) - 127, -14);
-    const float magic = std::bit_cast<float>(static_cast<std::uint32_t>(exponent - 10 + 23 + 127) << 23);
-    return std::copysign((size + magic) - magic, x);
-}
 
 float as_bf16(float x) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);

@@ -1,5 +1,6 @@
 """The native library: every function against its reference, hostile arguments, the same bits for any number of threads."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bitpress import library, native
-from bitpress.calibration import StatsCollector
+from bitpress.calibration import Stats, StatsCollector
 from bitpress.errors import KernelUnavailable, NumericsError
 from bitpress.formats import GRIDS, dense, parse_format
 from bitpress.formats.additive_book import beam_search
@@ -37,24 +38,33 @@ def threads(count: int) -> Iterator[None]:
 
 
 def reference_round(
-    w: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, top: int, group: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | float,
+    top: int,
+    group: torch.Tensor,
+    least: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same loop, one elementary operation at a time, so that nothing is fused and the bits can be compared."""
-    codes, errors = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w)
+    codes, errors, kept = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w), torch.empty_like(w)
     for c in range(len(w)):
         s = scale[group[c]]
         z = zero[group[c]] if isinstance(zero, torch.Tensor) else zero
         code = ((w[c] / torch.where(s == 0, 1.0, s)).round() + z).clamp(0, top)
         codes[c] = code.to(torch.uint8)
-        errors[c] = (w[c] - (code - z) * s) / factor[c, c]
+        difference = w[c] - (code - z) * s
+        kept[c] = torch.where(difference.abs() > least[c], difference, 0.0).half()
+        errors[c] = (difference - kept[c]) / factor[c, c]
         w[c + 1 :] -= errors[c] * factor[c, c + 1 :, None]
-    return codes, errors
+    return codes, errors, kept
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
 @pytest.mark.parametrize("cols", [1, 2, 17, 128])
 @pytest.mark.parametrize("zero", [True, False])
-def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, zero: bool) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, zero: bool, apart: bool) -> None:
     w = draw(cols, rows)
     factor = torch.triu(draw(cols, cols, seed=1) * 0.1) + torch.eye(cols)
     scale = draw(3, rows, seed=2).abs() * 0.2
@@ -64,13 +74,19 @@ def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, 
     whole = torch.zeros(cols + 5, cols + 5)
     whole[2 : 2 + cols, 3 : 3 + cols] = factor  # a view with a stride, as the caller has it
     expected_w = w.clone()
-    expected = reference_round(expected_w, factor, scale, zeros, 15, group)
+    least = draw(cols, rows, seed=4).abs() if apart else torch.full((cols, rows), math.inf)
+    expected = reference_round(expected_w, factor, scale, zeros, 15, group, least)
+    assert bool(expected[2].any()) == apart or cols * rows < 40
     for count in (1, 2, 3):
         got_w = w.clone()
         with threads(count):
-            got = native.round_columns_(got_w, whole[2 : 2 + cols, 3 : 3 + cols], scale, zeros, 15, group)
+            got = native.round_columns_(
+                got_w, whole[2 : 2 + cols, 3 : 3 + cols], scale, zeros, 15, group, least if apart else None
+            )
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
+        assert (got[2] is not None) == apart
+        assert got[2] is None or torch.equal(got[2], expected[2])
         assert torch.equal(got_w, expected_w)
 
 
@@ -94,6 +110,21 @@ def test_gptq_is_as_good_with_native_code_as_without(
     assert a == pytest.approx(b, rel=0.02)
     rounded = QUANTIZERS["rtn"](clip="mse").quantize(w, None, parse_format(name)).weight
     assert a < output_error(w, rounded.dequantize(), stats)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("spqr", "int3-g16-zero"), ("pb_llm", "int2-g16"), ("pb_llm", "binary-g16")])
+def test_weights_kept_apart_are_the_same_with_native_code(name: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = draw(48, 64) ** 3, draw(300, 64, seed=1) * torch.linspace(0.1, 3, 64)
+    stats = Stats(300, gram=x.T @ x / 300)
+    quantizer = QUANTIZERS[name]()
+    with_native = quantizer.quantize(w, stats, parse_format(weights)).weight
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    without = quantizer.quantize(w, stats, parse_format(weights)).weight
+    assert with_native.nbytes == pytest.approx(without.nbytes, rel=0.02)
+    assert len(with_native.terms) == 2
+    torch.testing.assert_close(with_native.terms[1].dequantize(), without.terms[1].dequantize(), rtol=0.01, atol=0.3)
+    a, b = (output_error(w, v.dequantize(), stats) for v in (with_native, without))
+    assert a == pytest.approx(b, rel=0.02)
 
 
 @needs_amx
@@ -197,6 +228,9 @@ def round_arguments() -> dict[str, object]:
         ("group", torch.tensor([0, 0, 1, -1])),
         ("group", torch.tensor([0, 0, 1])),
         ("group", torch.tensor([0.0, 0, 1, 1])),
+        ("least", torch.ones(4, 5)),
+        ("least", torch.ones(4)),
+        ("least", torch.ones(6, 4).T),
     ],
 )
 def test_what_does_not_fit_is_refused_before_memory_is_touched(name: str, value: object) -> None:

@@ -51,16 +51,20 @@ def round_columns_(
     zero: Float[torch.Tensor, "groups rows"] | float,
     top: int,
     group: Int[torch.Tensor, " cols"],
-) -> tuple[UInt8[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"]]:
-    """Round columns in order, each error fed to the columns after it in `w`; give codes and errors.
+    least: Float[torch.Tensor, "cols rows"] | None = None,
+) -> tuple[UInt8[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"] | None]:
+    """Round columns in order, each error fed to the columns after it in `w`; give codes, errors and what is kept apart.
 
-    Levels are `(code - zero) * scale`, codes 0 to `top`; `group` names each column's row of parameters.
+    Levels are `(code - zero) * scale`, codes 0 to `top`; `group` names each column's row of parameters. Errors larger than `least` are
+    kept apart, rounded to half precision, and no more than the rest of them is fed on; without `least` nothing is.
     """
     codes = torch.empty(w.shape, dtype=torch.uint8)
     errors = torch.empty_like(w)
     stored, constant = (zero, 0.0) if isinstance(zero, torch.Tensor) else (None, float(zero))
-    built_library().round_columns(w, codes, errors, factor, scale, stored, constant, top, group, torch.get_num_threads())
-    return codes, errors
+    kept = None if least is None else torch.empty_like(w)
+    threads = torch.get_num_threads()
+    built_library().round_columns(w, codes, errors, factor, scale, stored, constant, top, group, least, kept, threads)
+    return codes, errors, kept
 
 
 def gram_size(in_features: int) -> int:

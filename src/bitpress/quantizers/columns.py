@@ -21,7 +21,7 @@ from bitpress.formats.dense import code_dtype
 __all__ = ["Columns", "Feedback", "Order", "check_feedback", "prepare"]
 
 Order = Literal["activation", "natural"]
-# What of a column's rounding error [out, span] is stored beside the codes, so that nothing of it is fed back.
+# What of a column's rounding error [out, span] is stored beside the codes, so that none of it is fed back.
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
 # What a column's weights [out, span] become, given their parameters, before they are rounded to nearest.
 Dither = Callable[[torch.Tensor, Params], torch.Tensor]
@@ -111,6 +111,7 @@ class Columns:
     """The state of one pass over the columns: weights still open, codes chosen, parameters fitted.
 
     Weights are held transposed, [in, out]: a column of the matrix is then a contiguous row, and feedback writes contiguous rows.
+    Errors larger than `least`, as they are after all feedback, stay in `kept` in half precision, and what is left of them is fed on.
     """
 
     def __init__(
@@ -123,10 +124,12 @@ class Columns:
         static: bool,
         params: Params | None = None,
         keep: Keep | None = None,
+        least: Float[torch.Tensor, "in out"] | None = None,
         dither: Dither | None = None,
     ) -> None:
         self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w, importance, ratios, static
-        self.keep, self.dither = keep, dither
+        self.keep, self.least, self.dither = keep, least, dither
+        self.kept = None if least is None else torch.zeros_like(least)
         self.shape = (w.shape[0], w.shape[1])
         self.params: Params = fmt.fit(w, importance, ratios) if params is None else params
         self._codes = torch.zeros(self.shape[1] // fmt.grid.span, self.shape[0], dtype=code_dtype(fmt.grid.code_bits))
@@ -185,15 +188,19 @@ class Columns:
         used, group = torch.unique(across, return_inverse=True)
         params = [self._column_params(int(a) * self.block_cols) for a in used]
         zeros = [grid.zero_of(p) for p in params]
-        codes, errors = native.round_columns_(
+        here = torch.tensor(at)
+        codes, errors, kept = native.round_columns_(
             part,
             factor,
             self._stack([p["scale"] for p in params]),
             zeros[0] if isinstance(zeros[0], float) else self._stack([z for z in zeros if isinstance(z, torch.Tensor)]),
             grid.top,
             group,
+            None if self.least is None else self.least[here],
         )
-        self._codes[torch.tensor(at)] = codes
+        self._codes[here] = codes
+        if self.kept is not None and kept is not None:
+            self.kept[here] = kept
         return errors
 
     def _stack(self, params: list[torch.Tensor]) -> Float[torch.Tensor, "groups out"]:
@@ -206,6 +213,10 @@ class Columns:
     def _left_over(self, values: torch.Tensor, column: int) -> torch.Tensor:
         """Round, and give the error less what of it is kept."""
         difference = values - self._round(values, column)
+        if self.kept is not None and self.least is not None:
+            here, own = slice(column, column + self.fmt.grid.span), difference.T
+            self.kept[here] = torch.where(own.abs() > self.least[here], own, 0.0).half()
+            difference = difference - self.kept[here].T
         return difference if self.keep is None else difference - self.keep(difference, column)
 
     def _round(self, values: torch.Tensor, column: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ Update   saliency = w^2 / U[j, j]^2, or |w|;  the `salient` part of the weights 
 Fails    as GPTQ. NumericsError when a salient weight is beyond the range of float16.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -65,16 +66,11 @@ class PBLLM:
             params = fmt.fit(without(w, salient, fmt), feedback.importance * ~salient, ratios)
         else:  # a codeword has to fit a salient weight's neighbours too
             params = fmt.fit(w, feedback.importance, ratios)
-        kept = torch.zeros_like(w)
-
-        def keep(error: torch.Tensor, column: int) -> torch.Tensor:
-            here = slice(column, column + fmt.grid.span)
-            kept[:, here] = torch.where(salient[:, here], error, 0.0).half().float()
-            return kept[:, here]
-
-        columns = Columns(fmt, w, feedback.importance, ratios, static=True, params=params, keep=keep)
+        least = torch.where(salient, -1.0, math.inf).T.contiguous()
+        columns = Columns(fmt, w, feedback.importance, ratios, static=True, params=params, least=least)
         columns.round_(feedback.order, feedback.factor, self.lazy)
-        weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params), sparse(kept, salient)))
+        assert columns.kept is not None
+        weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params), sparse(columns.kept.T, salient)))
         figures = {"damp": feedback.damp or 0.0, "salient": float(salient.float().mean())}
         return Outcome(weight, feedback.fallbacks, figures)
 

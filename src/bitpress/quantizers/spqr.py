@@ -62,18 +62,11 @@ class SpQR:
         limit = self.limit(usefulness, w, cost)
         likely = usefulness > limit
         params = fmt.fit(without(w, likely, fmt), cost * ~likely, ratios)
-        kept = torch.zeros(w.shape[1], w.shape[0])
-        least = (limit / cost).sqrt_()
-
-        def keep(error: torch.Tensor, column: int) -> torch.Tensor:
-            own = error.T
-            here = slice(column, column + fmt.grid.span)
-            kept[here] = torch.where(own.abs() > least[here, None], own, 0.0).half()
-            return kept[here].T
-
-        columns = Columns(fmt, w, cost, ratios, static=True, params=params, keep=keep)
+        least = (limit / cost).sqrt_()[:, None].repeat(1, w.shape[0])
+        columns = Columns(fmt, w, cost, ratios, static=True, params=params, least=least)
         columns.round_(feedback.order, feedback.factor, self.lazy)
-        outliers = sparse(kept.T, kept.T != 0)
+        assert columns.kept is not None
+        outliers = sparse(columns.kept.T, columns.kept.T != 0)
         weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params), outliers))
         figures = {"damp": feedback.damp or 0.0, "outliers": outliers.count / w.numel()}
         return Outcome(weight, feedback.fallbacks, figures)
