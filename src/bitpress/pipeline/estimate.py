@@ -16,7 +16,7 @@ import torch
 
 from bitpress.calibration import Stats, of_origin
 from bitpress.calibration.stats import STATISTICS, StatsCollector
-from bitpress.errors import FormatError
+from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.press_weight import PressedBlock, WeightPresser
@@ -113,23 +113,29 @@ def _pressing(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWei
     total = 0.0
     for (*_, head), alike in kinds.items():
         cols, rows = alike[0].parameter.shape[1], max(w.parameter.shape[0] for w in alike)
+        seconds_of = functools.partial(_sample_seconds, presser, searches, alike[0], recipe.needs(), head)
         some = _columns(alike[0], min(rows, ROWS))
-        work = _sample(presser, searches, alike[0], some, recipe.needs(), head)
-        # Of two numbers of rows, to tell what a weight costs apart from what its rows do.
-        most = min(rows, 2 * ROWS)
-        many = _timed(functools.partial(work, most))
-        while many < ENOUGH and most < rows:
-            most = min(rows, 4 * most)
-            many = _timed(functools.partial(work, most))
-        least = max(most // 2, 1)
-        few = _timed(functools.partial(work, least))
-        row = max(many - few, 0.0) / max(most - least, 1)
-        once = max(many - row * most, 0.0)
+        try:
+            once, row = _of_rows(lambda n: seconds_of(n, some), rows)  # noqa: B023 (called at once)
+        except BitpressError:  # what fits the weight does not fit a part of it: a rank, a block of rows
+            some, once, row = cols, 0.0, seconds_of(alike[0].parameter.shape[0], cols) / alike[0].parameter.shape[0]
         # A solve with a gram is of the third order in columns and its use in a row of the second; without a gram all is of the first.
         wider = cols / some
         once, row = (once * wider**3, row * wider**2) if recipe.needs() else (once * wider, row * wider)
         total += sum((once + row * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in alike)
     return total
+
+
+def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, float]:
+    """Give what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
+    most = min(rows, 2 * ROWS)
+    many = seconds_of(most)
+    while many < ENOUGH and most < rows:
+        most = min(rows, 4 * most)
+        many = seconds_of(most)
+    least = max(most // 2, 1)
+    row = max(many - seconds_of(least), 0.0) / max(most - least, 1)
+    return max(many - row * most, 0.0), row
 
 
 def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
@@ -139,11 +145,8 @@ def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
     if not heads or planned.parameter.experts or planned.parameter.shape[1] != hidden:
         return None
     row = getattr(text, "head_dim", None) or hidden // heads
-    return (
-        row
-        if planned.parameter.shape[0] in {row * heads, row * (getattr(text, "num_key_value_heads", None) or heads)}
-        else None
-    )
+    others = getattr(text, "num_key_value_heads", None) or heads
+    return row if planned.parameter.shape[0] in (row * heads, row * others) else None
 
 
 def _columns(planned: PlannedWeight, rows: int) -> int:
@@ -158,26 +161,27 @@ def _columns(planned: PlannedWeight, rows: int) -> int:
     return cols
 
 
-def _sample(
+def _sample_seconds(
     presser: WeightPresser,
     searches: Sequence[ScaleSearch],
     planned: PlannedWeight,
-    cols: int,
     needs: Collection[str],
     head: int | None,
-) -> Callable[[int], None]:
-    """Give what presses a made-up weight of some rows as the recipe would; `head` rows of it belong together."""
+    rows: int,
+    cols: int,
+) -> float:
+    """Seconds of pressing a made-up weight as the recipe would; `head` rows of it belong together."""
+    parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0)
+    w = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
+    stats = {parameter.stem: _made_up(rows, cols, needs, head)} if needs else {}
 
-    def work(rows: int) -> None:
-        parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0)
-        w = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
-        stats = {parameter.stem: _made_up(rows, cols, needs, head)} if needs else {}
+    def work() -> None:
         if isinstance(planned.format, Format) and stats:
             for search in searches:
                 search.plan([w], stats[parameter.stem], planned.format)
         presser.press_into(PressedBlock({}), replace(planned, parameter=parameter), w, stats, None)
 
-    return work
+    return _timed(work)
 
 
 def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> Stats:
