@@ -119,18 +119,20 @@ void decode_affine(ConstCodes codes, Array<float, 2> values, Vector scale, std::
 }
 
 bool search_ranges(Floats values, std::optional<Floats> importance, Vector ratios, int top, Array<float, 1> scale,
-                   std::optional<Array<float, 1>> zero, int type, int threads) {
+                   std::optional<Array<float, 1>> zero, int type, std::optional<Vector> steps, int most, int threads) {
     need(!importance || (importance->shape(0) == values.shape(0) && importance->shape(1) == values.shape(1)),
          "importance must have the shape of the values");
     need(ratios.shape(0) >= 1, "there must be a ratio");
     need(top >= (zero ? 1 : 3) && top <= 255, "top must be 1 to 255, 3 at least without a zero point");
     need(scale.shape(0) == values.shape(0), "scale must have one value a block");
     need(!zero || zero->shape(0) == values.shape(0), "zero must have one value a block");
-    need(type >= 0 && type <= 2, "type must be 0 (fp16), 1 (bf16) or 2 (fp32)");
+    need(type >= 0 && type <= 3, "type must be 0 (fp16), 1 (bf16), 2 (fp32) or 3 (steps)");
+    need((type == 3) == steps.has_value() && (!steps || steps->shape(0) == values.shape(0)), "steps must have one value a block");
+    need(!steps || (most >= 1 && most <= 65535), "most must be 1 to 65535");
     const bitpress::RangeSearch search{values.data(), importance ? importance->data() : nullptr,
                                        static_cast<std::int64_t>(values.shape(0)), static_cast<std::int64_t>(values.shape(1)),
                                        ratios.data(), static_cast<std::int64_t>(ratios.shape(0)), top, zero.has_value(),
-                                       static_cast<bitpress::ScaleType>(type)};
+                                       static_cast<bitpress::ScaleType>(type), steps ? steps->data() : nullptr, most};
     const int used = checked_threads(threads);
     const nb::gil_scoped_release released;
     return bitpress::search_ranges(search, scale.data(), zero ? zero->data() : nullptr, used);
@@ -239,7 +241,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 10;  // as in bitpress.library
+    m.attr("version") = 11;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -255,7 +257,7 @@ NB_MODULE(_native, m) {
           nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"), nb::arg("threads"));
     m.def("search_ranges", &search_ranges, nb::arg("values").noconvert(), nb::arg("importance").noconvert().none(),
           nb::arg("ratios").noconvert(), nb::arg("top"), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
-          nb::arg("type"), nb::arg("threads"));
+          nb::arg("type"), nb::arg("steps").noconvert().none(), nb::arg("most"), nb::arg("threads"));
     m.def("beam_search", &beam_search, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(), nb::arg("width"),
           nb::arg("codes").noconvert(), nb::arg("threads"));
     m.def("nearest_pairs", &nearest_pairs, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(),

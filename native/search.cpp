@@ -22,10 +22,15 @@ float as_bf16(float x) {
 }
 
 // As the store keeps it: a block that is not all zeros keeps at least the smallest scale there is.
-float stored_scale(float scale, ScaleType type) {
-    if (type == ScaleType::fp32) return scale;
-    const float rounded = type == ScaleType::fp16 ? as_half(scale) : as_bf16(scale);
-    const float smallest = std::bit_cast<float>(type == ScaleType::fp16 ? 0x33800000u : 0x00010000u);  // 2^-24, 2^-133
+float stored_scale(float scale, const RangeSearch &search, std::int64_t block) {
+    if (search.type == ScaleType::fp32) return scale;
+    if (search.type == ScaleType::steps) {
+        const float step = search.steps[block];
+        if (!(scale > 0.0f && step > 0.0f)) return 0.0f;
+        return std::clamp(std::nearbyint(scale / step), 1.0f, static_cast<float>(search.most)) * step;
+    }
+    const float rounded = search.type == ScaleType::fp16 ? as_half(scale) : as_bf16(scale);
+    const float smallest = std::bit_cast<float>(search.type == ScaleType::fp16 ? 0x33800000u : 0x00010000u);  // 2^-24, 2^-133
     return rounded == 0.0f && scale > 0.0f ? smallest : rounded;
 }
 
@@ -85,7 +90,7 @@ double error_of(const float *x, const float *importance, std::int64_t n, const L
 }
 
 // The smallest scale that clips nothing of the range, and its zero point; the scale as it will be kept.
-Levels levels_of(float low, float high, const RangeSearch &search) {
+Levels levels_of(float low, float high, const RangeSearch &search, std::int64_t block) {
     const float top = static_cast<float>(search.top), half = static_cast<float>((search.top + 1) / 2);
     float scale, zero = half;
     if (search.with_zero) {
@@ -94,7 +99,7 @@ Levels levels_of(float low, float high, const RangeSearch &search) {
     } else {
         scale = std::max(high / (half - 1.0f), -low / half);
     }
-    return {stored_scale(scale, search.type), zero, top};
+    return {stored_scale(scale, search, block), zero, top};
 }
 
 bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t last, float *scale, float *zero) {
@@ -104,11 +109,11 @@ bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t las
         const float *importance = search.importance ? search.importance + b * search.n : nullptr;
         float low, high;
         find_range(x, search.n, low, high);
-        Levels best = levels_of(low * search.ratios[0], high * search.ratios[0], search);
+        Levels best = levels_of(low * search.ratios[0], high * search.ratios[0], search, b);
         good = good && std::isfinite(best.scale);
         double least = search.num_ratios > 1 ? error_of(x, importance, search.n, best) : 0.0;
         for (std::int64_t r = 1; r < search.num_ratios; ++r) {
-            const Levels trial = levels_of(low * search.ratios[r], high * search.ratios[r], search);
+            const Levels trial = levels_of(low * search.ratios[r], high * search.ratios[r], search, b);
             good = good && std::isfinite(trial.scale);
             const double error = error_of(x, importance, search.n, trial);
             if (error < least) {

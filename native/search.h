@@ -5,8 +5,8 @@
 
 namespace bitpress {
 
-// How a scale is kept: rounded to a half float, to a bfloat16, or as it is.
-enum class ScaleType { fp16, bf16, fp32 };
+// How a scale is kept: rounded to a half float, to a bfloat16, as it is, or as a multiple of its block's step, 1 to `most` of it.
+enum class ScaleType { fp16, bf16, fp32, steps };
 
 // `[blocks, n]` finite weights, and of each what its squared error counts (null: alike). Every ratio is tried as a factor on the block's
 // range, the first of the best kept. Without a zero point levels are -half .. half - 1 times the scale, half = (top + 1) / 2.
@@ -19,6 +19,8 @@ struct RangeSearch {
     int top;
     bool with_zero;
     ScaleType type;
+    const float *steps;  // of every block; a step of 0 leaves scales of 0
+    int most;
 };
 
 // Says whether every scale that was tried could be kept. `zero` is written only with a zero point.

@@ -277,7 +277,17 @@ def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pyt
 @pytest.mark.parametrize("ratios", [(1.0,), shrink_ratios("mse", 20, 0.5)])
 @pytest.mark.parametrize(
     "name",
-    ["int4-g64-zero", "int3-g21", "int2-g14-zero-bf16", "int8-row", "int4-tensor-zero-fp32", "int1-g6-zero", "int4-2x42"],
+    [
+        "int4-g64-zero",
+        "int3-g21",
+        "int2-g14-zero-bf16",
+        "int8-row",
+        "int4-tensor-zero-fp32",
+        "int1-g6-zero",
+        "int4-2x42",
+        "int3-g14-zero-s4",
+        "int4-2x42-s8",
+    ],
 )
 def test_ranges_are_those_that_the_reference_finds(
     name: str, ratios: tuple[float, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
@@ -304,6 +314,23 @@ def test_ranges_are_those_that_the_reference_finds(
     weights = torch.ones(()) if importance is None else importance
     errors = [((fmt.decode(fmt.encode(w, p), p) - w).double().square() * weights).sum() for p in (found[0], expected)]
     assert float(errors[0]) == pytest.approx(float(errors[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int4-g14-zero", "int3-g14-zero-s4"])
+def test_ranges_found_anew_keep_what_blocks_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = draw(64, 126) * torch.exp(draw(126, seed=1))
+    w[3] = 0.0
+    fmt, ratios = parse_format(name), shrink_ratios("mse", 20, 0.5)
+    shared = fmt.fit(w)
+    # Larger than what was shared out for, so that steps end at their largest code.
+    found = fmt.fit(2 * w.roll(1, 0), None, ratios, shared=shared)
+    monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    expected = fmt.fit(2 * w.roll(1, 0), None, ratios, shared=shared)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert float((found[key] == value).float().mean()) > 0.99
+    for part in set(shared) - {p.name for p in fmt.grid.params}:
+        assert torch.equal(found[part], shared[part])
 
 
 @pytest.mark.parametrize("kept", native.SCALE_TYPES)
@@ -404,6 +431,9 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
         lambda: native.search_ranges(v, None, (1.0,), 1, with_zero=False, kept=torch.float16),
         lambda: native.search_ranges(v, None, (1.0,), 256, with_zero=True, kept=torch.float16),
         lambda: native.search_ranges(v.double(), None, (1.0,), 15, with_zero=True, kept=torch.float16),
+        lambda: native.search_ranges(v, None, (1.0,), 15, with_zero=True, kept=native.Steps(s[:2], 15)),
+        lambda: native.search_ranges(v, None, (1.0,), 15, with_zero=True, kept=native.Steps(s, 0)),
+        lambda: native.search_ranges(v, None, (1.0,), 15, with_zero=True, kept=native.Steps(s.double(), 15)),
         lambda: native.beam_search(v, torch.zeros(2, 5, 3), 4),
         lambda: native.beam_search(v, torch.zeros(0, 5, 4), 4),
         lambda: native.beam_search(v, torch.zeros(2, 0, 4), 4),

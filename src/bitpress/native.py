@@ -5,6 +5,7 @@ on the CPU and contiguous; results do not depend on the number of threads.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from bitpress.library import available, built_library, chosen_path, code_paths, features, library
 
 __all__ = [
+    "Steps",
     "add_gram_",
     "add_product_",
     "available",
@@ -37,6 +39,15 @@ __all__ = [
 
 # The kinds of scales that `search_ranges` knows, by its numbers for them.
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+IN_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Scales that are kept as whole multiples, 1 to `most`, of one step a block; all are 0 where it is."""
+
+    step: Float[torch.Tensor, "blocks 1"]
+    most: int
 
 
 def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -102,19 +113,20 @@ def search_ranges(
     top: int,
     *,
     with_zero: bool,
-    kept: torch.dtype,
+    kept: torch.dtype | Steps,
 ) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks 1"] | None, bool]:
     """Give each block the scale, and the zero point, of the ratio of its range that leaves the least squared error.
 
-    Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16 or float32. The third says whether every
+    Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16, float32 or steps. The third says whether every
     scale that was tried lies in its range.
     """
     scale = torch.empty(values.shape[0])
     zero = torch.empty(values.shape[0]) if with_zero else None
     weights = None if importance is None else importance.contiguous()
     tried = torch.tensor(ratios, dtype=torch.float32)
-    kind = SCALE_TYPES[kept]
-    good = built_library().search_ranges(values.contiguous(), weights, tried, top, scale, zero, kind, torch.get_num_threads())
+    kind, steps, most = (IN_STEPS, _vector(kept.step), kept.most) if isinstance(kept, Steps) else (SCALE_TYPES[kept], None, 0)
+    threads = torch.get_num_threads()
+    good = built_library().search_ranges(values.contiguous(), weights, tried, top, scale, zero, kind, steps, most, threads)
     return scale[:, None], None if zero is None else zero[:, None], good
 
 

@@ -18,7 +18,8 @@ from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
 from bitpress.formats.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
 from bitpress.formats.layouts import LAYOUTS, Layout
-from bitpress.formats.scales import SCALES, Plain, ScaleStore
+from bitpress.formats.scales import SCALES, IntegerCodes, Plain, ScaleStore
+from bitpress.native import Steps
 
 __all__ = ["Format"]
 
@@ -114,10 +115,6 @@ class Format:
         grid = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self._to_blocks(w.float())
         weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
-        if isinstance(self.grid, OwnSearch) and isinstance(self.store, Plain) and shared is None:
-            own = self.grid.search(blocks, weights, shrink, self.store.dtype)
-            if own is not None:
-                return {p.name: own[p.name].reshape(*grid, *p.shape) for p in self.grid.params}
         # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
         tied = any(p.scope == "tensor" for p in self.grid.params)
         whole = {} if shared is None else self._whole(shared)
@@ -125,8 +122,9 @@ class Format:
         pieces = [slice(a, a + size) for a in range(0, len(blocks), size)]
         outer = self._outer(blocks, weights, pieces, grid) if shared is None else self._known_outer(shared)
         by_block = self._outer_by_block(outer, grid)
-        found = []
-        for piece in pieces:
+        own = self._own_search(blocks, weights, shrink, by_block)
+        found = [] if own is None else [own]
+        for piece in pieces if own is None else []:
             part = {p: {name: t[piece] for name, t in parts.items()} for p, parts in by_block.items()}
             found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part, whole))
         params = {
@@ -221,6 +219,22 @@ class Format:
                 best_error = torch.where(better, error, best_error)
                 best = self.choose(better, trial, best)
         return best
+
+    def _own_search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        weights: torch.Tensor | None,
+        shrink: Sequence[float],
+        outer: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> Params | None:
+        """Let the grid search all blocks at once, where it can and knows how its scales are kept."""
+        if not isinstance(self.grid, OwnSearch):
+            return None
+        if isinstance(self.store, Plain):
+            return self.grid.search(blocks, weights, shrink, self.store.dtype)
+        if isinstance(self.store, IntegerCodes):
+            return self.grid.search(blocks, weights, shrink, Steps(outer["scale"]["row"], self.store.top))
+        return None
 
     def _whole(self, params: Params) -> Params:
         """Give the parameters of the whole weight alone."""

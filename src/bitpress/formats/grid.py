@@ -13,6 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 
+from bitpress.native import Steps
+
 __all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam"]
 
 Params = Mapping[str, torch.Tensor]
@@ -104,7 +106,7 @@ class OwnSearch(Protocol):
         blocks: Float[torch.Tensor, "blocks n"],
         importance: Float[torch.Tensor, "blocks n"] | None,
         shrink: Sequence[float],
-        kept: torch.dtype,
+        kept: torch.dtype | Steps,
     ) -> Params | None:
         """Choose parameters as `Format.fit` says, scales rounded to `kept`; None where it cannot serve, or a scale is out of range."""
         ...

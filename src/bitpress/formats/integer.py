@@ -79,10 +79,11 @@ class Integer:
         blocks: Float[torch.Tensor, "blocks n"],
         importance: Float[torch.Tensor, "blocks n"] | None,
         shrink: Sequence[float],
-        kept: torch.dtype,
+        kept: torch.dtype | native.Steps,
     ) -> Params | None:
         """See `OwnSearch`."""
-        if kept not in native.SCALE_TYPES or blocks.device.type != "cpu" or not native.available():
+        known = isinstance(kept, native.Steps) or kept in native.SCALE_TYPES
+        if not known or blocks.device.type != "cpu" or not native.available():
             return None
         scale, zero, good = native.search_ranges(blocks, importance, shrink, self.top, with_zero=self.zero, kept=kept)
         if not good:

@@ -182,7 +182,7 @@ class IntegerCodes:
     def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError("a scale is not finite.")
-        return {"row": scale.amax(-1, keepdim=True) / self._top}
+        return {"row": scale.amax(-1, keepdim=True) / self.top}
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         return self._codes(scale, outer) * outer["row"]
@@ -201,14 +201,14 @@ class IntegerCodes:
         return False
 
     @property
-    def _top(self) -> int:
+    def top(self) -> int:
         return (1 << self.bits) - 1
 
     def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         row = outer["row"]
         codes = (scale / torch.where(row == 0, 1.0, row)).round_()
         # A block that is not all zeros keeps at least the smallest scale there is.
-        return torch.where((scale > 0) & (row > 0), codes.clamp(1, self._top), 0.0)
+        return torch.where((scale > 0) & (row > 0), codes.clamp(1, self.top), 0.0)
 
 
 @dataclass(frozen=True)
