@@ -74,13 +74,13 @@ def test_progress_comes_to_its_end(tiny_model: Callable[..., Path], task_file: P
             stages.extend([what, total])
 
         def advance(self, unit: str, **figures: Any) -> None:
-            stages[1] -= 1
+            stages[-1] -= 1
 
         def note(self, text: str) -> None:
             stages.append(text)
 
     found = evaluate_tasks(tiny_model(), [str(task_file)], documents=4, progress=Watch())
-    assert stages == [f"answering {task_file}", 0]
+    assert stages == [f"reading {task_file}", 0, f"answering {task_file}", 0]
     assert found[str(task_file)]["documents"] == 4
 
 

@@ -116,7 +116,7 @@ def evaluate_tasks(
         pressed = PressedCheckpoint.open(directory)
     model = open_streamed(directory, dtype or Recipe().compute_dtype(), pressed)
     answers = Answers(model, tokenize_tasks(questions, directory, model.model.config))
-    progress.begin(f"answering {', '.join(tasks)}", len(model.blocks) + count_batches(answers.tasks))
+    progress.begin(f"reading {', '.join(tasks)}", len(model.blocks))
     model.load_outer_()
     answers.start_()
     for i in range(len(model.blocks)):
@@ -125,6 +125,8 @@ def evaluate_tasks(
         model.drop_block_(i)
         release()
         progress.advance(model.block_name(i))
+    # A stage of its own: a batch takes another time than a block, and the end is foretold from the units that are done.
+    progress.begin(f"answering {', '.join(tasks)}", count_batches(answers.tasks))
     return answers.accuracies(progress.advance)
 
 
