@@ -61,8 +61,8 @@ def of_origin(needs: Collection[str], origin: Origin) -> frozenset[str]:
 
 # Tokens whose sizes are added up at a time.
 TOKENS_TOGETHER = 256
-# The gram is built from square tiles of its upper triangle: a third of the products less at 3 tiles, near half at many; on AVX-512 the
-# grams of 576 and 1,536 channels take four fifths of what they take in tiles of 512.
+# The gram is built from square tiles of its upper triangle: a third of the products less at 3 tiles, near half at many. Smaller ones
+# would leave a product too little to do at once.
 TILE = 192
 
 

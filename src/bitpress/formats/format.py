@@ -123,10 +123,13 @@ class Format:
         outer = self._outer(blocks, weights, pieces, grid) if shared is None else self._known_outer(shared)
         by_block = self._outer_by_block(outer, grid)
         own = self._own_search(blocks, weights, shrink, by_block)
-        found = [] if own is None else [own]
-        for piece in pieces if own is None else []:
-            part = {p: {name: t[piece] for name, t in parts.items()} for p, parts in by_block.items()}
-            found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part, whole))
+        if own is not None:
+            found = [own]
+        else:
+            found = []
+            for piece in pieces:
+                part = {p: {name: t[piece] for name, t in parts.items()} for p, parts in by_block.items()}
+                found.append(self._search(blocks[piece], None if weights is None else weights[piece], shrink, part, whole))
         params = {
             p.name: torch.cat([f[p.name] for f in found]).reshape(*grid, *p.shape) if p.scope == "block" else found[0][p.name]
             for p in self.grid.params
