@@ -5,11 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.calibration import Capture, Watched, find_roles
+from bitpress.calibration import Capture, Watched, attention, find_roles
 from bitpress.calibration.attention import MOST, Attention, token_weights
-from bitpress.errors import CalibrationError
+from bitpress.errors import CalibrationError, NumericsError
 
 TOKENS, ROW = 12, 4
+
+
+@pytest.fixture(autouse=True, params=["at once", "five rows after others"])
+def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "at once":
+        monkeypatch.setattr(attention, "_TOGETHER", 5 * 2 * TOKENS)  # of two heads
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -114,21 +120,44 @@ def test_heads_that_share_keys_are_summed() -> None:
     o = block.o.unflatten(1, (4, ROW))
     torch.testing.assert_close(stats["v"].row_gram[1], o[:, 2].T @ o[:, 2] + o[:, 3].T @ o[:, 3])
     assert stats["q"].head_gram is None
+    products = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, ROW)).transpose(1, 2) for w in (block.q, block.k))
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        *products, x[:, None].expand(-1, 2, -1, -1), is_causal=True, enable_gqa=True
+    )
+    shared = mixed.transpose(0, 1)[2:].flatten(0, 2)  # what the two heads of the second key head make of the inputs
+    torch.testing.assert_close(stats["v"].head_gram[1], shared.T @ shared / 24)
     assert stats["o"].row_gram is None
     assert stats["up"].row_gram is None
 
 
+@pytest.mark.parametrize("keys", [TOKENS - 3, TOKENS, TOKENS + 3])
 @pytest.mark.parametrize("kind", ["causal", "bool mask", "float mask", "free"])
-def test_scores_are_those_of_torch(kind: str) -> None:
-    q, k, v = draw(2, 4, TOKENS, ROW), draw(2, 2, TOKENS, ROW, seed=1), draw(2, 2, TOKENS, ROW, seed=2)
-    allowed = (draw(2, 1, TOKENS, TOKENS, seed=3) > 0) | torch.eye(TOKENS, dtype=torch.bool)
-    mask = {"bool mask": allowed, "float mask": torch.where(allowed, draw(TOKENS, TOKENS), -torch.inf)}.get(kind)
+def test_scores_are_those_of_torch(kind: str, keys: int) -> None:
+    q, k, v = draw(2, 4, TOKENS, ROW), draw(2, 2, keys, ROW, seed=1), draw(2, 2, keys, ROW, seed=2)
+    allowed = (draw(2, 1, TOKENS, keys, seed=3) > 0) | torch.eye(TOKENS, keys, dtype=torch.bool)
+    allowed[..., 0] = True
+    mask = {"bool mask": allowed, "float mask": torch.where(allowed, draw(TOKENS, keys), -torch.inf)}.get(kind)
     kwargs = {"attn_mask": mask, "is_causal": kind == "causal", "scale": 0.3, "enable_gqa": True}
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, **kwargs)
-    attention = Attention.of((q, k, v), kwargs)
+    seen = Attention.of((q, k, v), kwargs)
     for sample in range(2):
-        for head in range(4):
-            torch.testing.assert_close(attention.scores(sample, head) @ v[sample, head // 2], wanted[sample, head])
+        values = v[sample].repeat_interleave(2, 0)
+        found = [scores @ values[:, : scores.shape[-1]] for scores in seen.scores(sample)]
+        torch.testing.assert_close(torch.cat(found, 1), wanted[sample])
+
+
+def test_a_row_that_pays_nothing_anywhere_is_refused() -> None:
+    block, x = Block(), draw(1, TOKENS, 6)
+    watched = block.watched()
+    capture = Capture(watched, {"gram", "row_gram", "head_gram"}, find_roles(lambda: block(x), watched))
+    q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, ROW)).transpose(1, 2) for w in (block.q, block.k, block.v))
+    with capture:
+        torch.nn.functional.linear(x, block.v)
+        nothing = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=nothing)
+    capture.next_batch()
+    with pytest.raises(NumericsError, match="v: the attention over the layer's input holds a NaN"):
+        capture.finish()
 
 
 def test_tokens_weigh_by_the_attention_they_are_paid() -> None:

@@ -3,7 +3,7 @@
 query [batch, heads, tokens, row]      key, value [batch, key heads, tokens, row]; several heads may share a key head
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch.overrides import TorchFunctionMode
 
-from bitpress.calibration.stats import StatsCollector
+from bitpress.calibration.stats import add_gram_, mirrored
 from bitpress.calibration.watched import Watched, product_of
+from bitpress.errors import NumericsError
+from bitpress.finite import all_finite
 
 __all__ = ["Attention", "HeadCollector", "Role", "find_roles", "is_attention", "token_weights"]
 
@@ -20,6 +22,8 @@ Role = Literal["query", "key", "value", "output"]
 
 _PARTS: tuple[Role, ...] = ("query", "key", "value")
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+# Scores of all heads that are made at a time: they are used while they are in the cache.
+_TOGETHER = 1 << 19
 # How much more the token that attention is drawn to most counts than the one it leaves aside.
 MOST = 3.0
 
@@ -47,24 +51,36 @@ class Attention:
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         return cls(query, given["key"], given["value"], given.get("attn_mask"), bool(given.get("is_causal")), scale)
 
-    def scores(self, sample: int, head: int) -> Float[torch.Tensor, "tokens tokens"]:
-        """Give what one head pays to every token (columns) for every token (rows): each row sums to 1."""
-        group = self.query.shape[1] // self.key.shape[1]
-        logits = self.query[sample, head].float() @ self.key[sample, head // group].float().T * self.scale
-        if self.causal:
-            logits = logits.masked_fill(torch.ones(logits.shape, dtype=torch.bool).triu(1), -torch.inf)
-        if self.mask is not None:
-            shape = (*self.query.shape[:2], *logits.shape)
-            mask = self.mask.expand(shape)[sample, head]
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
-        return torch.softmax(logits, -1)
+    def scores(self, sample: int) -> Iterator[Float[torch.Tensor, "heads rows until"]]:
+        """Give what every head pays to tokens (columns) for some tokens (rows) after others: each row sums to 1.
+
+        Columns end where no row of a causal attention pays any more.
+        """
+        key = self.key[sample].float()
+        query = self.query[sample].float().unflatten(0, (key.shape[0], -1)) * self.scale  # [key heads, group, tokens, row]
+        heads, tokens, keys = self.query.shape[1], query.shape[2], key.shape[1]
+        step = max(1, _TOGETHER // (heads * keys))
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
+            until = min(stop, keys) if self.causal else keys
+            logits = query[:, :, start:stop].flatten(1, 2) @ key[:, :until].mT
+            logits = logits.reshape(heads, stop - start, until)
+            if self.causal:
+                later = torch.ones(stop - start, max(until - start, 0), dtype=torch.bool).triu(1)
+                logits[:, :, start:].masked_fill_(later, -torch.inf)
+            if self.mask is not None:
+                mask = self.mask.expand(*self.query.shape[:2], tokens, keys)[sample, :, start:stop, :until]
+                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+            yield torch.softmax(logits, -1)
 
 
 def token_weights(attention: Attention) -> Float[torch.Tensor, "batch tokens"]:
     """Weigh every token by the attention that all heads and tokens of its text pay it: from 1 to `MOST`, then to a mean of 1."""
     rows = []
     for sample in range(attention.query.shape[0]):
-        paid = torch.stack([attention.scores(sample, head).sum(0) for head in range(attention.query.shape[1])]).sum(0)
+        paid = torch.zeros(attention.key.shape[2])
+        for scores in attention.scores(sample):
+            paid[: scores.shape[-1]] += scores.sum((0, 1))
         lowest, highest = paid.min(), paid.max()
         share = (paid - lowest) / (highest - lowest) if highest > lowest else torch.zeros_like(paid)
         weight = 1 + (MOST - 1) * share
@@ -86,7 +102,7 @@ class HeadCollector:
     def __init__(self, weights: Mapping[Role, Watched]) -> None:
         self.weights = weights
         self._sums: dict[tuple[str, str], torch.Tensor] = {}
-        self._mixed: list[StatsCollector] = []
+        self._mixed: torch.Tensor | None = None
         self._rows = 0
 
     def add(self, attention: Attention, x: Float[torch.Tensor, "*tokens in"]) -> None:
@@ -99,20 +115,28 @@ class HeadCollector:
         self._add("query", "row_gram", keys.repeat_interleave(group, 0))
         queries = torch.einsum("bhtr,bhts->hrs", query, query)
         self._add("key", "row_gram", queries.unflatten(0, (-1, group)).sum(1))
-        heads, name = self._heads("value"), self.weights["value"].name
-        self._mixed = self._mixed or [StatsCollector({"gram"}, x.shape[-1]) for _ in range(heads)]
-        for sample, text in enumerate(x.reshape(query.shape[0], -1, x.shape[-1])):
-            for head in range(query.shape[1]):
-                mixed = attention.scores(sample, head).to(text.dtype) @ text
-                self._mixed[head * heads // query.shape[1]].add(mixed, name)
+        heads, size = self._heads("value"), x.shape[-1]
+        if self._mixed is None:
+            self._mixed = torch.zeros(heads, size, size)
+        for sample, text in enumerate(x.float().reshape(query.shape[0], -1, size)):
+            # (a x)'(a x) of all heads that share the value's: one product with x for all of them, and of small matrices else.
+            paid = torch.zeros(heads, text.shape[0], text.shape[0])
+            for scores in attention.scores(sample):
+                for own, rows in zip(paid, scores.unflatten(0, (heads, -1)).flatten(1, 2), strict=True):
+                    add_gram_(own[: rows.shape[1], : rows.shape[1]], rows)
+            for own, mixed in zip(paid, self._mixed, strict=True):
+                add_gram_(mixed, text, mirrored(own) @ text)
 
     def finish(self, name: str, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Give a weight's row_gram and head_gram; None where it has no such part in the attention."""
         row_gram = self._sums[name, "row_gram"] / tokens if (name, "row_gram") in self._sums else None
         head_gram = None
-        if name == self.weights["value"].name and self._mixed:
-            sums = [stats.gram * stats.tokens for stats in (c.finish() for c in self._mixed) if stats.gram is not None]
-            head_gram = torch.stack(sums) / tokens
+        if name == self.weights["value"].name and self._mixed is not None:
+            head_gram = torch.stack([mirrored(mixed) for mixed in self._mixed]) / tokens
+            if not all_finite(head_gram):
+                raise NumericsError(
+                    f"{name}: the attention over the layer's input holds a NaN or an infinity during calibration."
+                )
             output = self.weights["output"].matrix.float()
             parts = output.unflatten(1, (-1, self._rows)).transpose(0, 1)  # [heads, hidden, row]
             row_gram = (parts.mT @ parts).unflatten(0, (self._heads("value"), -1)).sum(1)

@@ -25,7 +25,7 @@ from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
 
-__all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "of_origin"]
+__all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "add_gram_", "mirrored", "of_origin"]
 
 Origin = Literal["input", "original", "attention", "loss"]
 
@@ -193,16 +193,16 @@ class StatsCollector:
         tokens = max(self.tokens, 1)
         gram = None
         if self._gram is not None:
-            gram = _mirrored(self._gram[: self.in_features, : self.in_features]).div_(tokens)
+            gram = mirrored(self._gram[: self.in_features, : self.in_features]).div_(tokens)
             self._gram = None
         mean_abs = None if self._sum_abs is None else (self._sum_abs / tokens).float()
         cross = None if self._cross is None else self._cross[: self.in_features, : self.in_features].div(tokens)
-        attention = None if self._attention is None else _mirrored(self._attention).div_(tokens)
+        attention = None if self._attention is None else mirrored(self._attention).div_(tokens)
         self._cross = self._attention = None
         return Stats(self.tokens, gram, mean_abs, cross, attention)
 
 
-def _mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:
+def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:
     """Complete a gram of which only the upper tiles were summed: the lower ones are their mirror image."""
     upper = torch.triu(gram)
     return upper + torch.triu(upper, 1).T
@@ -223,9 +223,17 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def add_gram_(gram: Float[torch.Tensor, "in in"], x: Float[torch.Tensor, "tokens in"]) -> None:
-    """Add x.T @ x to the tiles of `gram` on and above the diagonal; those below are left alone."""
+def add_gram_(
+    gram: Float[torch.Tensor, "in in"],
+    x: Float[torch.Tensor, "tokens in"],
+    other: Float[torch.Tensor, "tokens in"] | None = None,
+) -> None:
+    """Add x.T @ x to the tiles of `gram` on and above the diagonal; those below are left alone.
+
+    With `other` it is x.T @ other, which has to be symmetric.
+    """
+    other = x if other is None else other
     n = gram.shape[0]
     for start in range(0, n, TILE):
         stop = min(start + TILE, n)
-        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, other[:, start:])
