@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitpress.calibration import Capture, Watched, attention, find_roles
+from bitpress.calibration import stats as stats_module
 from bitpress.calibration.attention import MOST, Attention, token_weights
 from bitpress.errors import CalibrationError, NumericsError
 
@@ -16,6 +17,7 @@ TOKENS, ROW = 12, 4
 def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "at once":
         monkeypatch.setattr(attention, "_TOGETHER", 5 * 2 * TOKENS)  # of two heads
+        monkeypatch.setattr(stats_module, "TILE", 4)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
