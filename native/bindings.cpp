@@ -19,6 +19,7 @@
 #include "engine/bindings.h"
 #include "feedback.h"
 #include "gram.h"
+#include "levels.h"
 #include "search.h"
 
 namespace nb = nanobind;
@@ -34,9 +35,22 @@ int checked_threads(int threads) {
     return threads;
 }
 
+using Vector = Array<const float, 1>;
+using CodesOf = Array<const std::uint8_t, 1>;
+
+bitpress::LevelTable checked_table(const Vector &boundaries, const Vector &levels, const CodesOf &code_of, int zero_code,
+                                   int negative_zero_code) {
+    need(boundaries.shape(0) <= 255 && levels.shape(0) == boundaries.shape(0) + 1, "at most 256 levels, one boundary less");
+    need(code_of.shape(0) == levels.shape(0), "code_of must have one code a level");
+    need(zero_code <= 255 && negative_zero_code <= 255, "a code is at most 255");
+    return {boundaries.data(), static_cast<std::int64_t>(boundaries.shape(0)), levels.data(), code_of.data(), zero_code,
+            negative_zero_code};
+}
+
 void round_columns(Array<float, 2> w, Array<std::uint8_t, 2> codes, Array<float, 2> errors, Rows factor,
                    Array<const float, 2> scale, std::optional<Array<const float, 2>> zero, float offset, int top,
-                   Array<const std::int64_t, 1> group, std::optional<Array<const float, 2>> least,
+                   std::optional<Vector> boundaries, std::optional<Vector> rising, std::optional<CodesOf> code_of, int zero_code,
+                   int negative_zero_code, Array<const std::int64_t, 1> group, std::optional<Array<const float, 2>> least,
                    std::optional<Array<float, 2>> kept, int threads) {
     const auto cols = static_cast<std::int64_t>(w.shape(0)), rows = static_cast<std::int64_t>(w.shape(1));
     need(codes.shape(0) == w.shape(0) && codes.shape(1) == w.shape(1), "codes must have the shape of w");
@@ -52,7 +66,11 @@ void round_columns(Array<float, 2> w, Array<std::uint8_t, 2> codes, Array<float,
     need(!kept || (kept->shape(0) == w.shape(0) && kept->shape(1) == w.shape(1)), "kept must have the shape of w");
     for (std::int64_t c = 0; c < cols; ++c)
         need(group(c) >= 0 && group(c) < static_cast<std::int64_t>(scale.shape(0)), "group holds an index out of range");
-    const bitpress::AffineColumns levels{scale.data(), zero ? zero->data() : nullptr, offset, static_cast<float>(top), group.data()};
+    need(boundaries.has_value() == rising.has_value() && rising.has_value() == code_of.has_value(), "a table has three parts");
+    std::optional<bitpress::LevelTable> table;
+    if (boundaries) table = checked_table(*boundaries, *rising, *code_of, zero_code, negative_zero_code);
+    const bitpress::ColumnLevels levels{scale.data(), table ? &*table : nullptr, zero ? zero->data() : nullptr,
+                                        offset,       static_cast<float>(top),   group.data()};
     const bitpress::KeptApart apart{least ? least->data() : nullptr, kept ? kept->data() : nullptr};
     const int used = checked_threads(threads);
     const nb::gil_scoped_release released;
@@ -84,7 +102,6 @@ void add_product(Array<float, 2> sum, Array<const std::int16_t, 2> a, Array<cons
 }
 
 using Floats = Array<const float, 2>;
-using Vector = Array<const float, 1>;
 using Codes = Array<std::uint8_t, 2>;
 using ConstCodes = Array<const std::uint8_t, 2>;
 
@@ -138,6 +155,21 @@ bool search_ranges(Floats values, std::optional<Floats> importance, Vector ratio
     return bitpress::search_ranges(search, scale.data(), zero ? zero->data() : nullptr, used);
 }
 
+void search_scales(Floats values, std::optional<Floats> importance, Floats trials, Vector boundaries, Vector levels, CodesOf code_of,
+                   int zero_code, int negative_zero_code, Array<float, 1> scale, int threads) {
+    need(!importance || (importance->shape(0) == values.shape(0) && importance->shape(1) == values.shape(1)),
+         "importance must have the shape of the values");
+    need(trials.shape(0) >= 1 && trials.shape(1) == values.shape(0), "trials must be [trials, blocks], one at least");
+    need(scale.shape(0) == values.shape(0), "scale must have one value a block");
+    const auto table = checked_table(boundaries, levels, code_of, zero_code, negative_zero_code);
+    const bitpress::ScaleSearch search{values.data(), importance ? importance->data() : nullptr,
+                                       static_cast<std::int64_t>(values.shape(0)), static_cast<std::int64_t>(values.shape(1)),
+                                       trials.data(), static_cast<std::int64_t>(trials.shape(0))};
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::search_scales(search, table, scale.data(), used);
+}
+
 bitpress::Books checked_books(const Floats &vectors, const Array<const float, 3> &words, const Array<std::int64_t, 2> &codes) {
     need(words.shape(0) >= 1 && words.shape(1) >= 1 && words.shape(2) >= 1, "there must be a book, a word and a number in it");
     need(vectors.shape(1) == words.shape(2), "vectors must be as long as words");
@@ -162,18 +194,15 @@ void nearest_pairs(Floats vectors, Array<const float, 3> words, Array<std::int64
     bitpress::nearest_pairs(vectors.data(), static_cast<std::int64_t>(vectors.shape(0)), books, codes.data(), used);
 }
 
-void encode_levels(Floats values, Codes codes, Vector scale, Vector boundaries, Array<const std::uint8_t, 1> code_of, int zero_code,
+void encode_levels(Floats values, Codes codes, Vector scale, Vector boundaries, Vector levels, CodesOf code_of, int zero_code,
                    int negative_zero_code, int threads) {
     need_same_shape(values, codes);
     need(scale.shape(0) == values.shape(0), "scale must have one value a block");
-    need(boundaries.shape(0) <= 255 && code_of.shape(0) == boundaries.shape(0) + 1, "at most 256 levels, one boundary less");
-    need(zero_code <= 255 && negative_zero_code <= 255, "a code is at most 255");
-    const bitpress::LevelBlocks levels{scale.data(), boundaries.data(), static_cast<std::int64_t>(boundaries.shape(0)),
-                                       code_of.data(), zero_code, negative_zero_code};
+    const auto table = checked_table(boundaries, levels, code_of, zero_code, negative_zero_code);
     const int used = checked_threads(threads);
     const nb::gil_scoped_release released;
     bitpress::encode_levels(values.data(), codes.data(), static_cast<std::int64_t>(values.shape(0)),
-                            static_cast<std::int64_t>(values.shape(1)), levels, used);
+                            static_cast<std::int64_t>(values.shape(1)), scale.data(), table, used);
 }
 
 void decode_levels(ConstCodes codes, Array<float, 2> values, Vector scale, Vector table, int threads) {
@@ -241,13 +270,14 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 11;  // as in bitpress.library
+    m.attr("version") = 12;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
           nb::arg("factor").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("offset"),
-          nb::arg("top"), nb::arg("group").noconvert(), nb::arg("least").noconvert().none(), nb::arg("kept").noconvert().none(),
-          nb::arg("threads"));
+          nb::arg("top"), nb::arg("boundaries").noconvert().none(), nb::arg("levels").noconvert().none(),
+          nb::arg("code_of").noconvert().none(), nb::arg("zero_code"), nb::arg("negative_zero_code"), nb::arg("group").noconvert(),
+          nb::arg("least").noconvert().none(), nb::arg("kept").noconvert().none(), nb::arg("threads"));
     m.def("add_gram", &add_gram, nb::arg("gram").noconvert(), nb::arg("x").noconvert(), nb::arg("threads"));
     m.def("add_product", &add_product, nb::arg("sum").noconvert(), nb::arg("a").noconvert(), nb::arg("b").noconvert(),
           nb::arg("threads"));
@@ -258,13 +288,17 @@ NB_MODULE(_native, m) {
     m.def("search_ranges", &search_ranges, nb::arg("values").noconvert(), nb::arg("importance").noconvert().none(),
           nb::arg("ratios").noconvert(), nb::arg("top"), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
           nb::arg("type"), nb::arg("steps").noconvert().none(), nb::arg("most"), nb::arg("threads"));
+    m.def("search_scales", &search_scales, nb::arg("values").noconvert(), nb::arg("importance").noconvert().none(),
+          nb::arg("trials").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("levels").noconvert(),
+          nb::arg("code_of").noconvert(), nb::arg("zero_code"), nb::arg("negative_zero_code"), nb::arg("scale").noconvert(),
+          nb::arg("threads"));
     m.def("beam_search", &beam_search, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(), nb::arg("width"),
           nb::arg("codes").noconvert(), nb::arg("threads"));
     m.def("nearest_pairs", &nearest_pairs, nb::arg("vectors").noconvert(), nb::arg("words").noconvert(),
           nb::arg("codes").noconvert(), nb::arg("threads"));
     m.def("encode_levels", &encode_levels, nb::arg("values").noconvert(), nb::arg("codes").noconvert(),
-          nb::arg("scale").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("code_of").noconvert(), nb::arg("zero_code"),
-          nb::arg("negative_zero_code"), nb::arg("threads"));
+          nb::arg("scale").noconvert(), nb::arg("boundaries").noconvert(), nb::arg("levels").noconvert(),
+          nb::arg("code_of").noconvert(), nb::arg("zero_code"), nb::arg("negative_zero_code"), nb::arg("threads"));
     m.def("decode_levels", &decode_levels, nb::arg("codes").noconvert(), nb::arg("values").noconvert(),
           nb::arg("scale").noconvert(), nb::arg("table").noconvert(), nb::arg("threads"));
     m.def("pack_dense", &pack_dense, nb::arg("codes").noconvert(), nb::arg("packed").noconvert(), nb::arg("bits"),

@@ -40,31 +40,6 @@ void decode_affine_range(const std::uint8_t *codes, float *values, std::int64_t 
     }
 }
 
-// Few levels: compare with every boundary, no memory access but the boundaries.
-EVERY_VECTOR_UNIT
-void rank_by_counting(const float *scaled, std::int32_t *rank, std::int64_t n, const float *boundaries, std::int64_t count) {
-    for (std::int64_t i = 0; i < n; ++i) rank[i] = 0;
-    for (std::int64_t k = 0; k < count; ++k) {
-        const float boundary = boundaries[k];
-        for (std::int64_t i = 0; i < n; ++i) rank[i] += scaled[i] > boundary ? 1 : 0;
-    }
-}
-
-// Many levels: halve eight times a table of 255 boundaries, padded with infinity.
-EVERY_VECTOR_UNIT
-void rank_by_halving(const float *scaled, std::int32_t *rank, std::int64_t n, const float *boundaries) {
-    for (std::int64_t i = 0; i < n; ++i) rank[i] = 0;
-    for (std::int32_t half = 128; half > 0; half /= 2) {
-        const float *middle = boundaries + half - 1;
-        for (std::int64_t i = 0; i < n; ++i) rank[i] += scaled[i] > middle[rank[i]] ? half : 0;
-    }
-}
-
-EVERY_VECTOR_UNIT
-void scale_down(const float *values, float *scaled, std::int64_t n, float divisor) {
-    for (std::int64_t i = 0; i < n; ++i) scaled[i] = values[i] / divisor;
-}
-
 EVERY_VECTOR_UNIT
 void decode_levels_range(const std::uint8_t *codes, float *values, std::int64_t first, std::int64_t last, std::int64_t n,
                          const float *scale, const float *table) {
@@ -145,33 +120,18 @@ void decode_affine(const std::uint8_t *codes, float *values, std::int64_t blocks
     share(blocks, n, threads, [&](std::int64_t first, std::int64_t last) { decode_affine_range(codes, values, first, last, n, levels); });
 }
 
-void encode_levels(const float *values, std::uint8_t *codes, std::int64_t blocks, std::int64_t n, const LevelBlocks &levels,
-                   int threads) {
-    constexpr std::int64_t piece = 256;
-    float padded[256];
-    std::fill(padded, padded + 256, INFINITY);
-    std::copy(levels.boundaries, levels.boundaries + levels.num_boundaries, padded);
+void encode_levels(const float *values, std::uint8_t *codes, std::int64_t blocks, std::int64_t n, const float *scale,
+                   const LevelTable &table, int threads) {
+    const Ranker ranks(table);
     share(blocks, n, threads, [&](std::int64_t first, std::int64_t last) {
-        float scaled[piece];
-        std::int32_t rank[piece];
+        float scaled[kRanked];
+        std::int32_t rank[kRanked];
         for (std::int64_t b = first; b < last; ++b) {
-            const float divisor = levels.scale[b] == 0.0f ? 1.0f : levels.scale[b];
-            for (std::int64_t start = 0; start < n; start += piece) {
-                const std::int64_t here = std::min(piece, n - start);
-                const float *from = values + b * n + start;
-                std::uint8_t *to = codes + b * n + start;
-                scale_down(from, scaled, here, divisor);
-                if (levels.num_boundaries <= 31) {
-                    rank_by_counting(scaled, rank, here, levels.boundaries, levels.num_boundaries);
-                } else {
-                    rank_by_halving(scaled, rank, here, padded);
-                }
-                for (std::int64_t i = 0; i < here; ++i) to[i] = levels.code_of[rank[i]];
-                if (levels.negative_zero_code >= 0) {
-                    const auto zero = static_cast<std::uint8_t>(levels.zero_code);
-                    const auto negative = static_cast<std::uint8_t>(levels.negative_zero_code);
-                    for (std::int64_t i = 0; i < here; ++i) to[i] = to[i] == zero && std::signbit(scaled[i]) ? negative : to[i];
-                }
+            for (std::int64_t start = 0; start < n; start += kRanked) {
+                const std::int64_t here = std::min(kRanked, n - start);
+                scale_down(values + b * n + start, scaled, here, scale[b]);
+                ranks(scaled, rank, here);
+                codes_of(table, scaled, rank, codes + b * n + start, here);
             }
         }
     });

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "levels.h"
+
 namespace bitpress {
 
 // `[blocks, n]` weights; one scale a block, and one zero point a block or `offset` for all of them.
@@ -18,19 +20,8 @@ void encode_affine(const float *values, std::uint8_t *codes, std::int64_t blocks
 void decode_affine(const std::uint8_t *codes, float *values, std::int64_t blocks, std::int64_t n, const AffineBlocks &levels,
                    int threads);
 
-// Levels in rising order with `boundaries` between them: a value above k boundaries gets code_of[k], k at most 255. A value with
-// its sign bit set whose code is `zero_code` gets `negative_zero_code` (both -1 where there is no such code).
-struct LevelBlocks {
-    const float *scale;
-    const float *boundaries;
-    std::int64_t num_boundaries;
-    const std::uint8_t *code_of;
-    int zero_code;
-    int negative_zero_code;
-};
-
-void encode_levels(const float *values, std::uint8_t *codes, std::int64_t blocks, std::int64_t n, const LevelBlocks &levels,
-                   int threads);
+void encode_levels(const float *values, std::uint8_t *codes, std::int64_t blocks, std::int64_t n, const float *scale,
+                   const LevelTable &table, int threads);
 // table: 256 levels by code.
 void decode_levels(const std::uint8_t *codes, float *values, std::int64_t blocks, std::int64_t n, const float *scale,
                    const float *table, int threads);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "cpu.h"
@@ -25,45 +26,79 @@ struct Strip {
     float *kept;
 };
 
+// One column of a strip: the codes nearest to `w`, and what each leaves of it.
 EVERY_VECTOR_UNIT
-void round_strip(const Strip &strip, std::int64_t cols, const float *factor, std::int64_t factor_stride, float top) {
-    for (std::int64_t c = 0; c < cols; ++c) {
-        float *w = strip.w + c * kRows;
-        float *error = strip.errors + c * kRows;
-        const float *scale = strip.scale + c * kRows;
-        const float *zero = strip.zero + c * kRows;
-        std::uint8_t *codes = strip.codes + c * kRows;
-        const float own = factor[c * factor_stride + c];
+void round_evenly(const float *w, const float *scale, const float *zero, float top, std::uint8_t *codes, float *error) {
+    for (std::int64_t r = 0; r < kRows; ++r) {
+        // A scale of 0 marks a block of zeros; dividing by 1 there keeps the code finite, and decoding gives 0 anyway.
+        const float divisor = scale[r] == 0.0f ? 1.0f : scale[r];
+        float code = std::nearbyint(w[r] / divisor) + zero[r];
+        code = code < 0.0f ? 0.0f : code;
+        code = code > top ? top : code;
+        codes[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+        error[r] = w[r] - (code - zero[r]) * scale[r];
+    }
+}
+
+EVERY_VECTOR_UNIT
+void scale_rows_down(const float *w, const float *scale, float *scaled) {
+    for (std::int64_t r = 0; r < kRows; ++r) scaled[r] = w[r] / (scale[r] == 0.0f ? 1.0f : scale[r]);
+}
+
+EVERY_VECTOR_UNIT
+void left_of_levels(const float *w, const float *scale, const float *levels, const std::int32_t *rank, float *error) {
+    for (std::int64_t r = 0; r < kRows; ++r) error[r] = w[r] - levels[rank[r]] * scale[r];
+}
+
+void round_to_table(const float *w, const float *scale, const LevelTable &table, const Ranker &ranks, std::uint8_t *codes,
+                    float *error) {
+    float scaled[kRows];
+    std::int32_t rank[kRows];
+    scale_rows_down(w, scale, scaled);
+    ranks(scaled, rank, kRows);
+    codes_of(table, scaled, rank, codes, kRows);
+    left_of_levels(w, scale, table.levels, rank, error);
+}
+
+// Keeps large errors of column c apart, and pushes the rest onto the columns after it.
+EVERY_VECTOR_UNIT
+void push_error(const Strip &strip, std::int64_t c, std::int64_t cols, const float *factor) {
+    float *error = strip.errors + c * kRows;
+    if (strip.least != nullptr) {
+        const float *least = strip.least + c * kRows;
+        float *kept = strip.kept + c * kRows;
         for (std::int64_t r = 0; r < kRows; ++r) {
-            // A scale of 0 marks a block of zeros; dividing by 1 there keeps the code finite, and decoding gives 0 anyway.
-            const float divisor = scale[r] == 0.0f ? 1.0f : scale[r];
-            float code = std::nearbyint(w[r] / divisor) + zero[r];
-            code = code < 0.0f ? 0.0f : code;
-            code = code > top ? top : code;
-            codes[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
-            error[r] = w[r] - (code - zero[r]) * scale[r];
+            kept[r] = std::fabs(error[r]) > least[r] ? as_half(error[r]) : 0.0f;
+            error[r] -= kept[r];
         }
-        if (strip.least != nullptr) {
-            const float *least = strip.least + c * kRows;
-            float *kept = strip.kept + c * kRows;
-            for (std::int64_t r = 0; r < kRows; ++r) {
-                kept[r] = std::fabs(error[r]) > least[r] ? as_half(error[r]) : 0.0f;
-                error[r] -= kept[r];
-            }
+    }
+    const float own = factor[c];
+    for (std::int64_t r = 0; r < kRows; ++r) error[r] /= own;
+    for (std::int64_t next = c + 1; next < cols; ++next) {
+        const float weight = factor[next];
+        float *open = strip.w + next * kRows;
+        for (std::int64_t r = 0; r < kRows; ++r) open[r] -= error[r] * weight;
+    }
+}
+
+void round_strip(const Strip &strip, std::int64_t cols, const float *factor, std::int64_t factor_stride, const ColumnLevels &levels,
+                 const std::optional<Ranker> &ranks) {
+    for (std::int64_t c = 0; c < cols; ++c) {
+        const std::int64_t at = c * kRows;
+        if (ranks) {
+            round_to_table(strip.w + at, strip.scale + at, *levels.table, *ranks, strip.codes + at, strip.errors + at);
+        } else {
+            round_evenly(strip.w + at, strip.scale + at, strip.zero + at, levels.top, strip.codes + at, strip.errors + at);
         }
-        for (std::int64_t r = 0; r < kRows; ++r) error[r] /= own;
-        for (std::int64_t next = c + 1; next < cols; ++next) {
-            const float weight = factor[c * factor_stride + next];
-            float *open = strip.w + next * kRows;
-            for (std::int64_t r = 0; r < kRows; ++r) open[r] -= error[r] * weight;
-        }
+        push_error(strip, c, cols, factor + c * factor_stride);
     }
 }
 
 }  // namespace
 
 void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
-                   std::int64_t factor_stride, const AffineColumns &levels, const KeptApart &apart, int threads) {
+                   std::int64_t factor_stride, const ColumnLevels &levels, const KeptApart &apart, int threads) {
+    const std::optional<Ranker> ranks = levels.table ? std::optional<Ranker>(*levels.table) : std::nullopt;
     const std::int64_t strips = (rows + kRows - 1) / kRows;
     const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, strips)));
     parallel(used, [&](int index) {
@@ -86,7 +121,7 @@ void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t co
                     std::copy(limits, limits + width, strip.least + c * kRows);
                 }
             }
-            round_strip(strip, cols, factor, factor_stride, levels.top);
+            round_strip(strip, cols, factor, factor_stride, levels, ranks);
             for (std::int64_t c = 0; c < cols; ++c) {
                 const std::int64_t at = c * rows + first;
                 std::copy(strip.errors + c * kRows, strip.errors + c * kRows + width, errors + at);

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
+#include "levels.h"
+
 namespace bitpress {
 
-// Equally spaced levels: w_hat = (code - zero) * scale, codes 0 .. top. Parameters are `[groups, rows]`.
-struct AffineColumns {
+// What a column is rounded to. Parameters are `[groups, rows]`.
+struct ColumnLevels {
     const float *scale;
+    const LevelTable *table;    // null: equally spaced levels, w_hat = (code - zero) * scale, codes 0 .. top
     const float *zero;          // null: `offset` for every group
     float offset;
     float top;
@@ -24,6 +27,6 @@ struct KeptApart {
 // factor: upper triangle, row c at factor + c * factor_stride.
 // Each row of the matrix is computed alone, in the same order whatever `threads` is.
 void round_columns(float *w, std::uint8_t *codes, float *errors, std::int64_t cols, std::int64_t rows, const float *factor,
-                   std::int64_t factor_stride, const AffineColumns &levels, const KeptApart &apart, int threads);
+                   std::int64_t factor_stride, const ColumnLevels &levels, const KeptApart &apart, int threads);
 
 }  // namespace bitpress

@@ -127,7 +127,61 @@ bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t las
     return good;
 }
 
+// Of `blocks` blocks of `n` weights each, or of a piece of one, the squared errors added to what they had.
+EVERY_VECTOR_UNIT
+void add_errors(const float *x, const std::int32_t *rank, const float *importance, std::int64_t blocks, std::int64_t n,
+                const float *scale, const float *levels, double *errors) {
+    for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t start = b * n, whole = n / kLanes * kLanes;
+        float sums[kLanes] = {};
+        const auto error = [&](std::int64_t i) {
+            const float difference = levels[rank[i]] * scale[b] - x[i];
+            return importance ? difference * difference * importance[i] : difference * difference;
+        };
+        for (std::int64_t i = start; i < start + whole; i += kLanes)
+            for (std::int64_t k = 0; k < kLanes; ++k) sums[k] += error(i + k);
+        for (std::int64_t i = start + whole; i < start + n; ++i) sums[0] += error(i);
+        for (std::int64_t k = 0; k < kLanes; ++k) errors[b] += static_cast<double>(sums[k]);
+    }
+}
+
+void search_some(const ScaleSearch &search, const LevelTable &table, const Ranker &ranks, std::int64_t first, std::int64_t last,
+                 float *scale) {
+    // Short blocks together, long ones in pieces.
+    const std::int64_t together = std::max<std::int64_t>(1, kRanked / std::max<std::int64_t>(search.n, 1));
+    const std::int64_t piece = std::min(search.n, kRanked);
+    float scaled[kRanked];
+    std::int32_t rank[kRanked];
+    double errors[kRanked], least[kRanked];
+    for (std::int64_t b = first; b < last; b += together) {
+        const std::int64_t count = std::min(together, last - b);
+        for (std::int64_t t = 0; t < search.num_trials; ++t) {
+            const float *trial = search.trials + t * search.blocks + b;
+            std::fill(errors, errors + count, 0.0);
+            for (std::int64_t start = 0; start < search.n; start += piece) {
+                const std::int64_t here = std::min(piece, search.n - start), from = b * search.n + start;
+                for (std::int64_t i = 0; i < count; ++i) scale_down(search.values + from + i * here, scaled + i * here, here, trial[i]);
+                ranks(scaled, rank, count * here);
+                add_errors(search.values + from, rank, search.importance ? search.importance + from : nullptr, count, here, trial,
+                           table.levels, errors);
+            }
+            for (std::int64_t i = 0; i < count; ++i) {
+                if (t == 0 || errors[i] < least[i]) {
+                    least[i] = errors[i];
+                    scale[b + i] = trial[i];
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
+
+void search_scales(const ScaleSearch &search, const LevelTable &table, float *scale, int threads) {
+    const Ranker ranks(table);
+    share(search.blocks, search.n * search.num_trials, threads,
+          [&](std::int64_t first, std::int64_t last) { search_some(search, table, ranks, first, last, scale); });
+}
 
 bool search_ranges(const RangeSearch &search, float *scale, float *zero, int threads) {
     std::atomic<bool> good = true;

@@ -1,7 +1,9 @@
-// The range of every block of weights for evenly spaced levels, searched by the squared error it leaves.
+// The scale of every block of weights, searched by the squared error it leaves.
 #pragma once
 
 #include <cstdint>
+
+#include "levels.h"
 
 namespace bitpress {
 
@@ -23,7 +25,19 @@ struct RangeSearch {
     int most;
 };
 
-// Says whether every scale that was tried could be kept. `zero` is written only with a zero point.
+// Evenly spaced levels. Says whether every scale that was tried could be kept. `zero` is written only with a zero point.
 bool search_ranges(const RangeSearch &search, float *scale, float *zero, int threads);
+
+// `[blocks, n]` finite weights, what the squared error of each counts (null: alike), and scales `[trials, blocks]` as they will be kept.
+struct ScaleSearch {
+    const float *values;
+    const float *importance;
+    std::int64_t blocks, n;
+    const float *trials;
+    std::int64_t num_trials;
+};
+
+// Levels from a table: gives each block the first of its best scales.
+void search_scales(const ScaleSearch &search, const LevelTable &table, float *scale, int threads);
 
 }  // namespace bitpress

@@ -12,7 +12,7 @@ import torch
 from bitpress import library, native
 from bitpress.calibration import Stats, StatsCollector
 from bitpress.errors import KernelUnavailable, NumericsError
-from bitpress.formats import GRIDS, dense, parse_format
+from bitpress.formats import GRIDS, Tabled, dense, parse_format
 from bitpress.formats.additive_book import beam_search
 from bitpress.formats.nearest import nearest
 from bitpress.quantizers.quantizer import output_error
@@ -21,6 +21,16 @@ from bitpress.quantizers.table import QUANTIZERS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 needs_amx = pytest.mark.skipif("amx-bf16" not in native.features(), reason="this processor has no AMX")
+
+
+Levels = native.EvenLevels | native.LevelTable
+
+
+def table_of(name: str) -> native.LevelTable:
+    grid = GRIDS[name].grid
+    assert isinstance(grid, Tabled)
+    assert grid.table is not None
+    return grid.table
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,50 +48,61 @@ def threads(count: int) -> Iterator[None]:
 
 
 def reference_round(
-    w: torch.Tensor,
-    factor: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | float,
-    top: int,
-    group: torch.Tensor,
-    least: torch.Tensor,
+    w: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, levels: Levels, group: torch.Tensor, least: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same loop, one elementary operation at a time, so that nothing is fused and the bits can be compared."""
     codes, errors, kept = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w), torch.empty_like(w)
     for c in range(len(w)):
         s = scale[group[c]]
-        z = zero[group[c]] if isinstance(zero, torch.Tensor) else zero
-        code = ((w[c] / torch.where(s == 0, 1.0, s)).round() + z).clamp(0, top)
-        codes[c] = code.to(torch.uint8)
-        difference = w[c] - (code - z) * s
+        scaled = w[c] / torch.where(s == 0, 1.0, s)
+        if isinstance(levels, native.LevelTable):
+            codes[c], level = nearest_level(scaled, levels)
+        else:
+            z = levels.zero[group[c]] if isinstance(levels.zero, torch.Tensor) else levels.zero
+            code = (scaled.round() + z).clamp(0, levels.top)
+            codes[c], level = code.to(torch.uint8), code - z
+        difference = w[c] - level * s
         kept[c] = torch.where(difference.abs() > least[c], difference, 0.0).half()
         errors[c] = (difference - kept[c]) / factor[c, c]
         w[c + 1 :] -= errors[c] * factor[c, c + 1 :, None]
     return codes, errors, kept
 
 
+def nearest_level(scaled: torch.Tensor, table: native.LevelTable) -> tuple[torch.Tensor, torch.Tensor]:
+    rank = (scaled[:, None] > table.boundaries).sum(1)
+    codes = table.code_of[rank]
+    if table.zeros is not None:
+        zero, negative = table.zeros
+        codes = torch.where((codes == zero) & torch.signbit(scaled), negative, codes.int()).to(torch.uint8)
+    return codes, table.levels[rank]
+
+
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
 @pytest.mark.parametrize("cols", [1, 2, 17, 128])
-@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("kind", ["zeros", "symmetric", "e2m1", "e4m3", "nf4"])
 @pytest.mark.parametrize("apart", [True, False])
-def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, zero: bool, apart: bool) -> None:
+def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, kind: str, apart: bool) -> None:
     w = draw(cols, rows)
     factor = torch.triu(draw(cols, cols, seed=1) * 0.1) + torch.eye(cols)
     scale = draw(3, rows, seed=2).abs() * 0.2
     scale[1, 0] = 0.0  # a block of zeros
-    zeros: torch.Tensor | float = draw(3, rows, seed=3).abs().mul(4).round() if zero else 8.0
+    levels: Levels
+    if kind in ("zeros", "symmetric"):
+        levels = native.EvenLevels(draw(3, rows, seed=3).abs().mul(4).round() if kind == "zeros" else 8.0, 15)
+    else:
+        levels = table_of(kind)
     group = torch.arange(cols) % 3
     whole = torch.zeros(cols + 5, cols + 5)
     whole[2 : 2 + cols, 3 : 3 + cols] = factor  # a view with a stride, as the caller has it
     expected_w = w.clone()
     least = draw(cols, rows, seed=4).abs() if apart else torch.full((cols, rows), math.inf)
-    expected = reference_round(expected_w, factor, scale, zeros, 15, group, least)
+    expected = reference_round(expected_w, factor, scale, levels, group, least)
     assert bool(expected[2].any()) == apart or cols * rows < 40
     for count in (1, 2, 3):
         got_w = w.clone()
         with threads(count):
             got = native.round_columns_(
-                got_w, whole[2 : 2 + cols, 3 : 3 + cols], scale, zeros, 15, group, least if apart else None
+                got_w, whole[2 : 2 + cols, 3 : 3 + cols], scale, levels, group, least if apart else None
             )
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
@@ -90,7 +111,9 @@ def test_columns_are_rounded_as_the_reference_rounds_them(rows: int, cols: int, 
         assert torch.equal(got_w, expected_w)
 
 
-@pytest.mark.parametrize("name", ["int4-g16-zero", "int3-row", "int2-tensor-zero", "int8-2x16-zero"])
+@pytest.mark.parametrize(
+    "name", ["int4-g16-zero", "int3-row", "int2-tensor-zero", "int8-2x16-zero", "nvfp4", "nf4-g16", "e4m3-row"]
+)
 @pytest.mark.parametrize("groups", ["static", "running"])
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_gptq_is_as_good_with_native_code_as_without(
@@ -206,10 +229,13 @@ def round_arguments() -> dict[str, object]:
         "w": draw(4, 6),
         "factor": torch.eye(4),
         "scale": torch.ones(2, 6),
-        "zero": torch.zeros(2, 6),
-        "top": 15,
+        "levels": native.EvenLevels(torch.zeros(2, 6), 15),
         "group": torch.tensor([0, 0, 1, 1]),
     }
+
+
+def long_table(boundaries: int, levels: int, codes: int) -> native.LevelTable:
+    return native.LevelTable(torch.zeros(boundaries), torch.zeros(levels), torch.zeros(codes, dtype=torch.uint8), None)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +247,12 @@ def round_arguments() -> dict[str, object]:
         ("factor", torch.zeros(4, 3)),
         ("factor", torch.arange(32.0).view(4, 8)[:, ::2]),
         ("scale", torch.ones(2, 5)),
-        ("zero", torch.zeros(1, 6)),
-        ("top", 256),
-        ("top", -1),
+        ("levels", native.EvenLevels(torch.zeros(1, 6), 15)),
+        ("levels", native.EvenLevels(0.0, 256)),
+        ("levels", native.EvenLevels(0.0, -1)),
+        ("levels", long_table(256, 257, 257)),
+        ("levels", long_table(3, 3, 4)),
+        ("levels", long_table(3, 4, 3)),
         ("group", torch.tensor([0, 0, 1, 2])),
         ("group", torch.tensor([0, 0, 1, -1])),
         ("group", torch.tensor([0, 0, 1])),
@@ -287,6 +316,15 @@ def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pyt
         "int4-2x42",
         "int3-g14-zero-s4",
         "int4-2x42-s8",
+        "e2m1-g14-fp8",
+        "e2m1-g42-e8m0",
+        "mxfp4-g42",
+        "mxfp6-2x42",
+        "nf4-g18",
+        "nf4-g6-dq",
+        "iq4nl-tensor",
+        "e4m3-row-p2row",
+        "pow4-row-bf16",
     ],
 )
 def test_ranges_are_those_that_the_reference_finds(
@@ -418,7 +456,7 @@ def test_packing_is_that_of_the_reference(bits: int, count: int, monkeypatch: py
 
 
 def test_code_functions_refuse_what_does_not_fit() -> None:
-    v, s, b = torch.zeros(3, 4), torch.ones(3, 1), torch.zeros(2)
+    v, s = torch.zeros(3, 4), torch.ones(3, 1)
     c = torch.zeros(3, 4, dtype=torch.uint8)
     table = torch.zeros(256)
     wrong = [
@@ -446,8 +484,15 @@ def test_code_functions_refuse_what_does_not_fit() -> None:
         lambda: native.nearest_pairs(v, torch.zeros(2, 5000, 4)),
         lambda: native.decode_affine(c, torch.ones(4, 1), 0.0),
         lambda: native.decode_affine(c.int(), s, 0.0),
-        lambda: native.encode_levels(v, s, b, torch.zeros(2, dtype=torch.uint8), None),
-        lambda: native.encode_levels(v, s, torch.zeros(256), torch.zeros(257, dtype=torch.uint8), None),
+        lambda: native.encode_levels(v, s, long_table(2, 3, 2)),
+        lambda: native.encode_levels(v, s, long_table(2, 2, 3)),
+        lambda: native.encode_levels(v, s, long_table(256, 257, 257)),
+        lambda: native.search_scales(v, None, s.T, long_table(2, 3, 2)),
+        lambda: native.search_scales(v, None, s.T, long_table(256, 257, 257)),
+        lambda: native.search_scales(v, None, s.T[:, :2], long_table(2, 3, 3)),
+        lambda: native.search_scales(v, None, s.T[:0], long_table(2, 3, 3)),
+        lambda: native.search_scales(v, v[:2], s.T, long_table(2, 3, 3)),
+        lambda: native.search_scales(v.double(), None, s.T, long_table(2, 3, 3)),
         lambda: native.decode_levels(c, s, table[:255]),
         lambda: native.pack_dense(c, 9),
         lambda: native.pack_dense(c, 0),

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int, UInt8
 from bitpress.library import available, built_library, chosen_path, code_paths, features, library
 
 __all__ = [
+    "EvenLevels",
+    "LevelTable",
     "Steps",
     "add_gram_",
     "add_product_",
@@ -32,6 +34,7 @@ __all__ = [
     "pack_dense",
     "round_columns_",
     "search_ranges",
+    "search_scales",
     "serves",
     "unpack_dense",
 ]
@@ -50,6 +53,31 @@ class Steps:
     most: int
 
 
+@dataclass(frozen=True)
+class EvenLevels:
+    """Levels `(code - zero) * scale`, codes 0 to `top`; zero points one a group and row, or one for all."""
+
+    zero: Float[torch.Tensor, "groups rows"] | float
+    top: int
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """At most 256 levels in rising order, times a scale: a value above k `boundaries` has the k-th level, whose code is `code_of[k]`.
+
+    `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
+    """
+
+    boundaries: Float[torch.Tensor, " levels-1"]
+    levels: Float[torch.Tensor, " levels"]
+    code_of: UInt8[torch.Tensor, " levels"]
+    zeros: tuple[int, int] | None
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """Give it as the library takes it."""
+        return (self.boundaries, self.levels, self.code_of, *(self.zeros or (-1, -1)))
+
+
 def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
     """Say whether the block functions below take these: `[blocks, n]` on the CPU, a scale a block, and native code there."""
     return values.ndim == 2 and scale.shape == (values.shape[0], 1) and values.device.type == "cpu" and available()
@@ -59,22 +87,25 @@ def round_columns_(
     w: Float[torch.Tensor, "cols rows"],
     factor: Float[torch.Tensor, "cols cols"],
     scale: Float[torch.Tensor, "groups rows"],
-    zero: Float[torch.Tensor, "groups rows"] | float,
-    top: int,
+    levels: EvenLevels | LevelTable,
     group: Int[torch.Tensor, " cols"],
     least: Float[torch.Tensor, "cols rows"] | None = None,
 ) -> tuple[UInt8[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"] | None]:
     """Round columns in order, each error fed to the columns after it in `w`; give codes, errors and what is kept apart.
 
-    Levels are `(code - zero) * scale`, codes 0 to `top`; `group` names each column's row of parameters. Errors larger than `least` are
-    kept apart, rounded to half precision, and no more than the rest of them is fed on; without `least` nothing is.
+    `group` names each column's row of parameters. Errors larger than `least` are kept apart, rounded to half precision, and no more
+    than the rest of them is fed on; without `least` nothing is.
     """
     codes = torch.empty(w.shape, dtype=torch.uint8)
     errors = torch.empty_like(w)
-    stored, constant = (zero, 0.0) if isinstance(zero, torch.Tensor) else (None, float(zero))
+    even = levels if isinstance(levels, EvenLevels) else EvenLevels(0.0, 0)
+    stored, constant = (even.zero, 0.0) if isinstance(even.zero, torch.Tensor) else (None, float(even.zero))
+    table = levels.parts() if isinstance(levels, LevelTable) else (None, None, None, -1, -1)
     kept = None if least is None else torch.empty_like(w)
     threads = torch.get_num_threads()
-    built_library().round_columns(w, codes, errors, factor, scale, stored, constant, top, group, least, kept, threads)
+    built_library().round_columns(
+        w, codes, errors, factor, scale, stored, constant, even.top, *table, group, least, kept, threads
+    )
     return codes, errors, kept
 
 
@@ -130,6 +161,20 @@ def search_ranges(
     return scale[:, None], None if zero is None else zero[:, None], good
 
 
+def search_scales(
+    values: Float[torch.Tensor, "blocks n"],
+    importance: Float[torch.Tensor, "blocks n"] | None,
+    trials: Float[torch.Tensor, "trials blocks"],
+    table: LevelTable,
+) -> Float[torch.Tensor, "blocks 1"]:
+    """Give each block the scale of its trials that leaves the least squared error, the first of equally good ones."""
+    scale = torch.empty(values.shape[0])
+    weights = None if importance is None else importance.contiguous()
+    threads = torch.get_num_threads()
+    built_library().search_scales(values.contiguous(), weights, trials.contiguous(), *table.parts(), scale, threads)
+    return scale[:, None]
+
+
 def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int
 ) -> Int[torch.Tensor, "books n"]:
@@ -161,20 +206,11 @@ def decode_affine(
 
 
 def encode_levels(
-    values: Float[torch.Tensor, "blocks n"],
-    scale: Float[torch.Tensor, "blocks 1"],
-    boundaries: Float[torch.Tensor, " levels-1"],
-    code_of: UInt8[torch.Tensor, " levels"],
-    zeros: tuple[int, int] | None,
+    values: Float[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: LevelTable
 ) -> UInt8[torch.Tensor, "blocks n"]:
-    """Give the code of the interval that `values / scale` lies in, a boundary counted with the interval below it.
-
-    `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
-    """
+    """Give the codes of the levels nearest to `values / scale`; a scale of 0 divides as 1."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
-    zero, negative = zeros or (-1, -1)
-    threads = torch.get_num_threads()
-    built_library().encode_levels(values.contiguous(), codes, _vector(scale), boundaries, code_of, zero, negative, threads)
+    built_library().encode_levels(values.contiguous(), codes, _vector(scale), *table.parts(), torch.get_num_threads())
     return codes
 
 

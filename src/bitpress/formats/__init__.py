@@ -4,7 +4,7 @@ from bitpress.formats.block import Block
 from bitpress.formats.dfloat11 import DFloat11
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam
+from bitpress.formats.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Tabled
 from bitpress.formats.integer import Integer
 from bitpress.formats.kept import Kept
 from bitpress.formats.layouts import LAYOUTS, Layout
@@ -56,6 +56,7 @@ __all__ = [
     "SharedParams",
     "Sparse",
     "StoredParam",
+    "Tabled",
     "Term",
     "chain",
     "describe_formats",

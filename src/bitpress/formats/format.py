@@ -18,8 +18,7 @@ from bitpress.formats.block import Block
 from bitpress.formats.dense import row_bytes
 from bitpress.formats.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
 from bitpress.formats.layouts import LAYOUTS, Layout
-from bitpress.formats.scales import SCALES, IntegerCodes, Plain, ScaleStore
-from bitpress.native import Steps
+from bitpress.formats.scales import SCALES, ScaleStore
 
 __all__ = ["Format"]
 
@@ -230,14 +229,10 @@ class Format:
         shrink: Sequence[float],
         outer: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> Params | None:
-        """Let the grid search all blocks at once, where it can and knows how its scales are kept."""
+        """Let the grid search all blocks at once, where it can."""
         if not isinstance(self.grid, OwnSearch):
             return None
-        if isinstance(self.store, Plain):
-            return self.grid.search(blocks, weights, shrink, self.store.dtype)
-        if isinstance(self.store, IntegerCodes):
-            return self.grid.search(blocks, weights, shrink, Steps(outer["scale"]["row"], self.store.top))
-        return None
+        return self.grid.search(blocks, weights, shrink, self.store, outer["scale"])
 
     def _whole(self, params: Params) -> Params:
         """Give the parameters of the whole weight alone."""

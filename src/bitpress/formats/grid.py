@@ -13,9 +13,10 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 
-from bitpress.native import Steps
+from bitpress.formats.scales import Outer, ScaleStore
+from bitpress.native import LevelTable
 
-__all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam"]
+__all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam", "Tabled"]
 
 Params = Mapping[str, torch.Tensor]
 
@@ -106,9 +107,13 @@ class OwnSearch(Protocol):
         blocks: Float[torch.Tensor, "blocks n"],
         importance: Float[torch.Tensor, "blocks n"] | None,
         shrink: Sequence[float],
-        kept: torch.dtype | Steps,
+        store: ScaleStore,
+        outer: Outer,
     ) -> Params | None:
-        """Choose parameters as `Format.fit` says, scales rounded to `kept`; None where it cannot serve, or a scale is out of range."""
+        """Choose parameters as `Format.fit` says, scales rounded by `store`, whose shared values `outer` holds for every block.
+
+        None where the grid cannot serve, or a scale is out of range.
+        """
         ...
 
 
@@ -124,4 +129,14 @@ class EvenlySpaced(Protocol):
 
     def zero_of(self, params: Params) -> torch.Tensor | float:
         """Give the zero point in code units."""
+        ...
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A grid of span 1 whose levels are those of a table times the scale: native loops round to it themselves."""
+
+    @property
+    def table(self) -> LevelTable | None:
+        """Give the table; None where it is too long for them."""
         ...

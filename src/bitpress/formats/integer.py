@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grid import Params, StoredParam
+from bitpress.formats.scales import IntegerCodes, Outer, Plain, ScaleStore
 
 __all__ = ["Integer"]
 
@@ -79,11 +80,14 @@ class Integer:
         blocks: Float[torch.Tensor, "blocks n"],
         importance: Float[torch.Tensor, "blocks n"] | None,
         shrink: Sequence[float],
-        kept: torch.dtype | native.Steps,
+        store: ScaleStore,
+        outer: Outer,
     ) -> Params | None:
         """See `OwnSearch`."""
-        known = isinstance(kept, native.Steps) or kept in native.SCALE_TYPES
-        if not known or blocks.device.type != "cpu" or not native.available():
+        kept: torch.dtype | native.Steps | None = store.dtype if isinstance(store, Plain) else None
+        if isinstance(store, IntegerCodes):
+            kept = native.Steps(outer["row"], store.top)
+        if kept is None or blocks.device.type != "cpu" or not native.available():
             return None
         scale, zero, good = native.search_ranges(blocks, importance, shrink, self.top, with_zero=self.zero, kept=kept)
         if not good:

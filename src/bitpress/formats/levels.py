@@ -16,6 +16,7 @@ How `fit` chooses the scale of a block (`rule`):
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -27,8 +28,12 @@ from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.dense import code_dtype
 from bitpress.formats.grid import Params, StoredParam
+from bitpress.formats.scales import Outer, ScaleStore
 
 __all__ = ["Levels", "Rule", "root_mean_square"]
+
+# Blocks whose scales are tried together: as many numbers for every ratio tried.
+SEARCHED_TOGETHER = 1 << 16
 
 Rule = Literal["absmax", "mean", "median", "rms", "ocp"]
 
@@ -84,11 +89,38 @@ class Levels:
         mean = (blocks.abs() * importance).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
         return {"scale": mean / self._positive_mean}
 
+    @property
+    def table(self) -> native.LevelTable | None:
+        """See `Tabled`."""
+        return _native_table(self.levels) if self.code_bits <= 8 else None
+
+    def search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        importance: Float[torch.Tensor, "blocks n"] | None,
+        shrink: Sequence[float],
+        store: ScaleStore,
+        outer: Outer,
+    ) -> Params | None:
+        """See `OwnSearch`. Only for rules that ask for a block's range, which is then read once for all ratios."""
+        table = self.table
+        if table is None or self.rule not in ("absmax", "ocp") or blocks.device.type != "cpu" or not native.available():
+            return None
+        found = []
+        for start in range(0, len(blocks), SEARCHED_TOGETHER):
+            here = slice(start, start + SEARCHED_TOGETHER)
+            part, own = blocks[here], {name: t[here] for name, t in outer.items()}
+            ends = torch.cat([part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)], dim=-1)
+            trials = torch.stack([store.round(self.fit(ends * ratio)["scale"], own)[:, 0] for ratio in shrink])
+            weights = None if importance is None else importance[here]
+            found.append(native.search_scales(part, weights, trials, table) if len(trials) > 1 else trials.T)
+        return {"scale": torch.cat(found)}
+
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         scale = params["scale"]
+        if self.table is not None and native.serves(values, scale):
+            return native.encode_levels(values, scale, self.table)
         boundaries, codes, negative_zero = _search_tables(self.levels, values.device)
-        if len(codes) <= 256 and self.code_bits <= 8 and native.serves(values, scale):
-            return native.encode_levels(values, scale, boundaries, codes.to(torch.uint8), negative_zero)
         scaled = (values / torch.where(scale == 0, 1.0, scale)).contiguous()
         chosen = codes[torch.bucketize(scaled, boundaries)]
         if negative_zero is not None:
@@ -129,6 +161,13 @@ def _level_table(levels: tuple[float, ...], device: torch.device) -> torch.Tenso
 def _byte_table(levels: tuple[float, ...]) -> torch.Tensor:
     """The levels of all 256 bytes; NaN where there is none."""
     return torch.tensor((*levels, *(math.nan for _ in range(256 - len(levels)))), dtype=torch.float32)
+
+
+@cache
+def _native_table(levels: tuple[float, ...]) -> native.LevelTable:
+    boundaries, codes, negative_zero = _search_tables(levels, torch.device("cpu"))
+    rising = _level_table(levels, torch.device("cpu"))[codes]
+    return native.LevelTable(boundaries, rising, codes.to(torch.uint8), negative_zero)
 
 
 @cache

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.dense import pack, row_bytes, unpack
 
-__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts", "ScaleStore"]
+__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Outer", "Plain", "PowerOfTwo", "RowShifts", "ScaleStore"]
 
 Outer = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]

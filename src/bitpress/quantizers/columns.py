@@ -15,7 +15,7 @@ from jaxtyping import Float
 from bitpress import native
 from bitpress.errors import UsageError
 from bitpress.finite import all_finite
-from bitpress.formats import EvenlySpaced, Format, Params
+from bitpress.formats import EvenlySpaced, Format, Params, Tabled
 from bitpress.formats.dense import code_dtype
 
 __all__ = ["Columns", "Feedback", "Order", "check_feedback", "prepare"]
@@ -157,8 +157,9 @@ class Columns:
                 continue
             own = factor[start:stop, start:stop]
             plain = self.keep is None and self.dither is None
-            if isinstance(grid, EvenlySpaced) and plain and native.available() and not w.is_cuda:
-                errors = self._round_natively(part, at[start:stop], own, grid)
+            known = isinstance(grid, EvenlySpaced) or (isinstance(grid, Tabled) and grid.table is not None)
+            if known and plain and native.available() and not w.is_cuda:
+                errors = self._round_natively(part, at[start:stop], own)
             else:
                 errors = self._round_part(part, at[start:stop], own)
             if stop < len(at):
@@ -182,26 +183,28 @@ class Columns:
                 part[i + span :].addmm_(factor[i : i + span, i + span :].T, error.T, alpha=-1)
         return errors
 
-    def _round_natively(self, part: torch.Tensor, at: list[int], factor: torch.Tensor, grid: EvenlySpaced) -> torch.Tensor:
+    def _round_natively(self, part: torch.Tensor, at: list[int], factor: torch.Tensor) -> torch.Tensor:
         """Do what `_round_part` does in one native call."""
-        across = torch.tensor(at) // self.block_cols
-        used, group = torch.unique(across, return_inverse=True)
-        params = [self._column_params(int(a) * self.block_cols) for a in used]
-        zeros = [grid.zero_of(p) for p in params]
         here = torch.tensor(at)
-        codes, errors, kept = native.round_columns_(
-            part,
-            factor,
-            self._stack([p["scale"] for p in params]),
-            zeros[0] if isinstance(zeros[0], float) else self._stack([z for z in zeros if isinstance(z, torch.Tensor)]),
-            grid.top,
-            group,
-            None if self.least is None else self.least[here],
-        )
+        used, group = torch.unique(here // self.block_cols, return_inverse=True)
+        params = [self._column_params(int(a) * self.block_cols) for a in used]
+        least = None if self.least is None else self.least[here]
+        scale = self._stack([p["scale"] for p in params])
+        codes, errors, kept = native.round_columns_(part, factor, scale, self._native_levels(params), group, least)
         self._codes[here] = codes
         if self.kept is not None and kept is not None:
             self.kept[here] = kept
         return errors
+
+    def _native_levels(self, params: list[Params]) -> native.EvenLevels | native.LevelTable:
+        grid = self.fmt.grid
+        if isinstance(grid, EvenlySpaced):
+            zeros = [grid.zero_of(p) for p in params]
+            stored = [z for z in zeros if isinstance(z, torch.Tensor)]
+            return native.EvenLevels(self._stack(stored) if stored else float(zeros[0]), grid.top)
+        assert isinstance(grid, Tabled), f"{grid.name} has no table"
+        assert grid.table is not None, f"{grid.name} has no table"
+        return grid.table
 
     def _stack(self, params: list[torch.Tensor]) -> Float[torch.Tensor, "groups out"]:
         return torch.stack([p.expand(self.shape[0], 1)[:, 0] for p in params]).contiguous()
