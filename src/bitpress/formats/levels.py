@@ -102,7 +102,7 @@ class Levels:
         store: ScaleStore,
         outer: Outer,
     ) -> Params | None:
-        """See `OwnSearch`. Only for rules that ask for a block's range, which is then read once for all ratios."""
+        """See `OwnSearch`. None for rules that ask for more of a block than its range, which is read once for all ratios."""
         table = self.table
         if table is None or self.rule not in ("absmax", "ocp") or blocks.device.type != "cpu" or not native.available():
             return None
@@ -117,9 +117,9 @@ class Levels:
         return {"scale": torch.cat(found)}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
-        scale = params["scale"]
-        if self.table is not None and native.serves(values, scale):
-            return native.encode_levels(values, scale, self.table)
+        scale, table = params["scale"], self.table
+        if table is not None and native.serves(values, scale):
+            return native.encode_levels(values, scale, table)
         boundaries, codes, negative_zero = _search_tables(self.levels, values.device)
         scaled = (values / torch.where(scale == 0, 1.0, scale)).contiguous()
         chosen = codes[torch.bucketize(scaled, boundaries)]

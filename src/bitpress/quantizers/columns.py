@@ -147,6 +147,7 @@ class Columns:
         w = self.w.T[order].contiguous()
         at = order.tolist()
         grid = self.fmt.grid
+        levels = grid if isinstance(grid, EvenlySpaced) else grid.table if isinstance(grid, Tabled) else None
         for start in range(0, len(at), lazy):
             stop = min(start + lazy, len(at))
             part = w[start:stop]
@@ -157,9 +158,8 @@ class Columns:
                 continue
             own = factor[start:stop, start:stop]
             plain = self.keep is None and self.dither is None
-            known = isinstance(grid, EvenlySpaced) or (isinstance(grid, Tabled) and grid.table is not None)
-            if known and plain and native.available() and not w.is_cuda:
-                errors = self._round_natively(part, at[start:stop], own)
+            if levels is not None and plain and native.available() and not w.is_cuda:
+                errors = self._round_natively(part, at[start:stop], own, levels)
             else:
                 errors = self._round_part(part, at[start:stop], own)
             if stop < len(at):
@@ -183,28 +183,26 @@ class Columns:
                 part[i + span :].addmm_(factor[i : i + span, i + span :].T, error.T, alpha=-1)
         return errors
 
-    def _round_natively(self, part: torch.Tensor, at: list[int], factor: torch.Tensor) -> torch.Tensor:
+    def _round_natively(
+        self, part: torch.Tensor, at: list[int], factor: torch.Tensor, levels: EvenlySpaced | native.LevelTable
+    ) -> torch.Tensor:
         """Do what `_round_part` does in one native call."""
         here = torch.tensor(at)
         used, group = torch.unique(here // self.block_cols, return_inverse=True)
         params = [self._column_params(int(a) * self.block_cols) for a in used]
         least = None if self.least is None else self.least[here]
         scale = self._stack([p["scale"] for p in params])
-        codes, errors, kept = native.round_columns_(part, factor, scale, self._native_levels(params), group, least)
+        to = levels if isinstance(levels, native.LevelTable) else self._even_levels(levels, params)
+        codes, errors, kept = native.round_columns_(part, factor, scale, to, group, least)
         self._codes[here] = codes
         if self.kept is not None and kept is not None:
             self.kept[here] = kept
         return errors
 
-    def _native_levels(self, params: list[Params]) -> native.EvenLevels | native.LevelTable:
-        grid = self.fmt.grid
-        if isinstance(grid, EvenlySpaced):
-            zeros = [grid.zero_of(p) for p in params]
-            stored = [z for z in zeros if isinstance(z, torch.Tensor)]
-            return native.EvenLevels(self._stack(stored) if stored else float(zeros[0]), grid.top)
-        assert isinstance(grid, Tabled), f"{grid.name} has no table"
-        assert grid.table is not None, f"{grid.name} has no table"
-        return grid.table
+    def _even_levels(self, grid: EvenlySpaced, params: list[Params]) -> native.EvenLevels:
+        zeros = [grid.zero_of(p) for p in params]
+        stored = [z for z in zeros if isinstance(z, torch.Tensor)]
+        return native.EvenLevels(self._stack(stored) if stored else float(zeros[0]), grid.top)
 
     def _stack(self, params: list[torch.Tensor]) -> Float[torch.Tensor, "groups out"]:
         return torch.stack([p.expand(self.shape[0], 1)[:, 0] for p in params]).contiguous()
