@@ -256,12 +256,19 @@ RULES = {
 }
 # Recipes that the README shows however they did.
 YARDSTICKS = ("default of quantize", "gptq", "rtn")
-SHARED_RULE = f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are"
+SHARED_RULE = (
+    f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are, "
+    "and without bits chosen for one model's layers"
+)
 
 
 def choose_presets() -> None:
     """Write src/bitpress/presets.json."""
-    rows = [row for row in latest() if row["bits"] is not None and not reason_to_expand_of(row)]
+    rows = [
+        row
+        for row in latest()
+        if row["bits"] is not None and not row["recipe"].get("overrides") and not reason_to_expand_of(row)
+    ]
     some = rows[0]
     samples, texts = some["recipe"]["calibration"], some["sources"]
     read = " and ".join(f"{text['tokens']:,} held-out tokens of {name}" for name, text in texts.items())
@@ -320,8 +327,7 @@ def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Give what of a recipe is the method's own."""
     found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
-    overrides = {"overrides": recipe["overrides"]} if recipe.get("overrides") else {}
-    return {**found, **overrides, "calibration": calibration}
+    return {**found, "calibration": calibration}
 
 
 def processor_seconds(row: dict[str, Any]) -> float:
