@@ -8,6 +8,7 @@ follows with it, but seldom.
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -205,6 +206,11 @@ def round_input(layer: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
     return (to_bytes(args[0].unflatten(-1, (-1, 32))).flatten(-2), *args[1:])
 
 
+def cache_argument(model: Any) -> str:
+    """Return what the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def expected(model: Any, tokens: Sequence[int], cache: str = "none", activations: str = "none") -> torch.Tensor:
     """Give transformers' logits of every token, [tokens, vocabulary], with roundings like the engine's."""
@@ -214,7 +220,7 @@ def expected(model: Any, tokens: Sequence[int], cache: str = "none", activations
     if cache != "none":
         store = RoundingCache(config=model.config)
         store.rounding = {"fp16": to_half, "int8": to_bytes}[cache]
-        options = {"use_cache": True, "past_key_values": store}
+        options = {"use_cache": True, cache_argument(model): store}
     logits = model(input_ids=torch.tensor([list(tokens)]), **options).logits[0]
     for hook in hooks:
         hook.remove()

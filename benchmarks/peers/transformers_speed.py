@@ -6,6 +6,7 @@ Token ids are random from a fixed seed. Decode goes on from `--context` tokens, 
 """
 
 import argparse
+import inspect
 import json
 import resource
 import time
@@ -26,6 +27,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, local_files_only=True).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 16384)))
+    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     prefill, decode = [], []
     for _ in range(options.repeats + 1):
         start = time.perf_counter()
@@ -34,11 +36,11 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     for _ in range(options.repeats + 1):
         cache = DynamicCache(config=model.config)
         if options.context:
-            model(ids[:, : options.context], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, : options.context], **{argument: cache}, logits_to_keep=1)
         start = time.perf_counter()
         for step in range(options.decode):
             at = options.context + step
-            model(ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, at : at + 1], **{argument: cache}, logits_to_keep=1)
         decode.append(options.decode / (time.perf_counter() - start))
     return {"prefill_tokens_per_s": summary(prefill[1:]), "decode_tokens_per_s": summary(decode[1:])}
 
