@@ -1,40 +1,64 @@
 # bitpress: each target sets up what it needs. `make demo` and `make test` are the two to start with.
 PYTHON ?= python3
 VENV := .venv
+NEWEST := .venv-newest
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 TORCH ?= torch==2.13.0
 THREADS := $(shell nproc)
 Q ?= press
 
-.PHONY: demo test check bench peers attack docs size format clean
+.PHONY: demo test test-release test-newest lock check bench peers attack docs size format clean
 
-NATIVE := pyproject.toml CMakeLists.txt $(wildcard native/*)
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard native/* native/engine/*)
 
 # Native code wants a C++ compiler and Python's headers: fetched where that needs no questions, and done without elsewhere.
+# Every package is the locked one, checked by its hash; torch alone is installed apart, in the build that fits the machine.
 define install
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here; install Python 3.11 or newer, or set PYTHON."; exit 2; }
 	@{ command -v c++ && $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'; } >/dev/null 2>&1 \
 	|| { [ "$$(id -u)" = 0 ] && apt-get install -y -q g++ python3-dev; } \
 	|| echo "note: without a C++ compiler and Python's headers bitpress computes everything in torch, slower."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) || $(BIN)/python -m pip install -q "torch>=2.9"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(1)"
+	$(PIP) --no-deps --require-hashes -r requirements/$(1).lock
+	$(PIP) $(TORCH) || $(PIP) "torch>=2.9"
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 endef
 
-$(VENV)/.runtime: $(NATIVE)
-	$(call install,.)
+$(VENV)/.runtime: $(NATIVE) requirements/runtime.lock
+	$(call install,runtime)
 
-$(VENV)/.dev: $(NATIVE)
-	$(call install,.[dev])
+$(VENV)/.dev: $(NATIVE) requirements/dev.lock
+	$(call install,dev)
 	@touch $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	$(BIN)/bitpress quantize smollm2-135m out/smollm2-135m-int4 --samples 64
 	$(BIN)/bitpress run out/smollm2-135m-int4 --prompt "Why is the sky blue? Answer in two sentences." --max-tokens 60
 
+# The tests of every day: one process a core, and of the laws a choice that tries every row of a table with every kind of other row.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS)
+
+# Every combination of every law, for a release.
+test-release: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) -m ""
+
+# The same tests with the newest release of every package that pyproject.toml allows. What a release deprecates is listed, not an error.
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check ".[dev]"
+	$(NEWEST)/bin/python scripts/list_newer.py requirements/dev.lock
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(THREADS) -W default::FutureWarning -W default::DeprecationWarning \
+	-W default::PendingDeprecationWarning
+
+# Renew requirements/*.lock: the newest versions that pyproject.toml allows, with their hashes.
+lock: $(VENV)/.dev
+	$(PIP) "uv>=0.9"
+	$(BIN)/python scripts/lock.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check -q .
@@ -47,7 +71,6 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check -q --fix .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check "matplotlib>=3.10"
 	$(BIN)/python benchmarks/$(Q).py
 
 peers: $(VENV)/.dev
@@ -60,12 +83,10 @@ peers: $(VENV)/.dev
 	PYTHON=$(PYTHON) JOBS=$(THREADS) sh benchmarks/peers/llamacpp.sh
 
 attack: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check nanobind cmake
 	$(BIN)/python -m pytest tests/attacks -k "not sanitized"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -rs tests/attacks/test_native_attacks.py -k sanitized
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check "matplotlib>=3.10"
 	$(BIN)/python scripts/list_formats.py
 	$(BIN)/python scripts/list_methods.py
 	$(BIN)/python benchmarks/press.py --render

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import cover
 
 from bitpress.calibration import Stats
 from bitpress.errors import BitpressError, FormatError
@@ -47,8 +48,14 @@ def served(name: str, fmt: str) -> str:
     return next(f for f in (fmt, *EVERY) if serves(name, f))
 
 
-@pytest.mark.parametrize("fmt", EVERY)
-@pytest.mark.parametrize("name", QUANTIZERS)
+def kind(fmt: str) -> tuple[str, ...]:
+    """Formats of one kind have the same sort of grid, of block, of stored scale and of zero point; their levels differ."""
+    parsed = parse_format(fmt)
+    block = parsed.block.name if parsed.block.cols == "all" else "group" if parsed.block.rows == 1 else "tile"
+    return (type(parsed.grid).__name__, block, parsed.scale, str([p.name for p in parsed.grid.params]))
+
+
+@pytest.mark.parametrize(("name", "fmt"), cover(list(QUANTIZERS), EVERY, kind, always=FORMATS))
 def test_no_worse_than_rounding_on_what_it_measures(name: str, fmt: str) -> None:
     w, stats = case()
     parsed = parse_format(fmt)
