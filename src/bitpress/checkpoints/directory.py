@@ -7,10 +7,11 @@ that can carry code (.py, .pkl, .bin, .pt, .pth) are on no list and are never op
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.jsonfile import read_foreign_json, read_json
 from bitpress.checkpoints.safetensors_file import check_tensor_name, read_header
 from bitpress.errors import CheckpointError
 
@@ -20,6 +21,7 @@ __all__ = [
     "INDEX_NAME",
     "SINGLE_NAME",
     "check_file_name",
+    "is_plain_name",
     "open_directory",
     "read_index",
     "safe_file",
@@ -33,7 +35,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _CHARACTER = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # no separator, control character or broken UTF-8
 _PLAIN_NAME = re.compile(rf"(?!\.){_CHARACTER}{{1,255}}")
-_BLOB_LINK = re.compile(r"\.\./\.\./blobs/([0-9a-f]{64}|[0-9a-f]{40})")
+_BLOB_LINK = re.compile(r"((?:\.\./)+)blobs/([0-9a-f]{64}|[0-9a-f]{40})")
 
 
 def open_directory(path: str | Path) -> Path:
@@ -51,10 +53,24 @@ def open_directory(path: str | Path) -> Path:
     return root
 
 
-def safe_file(root: Path, name: str) -> Path:
-    """Return `root / name` when the name is plain and allowed and leads to a regular file that belongs to `root`."""
+def is_plain_name(name: Any) -> bool:
+    """Claim that a name has no separator, no dot first and no control character."""
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def check_file_name(where: str, name: Any) -> None:
+    """CheckpointError for a name that is not plain (separator, dot first, control characters) or not allow-listed."""
+    if not is_plain_name(name):
+        raise CheckpointError(f"{where}: {str(name)[:80]!r} is not a plain file name.")
+    if name not in ALLOWED_NAMES and not name.endswith(ALLOWED_SUFFIXES):
+        allowed = ", ".join((*ALLOWED_SUFFIXES, *ALLOWED_NAMES))
+        raise CheckpointError(f"{where}: {name[:80]!r} is not a kind of file that is opened; allowed: {allowed}.")
+
+
+def safe_file(root: Path, name: str, check_name: Callable[[str, Any], None] = check_file_name) -> Path:
+    """Return `root / name` when the name passes a check (plain and allowed) and leads to a regular file that belongs to `root`."""
     root = open_directory(root)
-    check_file_name(str(root), name)
+    check_name(str(root), name)
     path = root / name
     try:
         mode = os.lstat(path).st_mode
@@ -67,25 +83,19 @@ def safe_file(root: Path, name: str) -> Path:
     if stat.S_ISLNK(mode) and not _is_hub_blob(root, path, real):
         if not real.is_relative_to(root):
             raise CheckpointError(f"{path}: is a link out of {root}; copy the file into the directory.")
-        check_file_name(str(path), real.name)  # a link does not make a forbidden file an allowed one
+        check_name(str(path), real.name)  # a link does not make a forbidden file an allowed one
     return path
 
 
-def check_file_name(where: str, name: Any) -> None:
-    """CheckpointError for a name that is not plain (separator, dot first, control characters) or not allow-listed."""
-    if not isinstance(name, str) or _PLAIN_NAME.fullmatch(name) is None:
-        raise CheckpointError(f"{where}: {str(name)[:80]!r} is not a plain file name.")
-    if name not in ALLOWED_NAMES and not name.endswith(ALLOWED_SUFFIXES):
-        allowed = ", ".join((*ALLOWED_SUFFIXES, *ALLOWED_NAMES))
-        raise CheckpointError(f"{where}: {name[:80]!r} is not a kind of file that is opened; allowed: {allowed}.")
+def read_index(root: Path, *, foreign: bool = False) -> dict[str, str]:
+    """Return tensor name -> file name, from the index of the shards or from the header of the single file.
 
-
-def read_index(root: Path) -> dict[str, str]:
-    """Return tensor name -> file name, from the index of the shards or from the header of the single file."""
+    `foreign` says that another tool wrote the index, which may then be larger and hold more than bitpress writes into one.
+    """
     root = open_directory(root)
     has_index, has_single = os.path.lexists(root / INDEX_NAME), os.path.lexists(root / SINGLE_NAME)
     if has_index:
-        weight_map = _read_weight_map(root)
+        weight_map = _read_weight_map(root, foreign)
         if has_single and SINGLE_NAME not in weight_map.values():
             raise CheckpointError(
                 f"{root}: holds {SINGLE_NAME} and an index of other files, which readers resolve differently; "
@@ -98,10 +108,11 @@ def read_index(root: Path) -> dict[str, str]:
     raise _no_weights(root)
 
 
-def _read_weight_map(root: Path) -> dict[str, str]:
+def _read_weight_map(root: Path, foreign: bool) -> dict[str, str]:
     path = safe_file(root, INDEX_NAME)
-    index = read_json(path)
-    if not isinstance(index, dict) or not {"weight_map"} <= index.keys() <= {"weight_map", "metadata"}:
+    index = read_foreign_json(path) if foreign else read_json(path)
+    known = {"weight_map", "metadata"}
+    if not isinstance(index, dict) or "weight_map" not in index or not (foreign or index.keys() <= known):
         raise CheckpointError(f"{path}: must be an object with weight_map and, at most, metadata.")
     weight_map = index["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
@@ -118,13 +129,14 @@ def _read_weight_map(root: Path) -> dict[str, str]:
 def _is_hub_blob(root: Path, path: Path, real: Path) -> bool:
     """Claim that a link is one of the cache of the Hugging Face hub, the only kind that may leave the root.
 
-    There `models--x--y/snapshots/<revision>/file` is a link to `../../blobs/<hash>`, shared by all revisions. Exactly
-    that text is accepted, from exactly that place, and only when nothing on the way is another link.
+    There `models--x--y/snapshots/<revision>/file` is a link to `../../blobs/<hash>`, shared by all revisions, with one more `../`
+    for a file in a folder. Exactly that text is accepted, from exactly that place, and only when nothing on the way is another link.
     """
     link = _BLOB_LINK.fullmatch(os.readlink(path))
     cache = root.parent.parent
     is_snapshot = root.parent.name == "snapshots" and cache.name.startswith("models--")
-    return link is not None and is_snapshot and real == cache / "blobs" / link.group(1)
+    up = "../" * (1 + len(path.relative_to(root).parts))
+    return link is not None and link.group(1) == up and is_snapshot and real == cache / "blobs" / link.group(2)
 
 
 def _no_weights(root: Path) -> CheckpointError:

@@ -1,9 +1,4 @@
-"""GGUF files as a source: checked before anything trusts them, then turned into a model directory in bf16.
-
-    byte 0      "GGUF", version (2 or 3), number of tensors, number of metadata pairs       u32 u32 u64 u64, little endian
-    metadata    key, type, value                             a string is u64 length + UTF-8, an array u32 type + u64 count
-    tensors     name, dimensions (fastest first), type, offset of the data
-    data        from the next multiple of general.alignment (32) on; every tensor lies inside the file
+"""GGUF files as a source: turned into a model directory in bf16, once their header is checked (`gguf_header`).
 
 The values are dequantized by transformers' own reader. What that reader drops in silence is refused here: a parameter that no
 tensor makes, a tensor that makes no parameter (such as factors for rotary frequencies), values that are not finite.
@@ -11,42 +6,27 @@ tensor makes, a tensor that makes no parameter (such as factors for rotary frequ
 
 import contextlib
 import io
-import math
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitpress.checkpoints.durable import open_regular, read_into, write_durably
-from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
+from bitpress.checkpoints.durable import write_durably
+from bitpress.checkpoints.gguf_header import GgufHeader, read_gguf_header
+from bitpress.checkpoints.jsonfile import read_foreign_json, write_json_bytes
+from bitpress.checkpoints.source import encode_floats, read_config
 from bitpress.checkpoints.tokenizer import reader_errors
 from bitpress.errors import CheckpointError, MemoryLimitError
 
-__all__ = ["GgufHeader", "GgufModel", "load_gguf", "read_gguf_header", "save_directory"]
-
-MAX_COUNT = 2**20  # of tensors and of metadata pairs
-MAX_DIMENSIONS = 4
-_HEADER_STEP = 2**24
-_MAX_HEADER = 2**28
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_DEFAULT_ALIGNMENT = 32
+__all__ = ["GgufModel", "load_gguf", "save_directory"]
 
 # tokenizer.ggml.pre: vocabularies whose digits stand alone (transformers' reader splits them like GPT-2), and those like GPT-2.
 _SINGLE_DIGITS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
 _LIKE_GPT2 = frozenset({"default", "gpt-2", "jais", "mpt", "olmo", "phi-2", "trillion"})
-
-
-@dataclass(frozen=True)
-class GgufHeader:
-    """The metadata without its arrays (those give their length), and the number of values of every tensor."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -56,118 +36,6 @@ class GgufModel:
     config: Any
     state: dict[str, torch.Tensor]
     tokenizer: Any
-
-
-class _Cursor:
-    """Reads numbers and strings one after the other; the file's end and absurd lengths are CheckpointErrors."""
-
-    def __init__(self, path: Path, descriptor: int, num_bytes: int) -> None:
-        self.path, self.num_bytes = path, num_bytes
-        self.at = 0
-        self._descriptor = descriptor
-        self._data = bytearray()
-
-    def fail(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {text}")
-
-    def take(self, length: int) -> bytes:
-        stop = self.at + length
-        if stop > self.num_bytes:
-            raise self.fail(f"ends inside its header: byte {stop} is needed, the file has {self.num_bytes}; copy it again.")
-        if stop > _MAX_HEADER:
-            raise self.fail(f"a header of more than {_MAX_HEADER} bytes is not read.")
-        if stop > len(self._data):
-            start = len(self._data)
-            part = bytearray(min(max(stop - start, _HEADER_STEP), self.num_bytes - start))
-            read_into(self.path, self._descriptor, memoryview(part), start)
-            self._data += part
-        start, self.at = self.at, stop
-        return bytes(self._data[start:stop])
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def string(self) -> str:
-        length = self.number("Q")
-        try:
-            return self.take(length).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.fail(f"the string before byte {self.at} of the header is not UTF-8.") from error
-
-    def value(self) -> Any:
-        kind = self.number("I")
-        if kind == _ARRAY:
-            return self._skip_array()
-        return self._scalar(kind)
-
-    def _scalar(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind not in _SCALARS:
-            raise self.fail(f"metadata of the unknown type {kind} before byte {self.at}.")
-        return self.number(_SCALARS[kind])
-
-    def _skip_array(self) -> int:
-        kind, count = self.number("I"), self.number("Q")
-        if kind in _SCALARS:
-            self.take(count * struct.calcsize("<" + _SCALARS[kind]))
-        elif kind == _STRING and count <= self.num_bytes // 8:
-            for _ in range(count):
-                self.string()
-        else:
-            raise self.fail(f"an array of type {kind} and {count} entries in the metadata is not read.")
-        return int(count)
-
-
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Read and check all of a file but its values. Raises CheckpointError."""
-    with open_regular(path) as (descriptor, num_bytes):
-        cursor = _Cursor(path, descriptor, num_bytes)
-        if num_bytes < 24 or cursor.take(4) != b"GGUF":
-            raise cursor.fail("is not a GGUF file: it does not begin with the four letters GGUF and a header.")
-        version = cursor.number("I")
-        if version not in (2, 3):
-            raise cursor.fail(f"GGUF version {version}; little-endian files of version 2 or 3 are read.")
-        num_tensors, num_pairs = cursor.number("Q"), cursor.number("Q")
-        if not 0 < num_tensors <= MAX_COUNT or num_pairs > MAX_COUNT:
-            raise cursor.fail(f"states {num_tensors} tensors and {num_pairs} metadata pairs; 1 to {MAX_COUNT} are read.")
-        metadata: dict[str, Any] = {}
-        for _ in range(num_pairs):
-            key = cursor.string()
-            if key in metadata:
-                raise cursor.fail(f"the metadata key {key[:80]!r} is given twice.")
-            metadata[key] = cursor.value()
-        return GgufHeader(metadata, _read_tensors(cursor, num_tensors, metadata))
-
-
-def _read_tensors(cursor: _Cursor, num_tensors: int, metadata: Mapping[str, Any]) -> dict[str, int]:
-    from gguf import GGML_QUANT_SIZES
-
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment % 8:
-        raise cursor.fail(f"general.alignment is {str(alignment)[:40]!r}; a multiple of 8 is needed.")
-    sizes = {int(kind): pair for kind, pair in GGML_QUANT_SIZES.items()}
-    numels: dict[str, int] = {}
-    ends: list[tuple[int, str]] = []
-    for _ in range(num_tensors):
-        name = cursor.string()
-        dimensions = cursor.number("I")
-        shape = [cursor.number("Q") for _ in range(dimensions)] if dimensions <= MAX_DIMENSIONS else []
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        if name in numels or not shape or min(shape) < 1 or kind not in sizes:
-            raise cursor.fail(f"tensor {name[:80]!r}: given twice, without a shape, or of the unknown type {kind}.")
-        block, block_bytes = sizes[kind]
-        if shape[0] % block or offset % alignment:
-            raise cursor.fail(f"tensor {name[:80]!r}: rows of {shape[0]} at offset {offset} do not fit blocks of {block}.")
-        numels[name] = math.prod(shape)
-        ends.append((offset + numels[name] // block * block_bytes, name))
-    data_start = -(-cursor.at // alignment) * alignment
-    end, name = max(ends)
-    if data_start + end > cursor.num_bytes:
-        raise cursor.fail(
-            f"is cut short: {name[:80]!r} ends at byte {data_start + end}, the file has {cursor.num_bytes}; copy it again."
-        )
-    return numels
 
 
 def load_gguf(path: Path, say: Callable[[str], None]) -> GgufModel:
@@ -203,15 +71,15 @@ def save_directory(model: GgufModel, target: Path) -> None:
 
 def _widen(target: Path) -> None:
     """Say the same in the words of transformers 4 too, which other tools read the directory with."""
-    config = read_json(target / "config.json")
+    config = read_config(target)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-    tokenizer = read_json(target / "tokenizer_config.json")
+    tokenizer = read_foreign_json(target / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
         del tokenizer["backend"]
-    write_durably(target / "config.json", [write_json_bytes(config)])
+    write_durably(target / "config.json", [write_json_bytes(encode_floats(config))])
     write_durably(target / "tokenizer_config.json", [write_json_bytes(tokenizer)])
     for file in target.glob("*.safetensors"):
         shutil.copymode(target / "config.json", file)  # they are written for their owner alone
@@ -262,8 +130,8 @@ def _check_cover(path: Path, header: GgufHeader, config: Any) -> None:
     import psutil
 
     wanted = sum(parameter.numel() for parameter in _build_empty(config).parameters())  # a tied one counts once
-    spare = header.tensors.get("output.weight", 0) if config.tie_word_embeddings else 0
-    found = sum(header.tensors.values()) - spare
+    numels = {name: tensor.numel for name, tensor in header.tensors.items()}
+    found = sum(numels.values()) - (numels.get("output.weight", 0) if config.tie_word_embeddings else 0)
     if found != wanted:
         rope = sorted(name for name in header.tensors if name.startswith("rope_f"))
         hint = f" {rope[0]} has no place in the configuration that transformers makes." if rope else ""

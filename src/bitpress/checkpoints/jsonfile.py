@@ -1,25 +1,47 @@
-"""Strict JSON: one meaning a file, whoever reads it, and no file that exhausts the reader.
+"""JSON, strict for the files that bitpress writes and liberal for those of other tools; neither exhausts the reader.
 
-Refused: more than 16 MiB, bytes that are not UTF-8, nesting deeper than 32, a key given twice, NaN and infinities (also
-as a number too large for a double), integers of more than 20 digits, lone surrogates. What is written is canonical:
-keys sorted, one space of indent, a newline at the end, so that equal values are equal bytes.
+Strict (`read_json`, `parse_json`): one meaning a file, whoever reads it. Refused: more than 16 MiB, bytes that are not UTF-8,
+nesting deeper than 32, a key given twice, NaN and infinities (also as a number too large for a double), integers of more than 20
+digits, lone surrogates. What is written is canonical: keys sorted, one space of indent, a newline at the end, so that equal values
+are equal bytes.
+
+Liberal (`read_foreign_json`, `parse_foreign_json`): whatever Python's own reader accepts, since that is what transformers writes and
+reads with: NaN and infinities, integers of any length (10**30 is transformers' way to say "unknown"), a key given twice (the last
+counts), lone surrogates; and a byte order mark, which some editors write. Refused: more than 64 MiB, bytes that are not UTF-8,
+nesting deeper than 128.
 """
 
+import codecs
+import contextlib
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from bitpress.checkpoints.durable import open_regular, read_into
 from bitpress.errors import CheckpointError
 
-__all__ = ["MAX_JSON_BYTES", "MAX_JSON_DEPTH", "parse_json", "read_json", "write_json_bytes"]
+__all__ = [
+    "MAX_FOREIGN_JSON_BYTES",
+    "MAX_FOREIGN_JSON_DEPTH",
+    "MAX_JSON_BYTES",
+    "MAX_JSON_DEPTH",
+    "parse_foreign_json",
+    "parse_json",
+    "read_foreign_json",
+    "read_json",
+    "write_json_bytes",
+]
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 32
+MAX_FOREIGN_JSON_BYTES = 64 * 2**20
+MAX_FOREIGN_JSON_DEPTH = 128  # far below where Python's reader, or a copy of what it gives, runs out of stack
 _MAX_INTEGER_DIGITS = 20  # of 2**64
+_MAX_EXACT_DIGITS = 4300  # Python turns longer texts into no integer, since that takes quadratic time
 
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _STRING = re.compile(rb'"[^"]*"?')
@@ -27,19 +49,24 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Read and parse a regular file; CheckpointError says which rule it breaks."""
-    with open_regular(path) as (descriptor, num_bytes):
-        _check_size(num_bytes, str(path), max_bytes)  # before the allocation
-        data = bytearray(num_bytes)
-        read_into(path, descriptor, memoryview(data), 0)
-    return parse_json(bytes(data), str(path), max_bytes)
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, foreign_values: bool = False) -> Any:
+    """Read and parse a regular file that bitpress wrote; CheckpointError says which rule it breaks."""
+    return parse_json(_read(path, max_bytes), str(path), max_bytes, foreign_values=foreign_values)
 
 
-def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse strict JSON; `where` begins every message. The integer `-0` is read as -0.0: it is no count or offset."""
+def read_foreign_json(path: Path) -> Any:
+    """Read and parse a regular file that another tool wrote; CheckpointError says why it cannot be read."""
+    return parse_foreign_json(_read(path, MAX_FOREIGN_JSON_BYTES), str(path))
+
+
+def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES, *, foreign_values: bool = False) -> Any:
+    """Parse strict JSON; `where` begins every message. The integer `-0` is read as -0.0: it is no count or offset.
+
+    `foreign_values` allows for what bitpress copies out of a file of another tool: long integers, half surrogate pairs, deep nesting.
+    """
     _check_size(len(data), where, max_bytes)
-    _check_depth(data, where)
+    _check_depth(data, where, MAX_FOREIGN_JSON_DEPTH if foreign_values else MAX_JSON_DEPTH)
+    most_digits = _MAX_EXACT_DIGITS if foreign_values else _MAX_INTEGER_DIGITS
 
     def fail(text: str) -> NoReturn:
         raise CheckpointError(f"{where}: {text}")
@@ -52,8 +79,8 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return value
 
     def integer(text: str) -> int | float:
-        if len(text.lstrip("-")) > _MAX_INTEGER_DIGITS:
-            fail(f"an integer of {len(text.lstrip('-'))} digits; at most {_MAX_INTEGER_DIGITS} are read.")
+        if len(text.lstrip("-")) > most_digits:
+            fail(f"an integer of {len(text.lstrip('-'))} digits; at most {most_digits} are read.")
         return -0.0 if text == "-0" else int(text)
 
     def real(text: str) -> float:
@@ -65,19 +92,25 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     def constant(text: str) -> NoReturn:
         fail(f"{text} is not JSON; numbers must be finite.")
 
-    try:
+    with _reader_errors(where):
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=real, parse_constant=constant)
-        if _SURROGATE_ESCAPE.search(data):  # half a pair has no UTF-8, and other readers refuse it
+        if not foreign_values and _SURROGATE_ESCAPE.search(data):  # half a pair has no UTF-8, and other readers refuse it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: is not UTF-8 at byte {error.start}.") from error
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"{where}: a string holds half of a surrogate pair.") from error
-    except json.JSONDecodeError as error:
-        message = f"{where}: is not JSON: {error.msg} (line {error.lineno}, column {error.colno})."
-        raise CheckpointError(message) from error
     return value
+
+
+def parse_foreign_json(data: bytes, where: str) -> Any:
+    """Parse JSON as Python writes it; `where` begins every message."""
+    _check_size(len(data), where, MAX_FOREIGN_JSON_BYTES)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    _check_depth(data, where, MAX_FOREIGN_JSON_DEPTH)
+
+    def integer(text: str) -> int | float:
+        return int(text) if len(text) <= _MAX_EXACT_DIGITS else float(text)
+
+    with _reader_errors(where):
+        return json.loads(data.decode("utf-8"), parse_int=integer)
 
 
 def write_json_bytes(value: Any) -> bytes:
@@ -85,12 +118,33 @@ def write_json_bytes(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
+def _read(path: Path, max_bytes: int) -> bytes:
+    with open_regular(path) as (descriptor, num_bytes):
+        _check_size(num_bytes, str(path), max_bytes)  # before the allocation
+        data = bytearray(num_bytes)
+        read_into(path, descriptor, memoryview(data), 0)
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def _reader_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where}: is not UTF-8 at byte {error.start}.") from error
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where}: a string holds half of a surrogate pair.") from error
+    except json.JSONDecodeError as error:
+        message = f"{where}: is not JSON: {error.msg} (line {error.lineno}, column {error.colno})."
+        raise CheckpointError(message) from error
+
+
 def _check_size(num_bytes: int, where: str, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise CheckpointError(f"{where}: JSON of {num_bytes} bytes; at most {max_bytes} are read.")
 
 
-def _check_depth(data: bytes, where: str) -> None:
+def _check_depth(data: bytes, where: str, deepest: int) -> None:
     """Refuse deep nesting before the parser recurses, in time linear in the bytes.
 
     Escapes go first, then whatever stands between quotes, then all but brackets. The parser stops at an escape outside
@@ -100,5 +154,5 @@ def _check_depth(data: bytes, where: str) -> None:
     outside = _STRING.sub(b"", _ESCAPE.sub(b"", data) if b"\\" in data else data)
     for bracket in outside.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_JSON_DEPTH:
-            raise CheckpointError(f"{where}: JSON nested deeper than {MAX_JSON_DEPTH}.")
+        if depth > deepest:
+            raise CheckpointError(f"{where}: JSON nested deeper than {deepest}.")

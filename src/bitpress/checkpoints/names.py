@@ -19,6 +19,13 @@ from bitpress.errors import CheckpointError
 
 __all__ = ["NameMap", "map_names"]
 
+# Types that a floating-point parameter may be stored in; what has fewer bits needs scales that only its own tool knows.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What quantized checkpoints of other tools name their tensors.
+_QUANTIZED = re.compile(
+    r"\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|scales|g_idx|SCB|absmax|"
+    r"quant_map|weight_format|[a-z_]*_(blocks|scales))$|\.weight\.(absmax|quant_map|nested_absmax|quant_state\..*)$"
+)
 # Buffers that old checkpoints carry and that a module computes by itself.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 
@@ -104,18 +111,37 @@ def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[
         elif _COMPUTED.search(name) or any(p.search(name) or p.search(target) for p in ignorable):
             left_out.append(name)
         else:
-            raise CheckpointError(f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.")
+            hint = " It is quantized already; use the original model." if _QUANTIZED.search(name) else ""
+            raise CheckpointError(f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{hint}")
     result = NameMap(plain, tuple(conversions.values()), aliases, tuple(left_out), model)
+    for target, source in plain.items():
+        _check_type(checkpoint[source], state[target].dtype)
+    for conversion in conversions.values():
+        for source, _ in conversion.sources:  # experts and what else is put together are floating-point weights
+            _check_type(checkpoint[source], torch.float32)
     _check_complete(result, state, checkpoint)
     for name, original in tied:
-        _check_copy(name, plain[original], read)
+        _check_type(checkpoint[name], state[original].dtype)
+        _check_copy(checkpoint[name], checkpoint[plain[original]], read)
     return result
 
 
-def _check_copy(name: str, source: str, read: Callable[[str], torch.Tensor]) -> None:
-    # A tied parameter may be stored twice; dropping one copy is only right when both are the same.
-    if not torch.equal(read(name), read(source)):
-        raise CheckpointError(f"{name!r} is tied to {source!r} by the configuration but holds other values.")
+def _check_type(entry: TensorEntry, wanted: torch.dtype) -> None:
+    """Refuse a tensor whose type says that it is no such parameter: codes for weights, or numbers for indices."""
+    found = f"tensor {entry.name!r} of the checkpoint is {entry.dtype} {list(entry.shape)}"
+    if wanted.is_floating_point and entry.torch_dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{found}; the model needs floating-point values there (BF16, F16, F32 or F64). "
+            "If the weights are quantized already, use the original model."
+        )
+    if not wanted.is_floating_point and (entry.torch_dtype.is_floating_point or entry.torch_dtype.is_complex):
+        raise CheckpointError(f"{found}; the model needs whole numbers there ({str(wanted).removeprefix('torch.')}).")
+
+
+def _check_copy(copy: TensorEntry, original: TensorEntry, read: Callable[[str], torch.Tensor]) -> None:
+    # A tied parameter may be stored twice, even in two types; dropping one copy is only right when both are the same.
+    if copy.shape != original.shape or not torch.equal(read(copy.name).double(), read(original.name).double()):
+        raise CheckpointError(f"{copy.name!r} is tied to {original.name!r} by the configuration but holds other values.")
 
 
 def _check_complete(names: NameMap, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, TensorEntry]) -> None:

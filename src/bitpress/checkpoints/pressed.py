@@ -22,6 +22,7 @@ from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
+from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
 from bitpress.checkpoints.source import SIDE_FILES, read_config
 from bitpress.errors import BitpressError, CheckpointError, FormatError
 from bitpress.formats import CompressedWeight
@@ -47,7 +48,6 @@ _OPENED_BY_NAME = (
     *SIDE_FILES,
     SINGLE_NAME,
     "adapter_config.json",
-    "additional_chat_templates",
     "custom_generate",
     "tekken.json",
 )
@@ -236,7 +236,7 @@ def _read_manifest(root: Path) -> Manifest:
 
 
 def _checked_file(root: Path, name: str, record: FileRecord, verify: bool) -> Path:
-    target = safe_file(root, name)
+    target = listed_file(root, name)
     size = target.stat().st_size
     if size != record.bytes:
         raise CheckpointError(f"{target}: {size} bytes where the manifest says {record.bytes}; the file is cut or changed.")
@@ -250,13 +250,15 @@ def _check_listed(root: Path, manifest: Manifest) -> None:
     for name in ("config.json", INDEX_NAME):
         if name not in manifest.files:
             raise CheckpointError(f"{root}: the manifest does not list {name}.")
-    for name in _OPENED_BY_NAME:
+    folder = root / CHAT_TEMPLATES
+    templates = [f"{CHAT_TEMPLATES}/{leaf}" for leaf in sorted(os.listdir(folder))] if folder.is_dir() else []
+    for name in (*_OPENED_BY_NAME, *templates):
         if name not in manifest.files and os.path.lexists(root / name):
             raise CheckpointError(f"{root}: holds {name}, which the manifest does not list; remove it.")
 
 
 def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, Any]:
-    config = read_config(root)
+    config = read_config(root, foreign=False)
     where = root / "config.json"
     if config.get("quantization_config") != QUANTIZATION:
         raise CheckpointError(f"{where}: quantization_config is not {QUANTIZATION}; bitpress did not write it.")

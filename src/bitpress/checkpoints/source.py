@@ -3,6 +3,8 @@
 Nothing is mapped into memory and nothing is opened that is not on the allow-list; a header is checked before its data is read.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,15 @@ import torch
 
 from bitpress.checkpoints.directory import open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
-from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.given import ORIGIN, Given, is_in_cache, read_given
+from bitpress.checkpoints.jsonfile import read_foreign_json, read_json
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
+from bitpress.checkpoints.side_files import SideFiles, find_side_files
 from bitpress.errors import CheckpointError
 
-__all__ = ["SIDE_FILES", "SourceCheckpoint", "read_config"]
+__all__ = ["SIDE_FILES", "SourceCheckpoint", "encode_config", "encode_floats", "read_config"]
 
-# Files beside the weights that belong to a model and are carried over unchanged.
+# Files beside the weights that transformers opens by their names; others are carried over too (`side_files`).
 SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -31,14 +35,44 @@ SIDE_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# transformers' way to write, in a configuration, the numbers that JSON lacks: {"__float__": "Infinity"}.
+_FLOAT = "__float__"
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def read_config(root: Path) -> dict[str, Any]:
-    """Read config.json: an object that names its model_type. Raises CheckpointError."""
-    config = read_json(safe_file(root, "config.json"))
+def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
+    """Read config.json as transformers does: an object that names its model_type. Raises CheckpointError.
+
+    One that is not `foreign` was written by `encode_config`.
+    """
+    path = safe_file(root, "config.json")
+    config = _decode_floats(read_foreign_json(path) if foreign else read_json(path, foreign_values=True))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{root / 'config.json'}: holds no model_type; it is not the configuration of a model.")
     return config
+
+
+def encode_config(config: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a config.json that transformers and strict readers of JSON read alike."""
+    return json.dumps(encode_floats(config), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _decode_floats(value: Any) -> Any:
+    """Turn what stands for infinities and NaN in a configuration into those numbers."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT} and isinstance(value[_FLOAT], str):
+            return _FLOATS.get(value[_FLOAT], value)
+        return {key: _decode_floats(item) for key, item in value.items()}
+    return [_decode_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def encode_floats(value: Any) -> Any:
+    """Turn infinities and NaN into what stands for them in a configuration."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        return {key: encode_floats(item) for key, item in value.items()}
+    return [encode_floats(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ class SourceCheckpoint:
             quantization = config["quantization_config"]
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); give the original model.")
-        index = read_index(root)
+        index = read_index(root, foreign=True)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
         for file in sorted(set(index.values())):
             target = safe_file(root, file)
@@ -80,6 +114,11 @@ class SourceCheckpoint:
         return read_tensor(file, entry)
 
     @property
+    def given(self) -> Given | None:
+        """What the directory was converted from, where that is a file that the user gave or a named model's."""
+        return read_given(self.root)
+
+    @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for _, entry in self.tensors.values())
 
@@ -88,6 +127,7 @@ class SourceCheckpoint:
         files = sorted({file for file, _ in self.tensors.values()} | {self.root / "config.json"})
         return {file.name: hash_file(file) for file in files}
 
-    def side_files(self) -> dict[str, Path]:
-        """Tokenizer, chat template and generation settings, where the model has them."""
-        return {name: safe_file(self.root, name) for name in SIDE_FILES if (self.root / name).exists()}
+    def side_files(self) -> SideFiles:
+        """Find what goes with the model (tokenizer, chat templates, processors, licence, ...), and what is left behind."""
+        own = {file.name for file, _ in self.tensors.values()} | ({ORIGIN} if is_in_cache(self.root) else set())
+        return find_side_files(self.root, own, SIDE_FILES)

@@ -37,6 +37,7 @@ from bitpress.checkpoints.durable import (
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
+from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
 
 __all__ = ["Job", "check_vacant", "differences"]
@@ -219,6 +220,10 @@ class Job:
             elif not final.exists():
                 raise CheckpointError(f"{made}: a finished weight file is gone; start again with --force.")
         for name, content in files.items():
+            with _disk_errors(self.out / name):
+                (self.out / name).parent.mkdir(exist_ok=True)
+            if "/" in name and (self.out / name).parent.is_symlink():
+                raise UsageError(f"{(self.out / name).parent}: is a link; remove it.")
             write_durably(self.out / name, [content])
         fsync_directory(self.out)
 
@@ -232,7 +237,7 @@ class Job:
             old = read_json(manifest)
         listed = old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ()
         for name in listed:
-            check_file_name(str(manifest), name)
+            check_listed_name(str(manifest), name)
         with _disk_errors(manifest):
             for name in listed:
                 if name not in kept:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from bitpress.calibration.stats import STATISTICS, of_origin
+from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import AnyFormat, Format
@@ -27,6 +28,8 @@ __all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "unmeant_bits"]
 
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
+# Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
+_BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Plan:
     """Every weight with its format, what is kept, and totals.
 
     Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`own_bytes`), and for
-    maps, which are small and not counted; `peak_memory` is an estimate.
+    maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
+
+    given   what the user gave, where that was converted first
     """
 
     weights: tuple[PlannedWeight, ...]
@@ -72,6 +77,19 @@ class Plan:
     source_bytes: int
     disk: int
     peak_memory: int
+    side_bytes: int = 0
+    given: Given | None = None
+
+    @property
+    def given_bytes(self) -> int:
+        """Bytes of the weights as the user gave them."""
+        return self.source_bytes if self.given is None else self.given.nbytes
+
+    @property
+    def published_bytes(self) -> int:
+        """Estimate: bytes of the whole directory that is published."""
+        described = _BESIDE_A_WEIGHT * len(self.weights) + _BESIDE_A_BLOCK * (self.blocks + 1) + _BESIDE_ALL
+        return self.compressed_bytes + self.kept_bytes + self.side_bytes + described
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,6 +105,11 @@ class Plan:
             "bytes_compressed_weights": self.compressed_bytes,
             "bytes_kept": self.kept_bytes,
             "bytes_source": self.source_bytes,
+            "bytes_given": self.given_bytes,
+            "bytes_side_files": self.side_bytes,
+            "bytes_published_estimate": self.published_bytes,
+            "ratio": self.given_bytes / self.published_bytes,
+            "given": None if self.given is None else self.given.as_dict(),
             "disk_bytes_needed": self.disk,
             "peak_memory_bytes_estimate": self.peak_memory,
         }

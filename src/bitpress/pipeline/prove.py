@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
+from bitpress.calibration.samples import Windows
 from bitpress.checkpoints.budget import open_within
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
@@ -21,7 +22,7 @@ from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import load_windows
 from bitpress.runtime.skeleton import check_tokens
 
-__all__ = ["check_reloaded", "compare", "evaluate"]
+__all__ = ["check_reloaded", "compare", "evaluate", "heldout_windows"]
 
 # Windows that go through a block together while proving.
 BATCH = 4
@@ -98,16 +99,22 @@ def evaluate(
         pressed = PressedCheckpoint.open(directory)
     original = open_streamed(against, dtype)
     candidate = open_streamed(directory, dtype, pressed)
-    limit = getattr(original.model.config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, limit)
-    windows = load_windows(text, against, samples=max(tokens // length, 1), length=length, seed=seed)
-    for model, place in ((original, against), (candidate, directory)):
-        check_tokens(windows.tokens, model.model.config, str(place))
+    windows = heldout_windows(text, against, original.model.config, tokens=tokens, length=length, seed=seed)
+    check_tokens(windows.tokens, candidate.model.config, str(directory))
     figures = compare(candidate, original, windows.tokens, progress)
     stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
     if pressed is not None:
         stored = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
-    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": length, "seed": seed}
+    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": windows.tokens.shape[1], "seed": seed}
+
+
+def heldout_windows(text: str, model: Path, config: Any, *, tokens: int, length: int, seed: int = 0) -> Windows:
+    """Draw the windows that a proof measures on. Raises CheckpointError, CalibrationError."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+    length = min(length, limit)
+    windows = load_windows(text, model, samples=max(tokens // length, 1), length=length, seed=seed)
+    check_tokens(windows.tokens, config, str(model))
+    return windows
 
 
 def check_reloaded(

@@ -1,17 +1,16 @@
 """The main job: plan, press block by block into a journal, stage, prove, publish."""
 
-import json
 import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitpress import native
-from bitpress.calibration.samples import read_texts
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
@@ -24,6 +23,9 @@ from bitpress.checkpoints.pressed import (
     PressedCheckpoint,
     WeightRecord,
 )
+from bitpress.checkpoints.side_files import SideFiles, read_side_file
+from bitpress.checkpoints.source import encode_config
+from bitpress.checkpoints.tokenizer import check_tokenizer
 from bitpress.errors import CheckpointError, NumericsError, UsageError
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
@@ -31,7 +33,7 @@ from bitpress.pipeline.memory import peak_bytes, release
 from bitpress.pipeline.plan import Plan, check_room, make_plan, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
-from bitpress.pipeline.prove import check_reloaded, evaluate
+from bitpress.pipeline.prove import check_reloaded, evaluate, heldout_windows
 from bitpress.pipeline.report import make_card, make_report
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.pipeline.source_model import OriginalLoader, open_original
@@ -39,6 +41,7 @@ from bitpress.pipeline.stopping import stoppable
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import calibration_windows
 from bitpress.recipes import Recipe
+from bitpress.runtime.prompt import GENERATION, read_generation_file
 from bitpress.settings import use_native
 
 __all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
@@ -60,7 +63,13 @@ class Proof:
 def plan_run(model: Path, recipe: Recipe) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
     streamed, loader = open_original(model, recipe.compute_dtype())
-    return make_plan(streamed, recipe, loader.stored_bytes(streamed.model.state_dict())), streamed, loader
+    plan = make_plan(streamed, recipe, loader.stored_bytes(streamed.model.state_dict()))
+    if recipe.needs():
+        check_tokenizer(model)
+    side = loader.source.side_files()
+    if GENERATION in side.carried:  # whoever opens the result reads it
+        read_generation_file(side.carried[GENERATION])
+    return replace(plan, side_bytes=side.nbytes, given=loader.source.given), streamed, loader
 
 
 def quantize_directory(
@@ -82,10 +91,8 @@ def quantize_directory(
     started = time.perf_counter()
     check_vacant(out)
     plan, streamed, loader = plan_run(model, recipe)
-    if proof.tokens:
-        if recipe.needs() and proof.text == recipe.calibration.text:
-            raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
-        read_texts(proof.text)  # a proof that cannot be read is better known now than at the end
+    if proof.tokens and recipe.needs() and proof.text == recipe.calibration.text:
+        raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     windows = None
     if recipe.needs():
         windows = calibration_windows(recipe.calibration, model, streamed.model.config)
@@ -94,12 +101,19 @@ def quantize_directory(
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
         return finished
+    if proof.tokens:  # a proof that cannot be made is better known now than at the end
+        heldout_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
     for text in unmeant_bits(plan, recipe):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")
     if (reason := recipe.no_default_scales()) is not None:
         progress.note(f"{reason}; name a quantizer to choose.")
+    if plan.given is not None and plan.published_bytes > plan.given_bytes:
+        progress.note(
+            f"{out} will be larger than what you gave: about {plan.published_bytes:,} bytes from {plan.given_bytes:,} "
+            f"({plan.given.text})."
+        )
     check_room(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     job = Job.open(out, identity, force=force)
@@ -183,7 +197,8 @@ def finish_job(
     """Stage what a job holds, reload and prove it, write the report, publish. `clock`: when it began, and seconds of pressing."""
     release()
     facts = _gather(job)
-    files = _side_files(job, loader)
+    side = loader.source.side_files()
+    files = _side_files(job, loader, side)
     manifest = _manifest(job, loader, recipe, files, facts)
     job.stage(files)
     pressed = PressedCheckpoint.open(job.out, manifest=manifest)
@@ -200,8 +215,10 @@ def finish_job(
         plan,
         job.identity,
         calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
-        original_bytes=loader.source.nbytes,
+        source_bytes=loader.source.nbytes,
+        given=loader.source.given,
         left_out=list(loader.names.left_out),
+        left_behind=side.left,
         timing={
             "seconds": round(time.perf_counter() - clock[0], 2),
             "seconds_pressing": round(clock[1], 2),
@@ -235,8 +252,8 @@ def _gather(job: Job) -> dict[str, Any]:
     return gathered
 
 
-def _side_files(job: Job, loader: OriginalLoader) -> dict[str, bytes]:
-    """Make the configuration and the index; take over the tokenizer's files."""
+def _side_files(job: Job, loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
+    """Make the configuration and the index; take over what goes with the model."""
     from bitpress.checkpoints.safetensors_file import read_header
 
     config = {k: v for k, v in loader.source.config.items() if k not in ("auto_map", "transformers_weights")}
@@ -249,8 +266,8 @@ def _side_files(job: Job, loader: OriginalLoader) -> dict[str, bytes]:
         weight_map |= dict.fromkeys(entries, unit["shard"])
         total += sum(entry.nbytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    files = {name: path.read_bytes() for name, path in loader.source.side_files().items()}
-    files["config.json"] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    files = {name: read_side_file(path) for name, path in side.carried.items()}
+    files["config.json"] = encode_config(config)
     files["model.safetensors.index.json"] = write_json_bytes(index)
     return files
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from bitpress.checkpoints.given import Given
+from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.pipeline.plan import Plan
 
 __all__ = ["make_card", "make_report"]
@@ -16,11 +18,18 @@ def make_report(
     identity: Mapping[str, Any],
     *,
     calibration: Mapping[str, Any] | None,
-    original_bytes: int,
+    source_bytes: int,
+    given: Given | None,
     left_out: Sequence[str],
+    left_behind: Sequence[LeftBehind],
     timing: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put a run's figures together; every value can be written as JSON."""
+    """Put a run's figures together; every value can be written as JSON.
+
+    `source_bytes` are those of the tensors that were read; where these were converted from a file that the user gave, that file is
+    the original, and sizes are compared with it.
+    """
+    original_bytes = source_bytes if given is None else given.nbytes
     fallbacks = [{"weight": row["name"], "what": text} for row in rows for text in row["fallbacks"]]
     reached = sum(1 for row in rows if row["measured_on"] == "output" and not row["fallbacks"])
     return {
@@ -28,6 +37,7 @@ def make_report(
         "size": {
             "bytes": figures["bytes"],
             "bytes_original": original_bytes,
+            "bytes_converted": None if given is None else source_bytes,
             "ratio": original_bytes / figures["bytes"],
             "bytes_compressed_weights": plan.compressed_bytes,
             "bytes_kept": plan.kept_bytes,
@@ -36,7 +46,9 @@ def make_report(
         "calibrated": {"weights": reached, "of": len(rows)},
         "fallbacks": fallbacks,
         "kept": plan.kept,
+        "given": None if given is None else {**given.as_dict(), "text": given.text},
         "left_out": list(left_out),
+        "left_behind": [{"file": item.file, "why": item.why} for item in left_behind],
         "layers": [dict(row) for row in rows],
         "run": dict(timing),
         "job": dict(identity),

@@ -4,13 +4,23 @@ A chat template is code: it runs in transformers' sandboxed jinja environment, f
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.engine import Sampling
 
-__all__ = ["Prompt", "check_prompt", "choose_sampling", "encode_prompt", "end_tokens", "read_generation"]
+__all__ = [
+    "GENERATION",
+    "Prompt",
+    "check_prompt",
+    "choose_sampling",
+    "encode_prompt",
+    "end_tokens",
+    "read_generation",
+    "read_generation_file",
+]
 
 Prompt = str | Sequence[Mapping[str, str]]
 TEMPLATE_CHARACTERS = 2**22
@@ -70,15 +80,20 @@ def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int
 
 def read_generation(pressed: Any) -> Any:
     """Read the generation_config.json of a PressedCheckpoint as transformers' GenerationConfig; None where there is none."""
-    from transformers import GenerationConfig
-
     from bitpress.checkpoints.directory import safe_file
-    from bitpress.checkpoints.jsonfile import read_json
 
     if GENERATION not in pressed.manifest.files:
         return None
-    path = safe_file(pressed.root, GENERATION)
-    values = read_json(path)
+    return read_generation_file(safe_file(pressed.root, GENERATION))
+
+
+def read_generation_file(path: Path) -> Any:
+    """Read a generation_config.json as transformers' GenerationConfig. Raises CheckpointError."""
+    from transformers import GenerationConfig
+
+    from bitpress.checkpoints.jsonfile import read_foreign_json
+
+    values = read_foreign_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must be an object.")
     try:

@@ -4,12 +4,14 @@ Parameters start on the `meta` device (a shape, no memory); buffers that a modul
 are real from the start. Code that comes with a checkpoint is never run: the architecture must be one that transformers knows.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from bitpress.errors import CheckpointError, unknown_name
+from bitpress.errors import CheckpointError, UsageError
 
 __all__ = ["build_config", "build_skeleton", "check_tokens", "find_stack", "restore_ties_", "set_parameter_"]
 
@@ -21,7 +23,7 @@ def build_config(values: Mapping[str, Any]) -> Any:
 
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        raise unknown_name("model_type in config.json", model_type, CONFIG_MAPPING.keys())
+        raise _unknown_type(model_type, values.get("auto_map"), CONFIG_MAPPING.keys())
     kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config")}
     try:
         return CONFIG_MAPPING[model_type].from_dict(kept)
@@ -83,6 +85,21 @@ def check_tokens(tokens: torch.Tensor, config: Any, where: str) -> None:
         raise CheckpointError(
             f"{where}: its tokenizer gives token {int(tokens.max())}, but the model has only {vocabulary}; they do not belong together."
         )
+
+
+def _unknown_type(model_type: str, code: Any, known: Iterable[str]) -> CheckpointError | UsageError:
+    if code:
+        named = next((str(value) for value in code.values()), "") if isinstance(code, dict) else str(code)
+        return CheckpointError(
+            f"config.json: model_type {model_type[:80]!r} needs code that comes with the checkpoint (auto_map: {named[:80]}), "
+            "which is never run; only architectures of transformers itself are read."
+        )
+    near = difflib.get_close_matches(model_type.lower(), list(known), n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UsageError(  # a newer transformers may know it: not the file's fault
+        f"config.json: unknown model_type {model_type[:80]!r}. {hint}transformers {version('transformers')} has no such "
+        "architecture; a newer one may have it."
+    )
 
 
 def _one_line(error: Exception) -> str:

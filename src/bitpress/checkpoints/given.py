@@ -1,0 +1,66 @@
+"""What a model directory in the cache was converted from: the file that the user gave, its bytes, and how it stores its tensors.
+
+`origin.json` in such a directory says so. In any other directory a file of that name is one of the model's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.errors import CheckpointError
+from bitpress.settings import cache_directory
+
+__all__ = ["ORIGIN", "Given", "is_in_cache", "read_given"]
+
+ORIGIN = "origin.json"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class Given:
+    """A converted file, or several parts of one.
+
+    file_type   what it says it is, such as Q4_K_M
+    types       bytes of its tensors by their type, the largest first
+    """
+
+    format: str
+    file_type: str
+    nbytes: int
+    parts: int
+    types: Mapping[str, int]
+
+    @property
+    def is_quantized(self) -> bool:
+        return not _FLOATS.issuperset(self.types)
+
+    @property
+    def text(self) -> str:
+        """One line for people, such as `GGUF Q4_K_M, quantized already: Q4_K 71 %, Q6_K 29 %`."""
+        total = sum(self.types.values())
+        shares = [(kind, 100 * count / total) for kind, count in self.types.items()]
+        shown = ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)
+        state = "quantized already" if self.is_quantized else "not quantized"
+        return f"{self.format} {self.file_type}, {state}: {shown}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_given(root: Path) -> Given | None:
+    """Read what a directory of the cache was converted from; None where that is not known, or `root` is no such directory."""
+    if not is_in_cache(root) or not (root / ORIGIN).is_file():
+        return None
+    try:
+        values = read_json(root / ORIGIN)
+        return Given(**values["given"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
+
+
+def is_in_cache(root: Path) -> bool:
+    """Claim that a directory is one that a conversion made in the cache."""
+    root, cache = root.resolve(), cache_directory().resolve()
+    return root.parent in (cache / "gguf", cache / "models")
