@@ -112,7 +112,7 @@ def test_siblings_share_one_input_and_every_weight_is_seen(case: tuple[str, Path
     model.load_outer_()
     hidden = model.embed(TOKENS)
     model.load_block_(0)
-    weights, kept = list_weights(model.block_name(0), model.blocks[0], model.model.config, ())
+    weights, kept = list_weights(model, 0, ())
     watched = []
     for weight in weights:
         live = model.model.get_parameter(weight.name)

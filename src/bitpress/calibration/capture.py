@@ -124,7 +124,7 @@ class Capture(TorchFunctionMode):
     def _note(self, x: torch.Tensor, w: torch.Tensor, axis: int) -> None:
         if w.ndim == 3:  # all experts in one batched product
             for e in range(w.shape[0]):
-                self._note(x[e] if x.ndim == 3 else x, w[e], axis)
+                self._note(_routed(x[e]) if x.ndim == 3 else x, w[e], axis)
             return
         watched = self._by_address.get(w.data_ptr())
         if watched is None or w.ndim != 2 or x.numel() == 0:
@@ -170,3 +170,9 @@ class Capture(TorchFunctionMode):
             return stats
         row_gram, head_gram = self._heads.finish(name, max(stats.tokens, 1))
         return stats if row_gram is None else replace(stats, row_gram=row_gram, head_gram=head_gram)
+
+
+def _routed(x: torch.Tensor) -> torch.Tensor:
+    """Leave out the tokens that were routed elsewhere, whose rows are zero; give the very tensor where there is none."""
+    reached = x.any(-1)
+    return x if bool(reached.all()) else x[reached]

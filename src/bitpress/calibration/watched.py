@@ -21,6 +21,11 @@ _FUNCTIONS: dict[Any, tuple[int, int, int]] = {
     torch.Tensor.matmul: (0, 1, -2),
     torch.Tensor.__matmul__: (0, 1, -2),
     torch.bmm: (0, 1, -2),
+    torch.baddbmm: (1, 2, -2),
+    torch.Tensor.mm: (0, 1, -2),
+    torch.Tensor.bmm: (0, 1, -2),
+    torch.Tensor.addmm: (1, 2, -2),
+    torch.Tensor.baddbmm: (1, 2, -2),
 }
 
 

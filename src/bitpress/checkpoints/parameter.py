@@ -1,4 +1,4 @@
-"""How a weight sits in a model: as a matrix [out, in], as [in, out], or as a 3-d stack of one matrix per expert."""
+"""How a weight sits in a model: as a matrix [out, in], as [in, out], or as a stack of one such matrix per expert."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,14 @@ class WeightParameter:
     """A parameter that is one weight, or a stack of one weight per expert.
 
     shape   (out, in) of one weight;  experts: how many there are, 0 for a plain weight;  transposed: stored [in, out]
+    flat    a stack whose matrices lie below each other in a parameter of two axes, where others have three
     """
 
     name: str
     shape: tuple[int, int]
     transposed: bool = False
     experts: int = 0
+    flat: bool = False
 
     @property
     def stem(self) -> str:
@@ -32,8 +34,15 @@ class WeightParameter:
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape of the parameter in the model."""
-        matrix = self.shape[::-1] if self.transposed else self.shape
-        return (self.experts, *matrix) if self.experts else matrix
+        rows, columns = self.matrix_shape
+        if self.flat:
+            return self.experts * rows, columns
+        return (self.experts, rows, columns) if self.experts else (rows, columns)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of one weight as it is stored."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def parts(self) -> list[str]:
         """Name every single weight: the layer's name, or one name an expert."""
@@ -41,7 +50,7 @@ class WeightParameter:
 
     def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Give the 2-d tensors in memory, one a part, as they are stored."""
-        return list(tensor) if self.experts else [tensor]
+        return list(tensor.view(self.experts, *self.matrix_shape)) if self.experts else [tensor]
 
     def matrices(self, tensor: torch.Tensor) -> list[Float[torch.Tensor, "out in"]]:
         """Give the weights in the one convention [out, in], float32, one a part."""
@@ -52,7 +61,8 @@ class WeightParameter:
         if not self.experts:
             return stacked.T.contiguous() if self.transposed else stacked
         cube = stacked.reshape(self.experts, *self.shape)
-        return cube.transpose(1, 2).contiguous() if self.transposed else cube
+        cube = cube.transpose(1, 2).contiguous() if self.transposed else cube
+        return cube.flatten(0, 1) if self.flat else cube
 
 
 def stem(parameter: str) -> str:

@@ -68,23 +68,28 @@ class WeightRecord(_Closed):
     """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
 
     Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
     """
 
     spec: dict[str, Any]
     transposed: bool
     experts: int = Field(ge=0, le=65536)
     errors: list[FiniteFloat] | None = None
+    flat: bool = False
 
     @model_serializer(mode="wrap")
     def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = make(self)
-        return {key: value for key, value in values.items() if key != "errors" or value is not None}
+        absent = {"errors": None, "flat": False}
+        return {key: value for key, value in values.items() if key not in absent or value != absent[key]}
 
     def parameter(self, name: str) -> WeightParameter:
         rows, cols = self.spec["shape"]
         if self.experts and rows % self.experts:
             raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
-        return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts)
+        if self.flat and not self.experts:
+            raise CheckpointError(f"{name}: only experts can lie below each other (flat), and there are none.")
+        return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts, self.flat)
 
 
 class Manifest(_Closed):

@@ -194,8 +194,8 @@ def _block_units(
 
 def _every_weight(model: StreamedModel, recipe: Recipe) -> list[PlannedWeight]:
     found = []
-    for i, block in enumerate(model.blocks):
-        weights, _ = list_weights(model.block_name(i), block, model.model.config, ())
+    for i in range(len(model.blocks)):
+        weights, _ = list_weights(model, i, ())
         found += [PlannedWeight(parameter, recipe.format_for(parameter.stem), i) for parameter in weights]
     return found
 

@@ -171,7 +171,7 @@ def _sample_seconds(
     cols: int,
 ) -> float:
     """Seconds of pressing a made-up weight as the recipe would; `head` rows of it belong together."""
-    parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0)
+    parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0, flat=False)
     w = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
     stats = {parameter.stem: _made_up(rows, cols, needs, head)} if needs else {}
 

@@ -18,13 +18,13 @@ from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import AnyFormat, Format
-from bitpress.pipeline.products import list_weights
+from bitpress.pipeline.products import list_kept_outside, list_weights, overlooked
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import Quantizer, check_served
 from bitpress.recipes import Recipe
 
-__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "unmeant_bits"]
+__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "overlooked_products", "unmeant_bits"]
 
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
@@ -121,9 +121,9 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
     Raises FormatError that names every weight whose shape its format or a correction does not fit, or whose maps could not be kept.
     """
     weights: list[PlannedWeight] = []
-    kept: dict[str, str] = {}
-    for i, block in enumerate(model.blocks):
-        found, others = list_weights(model.block_name(i), block, model.model.config, recipe.skip)
+    kept = list_kept_outside(model, recipe.skip)
+    for i in range(len(model.blocks)):
+        found, others = list_weights(model, i, recipe.skip)
         weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
         kept |= others
     if not weights:
@@ -187,6 +187,11 @@ def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
                 meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
                 found[f"{name} is meant for codes of {meant} bits a weight, and {planned.format.name} has {value:g}"] = None
     return list(found)
+
+
+def overlooked_products(plan: Plan) -> list[str]:
+    """Say which matrix products of a plan stay uncompressed though nobody asked for it."""
+    return [f"{_shorten(names)}: {reason}, left uncompressed" for reason, names in overlooked(plan.kept).items()]
 
 
 def _quantizer_of(planned: PlannedWeight, recipe: Recipe) -> tuple[str, Quantizer]:

@@ -139,7 +139,7 @@ class Presser:
     def measure_(self, i: int, needs: Collection[str], *, last: bool) -> Measured:
         """Collect statistics of every weight of block `i` and move the hidden states past it, with nothing compressed."""
         self.model.load_block_(i)
-        watched = self._watch(list_weights(self.model.block_name(i), self.model.blocks[i], self.model.model.config, ())[0])
+        watched = self._watch(list_weights(self.model, i, ())[0])
         found = self._capture(i, watched, needs, {}, last=last, final=True)
         self.model.drop_block_(i)
         release()
@@ -179,7 +179,7 @@ class Presser:
         parameters = [p.parameter for p in planned]
         if self.searches or self.needs & HEAD_STATISTICS:
             # A weight that is kept may share an input that is rescaled, and has to follow; or have its part in the attention.
-            parameters, _ = list_weights(self.model.block_name(i), self.model.blocks[i], self.model.model.config, ())
+            parameters, _ = list_weights(self.model, i, ())
         watched = self._watch(parameters)
         if self.measured is not None:
             found = self.measured(i)

@@ -80,6 +80,8 @@ class WeightPresser:
             raise NumericsError(f"{parameter.stem}: the compressed weight is not finite.")
         block.tensors |= {f"{parameter.stem}.{leaf}": t for leaf, t in weight.tensors().items()}
         record = {"spec": weight.spec(), "transposed": parameter.transposed, "experts": parameter.experts}
+        if parameter.flat:
+            record["flat"] = True
         if (by_terms := _errors_by_terms(outcomes, len(weight.terms))) is not None:
             record["errors"] = by_terms
         block.weights[parameter.name] = record

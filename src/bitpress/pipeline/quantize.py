@@ -30,7 +30,7 @@ from bitpress.errors import CheckpointError, NumericsError, UsageError
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
-from bitpress.pipeline.plan import Plan, check_room, make_plan, unmeant_bits
+from bitpress.pipeline.plan import Plan, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.prove import check_reloaded, evaluate, heldout_windows
@@ -103,6 +103,10 @@ def quantize_directory(
         return finished
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
         heldout_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
+    for text in overlooked_products(plan):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")
+        progress.note(f"{text}.")
     for text in unmeant_bits(plan, recipe):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")

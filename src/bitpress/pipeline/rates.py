@@ -147,8 +147,8 @@ def _fitting(fmt: Format, chosen: Sequence[Matrix]) -> Format:
 def _of_blocks(path: Path) -> list[Matrix]:
     model, loader = open_original(path, torch.float32)
     found: list[Matrix] = []
-    for i, block in enumerate(model.blocks):
-        for parameter in list_weights(model.block_name(i), block, model.model.config, ())[0]:
+    for i in range(len(model.blocks)):
+        for parameter in list_weights(model, i, ())[0]:
             read = partial(_read_part, loader, model.block_name(i), parameter)
             found += [Matrix(part, parameter.shape, partial(read, e)) for e, part in enumerate(parameter.parts())]
     return found

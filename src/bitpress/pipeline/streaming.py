@@ -7,12 +7,14 @@ here depends on an architecture.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 
 from bitpress.errors import CheckpointError
+from bitpress.pipeline.uses import Use, find_uses
 from bitpress.runtime.skeleton import build_skeleton, find_stack, restore_ties_, set_parameter_
 
 __all__ = ["ParameterLoader", "StreamedModel"]
@@ -54,6 +56,11 @@ class StreamedModel:
     @loader.setter
     def loader(self, loader: ParameterLoader) -> None:
         self._loader = loader
+
+    @cached_property
+    def uses(self) -> dict[str, Use]:
+        """What the model does with each of its matrices."""
+        return find_uses(self.model)
 
     def block_name(self, i: int) -> str:
         return f"{self.stack}.{i}"

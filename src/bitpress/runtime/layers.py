@@ -97,14 +97,22 @@ class PackedLinear(PackedWeight):
 
 
 class PackedExperts(PackedWeight):
-    """Stands where a 3-d parameter of experts stood; indexing it decodes that expert's matrix."""
+    """Stands where a parameter of experts stood; indexing it decodes that expert's matrix, any other product decodes all of them."""
 
     def __init__(self, spec: Mapping[str, Any], parameter: WeightParameter, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         self.parameter = parameter
+        self.cube = (parameter.experts, *parameter.matrix_shape)
+        self.shape = torch.Size(parameter.parameter_shape)
 
     def decode_(self) -> None:
         self._hold_(self.parameter.restore(self.weight_terms().dequantize()))
+
+    def whole(self) -> torch.Tensor:
+        """Give the parameter that this stands for."""
+        if self.decoded is not None:
+            return self.decoded
+        return self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
         if self.decoded is not None:
@@ -114,9 +122,30 @@ class PackedExperts(PackedWeight):
         matrix = self.weight_terms().row_slice(e * rows, (e + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
 
+    def view(self, *shape: Any) -> Any:
+        """Give the stack of matrices that lie below each other, still packed; any other shape is one of the decoded parameter."""
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if self.parameter.flat and self.decoded is None and len(sizes) == 3 and tuple(sizes[1:]) == self.cube[1:]:
+            return self
+        return self.whole().view(*sizes)
+
+    def transpose(self, first: int, second: int) -> torch.Tensor:
+        return self.whole().transpose(first, second)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let torch's functions take this for the parameter."""
+
+        def plain(value: Any) -> Any:
+            return value.whole() if isinstance(value, PackedExperts) else value
+
+        return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
+
 
 def replace_(model: nn.Module, parameter: WeightParameter, spec: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Put a packed layer where the parameter's module (or the 3-d parameter itself) is."""
+    """Put a packed layer where the parameter's module (of experts, the parameter itself) is."""
     if parameter.experts:
         owner_name, _, leaf = parameter.name.rpartition(".")
         owner = model.get_submodule(owner_name)

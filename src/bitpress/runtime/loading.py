@@ -55,8 +55,8 @@ def load(
         value = read_tensor(pressed.tensors[name][0], entry)
         set_parameter_(model, name, value.to(chosen) if value.is_floating_point() else value)
     restore_ties_(model)
-    for name in pressed.manifest.weights:
-        layer = _packed_at(model, name)
+    for name, record in pressed.manifest.weights.items():
+        layer = _packed_at(model, name if record.experts else record.parameter(name).stem)
         for leaf, value in pressed.read_weight(name).tensors().items():
             set_parameter_(layer, leaf, value)
         if weights == "decoded":
@@ -95,7 +95,7 @@ def _stored_dtype(pressed: PressedCheckpoint) -> torch.dtype:
 
 
 def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExperts:
-    layer = model.get_submodule(name.removesuffix(".weight"))
+    layer = model.get_submodule(name)
     if not isinstance(layer, (PackedLinear, PackedExperts)):
         raise CheckpointError(f"{name!r} is no packed layer of the model.")
     return layer
