@@ -126,6 +126,11 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         found, others = list_weights(model, i, recipe.skip)
         weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
         kept |= others
+    narrow = {w.parameter.name: reason for w in weights if (reason := _too_narrow(w)) is not None}
+    weights = [w for w in weights if w.parameter.name not in narrow]
+    kept |= narrow
+    if narrow and not weights:
+        raise FormatError(f"every weight has {next(iter(narrow.values()))}; use smaller groups, or row.")
     if not weights:
         raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
     _check_shapes(weights)
@@ -163,6 +168,16 @@ def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
             f"about {plan.peak_memory:,} bytes of memory are needed and {memory:,} are free; "
             "use fewer or shorter samples, or a method without statistics such as rtn."
         )
+
+
+def _too_narrow(planned: PlannedWeight) -> str | None:
+    """Say why a weight is too small for its format, or None. It stays as it is: its bytes do not count."""
+    if not isinstance(planned.format, Format):
+        return None
+    inputs, group, span = planned.parameter.shape[1], planned.format.block.cols, planned.format.grid.span
+    if group != "all" and inputs < group:
+        return f"fewer inputs ({inputs}) than the group ({group})"
+    return f"fewer inputs ({inputs}) than one code holds ({span})" if inputs < span else None
 
 
 def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
@@ -250,9 +265,8 @@ def _shorten(names: Sequence[str]) -> str:
 def _activation_bytes(model: StreamedModel, recipe: Recipe) -> int:
     if not recipe.needs():
         return 0
-    text = model.model.config.get_text_config()
     streams = 2 if of_origin(recipe.needs(), "original") else 1
-    return int(streams * recipe.calibration.samples * recipe.calibration.length * text.hidden_size * model.dtype.itemsize)
+    return int(streams * recipe.calibration.samples * recipe.calibration.length * model.width * model.dtype.itemsize)
 
 
 def _peak_memory(

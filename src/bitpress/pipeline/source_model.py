@@ -12,7 +12,7 @@ from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import NumericsError
 from bitpress.finite import all_finite
 from bitpress.pipeline.streaming import StreamedModel
-from bitpress.runtime.skeleton import build_config
+from bitpress.runtime.skeleton import build_config, check_causal
 
 __all__ = ["OriginalLoader", "open_original", "open_streamed"]
 
@@ -43,7 +43,9 @@ class OriginalLoader:
 def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, OriginalLoader]:
     """Open an uncompressed model for streaming. Raises CheckpointError."""
     source = SourceCheckpoint.open(path)
-    model = StreamedModel(build_config(source.config), None, dtype)
+    config = build_config(source.config)
+    check_causal(config, str(path))
+    model = StreamedModel(config, None, dtype)
     names = map_names(model.model, {name: entry for name, (_, entry) in source.tensors.items()}, source.read)
     loader = OriginalLoader(source, names)
     model.loader = loader

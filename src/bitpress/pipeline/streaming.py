@@ -2,18 +2,19 @@
 
 The model's own code does everything outside the blocks. Its blocks are told to step aside (`forward` replaced on the instance):
 once to learn what the model passes to each of them, and later to feed stored hidden states into the norm and the head. So nothing
-here depends on an architecture.
+here depends on an architecture. Where more than hidden states goes from block to block, or what blocks are given depends on the text,
+the "hidden states" that are stored and passed on here are the states of carried.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 
 from bitpress.errors import CheckpointError
+from bitpress.pipeline.carried import BREAKS, Carried, Stop, find_carried, hollow, stand_ins
 from bitpress.pipeline.uses import Use, find_uses
 from bitpress.runtime.skeleton import build_skeleton, find_stack, restore_ties_, set_parameter_
 
@@ -28,14 +29,6 @@ class ParameterLoader(Protocol):
         ...
 
 
-class _Stop(Exception):
-    """Ends a forward as soon as what was wanted has been seen."""
-
-    def __init__(self, hidden: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
 class StreamedModel:
     """A skeleton with its outer parts loaded; blocks come and go."""
 
@@ -44,8 +37,10 @@ class StreamedModel:
         self._loader = loader
         self.model = build_skeleton(config, dtype)
         self.stack, self.blocks = find_stack(self.model)
+        self._check_apart()
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wraps_in_tuple: bool | None = None
+        self._carried: Carried | None = None
 
     @property
     def loader(self) -> ParameterLoader:
@@ -94,25 +89,35 @@ class StreamedModel:
         for name, value in list(self.blocks[i].named_parameters()):
             set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
 
+    @property
+    def width(self) -> int:
+        """Values of a token that are stored between blocks, as far as that can be said before the text is seen."""
+        self._look_()
+        return int(self.model.config.get_text_config().hidden_size if self._carried is None else self._carried.width)
+
     @torch.no_grad()
     def embed(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length hidden"]:
         """Give the first block's input, and note what the model passes to every block for this shape."""
         shape = (tokens.shape[0], tokens.shape[1])
-
-        def stop(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            raise _Stop(hidden)
-
-        with self._stand_ins([stop] + [_never] * (len(self.blocks) - 1)):
-            hidden = self._until_stop(tokens)
-        if shape not in self._arguments:
-            self._arguments[shape] = self._learn_arguments(tokens)
+        self._look_()
+        if self._carried is None and shape not in self._arguments:
+            arguments = self._learn_arguments(tokens)
             # What depends on the text would be wrong for the next batch: ask again with other tokens and compare.
-            again = self._learn_arguments(tokens.flip(1))
-            if not _same(self._arguments[shape], again):
-                raise CheckpointError(
-                    f"{type(self.model).__name__} passes its blocks inputs that depend on the text; it cannot be streamed."
-                )
-        return hidden
+            other = tokens.flip(1)
+            if torch.equal(other, tokens):
+                other = (tokens + 1) % self.model.config.get_text_config().vocab_size
+            if _same(arguments, self._learn_arguments(other)):
+                self._arguments[shape] = arguments
+            else:
+                self._carried = find_carried(self.model, self.blocks, self.dtype)
+        if self._carried is not None:
+            return self._carried.begin(tokens)
+
+        def stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+            raise Stop(args, kwargs)
+
+        with stand_ins(self.blocks, [stop] + [_never] * (len(self.blocks) - 1)):
+            return self._until_stop(tokens)
 
     @torch.no_grad()
     def run_block(
@@ -122,9 +127,11 @@ class StreamedModel:
         return self._run_block(i, hidden)
 
     def _run_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        if self._carried is not None:
+            return self._carried.run(self.model, self.blocks, i, hidden)
         args, kwargs = self._arguments[(hidden.shape[0], hidden.shape[1])][i]
         out = self.blocks[i](hidden, *args, **kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
     @torch.no_grad()
@@ -165,67 +172,84 @@ class StreamedModel:
             for leaf in leaves:
                 leaf.requires_grad_(False)
         given = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        return by_input, given
+        return torch.zeros_like(start) if by_input is None else by_input, given
 
     def _logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self._carried is not None:
+            return self._carried.logits(self.model, self.blocks, tokens, hidden)
+
         def replace(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._wraps_in_tuple else hidden
 
         def keep(given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return (given,) if self._wraps_in_tuple else given
 
-        with self._stand_ins([keep] * (len(self.blocks) - 1) + [replace]):
+        with stand_ins(self.blocks, [keep] * (len(self.blocks) - 1) + [replace]):
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return logits
 
     def _until_stop(self, tokens: torch.Tensor) -> torch.Tensor:
         try:
             self.model(input_ids=tokens, use_cache=False)
-        except _Stop as stop:
-            if stop.hidden is not None:
-                return stop.hidden
+        except Stop as stop:
+            hidden: torch.Tensor = stop.args_seen[0]
+            return hidden
         raise CheckpointError(f"{type(self.model).__name__} does not run its blocks at {self.stack} in order.")
 
     def _learn_arguments(self, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        if self._wraps_in_tuple is None:
-            self._wraps_in_tuple = self._learn_wrapping(tokens[:1, :4])
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
             if len(seen) == len(self.blocks):
-                raise _Stop(hidden)
+                raise Stop((hidden,))
             return (hidden,) if self._wraps_in_tuple else hidden
 
-        with self._stand_ins([note] * len(self.blocks)):
+        with stand_ins(self.blocks, [note] * len(self.blocks)):
             self._until_stop(tokens)
         return seen
 
-    def _learn_wrapping(self, tokens: torch.Tensor) -> bool:
-        """Find out whether the model expects a block to return its hidden states alone or first in a tuple."""
-        for wrap in (False, True):
+    def _check_apart(self) -> None:
+        """Raise CheckpointError when blocks share a weight: it would be compressed twice, differently."""
+        for alias, original in dict(self.model.all_tied_weights_keys).items():
+            if alias.startswith(f"{self.stack}.") and original.startswith(f"{self.stack}."):
+                raise CheckpointError(
+                    f"{type(self.model).__name__}: {alias} and {original} are one weight; blocks that share weights "
+                    "cannot be compressed one by one."
+                )
 
-            def step_aside(hidden: torch.Tensor, *args: Any, _wrap: bool = wrap, **kwargs: Any) -> Any:
-                return (hidden,) if _wrap else hidden
+    def _look_(self) -> None:
+        """Find out, once, how blocks return their hidden states, or what else they carry. Raises CheckpointError."""
+        if self._carried is not None or self._wraps_in_tuple is not None:
+            return
+        with torch.no_grad(), hollow(self.model):
+            plain = next((wrap for wrap in (False, True) if self._steps_aside(wrap)), None)
+        if plain is None:
+            self._carried = find_carried(self.model, self.blocks, self.dtype)
+            if self._carried.is_plain:  # a mapping was passed along, and nobody uses it
+                self._wraps_in_tuple, self._carried = isinstance(self._carried.form, (tuple, list)), None
+        else:
+            self._wraps_in_tuple = plain
 
-            with self._stand_ins([step_aside] * len(self.blocks)):
-                try:
-                    logits = self.model(input_ids=tokens, use_cache=False).logits
-                except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
-                    continue
-            if tuple(logits.shape[:2]) == tuple(tokens.shape):
-                return wrap
-        raise CheckpointError(f"{type(self.model).__name__}: its blocks return neither hidden states nor a tuple of them.")
+    def _steps_aside(self, wrap: bool) -> bool:
+        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and share no mapping."""
+        tokens = torch.arange(12).reshape(3, 4) % 7  # three texts: two would unpack as hidden states and something else
+        order: list[int] = []
+        plain = True
 
-    @contextmanager
-    def _stand_ins(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.forward = forward
-            yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+        def step_aside(i: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal plain
+            order.append(i)
+            shares = any(isinstance(v, MutableMapping) and not v for v in (*args, *kwargs.values()))
+            plain = plain and hidden.ndim == 3 and hidden.shape[:2] == tokens.shape and not shares
+            return (hidden,) if wrap else hidden
+
+        with stand_ins(self.blocks, [partial(step_aside, i) for i in range(len(self.blocks))]):
+            try:
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+            except BREAKS:
+                return False
+        return plain and order == list(range(len(self.blocks))) and tuple(logits.shape[:2]) == tuple(tokens.shape)
 
 
 def _never(*args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from bitpress.errors import CheckpointError, UsageError
 
-__all__ = ["build_config", "build_skeleton", "check_tokens", "find_stack", "restore_ties_", "set_parameter_"]
+__all__ = ["build_config", "build_skeleton", "check_causal", "check_tokens", "find_stack", "restore_ties_", "set_parameter_"]
 
 
 def build_config(values: Mapping[str, Any]) -> Any:
@@ -25,10 +25,34 @@ def build_config(values: Mapping[str, Any]) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise _unknown_type(model_type, values.get("auto_map"), CONFIG_MAPPING.keys())
     kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config")}
+    if "rescale_every" in kept:
+        kept["rescale_every"] = 0  # RWKV would halve its weights in place while it runs, against overflow in half precision
     try:
         return CONFIG_MAPPING[model_type].from_dict(kept)
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json does not describe a {model_type} model: {_one_line(error)}") from error
+
+
+def check_causal(config: Any, where: str) -> None:
+    """Raise CheckpointError for a model that is no causal language model, and say what it is."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    name = config.model_type
+    is_decoder = getattr(config, "is_decoder", None)
+    if type(config).is_encoder_decoder or config.is_encoder_decoder:
+        what = "an encoder-decoder model, or the decoder of one"
+    elif hasattr(config, "cross_attention_hidden_size"):
+        what = "the decoder of an encoder-decoder model"
+    elif (not is_decoder and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES) or (
+        is_decoder is False and hasattr(config, "add_cross_attention")
+    ):
+        what = "an encoder"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        what = "another kind of model"
+    else:
+        return
+    raise CheckpointError(f"{where}: {name} is {what}, not a causal language model; bitpress quantizes causal language models.")
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -42,7 +66,9 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             # One expert at a time goes through plain linear products, where calibration and packed weights can see it.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+    except ImportError as error:
+        raise CheckpointError(f"{config.model_type} needs a package that is not installed: {_one_line(error)}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(f"config.json cannot be built as {config.model_type}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
