@@ -269,8 +269,8 @@ def _walk(model: Any, blocks: torch.nn.ModuleList, shape: tuple[int, int]) -> tu
         def forward(*args: Any, **kwargs: Any) -> Any:
             before = (tuple(map(_copied, args)), {key: _copied(value) for key, value in kwargs.items()})
             out = own(*args, **kwargs)
-            every: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-            after = {key: dict(value) for key, value in every.items() if isinstance(value, MutableMapping)}
+            every: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            after = {key: dict(value) for key, value in every if isinstance(value, MutableMapping)}
             calls.append(_Call(*before, out, after))
             order.append(i)
             return out
