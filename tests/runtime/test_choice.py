@@ -74,6 +74,16 @@ def test_what_the_native_engine_does_not_know(gpt2: Path) -> None:
         bitpress.load(gpt2, runtime="auto", cache="int8")
 
 
+@needs_native
+def test_a_setting_that_the_engine_does_not_follow_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = make_recipe({"weights": "int4-g16", "quantizer": {"name": "rtn"}})
+    quantize_directory(tiny_model("gemma3", final_logit_softcapping=5.0), tmp_path / "out", recipe, proof=Proof(tokens=0))
+    choice = choose_runtime(tmp_path / "out")
+    assert (choice.runtime, choice.reason) == ("transformers", "final_logit_softcapping is 5.0, which is not followed")
+    with pytest.raises(KernelUnavailable, match="final_logit_softcapping is 5.0"):
+        bitpress.load(tmp_path / "out", runtime="native")
+
+
 def test_without_the_library(pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITPRESS_NATIVE", "off")
     choice = choose_runtime(pressed_original)

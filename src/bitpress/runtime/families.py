@@ -2,44 +2,150 @@
 
 Llama's block with variations: the table below says which model types, and `describe` everything else (head size, norms of queries and
 keys, biases, windows, rotations). What the decoder does not do is refused by name, and such a model runs in transformers.
+
+Every setting has an answer: `describe` follows it, it changes no logits, or `refusal` names it unless it has its class's default. So a
+setting that a later transformers adds is never left out unseen. A name that the class does not have is left out as transformers leaves
+it out, but for the few that its shared code looks for in every configuration (`LOOKED_FOR`).
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["FAMILIES", "Family", "Layout", "Rotation", "describe", "refusal"]
+__all__ = [
+    "FAMILIES",
+    "FOLLOWED",
+    "LOOKED_FOR",
+    "NEUTRAL",
+    "OWN",
+    "RULES",
+    "Family",
+    "Layout",
+    "Rotation",
+    "describe",
+    "refusal",
+]
+
+# Part of the name of a kept layout: one that was described by other rules is made anew.
+RULES = 2
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
-# Rotary embeddings whose frequencies do not depend on the length of the text.
-ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
+# Rotary embeddings whose frequencies do not depend on the length of the text, up to the model's own limit.
+ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn", "proportional")
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# Settings of every family that `describe` reads, or that the configuration class turns into those.
+FOLLOWED = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "dtype",
+    }
+)
+# And those of one family: biases show in the weights themselves.
+_WINDOWS = {"use_sliding_window", "sliding_window", "layer_types"}
+OWN: dict[str, set[str]] = {
+    "llama": {"hidden_act", "head_dim", "attention_bias", "mlp_bias"},
+    "mistral": {"hidden_act", "head_dim", "sliding_window"},
+    "qwen2": {"hidden_act", "max_window_layers", *_WINDOWS},
+    "qwen3": {"hidden_act", "head_dim", "attention_bias", "max_window_layers", *_WINDOWS},
+    "smollm3": {"hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_WINDOWS},
+    "gemma3_text": {
+        "hidden_activation",
+        "head_dim",
+        "attention_bias",
+        "query_pre_attn_scalar",
+        "sliding_window",
+        "layer_types",
+    },
+}
+# Settings that change no logits: of training, of files, of what is returned beside them.
+NEUTRAL = frozenset(
+    {
+        "initializer_range",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "attention_dropout",
+        "pretraining_tp",
+        "transformers_version",
+        "architectures",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+    }
+)
+# Names that transformers' shared code looks for in a configuration of any class, and the value that changes nothing.
+LOOKED_FOR: dict[str, Any] = {
+    "attention_chunk_size": None,
+    "attribute_map": None,
+    "decoder": None,
+    "generator": None,
+    "is_causal": True,
+    "kv_sharing_modes": None,
+    "layer_types": None,
+    "sliding_window": None,
+    "text_config": None,
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """How one model type differs from Llama.
 
-    one_plus    norms multiply by 1 + weight
-    out_norms   norms behind attention and MLP as well as before them
-    head_norms  norms of every query and key head
-    scaled      embeddings are multiplied by sqrt(hidden size)
+    one_plus         norms multiply by 1 + weight
+    out_norms        norms behind attention and MLP as well as before them
+    head_norms       norms of every query and key head
+    scaled           embeddings are multiplied by sqrt(hidden size)
+    activation       the setting that names the activation
+    windows          which layers have the window: none, all, or those of the kind sliding_attention
+    ropes            every kind of layer has a rotation of its own
+    partly_rotated   no_rope_layers says which layers are rotated
+    query_scalar     scores are scaled by query_pre_attn_scalar in place of the head size
     """
 
     one_plus: bool = False
     out_norms: bool = False
     head_norms: bool = False
     scaled: bool = False
+    activation: str = "hidden_act"
+    windows: Literal["none", "all", "by kind"] = "none"
+    ropes: bool = False
+    partly_rotated: bool = False
+    query_scalar: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(head_norms=True),
-    "smollm3": Family(),
-    "gemma3_text": Family(one_plus=True, out_norms=True, head_norms=True, scaled=True),
+    "mistral": Family(windows="all"),
+    "qwen2": Family(windows="by kind"),
+    "qwen3": Family(head_norms=True, windows="by kind"),
+    "smollm3": Family(windows="by kind", partly_rotated=True),
+    "gemma3_text": Family(
+        one_plus=True,
+        out_norms=True,
+        head_norms=True,
+        scaled=True,
+        activation="hidden_activation",
+        windows="by kind",
+        ropes=True,
+        query_scalar=True,
+    ),
 }
 
 
@@ -76,17 +182,73 @@ def refusal(config: Any) -> str | None:
     """Say in a few words why the native decoder cannot run a configuration, or None."""
     if config.model_type not in FAMILIES:
         return f"architecture {config.model_type!r} is not among {', '.join(FAMILIES)}"
-    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if getattr(config, "is_heterogeneous", False):
+        return "layers with settings of their own (per_layer_config)"
+    family = FAMILIES[config.model_type]
+    if (reason := _unanswered(config)) is not None:
+        return reason
+    act = getattr(config, family.activation)
     if act not in ACTIVATIONS:
         return f"activation {act!r} is not among {', '.join(ACTIVATIONS)}"
-    if _head(config) % 16 or _head(config) > 512:
-        return f"heads of {_head(config)} elements; a multiple of 16 up to 512 is needed"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
-        return "capped logits"
-    for parameters in _rope_parameters(config).values():
-        kind = parameters.get("rope_type", "default")
-        if kind not in ROTATIONS:
-            return f"rotary embedding {kind!r}, which depends on the length of the text"
+    head = _head(config)
+    if not isinstance(head, int) or head % 16 or not 0 < head <= 512:
+        return f"heads of {head} elements; a multiple of 16 up to 512 is needed"
+    if family.query_scalar and not config.query_pre_attn_scalar > 0:
+        return f"query_pre_attn_scalar is {config.query_pre_attn_scalar!r}"
+    return _refused_layers(config, family) or _refused_rotations(config, family)
+
+
+def _unanswered(config: Any) -> str | None:
+    """Name a setting that is neither followed nor without effect, and that has not its class's default."""
+    known = {field.name: field for field in fields(config)}
+    for name in sorted(known.keys() - FOLLOWED - OWN[config.model_type] - NEUTRAL):
+        field = known[name]
+        value = getattr(config, name)
+        usual = field.default_factory() if field.default_factory is not MISSING else field.default
+        # An explicit null is what a switch that is off may be written as.
+        if value != usual and not (value is None and usual is False):
+            return f"{name} is {_short(value)}, which is not followed"
+    for name, usual in LOOKED_FOR.items():
+        if name not in known and name in vars(config) and vars(config)[name] != usual:
+            return f"{name} is {_short(vars(config)[name])}, which is no setting of {config.model_type}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refused_layers(config: Any, family: Family) -> str | None:
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    kinds = _kinds(config, family)
+    if len(kinds) != layers:
+        return f"layer_types names {len(kinds)} layers of {layers}"
+    for kind in kinds:
+        if kind not in (FULL, SLIDING):
+            return f"layers of the kind {kind!r}"
+    if SLIDING in kinds and (window is None or window < 1):
+        return f"layers of sliding attention with a sliding_window of {window}"
+    if family.partly_rotated and len(config.no_rope_layers) < layers:
+        return f"no_rope_layers names {len(config.no_rope_layers)} layers of {layers}"
+    return None
+
+
+def _refused_rotations(config: Any, family: Family) -> str | None:
+    for kind, parameters in _rope_parameters(config, family).items():
+        if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+            return "rope_parameters of another form than this architecture has"
+        rope_type = parameters.get("rope_type")
+        if rope_type not in ROTATIONS:
+            return f"rotary embedding {rope_type!r}, which is not among {', '.join(ROTATIONS)}"
+        try:
+            rotation = _rotation(config, family, kind)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"rope_parameters of type {rope_type!r} that do not give frequencies ({type(error).__name__})"
+        if rotation.frequencies.shape != (_head(config) // 2,):
+            return f"a rotation of {2 * len(rotation.frequencies)} of the {_head(config)} elements of a head"
+        if not (np.isfinite(rotation.frequencies).all() and math.isfinite(rotation.factor)):
+            return f"rope_parameters of type {rope_type!r} that give frequencies which are not finite"
     return None
 
 
@@ -96,19 +258,12 @@ def describe(config: Any) -> Layout:
 
     family, head = FAMILIES[config.model_type], _head(config)
     layers = int(config.num_hidden_layers)
-    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * layers)
-    windows = tuple(int(config.sliding_window or 0) if kind == "sliding_attention" else 0 for kind in kinds)
-    if getattr(config, "layer_types", None) is None and config.model_type == "mistral" and config.sliding_window:
-        windows = (int(config.sliding_window),) * layers
-    parameters = _rope_parameters(config)
-    names = list(parameters)
-    rotations = tuple(_rotation(config, name) for name in names)
-    by_layer = [names.index(kind) if kind in names else 0 for kind in kinds]
-    rotated = getattr(config, "no_rope_layers", None)
-    if config.model_type == "smollm3" and rotated is not None:
-        by_layer = [index if used else -1 for index, used in zip(by_layer, rotated, strict=True)]
-    scale = getattr(config, "query_pre_attn_scalar", None)
-    act = getattr(config, "hidden_act", None) or config.hidden_activation
+    kinds = _kinds(config, family)
+    names = list(_rope_parameters(config, family))
+    by_layer = [names.index(kind) if family.ropes else 0 for kind in kinds]
+    if family.partly_rotated:
+        by_layer = [index if used else -1 for index, used in zip(by_layer, config.no_rope_layers[:layers], strict=True)]
+    scale = config.query_pre_attn_scalar if family.query_scalar else head
     # transformers rounds this factor to the embedding's own type before it multiplies.
     embedding_scale = (
         float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype or torch.float32)) if family.scaled else 1.0
@@ -124,39 +279,47 @@ def describe(config: Any) -> Layout:
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
         eps=config.rms_norm_eps,
-        attention_scale=float(scale if scale is not None else head) ** -0.5,
+        attention_scale=float(scale) ** -0.5,
         embedding_scale=embedding_scale,
-        tanh_gelu=ACTIVATIONS[act],
+        tanh_gelu=ACTIVATIONS[getattr(config, family.activation)],
         tied=bool(config.tie_word_embeddings),
-        rotations=rotations,
+        rotations=tuple(_rotation(config, family, name) for name in names),
         rope=tuple(by_layer),
-        window=windows,
+        window=tuple(int(config.sliding_window) if kind == SLIDING else 0 for kind in kinds),
     )
 
 
-def _head(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _head(config: Any) -> Any:
+    given = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if given is None else given
 
 
-def _rope_parameters(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Give the settings of every rotation by the kind of layer it is for; of a model with one, under the name "all"."""
-    given = getattr(config, "rope_parameters", None) or {}
-    if given and all(isinstance(value, Mapping) for value in given.values()):
-        return dict(given)
-    return {"all": given}
+def _kinds(config: Any, family: Family) -> list[str]:
+    """Return the kind of attention of every layer."""
+    if family.windows == "by kind":
+        return list(config.layer_types)
+    windowed = family.windows == "all" and config.sliding_window is not None
+    return [SLIDING if windowed else FULL] * config.num_hidden_layers
 
 
-def _rotation(config: Any, kind: str) -> Rotation:
+def _rope_parameters(config: Any, family: Family) -> dict[str, Any]:
+    """Return the settings of every rotation by the kind of layer it is for; of a family with one, under the name "all"."""
+    if not family.ropes:
+        return {"all": config.rope_parameters}
+    return {kind: config.rope_parameters.get(kind) for kind in sorted(set(config.layer_types))}
+
+
+def _rotation(config: Any, family: Family, kind: str) -> Rotation:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = _rope_parameters(config)[kind]
-    rope_type = parameters.get("rope_type", "default")
+    parameters = _rope_parameters(config, family)[kind]
+    rope_type = parameters["rope_type"]
     if rope_type != "default":
-        layer_type = None if kind == "all" else kind
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), layer_type=layer_type)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](
+            config, torch.device("cpu"), layer_type=kind if family.ropes else None
+        )
         return Rotation(frequencies.float().numpy(), float(factor))
-    theta = parameters.get("rope_theta", getattr(config, "rope_theta", 10000.0))
-    size = int(_head(config) * parameters.get("partial_rotary_factor", 1.0))
-    exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-    return Rotation((1.0 / (theta**exponent)).numpy(), 1.0)
+    # These families rotate whole heads: their own default leaves partial_rotary_factor out.
+    exponent = torch.arange(0, _head(config), 2, dtype=torch.int64).float() / _head(config)
+    return Rotation((1.0 / (parameters["rope_theta"] ** exponent)).numpy(), 1.0)

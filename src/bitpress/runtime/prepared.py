@@ -21,7 +21,7 @@ from bitpress.checkpoints.prepared import read_prepared, write_prepared
 from bitpress.errors import BitpressError, CheckpointError, DiskError
 from bitpress.library import VERSION, available, library
 from bitpress.runtime.engine import Parts
-from bitpress.runtime.families import Family, Layout, Rotation
+from bitpress.runtime.families import RULES, Family, Layout, Rotation
 from bitpress.runtime.plain_tokenizer import PlainTokenizer
 from bitpress.settings import layout_directory, usable_cores
 from bitpress.version import __version__
@@ -65,7 +65,7 @@ def prepared_path(directory: str | Path, head: str) -> Path | None:
         manifest = read_regular(Path(directory) / MANIFEST)
     except CheckpointError:
         return None
-    key = f"{__version__} {VERSION} {head} {hashlib.sha256(manifest).hexdigest()}"
+    key = f"{__version__} {VERSION} {RULES} {head} {hashlib.sha256(manifest).hexdigest()}"
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.layout"
 
 

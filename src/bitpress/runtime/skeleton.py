@@ -29,7 +29,7 @@ def build_config(values: Mapping[str, Any]) -> Any:
         kept["rescale_every"] = 0  # RWKV would halve its weights in place while it runs, against overflow in half precision
     try:
         return CONFIG_MAPPING[model_type].from_dict(kept)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json does not describe a {model_type} model: {_one_line(error)}") from error
 
 
@@ -68,7 +68,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     except ImportError as error:
         raise CheckpointError(f"{config.model_type} needs a package that is not installed: {_one_line(error)}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(f"config.json cannot be built as {config.model_type}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
