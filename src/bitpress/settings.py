@@ -10,6 +10,7 @@ __all__ = [
     "package_index_arguments",
     "share_cores",
     "usable_cores",
+    "usable_threads",
     "use_large_pages",
     "use_native",
 ]
@@ -67,6 +68,12 @@ def usable_cores() -> int:
     """Count the processors that this process may use: its affinity, and the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _quota()))
+
+
+def usable_threads() -> int:
+    """OMP_NUM_THREADS: threads of the native engine, as of torch; the processors that this process may use, where it says nothing."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for teams within teams
+    return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else usable_cores()
 
 
 def _quota() -> int:

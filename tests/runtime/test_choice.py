@@ -14,6 +14,7 @@ from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.choice import choose_runtime
 from bitpress.runtime.text import TextEngine
+from bitpress.settings import usable_cores, usable_threads
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -49,6 +50,17 @@ def test_options_reach_the_engine(pressed_original: Path) -> None:
     assert {made.facts[key] for key in ("activations", "cache", "head", "threads")} == {"none", "int8", "float32", 1}
 
 
+@needs_native
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("2,1", 2), ("0", None), ("many", None), ("", None)])
+def test_the_engine_heeds_omp_num_threads(
+    given: str, threads: int | None, pressed_original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert usable_threads() == (threads or usable_cores())
+    assert bitpress.load(pressed_original, runtime="native").facts["threads"] == (threads or usable_cores())
+    assert bitpress.load(pressed_original, runtime="native", threads=1).facts["threads"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -80,7 +92,7 @@ def test_a_setting_that_the_engine_does_not_follow_is_named(tiny_model: Callable
     quantize_directory(tiny_model("gemma3", final_logit_softcapping=5.0), tmp_path / "out", recipe, proof=Proof(tokens=0))
     choice = choose_runtime(tmp_path / "out")
     assert (choice.runtime, choice.reason) == ("transformers", "final_logit_softcapping is 5.0, which is not followed")
-    with pytest.raises(KernelUnavailable, match="final_logit_softcapping is 5.0"):
+    with pytest.raises(KernelUnavailable, match=r"final_logit_softcapping is 5\.0"):
         bitpress.load(tmp_path / "out", runtime="native")
 
 

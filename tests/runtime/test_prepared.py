@@ -187,6 +187,8 @@ TEMPLATES = {
     "tags": "{% for m in messages %}{% generation %}{{ m.content | upper }}{% endgeneration %}{% break %}{% endfor %}",
     "special": "{{ bos_token }}{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}{{ eos_token }}",
     "json": "{{ messages | tojson(indent=2) }}{{ dict(a='<') | tojson }}",
+    "dictionary": "{{ dict(a=1) }}{{ dict.fromkeys(['x', 'y'], 2) }}{{ dict.fromkeys('ab') }}",
+    "reasoning": "{% for m in messages %}{{ m.thinking }}{{ m.reasoning_content }}{% endfor %}",
     "day": "{{ strftime_now('%Y') }}{% if tools is none %}no tools{% endif %}",
 }
 
@@ -211,7 +213,7 @@ def test_templates_give_what_transformers_gives(name: str, tokenizer: Any) -> No
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ dict.__init__ }}{{ dict.update({}) }}", "unsafe|no attribute"),
         ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "__class__"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe|append"),
@@ -237,7 +239,7 @@ def test_a_tokenizer_that_does_more_is_not_taken(tokenizer: Any, monkeypatch: py
         __call__: Callable[..., Any] = staticmethod(more)
 
     assert PlainTokenizer.of(Other()) is None
-    tokenizer.chat_template = {"default": "x", "tools": "y"}
+    tokenizer.chat_template = {"default": "x", "tools": 3}
     assert PlainTokenizer.of(tokenizer) is None
 
 

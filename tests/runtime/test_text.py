@@ -187,6 +187,16 @@ def test_sampling_of_the_file_that_cannot_be() -> None:
         choose_sampling(SimpleNamespace(top_p="much"), 1.0)
 
 
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("bad", ["much", -3, float("nan"), True, [1]])
+def test_a_bad_value_of_the_file_stops_nobody_who_gives_another(name: str, bad: Any) -> None:
+    own = SimpleNamespace(**{name: bad})
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {name} is"):
+        choose_sampling(own, 1.0)
+    assert getattr(choose_sampling(own, 1.0, **{name: 1}), name) == 1
+    assert choose_sampling(own) == Sampling(), "greedy text looks at none of them"
+
+
 def test_prompts(tiny_tokenizer: Any) -> None:
     plain = tiny_tokenizer("ab", add_special_tokens=False)["input_ids"]
     messages = [{"role": "user", "content": "ab"}]

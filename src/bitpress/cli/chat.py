@@ -10,8 +10,9 @@ from bitpress.cli.screen import err
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.choice import choose_runtime, load_native
 from bitpress.runtime.engine import USUAL_HEAD
+from bitpress.runtime.messages import Prompt
 from bitpress.runtime.prepared import is_prepared
-from bitpress.runtime.prompt import Prompt, choose_sampling
+from bitpress.runtime.prompt import choose_sampling
 from bitpress.runtime.text import Pieces, TextEngine
 from bitpress.settings import layout_directory
 

@@ -10,7 +10,8 @@ from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.chat import Asked, Show, threads_text
 from bitpress.cli.screen import size
 from bitpress.runtime.loading import load
-from bitpress.runtime.prompt import Prompt, check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.messages import Prompt
+from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
 from bitpress.runtime.text import Pieces, text_decoder
 
 __all__ = ["Transformers"]

@@ -19,7 +19,7 @@ import numpy as np
 from bitpress.errors import UsageError
 from bitpress.library import chosen_path, library
 from bitpress.runtime.families import Layout
-from bitpress.settings import usable_cores
+from bitpress.settings import usable_threads
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,7 @@ def wanted_context(layout: Layout, context: int | None) -> int:
 def make_engine(parts: Parts, *, activations: str, cache: str, context: int | None, threads: int | None) -> Engine:
     """Put an engine together. Raises UsageError, and ValueError for parts that do not fit together."""
     check_options(activations, cache, threads)
-    layout, used = parts.layout, threads or usable_cores()
+    layout, used = parts.layout, threads or min(usable_threads(), MOST_THREADS)
     wanted = wanted_context(layout, context)
     shape = {
         "hidden": layout.hidden,

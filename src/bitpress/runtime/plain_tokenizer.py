@@ -18,11 +18,13 @@ class PlainTokenizer:
     """As much of transformers' interface as answering takes.
 
     backend        a `tokenizers.Tokenizer`
-    chat_template  jinja text, or None
+    chat_template  jinja text, several by their names, or None
     special        special tokens by their name in templates, such as `bos_token`
     """
 
-    def __init__(self, backend: Any, chat_template: str | None, special: Mapping[str, Any], eos_token_id: int | None) -> None:
+    def __init__(
+        self, backend: Any, chat_template: str | dict[str, str] | None, special: Mapping[str, Any], eos_token_id: int | None
+    ) -> None:
         self.backend_tokenizer = backend
         self.chat_template = chat_template
         self.special = dict(special)
@@ -30,12 +32,13 @@ class PlainTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "PlainTokenizer | None":
-        """Take transformers' tokenizer apart; None where it does more than its backend and one template."""
+        """Take transformers' tokenizer apart; None where it does more than its backend and its templates."""
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
         template = getattr(tokenizer, "chat_template", None)
-        if backend is None or not (template is None or isinstance(template, str)):
+        texts = template.values() if isinstance(template, dict) else [template]
+        if backend is None or not (template is None or all(isinstance(text, str) for text in texts)):
             return None
         copied = Tokenizer.from_str(backend.to_str())
         copied.no_truncation()
@@ -58,12 +61,22 @@ class PlainTokenizer:
         return text
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, tokenize: Literal[False] = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: Literal[False] = False,
     ) -> str:
-        """Give the text of messages; there must be a template."""
-        assert self.chat_template is not None
-        text: str = _template(self.chat_template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.special
+        """Return the text of messages; there must be a template, and of several the one named default or (with tools) tool_use."""
+        template = self.chat_template
+        if isinstance(template, dict):
+            name = "tool_use" if tools is not None and "tool_use" in template else "default"
+            if name not in template:
+                raise ValueError(f"there are several chat templates, but none named default: {', '.join(sorted(template))}")
+            template = template[name]
+        assert template is not None
+        text: str = _template(template).render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special
         )
         return text
 
@@ -129,10 +142,19 @@ def _template(text: str) -> Any:
             if isinstance(name, str) and name.startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a template may not set {name!r}.")
 
+    class Dictionary:
+        """Makes a dictionary, and nothing else that `dict` can."""
+
+        def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
+            return dict(*given, **named)
+
+        def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+            return dict.fromkeys(keys, value)
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = fail
     environment.globals["namespace"] = Namespace
-    environment.globals["dict"] = lambda *given, **named: dict(*given, **named)
+    environment.globals["dict"] = Dictionary()
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(text)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitpress.errors import CheckpointError, UsageError
+from bitpress.errors import BitpressError, CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.engine import Sampling
+from bitpress.runtime.messages import Prompt, is_odd, read_messages, read_tools, turn
 
 __all__ = [
     "GENERATION",
-    "Prompt",
     "check_prompt",
     "choose_sampling",
     "encode_prompt",
@@ -22,39 +22,84 @@ __all__ = [
     "read_generation_file",
 ]
 
-Prompt = str | Sequence[Mapping[str, str]]
 TEMPLATE_CHARACTERS = 2**22
 GENERATION = "generation_config.json"
 _MODEL_SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
+# Stands for one turn's content while it is looked for in what a template writes.
+_MARK = "\ufdd0turn\ufdd1"
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
-    """Give the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Return the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
 
-    `raw` leaves the template out. Raises UsageError for text that is none, CheckpointError for a template that fails.
+    `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for text that is none and for messages
+    that the template does not take, CheckpointError for a template that fails.
     """
-    import jinja2
-
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if not messages or not messages[-1].get("content"):
-        raise UsageError("the prompt is empty.")
-    if any("\ud800" <= character <= "\udfff" for m in messages for character in m.get("content", "")):
-        raise UsageError("the prompt is not valid UTF-8.")
+    messages, described = read_messages(prompt), read_tools(tools)
     if raw or tokenizer.chat_template is None:
         if len(messages) > 1:
             raise UsageError("several messages need the chat template; give one text.")
+        if is_odd(messages[0]) or described:
+            raise UsageError("content as parts, and tools, need the chat template; give one text.")
         return [int(token) for token in tokenizer(messages[0]["content"])["input_ids"]]
+    if described and "tools" not in str(tokenizer.chat_template):
+        raise UsageError("the model's chat template does not know tools; leave them out.")
+    text = _render(tokenizer, messages, described)
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    """Return what the template makes of messages; an odd turn that it does not take is named."""
+    import jinja2
+
+    odd = [index for index, message in enumerate(messages) if is_odd(message)]
+
+    def as_text(*indices: int) -> str | None:
+        changed = [{**message, "content": _MARK} if i in indices else message for i, message in enumerate(messages)]
+        return _attempt(tokenizer, changed, tools)[0]
+
+    text, error = _attempt(tokenizer, messages, tools)
+    if error is None:
+        for index in odd:
+            content = messages[index].get("content")
+            if content and (as_text(index) or "").replace(_MARK, str(content)) == text:
+                kind = "a list of parts" if isinstance(content, list) else "an object"
+                raise UsageError(f"{turn(messages, index)}: content is {kind}, and the chat template takes one text.")
+        return text or ""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    if type(error) is jinja2.TemplateError:  # what `raise_exception` raises, and nothing else
+        raise UsageError(f"the chat template refuses these messages: {reason}.") from error
+    if odd and as_text(*odd) is not None:
+        index = next((i for i in odd if as_text(*(other for other in odd if other != i)) is None), odd[0])
+        raise UsageError(f"{turn(messages, index)}: the chat template takes one text as content ({reason}).") from error
+    raise CheckpointError(f"the chat template failed: {reason}; use --raw.") from error
+
+
+def _attempt(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> tuple[str | None, Exception | None]:
+    """Return a template's text, or what it raised."""
+    import jinja2
+
+    try:
+        return _apply(tokenizer, messages, tools), None
+    except BitpressError:
+        raise
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return None, error
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
     try:
         with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     except MemoryError as error:
         raise CheckpointError("the chat template needs too much memory; use --raw.") from error
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"the chat template failed: {reason}; use --raw.") from error
     if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
         raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return text
 
 
 def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int:
@@ -125,7 +170,7 @@ def choose_sampling(generation: Any, temperature: float = 0.0, seed: int = 0, **
     chosen: dict[str, Any] = {}
     if temperature > 0:
         own = {name: getattr(generation, name, None) for name in _MODEL_SETTINGS}
-        chosen = {name: value for name, value in own.items() if value is not None}
+        chosen = {name: value for name, value in own.items() if value is not None and name not in changes}
     elif idle := [name for name in changes if name != "repetition_penalty"]:
         raise UsageError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0.")
     for values, where, error in ((chosen, f"{GENERATION}: ", CheckpointError), (changes, "", UsageError)):

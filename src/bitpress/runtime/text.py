@@ -9,13 +9,14 @@ No piece ends within a character, and what may turn out to be the beginning of a
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitpress.errors import UsageError
 from bitpress.runtime.engine import Engine, Sampling
-from bitpress.runtime.prompt import Prompt, check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.messages import Prompt
+from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
 
 __all__ = ["Completion", "Pieces", "TextEngine", "TextStream", "text_decoder"]
 
@@ -185,9 +186,9 @@ class TextEngine:
         """What runs: code path, threads, types, and what had to be expanded to 16 bits."""
         return self.engine.facts
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Give the tokens of a text or of messages; a chat template is used where there is one, unless `raw`."""
-        return encode_prompt(self.tokenizer, prompt, raw=raw)
+    def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the tokens of a text or of messages; a chat template is used where there is one, unless `raw`."""
+        return encode_prompt(self.tokenizer, prompt, raw=raw, tools=tools)
 
     def sampling(self, temperature: float = 0.0, seed: int = 0, **settings: float | None) -> Sampling:
         """Give the model's own sampling for a temperature, with other settings where they are given."""
@@ -201,19 +202,22 @@ class TextEngine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TextStream:
         """Answer piece by piece.
 
-        prompt      a text, or messages with `role` and `content`; the cache keeps what two prompts begin with in common
+        prompt      a text, or messages as chat templates take them: `role` and `content`, which is a text, a list of parts
+                    {"type": "text", "text": ...} or None, and tool calls; the cache keeps what two prompts begin with in common
         max_tokens  tokens to generate at most; 1 or more
         stop        strings that end the answer and are left out of it
         raw         continue the text as it is, without the chat template
+        tools       JSON schemas of functions, for templates that know them
 
-        Raises UsageError for a prompt that is empty or has no room in the context, CheckpointError for a template that fails.
+        Raises UsageError for a prompt that is empty, has no room in the context or is not what the template takes, CheckpointError for a template that fails.
         """
         if max_tokens < 1:
             raise UsageError(f"max_tokens={max_tokens}: it must be 1 or more.")
-        tokens = self.encode(prompt, raw=raw)
+        tokens = self.encode(prompt, raw=raw, tools=tools)
         check_prompt(tokens, self.engine.config, self.engine.context)
         ends = end_tokens(self.generation, self.engine.config, self.tokenizer)
         pieces = Pieces(text_decoder(self.tokenizer), stop)
@@ -227,9 +231,10 @@ class TextEngine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Completion:
         """Answer at once; the arguments are those of `stream`."""
-        answer = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw)
+        answer = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw, tools=tools)
         for _ in answer:
             pass
         return answer.result

@@ -1,0 +1,113 @@
+"""A conversation as other programs write it: every turn is checked and made plain before a chat template sees it.
+
+Templates know what content as parts, tool calls, results of tools and reasoning mean, so these are passed on as they are. A key whose
+value is null is left out, as transformers leaves it out: a template would write the word "None".
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitpress.errors import UsageError
+
+__all__ = ["Prompt", "is_odd", "read_messages", "read_tools", "turn"]
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+# Parts of content that a model of text can take; what the others hold (images, sound, files) it cannot.
+TEXT_PARTS = ("text", "thinking", "reasoning")
+# Names that a turn's reasoning has with one provider or another; templates read the first or the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+DEEPEST = 32
+
+
+def read_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """Return a prompt as a list of turns in plain values.
+
+    Raises UsageError that names the turn for what is no turn, holds more than text, or is not valid UTF-8.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise UsageError("the prompt is empty.")
+        return [_plain({"role": "user", "content": prompt}, "the prompt")]
+    if isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Sequence):
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; give a text, or a list of messages with role and content.")
+    if not prompt:
+        raise UsageError("the prompt is empty.")
+    messages = [_read_turn(message, index) for index, message in enumerate(prompt)]
+    if messages[-1]["role"] == "user" and not messages[-1]["content"]:
+        raise UsageError("the prompt is empty.")
+    return messages
+
+
+def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return descriptions of tools in plain values; None where there are none. Raises UsageError."""
+    if not tools:
+        return None
+    if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UsageError("tools are a list of JSON schemas, such as {'type': 'function', 'function': {...}}.")
+    return [_plain(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+
+
+def turn(messages: Sequence[Mapping[str, Any]], index: int) -> str:
+    """Name a turn."""
+    return f"messages[{index}] ({messages[index]['role']})"
+
+
+def is_odd(message: Mapping[str, Any]) -> bool:
+    """Say whether a turn's content is something else than one text: not every template takes that."""
+    return not isinstance(message.get("content"), str)
+
+
+def _read_turn(message: Any, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise UsageError(f"{where} is a {type(message).__name__}; a message has a role and content.")
+    made: dict[str, Any] = _plain({key: value for key, value in message.items() if value is not None}, where)
+    role = made.get("role")
+    if not isinstance(role, str) or not role:
+        raise UsageError(f"{where} has no role; it is user, assistant, system, or another that the chat template knows.")
+    where = f"{where} ({role})"
+    if "content" not in made and role != "assistant":
+        raise UsageError(f"{where} has no content; give a text, '' where there is none.")
+    if "content" in made:
+        _check_content(made["content"], role, where)
+    reasoning = next((made[key] for key in REASONING if key in made), None)
+    return made if reasoning is None else {"thinking": reasoning, **made, "reasoning_content": reasoning}
+
+
+def _check_content(content: Any, role: str, where: str) -> None:
+    if isinstance(content, str) or (isinstance(content, dict) and role not in ("user", "assistant", "system", "developer")):
+        return  # what a tool gives back may be an object
+    if not isinstance(content, list):
+        raise UsageError(f"{where}: content is a {type(content).__name__}; it is a text, a list of parts, or null.")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise UsageError(f"{where}: a part of the content has no type, such as {{'type': 'text', 'text': ...}}.")
+        if kind not in TEXT_PARTS:
+            raise UsageError(f"{where}: a part of the type {kind!r}; the model is run on text only.")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise UsageError(f"{where}: a part of the type 'text' has no text.")
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """Copy a value of JSON's types. Raises UsageError for any other, and for text that is not valid UTF-8."""
+    if depth > DEEPEST:
+        raise UsageError(f"{where}: nested deeper than {DEEPEST}.")
+    if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UsageError(f"{where}: the text is not valid UTF-8.")
+        return value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {_key(key, where, depth): _plain(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where, depth + 1) for item in value]
+    raise UsageError(f"{where}: holds a {type(value).__name__}; messages hold what JSON can.")
+
+
+def _key(key: Any, where: str, depth: int) -> Any:
+    if not isinstance(key, str):
+        raise UsageError(f"{where}: {key!r} is a key; keys are texts.")
+    return _plain(key, where, depth)
