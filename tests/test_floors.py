@@ -9,6 +9,8 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 
 FLOORS = {
     "errors": 0,
+    "foreign": 0,
+    "faults": 0.3,  # needs errors
     "arithmetic": 0,
     "finite": 0,
     "limits": 0,
@@ -26,6 +28,7 @@ FLOORS = {
     "quantizers": 3,
     "corrections": 3,
     "runtime": 3,
+    "parts": 3.5,  # those of a recipe
     "recipes": 4,
     "presets": 4,
     "pipeline": 5,

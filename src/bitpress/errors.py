@@ -28,8 +28,15 @@ __all__ = [
     "MemoryLimitError",
     "NumericsError",
     "UsageError",
+    "fold",
+    "nearest",
+    "shown",
     "unknown_name",
 ]
+
+# A table whose names are longer than this together is not listed whole in an error: a line and a half of a terminal.
+SHORT_TABLE = 120
+_SEPARATORS = {ord(separator): None for separator in "-_ "}
 
 
 class BitpressError(Exception):
@@ -74,9 +81,39 @@ class JobStopped(BitpressError, RuntimeError):
     exit_code = 75
 
 
-def unknown_name(kind: str, got: str, known: Iterable[str], listed: str | None = None) -> UsageError:
-    """Make the error for a name that is in no table: it gives the nearest match and lists the table, or says `listed`."""
+def fold(name: str) -> str:
+    """Return a name without what people spell in different ways: its case, and `-`, `_` and spaces between its parts."""
+    return name.casefold().translate(_SEPARATORS)
+
+
+def nearest(got: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """Return the names that are most like `got`, the best first, whatever its case and separators."""
+    spelled = {fold(name): name for name in sorted(known)}
+    return [spelled[near] for near in difflib.get_close_matches(fold(got), spelled, n=count, cutoff=cutoff)]
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}...{text[-1]}"
+
+
+def unknown_name(
+    kind: str, got: str, known: Iterable[str], listed: str | None = None, command: str | None = None
+) -> UsageError:
+    """Make the error for a name that is in no table.
+
+    It says the nearest match, then `listed`, or else the whole table where that is short, and the next few names where it is long;
+    `command` lists a long one.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    near = nearest(got, names)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {got!r}.{hint} {listed or 'Known: ' + ', '.join(names) + '.'}")
+    every = ", ".join(names)
+    if listed is None and len(every) <= SHORT_TABLE:
+        listed = f"Known: {every}."
+    elif listed is None:
+        some = nearest(got, names, count=4, cutoff=0.3)[len(near) :]
+        also = f"Also near: {', '.join(some)}. " if some else ""
+        listed = f"{also}{f'`{command}` lists all' if command else 'There are'} {len(names)}."
+    return UsageError(f"unknown {kind} {shown(got)}.{hint} {listed}")

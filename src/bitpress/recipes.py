@@ -23,14 +23,17 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.stats import of_origin
 from bitpress.corrections.correction import Correction
 from bitpress.corrections.table import CORRECTIONS
-from bitpress.errors import UsageError, unknown_name
-from bitpress.formats import LOSSLESS, AnyFormat, find_format
+from bitpress.errors import UsageError, fold, shown, unknown_name
+from bitpress.faults import parse_yaml, read_yaml, value_fault
+from bitpress.foreign import foreign_hint
+from bitpress.formats import LOSSLESS, AnyFormat, find_format, read_format
+from bitpress.parts import make_part, settings_of, spelled
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.basis import BasisChange
@@ -46,7 +49,6 @@ __all__ = [
     "Override",
     "Recipe",
     "make_recipe",
-    "spelled",
     "told_overrides",
     "told_weights",
 ]
@@ -123,10 +125,10 @@ class Recipe(_Closed):
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
         """Read a YAML file, or give one of `NAMED_RECIPES`. Raises UsageError with the key that is wrong."""
-        named = NAMED_RECIPES.get(str(path))
+        named = NAMED_RECIPES.get(spelled(str(path), NAMED_RECIPES))
         if named is not None and not Path(path).exists():
             return make_recipe(named.keys, where=str(path))
-        return make_recipe(_read_yaml(Path(path)), where=str(path))
+        return make_recipe(_read_file(Path(path)), where=str(path))
 
     def dump(self) -> str:
         """Write the recipe as YAML that `load` reads back."""
@@ -136,9 +138,9 @@ class Recipe(_Closed):
         """Give the recipe with every default spelled out, as it goes into a manifest."""
         values = self.model_dump(mode="json")
         values["weights"] = find_format(self.weights).name
-        values["quantizer"] = {"name": self.quantizer_name, **_settings(self.make_quantizer())}
-        values["transforms"] = [{"name": name, **_settings(part)} for name, part in self.make_transforms()]
-        values["corrections"] = [{"name": name, **_settings(part)} for name, part in self.make_corrections()]
+        values["quantizer"] = {"name": self.quantizer_name, **settings_of(self.make_quantizer())}
+        values["transforms"] = [{"name": name, **settings_of(part)} for name, part in self.make_transforms()]
+        values["corrections"] = [{"name": name, **settings_of(part)} for name, part in self.make_corrections()]
         values["overrides"] = [_spell_out(override) for override in self.overrides]
         values["compute"] = "bf16" if self.compute_dtype() == torch.bfloat16 else "fp32"
         return values
@@ -148,23 +150,25 @@ class Recipe(_Closed):
         return str(self.quantizer.get("name", DEFAULT_QUANTIZER))
 
     def make_quantizer(self) -> Quantizer:
-        made: Quantizer = _make("quantizer", {**self.quantizer, "name": self.quantizer_name}, QUANTIZERS)
+        made: Quantizer = make_part("quantizer", {**self.quantizer, "name": self.quantizer_name}, QUANTIZERS)
         return made
 
     def make_transforms(self) -> list[tuple[str, ScaleSearch | BasisChange | Target]]:
-        return [(str(part.get("name")), _make("transform", part, TRANSFORMS)) for part in self._transforms()]
+        return [(str(part.get("name")), make_part("transform", part, TRANSFORMS)) for part in self._transforms()]
 
     def make_searches(self) -> list[tuple[str, ScaleSearch]]:
         """Make those of the transforms that search channel factors."""
-        return [(p["name"], _make("transform", p, SCALE_SEARCHES)) for p in self._transforms() if p["name"] in SCALE_SEARCHES]
+        return [
+            (p["name"], make_part("transform", p, SCALE_SEARCHES)) for p in self._transforms() if p["name"] in SCALE_SEARCHES
+        ]
 
     def make_changes(self) -> list[tuple[str, BasisChange]]:
         """Make those of the transforms that change the basis of single weights."""
-        return [(p["name"], _make("transform", p, BASIS_CHANGES)) for p in self._transforms() if p["name"] in BASIS_CHANGES]
+        return [(p["name"], make_part("transform", p, BASIS_CHANGES)) for p in self._transforms() if p["name"] in BASIS_CHANGES]
 
     def make_targets(self) -> list[tuple[str, Target]]:
         """Make those of the transforms that change what the codes aim at."""
-        return [(p["name"], _make("transform", p, TARGETS)) for p in self._transforms() if p["name"] in TARGETS]
+        return [(p["name"], make_part("transform", p, TARGETS)) for p in self._transforms() if p["name"] in TARGETS]
 
     def _transforms(self) -> tuple[dict[str, Any], ...]:
         if self.transforms is not None:
@@ -174,7 +178,7 @@ class Recipe(_Closed):
         return tuple({"name": part} if isinstance(part, str) else dict(part) for part in self.make_quantizer().transforms)
 
     def make_corrections(self) -> list[tuple[str, Correction]]:
-        return [(str(part.get("name")), _make("correction", part, CORRECTIONS)) for part in self.corrections]
+        return [(str(part.get("name")), make_part("correction", part, CORRECTIONS)) for part in self.corrections]
 
     def format_for(self, weight: str) -> AnyFormat:
         """Give the format of a weight by its name: that of the last override that matches, else the recipe's."""
@@ -186,12 +190,12 @@ class Recipe(_Closed):
         override = self._override_for(weight)
         if override is None or override.quantizer is None:
             return None
-        return str(override.quantizer.get("name")), _make("quantizer", override.quantizer, QUANTIZERS)
+        return str(override.quantizer.get("name")), make_part("quantizer", override.quantizer, QUANTIZERS)
 
     def make_quantizers(self) -> list[Quantizer]:
         """Make the recipe's quantizer and all that overrides name."""
         others = [o.quantizer for o in self.overrides if o.quantizer is not None]
-        return [self.make_quantizer(), *(_make("quantizer", other, QUANTIZERS) for other in others)]
+        return [self.make_quantizer(), *(make_part("quantizer", other, QUANTIZERS) for other in others)]
 
     def _override_for(self, weight: str) -> Override | None:
         return next((o for o in reversed(self.overrides) if fnmatch.fnmatchcase(weight, o.match)), None)
@@ -229,15 +233,17 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         _set_(merged, text)
     merged = _with_quantizer(merged)
     if isinstance(merged.get("overrides"), (list, tuple)):
-        merged["overrides"] = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
+        parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
+        merged["overrides"] = [_with_format(f"{where}: overrides", o) if isinstance(o, Mapping) else o for o in parts]
     for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
         if isinstance(merged.get(key), (list, tuple)):
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
             merged[key] = [_with_name(part, table) for part in parts]
+    merged = _with_format(where, merged)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        raise _usage(where, error, Recipe) from error
+        raise _usage(where, error, merged) from error
     recipe.resolved()  # builds every part, so that a wrong name or value shows here and not after an hour
     for override in recipe.overrides:
         if override.weights is None and override.quantizer is None:
@@ -266,11 +272,6 @@ def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def spelled(name: str, table: Mapping[str, Any]) -> str:
-    """Give a name as the table spells it: quip-sharp is quip_sharp, awq_scale is awq-scale; one that is not there as it is."""
-    return next((known for known in table if known.replace("_", "-") == name.replace("_", "-")), name)
-
-
 def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     """Put a quantizer that is given by its name alone as its settings are given, and spell the name as the table does."""
     given = values.get("quantizer")
@@ -279,11 +280,24 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
 
 
+def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell the name of a format as the tables do. Raises UsageError for a method that stands in its place."""
+    given = values.get("weights")
+    if not isinstance(given, str):
+        return dict(values)
+    method = spelled(given, QUANTIZERS)
+    if method in QUANTIZERS and foreign_hint(given) is None:
+        raise UsageError(
+            f"{where}: weights {given!r}: that is a quantizer; write quantizer {method} and a number format such as int4-g64-zero."
+        )
+    return {**values, "weights": read_format(given).name}
+
+
 def _spell_out(override: Override) -> dict[str, Any]:
     values = {key: value for key, value in override.model_dump(mode="json").items() if value is not None}
     if override.quantizer is not None:
-        made = _make("quantizer", override.quantizer, QUANTIZERS)
-        values["quantizer"] = {"name": override.quantizer.get("name"), **_settings(made)}
+        made = make_part("quantizer", override.quantizer, QUANTIZERS)
+        values["quantizer"] = {"name": override.quantizer.get("name"), **settings_of(made)}
     return values
 
 
@@ -324,63 +338,58 @@ def _check_composition(recipe: Recipe) -> None:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")
 
 
-def _settings(part: Any) -> dict[str, Any]:
-    return dataclasses.asdict(part)
-
-
-def _make(kind: str, part: Mapping[str, Any], table: Mapping[str, type[Any]]) -> Any:
-    name = part.get("name")
-    if not isinstance(name, str) or name not in table:
-        raise unknown_name(kind, str(name), table)
-    rest = {key: value for key, value in part.items() if key != "name"}
-    fields = {field.name for field in dataclasses.fields(table[name])}
-    for key in rest:
-        if key not in fields:
-            raise unknown_name(f"setting of {kind} {name!r}", key, fields)
-    try:
-        return TypeAdapter(table[name]).validate_python(rest)
-    except ValidationError as error:
-        raise _usage(f"{kind} {name}", error, None) from error
-
-
-def _usage(where: str, error: ValidationError, model: type[BaseModel] | None) -> UsageError:
-    first = error.errors()[0]
-    at = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden" and model is not None and len(first["loc"]) == 1:
-        return unknown_name(f"key of the {where}", at, model.model_fields)
-    return UsageError(f"{where}: {at}: {first['msg']} (got {first['input']!r}).")
+def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> UsageError:
+    """Say what is wrong with the keys of a recipe, and what was meant."""
+    at, wrong = value_fault(error)
+    if error.errors()[0]["type"] != "extra_forbidden":
+        return UsageError(f"{where}: {'.'.join(map(str, at))}: {wrong}")
+    path = [str(part) for part in at]
+    *outer, key = path
+    if not outer:
+        deeper = {f"calibration.{name}": name for name in Calibration.model_fields}
+        part = given.get("quantizer")
+        name = part.get("name") if isinstance(part, Mapping) else None
+        quantizer = QUANTIZERS.get(str(name or DEFAULT_QUANTIZER))
+        own = () if quantizer is None else dataclasses.fields(quantizer)
+        deeper |= {f"quantizer.{field.name}": field.name for field in own}
+        meant = next((long for long, name in deeper.items() if fold(name) == fold(key)), None)
+        if meant is not None:
+            return UsageError(f"{where}: there is no key {key!r}. Did you mean {meant!r}?")
+    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "overrides": Override}
+    known = (tables[outer[0]] if outer else Recipe).model_fields
+    place = f"{where}: {'.'.join(path)}: " if outer else "" if where == "recipe" else f"{where}: "
+    return UsageError(f"{place}{unknown_name(f'key of {outer[0]}' if outer else 'key of the recipe', key, known)}")
 
 
 def _set_(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--set {text!r}: write KEY=VALUE, for example quantizer.damp=0.05.")
+    *parents, leaf = (part.strip() for part in key.split("."))
+    if not equals or not all((*parents, leaf)):
+        raise UsageError(f"--set {shown(text)}: write KEY=VALUE, for example quantizer.damp=0.05.")
     target = values
-    *parents, leaf = key.split(".")
     for parent in parents:
         inner = target.get(parent, {})
         inner = {"name": inner} if isinstance(inner, str) else inner
         if not isinstance(inner, dict):
-            raise UsageError(f"--set {text!r}: {parent!r} has no settings.")
+            raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
         target[parent] = dict(inner)
         target = target[parent]
+    # A pattern such as *.v_proj is no YAML without quotes, and means itself.
     try:
-        target[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text!r}: {value!r} is not a YAML value.") from error
+        target[leaf] = value if value[:1] in ("*", "!") else parse_yaml(f"--set {shown(text)}", value)
+    except UsageError as error:
+        raise UsageError(f"--set {shown(text)}: {value!r} is not a YAML value.") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        named = ", ".join(NAMED_RECIPES)
-        raise UsageError(
-            f"{path}: {error.strerror or error}; a recipe is a YAML file or one of these names: {named}."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).replace("\n", " ")
-        raise UsageError(f"{path}: is not YAML: {line}") from error
+def _read_file(path: Path) -> dict[str, Any]:
+    name = str(path)
+    if not path.exists():
+        hint = foreign_hint(name)
+        if spelled(name, QUANTIZERS) in QUANTIZERS:
+            hint = hint or f"That is a quantizer: --quantizer {spelled(name, QUANTIZERS)}."
+        if hint is not None:
+            raise UsageError(f"--recipe {name}: no such file. {hint}")
+    values = read_yaml(path, f"a recipe is a YAML file or one of these names: {', '.join(NAMED_RECIPES)}")
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys such as weights, quantizer, calibration.")
     return values

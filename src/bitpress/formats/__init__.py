@@ -9,7 +9,7 @@ from bitpress.formats.integer import Integer
 from bitpress.formats.kept import Kept
 from bitpress.formats.layouts import LAYOUTS, Layout
 from bitpress.formats.levels import Levels
-from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format
+from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format, read_format
 from bitpress.formats.low_rank import LowRank
 from bitpress.formats.maps import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.nested import narrow
@@ -65,4 +65,5 @@ __all__ = [
     "find_row",
     "narrow",
     "parse_format",
+    "read_format",
 ]

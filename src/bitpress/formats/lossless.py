@@ -8,9 +8,9 @@ from jaxtyping import Float
 from bitpress.errors import FormatError
 from bitpress.formats.dfloat11 import DFloat11, dfloat11
 from bitpress.formats.format import Format
-from bitpress.formats.table import parse_format
+from bitpress.formats.table import parse_format, spell_format
 
-__all__ = ["LOSSLESS", "AnyFormat", "Lossless", "find_format"]
+__all__ = ["LOSSLESS", "AnyFormat", "Lossless", "find_format", "read_format"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,10 @@ AnyFormat = Format | Lossless
 def find_format(name: str) -> AnyFormat:
     """Read the name of a number format or of a lossless one. Raises UsageError or FormatError."""
     return LOSSLESS[name] if name in LOSSLESS else parse_format(name)
+
+
+def read_format(name: str) -> AnyFormat:
+    """Read a name that a person wrote, whatever its case. Raises UsageError or FormatError."""
+    if not name.strip():
+        raise FormatError("the number format has no name; use for example int4-g64-zero.")
+    return find_format(name.strip().lower() if name.strip().lower() in LOSSLESS else spell_format(name))

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitpress.errors import FormatError, unknown_name
+from bitpress.errors import FormatError, UsageError, shown, unknown_name
+from bitpress.foreign import foreign_hint
 from bitpress.formats.additive_book import AdditiveBook
 from bitpress.formats.bitmod import bitmod
 from bitpress.formats.block import Block
@@ -35,7 +36,18 @@ from bitpress.formats.pyramid import Pyramid
 from bitpress.formats.scales import SCALES
 from bitpress.formats.searched_float import searched_float
 
-__all__ = ["GRIDS", "PATTERNS", "SHORT", "Row", "describe_formats", "find_grid", "find_row", "parse_format"]
+__all__ = [
+    "GRIDS",
+    "PATTERNS",
+    "SHORT",
+    "Row",
+    "describe_formats",
+    "find_grid",
+    "find_row",
+    "is_grid",
+    "parse_format",
+    "spell_format",
+]
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,17 @@ SHORT: dict[str, str] = {
 }
 
 
+def is_grid(name: str) -> bool:
+    """Say whether a grid has this name."""
+    return name in GRIDS or any(pattern.fullmatch(name) for pattern, _, _ in PATTERNS)
+
+
+def spell_format(name: str) -> str:
+    """Return a format's name as the tables spell it where only its case, or `_` for `-`, is another: INT4_G64 is int4-g64."""
+    spelled = name.strip().lower().replace("_", "-")
+    return spelled if spelled in SHORT or is_grid(spelled.split("-")[0]) else name
+
+
 def find_row(name: str) -> Row:
     """Give the row of a grid's name, one made for it where the name is of a family."""
     if name in GRIDS:
@@ -178,11 +201,7 @@ def find_row(name: str) -> Row:
         match = pattern.fullmatch(name)
         if match is not None:
             return Row(make(match), "")
-    families = sorted({re.sub(r"\d+", "N", known) for known in GRIDS})
-    listed = (
-        "A format is grid-block[-zero][-scale][-layout], for example int4-g64-zero or e4m3-row; "
-        f"grids are {', '.join(families)} (`bitpress formats` lists them)."
-    )
+    listed = "A format is grid-block[-zero][-scale][-layout], for example int4-g64-zero; `bitpress formats` lists them."
     raise unknown_name("number grid", name, GRIDS, listed)
 
 
@@ -199,6 +218,8 @@ def find_grid(name: str, zero: bool = False) -> Grid:
 def parse_format(name: str) -> Format:
     """Read a format's name. Raises UsageError or FormatError that say which part is wrong."""
     head, *rest = SHORT.get(name, name).split("-")
+    if not is_grid(head) and (hint := foreign_hint(name)):
+        raise UsageError(f"unknown number format {shown(name)}. {hint}")
     grid = find_grid(head)
     if not rest:
         raise FormatError(f"{name!r} names no block; use for example {head}-g64, {head}-row or {head}-tensor.")

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bitpress.calibration.stats import of_origin
 from bitpress.errors import BitpressError, UsageError
+from bitpress.faults import read_yaml
+from bitpress.parts import spelled
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import DEFAULT_QUANTIZER, Recipe, make_recipe, spelled
+from bitpress.recipes import DEFAULT_QUANTIZER, Recipe, make_recipe
 
 __all__ = ["Candidate", "read_candidates"]
 
@@ -106,24 +106,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-class _Unique(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _load(path: Path) -> dict[Any, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Unique)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; recipes are YAML files.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "recipes are YAML files")
     if not isinstance(values, dict) or not values:
         raise UsageError(f"{path}: recipes are a mapping of names to recipes, or the keys of one recipe.")
     return values

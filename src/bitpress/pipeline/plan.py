@@ -18,6 +18,7 @@ from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import AnyFormat, Format
+from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.products import list_kept_outside, list_weights, overlooked
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.own_bytes import own_bytes
@@ -133,6 +134,7 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         raise FormatError(f"every weight has {next(iter(narrow.values()))}; use smaller groups, or row.")
     if not weights:
         raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
+    check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict())
     _check_shapes(weights)
     _check_parts(weights, recipe)
     weights = [replace(w, beside=_bytes_beside(w, recipe)) for w in weights]
@@ -254,7 +256,8 @@ def _bytes_beside(planned: PlannedWeight, recipe: Recipe) -> int:
 def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
     if wrong:
         parts = [f"{reason} Layers: {_shorten(names)}." for reason, names in wrong.items()]
-        raise FormatError(" ".join(parts) + " " + advice)
+        more = [f"{len(parts) - 2} more such reasons."] * (len(parts) > 2)
+        raise FormatError(" ".join([*parts[:2], *more, advice]))
 
 
 def _shorten(names: Sequence[str]) -> str:

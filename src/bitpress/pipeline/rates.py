@@ -20,6 +20,7 @@ from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageEr
 from bitpress.evaluation.rate import SOURCES, draw_source, measure_rates
 from bitpress.formats import Block, Format, parse_format
 from bitpress.formats.listing import usual_formats
+from bitpress.formats.table import spell_format
 from bitpress.pipeline.products import list_weights
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.source_model import OriginalLoader, open_original
@@ -59,7 +60,7 @@ def measure_formats(
     FormatError when a format that was asked for fits no matrix, NumericsError for weights that are not finite.
     """
     progress = Silent() if progress is None else progress
-    asked = [parse_format(name) for name in dict.fromkeys(names)]
+    asked = [parse_format(spell_format(name)) for name in dict.fromkeys(names)]
     found = list_matrices(path, progress)
     chosen = found if whole else sample(found, SAMPLED)
     formats = asked or list(dict.fromkeys(_fitting(fmt, chosen) for fmt in usual_formats()))

@@ -45,8 +45,8 @@ def shrink_ratios(clip: str, steps: int, smallest: float) -> tuple[float, ...]:
     """Give the factors on a block's range that a clipping search tries, the full range first."""
     if clip not in ("minmax", "mse"):
         raise UsageError(f"clip={clip!r}: it is 'minmax' or 'mse'.")
-    if steps < 2 or not 0 < smallest < 1:
-        raise UsageError(f"clipping needs steps of 2 or more and 0 < smallest < 1, got steps={steps}, smallest={smallest}.")
+    if not 2 <= steps <= 10_000 or not 0 < smallest < 1:
+        raise UsageError(f"clipping needs steps of 2 to 10000 and 0 < smallest < 1, got steps={steps}, smallest={smallest}.")
     if clip == "minmax":
         return (1.0,)
     return tuple(1.0 - (1.0 - smallest) * i / (steps - 1) for i in range(steps))
