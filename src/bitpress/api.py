@@ -11,6 +11,7 @@ from bitpress.pipeline.answers import DOCUMENTS
 from bitpress.pipeline.answers import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.prove import evaluate as _evaluate
+from bitpress.pipeline.prove import evaluate_alone as _evaluate_alone
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.presets import preset_keys
 from bitpress.recipes import Recipe, make_recipe
@@ -39,12 +40,14 @@ def quantize(
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
     preset      instead of a recipe: fast, balanced or best, the one that measured best under that rule at `bits` 4, 3 or 2
+    bits        alone: those of the preset balanced; beside a quantizer: those of its number format, int4-g64-zero for 4
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    values = preset_keys(preset, bits, beside_recipe=recipe is not None)
+    beside = {"beside_recipe": recipe is not None, "weights": weights is not None, "quantizer": quantizer is not None}
+    values = preset_keys(preset, bits, **beside)
     if isinstance(recipe, Recipe):
         values = recipe.model_dump()
     elif isinstance(recipe, (str, Path)):
@@ -66,9 +69,14 @@ def quantize(
     )
 
 
-def evaluate(directory: str | Path, against: str | Path, **settings: Any) -> dict[str, Any]:
-    """Measure a model directory against the original; see `bitpress.pipeline.prove.evaluate` for settings and figures."""
+def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Measure a model directory against the original, or without `against` its perplexity alone.
+
+    `bitpress.pipeline.prove.evaluate` and `evaluate_alone` have the settings and the figures.
+    """
     given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
+    if against is None:
+        return _evaluate_alone(given, **settings)
     return _evaluate(given, resolve_model(str(against)), **settings)
 
 

@@ -11,9 +11,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from bitpress.errors import UsageError, unknown_name
+from bitpress.errors import UsageError, fold, unknown_name
+from bitpress.foreign import foreign_hint
 
-__all__ = ["Figures", "Preset", "find_preset", "preset_keys", "preset_names"]
+__all__ = ["DEFAULT_PRESET", "Figures", "Preset", "find_preset", "preset_keys", "preset_names"]
+
+DEFAULT_PRESET = "balanced"
 
 
 @dataclass(frozen=True)
@@ -46,28 +49,50 @@ def preset_names() -> list[str]:
 def find_preset(name: str, bits: int) -> Preset:
     """Give the choice of a preset at a width. Raises UsageError for names and widths that there are not."""
     table = _table()
-    if name not in table["rules"]:
-        raise unknown_name("preset", name, table["rules"])
+    name = _known(name)
     choices = table["choices"][name]
     if str(bits) not in choices:
-        raise UsageError(f"preset {name} has no recipe of {bits} bits; it has {', '.join(choices)}.")
+        other = f"; for {bits} bits take weights int{bits}-row" if bits in (6, 7, 8) else ""
+        raise UsageError(f"preset {name} has no recipe of {bits} bits; it has {', '.join(choices)}{other}.")
     choice = choices[str(bits)]
     others = tuple(Figures(**other) for other in choice["others"])
     return Preset(name, bits, table["rules"][name], table["bench"], choice["recipe"], Figures(**choice["chosen"]), others)
 
 
-def preset_keys(name: str | None, bits: int | None, *, beside_recipe: bool) -> dict[str, Any]:
+def preset_keys(
+    name: str | None, bits: int | None, *, beside_recipe: bool = False, weights: bool = False, quantizer: bool = False
+) -> dict[str, Any]:
     """Give the keys of a recipe that a preset sets, none where none is asked for.
 
-    Raises UsageError for a preset beside a recipe, for one of name and bits alone, and what `find_preset` raises.
+    Bits alone are those of the preset `DEFAULT_PRESET`; beside a quantizer (`quantizer`) they are those of its number format.
+    Raises UsageError for a preset or bits beside a recipe, for a preset without bits, for bits beside another number format
+    (`weights`), and what `find_preset` raises.
     """
     if name is not None and beside_recipe:
         raise UsageError(
             "--preset and --recipe: give one of them; `--preset NAME --explain --json` prints a recipe to start from."
         )
-    if (name is None) != (bits is None):
-        raise UsageError("--preset and --bits go together, for example --preset balanced --bits 3.")
-    return {} if name is None or bits is None else dict(find_preset(name, bits).recipe)
+    if bits is None:
+        if name is not None:
+            widths = ", ".join(_table()["choices"][_known(name)])
+            raise UsageError(f"--preset and --bits go together, for example --preset {_known(name)} --bits 4; it has {widths}.")
+        return {}
+    if name is None and (beside_recipe or weights):
+        other = "--recipe" if beside_recipe else "--weights"
+        raise UsageError(f"--bits {bits} and {other} both say the number format; leave one of them out.")
+    if name is None and quantizer:
+        if not 2 <= bits <= 8:
+            raise UsageError(f"--bits {bits} beside --quantizer: there are 2 to 8; name another number format by --weights.")
+        return {"weights": f"int{bits}-g64-zero"}
+    return dict(find_preset(name or DEFAULT_PRESET, bits).recipe)
+
+
+def _known(name: str) -> str:
+    rules: dict[str, str] = _table()["rules"]
+    known = next((rule for rule in rules if fold(rule) == fold(name)), None)
+    if known is None:
+        raise unknown_name("preset", name, rules, foreign_hint(name))
+    return known
 
 
 @cache

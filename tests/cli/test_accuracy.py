@@ -34,6 +34,7 @@ def test_eval_prints_tasks_alone_and_beside_the_distance(
     assert done.code == 0, done.err
     assert "50.0 ± 22.4 %, by length 50.0 ± 22.4 %, 6 questions" in done.out, "every other answer is the other choice"
     assert "KL" not in done.out
+    assert "perplexity" in done.out
     assert "answering" in done.err
     against = ("--against", original, "--tokens", 128, "--length", 32)
     done = bitpress("eval", pressed_original, "--tasks", task, "--documents", 5, *against)
@@ -45,15 +46,35 @@ def test_eval_prints_tasks_alone_and_beside_the_distance(
     assert package.evaluate_tasks(pressed_original, [str(task)]) == found["tasks"]
 
 
+def test_eval_alone_gives_the_perplexity_that_it_gives_beside_an_original(
+    bitpress: Run, tiny_model: Callable[..., Path], pressed_original: Path
+) -> None:
+    original = tiny_model("llama", tie_word_embeddings=True)
+    how = ("--tokens", 256, "--length", 32)
+    both = bitpress("eval", pressed_original, "--against", original, *how, "--json").json
+    alone = bitpress("eval", pressed_original, *how, "--json").json
+    assert alone["perplexity"] == pytest.approx(both["perplexity"], rel=1e-6)
+    assert alone["perplexity_low"] < alone["perplexity"] < alone["perplexity_high"]
+    assert (alone["tokens"], alone["windows"], alone["bytes"]) == (256, 8, both["bytes"])
+    plain = bitpress("eval", original, *how, "--json").json
+    assert plain["perplexity"] == pytest.approx(both["perplexity_original"], rel=1e-6)
+    assert plain["bytes"] is None
+    single = bitpress("eval", pressed_original, "--tokens", 32, "--length", 32)
+    assert single.code == 0, single.err
+    assert "95 %" not in single.out
+    printed = bitpress("eval", pressed_original, *how).out
+    assert f"{alone['perplexity']:.3f} (95 %: {alone['perplexity_low']:.3f} to" in printed
+    found = package.evaluate(pressed_original, tokens=256, length=32)
+    assert found["perplexity"] == alone["perplexity"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), "eval needs --against MODEL, --tasks NAMES, or both"),
         (("--tasks", "piqua"), "unknown task 'piqua'. Did you mean 'piqa'? A task is one of arc-easy,"),
         (("--tasks", "piqa,"), "--tasks 'piqa,': write names separated by commas, each once"),
         (("--tasks", "piqa,piqa"), "each once"),
         (("--tasks", "missing.jsonl"), "missing.jsonl: cannot be read"),
-        (("--tasks", "piqa", "--tokens", 99), "--tokens needs --against"),
         (("--against", "MODEL", "--documents", 9), "--documents needs --tasks"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.cli import app as cli
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, JobStopped, UsageError
 
 RTN = ("--weights", "int4-g16", "--quantizer", "rtn", "--proof-tokens", "0")
 
@@ -402,12 +402,30 @@ def test_wrong_use_of_the_other_commands(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("quantise",), ("quantize",), ("plan", "--no-such-option"), ("eval", "DIR", "--tokens", "1")]
+    ("arguments", "says"),
+    [
+        (("quantise",), "there is no command 'quantise'. Did you mean 'quantize'?"),
+        (("quantize",), "MODEL is missing. Example: bitpress quantize "),
+        (("quantize", "MODEL"), "OUT is missing"),
+        (("plan", "--no-such-option"), "there is no option --no-such-option"),
+        (("plan", "MODEL", "--weight", "int4-g64"), "Did you mean --weights?"),
+        (("plan", "MODEL", "--debug"), "--debug goes before the command"),
+        (("plan", "MODEL", "--weights"), "--weights"),
+        (("plan", "MODEL", "--bits", "4.5"), "--bits: a whole number is needed (got '4.5')"),
+        (("plan", "MODEL", "more"), "more"),
+        (("eval", "DIR", "--tokens", "1"), "--tokens: 2 or more is needed (got '1')"),
+        (("eval", "DIR", "--tokens=1"), "--tokens: 2 or more is needed (got '1')"),
+        (("run", "DIR", "--top-p", "1.5"), "--top-p: 1 or less is needed (got '1.5')"),
+        (("run", "DIR", "--temperature", "hot"), "--temperature: a number is needed (got 'hot')"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_use_of_the_command_line_itself(arguments: tuple[str, ...], bitpress: Run) -> None:
+def test_wrong_use_of_the_command_line_itself(arguments: tuple[str, ...], says: str, bitpress: Run) -> None:
     done = bitpress(*arguments)
     assert done.code == 2
-    assert "Traceback" not in done.err
+    assert says in done.error
+    assert "Input should" not in done.error
+    assert len(done.error) <= 3 * 80
     assert done.out == ""
 
 
@@ -432,9 +450,78 @@ def test_every_command_prints_pure_json(bitpress: Run, llama: Path, pressed_orig
         assert all("name" in row for row in rows)
 
 
-def test_an_error_prints_nothing_on_standard_output(bitpress: Run, llama: Path, out: Path) -> None:
-    done = bitpress("quantize", llama, out, "--weights", "int4-g64", "--quantizer", "rtn", "--json")
-    assert (done.code, done.out) == (2, "")
+@pytest.mark.parametrize(
+    ("command", "code", "kind"),
+    [
+        (("quantize", "MODEL", "OUT", "--weights", "int4-g64", "--quantizer", "rtn"), 2, "FormatError"),
+        (("plan", "NOWHERE"), 3, "CheckpointError"),
+        (("plan", "MODEL", "--skip", "*.no_such"), 2, "UsageError"),
+        (("plan", "MODEL", "--bits", "four"), 2, "BadParameter"),
+        (("plan", "MODEL", "--wieghts", "int4-g64"), 2, "NoSuchOption"),
+        (("plan",), 2, "MissingParameter"),
+        (("eval", "NOWHERE"), 3, "CheckpointError"),
+        (("run", "NOWHERE", "--prompt", "a"), 3, "CheckpointError"),
+        (("compare", "MODEL", "OUT", "--recipes", "missing.yaml"), 2, "UsageError"),
+        (("bench", "decoding", "NOWHERE"), 2, "UsageError"),
+        (("inspect", "NOWHERE"), 3, "CheckpointError"),
+        (("verify", "NOWHERE"), 3, "CheckpointError"),
+        (("formats", "--picture", "x.png"), 2, "UsageError"),
+        (("methods", "extra"), 2, "UsageError"),
+        (("models", "--all"), 2, "NoSuchOption"),
+        (("no-such-command",), 2, "UsageError"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_with_json_an_error_is_an_object_and_all_that_is_printed(
+    command: tuple[str, ...], code: int, kind: str, bitpress: Run, llama: Path, tmp_path: Path, out: Path
+) -> None:
+    places = {"MODEL": llama, "OUT": out, "NOWHERE": tmp_path / "nowhere"}
+    done = bitpress(*(places.get(word, word) for word in command), "--json")
+    assert done.code == code, done.err
+    error = json.loads(done.out)["error"]
+    assert error["code"] == code
+    assert error["kind"] == kind
+    assert f"error: {error['message']}" == done.error
+    plain = bitpress(*(places.get(word, word) for word in command))
+    assert (plain.code, plain.out) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (KeyError("lm_head"), 1, "KeyError: 'lm_head' This was not foreseen; `bitpress --debug ...` shows where it happened."),
+        (RuntimeError("first\n" + "more\n" * 900), 1, "RuntimeError: first more"),
+        (MemoryError("no room"), 5, "out of memory: no room"),
+        (OSError(28, "No space left on device", "x.bin"), 4, "x.bin: No space left on device; make room"),
+        (KeyboardInterrupt(), 130, "interrupted."),
+        (JobStopped("stopped on request"), 75, "stopped on request"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_is_raised_ends_in_one_line(
+    raised: BaseException, code: int, says: str, bitpress: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("bitpress.checkpoints.named.describe_models", fail)
+    done = bitpress("models", "--json")
+    assert (done.code, done.error.removeprefix("error: ").startswith(says)) == (code, True), done.err
+    assert json.loads(done.out)["error"]["code"] == code
+    assert len(done.err) < 400
+
+
+def test_what_was_printed_already_is_not_followed_by_an_object(bitpress: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitpress.cli import looking, screen
+
+    def print_and_fail(rows: Any) -> None:
+        screen.print_json(rows)
+        raise UsageError("too late")
+
+    monkeypatch.setattr(looking, "print_json", print_and_fail)
+    done = bitpress("models", "--json")
+    assert done.code == 2
+    assert isinstance(json.loads(done.out), list)
 
 
 def test_debug_shows_the_traceback(bitpress: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +542,7 @@ def test_what_torch_reads_when_it_loads_is_set_and_never_overruled(
     monkeypatch.setenv(name, given or "")
     if given is None:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(cli, "app", lambda: None)
-    cli.main()
+    monkeypatch.setattr(cli, "app", lambda **_: None)
+    with pytest.raises(SystemExit):
+        cli.main()
     assert os.environ[name] == (given or {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}[name])

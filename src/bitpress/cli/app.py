@@ -1,18 +1,17 @@
 """The commands.
 
-Exit codes: 0 done, 1 some recipes of a comparison failed, 2 usage, 3 bad model file, 4 disk, 5 memory, 6 numeric gate, 75 stopped and
+Exit codes: 0 done, 1 some recipes of a comparison failed or an error that nobody foresaw, 2 usage, 3 bad model file, 4 disk, 5 memory, 6 numeric gate, 75 stopped and
 resumable.
 """
 
-import errno
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bitpress.cli import looking
+from bitpress.cli.failing import fail, interrupted
 from bitpress.cli.options import (
     Activations,
     Cache,
@@ -37,7 +36,7 @@ from bitpress.cli.options import (
     Weights,
 )
 from bitpress.cli.recipe_options import build_recipe, explain_preset
-from bitpress.cli.screen import Screen, err, out, print_json
+from bitpress.cli.screen import Screen, begin_output, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
 from bitpress.settings import share_cores, use_large_pages
 from bitpress.version import __version__
@@ -50,6 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Press a pretrained language model into few bits, prove what that cost, and run it.",
+    epilog="Begin with: bitpress quantize smollm2-135m out/smollm2-4bit --bits 4, and then bitpress run out/smollm2-4bit",
 )
 _state = {"debug": False}
 
@@ -167,7 +167,7 @@ def evaluate(
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the distance of a model from its original on held-out text, its accuracy on multiple-choice tasks, or both."""
+    """Measure a model on held-out text: its perplexity, with --against its distance from the original, with --tasks its answers."""
     from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.named import resolve_model
     from bitpress.checkpoints.pressed import is_pressed
@@ -175,11 +175,9 @@ def evaluate(
     from bitpress.cli.screen import figures_table
     from bitpress.pipeline.answers import evaluate_tasks
     from bitpress.pipeline.prove import evaluate as measure
+    from bitpress.pipeline.prove import evaluate_alone
 
     names = parse_tasks(tasks)
-    if against is None and not names:
-        raise UsageError("eval needs --against MODEL, --tasks NAMES, or both.")
-    _refuse_idle(context, "--against", against is None, ("text", "tokens", "length", "seed"))
     _refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
         given = Path(directory) if is_pressed(directory) else resolve_model(directory, screen.note)
@@ -188,10 +186,11 @@ def evaluate(
         figures: dict[str, Any] = {}
         if names:
             figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
-        if original is not None:
-            figures |= measure(
-                given, original, text=text, tokens=tokens, length=length, seed=seed, pressed=part, progress=screen
-            )
+        how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "pressed": part}
+        if original is None:
+            figures |= evaluate_alone(given, **how, progress=screen)
+        else:
+            figures |= measure(given, original, **how, progress=screen)
             if names:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:
@@ -338,13 +337,17 @@ def compare(
         )
     done["model"] = model
     write_page(done, output)
-    print_json(done) if as_json else show_comparison(done, output)
     failed = [row for row in done["rows"] if row["failed"]]
+    wrong = None
     if failed:
         those = ", ".join(dict.fromkeys(row["name"] for row in failed))
-        raise BitpressError(f"{len(failed)} of {len(done['rows'])} recipes failed: {those}; their rows say why.")
-    if any(row["failed"] for row in done["answers"]):
-        raise BitpressError("some recipes have no answers to the tasks; their rows say why.")
+        wrong = f"{len(failed)} of {len(done['rows'])} recipes failed: {those}; their rows say why."
+    elif any(row["failed"] for row in done["answers"]):
+        wrong = "some recipes have no answers to the tasks; their rows say why."
+    error = {} if wrong is None else {"error": {"code": 1, "kind": "BitpressError", "message": wrong}}
+    print_json(done | error) if as_json else show_comparison(done, output)
+    if wrong is not None:
+        raise BitpressError(wrong)
 
 
 app.add_typer(looking.app)
@@ -359,25 +362,15 @@ def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: t
 
 
 def main() -> None:
-    """Run the command line; every error of bitpress is one line and its exit code."""
+    """Run the command line; every error is one line and its exit code."""
     share_cores()
     use_large_pages()
+    begin_output()
+    arguments = sys.argv[1:]
     try:
-        app()
-    except BitpressError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError as error:
-        _fail(f"out of memory: {error}. Use fewer or shorter samples, or a smaller batch (--set batch=1).", 5)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            _fail(f"{error.filename or 'disk'}: {error.strerror}; make room and run the same command again.", 4)
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 4)
-    except KeyboardInterrupt:
-        _fail("interrupted.", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    if _state["debug"]:
-        traceback.print_exc()
-    err.print(f"[bold red]error:[/bold red] {message.replace('[', chr(92) + '[')}", soft_wrap=True)
-    sys.exit(code)
+        code = app(args=arguments or ["--help"], standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where every error ends, in one line
+        fail(error, debug=_state["debug"], arguments=arguments)
+    if code == 130:
+        fail(interrupted(), debug=_state["debug"], arguments=arguments)
+    sys.exit(code or 0)

@@ -17,7 +17,7 @@ PresetName = Annotated[
     str | None,
     typer.Option("--preset", metavar="fast|balanced|best", help="The recipe that measured best under the preset's rule."),
 ]
-PresetBits = Annotated[int | None, typer.Option("--bits", help="Bits of the preset's codes.")]
+PresetBits = Annotated[int | None, typer.Option("--bits", help="Bits of the preset's codes; alone: of the preset balanced.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE with dotted keys, e.g. quantizer.damp=0.05.")]
 CalibrationText = Annotated[str | None, typer.Option("--calibration", help="builtin, a .txt or .jsonl file, or hf:NAME.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]

@@ -27,11 +27,15 @@ def build_recipe(
     skip: list[str] | None,
 ) -> "Recipe":
     """Build the recipe. Raises UsageError, FormatError."""
-    from bitpress.presets import preset_keys
+    from bitpress.presets import preset_keys, preset_names
     from bitpress.recipes import Recipe, make_recipe
 
-    values = preset_keys(preset, bits, beside_recipe=file is not None)
+    values = preset_keys(
+        preset, bits, beside_recipe=file is not None, weights=weights is not None, quantizer=quantizer is not None
+    )
     if file is not None:
+        if file.name.lower() in preset_names() and not file.exists():
+            raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
         values = Recipe.load(file).model_dump(exclude_unset=True)
     if weights is not None:
         values["weights"] = weights
@@ -49,12 +53,14 @@ def build_recipe(
 def explain_preset(file: Path | None, preset: str | None, bits: int | None, as_json: bool) -> None:
     """Print what a preset takes, and why."""
     from bitpress.cli.reports import show_preset
-    from bitpress.presets import find_preset, preset_keys
+    from bitpress.presets import DEFAULT_PRESET, find_preset, preset_keys
 
     preset_keys(preset, bits, beside_recipe=file is not None)
-    if preset is None or bits is None:
-        raise UsageError("--explain says why a preset takes its recipe: give --preset and --bits too.")
-    found = find_preset(preset, bits)
+    if bits is None:
+        raise UsageError(
+            "--explain says why a preset takes its recipe: give --bits too, and --preset for another than balanced."
+        )
+    found = find_preset(preset or DEFAULT_PRESET, bits)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Screen", "duration", "print_json", "size", "table"]
+__all__ = ["Screen", "begin_output", "duration", "has_printed_json", "print_json", "size", "table"]
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=True)
+_state = {"printed": False}
 
 
 class Screen:
@@ -75,7 +76,18 @@ class Screen:
 
 def print_json(value: Any) -> None:
     """Print for machines, on standard output and nothing else there."""
+    _state["printed"] = True
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def has_printed_json() -> bool:
+    """Say whether the command has had its say already, so that an error after it may not follow on standard output."""
+    return _state["printed"]
+
+
+def begin_output() -> None:
+    """Forget what an earlier command of this process printed."""
+    _state["printed"] = False
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
@@ -117,6 +129,14 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
             ("KL divergence from the original", pair("kl_mean", "kl_ci95", 1, "{:.4f}") + " nats a token"),
             ("same most likely token", pair("top1_agreement", "top1_ci95", 100, "{:.2f}") + " %"),
             ("perplexity", f"{figures['perplexity']:.3f} (original {figures['perplexity_original']:.3f})"),
+            ("measured on", f"{figures['tokens']:,} tokens of {figures['text']} in {figures['windows']} windows"),
+            ("scored", f"{figures['tokens_per_second']:.0f} tokens/s"),
+        ]
+    elif "perplexity" in figures:
+        low, high = figures["perplexity_low"], figures["perplexity_high"]
+        between = "" if low is None or high is None else f" (95 %: {low:.3f} to {high:.3f})"
+        lines += [
+            ("perplexity", f"{figures['perplexity']:.3f}{between}"),
             ("measured on", f"{figures['tokens']:,} tokens of {figures['text']} in {figures['windows']} windows"),
             ("scored", f"{figures['tokens_per_second']:.0f} tokens/s"),
         ]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from bitpress import native
 from bitpress.errors import NumericsError, UsageError
 
-__all__ = ["Distance", "measure_distance"]
+__all__ = ["Distance", "Perplexity", "measure_distance", "measure_perplexity"]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -74,6 +74,44 @@ def measure_distance(
         tokens=windows.numel(),
         windows=windows.shape[0],
     )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What `measure_perplexity` saw. `perplexity_low` and `perplexity_high` are the ends of the 95 % interval."""
+
+    perplexity: float
+    perplexity_low: float
+    perplexity_high: float
+    tokens: int
+    windows: int
+
+
+def measure_perplexity(
+    model: Logits, windows: Int[torch.Tensor, "windows length"], note: Callable[[int], None] = lambda done: None
+) -> Perplexity:
+    """Measure one model on windows of tokens, as `measure_distance` measures two.
+
+    Raises NumericsError when a logit is not finite, UsageError for windows of fewer than 2 tokens.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise UsageError(f"evaluation needs windows of 2 tokens or more, got {list(windows.shape)}.")
+    nll = []
+    for i, window in enumerate(windows):
+        logits = model(window[None])[0]
+        following = torch.cat([window[1:], window.new_full((1,), -1)])
+        total, bad = 0.0, False
+        for rows, tokens in zip(logits.split(ROWS), following.split(ROWS), strict=True):
+            logs = torch.log_softmax(rows.float(), -1)
+            bad |= not bool(torch.isfinite(logs).all())
+            picked = logs.gather(1, tokens.clamp(min=0)[:, None])[:, 0].double() * (tokens >= 0)
+            total -= float(picked.sum())
+        if bad:
+            raise NumericsError("the logits of the model are not finite.")
+        nll.append(total / (window.numel() - 1))
+        note(i + 1)
+    mean, half = _mean(nll), _half_width(nll)
+    return Perplexity(_exp(mean), _exp(mean - half), _exp(mean + half), windows.numel(), windows.shape[0])
 
 
 def _compare(

@@ -14,6 +14,7 @@ from bitpress.checkpoints.budget import open_within
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.errors import NumericsError
 from bitpress.evaluation import measure_distance
+from bitpress.evaluation.distance import measure_perplexity
 from bitpress.pipeline.memory import release
 from bitpress.pipeline.press_weight import digest
 from bitpress.pipeline.progress import Progress, Silent
@@ -22,7 +23,7 @@ from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.windows import load_windows
 from bitpress.runtime.skeleton import check_tokens
 
-__all__ = ["check_reloaded", "compare", "evaluate", "heldout_windows"]
+__all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "heldout_windows"]
 
 # Windows that go through a block together while proving.
 BATCH = 4
@@ -115,6 +116,41 @@ def heldout_windows(text: str, model: Path, config: Any, *, tokens: int, length:
     windows = load_windows(text, model, samples=max(tokens // length, 1), length=length, seed=seed)
     check_tokens(windows.tokens, config, str(model))
     return windows
+
+
+def evaluate_alone(
+    directory: str | Path,
+    *,
+    text: str = "builtin:heldout",
+    tokens: int = 8192,
+    length: int = 512,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pressed: PressedCheckpoint | None = None,
+    memory: int | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the perplexity of a model directory, compressed or not, on held-out text, without an original beside it.
+
+    Gives perplexity with the ends of its 95 % interval (None for a single window), tokens, windows, bits_per_weight and bytes (None
+    for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
+    """
+    directory, progress = Path(directory), progress or Silent()
+    if pressed is None and memory is not None:
+        pressed = open_within(directory, memory)
+    if pressed is None and is_pressed(directory):
+        pressed = PressedCheckpoint.open(directory)
+    model = open_streamed(directory, dtype, pressed)
+    windows = heldout_windows(text, directory, model.model.config, tokens=tokens, length=length, seed=seed)
+    progress.begin("evaluating", len(model.blocks))
+    prepared = _Prepared(model, windows.tokens, progress)
+    progress.begin("evaluating, logits", windows.tokens.shape[0])
+    seen = measure_perplexity(prepared, windows.tokens, lambda done: progress.advance(f"window {done}"))
+    figures = {**dataclasses.asdict(seen), "tokens_per_second": windows.tokens.numel() / prepared.seconds}
+    if seen.windows == 1:
+        figures |= {"perplexity_low": None, "perplexity_high": None}
+    stored = {"bits_per_weight": pressed and pressed.bits_per_weight, "bytes": pressed and pressed.nbytes}
+    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": windows.tokens.shape[1], "seed": seed}
 
 
 def check_reloaded(
