@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import bitpress
 from bitpress.cli.app import app
+from bitpress.cli.recipe_options import build_recipe
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
 from bitpress.presets import find_preset, preset_names
@@ -73,12 +74,37 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
     assert seen == [make_recipe({**find_preset("best", 3).recipe, "weights": "int3-g128-zero"})]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_bits_alone_are_the_preset_balanced(bits: int) -> None:
+    code, text = run("--bits", str(bits), "--explain", "--json")
+    assert code == 0
+    assert json.loads(text)["recipe"] == yaml.safe_load(json.dumps(find_preset("balanced", bits).recipe))
+    assert build_recipe(None, None, bits, *[None] * 8) == make_recipe(find_preset("balanced", bits).recipe)
+    assert build_recipe(None, "Balanced", bits, *[None] * 8) == make_recipe(find_preset("balanced", bits).recipe)
+
+
+def test_bits_beside_a_quantizer_are_its_format() -> None:
+    recipe = build_recipe(None, None, 3, None, "GPTQ", *[None] * 6)
+    assert recipe == make_recipe({"weights": "int3-g64-zero", "quantizer": "gptq"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
         (("--preset", "better", "--bits", "3"), "unknown preset 'better'"),
         (("--preset", "best", "--bits", "9"), "preset best has no recipe of 9 bits; it has 5, 4, 3, 2"),
-        (("--preset", "best"), "--preset and --bits go together"),
+        (("--preset", "best"), "--preset and --bits go together, for example --preset best --bits 4; it has 5, 4, 3, 2"),
+        (("--bits", "9"), "preset balanced has no recipe of 9 bits; it has 5, 4, 3, 2"),
+        (("--bits", "8"), "for 8 bits take weights int8-row"),
+        (("--bits", "0"), "it has 5, 4, 3, 2"),
+        (("--bits", "-4"), "it has 5, 4, 3, 2"),
+        (("--bits", "4", "--weights", "int4-g32"), "--bits 4 and --weights both say the number format"),
+        (("--bits", "4", "--recipe", "some.yaml"), "--bits 4 and --recipe both say the number format"),
+        (("--bits", "9", "--quantizer", "gptq"), "there are 2 to 8"),
+        (("--recipe", "balanced"), "That is a preset: --preset balanced --bits 4"),
+        (("--recipe", "gptq"), "nearest here: weights int4-g128 with quantizer gptq"),
+        (("--recipe", "rtn"), "That is a quantizer: --quantizer rtn"),
+        (("--preset", "q4_k_m", "--bits", "4"), "nearest here: weights int4-g32-zero"),
         (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
         (("--explain",), "give --bits too"),
     ],
