@@ -132,6 +132,7 @@ def plan(
     length: Length = None,
     seed: Seed = None,
     skip: Skip = None,
+    whole: Annotated[bool, typer.Option("--all", help="List every weight, not every kind of weight.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
@@ -150,7 +151,7 @@ def plan(
     if as_json:
         print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": made.resolved()})
     else:
-        show_plan(planned, seconds)
+        show_plan(planned, seconds, whole=whole)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")

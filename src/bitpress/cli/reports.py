@@ -9,13 +9,16 @@ import yaml
 from rich.markup import escape
 
 from bitpress.arithmetic import has_fast_bf16
+from bitpress.checkpoints.directory import safe_file
+from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
-from bitpress.errors import KernelUnavailable
+from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.pipeline.plan import Plan
 from bitpress.presets import Preset
 from bitpress.recipes import told_overrides, told_weights
 from bitpress.settings import usable_cores
+from bitpress.transforms.table import TARGETS
 
 __all__ = [
     "describe_directory",
@@ -76,19 +79,34 @@ def show_preset(preset: Preset) -> None:
     out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
 
 
-def show_plan(plan: Plan, seconds: float) -> None:
-    rows = [
-        (
-            w.parameter.stem,
-            "x".join(map(str, w.parameter.parameter_shape)),
-            w.format.name,
-            size(w.nbytes),
-            f"{w.row()['bits_per_weight']:.3f}",
+def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
+    """Print a plan: a line for every kind of weight, or with `whole` for every weight."""
+    if whole:
+        lines = [
+            (r["name"], "x".join(map(str, r["shape"])), r["format"], size(r["bytes"]), r["bits_per_weight"])
+            for r in (w.row() for w in plan.weights)
+        ]
+        table(
+            "", ("weight", "shape", "format", "size", "bits"), [(*rest, f"{bits:.3f}") for *rest, bits in lines], right=(3, 4)
         )
-        for w in plan.weights
-    ]
-    rows += [(name, "", "as stored", "", why) for name, why in plan.kept.items()]
-    table("", ("weight", "shape", "format", "size", "bits"), rows, right=(3, 4))
+        if plan.kept:
+            table("\nKept as stored", ("parameter", "why"), list(plan.kept.items()))
+    else:
+        kinds = [
+            (
+                k["kind"],
+                str(k["count"]),
+                "x".join(map(str, k["shape"])),
+                k["format"],
+                size(k["bytes"]),
+                f"{k['bits_per_weight']:.3f}",
+            )
+            for k in plan.kinds()
+        ]
+        table("", ("weights", "count", "shape", "format", "size", "bits"), kinds, right=(1, 4, 5))
+        out.print("[dim]--all lists every weight by its name.[/dim]")
+    reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
+    table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
     totals = {
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight",
         "kept as stored": size(plan.kept_bytes),
@@ -97,7 +115,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
         "peak memory, estimated": size(plan.peak_memory),
         "time, estimated": f"{duration(seconds)} and the proof at the end",
     }
-    table("", ("", ""), list(totals.items()))
+    table("\nIn all", ("", ""), list(totals.items()))
 
 
 def describe_directory(directory: Path) -> dict[str, Any]:
@@ -124,7 +142,18 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "aliases": pressed.manifest.aliases,
         "recipe": pressed.manifest.recipe,
         "job": pressed.manifest.job,
+        "proof": _proof_of(directory),
     }
+
+
+def _proof_of(directory: Path) -> dict[str, Any] | None:
+    """Return what the report says of the model's distance from the original; None without a report or a proof in it."""
+    try:
+        report = read_json(safe_file(directory, "report.json"))
+    except CheckpointError:
+        return None
+    figures = report.get("figures") if isinstance(report, dict) else None
+    return figures if isinstance(figures, dict) and "kl_mean" in figures else None
 
 
 def show_inspection(facts: Mapping[str, Any]) -> None:
@@ -135,13 +164,37 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     ]
     rows += [(f"{dtype}, as stored", "", "", size(count), "") for dtype, count in facts["plain_bytes"].items()]
     table("", ("format", "weights", "parameters", "size", "bits"), rows, right=(1, 2, 3, 4))
-    quantizer = facts["recipe"]["quantizer"]
-    settings = ", ".join(f"{k}={v}" for k, v in quantizer.items() if k != "name")
-    out.print(f"\nquantizer {quantizer['name']} ({settings})")
-    for override in told_overrides(facts["recipe"]):
-        out.print(f"for {override}")
+    table("\nRecipe", ("", ""), [(what, escape(text)) for what, text in _recipe_lines(facts["recipe"])])
+    proof = facts["proof"]
+    if proof is None:
+        out.print(
+            "\nNo proof: it was left out, or report.json is gone. `bitpress eval DIR --against MODEL` measures the distance."
+        )
+    else:
+        out.print("\n[bold]Proof[/bold]")
+        figures_table({key: value for key, value in proof.items() if key not in ("bits_per_weight", "bytes")}, {})
+    versions = facts["job"]["versions"] if isinstance(facts["job"], dict) else {}
+    out.print("\nMade with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
+
+
+def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say every part of a resolved recipe, each in a line with its settings."""
+
+    def part(of: Mapping[str, Any]) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in of.items() if key != "name")
+        return f"{of['name']} ({settings})" if settings else str(of["name"])
+
+    lines = [("weights", str(recipe["weights"]))]
+    lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
+    lines += [("quantizer", part(recipe["quantizer"]))]
+    lines += [("correction", part(c)) for c in recipe["corrections"]]
+    lines += [("override", text) for text in told_overrides(recipe)]
+    lines += [("skip", " ".join(recipe["skip"]))] * bool(recipe["skip"])
+    lines += [("calibration", ", ".join(f"{key}={value}" for key, value in recipe["calibration"].items()))]
+    rest = ("min_expert_tokens", "batch", "compute")
+    return [*lines, ("run", ", ".join(f"{key}={recipe[key]}" for key in rest if key in recipe))]
 
 
 def describe_machine() -> dict[str, Any]:

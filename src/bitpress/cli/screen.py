@@ -93,6 +93,7 @@ def begin_output() -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Print a table on standard output; columns in `right` are aligned to the right."""
     grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    grid.show_header = any(columns)
     for i, column in enumerate(columns):
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:

@@ -5,6 +5,7 @@ Whatever would fail late fails here: a shape that its format does not divide, a 
 """
 
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import Quantizer, check_served
 from bitpress.recipes import Recipe
 
-__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "overlooked_products", "unmeant_bits"]
+__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "overlooked_products", "place_in_block", "unmeant_bits"]
 
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
@@ -72,6 +73,7 @@ class Plan:
 
     weights: tuple[PlannedWeight, ...]
     kept: dict[str, str]
+    kept_by_reason: dict[str, dict[str, int]]
     blocks: int
     compressed_bytes: int
     kept_bytes: int
@@ -96,10 +98,30 @@ class Plan:
     def bits_per_weight(self) -> float:
         return self.compressed_bytes * 8 / max(sum(w.weights for w in self.weights), 1)
 
+    def kinds(self) -> list[dict[str, Any]]:
+        """Sum the weights that have the same place in a block, the same shape and the same format."""
+        sums: dict[tuple[str, tuple[int, ...], str], list[PlannedWeight]] = {}
+        for w in self.weights:
+            place = place_in_block(w.parameter.stem)
+            sums.setdefault((place, w.parameter.parameter_shape, w.format.name), []).append(w)
+        return [
+            {
+                "kind": place,
+                "count": len(found),
+                "shape": list(shape),
+                "format": fmt,
+                "bytes": sum(w.nbytes for w in found),
+                "bits_per_weight": sum(w.nbytes for w in found) * 8 / sum(w.weights for w in found),
+            }
+            for (place, shape, fmt), found in sums.items()
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "weights": [w.row() for w in self.weights],
+            "kinds": self.kinds(),
             "kept": self.kept,
+            "kept_by_reason": self.kept_by_reason,
             "blocks": self.blocks,
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.compressed_bytes + self.kept_bytes,
@@ -145,6 +167,7 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
     return Plan(
         weights=tuple(weights),
         kept=kept,
+        kept_by_reason=_sum_kept({n: size for n, size in stored.items() if n not in compressed}, kept, f"{model.stack}."),
         blocks=len(model.blocks),
         compressed_bytes=compressed_bytes,
         kept_bytes=kept_bytes,
@@ -153,6 +176,25 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(recipe, weights) + 32 * 2**20,
         peak_memory=_peak_memory(model, recipe, weights, stored, hidden),
     )
+
+
+def place_in_block(name: str) -> str:
+    """`model.layers.3.mlp.experts.7.up_proj` -> `mlp.experts.N.up_proj`."""
+    _, _, inside = re.sub(r"\.\d+(?=\.|$)", ".N", name).partition(".N.")
+    return inside or name
+
+
+def _sum_kept(stored: Mapping[str, int], kept: Mapping[str, str], stack: str) -> dict[str, dict[str, int]]:
+    """Sum what stays as it is by the reason, the largest first."""
+    sums: dict[str, dict[str, int]] = {}
+    for name, nbytes in stored.items():
+        usual = (
+            "norms, biases and other vectors" if name.startswith(stack) else "outside the blocks (embeddings, head, last norm)"
+        )
+        entry = sums.setdefault(kept.get(name, usual), {"parameters": 0, "bytes": 0})
+        entry["parameters"] += 1
+        entry["bytes"] += nbytes
+    return dict(sorted(sums.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
