@@ -1,5 +1,6 @@
 """GGUF files: a tiny Llama is written with the gguf package, loaded, re-gauged and saved; broken files are refused."""
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -12,11 +13,16 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, save_directory
-from bitpress.checkpoints.gguf_header import read_gguf_header
+from bitpress.checkpoints.gguf_header import describe_given, read_gguf_header
+from bitpress.checkpoints.given import read_given
+from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.regauge import SPREAD, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import CheckpointError
+from bitpress.pipeline.progress import Silent
+from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
+from bitpress.recipes import make_recipe
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "ĠĠ"]
@@ -25,7 +31,8 @@ TEMPLATE = "{% for m in messages %}<|end|>{{ m['role'] }}: {{ m['content'] }}{% 
 
 def write_tiny(path: Path, **changes: Any) -> None:
     """Write a Llama of two blocks in float32; `changes` spoil it."""
-    writer = gguf.GGUFWriter(path, "llama")
+    split, small = changes.get("split", 0), changes.get("small_first", False)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=split, small_first_shard=small)
     writer.add_block_count(changes.get("layers", LAYERS))
     writer.add_context_length(64)
     writer.add_embedding_length(changes.get("hidden", HIDDEN))
@@ -43,6 +50,8 @@ def write_tiny(path: Path, **changes: Any) -> None:
     writer.add_token_merges(changes.get("merges", ["Ġ a", "Ġ Ġ"]))
     writer.add_eos_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    if "q8" in changes:
+        writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q8_0))
     numbers = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
@@ -50,7 +59,11 @@ def write_tiny(path: Path, **changes: Any) -> None:
             value = (numbers.standard_normal(shape) * 0.2).astype(np.float32)
             if name == changes.get("not_a_number"):
                 value[0] = np.nan
-            writer.add_tensor(name, value)
+            if "q8" in changes and len(shape) == 2 and shape[1] % 32 == 0:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, value)
 
     add("token_embd.weight", len(TOKENS), HIDDEN)
     add("output_norm.weight", HIDDEN)
@@ -264,3 +277,108 @@ def test_tokenizers_that_are_refused(loaded: GgufModel, tmp_path: Path, name: st
     with pytest.raises(CheckpointError, match=text) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BITPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("small_first", [False, True])
+def test_parts_are_read_as_one_model(tiny: Path, tmp_path: Path, cache: Path, small_first: bool) -> None:
+    write_tiny(tmp_path / "m.gguf", split=8, small_first=small_first)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) == 3 + small_first
+    whole = resolve_model(str(tiny))
+    made = {resolve_model(str(part)) for part in parts}
+    assert len(made) == 1
+    joined = made.pop()
+    for file in whole.iterdir():
+        if file.name != "origin.json":
+            assert (joined / file.name).read_bytes() == file.read_bytes(), file.name
+    given = read_given(joined)
+    assert given is not None
+    assert (given.parts, given.nbytes) == (len(parts), sum(part.stat().st_size for part in parts))
+    assert not list(cache.rglob("*.gguf"))
+    # Another part makes another model.
+    data = bytearray(parts[-1].read_bytes())
+    data[-40] ^= 1
+    parts[-1].write_bytes(data)
+    assert resolve_model(str(parts[0])) != joined
+
+
+def test_parts_that_do_not_make_a_model(tmp_path: Path, cache: Path) -> None:
+    write_tiny(tmp_path / "m.gguf", split=8)
+    first, second, third = sorted(tmp_path.glob("m-*.gguf"))
+
+    def refused(text: str) -> None:
+        with pytest.raises(CheckpointError, match=text) as caught:
+            resolve_model(str(first))
+        assert "\n" not in str(caught.value)
+
+    away = tmp_path / "away"
+    second.rename(away)
+    refused(r"part 1 of 3 of a model, and m-00002-of-00003\.gguf is not beside it")
+    third.rename(tmp_path / "away3")
+    refused(r"m-00002-of-00003\.gguf, m-00003-of-00003\.gguf are not beside it")
+    (tmp_path / "away3").rename(third)
+    second.write_bytes(third.read_bytes())
+    refused("part of another model")
+    away.rename(second)
+    renamed = tmp_path / "other.gguf"
+    renamed.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="is part 1 of 3 of a model, but is not named like it"):
+        resolve_model(str(renamed))
+    resolve_model(str(second))
+
+
+def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path) -> None:
+    file, out = tmp_path / "q8.gguf", tmp_path / "out"
+    write_tiny(file, q8=True)
+    source = resolve_model(str(file))
+    given = read_given(source)
+    assert given is not None
+    assert (given.format, given.file_type, given.nbytes, given.parts) == ("GGUF", "Q8_0", file.stat().st_size, 1)
+    assert given.is_quantized
+    assert given.text.startswith("GGUF Q8_0, quantized already: Q8_0 ")
+    recipe = make_recipe({"weights": "int8-row", "quantizer": "rtn"})
+    plan, _, loader = plan_run(source, recipe)
+    listening = Listening()
+    report = quantize_directory(source, out, recipe, proof=Proof(tokens=0), progress=listening)
+    size = report["size"]
+    assert size["bytes_original"] == file.stat().st_size == plan.given_bytes
+    assert size["bytes_converted"] == loader.source.nbytes
+    assert size["ratio"] == size["bytes_original"] / size["bytes"]
+    assert report["given"]["types"] == given.types
+    assert "GGUF Q8_0, quantized already" in (out / "README.md").read_text("utf-8")
+    assert not (out / "origin.json").exists()
+    assert report["left_behind"] == []
+    whole = sum(path.stat().st_size for path in out.iterdir())
+    assert plan.published_bytes == pytest.approx(whole, rel=0.1)
+    assert (plan.published_bytes > plan.given_bytes) == any("larger than what you gave" in line for line in listening.said)
+    assert plan.as_dict()["given"]["file_type"] == "Q8_0"
+
+
+def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_directory(loaded, tmp_path / "model")
+    claim = {"format": "GGUF", "file_type": "F32", "nbytes": 1, "parts": 1, "types": {}}
+    (tmp_path / "model" / "origin.json").write_text(json.dumps({"given": claim}))
+    source = SourceCheckpoint.open(tmp_path / "model")
+    assert source.given is None
+    assert "origin.json" in source.side_files().carried
+
+
+def test_the_type_of_a_file_that_does_not_state_one_is_that_of_most_bytes(tiny: Path) -> None:
+    given = describe_given([read_gguf_header(tiny)])
+    assert (given.file_type, given.is_quantized) == ("F32", False)
+    assert "not quantized" in given.text

@@ -40,7 +40,7 @@ class Given:
     def text(self) -> str:
         """One line for people, such as `GGUF Q4_K_M, quantized already: Q4_K 71 %, Q6_K 29 %`."""
         total = sum(self.types.values())
-        shares = [(kind, 100 * count / total) for kind, count in self.types.items()]
+        shares = [(kind, 100 * count / total) for kind, count in sorted(self.types.items(), key=lambda item: -item[1])]
         shown = ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)
         state = "quantized already" if self.is_quantized else "not quantized"
         return f"{self.format} {self.file_type}, {state}: {shown}"

@@ -20,7 +20,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read
 from bitpress.checkpoints.side_files import SideFiles, find_side_files
 from bitpress.errors import CheckpointError
 
-__all__ = ["SIDE_FILES", "SourceCheckpoint", "encode_config", "encode_floats", "read_config"]
+__all__ = ["SIDE_FILES", "SourceCheckpoint", "decode_floats", "encode_config", "encode_floats", "read_config"]
 
 # Files beside the weights that transformers opens by their names; others are carried over too (`side_files`).
 SIDE_FILES = (
@@ -46,7 +46,7 @@ def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
     One that is not `foreign` was written by `encode_config`.
     """
     path = safe_file(root, "config.json")
-    config = _decode_floats(read_foreign_json(path) if foreign else read_json(path, foreign_values=True))
+    config = decode_floats(read_foreign_json(path) if foreign else read_json(path, foreign_values=True))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{root / 'config.json'}: holds no model_type; it is not the configuration of a model.")
     return config
@@ -57,13 +57,13 @@ def encode_config(config: Mapping[str, Any]) -> bytes:
     return json.dumps(encode_floats(config), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
-def _decode_floats(value: Any) -> Any:
+def decode_floats(value: Any) -> Any:
     """Turn what stands for infinities and NaN in a configuration into those numbers."""
     if isinstance(value, dict):
         if value.keys() == {_FLOAT} and isinstance(value[_FLOAT], str):
             return _FLOATS.get(value[_FLOAT], value)
-        return {key: _decode_floats(item) for key, item in value.items()}
-    return [_decode_floats(item) for item in value] if isinstance(value, list) else value
+        return {key: decode_floats(item) for key, item in value.items()}
+    return [decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def encode_floats(value: Any) -> Any:

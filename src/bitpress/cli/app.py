@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli import looking
+from bitpress.cli import cache, looking
 from bitpress.cli.failing import fail, interrupted
 from bitpress.cli.options import (
     Activations,
@@ -352,6 +352,7 @@ def compare(
 
 
 app.add_typer(looking.app)
+app.add_typer(cache.app)
 
 
 def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:

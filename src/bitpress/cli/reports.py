@@ -38,14 +38,14 @@ __all__ = [
 
 def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
-    run, sizes = report["run"], report["size"]
+    run = report["run"]
     recipe = report["job"]["recipe"]
     parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
         report["figures"],
         {
-            "original": f"{size(sizes['bytes_original'])}, {sizes['ratio']:.2f} times larger",
+            "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {run['threads']} threads",
         },
@@ -59,6 +59,27 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     )
     if report["fallbacks"]:
         table("\nFallbacks", ("layer", "what"), [(item["weight"], item["what"]) for item in report["fallbacks"]])
+    reasons: dict[str, list[str]] = {}
+    for item in report.get("left_behind", ()):  # older reports have none
+        reasons.setdefault(item["why"], []).append(item["file"])
+    if reasons:
+        table("\nFiles left behind", ("file", "why"), [(escape(_few(names)), why) for why, names in reasons.items()])
+
+
+def told_original(report: Mapping[str, Any]) -> str:
+    """Say how large what the user gave is beside what was published, and what it was."""
+    sizes, given = report["size"], report.get("given")
+    told = f"{size(sizes['bytes_original'])}, {told_ratio(sizes['ratio'])}"
+    return told if given is None else f"{told}; {given['text']} ({size(sizes['bytes_converted'])} in 16 bits)"
+
+
+def told_ratio(ratio: float) -> str:
+    """Say how an original's bytes stand to those of what was made from it: `2.00 times larger`."""
+    return f"{ratio:.2f} times larger" if ratio >= 1 else f"{1 / ratio:.2f} times smaller than what was made from it"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def show_preset(preset: Preset) -> None:
@@ -110,7 +131,9 @@ def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
     totals = {
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight",
         "kept as stored": size(plan.kept_bytes),
-        "original": size(plan.source_bytes),
+        "published": f"about {size(plan.published_bytes)}, with all that goes with the model",
+        "original": f"{size(plan.given_bytes)}, {told_ratio(plan.given_bytes / plan.published_bytes)}",
+        **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
         "time, estimated": f"{duration(seconds)} and the proof at the end",

@@ -31,7 +31,7 @@ __all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "overlooked_produ
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
 # Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
-_BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 0, 0, 0
+_BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Plan:
 
     @property
     def given_bytes(self) -> int:
-        """Bytes of the weights as the user gave them."""
-        return self.source_bytes if self.given is None else self.given.nbytes
+        """Bytes of what the user gave: a file that was converted, or weights and what goes with them."""
+        return self.source_bytes + self.side_bytes if self.given is None else self.given.nbytes
 
     @property
     def published_bytes(self) -> int:

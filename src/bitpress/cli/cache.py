@@ -1,0 +1,48 @@
+"""`bitpress cache`: what is kept on this machine, and removing it."""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bitpress.cli.options import Json
+from bitpress.cli.screen import out, print_json, size, table
+from bitpress.errors import UsageError
+from bitpress.settings import cache_directory
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: bitpress cache --clear gguf")
+def cache(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="With --clear: entries or kinds to remove; all if not given."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is named, or all of it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what was fetched, converted and laid out on this machine, or remove it. Models that you made are never here."""
+    from bitpress.checkpoints.cache import clear_cache, list_cache
+
+    if names and not clear:
+        raise UsageError(f"{names[0]}: naming entries needs --clear.")
+    entries = clear_cache(names or ()) if clear else list_cache()
+    total = sum(entry.nbytes for entry in entries)
+    if as_json:
+        print_json(
+            {
+                "directory": str(cache_directory()),
+                "cleared": clear,
+                "bytes": total,
+                "entries": [entry.as_dict() for entry in entries],
+            }
+        )
+        return
+    if entries:
+        rows = [(entry.kind, escape(entry.name), escape(entry.what), size(entry.nbytes)) for entry in entries]
+        table("", ("kind", "name", "what", "size"), rows, right=(3,))
+    told = f"{size(total)} removed from" if clear else f"{size(total)} in"
+    out.print(f"{told} {cache_directory()}", markup=False)
