@@ -74,11 +74,13 @@ def test_every_file_is_carried_over_or_named(tiny_model: Callable[..., Path], tm
     for name, (content, _) in LEFT.items():
         put(source, name, content)
     (source / "outside.txt").symlink_to("/etc/passwd")
+    Path(os.fsdecode(bytes(source) + b"/\xff.txt")).write_bytes(b"no UTF-8")
     report = quantize_directory(source, out, make_recipe(ROUNDING), proof=Proof(tokens=0))
     for name, content in CARRIED.items():
         assert (out / name).read_bytes() == content, name
     why = {item["file"]: item["why"] for item in report["left_behind"]}
     assert why.pop("outside.txt").startswith("is a link out of")
+    assert "plain" in why.pop("\\udcff.txt")
     assert set(why) == {name.split("/")[0] if name.startswith("onnx") else name for name in LEFT}
     for name, (_, reason) in LEFT.items():
         assert reason in why["onnx" if name.startswith("onnx") else name], name

@@ -102,6 +102,17 @@ def test_the_copy_loads_in_every_way(odd: Path, published: Path) -> None:
     assert bitpress.load(published, runtime="native").complete("some text", max_tokens=2, raw=True).tokens > 0
 
 
+def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitpress
+    from bitpress.runtime.engine import USUAL_HEAD
+    from bitpress.runtime.prepared import is_prepared, open_prepared
+
+    monkeypatch.setenv("BITPRESS_LAYOUTS", str(tmp_path / "layouts"))
+    bitpress.load(published, runtime="native")
+    assert is_prepared(published, USUAL_HEAD)
+    assert open_prepared(published, USUAL_HEAD) is not None
+
+
 def test_published_settings_are_ours_and_strict(published: Path, tmp_path: Path) -> None:
     from bitpress.checkpoints.pressed import PressedCheckpoint
 

@@ -109,7 +109,7 @@ def find_side_files(root: Path, own: Collection[str], needed: Collection[str]) -
             safe_file(root, name)  # which says what is wrong with it
             raise CheckpointError(f"{root / name}: cannot be carried over: {why}.")
         else:
-            left.append(LeftBehind(name, why))
+            left.append(LeftBehind(name.encode("utf-8", "backslashreplace").decode(), why))  # a report is UTF-8
     return SideFiles(carried, tuple(left))
 
 

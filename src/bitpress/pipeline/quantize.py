@@ -69,7 +69,8 @@ def plan_run(model: Path, recipe: Recipe) -> tuple[Plan, StreamedModel, Original
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
-    return replace(plan, side_bytes=side.nbytes, given=loader.source.given), streamed, loader
+    plan = replace(plan, side_bytes=side.nbytes, given=loader.source.given, disk=plan.disk + side.nbytes)
+    return plan, streamed, loader
 
 
 def quantize_directory(

@@ -102,7 +102,7 @@ def keep_prepared(directory: str | Path, head: str, parts: Parts, tokenizer: Any
         path.parent.mkdir(parents=True, exist_ok=True)
         write_prepared(path, _to_tree(parts, tokenizer, generation, file_bytes))
         _forget_old(path.parent)
-    except (DiskError, OSError):
+    except (DiskError, OSError, ValueError):  # ValueError: a setting of the model that our own files do not hold, such as NaN
         return False
     return True
 
@@ -129,11 +129,11 @@ def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> 
     linears = ("q", "k", "v", "o", "gate", "up", "down")
     config = parts.config.get_text_config()
     plain = PlainTokenizer.of(tokenizer)
-    layout = {field.name: getattr(parts.layout, field.name) for field in fields(Layout)}
+    layout = {field.name: _within(getattr(parts.layout, field.name)) for field in fields(Layout)}
     layout["family"] = asdict(parts.layout.family)
     layout["rotations"] = [{"frequencies": r.frequencies, "factor": r.factor} for r in parts.layout.rotations]
     return {
-        "config": {field.name: getattr(config, field.name, None) for field in fields(PlainConfig)},
+        "config": {field.name: _within(getattr(config, field.name, None)) for field in fields(PlainConfig)},
         "layout": layout,
         "layers": [{key: store(value) if key in linears else value for key, value in layer.items()} for layer in parts.layers],
         "final_norm": parts.final_norm,
@@ -143,9 +143,14 @@ def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> 
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
         "file_bytes": file_bytes,
-        "generation": None if generation is None else {name: getattr(generation, name, None) for name in _SETTINGS},
+        "generation": None if generation is None else {name: _within(getattr(generation, name, None)) for name in _SETTINGS},
         "tokenizer": None if plain is None else plain.as_tree(),
     }
+
+
+def _within(value: Any) -> Any:
+    """Bound a number of another tool's file, such as a context of 10**30, by what our own files hold."""
+    return min(value, 2**63 - 1) if type(value) is int else value
 
 
 def _from_tree(tree: Mapping[str, Any]) -> Prepared:
