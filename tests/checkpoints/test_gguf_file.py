@@ -19,6 +19,7 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.regauge import SPREAD, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.cli.reports import told_original, told_ratio
 from bitpress.errors import CheckpointError
 from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
@@ -366,6 +367,10 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert plan.published_bytes == pytest.approx(whole, rel=0.1)
     assert (plan.published_bytes > plan.given_bytes) == any("larger than what you gave" in line for line in listening.said)
     assert plan.as_dict()["given"]["file_type"] == "Q8_0"
+    told = told_original(report)
+    assert "GGUF Q8_0, quantized already" in told
+    assert f"{size['ratio']:.2f} times larger" in told
+    assert told_ratio(0.5) == "2.00 times smaller than what was made from it"
 
 
 def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:

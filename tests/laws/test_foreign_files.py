@@ -224,6 +224,17 @@ def test_scales_of_another_tool_say_that_the_model_is_quantized(tiny_model: Call
         plan_run(root, make_recipe(ROUNDING))
 
 
+def test_a_known_model_that_needs_code_says_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), root)
+    config = json.loads((root / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    (root / "config.json").write_text(json.dumps(config))
+    plan_run(root, make_recipe(ROUNDING))  # the code may be of no consequence
+    spoil(root, lambda t: t.update({"model.layers.0.extra.weight": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"extra.*code of its own .auto_map., which is never run"):
+        plan_run(root, make_recipe(ROUNDING))
+
+
 @pytest.mark.parametrize(
     ("values", "text", "code"),
     [

@@ -82,7 +82,7 @@ def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) ->
 
     Raises CheckpointError for what cannot be found or read, DiskError, MemoryLimitError.
     """
-    if os.path.isfile(model) and model.endswith(".gguf"):
+    if os.path.isfile(model) and model.lower().endswith(".gguf"):
         return _resolve_gguf(Path(model), say)
     if os.path.exists(model):
         return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead

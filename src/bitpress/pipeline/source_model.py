@@ -9,7 +9,7 @@ import torch
 from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.checkpoints.source import SourceCheckpoint
-from bitpress.errors import NumericsError
+from bitpress.errors import CheckpointError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.runtime.skeleton import build_config, check_causal
@@ -46,7 +46,12 @@ def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, Origin
     config = build_config(source.config)
     check_causal(config, str(path))
     model = StreamedModel(config, None, dtype)
-    names = map_names(model.model, {name: entry for name, (_, entry) in source.tensors.items()}, source.read)
+    try:
+        names = map_names(model.model, {name: entry for name, (_, entry) in source.tensors.items()}, source.read)
+    except CheckpointError as error:
+        if not source.config.get("auto_map"):
+            raise
+        raise CheckpointError(f"{error} The checkpoint comes with code of its own (auto_map), which is never run.") from error
     loader = OriginalLoader(source, names)
     model.loader = loader
     return model, loader

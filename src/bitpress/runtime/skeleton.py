@@ -129,4 +129,4 @@ def _unknown_type(model_type: str, code: Any, known: Iterable[str]) -> Checkpoin
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:300]  # some list every name that they know
