@@ -36,8 +36,9 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.addmv: (1, 2),
     aten.dot: (0, 1),
 }
+_NOTHING: frozenset[str] = frozenset()
 # Of different lengths, so that a choice among tokens differs from one among experts; short, so that it costs little.
-_LENGTHS = (7, 12)
+_LENGTHS = (5, 8)
 
 
 class Axis(NamedTuple):
@@ -157,18 +158,18 @@ class _Trace(TorchDispatchMode):
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
         out = func(*args, **kwargs)
-        names = frozenset().union(*(self._names(w) for w in weights))
+        names = _NOTHING.union(*(self._names(w) for w in weights))
         for made in _tensors(out):
             address = self._address(made)
             if address not in self._parameters:  # a view of a parameter is that parameter
-                self._computed[address] = names | self._computed.get(address, frozenset())
+                self._computed[address] = names | self._computed.get(address, _NOTHING)
         return out
 
     def _mixed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor]) -> Any:
         """Answer a function of values and parameters by random numbers in the shape of its result."""
         values = [t for t in tensors if not t.is_meta]
         operands = _PRODUCTS.get(func.overloadpacket)
-        made_of = frozenset().union(*(self._sources_of(t) for t in values))
+        made_of = _NOTHING.union(*(self._sources_of(t) for t in values))
         used = {name for t in tensors if t.is_meta for name in self._names(t)}
         if operands is not None:
             left, right = (args[at] for at in operands)
@@ -206,20 +207,25 @@ class _Trace(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor], out: Any
     ) -> None:
         """Carry on what values are made of; note indices that are made of products, and that they are used."""
-        for t in tensors:
-            names, size = self._chosen.get(self._address(t), (frozenset[str](), 0))
-            for name in names:
-                self.choices.setdefault(name, set()).add(size)
-        made_of = frozenset().union(*(self._sources_of(t) for t in tensors))
+        addresses = [self._address(t) for t in tensors]
+        for address in addresses:
+            if address in self._chosen:
+                names, size = self._chosen[address]
+                for name in names:
+                    self.choices.setdefault(name, set()).add(size)
+        sources = [self._sources.get(address, _NOTHING) for address in addresses]
+        made_of = _NOTHING.union(*sources)
         if not made_of:
             return
         if func.overloadpacket in (aten.mul, aten.mul_):
             self._note_gates(tensors)
-        source = next((t for t in tensors if t.is_floating_point() and self._sources_of(t)), None)
         for made in _tensors(out):
-            if source is not None and made.dtype == torch.int64 and (size := _range_of(func, args, kwargs, source)) > 1:
-                self._chosen[self._address(made)] = (self._sources_of(source), size)
-            self._set_sources(made, made_of | self._sources_of(made))
+            address = self._address(made)
+            if made.dtype == torch.int64:
+                chooser = next((t for t, of in zip(tensors, sources, strict=True) if of and t.is_floating_point()), None)
+                if chooser is not None and (size := _range_of(func, args, kwargs, chooser)) > 1:
+                    self._chosen[address] = (self._sources_of(chooser), size)
+            self._sources[address] = made_of | self._sources.get(address, _NOTHING)
 
     def _note_gates(self, tensors: Sequence[torch.Tensor]) -> None:
         if len(tensors) != 2 or any(t.ndim == 0 for t in tensors):
@@ -235,13 +241,13 @@ class _Trace(TorchDispatchMode):
         address = self._address(weight)
         if address in self._parameters:
             return frozenset({self._parameters[address]}) & self.uses.keys()
-        return self._computed.get(address, frozenset())
+        return self._computed.get(address, _NOTHING)
 
     def _is_plain(self, weight: torch.Tensor) -> bool:
         return self._address(weight) in self._parameters
 
     def _sources_of(self, value: torch.Tensor) -> frozenset[str]:
-        return self._sources.get(self._address(value), frozenset())
+        return self._sources.get(self._address(value), _NOTHING)
 
     def _set_sources(self, value: torch.Tensor, names: frozenset[str]) -> None:
         self._sources[self._address(value)] = names
@@ -258,7 +264,9 @@ class _Trace(TorchDispatchMode):
             return shape
         if not shape.is_floating_point():
             return torch.zeros(shape.shape, dtype=shape.dtype)
-        return torch.randn(shape.shape, generator=self._random).to(shape.dtype)
+        # The same for every token, so that all choose the same few experts: a model may run through hundreds of them.
+        last = shape.shape[-1:]
+        return torch.randn(last, generator=self._random).to(shape.dtype).expand(shape.shape).contiguous()
 
 
 @contextmanager
