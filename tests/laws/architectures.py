@@ -87,6 +87,15 @@ _QWEN4 = {
     **{"ple_embed_dim": 16, "ngram_vocab_size_base": 100, "split_ngram_parts": 2},
 }
 
+_ASSISTANT: dict[str, Any] = {
+    **{f"text_config.{key}": value for key, value in _GEMMA4.items() if not key.endswith("per_layer_input")},
+    "text_config.num_kv_shared_layers": 4,
+}
+
+# What the defaults of a configuration need to be valid.
+START: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+}
 # What the names of the keys do not say. Keys of a sub-configuration follow its name and a dot.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
@@ -125,6 +134,8 @@ OWN: dict[str, dict[str, Any]] = {
         for key, value in _GEMMA4.items()
         if key not in ("num_kv_shared_layers", "hidden_size_per_layer_input")
     },
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
     "granitemoehybrid": _MAMBA,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4},
@@ -210,7 +221,7 @@ def small_config(model_type: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[model_type]
-    values = shrink(made().to_dict())
+    values = shrink(made(**START.get(model_type, {})).to_dict())
     for key, value in OWN.get(model_type, {}).items():
         owner, path = values, key.split(".")
         for part in path[:-1]:
@@ -268,6 +279,16 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT)
 
 
+def recipes(text: Path) -> dict[str, dict[str, Any]]:
+    """Return what every architecture is tried with: rounding, and the default on a short text."""
+    calibration = {"text": str(text), "samples": 4, "length": 32}
+    some = {"calibration": calibration, "batch": 2, "min_expert_tokens": 1, "compute": "fp32"}
+    return {
+        "rounding": {"weights": "int4-g32-zero", "quantizer": {"name": "rtn"}},
+        "default": {"weights": "int4-g32-zero", **some},
+    }
+
+
 def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     """Build, save, quantize and load a tiny model, and hold its logits against the original's with decoded weights in it.
 
@@ -281,6 +302,7 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     from bitpress.errors import CheckpointError
 
     source, out = folder / "source", folder / "out"
+    folder.mkdir(parents=True, exist_ok=True)
     save(build(model_type), source)
     try:
         bitpress.quantize(source, out, recipe=recipe, proof_tokens=0)

@@ -141,8 +141,9 @@ class Plan:
 def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> Plan:
     """Plan a run. `stored` gives the bytes of every parameter as the source stores it.
 
-    Raises FormatError that names every weight whose shape its format or a correction does not fit, or whose maps could not be kept.
+    Raises CheckpointError for a model that cannot be run block by block, FormatError that names every weight whose shape its format or a correction does not fit, or whose maps could not be kept.
     """
+    width = model.width  # which finds out whether the model can be run block by block
     weights: list[PlannedWeight] = []
     kept = list_kept_outside(model, recipe.skip)
     for i in range(len(model.blocks)):
@@ -162,7 +163,7 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
     weights = [replace(w, beside=_bytes_beside(w, recipe)) for w in weights]
     compressed = {w.parameter.name for w in weights}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
-    hidden = _activation_bytes(model, recipe)
+    hidden = _activation_bytes(recipe, width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
     return Plan(
         weights=tuple(weights),
@@ -307,11 +308,11 @@ def _shorten(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _activation_bytes(model: StreamedModel, recipe: Recipe) -> int:
+def _activation_bytes(recipe: Recipe, of_token: int) -> int:
     if not recipe.needs():
         return 0
     streams = 2 if of_origin(recipe.needs(), "original") else 1
-    return int(streams * recipe.calibration.samples * recipe.calibration.length * model.width * model.dtype.itemsize)
+    return streams * recipe.calibration.samples * recipe.calibration.length * of_token
 
 
 def _peak_memory(

@@ -232,24 +232,32 @@ class StreamedModel:
             self._wraps_in_tuple = plain
 
     def _steps_aside(self, wrap: bool) -> bool:
-        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and share no mapping."""
+        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and gives them the same for any text."""
         tokens = torch.arange(12).reshape(3, 4) % 7  # three texts: two would unpack as hidden states and something else
-        order: list[int] = []
-        plain = True
+        given: list[tuple[int, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def step_aside(i: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal plain
-            order.append(i)
-            shares = any(isinstance(v, MutableMapping) and not v for v in (*args, *kwargs.values()))
-            plain = plain and hidden.ndim == 3 and hidden.shape[:2] == tokens.shape and not shares
+            given.append((i, hidden, args, kwargs))
             return (hidden,) if wrap else hidden
 
         with stand_ins(self.blocks, [partial(step_aside, i) for i in range(len(self.blocks))]):
             try:
                 logits = self.model(input_ids=tokens, use_cache=False).logits
+                self.model(input_ids=tokens.flip(1), use_cache=False)
             except BREAKS:
                 return False
-        return plain and order == list(range(len(self.blocks))) and tuple(logits.shape[:2]) == tuple(tokens.shape)
+        first, other = given[: len(self.blocks)], given[len(self.blocks) :]
+        return (
+            [i for i, *_ in given] == 2 * list(range(len(self.blocks)))
+            and all(hidden.ndim == 3 and hidden.shape[:2] == tokens.shape for _, hidden, *_ in given)
+            and not any(_may_be_shared(v) for _, _, args, kwargs in given for v in (*args, *kwargs.values()))
+            and _same([g[2:] for g in first], [g[2:] for g in other])
+            and tuple(logits.shape[:2]) == tuple(tokens.shape)
+        )
+
+
+def _may_be_shared(value: Any) -> bool:
+    return isinstance(value, MutableMapping) and not value
 
 
 def _never(*args: Any, **kwargs: Any) -> Any:
