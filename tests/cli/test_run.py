@@ -48,7 +48,7 @@ def test_the_native_engine_is_used_and_said(bitpress: Run, pressed_original: Pat
     printed = bitpress("run", pressed_original, *ASK, "--threads", "1")
     assert printed.out == answer["text"] + "\n"
     assert printed.err.splitlines()[0] == f"native ({answer['path']}), 1 thread, 8-bit activations, head int8-row"
-    assert "tokens/s" in printed.err.splitlines()[1]
+    assert "tokens/s" in printed.err.splitlines()[-1]
 
 
 @needs_native
@@ -152,25 +152,6 @@ def test_an_interrupt_keeps_what_was_printed(bitpress: Run, pressed_original: Pa
     assert 1 < len(done.out) < len(whole)
     assert whole.startswith(done.out.removesuffix("\n"))
     assert "Traceback" not in done.err
-
-
-@needs_native
-def test_a_chat_keeps_the_cache(bitpress: Run, pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = iter(["a", "b", ""])
-    kept: list[int] = []
-    generate = Engine.generate
-
-    def watched(self: Engine, tokens: Any, **options: Any) -> Iterator[int]:
-        kept.append(self.common(tokens))
-        return generate(self, tokens, **options)
-
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(Engine, "generate", watched)
-    done = bitpress("run", pressed_original, "--max-tokens", "4")
-    assert done.code == 0, done.err
-    assert len(done.out.splitlines()) >= 2
-    assert kept[0] == 0
-    assert kept[1] > 0
 
 
 # ---- bench, inspect --machine ----

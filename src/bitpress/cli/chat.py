@@ -1,12 +1,11 @@
 """Answers on the terminal: one prompt, or a chat, by the native engine or by transformers."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from bitpress.cli.screen import err
+from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
+from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.choice import choose_runtime, load_native
 from bitpress.runtime.engine import USUAL_HEAD
@@ -16,9 +15,7 @@ from bitpress.runtime.prompt import choose_sampling
 from bitpress.runtime.text import Pieces, TextEngine
 from bitpress.settings import layout_directory
 
-__all__ = ["Asked", "Show", "answer_once", "chat", "threads_text"]
-
-Show = Callable[[str], None]
+__all__ = ["Asked", "answer_once", "chat", "threads_text"]
 
 
 @dataclass(frozen=True)
@@ -37,67 +34,27 @@ class Asked:
     native: dict[str, Any] = field(default_factory=dict)
 
 
-class Speaker(Protocol):
-    """A model that answers. `facts` says what runs, and `answer` gives the text and its figures."""
-
-    tokenizer: Any
-    facts: dict[str, Any]
-
-    def line(self) -> str: ...
-
-    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]: ...
-
-
 def answer_once(directory: Path, prompt: str, asked: Asked, *, raw: bool = False, stream: bool = True) -> dict[str, Any]:
     """Answer one prompt; the text goes to standard output while it is made when `stream` is set."""
     if not prompt:
         raise UsageError("the prompt is empty.")
     speaker = _open(directory, asked)
-    with _Printed(stream) as printed:
+    with Printed(stream) as printed:
         answer = speaker.answer(prompt, printed.show, raw=raw)
+    if stream:
+        say_what_cut(answer, "")
     return {**answer, **speaker.facts}
 
 
 def chat(directory: Path, asked: Asked) -> None:
-    """Talk until an empty line, end of input or Ctrl-C."""
+    """Talk until the end of input, /exit, or Ctrl-C where nothing is typed; Ctrl-C during an answer stops only that."""
     speaker = _open(directory, asked)
     if speaker.tokenizer.chat_template is None:
         raise CheckpointError(f"{directory}: the tokenizer has no chat template; use --prompt with --raw.")
-    err.print("[dim]An empty line ends the chat.[/dim]")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not text:
-            return
-        messages.append({"role": "user", "content": text})
-        with _Printed(True) as printed:
-            answer = speaker.answer(messages, printed.show)
-        messages.append({"role": "assistant", "content": answer["text"]})
-
-
-class _Printed:
-    """Prints pieces of text as they come, and ends their line however they end."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._open = False
-
-    def show(self, piece: str) -> None:
-        if self._wanted and piece:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            self._open = True
-
-    def __enter__(self) -> "_Printed":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._wanted and (self._open or kind is None):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    reader = open_reader()
+    if reader.interactive:
+        say("Ctrl-C stops an answer, Ctrl-D ends the chat, /help shows the commands.")
+    Conversation(speaker, reader).run()
 
 
 def _open(directory: Path, asked: Asked) -> Speaker:
@@ -123,10 +80,9 @@ def _open(directory: Path, asked: Asked) -> Speaker:
         from bitpress.cli.chat_transformers import Transformers
 
         speaker = Transformers(directory, asked, choice.reason)
-    err.print(speaker.line(), style="dim", markup=False, soft_wrap=True)
+    say(speaker.line())
     if not known and is_prepared(directory, head):
-        text = f"laid out for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off keeps nothing"
-        err.print(text, style="dim", markup=False, soft_wrap=True)
+        say(f"laid out for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off keeps nothing")
     return speaker
 
 

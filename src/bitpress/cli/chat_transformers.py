@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.tokenizer import load_tokenizer
-from bitpress.cli.chat import Asked, Show, threads_text
+from bitpress.cli.chat import Asked, threads_text
+from bitpress.cli.conversation import Show
 from bitpress.cli.screen import size
 from bitpress.runtime.loading import load
 from bitpress.runtime.messages import Prompt

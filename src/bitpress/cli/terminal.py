@@ -1,0 +1,62 @@
+"""Where the turns of a chat come from: a terminal with arrow keys, history and pasted text of several lines, or lines of standard input."""
+
+import sys
+from typing import Protocol
+
+__all__ = ["Reader", "open_reader"]
+
+
+class Reader(Protocol):
+    """Gives one turn after the other. `interactive` says that somebody sits there, who can mend what was wrong."""
+
+    interactive: bool
+
+    def read(self) -> str | None: ...
+
+
+def open_reader() -> Reader:
+    """Return what reads turns here."""
+    return _Terminal() if sys.stdin.isatty() and sys.stderr.isatty() else _Lines()
+
+
+class _Lines:
+    """Standard input that is no terminal: every line is a turn."""
+
+    interactive = False
+
+    def read(self) -> str | None:
+        return sys.stdin.readline() or None
+
+
+class _Terminal:
+    """A terminal. Text that is pasted is one turn, however many lines it has; Ctrl-C clears what is typed, and ends where nothing is."""
+
+    interactive = True
+
+    def __init__(self) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.output import create_output
+
+        keys = KeyBindings()
+
+        @keys.add("c-c")
+        def clear(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=EOFError())
+
+        @keys.add("escape", "enter")
+        def new_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        # The prompt goes where messages go, so that standard output holds answers alone.
+        output = create_output(stdout=sys.stderr)
+        self._session: PromptSession[str] = PromptSession(key_bindings=keys, output=output, enable_suspend=True)
+
+    def read(self) -> str | None:
+        try:
+            return self._session.prompt("> ", prompt_continuation="  ")
+        except (EOFError, KeyboardInterrupt):
+            return None
