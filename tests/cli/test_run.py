@@ -1,5 +1,7 @@
 """`bitpress run`, `bench` and `inspect --machine`: which runtime, what it says, and what either of them refuses."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,25 @@ def test_both_runtimes_answer_alike(settings: tuple[str, ...], bitpress: Run, pr
     }
     if "--stop" in settings:
         assert "e" not in ours["text"]
+
+
+@needs_native
+def test_both_runtimes_follow_the_same_of_the_models_settings(
+    tiny_model: Callable[..., Path], tmp_path: Path, bitpress: Run
+) -> None:
+    """Beams, n-grams and the like are of neither, and a value that the user replaces is not looked at."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny_model("llama"), source)
+    own = {"no_repeat_ngram_size": 1, "num_beams": 3, "stop_strings": ["a"], "max_length": 5, "min_length": 9}
+    values = {**own, "do_sample": True, "top_p": "much", "eos_token_id": [1, 2], "suppress_tokens": [5, 6, 7]}
+    (source / "generation_config.json").write_text(json.dumps(values))
+    quantize_directory(source, out, make_recipe({"weights": "int8-g16", "quantizer": {"name": "rtn"}}), proof=Proof(tokens=0))
+    exact = ("--runtime", "native", "--activations", "none", "--head", "keep")
+    answers = [bitpress("run", out, *ASK, *options, "--json").json for options in (exact, ("--runtime", "transformers"))]
+    assert answers[0]["text"] == answers[1]["text"]
+    for options in (exact, ("--runtime", "transformers")):
+        assert "top_p is 'much'" in bitpress("run", out, *ASK, *options, "--temperature", "1").error
+        assert bitpress("run", out, *ASK, *options, "--temperature", "1", "--top-p", "0.9").code == 0
 
 
 @pytest.mark.parametrize("runtime", ["native", "transformers"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.chat import Asked, threads_text
@@ -36,7 +37,12 @@ class Transformers:
         if asked.memory is not None:
             self.facts["weight_bytes"] = _held_bytes(self.model)
         self._asked = asked
-        self._sampling = choose_sampling(self.model.generation_config, asked.temperature, asked.seed, **asked.sampling)
+        own = self.model.generation_config
+        self._sampling = choose_sampling(own, asked.temperature, asked.seed, **asked.sampling)
+        self._ends = end_tokens(own, self.model.config, self.tokenizer)
+        # `generate` adds what the model's own settings have and ours do not say (beams, n-grams, suppressed tokens), some of which it
+        # cannot do while text is shown as it is made. Both runtimes follow the same ones: those above.
+        self.model.generation_config = GenerationConfig()
 
     def line(self) -> str:
         held = f", {size(self.facts['weight_bytes'])}" if "weight_bytes" in self.facts else ""
@@ -47,7 +53,7 @@ class Transformers:
         tokens = encode_prompt(self.tokenizer, prompt, raw=raw)
         config = self.model.config
         room = check_prompt(tokens, config, getattr(config.get_text_config(), "max_position_embeddings", None))
-        ends = end_tokens(self.model.generation_config, config, self.tokenizer)
+        ends = self._ends
         heard = _Heard(Pieces(text_decoder(self.tokenizer), self._asked.stop), ends, show)
         ids = torch.tensor([tokens])
         torch.manual_seed(self._sampling.seed)
@@ -70,8 +76,6 @@ class Transformers:
         }
 
     def _settings(self, ends: tuple[int, ...], max_tokens: int) -> Any:
-        from transformers import GenerationConfig
-
         pad, how = self.tokenizer.pad_token_id, self._sampling
         settings: dict[str, Any] = {
             "eos_token_id": list(ends) or None,
