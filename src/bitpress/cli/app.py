@@ -17,7 +17,6 @@ from bitpress.cli.options import (
     Cache,
     CalibrationText,
     Context,
-    Directory,
     Documents,
     Head,
     Json,
@@ -202,7 +201,7 @@ def evaluate(
 
 @app.command(epilog='Example: bitpress run out/smollm2-4bit --prompt "What is a Hadamard matrix?"')
 def run(
-    directory: Directory,
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or any other model as it is.")],
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it, a chat on the terminal.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     stop: Annotated[
@@ -233,11 +232,12 @@ def run(
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text with a compressed model.
+    """Generate text with a compressed model, or with any other as it is.
 
     Where the model's generation_config.json has sampling settings, they apply at a temperature above 0, unless given here.
     """
     from bitpress.cli.chat import Asked, answer_once, chat
+    from bitpress.cli.plain import find_model
 
     if as_json and prompt is None:
         raise UsageError("--json needs a --prompt.")
@@ -256,6 +256,7 @@ def run(
         threads=threads,
         native={name: value for name, value in native.items() if value is not None},
     )
+    directory = find_model(model)
     if prompt is None:
         chat(directory, asked)
         return

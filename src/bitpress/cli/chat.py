@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
+from bitpress.cli.plain import check_options, is_plain
+from bitpress.cli.screen import err
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.choice import choose_runtime, load_native
@@ -61,6 +63,16 @@ def _open(directory: Path, asked: Asked) -> Speaker:
     """Load the model in the runtime that fits, and say which one and why. What is wrong is said before anything slow happens."""
     Pieces(str, asked.stop)
     choose_sampling(None, asked.temperature, asked.seed, **asked.sampling)
+    speaker: Speaker
+    native_options = tuple(f"--{name}" for name in asked.native)
+    transformers_options = ("--packed",) * asked.packed + ("--memory",) * (asked.memory is not None)
+    if is_plain(directory):
+        from bitpress.cli.chat_transformers import Transformers
+
+        check_options(directory, asked.runtime, native_options + transformers_options)
+        speaker = Transformers(directory, asked, "the model is not compressed", plain=True)
+        err.print(speaker.line(), style="dim", markup=False, soft_wrap=True)
+        return speaker
     head = asked.native.get("head", USUAL_HEAD)
     known = is_prepared(directory, head)
     if not known:
@@ -70,10 +82,7 @@ def _open(directory: Path, asked: Asked) -> Speaker:
         if head != "keep":
             parse_format(head)
         PressedCheckpoint.open(directory, verify=False)
-    native_options = tuple(f"--{name}" for name in asked.native)
-    transformers_options = ("--packed",) * asked.packed + ("--memory",) * (asked.memory is not None)
     choice = choose_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
-    speaker: Speaker
     if choice.runtime == "native":
         speaker = _Native(load_native(directory, threads=asked.threads, **asked.native), asked)
     else:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.chat import Asked, threads_text
 from bitpress.cli.conversation import Show
+from bitpress.cli.plain import load_plain
 from bitpress.cli.screen import size
 from bitpress.runtime.loading import load
 from bitpress.runtime.messages import Prompt
@@ -22,16 +23,20 @@ __all__ = ["Transformers"]
 class Transformers:
     """A model of transformers that answers."""
 
-    def __init__(self, directory: Path, asked: Asked, reason: str) -> None:
+    def __init__(self, directory: Path, asked: Asked, reason: str, *, plain: bool = False) -> None:
         if asked.threads is not None:
             torch.set_num_threads(asked.threads)
         packed = asked.packed or asked.memory is not None
-        self.model = load(directory, weights="packed" if packed else "decoded", memory=asked.memory)
+        if plain:
+            self.model = load_plain(directory)
+        else:
+            self.model = load(directory, weights="packed" if packed else "decoded", memory=asked.memory)
+        stored = str(self.model.dtype).removeprefix("torch.")
         self.tokenizer = load_tokenizer(directory)
         self.facts: dict[str, Any] = {
             "runtime": "transformers",
             "reason": reason,
-            "weights": "packed" if packed else "decoded",
+            "weights": f"as stored, {stored}" if plain else "packed" if packed else "decoded",
             "threads": torch.get_num_threads(),
         }
         if asked.memory is not None:

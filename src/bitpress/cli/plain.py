@@ -1,0 +1,80 @@
+"""Models that are not compressed, for `run`: in the type that they are stored in, by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoints.pressed import JOB_DIRECTORY, is_pressed
+from bitpress.checkpoints.source import SourceCheckpoint
+from bitpress.cli.screen import err
+from bitpress.errors import CheckpointError, UsageError, unknown_name
+from bitpress.runtime.choice import RUNTIMES
+
+__all__ = ["check_options", "find_model", "is_plain", "load_plain"]
+
+
+def find_model(model: str) -> Path:
+    """Return the directory of a model that may be compressed or not, made first where it is a .gguf file or has a name."""
+    if not model:
+        raise UsageError("the model has no name; give a directory, a .gguf file or a named model (`bitpress models`).")
+    if is_pressed(model):
+        return Path(model)
+    from bitpress.checkpoints.named import resolve_model  # not needed where the answer should come at once
+
+    return resolve_model(model, lambda line: err.print(line, markup=False, soft_wrap=True))
+
+
+def is_plain(directory: Path) -> bool:
+    """Say whether a directory holds an original: neither what bitpress published nor a job of its that is not done."""
+    if is_pressed(directory) or (directory / JOB_DIRECTORY).exists():
+        return False
+    try:
+        SourceCheckpoint.open(directory)
+    except CheckpointError as error:
+        if "quant_method 'bitpress'" in str(error):
+            return False  # whose error is about the manifest
+        raise
+    return True
+
+
+def check_options(directory: Path, runtime: str, only_compressed: tuple[str, ...]) -> None:
+    """Raise UsageError for options that a model which is not compressed cannot follow."""
+    if runtime not in RUNTIMES:
+        raise unknown_name("runtime", runtime, RUNTIMES)
+    asked = ("--runtime native",) * (runtime == "native") + only_compressed
+    if asked:
+        raise UsageError(
+            f"{', '.join(asked)}: {directory} is not compressed, and transformers runs it as it is; "
+            f"`bitpress quantize {directory} OUT --bits 4` compresses it."
+        )
+
+
+def load_plain(directory: Path) -> Any:
+    """Load a model of transformers in the type that its file has. Raises CheckpointError; code in the directory is never run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from bitpress.runtime.skeleton import build_config
+
+    source = SourceCheckpoint.open(directory)
+    build_config(source.config)
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{directory}: transformers does not open it: {reason}") from error
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+    if loaded["missing_keys"]:
+        name = sorted(loaded["missing_keys"])[0]
+        raise CheckpointError(f"{directory}: holds no {name!r}, which a {source.config['model_type']} model has.")
+    return model.eval()
