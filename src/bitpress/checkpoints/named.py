@@ -34,7 +34,7 @@ from bitpress.errors import CheckpointError
 from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
 from bitpress.settings import cache_directory
 
-__all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "resolve_model"]
+__all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "find_origin", "resolve_model"]
 
 CONVERSION = 2  # raised when the same file would become another directory
 _HUB_SECONDS = 10
@@ -54,6 +54,7 @@ class NamedModel:
     member_bytes: int
     sha256: str
     licence: str
+    hub: str
     regauge_seed: int | None = None
 
 
@@ -67,6 +68,7 @@ def _smollm2(what: str, regauge_seed: int | None) -> NamedModel:
         member_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         regauge_seed=regauge_seed,
     )
 
@@ -91,6 +93,11 @@ def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) ->
     if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
         return _fetch_from_hub(model, say)
     raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")
+
+
+def find_origin(directory: Path) -> NamedModel | None:
+    """Return the named model that a directory of the cache was made from; None for any other directory."""
+    return next((entry for name, entry in NAMED_MODELS.items() if directory == _named_path(name)), None)
 
 
 def describe_models() -> list[dict[str, Any]]:

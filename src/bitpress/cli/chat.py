@@ -6,7 +6,6 @@ from typing import Any
 
 from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
 from bitpress.cli.plain import check_options, is_plain
-from bitpress.cli.screen import err
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.choice import choose_runtime, load_native
@@ -71,7 +70,7 @@ def _open(directory: Path, asked: Asked) -> Speaker:
 
         check_options(directory, asked.runtime, native_options + transformers_options)
         speaker = Transformers(directory, asked, "the model is not compressed", plain=True)
-        err.print(speaker.line(), style="dim", markup=False, soft_wrap=True)
+        say(speaker.line())
         return speaker
     head = asked.native.get("head", USUAL_HEAD)
     known = is_prepared(directory, head)

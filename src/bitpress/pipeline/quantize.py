@@ -27,6 +27,7 @@ from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
 from bitpress.checkpoints.tokenizer import check_tokenizer
 from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
@@ -238,7 +239,8 @@ def finish_job(
             f"{job.out}: the KL divergence from the original is {figures['kl_mean']:.4f}, above --max-kl {proof.max_kl:g}; "
             "nothing is published. Use more bits or another method, or raise the limit and run again."
         )
-    texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, job.out.name).encode()}
+    card = make_card(report, job.out.name, front_matter(model, job.identity["recipe"]["weights"]))
+    texts = {"report.json": write_json_bytes(report), "README.md": card.encode()}
     job.stage(texts)
     job.publish({}, write_json_bytes(manifest.model_dump(mode="json")))
     return report

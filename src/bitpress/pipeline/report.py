@@ -6,6 +6,7 @@ from typing import Any
 
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.side_files import LeftBehind
+from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
 
 __all__ = ["make_card", "make_report"]
@@ -55,13 +56,13 @@ def make_report(
     }
 
 
-def make_card(report: Mapping[str, Any], name: str) -> str:
-    """Write the model card (README.md of the published directory) from the report."""
+def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> str:
+    """Write the model card (README.md of the published directory) from the report; `head` holds the keys that hubs read."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("bitpress.pipeline").joinpath("card.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    return environment.from_string(template).render(report=report, name=name) + "\n"
+    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head)) + "\n"
 
 
 def _jsonable(figures: Mapping[str, Any]) -> dict[str, Any]:
