@@ -466,7 +466,7 @@ def test_every_command_prints_pure_json(bitpress: Run, llama: Path, pressed_orig
         (("inspect", "NOWHERE"), 3, "CheckpointError"),
         (("verify", "NOWHERE"), 3, "CheckpointError"),
         (("formats", "--picture", "x.png"), 2, "UsageError"),
-        (("methods", "extra"), 2, "UsageError"),
+        (("methods", "gtpq"), 2, "UsageError"),
         (("models", "--all"), 2, "NoSuchOption"),
         (("no-such-command",), 2, "UsageError"),
     ],

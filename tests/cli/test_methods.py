@@ -53,3 +53,11 @@ def test_the_table_names_them_all(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = listed(monkeypatch, capsys)
     for name in (*QUANTIZERS, *TRANSFORMS, *CORRECTIONS):
         assert name in shown.split(), name
+
+
+def test_one_method_is_shown_with_all_its_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = listed(monkeypatch, capsys, "QuIP-Sharp")
+    assert shown.startswith("quip_sharp, a quantizer\n")
+    for setting in ("residual", "sweeps", "rms"):
+        assert setting in shown.split()
+    assert json.loads(listed(monkeypatch, capsys, "awq", "--json"))["name"] == "awq"

@@ -69,7 +69,7 @@ def options(
     _state["debug"] = debug
 
 
-@app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-3bit --weights int3-g64-zero")
+@app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-4bit --bits 4")
 def quantize(
     model: Model,
     output: Annotated[
@@ -117,7 +117,7 @@ def quantize(
         show_report(report, output)
 
 
-@app.command(epilog="Example: bitpress plan smollm2-135m --weights int3-g64-zero")
+@app.command(epilog="Example: bitpress plan smollm2-135m --bits 4")
 def plan(
     model: Model,
     weights: Weights = None,

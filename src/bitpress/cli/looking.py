@@ -74,12 +74,22 @@ def verify(directory: Directory, as_json: Json = False) -> None:
         )
 
 
-@app.command(epilog="Example: bitpress methods --json")
-def methods(as_json: Json = False) -> None:
+@app.command(epilog="Example: bitpress methods gptq")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method alone, with all its settings.")] = None,
+    as_json: Json = False,
+) -> None:
     """List the quantizers, transforms and corrections with their settings."""
-    from bitpress.cli.reports import describe_methods, show_methods
+    from bitpress.cli.reports import describe_methods, show_method, show_methods
+    from bitpress.errors import fold, unknown_name
 
     rows = describe_methods()
+    if name is not None:
+        found = next((row for row in rows if fold(row["name"]) == fold(name)), None)
+        if found is None:
+            raise unknown_name("method", name, [row["name"] for row in rows], command="bitpress methods")
+        print_json(found) if as_json else show_method(found)
+        return
     print_json(rows) if as_json else show_methods(rows)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "show_formats",
     "show_inspection",
     "show_machine",
+    "show_method",
     "show_methods",
     "show_models",
     "show_plan",
@@ -298,14 +299,35 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print methods: a line each, with everything there is to know where the screen has room for it."""
+    wide = out.width >= 140
     lines = []
     for row in rows:
         settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
-        bits = "{:g}-{:g}".format(*row["bits"]) if row["bits"] else "-"
-        needs = ", ".join(row["needs"]) or "-"
-        lines.append((row["name"], row["kind"], row["summary"], row["paper"], needs, bits, settings))
-    table("", ("name", "kind", "what it does", "paper", "needs", "bits", "settings"), lines)
-    out.print("paper: its row in the catalogue of methods; bits: of the codes, a weight, that a quantizer is meant for.")
+        more = (", ".join(row["needs"]) or "-", row["paper"], settings) if wide else ()
+        lines.append((row["name"], row["kind"], _bits_of(row), row["summary"], *more))
+    table("", ("name", "kind", "bits", "what it does", *(("needs", "paper", "settings") if wide else ())), lines)
+    out.print("bits: of the codes, a weight, that a quantizer is meant for. `bitpress methods NAME` shows the settings of one.")
+
+
+def show_method(row: Mapping[str, Any]) -> None:
+    """Print everything there is to know of one method."""
+    facts = {
+        "what it does": row["summary"],
+        "bits it is meant for": _bits_of(row),
+        "statistics it needs": ", ".join(row["needs"]) or "none",
+        "paper": f"{row['paper']} (its row in the catalogue of methods)",
+    }
+    if row.get("transforms"):
+        facts["transforms before it"] = ", ".join(part["name"] for part in row["transforms"])
+    out.print(f"[bold]{row['name']}[/bold], a {row['kind']}")
+    table("", ("", ""), list(facts.items()))
+    if row["settings"]:
+        table("\nSettings", ("name", "usual value"), [(k, escape(str(v))) for k, v in row["settings"].items()])
+
+
+def _bits_of(row: Mapping[str, Any]) -> str:
+    return "{:g}-{:g}".format(*row["bits"]) if row["bits"] else "-"
 
 
 def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
