@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import bitpress
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.app import app
-from bitpress.errors import BitpressError, CalibrationError, UsageError
+from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.pipeline.plan import unmeant_bits
 from bitpress.pipeline.quantize import plan_run
 from bitpress.recipes import Recipe, make_recipe, told_weights
@@ -117,18 +117,24 @@ def test_the_plan_holds_a_weight_to_its_own_method(tiny_model: Callable[..., Pat
 
 
 def test_a_weight_that_is_rounded_needs_no_inputs(tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
-    """What a message advises, to quantize with rtn what calibration has nothing for, can be done for these weights alone."""
+    """A weight whose inputs are all zero is rounded without statistics, a named fallback; with rtn it needs none."""
     shutil.copytree(tiny_model(), tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
     state["model.layers.0.input_layernorm.weight"].zero_()
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     recipe: dict[str, Any] = {"weights": "int4-g16-zero", "quantizer": "gptq"}
     recipe["calibration"] = {"text": str(text_file), "samples": 4, "length": 32}
-    with pytest.raises(CalibrationError, match="every calibration input of this layer was zero"):
-        bitpress.quantize(tmp_path / "model", tmp_path / "a", recipe=recipe, proof_tokens=0)
+    report = bitpress.quantize(tmp_path / "model", tmp_path / "a", recipe=recipe, proof_tokens=0)
+    text = "every calibration input of this layer was zero; rounded without statistics"
+    queries = [f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"]
+    assert report["fallbacks"] == [{"weight": name, "what": text} for name in queries]
+    assert report["calibrated"] == {"weights": 10, "of": 14}
+    with pytest.raises(NumericsError, match=rf"q_proj: {text} \(an error because of --strict\)"):
+        bitpress.quantize(tmp_path / "model", tmp_path / "c", recipe=recipe, proof_tokens=0, strict=True)
     recipe["overrides"] = [{"match": "*.layers.0.self_attn.*", "quantizer": "rtn"}]
     report = bitpress.quantize(tmp_path / "model", tmp_path / "b", recipe=recipe, proof_tokens=0)
-    assert len(report["layers"]) == 14
+    assert report["fallbacks"] == []
+    assert report["calibrated"] == {"weights": 10, "of": 14}
 
 
 def test_what_overrides_need_is_refused_where_it_cannot_be() -> None:

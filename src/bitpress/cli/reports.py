@@ -60,6 +60,8 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     )
     if report["fallbacks"]:
         table("\nFallbacks", ("layer", "what"), [(item["weight"], item["what"]) for item in report["fallbacks"]])
+    if report.get("notes"):  # reports of before have none
+        table("\nNotes", ("layer", "what"), [(item["weight"], item["what"]) for item in report["notes"]])
     reasons: dict[str, list[str]] = {}
     for item in report.get("left_behind", ()):  # older reports have none
         reasons.setdefault(item["why"], []).append(item["file"])

@@ -112,8 +112,8 @@ class Format:
         if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
         grid = self.block_grid((w.shape[0], w.shape[1]))
-        blocks = self._to_blocks(w.float())
-        weights = None if importance is None else self._to_blocks(importance.float().expand(w.shape))
+        blocks = self.to_blocks(w.float())
+        weights = None if importance is None else self.to_blocks(importance.float().expand(w.shape))
         # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
         tied = any(p.scope == "tensor" for p in self.grid.params)
         whole = {} if shared is None else self._whole(shared)
@@ -164,12 +164,12 @@ class Format:
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
         """Give the nearest code of every weight under given parameters."""
-        codes = self.grid.encode(self._to_blocks(w.float()), self.per_block(params))
+        codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
         return self._from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "out codes"], params: Params) -> Float[torch.Tensor, "out in"]:
         """Give the weights in float32: `(codes - zero) * scale` for integers."""
-        values = self.grid.decode(self._to_blocks(codes, self.grid.span), self.per_block(params))
+        values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
         return self._from_blocks(values, codes.shape[0])
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
@@ -298,7 +298,7 @@ class Format:
         rows, cols = self.block.resolve((shape[0], shape[1] * unit), self.grid.span)
         return rows, cols // unit
 
-    def _to_blocks(self, values: torch.Tensor, unit: int = 1) -> torch.Tensor:
+    def to_blocks(self, values: torch.Tensor, unit: int = 1) -> torch.Tensor:
         """`[out, in / unit]` -> `[blocks, values of a block]`, blocks in row-major order; a code is `unit` weights."""
         rows, cols = self._extent((values.shape[0], values.shape[1]), unit)
         if rows == 1:

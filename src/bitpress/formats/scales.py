@@ -60,6 +60,11 @@ class ScaleStore(Protocol):
         """Say whether scales of different rows share something, so that rows cannot be taken apart."""
         ...
 
+    @property
+    def coarseness(self) -> float:
+        """The part of itself by which a scale within the store's range may change; beyond that the range is lost (`reach`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -92,6 +97,10 @@ class Plain:
         return False
 
     @property
+    def coarseness(self) -> float:
+        return 1 / 16  # a sixteenth: float16 has 4 bits left at 2^-20
+
+    @property
     def _smallest(self) -> float:
         return float(torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps)
 
@@ -119,6 +128,10 @@ class PowerOfTwo:
 
     def shared_by_rows(self) -> bool:
         return False
+
+    @property
+    def coarseness(self) -> float:
+        return 0.5
 
     @staticmethod
     def _exponent(scale: torch.Tensor) -> torch.Tensor:
@@ -165,6 +178,10 @@ class MicroFloat:
     def shared_by_rows(self) -> bool:
         return True
 
+    @property
+    def coarseness(self) -> float:
+        return 1 / 8
+
     def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError("a scale is not finite.")
@@ -199,6 +216,10 @@ class IntegerCodes:
 
     def shared_by_rows(self) -> bool:
         return False
+
+    @property
+    def coarseness(self) -> float:
+        return 0.5
 
     @property
     def top(self) -> int:
@@ -242,6 +263,10 @@ class RowShifts:
 
     def shared_by_rows(self) -> bool:
         return False
+
+    @property
+    def coarseness(self) -> float:
+        return 0.5
 
     @property
     def _none(self) -> int:
@@ -294,6 +319,10 @@ class DoubleQuantized:
 
     def shared_by_rows(self) -> bool:
         return True
+
+    @property
+    def coarseness(self) -> float:
+        return 0.5
 
     def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         levels = dynamic_map().to(scale.device)

@@ -1,19 +1,22 @@
 """Press one weight: compose the recipe's parts on each of its matrices, say what was lost, and note what is stored."""
 
+import contextlib
+import fnmatch
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.finite import all_finite
-from bitpress.formats import AnyFormat, CompressedWeight, Format, Lossless, Scale, chain
+from bitpress.formats import AnyFormat, CompressedWeight, Lossless, Scale, chain
+from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.composition import compress_matrix
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.rescale import Rescaled
@@ -42,6 +45,20 @@ class PressedBlock:
         return math.fsum(row["error"] for row in self.rows) / max(len(self.rows), 1)
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """What one matrix became.
+
+    errors      relative squared errors, plainly rounded and as compressed; of the layer's output where `on_output`
+    calibrated  whether what calibration saw decided, with nothing given up
+    """
+
+    outcome: Outcome
+    errors: tuple[float, float] = (0.0, 0.0)
+    on_output: bool = False
+    calibrated: bool = False
+
+
 class WeightPresser:
     """Holds a recipe's parts. Statistics may be there that a weight's own do not need: they serve to say what its error is."""
 
@@ -67,17 +84,17 @@ class WeightPresser:
         `stats` holds what calibration saw, by the names of its matrices; `scales` what searches rescaled.
         """
         parameter = planned.parameter
-        outcomes, errors, tokens = [], [], []
-        seens = [stats[name] for name in parameter.parts() if name in stats]
-        for name, w in zip(parameter.parts(), parameter.matrices(original), strict=True):
-            outcome, error = self._press_matrix(name, parameter, w, stats.get(name), planned.format, scales)
-            outcomes.append(outcome)
-            errors.append(error)
-            tokens.append(stats[name].tokens if name in stats else 0)
+        named = list(zip(parameter.parts(), parameter.matrices(original), strict=True))
+        fmt, lost = self._in_range(parameter, [w for _, w in named], planned.format)
+        pressed = [self._press_matrix(name, parameter, w, stats.get(name), fmt, scales) for name, w in named]
+        outcomes = [p.outcome for p in pressed]
         weight = CompressedWeight.stack_rows([o.weight for o in outcomes]) if parameter.experts else outcomes[0].weight
         w_hat = weight.dequantize()
         if not all_finite(w_hat):
             raise NumericsError(f"{parameter.stem}: the compressed weight is not finite.")
+        fallbacks = [*lost, *(text for o in outcomes for text in o.fallbacks)]
+        if fallbacks and self.strict:
+            raise NumericsError(f"{parameter.stem}: {fallbacks[0]} (an error because of --strict).")
         block.tensors |= {f"{parameter.stem}.{leaf}": t for leaf, t in weight.tensors().items()}
         record = {"spec": weight.spec(), "transposed": parameter.transposed, "experts": parameter.experts}
         if parameter.flat:
@@ -86,19 +103,39 @@ class WeightPresser:
             record["errors"] = by_terms
         block.weights[parameter.name] = record
         block.digests[parameter.name] = digest(w_hat)
+        tokens = [stats[name].tokens if name in stats else 0 for name, _ in named]
         block.rows.append(
             {
-                **planned.row(),
+                **replace(planned, format=fmt).row(),
                 "bytes": weight.nbytes,
                 "bits_per_weight": weight.bits_per_weight,
-                "error_rounded": _mean([e[0] for e in errors]),
-                "error": _mean([e[1] for e in errors]),
-                "measured_on": "output" if any(seen.gram is not None for seen in seens) else "weight",
+                "error_rounded": _mean([p.errors[0] for p in pressed]),
+                "error": _mean([p.errors[1] for p in pressed]),
+                "measured_on": "output" if any(p.on_output for p in pressed) else "weight",
+                "calibrated": all(p.calibrated for p in pressed),
                 "tokens": tokens if parameter.experts else tokens[0],
-                "fallbacks": [text for o in outcomes for text in o.fallbacks],
+                "notes": _dead_inputs(stats[name] for name, _ in named if name in stats),
+                "fallbacks": fallbacks,
             }
         )
         return parameter.restore(w_hat)
+
+    def _in_range(
+        self, parameter: WeightParameter, matrices: Sequence[torch.Tensor], fmt: AnyFormat
+    ) -> tuple[AnyFormat, tuple[str, ...]]:
+        """Give a format that holds a weight of this size, the same for all experts, and the fallback that it is, if it is one."""
+        if isinstance(fmt, Lossless):
+            return fmt, ()
+        lost = sum(int(lost_rows(w, fmt).sum()) for w in matrices)
+        if not lost:
+            return fmt, ()
+        rows, wide = sum(w.shape[0] for w in matrices), widened(fmt)
+        if wide is None:
+            return fmt, (f"{lost} of {rows} rows are out of the range of {fmt.name} and lose their size",)
+        served = getattr(self._quantizer_of(parameter), "serves", ("*",))
+        if not any(fnmatch.fnmatchcase(wide.name, pattern) for pattern in served):
+            return fmt, ()  # the quantizer may keep the weight in a way of its own: what comes out is looked at
+        return wide, (f"scales are stored as fp32, for {lost} of {rows} rows are out of the range of {fmt.scale}",)
 
     def _press_matrix(
         self,
@@ -108,16 +145,14 @@ class WeightPresser:
         stats: Stats | None,
         fmt: AnyFormat,
         scales: Rescaled | None,
-    ) -> tuple[Outcome, tuple[float, float]]:
-        """Compress one matrix; errors are those of the layer's output, plainly rounded and as compressed.
+    ) -> _Matrix:
+        """Compress one matrix.
 
         `w` has a rescaled weight's columns multiplied by their factor already; `stats` are of the input as it was.
         """
         if isinstance(fmt, Lossless):
-            try:
-                return Outcome(CompressedWeight((fmt.encode(w),))), (0.0, 0.0)
-            except FormatError as error:
-                raise FormatError(f"{name}: {error}") from error
+            with _named(name):
+                return _Matrix(Outcome(CompressedWeight((fmt.encode(w),))))
         quantizer = self._quantizer_of(parameter)
         factor = None if scales is None else scales.factors.get(name)
         needs = quantizer.needs | self.shared_needs
@@ -127,11 +162,19 @@ class WeightPresser:
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
             if not quantizer.needs <= {"gram", "mean_abs"}:
                 quantizer = RTN(clip="mse")
-            outcome = replace(compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections), fallbacks=(scarce,))
+            with _named(name):
+                outcome = compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections)
+            outcome = replace(outcome, fallbacks=(scarce,))
         else:
             seen = stats if scales is None else scales.stats.get(name)
-            outcome = self._compose(name, w, _needed(seen, needs), fmt, quantizer)
+            with _named(name):
+                outcome = compress_matrix(w, _needed(seen, needs), fmt, quantizer, self.changes, self.corrections, self.targets)
+        calibrated = bool(needs) and not outcome.fallbacks
         unscaled, w_hat = w, outcome.weight.dequantize()
+        changed = int(changed_rows(w, w_hat, fmt).sum())
+        if changed:
+            text = f"{changed} of {w.shape[0]} rows lost their size: this recipe cannot hold them in {fmt.name}"
+            outcome = replace(outcome, fallbacks=(*outcome.fallbacks, text))
         if factor is not None and scales is not None:
             unscaled, w_hat = w / factor, w_hat / factor
             if name in scales.unfolded:
@@ -143,25 +186,18 @@ class WeightPresser:
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
         alone = quantizer == RTN() and not self.changes and not self.corrections and not self.targets
-        plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
+        with _named(name):
+            plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
-        return outcome, (before, after)
+        return _Matrix(outcome, (before, after), usable is not None and usable.gram is not None, calibrated)
 
     def _quantizer_of(self, parameter: WeightParameter) -> Quantizer:
         other = self.recipe.quantizer_for(parameter.stem)
         return self.quantizer if other is None else other[1]
 
-    def _compose(
-        self, name: str, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format, quantizer: Quantizer
-    ) -> Outcome:
-        try:
-            return compress_matrix(w, stats, fmt, quantizer, self.changes, self.corrections, self.targets)
-        except (CalibrationError, FormatError) as error:
-            raise type(error)(f"{name}: {error}") from error
-
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
-        """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without."""
+        """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without a token."""
         if not needs:
             return None
         tokens = stats.tokens if stats is not None else 0
@@ -169,9 +205,35 @@ class WeightPresser:
             return f"{name} saw {tokens} calibration tokens, fewer than {self.recipe.min_expert_tokens}; rounded without statistics"
         if stats is None:
             raise CalibrationError(f"{name}: calibration never reached this layer; skip it with --skip or quantize with rtn.")
-        if "gram" in needs and stats.gram is not None and float(stats.gram.diagonal().sum()) <= 0:
-            raise CalibrationError(f"{name}: every calibration input of this layer was zero.")
+        if stats.gram is not None and not all_finite(stats.gram):
+            return "the squares of this layer's calibration inputs are beyond the range of float32; rounded without statistics"
+        alive = _alive(stats)
+        if alive is not None and not bool(alive.any()):
+            return "every calibration input of this layer was zero; rounded without statistics"
         return None
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put a weight's name before what goes wrong with it."""
+    try:
+        yield
+    except (CalibrationError, FormatError, NumericsError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _alive(stats: Stats) -> Bool[torch.Tensor, " in"] | None:
+    """Say which input channels were ever not zero; None where that was not measured."""
+    if stats.mean_abs is not None:
+        return stats.mean_abs > 0
+    return None if stats.gram is None else stats.gram.diagonal() > 0
+
+
+def _dead_inputs(stats: Iterable[Stats]) -> list[str]:
+    """Note the input channels that were always zero, as a norm's weight may make them; experts' are counted together."""
+    measured = [alive for alive in map(_alive, stats) if alive is not None]
+    dead, total = sum(int((~alive).sum()) for alive in measured), sum(alive.numel() for alive in measured)
+    return [f"{dead} of {total} input channels were always zero"] if dead else []
 
 
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:

@@ -32,7 +32,8 @@ def make_report(
     """
     original_bytes = source_bytes if given is None else given.nbytes
     fallbacks = [{"weight": row["name"], "what": text} for row in rows for text in row["fallbacks"]]
-    reached = sum(1 for row in rows if row["measured_on"] == "output" and not row["fallbacks"])
+    notes = [{"weight": row["name"], "what": text} for row in rows for text in row["notes"]]
+    reached = sum(1 for row in rows if row["calibrated"])
     return {
         "figures": _jsonable(figures),
         "size": {
@@ -46,6 +47,7 @@ def make_report(
         "calibration": dict(calibration) if calibration else None,
         "calibrated": {"weights": reached, "of": len(rows)},
         "fallbacks": fallbacks,
+        "notes": notes,
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},
         "left_out": list(left_out),

@@ -63,10 +63,13 @@ def check_feedback(order: str, damp: float, damp_limit: float, lazy: int) -> Non
 
 
 def prepare(gram: Float[torch.Tensor, "in in"], order: str, span: int, damp: float, damp_limit: float) -> Feedback:
-    """Order the columns and factor the gram, damped tenfold more each time it fails, up to `damp_limit`."""
+    """Order the columns and factor the gram, damped tenfold more each time it fails, up to `damp_limit`.
+
+    Channels that were always 0 stand alone, with a diagonal of 1: nothing is fed to them or from them. That is no fallback.
+    """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
-    fallbacks = [f"{int(dead.sum())} input channels were always zero; their weights are rounded plainly"] if dead.any() else []
+    fallbacks: list[str] = []
     columns = _column_order(diagonal, order, span)
     factor, needed = _factor(gram, dead, columns, damp, damp_limit)
     if needed is None:

@@ -59,7 +59,7 @@ class COMQ:
         gram = (stats or Stats(0)).need_gram("comq")
         w = w.float()
         descent = prepare_descent(gram, greedy_order(w, gram, fmt.grid.span), fmt.grid.span, self.damp)
-        fallbacks = descent.fallbacks
+        fallbacks: tuple[str, ...] = ()
         params = fmt.fit(w, descent.gram.diagonal(), shrink_ratios(self.clip, self.steps, self.smallest))
         if self.start == "gptq":
             feedback = prepare(gram, "activation", fmt.grid.span, self.damp, DAMP_LIMIT)

@@ -37,7 +37,6 @@ class Descent:
     inverse     D^-1 in that order
     triangle    D^-1 (D + L)
     factor      ((D + L)^-1 D)'
-    fallbacks   what had to be done for a sick gram
     """
 
     gram: Float[torch.Tensor, "in in"]
@@ -45,7 +44,6 @@ class Descent:
     inverse: Float[torch.Tensor, "codes span span"]
     triangle: Float[torch.Tensor, "in in"]
     factor: Float[torch.Tensor, "in in"]
-    fallbacks: tuple[str, ...]
 
     def errors(self, difference: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, " out"]:
         """Give the squared output error of every row, in the scale of the gram's mean diagonal."""
@@ -76,7 +74,6 @@ def prepare_descent(
 ) -> Descent:
     """Prepare sweeps over codes of `span` columns in `order`; `damp` times its mean is added to the gram's diagonal."""
     dead = gram.diagonal() <= 0
-    fallbacks = [f"{int(dead.sum())} input channels were always zero; their weights are rounded plainly"] if dead.any() else []
     h = torch.where(dead | dead[:, None], 0.0, gram)
     h = h / (h.diagonal()[~dead].mean() if not dead.all() else 1.0)
     h.diagonal().add_(damp)
@@ -91,4 +88,4 @@ def prepare_descent(
     code = torch.arange(codes).repeat_interleave(span)
     triangle = triangle.mul_(code[:, None] > code).fill_diagonal_(1.0)
     factor = torch.linalg.solve_triangular(triangle, torch.eye(len(order)), upper=False, unitriangular=True).T.contiguous()
-    return Descent(h, order, inverse, triangle, factor, tuple(fallbacks))
+    return Descent(h, order, inverse, triangle, factor)

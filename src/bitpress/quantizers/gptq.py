@@ -8,7 +8,7 @@ Differs  columns in lazily updated batches, rows in parallel; a grid of span k r
 Needs    gram [in, in] float32.     Cost  O(out * in^2 + in^3) time, O(in^2) memory.
 Update   w[:, j+1:] -= (w[:, j] - q_j) / U[j, j] * U[j, j+1:],  U = upper Cholesky factor of inv(gram + damp * mean_diag * I)
 Fails    a gram that cannot be factored is damped tenfold more, up to `damp_limit`, and then rounded without feedback: a named
-         fallback. Input channels that were always 0 keep their weights rounded plainly, and are counted.
+         fallback. Input channels that were always 0 keep their weights rounded plainly.
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ A quantizer is pure: no model, no files, no randomness that is not seeded by its
 """
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -66,10 +67,18 @@ def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "o
 def output_errors(
     w: Float[torch.Tensor, "out in"], candidates: Sequence[Float[torch.Tensor, "out in"]], stats: Stats | None
 ) -> list[float]:
-    """Give `output_error` of several candidates; what they share is computed once."""
+    """Give `output_error` of several candidates; what they share is computed once. Always finite."""
     gram = None if stats is None else stats.gram
     whole = _energy(w, gram)
-    return [_energy(w - w_hat, gram) / whole if whole > 0 else 0.0 for w_hat in candidates]
+    found = [_energy(w - w_hat, gram) for w_hat in candidates]
+    if not all(map(math.isfinite, (whole, *found))) or whole < torch.finfo(torch.float32).tiny:
+        # Squares out of the range of float32: the same in float64, and beside the largest weight.
+        size = w.abs().max().double()
+        size = size if float(size) else size + 1
+        wide = None if gram is None or not bool(torch.isfinite(gram).all()) else gram.double()
+        whole = _energy(w.double() / size, wide)
+        found = [_energy((w.double() - w_hat.double()) / size, wide) for w_hat in candidates]
+    return [error / whole if whole > 0 else 0.0 for error in found]
 
 
 def _energy(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"] | None) -> float:
