@@ -194,7 +194,7 @@ def render() -> None:
         if some["noise"]["texts"]
         else ""
     )
-    originals = ", ".join(f"{figures['perplexity_original']:.2f} on {name}" for name, figures in some["texts"].items())
+    originals = ", ".join(f"{float(figures['perplexity_original']):.2f} on {name}" for name, figures in some["texts"].items())
     lines = [
         f"`{some['model']}`, all linears of the blocks, calibrated on {samples['samples']} windows of {samples['length']} built-in tokens, on the inputs",
         "that the original's blocks give unless the column says otherwise. KL from the original in nats a token, ± half a 95 % interval over",
@@ -358,7 +358,7 @@ def line(row: dict[str, Any], names: list[str]) -> str:
 
 def perplexity(figures: Mapping[str, Any]) -> str:
     value = figures["perplexity"]
-    return "inf" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+    return "inf" if value in (None, "inf") else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def main() -> None:

@@ -90,9 +90,9 @@ def render() -> None:
     for r in rows:
         lines.append(
             f"| {r['weights']} | {r['method']} | {r['bits_per_weight']:.3f} | {r['kl_mean']:.4f} ± {r['kl_ci95']:.4f} | "
-            f"{100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {r.get('seconds_pressing', '')} | {r['threads']} | {r['load']:.1f} | {r.get('peak_memory_mb', '')} |"
+            f"{100 * r['top1_agreement']:.1f} % | {float(r['perplexity']):.2f} | {r.get('seconds_pressing', '')} | {r['threads']} | {r['load']:.1f} | {r.get('peak_memory_mb', '')} |"
         )
-    original = rows[0]["perplexity_original"] if rows else 0.0
+    original = float(rows[0]["perplexity_original"]) if rows else 0.0
     text = (
         "# What the methods cost\n\n"
         f"Re-gauged SmolLM2-135M, all 210 linears of the blocks, perplexity of the original {original:.2f}. Calibration: 128 windows of\n"

@@ -1,5 +1,6 @@
 """Models that are sick but legal: dead channels by design, weights beyond half precision, logits that make a figure infinite."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitpress.checkpoints.pressed import MANIFEST_NAME
 from bitpress.errors import NumericsError
+from bitpress.evaluation import distance
+from bitpress.pipeline.press import Presser
 from bitpress.pipeline.quantize import Proof, quantize_directory
 
 State = dict[str, torch.Tensor]
@@ -111,3 +115,21 @@ def test_inputs_too_large_to_be_squared_are_named(
     named = {item["weight"] for item in report["fallbacks"] if "beyond the range of float32" in item["what"]}
     assert named == {f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up")}
     assert all(0 < row["error"] < 0.1 for row in report["layers"])
+
+
+# ----------------------------------------------------------------------------------------------------------- infinite figures
+
+
+def test_a_figure_that_is_no_number_publishes_nothing_and_loses_nothing(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, proof = gptq_recipe(quantizer="rtn"), Proof(tokens=64, length=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(distance, "_exp", lambda value: math.nan)
+        with pytest.raises(NumericsError, match="the proof: perplexity is not a number"):
+            quantize_directory(tiny_model("llama"), tmp_path / "out", recipe, proof=proof)
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Presser, "press_", None)  # every block is done already
+        quantize_directory(tiny_model("llama"), tmp_path / "out", recipe, proof=proof)
+    assert (tmp_path / "out" / MANIFEST_NAME).exists()

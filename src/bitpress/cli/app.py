@@ -194,7 +194,7 @@ def evaluate(
             if names:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:
-        print_json({k: (None if v in (float("inf"), float("-inf")) else v) for k, v in figures.items()})
+        print_json(figures)
     else:
         figures_table(figures, accuracy_rows(figures))
 

@@ -17,6 +17,7 @@ from bitpress.cli.accuracy import by_recipe, heading, percent
 from bitpress.cli.compare_picture import draw_comparison, front
 from bitpress.cli.screen import Screen, duration, err, out, table
 from bitpress.errors import UsageError
+from bitpress.figures import shown
 from bitpress.pipeline.compare_tasks import width_of
 
 __all__ = ["Board", "comparison_lines", "ordered", "parse_texts", "parse_widths", "show_comparison", "write_page"]
@@ -188,7 +189,7 @@ def write_page(done: Mapping[str, Any], directory: Path) -> None:
     template = files("bitpress.cli").joinpath("compare_page.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
     fine = [row for row in done["rows"] if not row["failed"]]
-    originals = {name: f"{fine[0]['texts'][name]['perplexity_original']:.3f}" if fine else "?" for name in done["texts"]}
+    originals = {name: _perplexity(fine[0]["texts"][name]["perplexity_original"]) if fine else "?" for name in done["texts"]}
     floor = done["floor"] if done["floor"] and done["floor"]["texts"] else None
     page = environment.from_string(template).render(
         title=title,
@@ -202,6 +203,7 @@ def write_page(done: Mapping[str, Any], directory: Path) -> None:
         answers=by_recipe(done["answers"]),
         heading=heading,
         percent=percent,
+        perplexity=_perplexity,
         picture=Markup(picture),  # our own, every word in it escaped
     )
     write_durably(directory / "compare.svg", [picture.encode()])
@@ -234,6 +236,11 @@ def _cells(
         f"{row['peak_memory_bytes'] / 1e6:.0f}",
         str(row["fallbacks"]),
     ]
+
+
+def _perplexity(value: float | str | None) -> str:
+    """Say a perplexity; rows of before have null for an infinite one."""
+    return shown("inf" if value is None else value, "{:.2f}" if value is None or float(value) < 10000 else "{:.2e}")
 
 
 def _distance(figures: Row) -> str:

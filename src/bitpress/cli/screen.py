@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bitpress.figures import shown, written
+
 __all__ = ["Screen", "begin_output", "duration", "has_printed_json", "print_json", "size", "table"]
 
 err = Console(stderr=True, highlight=False)
@@ -75,9 +77,10 @@ class Screen:
 
 
 def print_json(value: Any) -> None:
-    """Print for machines, on standard output and nothing else there."""
+    """Print for machines, on standard output and nothing else there. Raises NumericsError for a figure that is no number."""
+    text = json.dumps(written(value, "the result"), indent=1, ensure_ascii=False, allow_nan=False)
     _state["printed"] = True
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(text + "\n")
 
 
 def has_printed_json() -> bool:
@@ -118,28 +121,32 @@ def duration(seconds: float) -> str:
 
 
 def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
-    """Print the figures of a proof and whatever else belongs beside them."""
+    """Print the figures of a proof and whatever else belongs beside them. Raises NumericsError for one that is no number."""
+    figures = written(figures, "the result")
 
     def pair(mean: str, width: str, factor: float, form: str) -> str:
         half = figures.get(width)
-        return form.format(figures[mean] * factor) + ("" if half is None else " ± " + form.format(half * factor))
+        return shown(figures[mean] * factor, form) + ("" if half is None else " ± " + form.format(half * factor))
 
     lines = []
     if "kl_mean" in figures:
         lines += [
             ("KL divergence from the original", pair("kl_mean", "kl_ci95", 1, "{:.4f}") + " nats a token"),
             ("same most likely token", pair("top1_agreement", "top1_ci95", 100, "{:.2f}") + " %"),
-            ("perplexity", f"{figures['perplexity']:.3f} (original {figures['perplexity_original']:.3f})"),
+            (
+                "perplexity",
+                f"{shown(figures['perplexity'], '{:.3f}')} (original {shown(figures['perplexity_original'], '{:.3f}')})",
+            ),
             ("measured on", f"{figures['tokens']:,} tokens of {figures['text']} in {figures['windows']} windows"),
-            ("scored", f"{figures['tokens_per_second']:.0f} tokens/s"),
+            ("scored", f"{shown(figures['tokens_per_second'], '{:.0f}')} tokens/s"),
         ]
     elif "perplexity" in figures:
         low, high = figures["perplexity_low"], figures["perplexity_high"]
-        between = "" if low is None or high is None else f" (95 %: {low:.3f} to {high:.3f})"
+        between = "" if low is None or high is None else f" (95 %: {shown(low, '{:.3f}')} to {shown(high, '{:.3f}')})"
         lines += [
-            ("perplexity", f"{figures['perplexity']:.3f}{between}"),
+            ("perplexity", f"{shown(figures['perplexity'], '{:.3f}')}{between}"),
             ("measured on", f"{figures['tokens']:,} tokens of {figures['text']} in {figures['windows']} windows"),
-            ("scored", f"{figures['tokens_per_second']:.0f} tokens/s"),
+            ("scored", f"{shown(figures['tokens_per_second'], '{:.0f}')} tokens/s"),
         ]
     if figures.get("bits_per_weight") is not None:
         lines += [("bits per compressed weight", f"{figures['bits_per_weight']:.4f}"), ("size", size(figures["bytes"]))]

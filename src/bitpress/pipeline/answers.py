@@ -1,7 +1,6 @@
 """Multiple-choice tasks on their way through a model, block by block, and how many answers are right at its end."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
 from bitpress.evaluation import Question, Task, lay_out, measure_accuracy, read_questions
+from bitpress.figures import written
 from bitpress.pipeline.memory import release
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.source_model import open_streamed
@@ -72,7 +72,7 @@ class Answers:
     def accuracies(self, note: Callable[[str], None] = lambda unit: None) -> dict[str, dict[str, Any]]:
         """Give the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
 
-        Values that JSON does not have, such as the standard error of a single question, are None.
+        They are as they are written (`bitpress.figures`): the standard error of a single question is None.
         """
         found = {}
         for name, task in self.tasks.items():
@@ -81,7 +81,7 @@ class Answers:
                 note(f"{name}, batch {done}")
 
             figures = measure_accuracy(self._scorer(name), task, say)
-            found[name] = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(figures).items()}
+            found[name] = written(dataclasses.asdict(figures), name)
         return found
 
     def _scorer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

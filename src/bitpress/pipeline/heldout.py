@@ -1,7 +1,6 @@
 """Held-out texts on their way through a model, block by block, and how far one model's end is from another's."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 
 from bitpress.evaluation import measure_distance
+from bitpress.figures import written
 from bitpress.pipeline.prove import BATCH
 from bitpress.pipeline.streaming import StreamedModel
 
@@ -44,8 +44,8 @@ def distances(
 ) -> dict[str, dict[str, Any]]:
     """Measure the distance of a candidate on every text, from the states after both models' last blocks.
 
-    Both heads are the loaded outer parts of the models given. Values that JSON does not have, such as the interval of a single
-    window, are None. Raises NumericsError when a logit is not finite.
+    Both heads are the loaded outer parts of the models given. Figures are as they
+    are written (`bitpress.figures`). Raises NumericsError when a logit or a figure is not a number.
     """
     found = {}
     for name, tokens in windows.items():
@@ -54,7 +54,7 @@ def distances(
             note(f"{text}, window {done}")
 
         measured = measure_distance(_scorer(*original, name), _scorer(*candidate, name), tokens, say)
-        found[name] = {key: _finite(value) for key, value in dataclasses.asdict(measured).items()}
+        found[name] = written(dataclasses.asdict(measured), name)
     return found
 
 
@@ -62,7 +62,3 @@ def _scorer(model: StreamedModel, states: States, name: str) -> Callable[[torch.
     """Give the logits of one window after the other."""
     left = iter(states[name].split(1))
     return lambda tokens: model.logits(tokens, next(left))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -6,6 +6,7 @@ from typing import Any
 
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.side_files import LeftBehind
+from bitpress.figures import shown, written
 from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
 
@@ -25,7 +26,7 @@ def make_report(
     left_behind: Sequence[LeftBehind],
     timing: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put a run's figures together; every value can be written as JSON.
+    """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for one that is no number.
 
     `source_bytes` are those of the tensors that were read; where these were converted from a file that the user gave, that file is
     the original, and sizes are compared with it.
@@ -35,7 +36,7 @@ def make_report(
     notes = [{"weight": row["name"], "what": text} for row in rows for text in row["notes"]]
     reached = sum(1 for row in rows if row["calibrated"])
     return {
-        "figures": _jsonable(figures),
+        "figures": written(figures, "the proof"),
         "size": {
             "bytes": figures["bytes"],
             "bytes_original": original_bytes,
@@ -64,9 +65,5 @@ def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> 
 
     template = files("bitpress.pipeline").joinpath("card.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters["shown"] = shown
     return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head)) + "\n"
-
-
-def _jsonable(figures: Mapping[str, Any]) -> dict[str, Any]:
-    # A single window has no interval: infinity, which JSON does not have, becomes null.
-    return {k: (None if isinstance(v, float) and v in (float("inf"), float("-inf")) else v) for k, v in figures.items()}
