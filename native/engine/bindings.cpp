@@ -178,8 +178,8 @@ struct Multiplier {
         const std::lock_guard<std::mutex> lock(mutex);
         const Use use(l);
         const int rows = int(x.shape(0)), threads = pool.threads();
-        input.plan({}, 0, bytes);  // another layer may live where the last one was
-        input.plan({&l}, rows, bytes);
+        input.plan(kernels, {}, 0, bytes);  // another layer may live where the last one was
+        input.plan(kernels, {&l}, rows, bytes);
         pool.run([&](int thread) {
             for (int row = thread; row < rows; row += threads) input.prepare(kernels, x.data() + size_t(row) * l.columns, row);
             pool.wait();
@@ -409,6 +409,8 @@ void bind_engine(nb::module_ &m) {
         .def_prop_ro("length", &model_length)
         .def_prop_ro("path", [](const Model &x) { return x.decoder->path(); })
         .def_prop_ro("threads", [](const Model &x) { return x.decoder->threads(); })
+        .def_prop_ro("inputs", [](const Model &x) { return x.decoder->inputs(); })
+        .def_prop_ro("inputs_apart", [](const Model &x) { return x.decoder->inputs_apart(); })
         .def_prop_ro("cache_bytes_per_position", [](const Model &x) { return x.decoder->cache_bytes_per_position(); });
     m.def("pick", &pick_from, nb::arg("logits").noconvert(), nb::arg("before").noconvert(), nb::arg("how"), nb::arg("random"));
     m.def("paths", &paths);

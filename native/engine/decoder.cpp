@@ -129,12 +129,15 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         times_[part] += std::chrono::duration<double>(now - clock).count();
         clock = now;
     };
+    auto note_apart = [&](const Input &input) {
+        if (thread == 0) inputs_ += input.values(), inputs_apart_ += input.apart();
+    };
     // Meets the others where rows are shared: those of a single token are everybody's own.
     auto meet = [&] {
         if (!alone) pool_.wait();
     };
     auto plan = [&](Input &input, const std::vector<const Linear *> &linears, int rows) {
-        if (plans) input.plan(linears, rows, byte_activations_);
+        if (plans) input.plan(kernels_, linears, rows, byte_activations_);
     };
     auto add_to_stream = [&](const float *x, const std::vector<float> &norm, int row) {
         float *h = own.hidden.data() + size_t(row) * hidden;
@@ -170,6 +173,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         const int q = shape_.heads * head, kv = shape_.kv_heads * head;
         multiply(kernels_, pool_, thread, {{l.q, s.q.data(), q}, {l.k, s.k.data(), kv}, {l.v, s.v.data(), kv}}, own.to_qkv, scratch_[thread]);
         pool_.wait();
+        note_apart(own.to_qkv);
         lap(1);
         if (alone) {
             // Pieces of 256 positions of one key-value head; the piece with the newest position also writes it.
@@ -225,6 +229,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         lap(2);
         multiply(kernels_, pool_, thread, {{l.o, s.o.data(), hidden}}, own.to_o, scratch_[thread]);
         pool_.wait();
+        note_apart(own.to_o);
         lap(3);
         for (int row = from; row < to; ++row) {
             add_to_stream(s.o.data(), l.attention_out_norm, row);
@@ -237,6 +242,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         if (gated) multiply_gated(kernels_, pool_, thread, {l.gate, l.up, s.acted.data(), inner, shape_.tanh_gelu}, own.to_mlp, scratch_[thread]);
         else multiply(kernels_, pool_, thread, {{l.gate, s.gates.data(), inner}, {l.up, s.ups.data(), inner}}, own.to_mlp, scratch_[thread]);
         pool_.wait();
+        note_apart(own.to_mlp);
         lap(4);
         for (int row = from; row < to; ++row) {
             float *acted = alone ? own.normed.data() : s.acted.data() + size_t(row) * inner;
@@ -247,6 +253,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         lap(5);
         multiply(kernels_, pool_, thread, {{l.down, s.down.data(), hidden}}, own.to_down, scratch_[thread]);
         pool_.wait();
+        note_apart(own.to_down);
         lap(6);
         for (int row = from; row < to; ++row) add_to_stream(s.down.data(), l.mlp_out_norm, row);
     }
@@ -262,7 +269,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         Rows &mine = *rows_[size_t(thread)];
         mine.normed.resize(size_t(hidden));
         kernels_.norm(own.hidden.data() + size_t(count - 1) * hidden, shape_.final_norm.data(), hidden, shape_.eps, mine.normed.data());
-        mine.to_head.plan({head_}, 1, byte_activations_);
+        mine.to_head.plan(kernels_, {head_}, 1, byte_activations_);
         mine.to_head.prepare(kernels_, mine.normed.data(), 0);
         multiply(kernels_, pool_, thread, {{head_, s.logits.data(), shape_.vocabulary}}, mine.to_head, scratch_[thread]);
     }

@@ -51,6 +51,9 @@ class Decoder {
     static constexpr int PARTS = 8;
     static const char *const part_names[PARTS];
     std::vector<double> take_times();
+    // Inputs of products of many rows so far, and how many of them stood apart in float.
+    int64_t inputs() const { return inputs_; }
+    int64_t inputs_apart() const { return inputs_apart_; }
     const char *path() const { return kernels_.name; }
 
   private:
@@ -74,6 +77,7 @@ class Decoder {
     Pool pool_;
     int length_ = 0;
     double times_[PARTS] = {};
+    int64_t inputs_ = 0, inputs_apart_ = 0;
 
     // one anonymous mapping: pages that no position has reached take no memory
     void *cache_memory_ = nullptr;

@@ -14,6 +14,7 @@ const Kernels &choose_kernels(const char *name) {
         if (name == nullptr || *name == 0 || std::strcmp(name, path->name) == 0) return *path;
         there += there.empty() ? path->name : std::string(", ") + path->name;
     }
+    if (std::strcmp(name, emulated_kernels().name) == 0) return emulated_kernels();
     throw std::invalid_argument("code path '" + std::string(name) + "' is not there; this processor runs " + there);
 }
 

@@ -7,7 +7,8 @@
 
 namespace bitpress {
 
-// Rows of activations in 8 bits: [row][padded columns], with a scale and a sum for every block of a row.
+// Rows of activations as two digits, x = scale * (128 * high + low) in 14 bits: [row][high, low][padded columns], with a scale and a
+// sum of 128 * high + low for every block of a row. No digit is beyond 64, so that sums of two products with bytes fit 16 bits.
 struct Quantized {
     Cut cut;
     Aligned<int8_t> values;
@@ -15,19 +16,29 @@ struct Quantized {
     Aligned<int32_t> sums;
     void fit(const Cut &to, int rows) {
         cut = to;
-        values.resize(size_t(rows) * cut.padded());
+        values.resize(size_t(rows) * 2 * cut.padded());
         scales.resize(size_t(rows) * cut.blocks());
         sums.resize(size_t(rows) * cut.blocks());
     }
 };
 
-// The same for tile products: [tile of 16 rows][tile of 64 columns][16][64], a scale for every row and segment.
+// A value that 8 bits beside its neighbours would cost too much: it stays in float.
+struct Apart {
+    int32_t column;  // in tiles
+    float value;
+};
+
+// Rows in 8 bits for tile products: [tile of 16 rows][tile of 64 columns][16][64], a scale for every row and segment. Values far above
+// a row's others are zeros there and stand apart.
 struct Tiled {
     Cut cut;
     int rows = 0;
     Aligned<int8_t> values;
     Aligned<float> scales;  // [segment][rows padded to 32]
     Aligned<int32_t> sums;  // likewise
+    Aligned<Apart> apart;   // [row][most_apart], by column
+    Aligned<int32_t> apart_counts;
+    int most_apart() const { return cut.columns / 8 + 8; }
     int padded_rows() const { return (rows + 31) / 32 * 32; }
     void fit(const Cut &to, int count) {
         cut = to;
@@ -35,11 +46,31 @@ struct Tiled {
         values.resize(size_t(padded_rows()) * cut.tiles() * 64);
         scales.resize(size_t(padded_rows()) * cut.segments());
         sums.resize(size_t(padded_rows()) * cut.segments());
+        apart.resize(size_t(rows) * most_apart());
+        apart_counts.resize(size_t(rows));
     }
     int8_t *tile(int row_tile, int column_tile) {
         return values.data() + (size_t(row_tile) * cut.tiles() + column_tile) * 1024;
     }
     const int8_t *tile(int row_tile, int column_tile) const { return const_cast<Tiled *>(this)->tile(row_tile, column_tile); }
+};
+
+// Rows in bf16 for products on tiles: [tile of 16 rows][tile of 32 columns][16][32], the padded columns.
+struct HalfRows {
+    Cut cut;
+    int rows = 0;
+    Aligned<uint16_t> values;
+    int padded_rows() const { return (rows + 31) / 32 * 32; }
+    int column_tiles() const { return (cut.padded() + 31) / 32; }
+    void fit(const Cut &to, int count) {
+        cut = to;
+        rows = count;
+        values.resize(size_t(padded_rows()) * column_tiles() * 32);
+    }
+    uint16_t *tile(int row_tile, int column_tile) {
+        return values.data() + (size_t(row_tile) * column_tiles() + column_tile) * 512;
+    }
+    const uint16_t *tile(int row_tile, int column_tile) const { return const_cast<HalfRows *>(this)->tile(row_tile, column_tile); }
 };
 
 // The keys and values of one layer and one key-value head.
@@ -54,6 +85,7 @@ struct CacheView {
 constexpr int MOST_ROWS = 4;      // rows of a direct product
 constexpr int MOST_HEAD = 512;    // elements of a head
 constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
+constexpr float APART = 5;            // times the mean magnitude of a row: values beyond stand apart
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
 // Where the sums of a tile product go: they stay, or are put there strip by strip, or as act(first strip) * second strip.
@@ -61,6 +93,15 @@ struct Put {
     enum Mode { stay, both, silu, gelu } mode = stay;
     float *left = nullptr, *right = nullptr;  // [row * stride]; `left` alone takes gated sums
     int stride = 0;
+};
+
+// The weights of two strips as signed bytes. `panel` and `known` are memory for single columns in float.
+struct Tiles {
+    const int8_t *bytes;   // [segment][strip][tiles_per_segment]
+    const float *scales;   // [segment][strip][16]
+    bool small;            // no byte is beyond 63
+    float *panel;          // [tile columns][32]
+    uint8_t *known;        // [tile columns]
 };
 
 // Floats of memory that attend_tiles works in.
@@ -84,9 +125,15 @@ struct Kernels {
     void (*fill_tiles)(const Coded &, int strip, int segment, int8_t *tiles, float *scales);
     // The same of sixteen-bit weights, whose columns are cut like those of codes.
     void (*fill_tiles_dense)(const Dense &, const Cut &, int strip, int segment, int8_t *tiles, float *scales);
-    // out[row][32] += all segments of two strips times all rows of x, padded ones included. `tiles` is
-    // [segment][strip][tiles_per_segment], `scales` [segment][strip][16]. The sums of the true rows end up where `put` says.
-    void (*tile_product)(const Tiled &x, const int8_t *tiles, const float *scales, float *out, const Put &put);
+    // out[row][32] += two strips times all rows of x, padded ones included. The sums of the true rows end up where `put` says.
+    void (*tile_product)(const Tiled &x, const Tiles &, float *out, const Put &put);
+
+    // On processors with tiles of bf16 such a product takes the place of the one in bytes; null elsewhere. `tiles` is
+    // [strip][tile of 32 columns][16 pairs of columns][16 rows][2]; one strip of that is filled by the two functions before it.
+    void (*fill_halves)(const Coded &, int strip, uint16_t *tiles);
+    void (*fill_halves_dense)(const Dense &, int strip, uint16_t *tiles);
+    void (*half_product)(const HalfRows &x, const uint16_t *tiles, float *out, const Put &put);
+    void (*halve)(const float *x, int row, HalfRows &to);
 
     void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
     void (*quantize_tiled)(const float *x, int row, Tiled &to);
@@ -97,6 +144,7 @@ struct Kernels {
     void (*scale)(float factor, int n, float *to);
     // to[row][lanes] = from[row][16], and act(from[row][16]) * from[row][16 ..]
     void (*put_rows)(const float *from, int from_stride, int rows, int lanes, float *to, int to_stride);
+    void (*put_sums)(const float *out, int from, int to, const Put &put);
     void (*put_gated)(const float *from, int rows, int lanes, bool tanh_gelu, float *to, int to_stride);
     void (*gate)(const float *gate, const float *up, int n, bool tanh_gelu, float *to);
     void (*rotate)(float *x, const float *cosines, const float *sines, int half);
@@ -125,6 +173,7 @@ const Kernels &portable_kernels();
 const Kernels *avx2_kernels();    // null where the processor or the compiler lacks it
 const Kernels *avx512_kernels();
 const Kernels *amx_kernels();
+const Kernels &emulated_kernels();  // tiles written out, for tests: only by name
 
 // The best path that this processor runs, or the one of that name. Throws std::invalid_argument.
 const Kernels &choose_kernels(const char *name);

@@ -34,108 +34,15 @@ inline void configure_tiles() {
 
 using namespace amx;
 
-// The integers of 2 x 2 tiles that wait to be scaled into the output while the next ones are computed.
-struct Waiting {
-    const int32_t *values;
-    float *out;
-    const float *row_scales;
-    float *left, *right;  // where the sums go in the end
-    int stride, rows;     // of these, the true ones
-};
+#define TILES_BEGIN() configure_tiles()
+#define TILES_END() _tile_release()
+#define TILE_LOAD(to, from, stride) _tile_loadd(to, from, stride)
+#define TILE_STORE(from, to, stride) _tile_stored(from, to, stride)
+#define TILE_MULTIPLY(sums, left, right) _tile_dpbf16ps(sums, left, right)
 
-template <Put::Mode MODE>
-INLINE void scale_rows(const Waiting &w, Floats left, Floats right, int from, int count) {
-    for (int row = from; row < from + count; ++row) {
-        const int32_t *values = w.values + (row & 16) * 32 + (row & 15) * 16;
-        const Floats scale = set_floats(w.row_scales[row]);
-        float *out = w.out + row * 32;
-        const Floats a = fma(Floats{_mm512_cvtepi32_ps(_mm512_load_si512(values))}, left * scale, load_floats(out));
-        const Floats b = fma(Floats{_mm512_cvtepi32_ps(_mm512_load_si512(values + 256))}, right * scale, load_floats(out + 16));
-        if constexpr (MODE == Put::stay) {
-            store(out, a), store(out + 16, b);
-        } else if (row < w.rows) {
-            float *to = w.left + size_t(row) * w.stride;
-            if constexpr (MODE == Put::both) store(to, a), store(w.right + size_t(row) * w.stride, b);
-            else store(to, activated(a, MODE == Put::gelu) * b);
-        }
-    }
-}
+inline void put_sums(const float *out, int from, int to, const Put &put) { avx512_kernels()->put_sums(out, from, to, put); }
 
-// TILES steps of 64 columns; between the tile instructions, the last block's integers are scaled.
-template <int TILES, Put::Mode MODE>
-void rows_of(const Tiled &x, int segment, const int8_t *first, const int8_t *second, const float *scales, int from, int to,
-             float *out, const Put &put) {
-    alignas(64) int32_t integers[2][1024];
-    const int at = segment * x.cut.tiles_per_segment();
-    const float *row_scales = x.scales.data() + size_t(segment) * x.padded_rows();
-    const Floats left = load_floats(scales), right = load_floats(scales + 16);
-    constexpr int share = (8 + TILES - 1) / TILES;  // rows to scale after each of the 4 * TILES tile products
-    Waiting last{};
-    auto scale = [&](int slot) FLAT {
-        const int done = slot * share, most = 32 - done < share ? 32 - done : share;
-        if (last.values != nullptr && most > 0) scale_rows<MODE>(last, left, right, done, most);
-    };
-    for (int row = from, turn = 0; row < to; row += 32, turn ^= 1) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int t = 0; t < TILES; ++t) {
-            const int8_t *a = x.tile(row / 16, at + t), *b = x.tile(row / 16 + 1, at + t);
-            _tile_loadd(6, first + t * 1024, 64);
-            _tile_loadd(4, a, 64);
-            _tile_dpbssd(0, 4, 6);
-            scale(t * 4);
-            _tile_loadd(7, second + t * 1024, 64);
-            _tile_dpbssd(1, 4, 7);
-            scale(t * 4 + 1);
-            _tile_loadd(5, b, 64);
-            _tile_dpbssd(2, 5, 6);
-            scale(t * 4 + 2);
-            _tile_dpbssd(3, 5, 7);
-            scale(t * 4 + 3);
-        }
-        int32_t *to_scale = integers[turn];
-        _tile_stored(0, to_scale, 64);
-        _tile_stored(1, to_scale + 256, 64);
-        _tile_stored(2, to_scale + 512, 64);
-        _tile_stored(3, to_scale + 768, 64);
-        last = {to_scale, out + size_t(row) * 32, row_scales + row, nullptr, nullptr, put.stride, x.rows - row};
-        if constexpr (MODE != Put::stay) last.left = put.left + size_t(row) * put.stride;
-        if constexpr (MODE == Put::both) last.right = put.right + size_t(row) * put.stride;
-    }
-    if (last.values != nullptr) scale_rows<MODE>(last, left, right, 0, 32);
-}
-
-template <int TILES>
-void segment_of(const Tiled &x, int s, const int8_t *first, const int8_t *second, const float *scales, int from, int to, float *out,
-                const Put &put) {
-    switch (s == x.cut.segments() - 1 ? put.mode : Put::stay) {
-        case Put::stay: return rows_of<TILES, Put::stay>(x, s, first, second, scales, from, to, out, put);
-        case Put::both: return rows_of<TILES, Put::both>(x, s, first, second, scales, from, to, out, put);
-        case Put::silu: return rows_of<TILES, Put::silu>(x, s, first, second, scales, from, to, out, put);
-        case Put::gelu: return rows_of<TILES, Put::gelu>(x, s, first, second, scales, from, to, out, put);
-    }
-}
-
-void tile_product(const Tiled &x, const int8_t *tiles, const float *scales, float *out, const Put &put) {
-    const size_t step = size_t(x.cut.tiles_per_segment()) * 1024;
-    configure_tiles();
-    for (int from = 0; from < x.padded_rows(); from += ROW_BLOCK) {
-        const int to = std::min(from + ROW_BLOCK, x.padded_rows());
-        for (int s = 0; s < x.cut.segments(); ++s) {
-            const int8_t *first = tiles + 2 * size_t(s) * step, *second = first + step;
-            const float *pair = scales + s * 2 * STRIP;
-            switch (x.cut.tiles_of_segment(s)) {
-                case 1: segment_of<1>(x, s, first, second, pair, from, to, out, put); break;
-                case 2: segment_of<2>(x, s, first, second, pair, from, to, out, put); break;
-                case 3: segment_of<3>(x, s, first, second, pair, from, to, out, put); break;
-                default: segment_of<4>(x, s, first, second, pair, from, to, out, put); break;
-            }
-        }
-    }
-    _tile_release();
-}
+#include "kernels_tiles.inc"
 
 // Two rows of 16 floats as 16 pairs of bf16, the first row in the low halves.
 inline __m512i pairs(Floats a, Floats b) {
@@ -387,10 +294,10 @@ void peak(int repeats) {
     _tile_loadd(6, tile, 64);
     _tile_loadd(7, tile, 64);
     for (int r = 0; r < repeats; ++r) {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
     _tile_release();
 }
@@ -405,12 +312,12 @@ const Kernels *amx_kernels() {
     static const Kernels table = [] {
         Kernels t = *avx512_kernels();
         t.name = "amx";
-        t.tile_product = tile_product;
+        t.half_product = half_product;
         t.attend = attend;
         t.tile_cache = tile_cache;
         t.attend_tiles = attend_tiles;
         t.peak = peak;
-        t.peak_operations = 4.0 * 2 * 16 * 16 * 64;
+        t.peak_operations = 4.0 * 2 * 16 * 16 * 32;
         return t;
     }();
     return &table;

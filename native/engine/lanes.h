@@ -66,6 +66,8 @@ INLINE Ints dot(Ints acc, Bytes u, const int8_t *x) {
     std::memcpy(&four, x, 4);
     return {_mm512_dpbusd_epi32(acc.v, u.v, _mm512_set1_epi32(four))};
 }
+// The same where every unsigned byte is below 128, or no signed one beyond 64.
+INLINE Ints dot_small(Ints acc, Bytes u, const int8_t *x) { return dot(acc, u, x); }
 // one of the four columns, as integers
 template <int J> INLINE Ints column(Bytes a) {
     if constexpr (J == 3) return {_mm512_srli_epi32(a.v, 24)};
@@ -79,6 +81,14 @@ INLINE void store(float *p, Floats a) { _mm512_storeu_ps(p, a.v); }
 INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest, halves to even
 INLINE Floats bits_to_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+INLINE Ints float_bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
+// The upper halves of 16 integers in order, and of two times 16 side by side: the first in the lower half.
+INLINE void store_upper(uint16_t *p, Ints a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)));
+}
+INLINE void store_uppers(uint16_t *p, Ints a, Ints b) {
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a.v, 16), b.v));
+}
 INLINE Ints shift_left_ints(Ints a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -88,6 +98,11 @@ INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b
 INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 INLINE Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+// Which of 16 magnitudes are above a bound, and the numbers with zeros in the place of those.
+INLINE unsigned above(Floats a, Floats bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), bound.v, _CMP_GT_OQ); }
+INLINE Floats without(Floats a, Floats bound) {
+    return {_mm512_maskz_mov_ps(__mmask16(~above(a, bound)), a.v)};
+}
 INLINE Floats load_f16(const uint16_t *p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))};
 }
@@ -191,6 +206,15 @@ INLINE Ints dot(Ints acc, Bytes u, const int8_t *x) {
     const __m256i v = _mm256_set1_epi32(four);
     return {dot_half(acc.a, u.a, v), dot_half(acc.b, u.b, v)};
 }
+INLINE __m256i dot_small_half(__m256i acc, __m256i u, __m256i x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+}
+INLINE Ints dot_small(Ints acc, Bytes u, const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    const __m256i v = _mm256_set1_epi32(four);
+    return {dot_small_half(acc.a, u.a, v), dot_small_half(acc.b, u.b, v)};
+}
 template <int J> INLINE Ints column(Bytes x) {
     const __m256i m = _mm256_set1_epi32(255);
     return {_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * J), m), _mm256_and_si256(_mm256_srli_epi32(x.b, 8 * J), m)};
@@ -203,6 +227,16 @@ INLINE void store(float *p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_
 INLINE Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 INLINE Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 INLINE Floats bits_to_floats(Ints x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+INLINE Ints float_bits(Floats x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+INLINE void store_upper(uint16_t *p, Ints x) {
+    alignas(32) uint32_t all[16];
+    store_half(all, x.a), store_half(all + 8, x.b);
+    for (int i = 0; i < 16; ++i) p[i] = uint16_t(all[i] >> 16);
+}
+INLINE void store_uppers(uint16_t *p, Ints x, Ints y) {
+    store_half(p, _mm256_blend_epi16(_mm256_srli_epi32(x.a, 16), y.a, 0xaa));
+    store_half(p + 16, _mm256_blend_epi16(_mm256_srli_epi32(x.b, 16), y.b, 0xaa));
+}
 INLINE Ints shift_left_ints(Ints x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 INLINE Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 INLINE Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -216,6 +250,15 @@ INLINE Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_
 INLINE Floats abs(Floats x) {
     const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
+}
+INLINE unsigned above(Floats x, Floats bound) {
+    const Floats y = abs(x);
+    const int a = _mm256_movemask_ps(_mm256_cmp_ps(y.a, bound.a, _CMP_GT_OQ)), b = _mm256_movemask_ps(_mm256_cmp_ps(y.b, bound.b, _CMP_GT_OQ));
+    return unsigned(a | b << 8);
+}
+INLINE Floats without(Floats x, Floats bound) {
+    const Floats y = abs(x);
+    return {_mm256_andnot_ps(_mm256_cmp_ps(y.a, bound.a, _CMP_GT_OQ), x.a), _mm256_andnot_ps(_mm256_cmp_ps(y.b, bound.b, _CMP_GT_OQ), x.b)};
 }
 INLINE Floats load_f16(const uint16_t *p) {
     const auto *q = reinterpret_cast<const __m128i *>(p);
@@ -317,13 +360,14 @@ INLINE Ints zero_ints() { return set_ints(0); }
 INLINE Ints load_ints(const int32_t *p) { Ints r; std::memcpy(r.v, p, 64); return r; }
 INLINE void store(int32_t *p, Ints a) { std::memcpy(p, a.v, 64); }
 INLINE Ints load_u8(const uint8_t *p) { Ints r; EACH r.v[i] = p[i]; return r; }
-INLINE Ints operator+(Ints a, Ints b) { EACH a.v[i] += b.v[i]; return a; }
+INLINE Ints operator+(Ints a, Ints b) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])); return a; }
 INLINE Ints operator-(Ints a, Ints b) { EACH a.v[i] -= b.v[i]; return a; }
 INLINE Ints operator*(Ints a, Ints b) { EACH a.v[i] *= b.v[i]; return a; }
 INLINE Ints dot(Ints acc, Bytes u, const int8_t *x) {
     EACH acc.v[i] += u.v[4 * i] * x[0] + u.v[4 * i + 1] * x[1] + u.v[4 * i + 2] * x[2] + u.v[4 * i + 3] * x[3];
     return acc;
 }
+INLINE Ints dot_small(Ints acc, Bytes u, const int8_t *x) { return dot(acc, u, x); }
 template <int J> INLINE Ints column(Bytes a) { Ints r; EACH r.v[i] = a.v[4 * i + J]; return r; }
 
 INLINE Floats set_floats(float x) { Floats r; EACH r.v[i] = x; return r; }
@@ -333,6 +377,11 @@ INLINE void store(float *p, Floats a) { std::memcpy(p, a.v, 64); }
 INLINE Floats to_floats(Ints a) { Floats r; EACH r.v[i] = float(a.v[i]); return r; }
 INLINE Ints to_ints(Floats a) { Ints r; EACH r.v[i] = int32_t(std::nearbyintf(a.v[i])); return r; }
 INLINE Floats bits_to_floats(Ints a) { Floats r; std::memcpy(r.v, a.v, 64); return r; }
+INLINE Ints float_bits(Floats a) { Ints r; std::memcpy(r.v, a.v, 64); return r; }
+INLINE void store_upper(uint16_t *p, Ints a) { EACH p[i] = uint16_t(uint32_t(a.v[i]) >> 16); }
+INLINE void store_uppers(uint16_t *p, Ints a, Ints b) {
+    EACH p[2 * i] = uint16_t(uint32_t(a.v[i]) >> 16), p[2 * i + 1] = uint16_t(uint32_t(b.v[i]) >> 16);
+}
 INLINE Ints shift_left_ints(Ints a, int n) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) << n); return a; }
 INLINE Floats operator+(Floats a, Floats b) { EACH a.v[i] += b.v[i]; return a; }
 INLINE Floats operator-(Floats a, Floats b) { EACH a.v[i] -= b.v[i]; return a; }
@@ -342,6 +391,8 @@ INLINE Floats fma(Floats a, Floats b, Floats c) { EACH c.v[i] += a.v[i] * b.v[i]
 INLINE Floats max(Floats a, Floats b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 INLINE Floats min(Floats a, Floats b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 INLINE Floats abs(Floats a) { EACH a.v[i] = std::fabs(a.v[i]); return a; }
+INLINE unsigned above(Floats a, Floats bound) { unsigned m = 0; EACH m |= unsigned(std::fabs(a.v[i]) > bound.v[i]) << i; return m; }
+INLINE Floats without(Floats a, Floats bound) { EACH if (std::fabs(a.v[i]) > bound.v[i]) a.v[i] = 0; return a; }
 INLINE Floats load_f16(const uint16_t *p) { Floats r; EACH r.v[i] = from_f16(p[i]); return r; }
 INLINE Floats load_bf16(const uint16_t *p) { Floats r; EACH r.v[i] = from_bf16(p[i]); return r; }
 INLINE Floats load_i8(const int8_t *p) { Floats r; EACH r.v[i] = float(p[i]); return r; }
@@ -370,20 +421,23 @@ INLINE Bytes rescale(Bytes codes, Bytes zero, Factor f, int shift) {
 
 #endif
 
-// Signed bytes with 128 added, as unsigned ones.
-INLINE Bytes flip_signs(const int8_t *p) {
+// Signed bytes with so much added, as unsigned ones.
+template <int MORE> INLINE Bytes lifted(const int8_t *p) {
     const Bytes x = load_bytes(reinterpret_cast<const uint8_t *>(p));
 #if defined(__AVX512VNNI__)
-    return {_mm512_xor_si512(x.v, _mm512_set1_epi8(char(128)))};
+    return {_mm512_add_epi8(x.v, _mm512_set1_epi8(char(MORE)))};
 #elif defined(__AVX2__)
-    const __m256i top = _mm256_set1_epi8(char(128));
-    return {_mm256_xor_si256(x.a, top), _mm256_xor_si256(x.b, top)};
+    const __m256i more = _mm256_set1_epi8(char(MORE));
+    return {_mm256_add_epi8(x.a, more), _mm256_add_epi8(x.b, more)};
 #else
     Bytes y;
-    for (int i = 0; i < 64; ++i) y.v[i] = x.v[i] ^ 128;
+    for (int i = 0; i < 64; ++i) y.v[i] = uint8_t(x.v[i] + MORE);
     return y;
 #endif
 }
+
+// bf16 in the upper halves, rounded to nearest.
+INLINE Ints upper_halves(Floats x) { return float_bits(x) + set_ints(0x8000); }
 
 // 1 / x for normal x, to the last bit or two.
 INLINE Floats reciprocal(Floats x) {

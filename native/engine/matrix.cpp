@@ -131,7 +131,7 @@ Cut make_cut(int columns, int group, int bits) {
         throw std::invalid_argument("columns must be at most 1,073,741,824, every group padded to whole lines");
     }
     const int most = std::max(1, SEGMENT / cut.width), segments = (cut.blocks() + most - 1) / most;
-    cut.per_segment = (cut.blocks() + segments - 1) / segments;  // 576 columns are three times 192, not 256, 256 and 64
+    cut.per_segment = (cut.blocks() + segments - 1) / segments;  // as even as can be
     return cut;
 }
 

@@ -15,7 +15,7 @@ namespace bitpress {
 
 constexpr int STRIP = 16;       // output rows side by side in one vector
 constexpr int MAX_BLOCK = 128;  // columns that share one scale of the activations, at most
-constexpr int SEGMENT = 256;    // columns of a tile product between two rescalings, at least where groups allow
+constexpr int SEGMENT = 64;     // columns of a tile product between two rescalings: smaller groups are put together up to here
 
 // Zeroed memory that begins with a cache line; large pieces ask for huge pages, because rows of a matrix lie on many small ones.
 void *take_memory(size_t bytes);
@@ -92,6 +92,8 @@ struct Coded {
     ScaleKind kind = ScaleKind::f32;
     float gain = 1;
     int reach = 0;  // the largest |value - zero|
+    // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
+    bool small() const { return cut.per_segment == 1 && reach <= 63; }
     bool has_zeros = false, has_table = false;
     uint8_t table[16] = {};   // bytes of the levels, less the zero of 128
     float levels[16] = {};    // the levels themselves, already without a zero: w = scale * level

@@ -24,13 +24,14 @@ void Input::want(Form::Kind kind, const Cut &cut, const InputMap *map, const Lin
     form.linear = linear;
     if (kind == Form::direct) form.quantized.fit(cut, rows_);
     else if (kind == Form::tiled) form.tiles.fit(cut, rows_);
+    else if (kind == Form::halved) form.halves.fit(cut, rows_);
     else {
         form.width = kind == Form::floats ? cut.padded() : cut.columns;
         form.values.resize(size_t(rows_) * form.width);
     }
 }
 
-void Input::plan(const std::vector<const Linear *> &linears, int rows, bool bytes) {
+void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &linears, int rows, bool bytes) {
     if (rows == rows_ && bytes == bytes_ && linears == planned_) return;
     rows_ = rows;
     bytes_ = bytes;
@@ -44,9 +45,9 @@ void Input::plan(const std::vector<const Linear *> &linears, int rows, bool byte
         // First, for the others are made of it.
         if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
         for (const Coded &m : linear->coded) {
-            want(!bytes ? Form::floats : few ? Form::direct : Form::tiled, m.cut, map);
+            want(!bytes ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
         }
-        if (!linear->dense.empty() && bytes && !few) want(Form::tiled, flat_cut(linear->columns), map);
+        if (!linear->dense.empty() && bytes && !few) want(many(kernels), flat_cut(linear->columns), map);
         if (linear->down) {
             whole.columns = linear->down->rows;
             want(Form::inner, whole, map, linear);
@@ -61,6 +62,21 @@ const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const InputMap *
         if (form.kind == kind && form.cut == cut && form.map == map && form.linear == linear) return form;
     }
     __builtin_unreachable();
+}
+
+int64_t Input::apart() const {
+    int64_t total = 0;
+    for (size_t i = 0; i < used_; ++i) {
+        if (forms_[i].kind != Form::tiled) continue;
+        for (int row = 0; row < rows_; ++row) total += forms_[i].tiles.apart_counts[row];
+    }
+    return total;
+}
+
+int64_t Input::values() const {
+    int64_t total = 0;
+    for (size_t i = 0; i < used_; ++i) total += forms_[i].kind == Form::tiled ? int64_t(rows_) * forms_[i].cut.columns : 0;
+    return total;
 }
 
 void Input::prepare(const Kernels &kernels, const float *x, int row) {
@@ -80,10 +96,12 @@ void Input::prepare(const Kernels &kernels, const float *x, int row) {
             else form.map->apply(x, to);
         } else if (form.kind == Form::direct) {
             Quantized &q = form.quantized;
-            kernels.quantize(source(form.map), q.cut, q.values.data() + size_t(row) * q.cut.padded(),
+            kernels.quantize(source(form.map), q.cut, q.values.data() + size_t(row) * 2 * q.cut.padded(),
                              q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
         } else if (form.kind == Form::tiled) {
             kernels.quantize_tiled(source(form.map), row, form.tiles);
+        } else if (form.kind == Form::halved) {
+            kernels.halve(source(form.map), row, form.halves);
         } else if (form.kind == Form::floats) {
             kernels.pad(source(form.map), form.cut, form.values.data() + size_t(row) * form.width);
         } else {
@@ -189,18 +207,31 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     }
     const auto form = [&](const Half &h) -> const void * {
         const Linear &l = *h.linear;
-        return &input.find(Form::tiled, l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, l.map.get());
+        return &input.find(Input::many(k), l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, l.map.get());
     };
     const bool done = put.mode != Put::stay && halves[1].linear != nullptr && is_single(halves[0]) && is_single(halves[1]) &&
                       form(halves[0]) == form(halves[1]);
     // The n-th terms of both together where they read the same form of x; alone, beside a strip of scale 0, otherwise.
-    auto with_tiles = [&](auto form_of, auto fill) {
-        const Tiled *forms[2] = {halves[0].linear ? form_of(*halves[0].linear) : nullptr,
+    auto with_tiles = [&](auto form_of, auto small, auto fill, auto fill_halves) {
+        const Form *forms[2] = {halves[0].linear ? form_of(*halves[0].linear) : nullptr,
                                  halves[1].linear ? form_of(*halves[1].linear) : nullptr};
-        auto run = [&](const Tiled &x, bool with_first, bool with_second) {
+        auto run = [&](const Form &form, bool with_first, bool with_second) {
+            if (form.kind == Form::halved) {
+                const size_t strip = size_t(form.halves.column_tiles()) * 512;
+                scratch.halves.resize(2 * strip);
+                for (int i = 0; i < 2; ++i) {
+                    uint16_t *to = scratch.halves.data() + i * strip;
+                    if (i == 0 ? with_first : with_second) fill_halves(*halves[i].linear, halves[i].strip, to);
+                    else std::memset(to, 0, strip * sizeof(uint16_t));
+                }
+                return k.half_product(form.halves, scratch.halves.data(), out, done ? put : Put{});
+            }
+            const Tiled &x = form.tiles;
             const size_t step = size_t(x.cut.tiles_per_segment()) * 1024;
             scratch.tiles.resize(step * 2 * x.cut.segments());
             scratch.scales.resize(size_t(2 * STRIP) * x.cut.segments());
+            scratch.known.resize(size_t(x.cut.tiles()) * 64);
+            scratch.single.resize(size_t(x.cut.tiles()) * 64 * 2 * STRIP);
             for (int s = 0; s < x.cut.segments(); ++s) {
                 for (int i = 0; i < 2; ++i) {
                     float *scales = scratch.scales.data() + (2 * s + i) * STRIP;
@@ -209,7 +240,9 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
                     else std::memset(scales, 0, STRIP * sizeof(float));
                 }
             }
-            k.tile_product(x, scratch.tiles.data(), scratch.scales.data(), out, done ? put : Put{});
+            const bool all_small = (!with_first || small(*halves[0].linear)) && (!with_second || small(*halves[1].linear));
+            const Tiles tiles{scratch.tiles.data(), scratch.scales.data(), all_small, scratch.single.data(), scratch.known.data()};
+            k.tile_product(x, tiles, out, done ? put : Put{});
         };
         if (forms[0] != nullptr && forms[0] == forms[1]) return run(*forms[0], true, true);
         if (forms[0] != nullptr) run(*forms[0], true, false);
@@ -222,21 +255,25 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     }
     for (size_t t = 0; t < coded; ++t) {
         with_tiles(
-            [&](const Linear &l) -> const Tiled * {
-                return t < l.coded.size() ? &input.find(Form::tiled, l.coded[t].cut, l.map.get()).tiles : nullptr;
+            [&](const Linear &l) -> const Form * {
+                return t < l.coded.size() ? &input.find(Input::many(k), l.coded[t].cut, l.map.get()) : nullptr;
             },
+            [&](const Linear &l) { return l.coded[t].small(); },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
                 k.fill_tiles(l.coded[t], strip, s, tiles, scales);
-            });
+            },
+            [&](const Linear &l, int strip, uint16_t *to) { k.fill_halves(l.coded[t], strip, to); });
     }
     for (size_t t = 0; t < dense; ++t) {
         with_tiles(
-            [&](const Linear &l) -> const Tiled * {
-                return t < l.dense.size() ? &input.find(Form::tiled, flat_cut(l.columns), l.map.get()).tiles : nullptr;
+            [&](const Linear &l) -> const Form * {
+                return t < l.dense.size() ? &input.find(Input::many(k), flat_cut(l.columns), l.map.get()) : nullptr;
             },
+            [&](const Linear &) { return false; },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
                 k.fill_tiles_dense(l.dense[t], flat_cut(l.columns), strip, s, tiles, scales);
-            });
+            },
+            [&](const Linear &l, int strip, uint16_t *to) { k.fill_halves_dense(l.dense[t], strip, to); });
     }
     for (int i = 0; i < 2; ++i) {
         if (halves[i].linear == nullptr) continue;

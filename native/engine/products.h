@@ -20,23 +20,29 @@ struct Product {
 class Input {
   public:
     // Makes room for `rows` rows and every form that these linears want. Called by one thread.
-    void plan(const std::vector<const Linear *> &linears, int rows, bool bytes);
+    void plan(const Kernels &kernels, const std::vector<const Linear *> &linears, int rows, bool bytes);
     // Fills every form of one row. Different threads may fill different rows.
     void prepare(const Kernels &kernels, const float *x, int row);
 
     struct Form {
-        enum Kind { direct, tiled, floats, mapped, inner } kind;
+        enum Kind { direct, tiled, halved, floats, mapped, inner } kind;
         Cut cut;
         const InputMap *map;   // that the row has been through, or null
         const Linear *linear;  // whose low-rank term it is, or null
         Quantized quantized;
         Tiled tiles;
+        HalfRows halves;
         Aligned<float> values;  // [row][width]
         int width;
     };
     const Form &find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr) const;
     int rows() const { return rows_; }
     bool bytes() const { return bytes_; }
+    // How products of many rows read a row: in bytes, or in bf16 where the processor has tiles for it.
+    static Form::Kind many(const Kernels &kernels) { return kernels.half_product != nullptr ? Form::halved : Form::tiled; }
+    // Values that stand apart, of all rows and forms.
+    int64_t apart() const;
+    int64_t values() const;
 
   private:
     void want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr);
@@ -50,7 +56,9 @@ class Input {
 // Memory of one thread for tiles and panels.
 struct Scratch {
     Aligned<int8_t> tiles;
-    Aligned<float> scales, panel, out, attention;
+    Aligned<uint8_t> known;
+    Aligned<uint16_t> halves;
+    Aligned<float> scales, panel, single, out, attention;
     std::vector<float> queries;
 };
 
