@@ -213,6 +213,13 @@ def test_an_error_in_a_pipe_ends_it(bitpress: Run, pressed_original: Path, monke
     assert "unknown command '/nothing'" in done.error
 
 
+def test_bytes_in_a_pipe_that_are_no_text(bitpress: Run, pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    done = bitpress("run", pressed_original, "--max-tokens", "4")
+    assert (done.code, done.out) == (2, "")
+    assert "standard input is not valid UTF-8" in done.error
+
+
 @pytest.mark.parametrize("runtime", ["native", "transformers"])
 def test_one_answer_says_that_it_was_cut(runtime: str, bitpress: Run, pressed_original: Path) -> None:
     if runtime == "native" and not native.available():

@@ -3,6 +3,8 @@
 import sys
 from typing import Protocol
 
+from bitpress.errors import UsageError
+
 __all__ = ["Reader", "open_reader"]
 
 
@@ -25,7 +27,10 @@ class _Lines:
     interactive = False
 
     def read(self) -> str | None:
-        return sys.stdin.readline() or None
+        try:
+            return sys.stdin.readline() or None
+        except UnicodeDecodeError as error:
+            raise UsageError("standard input is not valid UTF-8.") from error
 
 
 class _Terminal:
