@@ -102,6 +102,8 @@ def read_yaml(path: Path, expected: str) -> Any:
 
 
 def _yaml_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError):
         return str(error).splitlines()[0].removesuffix(".")
     mark = error.problem_mark or error.context_mark

@@ -149,6 +149,35 @@ def test_a_tensor_too_few_and_one_too_many_are_named(bitpress: Run, llama: Path,
         (("--length", "1"), "length"),
         (("--seed", "-1"), "seed"),
         (("--proof-tokens", "-1"), "the proof needs"),
+        (("--set", "calibration.sample=4"), "Did you mean 'samples'?"),
+        (("--set", "calibration.inputs=orig"), "Did you mean 'original'?"),
+        (("--set", "quantizer.order=activations"), "Did you mean 'activation'?"),
+        (("--set", "quantizer.steps=10000000000"), "steps of 2 to 10000"),
+        (("--set", "weights.bits=4"), "weights: a text is needed"),
+        (("--set", "skip=*.v_proj"), "skip: a list is needed"),
+        (("--weights", "q4_k_m"), "nearest here: weights int4-g32-zero"),
+        (("--weights", "AWQ"), "nearest here: weights int4-g128-zero with quantizer awq"),
+        (("--weights", ""), "--weights: its value is empty"),
+        (("--quantizer", "W4A16"), "nearest here: weights int4-g128"),
+        (("--quantizer", "lqer"), "that is a correction"),
+        (("--quantizer", "=gptq"), "Did you mean 'gptq'?"),
+        (("--recipe", "4.0bpw"), "nearest here: weights int4-g64-zero"),
+        (("--recipe", "best"), "That is a preset"),
+        (("--recipe", ""), "--recipe: its value is empty"),
+        (("--recipe", "FOLDER/nested.yaml"), "nested too deeply"),
+        (("--recipe", "FOLDER/tabs.yaml"), "is not YAML"),
+        (("--recipe", "FOLDER/twice.yaml"), "the key 'weights' is given twice"),
+        (("--recipe", "FOLDER/empty.yaml"), "is a mapping"),
+        (("--skip", "*.vproj"), "did you mean *.v_proj?"),
+        (("--skip", "!*.vproj", "--skip", "*.v_proj"), "did you mean !*.v_proj?"),
+        (("--skip", ""), "--skip: its value is empty"),
+        (("--set", "overrides=[{match: '*.vproj', weights: int8-row}]"), "did you mean *.v_proj?"),
+        (("--bits", "9"), "it has 5, 4, 3, 2"),
+        (("--bits", "-4"), "it has 5, 4, 3, 2"),
+        (("--bits", "4", "--weights", "int4-g32"), "leave one of them out"),
+        (("--max-kl", "nan"), "max_kl=nan"),
+        (("--max-kl", "-1"), "max_kl=-1"),
+        (("--proof-text", "FOLDER"), "is not a kind of text"),
         (("--recipe", "FOLDER/missing.yaml"), "No such file"),
         (("--recipe", "FOLDER/broken.yaml"), "is not YAML"),
         (("--recipe", "FOLDER/list.yaml"), "is a mapping"),
@@ -169,9 +198,16 @@ def test_a_wrong_setting_is_named(
     (tmp_path / "key.yaml").write_text("quantiser: gptq\n")
     (tmp_path / "inner.yaml").write_text("calibration: {samplez: 4}\n")
     (tmp_path / "type.yaml").write_text("skip: 4\n")
-    done = bitpress("quantize", llama, out, *(word.replace("FOLDER", str(tmp_path)) for word in options))
+    (tmp_path / "nested.yaml").write_text("[" * 5000)
+    (tmp_path / "tabs.yaml").write_text("weights:\tint4-g32\n\tbatch: 1\n")
+    (tmp_path / "twice.yaml").write_text("weights: int4-g32\nweights: int3-g32\n")
+    (tmp_path / "empty.yaml").write_text("")
+    usual = () if {"--weights", "--recipe", "--bits"} & set(options) else ("--weights", "int4-g16")
+    done = bitpress("quantize", llama, out, *usual, *(word.replace("FOLDER", str(tmp_path)) for word in options))
     assert done.code == 2, done.err
     assert says in done.error
+    assert len(done.error.replace(str(tmp_path), "")) <= 3 * 80, "three lines of a terminal"
+    assert "Input should" not in done.error
     assert not out.exists()
 
 
@@ -385,6 +421,13 @@ def test_an_unfinished_job_of_another_recipe_is_refused(bitpress: Run, llama: Pa
         (("run", "DIR", "--prompt", "\udcff"), "not valid UTF-8"),
         (("run", "DIR", "--json"), "--json needs a --prompt"),
         (("run", "DIR", "--prompt", "word " * 300), "the model's context is 256"),
+        (("run", "DIR", "--prompt", "a", "--memory", "60XB"), "for example 60MB, 1.5GB or 64MiB"),
+        (("run", "DIR", "--prompt", "a", "--head", "Q4_0"), "nearest here: weights int4-g32"),
+        (("run", ""), "an argument is empty"),
+        (("eval", "DIR", "--memory", "-5"), "for example 60MB"),
+        (("eval", "DIR", "--text", ""), "--text: its value is empty"),
+        (("plan", "MODEL", "--weights", "int4-g16", "--calibration", "missing.txt"), "does not exist"),
+        (("formats", "--measure", "MODEL", "--format", "q4_k_m"), "nearest here: weights int4-g32-zero"),
         (("inspect",), "either DIR or --machine"),
         (("inspect", "DIR", "--machine"), "either DIR or --machine"),
         (("eval", "DIR", "--against", "MODEL", "--text", "missing.txt"), "does not exist"),

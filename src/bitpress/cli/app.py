@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bitpress.cli import cache, looking
-from bitpress.cli.failing import fail, interrupted
+from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
     Cache,
@@ -135,6 +135,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
+    from bitpress.calibration.samples import read_texts
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
@@ -142,6 +143,8 @@ def plan(
     from bitpress.pipeline.quantize import plan_run
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    if made.needs() and not made.calibration.text.startswith("hf:"):
+        read_texts(made.calibration.text)  # as quantize would; a set of the hub is not fetched for a plan
     with Screen() as screen:
         planned, streamed, _ = plan_run(resolve_model(model, screen.note), made)
         seconds = estimate_seconds(streamed, made, planned.weights)
@@ -371,6 +374,7 @@ def main() -> None:
     begin_output()
     arguments = sys.argv[1:]
     try:
+        check_arguments(arguments)
         code = app(args=arguments or ["--help"], standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where every error ends, in one line
         fail(error, debug=_state["debug"], arguments=arguments)

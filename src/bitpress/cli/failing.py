@@ -14,9 +14,12 @@ from typing import Any, NoReturn
 import typer
 
 from bitpress.cli.screen import err, has_printed_json
-from bitpress.errors import BitpressError, nearest, shown
+from bitpress.errors import BitpressError, UsageError, nearest, shown
 
-__all__ = ["explain", "fail", "interrupted", "wants_json"]
+__all__ = ["check_arguments", "explain", "fail", "interrupted", "wants_json"]
+
+# Options that say themselves what is wrong with an empty value.
+HEARD_ELSEWHERE = ("--prompt", "--set", "--stop", "--memory", "--tasks")
 
 # The root of what typer itself raises about the command line, whichever copy of click this version of typer has.
 _COMMAND_LINE: type[Any] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
@@ -45,6 +48,15 @@ def wants_json(arguments: list[str]) -> bool:
     """Say whether a command line asks for JSON, even one that cannot be read whole."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in own
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raise UsageError for an empty word, which as a path would be the directory one is in."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word == "" and before not in HEARD_ELSEWHERE:
+            if before.startswith("-"):
+                raise UsageError(f"{before}: its value is empty; give one, or leave {before} out.")
+            raise UsageError("an argument is empty; is a variable of the shell not set?")
 
 
 def explain(error: BaseException) -> tuple[str, int]:

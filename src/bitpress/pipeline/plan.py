@@ -304,8 +304,8 @@ def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
 
 
 def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    shown = ", ".join(names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
 def _activation_bytes(recipe: Recipe, of_token: int) -> int:

@@ -1,5 +1,6 @@
 """The main job: plan, press block by block into a journal, stage, prove, publish."""
 
+import math
 import platform
 import shutil
 import time
@@ -58,6 +59,8 @@ class Proof:
             raise UsageError(
                 f"the proof needs 0 tokens (no proof) or more and a length of 2 or more, got {tokens} and {length}."
             )
+        if max_kl is not None and not 0 <= max_kl < math.inf:
+            raise UsageError(f"max_kl={max_kl:g}: it is a KL divergence in nats a token, 0 or more, such as 0.05.")
         self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
 
 
