@@ -87,6 +87,25 @@ def test_experts_are_slices_of_one_parameter() -> None:
         torch.testing.assert_close(stats[f"e{i}"].gram, expected(x[i]))
 
 
+@pytest.mark.parametrize(
+    "product",
+    [torch.bmm, torch.Tensor.bmm, lambda x, w: torch.baddbmm(torch.zeros(OUT), x, w), lambda x, w: x.baddbmm(x, w)],
+    ids=["bmm", "method", "baddbmm", "baddbmm of a tensor"],
+)
+def test_a_batched_product_counts_the_tokens_that_were_routed_to_an_expert(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    experts = draw(3, OUT, OUT)
+    x = draw(3, TOKENS, OUT)
+    x[1, 2:] = 0  # tokens that went elsewhere
+    x[2] = 0
+    with Capture([Watched(f"e{i}", experts[i], out_first=False, expert=True) for i in range(3)], {"gram"}) as capture:
+        product(x, experts)
+    stats = capture.finish()
+    assert {name: s.tokens for name, s in stats.items()} == {"e0": TOKENS, "e1": 2}
+    torch.testing.assert_close(stats["e1"].gram, expected(x[1, :2]))
+
+
 def test_unused_and_unwatched_weights() -> None:
     a, b, c = draw(OUT, IN), draw(OUT, IN), draw(OUT, IN)
     with Capture([Watched("a", a), Watched("b", b)], {"gram"}) as capture:

@@ -149,7 +149,7 @@ TRANSPOSED = Product(Axis(WIDTH, WIDTH), Axis(1, WIDTH))
         (lambda x, w: x.clone().add_(w[1]), SQUARE, set(), False, {"add"}),
         (lambda x, w: x + F.embedding(torch.arange(x.shape[1]), w), (32, WIDTH), set(), False, {"embedding"}),
         (lambda x, w: F.conv1d(x.mT, w, groups=WIDTH), (WIDTH, 1, 1), set(), False, {"convolution of each channel"}),
-        (lambda x, w: F.conv1d(x.mT, w), (WIDTH, WIDTH, 1), set(), False, {"convolution"}),
+        (lambda x, w: F.conv1d(x.mT, w), (WIDTH, WIDTH, 1), set(), True, set()),
         (lambda x, w: x, SQUARE, set(), False, set()),
     ],
 )

@@ -62,7 +62,7 @@ class Use:
     """What a model does with a parameter of two or more axes.
 
     products    views that values were multiplied by
-    computed    products with something that is computed from the parameter first
+    computed    products in another way: with something that is computed from the parameter first, on the left, a convolution
     others      names of the other functions it went into together with values
     router      it says which experts run, or how much of a shared one
     """
@@ -178,8 +178,12 @@ class _Trace(TorchDispatchMode):
                 made_of = frozenset(self._names(weight))
                 self._note_product(weight, weight is left)
                 used -= made_of
+        function = _name_of(func, args)
         for name in used:
-            self.uses[name].others.add(_name_of(func, args))
+            if function == "convolution":
+                self.uses[name].computed = True
+            else:
+                self.uses[name].others.add(function)
         written = _written(func, args, kwargs)
         if written is not None and not written.is_meta:
             self._set_sources(written, made_of | self._sources_of(written))
