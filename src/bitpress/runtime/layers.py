@@ -102,7 +102,6 @@ class PackedExperts(PackedWeight):
     def __init__(self, spec: Mapping[str, Any], parameter: WeightParameter, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         self.parameter = parameter
-        self.cube = (parameter.experts, *parameter.matrix_shape)
         self.shape = torch.Size(parameter.parameter_shape)
 
     def decode_(self) -> None:
@@ -115,19 +114,15 @@ class PackedExperts(PackedWeight):
         return self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        if self.decoded is not None:
-            return self.decoded[expert]
+        if self.decoded is not None or self.parameter.flat:
+            return self.whole()[expert]
         rows = self.parameter.shape[0]
         e = int(expert)
         matrix = self.weight_terms().row_slice(e * rows, (e + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
 
-    def view(self, *shape: Any) -> Any:
-        """Give the stack of matrices that lie below each other, still packed; any other shape is one of the decoded parameter."""
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if self.parameter.flat and self.decoded is None and len(sizes) == 3 and tuple(sizes[1:]) == self.cube[1:]:
-            return self
-        return self.whole().view(*sizes)
+    def view(self, *shape: Any) -> torch.Tensor:
+        return self.whole().view(*shape)
 
     def transpose(self, first: int, second: int) -> torch.Tensor:
         return self.whole().transpose(first, second)
