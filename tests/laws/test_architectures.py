@@ -28,6 +28,7 @@ KINDS = {
     "gemma3n_text": "four streams, inputs of every layer, shared keys and values, weights of 4 columns",
     "gemma4": "a wrapper of several inputs around gemma4_text",
     "gemma4_text": "inputs of every layer, shared keys and values",
+    "git": "a tower that is larger than the text's blocks",
     "glm_moe_dsa": "blocks return a pair whose second is for the next",
     "gpt2": "Conv1D",
     "gpt_oss": "experts stored transposed, with biases",
@@ -170,3 +171,21 @@ def test_the_document_has_every_kind_with_its_outcome() -> None:
         assert rows[name] == "works", "run make docs"
     for name, words in REFUSED.items():
         assert words in rows[name], "run make docs"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_towers_are_left_out_where_transformers_builds_the_text_model_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText
+
+    from bitpress.pipeline.source_model import open_original
+
+    LAW["save"](AutoModelForImageTextToText.from_config(LAW["small_config"]("llama4")), tmp_path)
+    model, loader = open_original(tmp_path, torch.float32)
+    assert model.stack == "model.layers"
+    assert {name.split(".")[0] for name in loader.names.left_out} == {"multi_modal_projector", "vision_model"}
+    tensors = load_file(tmp_path / "model.safetensors")
+    stray = {**tensors, "language_model.model.layers.0.stray.weight": torch.zeros(2, 2)}
+    save_file(stray, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"stray\.weight' of the checkpoint belongs to no parameter"):
+        open_original(tmp_path, torch.float32)

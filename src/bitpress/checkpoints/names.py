@@ -74,8 +74,12 @@ class NameMap:
         return {name: (value[0] if isinstance(value, list) else value) for name, value in done.items()}
 
 
-def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor]) -> NameMap:
+def map_names(
+    model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor], *, carved: bool = False
+) -> NameMap:
     """Place every tensor of a checkpoint in a model without weights; `read` is used to compare tied copies only.
+
+    With `carved`, the model is the text part of what the checkpoint holds: towers for other inputs are left out.
 
     Raises CheckpointError for a tensor that belongs nowhere, a parameter that nothing makes, or a shape that differs.
     """
@@ -94,6 +98,7 @@ def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[
     conversions: dict[str, _Conversion] = {}
     left_out: list[str] = []
     tied: list[tuple[str, str]] = []
+    strange: list[str] = []
     for name in sorted(checkpoint, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
@@ -110,9 +115,19 @@ def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[
             plain[target] = name
         elif _COMPUTED.search(name) or any(p.search(name) or p.search(target) for p in ignorable):
             left_out.append(name)
+        elif carved:
+            strange.append(name)
         else:
-            hint = " It is quantized already; use the original model." if _QUANTIZED.search(name) else ""
-            raise CheckpointError(f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{hint}")
+            raise CheckpointError(
+                f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
+            )
+    used = {_part(n) for n in (*plain.values(), *(source for c in conversions.values() for source, _ in c.sources))}
+    for name in strange:
+        if _part(name) in used:
+            raise CheckpointError(
+                f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
+            )
+        left_out.append(name)
     result = NameMap(plain, tuple(conversions.values()), aliases, tuple(left_out), model)
     for target, source in plain.items():
         _check_type(checkpoint[source], state[target].dtype)
@@ -124,6 +139,15 @@ def map_names(model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[
         _check_type(checkpoint[name], state[original].dtype)
         _check_copy(checkpoint[name], checkpoint[plain[original]], read)
     return result
+
+
+def _hint(name: str) -> str:
+    return " It is quantized already; use the original model." if _QUANTIZED.search(name) else ""
+
+
+def _part(name: str) -> tuple[str, ...]:
+    """Which part of a model a tensor is of: `model.visual`, `language_model.model`."""
+    return tuple(name.split(".")[:2])
 
 
 def _check_type(entry: TensorEntry, wanted: torch.dtype) -> None:

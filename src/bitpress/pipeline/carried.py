@@ -9,8 +9,8 @@ What there is to carry is found by running the model once without its weights: e
 That run also shows whether the state is enough: from it each block, and the head, must be given what the blocks themselves gave.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch.overrides import TorchFunctionMode
 
 from bitpress.errors import CheckpointError
+from bitpress.runtime.skeleton import find_stacks
 
-__all__ = ["BREAKS", "Carried", "Stop", "find_carried", "hollow", "stand_ins"]
+__all__ = ["BREAKS", "Carried", "Stop", "choose_stack", "find_carried", "hollow", "stand_ins"]
 
 # What a model's own code may raise when its blocks return something else than it expects.
 BREAKS = (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError, AssertionError)
@@ -176,12 +177,38 @@ class Carried:
         return torch.stack([tokens // 256**k % 256 for k in range(_DIGITS)], -1).to(self.dtype)
 
 
+def choose_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
+    """Return the list of blocks that a text runs through: of several large ones, some are towers for other inputs."""
+    stacks = find_stacks(model)
+    ran: set[int] = set()
+
+    def noting(k: int, block: torch.nn.Module) -> Callable[..., Any]:
+        own = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            ran.add(k)
+            if k == 0:  # the largest, which is the text's nearly always: no more is to be known
+                raise Stop
+            return own(*args, **kwargs)
+
+        return forward
+
+    if len(stacks) > 1:
+        every = [(k, block) for k, (_, stack) in enumerate(stacks) for block in stack]
+        noted = [noting(k, block) for k, block in every]
+        with torch.no_grad(), hollow(model), stand_ins([block for _, block in every], noted), suppress(Stop, *BREAKS):
+            model(input_ids=_text(_SHAPES[0]), use_cache=False)
+    return stacks[min(ran, default=0)]
+
+
 def find_carried(model: Any, blocks: torch.nn.ModuleList, dtype: torch.dtype) -> Carried:
     """Find what a model carries from block to block. Raises CheckpointError where its blocks cannot be run one by one."""
     name = type(model).__name__
     with torch.no_grad(), hollow(model):
         try:
             (small, logits), (large, _) = (_walk(model, blocks, shape) for shape in _SHAPES)
+        except CheckpointError:
+            raise
         except BREAKS as error:
             raise CheckpointError(f"{name} cannot be run block by block: {' '.join(str(error).split())[:200]}") from error
         forms = {repr(_formed(call.out)) for call in small}
@@ -247,7 +274,7 @@ class _InParts(TorchFunctionMode):
 
 
 @contextmanager
-def stand_ins(blocks: torch.nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def stand_ins(blocks: Iterable[Any], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Let blocks run other forwards."""
     try:
         for block, forward in zip(blocks, forwards, strict=True):

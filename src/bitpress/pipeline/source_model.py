@@ -46,8 +46,10 @@ def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, Origin
     config = build_config(source.config)
     check_causal(config, str(path))
     model = StreamedModel(config, None, dtype)
+    entries = {name: entry for name, (_, entry) in source.tensors.items()}
     try:
-        names = map_names(model.model, {name: entry for name, (_, entry) in source.tensors.items()}, source.read)
+        # Of a model for several kinds of input, transformers may build the text model alone.
+        names = map_names(model.model, entries, source.read, carved=type(model.model.config) is not type(config))
     except CheckpointError as error:
         if not source.config.get("auto_map"):
             raise

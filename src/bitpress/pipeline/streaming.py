@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 
 from bitpress.errors import CheckpointError
-from bitpress.pipeline.carried import BREAKS, Carried, Stop, find_carried, hollow, stand_ins
+from bitpress.pipeline.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins
 from bitpress.pipeline.uses import Use, find_uses
-from bitpress.runtime.skeleton import build_skeleton, find_stack, restore_ties_, set_parameter_
+from bitpress.runtime.skeleton import build_skeleton, restore_ties_, set_parameter_
 
 __all__ = ["ParameterLoader", "StreamedModel"]
 
@@ -36,7 +36,7 @@ class StreamedModel:
         self.dtype = dtype
         self._loader = loader
         self.model = build_skeleton(config, dtype)
-        self.stack, self.blocks = find_stack(self.model)
+        self.stack, self.blocks = choose_stack(self.model)
         self._check_apart()
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wraps_in_tuple: bool | None = None

@@ -13,7 +13,7 @@ import torch
 
 from bitpress.errors import CheckpointError, UsageError
 
-__all__ = ["build_config", "build_skeleton", "check_causal", "check_tokens", "find_stack", "restore_ties_", "set_parameter_"]
+__all__ = ["build_config", "build_skeleton", "check_causal", "check_tokens", "find_stacks", "restore_ties_", "set_parameter_"]
 
 
 def build_config(values: Mapping[str, Any]) -> Any:
@@ -91,17 +91,20 @@ def restore_ties_(model: Any) -> None:
         set_parameter_(model, alias, model.get_parameter(original).data)
 
 
-def find_stack(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Find the list of blocks: the outermost ModuleList that holds most of the parameters."""
-    best: tuple[int, str, torch.nn.ModuleList] | None = None
+def find_stacks(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
+    """Find the lists of blocks that lie in no other, those with most parameters first; small ones are no stacks."""
+    found: list[tuple[int, str, torch.nn.ModuleList]] = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) > 0:
-            size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, name, module)
-    if best is None:
+        if (
+            isinstance(module, torch.nn.ModuleList)
+            and len(module) > 0
+            and not any(name.startswith(f"{n}.") for _, n, _ in found)
+        ):
+            found.append((sum(p.numel() for p in module.parameters()), name, module))
+    if not found:
         raise CheckpointError(f"{type(model).__name__} has no list of blocks to walk.")
-    return best[1], best[2]
+    found.sort(key=lambda entry: -entry[0])
+    return [(name, module) for size, name, module in found if size * 10 >= found[0][0]]
 
 
 def check_tokens(tokens: torch.Tensor, config: Any, where: str) -> None:
