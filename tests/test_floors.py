@@ -12,6 +12,7 @@ FLOORS = {
     "foreign": 0,
     "faults": 0.3,  # needs errors
     "arithmetic": 0,
+    "exhaustion": 0,
     "figures": 0.3,  # needs errors
     "finite": 0,
     "limits": 0,

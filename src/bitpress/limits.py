@@ -1,4 +1,4 @@
-"""Limits on code that comes with data, such as a chat template: it may loop or allocate without end."""
+"""Limits on this process, and on code that comes with data, such as a chat template: it may loop or allocate without end."""
 
 import resource
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["TEMPLATE_BYTES", "TEMPLATE_SECONDS", "bounded"]
+__all__ = ["TEMPLATE_BYTES", "TEMPLATE_SECONDS", "address_space_left", "bounded"]
 
 # A template renders a conversation in milliseconds and kilobytes.
 TEMPLATE_SECONDS = 5.0
@@ -30,8 +30,7 @@ def bounded(seconds: float, num_bytes: int) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, expire) if timed else None
     try:
         if sys.platform == "linux":
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            wanted = pages * resource.getpagesize() + num_bytes
+            wanted = _address_space() + num_bytes
             resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
         if timed:
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -41,3 +40,13 @@ def bounded(seconds: float, num_bytes: int) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def address_space_left() -> int | None:
+    """Return the bytes that the limit on this process's address space (ulimit -v) leaves; None where there is no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY or sys.platform != "linux" else max(soft - _address_space(), 0)
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -14,6 +14,7 @@ from bitpress.checkpoints.durable import open_regular, read_into
 from bitpress.checkpoints.jsonfile import read_foreign_json
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, check_listed_name, listed_file, read_side_file
 from bitpress.errors import BitpressError, CheckpointError
+from bitpress.exhaustion import is_out_of_memory
 
 __all__ = ["check_tokenizer", "load_tokenizer", "reader_errors"]
 
@@ -140,6 +141,8 @@ def reader_errors(what: str) -> Iterator[None]:
     except BitpressError:
         raise
     except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _broken(what, error) from error
     except Exception as error:
         if type(error) is not Exception:  # the one class that tokenizers raises

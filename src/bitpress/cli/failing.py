@@ -15,6 +15,7 @@ import typer
 
 from bitpress.cli.screen import err, has_printed_json
 from bitpress.errors import BitpressError, UsageError, nearest, shown
+from bitpress.exhaustion import first_line, is_out_of_memory
 
 __all__ = ["check_arguments", "explain", "fail", "interrupted", "wants_json"]
 
@@ -65,8 +66,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _one_line(str(error)), error.exit_code
     if isinstance(error, _COMMAND_LINE):
         return _one_line(_of_command_line(error)), 2
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}. Use fewer or shorter samples, or a smaller batch (--set batch=1).", 5
+    if is_out_of_memory(error):
+        if isinstance(error, ImportError):
+            return (
+                "out of memory: there is not enough to load the program; give it more, about 1 GB of address space at least.",
+                5,
+            )
+        reason = first_line(error) or "no more could be had"
+        return f"out of memory: {reason}. Use fewer or shorter samples, or a smaller batch (--set batch=1).", 5
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             return f"{error.filename or 'disk'}: {error.strerror}; make room and run the same command again.", 4

@@ -19,6 +19,7 @@ from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import AnyFormat, Format
+from bitpress.limits import address_space_left
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.products import list_kept_outside, list_weights, overlooked
 from bitpress.pipeline.streaming import StreamedModel
@@ -26,10 +27,21 @@ from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import Quantizer, check_served
 from bitpress.recipes import Recipe
 
-__all__ = ["Plan", "PlannedWeight", "check_room", "make_plan", "overlooked_products", "place_in_block", "unmeant_bits"]
+__all__ = [
+    "Plan",
+    "PlannedWeight",
+    "check_memory",
+    "check_room",
+    "make_plan",
+    "overlooked_products",
+    "place_in_block",
+    "unmeant_bits",
+]
 
 # Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
+# Addresses that libraries take beyond what a job does: stacks of threads, arenas. Jobs of tiny models failed with 180 MiB left, not with 270.
+SPACE_BYTES = 256 * 2**20
 # Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
 _BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
 
@@ -207,6 +219,21 @@ def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
     needed = plan.disk - done_bytes
     if free < needed:
         raise DiskError(f"{out}: {needed:,} bytes are needed and {free:,} are free; make room or choose another disk.")
+    check_memory(plan)
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise MemoryLimitError when the plan needs more memory than there is, or more addresses than a limit leaves.
+
+    Libraries that cannot say that memory has run out end the process: a limit (ulimit -v) is looked at before they meet it.
+    """
+    left = address_space_left()
+    if left is not None and left < plan.peak_memory - BASE_BYTES + SPACE_BYTES:
+        needed = plan.peak_memory - BASE_BYTES + SPACE_BYTES - left
+        raise MemoryLimitError(
+            f"out of memory: the limit on this process's address space (ulimit -v) is {needed:,} bytes too low; raise it, or "
+            "use fewer or shorter samples, or a method without statistics such as rtn."
+        )
     memory = psutil.virtual_memory().available
     if memory < plan.peak_memory - BASE_BYTES:
         raise MemoryLimitError(

@@ -32,7 +32,7 @@ from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
-from bitpress.pipeline.plan import Plan, check_room, make_plan, overlooked_products, unmeant_bits
+from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
 from bitpress.pipeline.prove import check_reloaded, evaluate, heldout_windows
@@ -96,6 +96,7 @@ def quantize_directory(
     started = time.perf_counter()
     check_vacant(out)
     plan, streamed, loader = plan_run(model, recipe)
+    check_memory(plan)
     if proof.tokens and recipe.needs() and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     windows = None
