@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from covering import cover
 
 from bitpress.calibration import Stats
 from bitpress.errors import BitpressError, FormatError
-from bitpress.formats import GRIDS, SHORT, CompressedWeight, parse_format
-from bitpress.quantizers.quantizer import output_error
+from bitpress.formats import GRIDS, SHORT, CompressedWeight, Format, Packed, parse_format
+from bitpress.quantizers.quantizer import LOOSE, Outcome, output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
 
@@ -57,22 +57,64 @@ def kind(fmt: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("name", "fmt"), cover(list(QUANTIZERS), EVERY, kind, always=FORMATS))
 def test_no_worse_than_rounding_on_what_it_measures(name: str, fmt: str) -> None:
+    if not serves(name, fmt):
+        w, stats = case()
+        with pytest.raises(FormatError, match="serves"):
+            QUANTIZERS[name]().quantize(w, stats, parse_format(fmt))
+        return
+    check_error(QUANTIZERS[name](), fmt)
+
+
+def check_error(quantizer: Any, fmt: str) -> None:
+    """Hold a method to its declaration: no worse than rounding, or, without least squares, at most so many times as far away."""
     w, stats = case()
     parsed = parse_format(fmt)
-    if not serves(name, fmt):
-        with pytest.raises(FormatError, match="serves"):
-            QUANTIZERS[name]().quantize(w, stats, parsed)
-        return
     # Without statistics a method can only mean the weight itself.
-    measured = stats if QUANTIZERS[name].needs else None
-    weight = QUANTIZERS[name]().quantize(w, stats, parsed).weight
+    measured = stats if quantizer.needs else None
+    weight = quantizer.quantize(w, stats, parsed).weight
     ours = weight.dequantize()
     plain = RTN().quantize(w, None, parsed).weight.dequantize()
     # AWQ weighs each block by its own part of the gram; what blocks have in common may cost it a little.
     slack = 1e-5 if fmt in FORMATS else 0.02
-    assert output_error(w, ours, measured) <= output_error(w, plain, measured) * (1 + slack)
+    limit = 1 + slack if getattr(quantizer, "least_squares", True) else LOOSE
+    assert output_error(w, ours, measured) <= output_error(w, plain, measured) * limit
     # What is stored is what a reader of the specification looks for, so that its bytes are those that the format has.
     assert torch.equal(CompressedWeight.build(weight.spec(), weight.tensors()).dequantize(), ours)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+    """Rounds up or down by chance, right on average: what is no least squares."""
+
+    seed: int = 0
+    least_squares: bool = False
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def quantize(self, w: torch.Tensor, stats: Stats | None, fmt: Format) -> Outcome:
+        params = fmt.fit(w)
+        scale = params["scale"].repeat_interleave(w.shape[1] // params["scale"].shape[1], 1)
+        scale = scale.repeat_interleave(w.shape[0] // scale.shape[0], 0)
+        chance = torch.rand(w.shape, generator=torch.Generator().manual_seed(self.seed)) - 0.5
+        codes = fmt.encode(w + chance * scale, params)
+        return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_method_may_say_that_it_is_no_least_squares(fmt: str) -> None:
+    for seed in range(3):
+        check_error(Stochastic(seed), fmt)
+        with pytest.raises(AssertionError):
+            check_error(Stochastic(seed, least_squares=True), fmt)
+
+
+def test_no_declaration_frees_a_method_of_all_bounds() -> None:
+    class Zeros(Stochastic):
+        def quantize(self, w: torch.Tensor, stats: Stats | None, fmt: Format) -> Outcome:
+            return super().quantize(w * 0, stats, fmt)
+
+    with pytest.raises(AssertionError):
+        check_error(Zeros(), "int4-g16-zero")
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

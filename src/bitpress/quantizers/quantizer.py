@@ -16,7 +16,12 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError
 from bitpress.formats import CompressedWeight, Format
 
-__all__ = ["Outcome", "Quantizer", "check_served", "output_error", "output_errors"]
+__all__ = ["LOOSE", "Outcome", "Quantizer", "check_served", "output_error", "output_errors"]
+
+# Of the squared error of rounding to nearest, for a method that does not lessen it. A weight at a fraction f between two levels a step
+# apart costs f (1 - f) of the step's square on average where it goes up with probability f: a mean of 1/6, twice that of the nearest
+# level, 1/12. As much again is left for unequal steps and for chance.
+LOOSE = 4.0
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,17 @@ class Outcome:
 class Quantizer(Protocol):
     """One paper's way to choose codes.
 
-    needs       names from `calibration.stats.STATISTICS`
-    transforms  the transforms that the paper puts before it, by name or as in a recipe with their settings; a recipe may say otherwise
-    paper       row of the paper in the catalogue of methods, or what it is a yardstick of
-    bits        the least and the most bits of the codes, a weight, that it is meant for
-    serves      patterns of the names of formats that it can choose codes for; a method without it serves every format
-    keeps_map   whether it gives weights with a map of their own, which cannot be stacked; a method without it gives none
+    needs          names from `calibration.stats.STATISTICS`
+    transforms     the transforms that the paper puts before it, by name or as in a recipe with their settings; a recipe may say otherwise
+    paper          row of the paper in the catalogue of methods, or what it is a yardstick of
+    bits           the least and the most bits of the codes, a weight, that it is meant for
+    serves         patterns of the names of formats that it can choose codes for; a method without it serves every format
+    keeps_map      whether it gives weights with a map of their own, which cannot be stacked; a method without it gives none
+    least_squares  whether it lessens the squared error of the layer's output (of the weight, where it needs no statistics), so that
+                   it is never worse than rounding to nearest; a method without it does. One with other ends (stochastic rounding,
+                   which is right on average) says False, and may be up to `LOOSE` times as far away
+
+    `tests/laws/test_quantizers.py` holds every row of the table to these declarations.
     """
 
     needs: ClassVar[frozenset[str]]
