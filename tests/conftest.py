@@ -37,6 +37,11 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3Config", {"original_max_position_embeddings": CONTEXT}),
+    "jetmoe": ("JetMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 64, "attention_chunk_size": 128},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
@@ -163,3 +168,34 @@ def pressed_dir(pressed_original: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "pressed"
     shutil.copytree(pressed_original, copy)
     return copy
+
+
+@pytest.fixture(scope="session")
+def to_first_version() -> Callable[[Path], Path]:
+    """Turn a published directory into one of version 1: weight files under transformers' own names, and an index of them."""
+    from bitpress.checkpoints.durable import hash_file
+    from bitpress.checkpoints.pressed import MANIFEST_NAME, OUTER_NAME
+    from bitpress.checkpoints.safetensors_file import read_header
+
+    def turn(root: Path) -> Path:
+        manifest = json.loads((root / MANIFEST_NAME).read_text())
+        shards = [OUTER_NAME, *sorted(name for name in manifest["files"] if name.startswith("bitpress-"))]
+        weight_map: dict[str, str] = {}
+        for i, name in enumerate(shards):
+            old = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            (root / name).rename(root / old)
+            manifest["files"][old] = manifest["files"].pop(name)
+            weight_map |= dict.fromkeys(read_header(root / old)[0], old)
+        config = json.loads((root / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitpress", "version": 1}
+        del config["transformers_weights"]
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        for name, content in {"config.json": config, "model.safetensors.index.json": index}.items():
+            (root / name).write_text(json.dumps(content))
+            manifest["files"][name] = {"bytes": (root / name).stat().st_size, "sha256": hash_file(root / name)}
+        manifest["bitpress"] = 1
+        manifest["job"].pop("directory")
+        (root / MANIFEST_NAME).write_text(json.dumps(manifest))
+        return root
+
+    return turn

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitpress import native
+from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.errors import FormatError, KernelUnavailable, UsageError
 from bitpress.formats import parse_format
 from bitpress.pipeline.quantize import Proof, quantize_directory
@@ -32,7 +33,6 @@ from bitpress.runtime.assemble import load_engine, refuses
 from bitpress.runtime.choice import load_native
 from bitpress.runtime.engine import Engine, Sampling
 from bitpress.runtime.families import FAMILIES, Layout, Rotation, describe
-from bitpress.runtime.layers import PackedLinear
 from bitpress.runtime.loading import load
 from bitpress.runtime.skeleton import build_config
 
@@ -149,10 +149,10 @@ def reference(pressed: Callable[[str], Path]) -> Callable[[str], Any]:
     def make(name: str) -> Any:
         model = load(pressed(name), dtype="fp32").eval()
         if make_engine(pressed(name)).facts["expanded"]:
-            for layer in model.modules():
-                if isinstance(layer, PackedLinear):
-                    gain = layer.decoded.abs().amax(1, keepdim=True)
-                    layer.decoded = (layer.decoded / gain).half().float() * gain
+            for weight in PressedCheckpoint.open(pressed(name)).manifest.weights:
+                decoded = model.get_parameter(weight).data
+                gain = decoded.abs().amax(1, keepdim=True)
+                decoded.copy_((decoded / gain).half().float() * gain)
         return model
 
     return functools.cache(make)
@@ -214,7 +214,7 @@ def cache_argument(model: Any) -> str:
 @torch.no_grad()
 def expected(model: Any, tokens: Sequence[int], cache: str = "none", activations: str = "none") -> torch.Tensor:
     """Give transformers' logits of every token, [tokens, vocabulary], with roundings like the engine's."""
-    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, PackedLinear))] if activations == "int8" else []
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)] if activations == "int8" else []
     hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
     options: dict[str, Any] = {"use_cache": False}
     if cache != "none":

@@ -10,7 +10,7 @@ What does not refuse, and why (`passes` in the tables, asserted too):
     open        `PressedCheckpoint.open` and reading every weight: does not build the model, so that a model that lacks a whole
                 parameter, or has one too many, is seen by whoever builds it
     onto        `quantize MODEL HOSTILE`, another recipe: a directory that opens is refused as "holds another model" (exit 2)
-    no method   a configuration that does not name bitpress: transformers then asks nobody and loads what it recognises
+    no method   a configuration of version 1 that does not name bitpress: transformers then asks nobody and loads what it recognises
     tokenizer   what is wrong with a tokenizer or its template is refused by `run`, the only one that uses it here
 """
 
@@ -28,14 +28,15 @@ import pytest
 import torch
 
 from bitpress.checkpoints.durable import hash_file
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint, config_marks
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.runtime import prompt
 
 INDEX = "model.safetensors.index.json"
-OUTER = "model-00001-of-00003.safetensors"
-SHARD = "model-00002-of-00003.safetensors"
+OUTER = "bitpress.safetensors"
+SHARD = "bitpress-00001-of-00002.safetensors"
+FIRST_SHARD = "model-00002-of-00003.safetensors"  # of version 1, which has an index
 Q = "model.layers.0.self_attn.q_proj"
 NORM = "model.layers.0.input_layernorm.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -62,17 +63,11 @@ class Hostile:
         path.write_bytes(make(path.read_bytes()))
 
     def tensors(self, change: Callable[[dict[str, torch.Tensor]], Any], shard: str = SHARD) -> None:
-        """Change the tensors of a shard; the index follows."""
+        """Change the tensors of a shard."""
         path = self.root / shard
         held = {name: read_tensor(path, entry) for name, entry in read_header(path)[0].items()}
         change(held)
         path.write_bytes(b"".join(bytes(part) for part in serialize(held, {"format": "pt"})))
-
-        def follow(index: Any) -> None:
-            others = {name: file for name, file in index["weight_map"].items() if file != shard}
-            index["weight_map"] = others | dict.fromkeys(held, shard)
-
-        self.json(INDEX, follow)
 
     def header(self, change: Callable[[dict[str, Any], bytearray], Any], shard: str = SHARD) -> None:
         """Change the header of a shard and its data as they are."""
@@ -160,12 +155,10 @@ def weight_map(change: Callable[[dict[str, str]], Any]) -> Change:
 
 
 def to_shard(target: Callable[[Hostile], str]) -> Change:
-    """Let the index (and the manifest) name one shard by another path."""
+    """Let the manifest name one shard by another path."""
 
     def change(h: Hostile) -> None:
-        name = target(h)
-        h.json(INDEX, lambda i: i["weight_map"].update({t: name for t, f in i["weight_map"].items() if f == SHARD}))
-        h.json(MANIFEST_NAME, lambda m: m["files"].update({name: m["files"].pop(SHARD)}))
+        h.json(MANIFEST_NAME, lambda m: m["files"].update({target(h): m["files"].pop(SHARD)}))
 
     return change
 
@@ -289,6 +282,7 @@ class Attack:
     sealed: bool = True
     codes: dict[str, int] = field(default_factory=dict)  # entry -> exit code, where it is not 3
     theirs: bool = False  # transformers itself refuses, before it asks bitpress
+    first: bool = False  # played on a directory of version 1
 
 
 DIRECTORY = {
@@ -316,7 +310,9 @@ DIRECTORY = {
     "link: manifest out of the root": Attack(
         swap(MANIFEST_NAME, lambda path, h: path.symlink_to(h.outside / path.name)), "is a link out of"
     ),
-    "link: index out of the root": Attack(swap(INDEX, lambda path, h: path.symlink_to(h.outside / INDEX)), "is a link out of"),
+    "link: index out of the root": Attack(
+        swap(INDEX, lambda path, h: path.symlink_to(h.outside / INDEX)), "is a link out of", first=True
+    ),
     "link: to a directory": Attack(
         all_of(lambda h: (h.root / "sub.json").symlink_to(h.outside), lists("sub.json")), "not a regular file"
     ),
@@ -330,35 +326,50 @@ DIRECTORY = {
     "link: to itself": Attack(swap(SHARD, lambda path, h: path.symlink_to(SHARD)), "cannot be opened"),
     "pipe: shard": Attack(swap(SHARD, lambda path, h: os.mkfifo(path)), "not a regular file"),
     "pipe: manifest": Attack(swap(MANIFEST_NAME, lambda path, h: os.mkfifo(path)), "not a regular file"),
-    "pipe: index": Attack(swap(INDEX, lambda path, h: os.mkfifo(path)), "not a regular file"),
+    "pipe: index": Attack(swap(INDEX, lambda path, h: os.mkfifo(path)), "not a regular file", first=True),
     "pipe: tokenizer": Attack(swap("tokenizer.json", lambda path, h: os.mkfifo(path)), "not a regular file"),
     "pipe: configuration": Attack(swap("config.json", lambda path, h: os.mkfifo(path)), "not a regular file", theirs=True),
     "directory: in place of a shard": Attack(swap(SHARD, lambda path, h: path.mkdir()), "not a regular file"),
-    "index: ..": Attack(weight_map(lambda w: w.update({t: f"../outside/{f}" for t, f in w.items()})), "not a plain file name"),
-    "index: .. and manifest": Attack(to_shard(lambda h: f"../outside/{SHARD}"), "not a plain file name"),
-    "index: absolute path": Attack(to_shard(lambda h: str(h.outside / SHARD)), "not a plain file name"),
+    "index: ..": Attack(
+        weight_map(lambda w: w.update({t: f"../outside-first/{f}" for t, f in w.items()})), "not a plain file name", first=True
+    ),
+    "manifest: shard by ..": Attack(to_shard(lambda h: f"../outside/{SHARD}"), "not a plain file name"),
+    "manifest: shard by its absolute path": Attack(to_shard(lambda h: str(h.outside / SHARD)), "not a plain file name"),
     "index: all in a valid directory outside": Attack(
         all_of(
-            weight_map(lambda w: w.update({t: f"../outside/{f}" for t, f in w.items()})),
+            weight_map(lambda w: w.update({t: f"../outside-first/{f}" for t, f in w.items()})),
             lambda h: [(h.root / name).unlink() for name in (MANIFEST_NAME,)],
         ),
         "there is no bitpress.json",
         codes={"onto": 2},
+        first=True,
     ),
-    "index: other suffix": Attack(weight_map(lambda w: w.update({NORM: "model.bin"})), "not the name of a safetensors file"),
+    "index: other suffix": Attack(
+        weight_map(lambda w: w.update({NORM: "model.bin"})), "not the name of a safetensors file", first=True
+    ),
     "index: file that the manifest does not list": Attack(
         all_of(
-            lambda h: shutil.copy(h.root / SHARD, h.root / "other.safetensors"),
-            weight_map(lambda w: w.update({t: "other.safetensors" for t, f in w.items() if f == SHARD})),
+            lambda h: shutil.copy(h.root / FIRST_SHARD, h.root / "other.safetensors"),
+            weight_map(lambda w: w.update({t: "other.safetensors" for t, f in w.items() if f == FIRST_SHARD})),
         ),
         "the index and the headers of the weight files disagree",
+        first=True,
     ),
     "stale: a single file beside the shards": Attack(
         lambda h: shutil.copy(h.root / OUTER, h.root / "model.safetensors"), "which the manifest does not list"
     ),
     "stale: a single file, listed": Attack(
         all_of(lambda h: shutil.copy(h.root / OUTER, h.root / "model.safetensors"), lists("model.safetensors")),
-        "already",
+        "which other readers would take for the weights",
+    ),
+    "stale: an index": Attack(beside(INDEX, '{"weight_map": {}}'), "which the manifest does not list"),
+    "stale: an index, listed": Attack(lists(INDEX), "which other readers would take for the weights"),
+    "stale: the index that transformers is sent to": Attack(
+        beside(config_marks()["transformers_weights"], '{"weight_map": {}}'), "which the manifest does not list"
+    ),
+    "stale: a shard of another name, listed": Attack(
+        all_of(lambda h: (h.root / SHARD).rename(h.root / FIRST_SHARD), unlist(SHARD), lists(FIRST_SHARD)),
+        "which other readers would take for the weights",
     ),
     "unlisted: adapter of another model": Attack(
         beside("adapter_config.json", '{"base_model_name_or_path": "OUTSIDE"}'), "which the manifest does not list"
@@ -405,7 +416,13 @@ JSON = {
     ),
     "manifest: unknown key of a map": Attack(spec(lambda s: s["input_map"].update(more=1)), "has no settings"),
     "manifest: missing key": Attack(manifest(lambda m: m.pop("aliases")), "aliases: Field required"),
-    "manifest: version 2": Attack(manifest(lambda m: m.update(bitpress=2)), "version 2"),
+    "manifest: version 3": Attack(manifest(lambda m: m.update(bitpress=3)), "version 3"),
+    "manifest: version 1 of these names": Attack(
+        manifest(lambda m: m.update(bitpress=1)), "does not list model.safetensors.index"
+    ),
+    "manifest: version 2 of the first names": Attack(
+        manifest(lambda m: m.update(bitpress=2)), "does not list bitpress.safetensors", first=True
+    ),
     "manifest: version '1'": Attack(manifest(lambda m: m.update(bitpress="1")), "version '1'"),
     "manifest: version true": Attack(manifest(lambda m: m.update(bitpress=True)), "version True"),
     "manifest: no version": Attack(manifest(lambda m: m.pop("bitpress")), "version None"),
@@ -416,9 +433,11 @@ JSON = {
     "configuration: nested 140 deep": Attack(config(a=deep(140)), "nested deeper than 128"),
     "configuration: NaN": Attack(config(initializer_range=float("nan")), "NaN is not JSON", theirs=True),
     "configuration: a list": Attack(lambda h: h.json("config.json", lambda c: [c]), "holds no model_type", theirs=True),
-    "index: key twice": Attack(text(INDEX, double_key), "given twice"),
-    "index: unknown key": Attack(lambda h: h.json(INDEX, lambda i: i.update(more=1)), "weight_map and, at most, metadata"),
-    "index: not JSON": Attack(text(INDEX, lambda b: b[:-20]), "is not JSON"),
+    "index: key twice": Attack(text(INDEX, double_key), "given twice", first=True),
+    "index: unknown key": Attack(
+        lambda h: h.json(INDEX, lambda i: i.update(more=1)), "weight_map and, at most, metadata", first=True
+    ),
+    "index: not JSON": Attack(text(INDEX, lambda b: b[:-20]), "is not JSON", first=True),
     "generation settings: not JSON": Attack(
         text("generation_config.json", lambda b: b[:-3]),
         "is not JSON",
@@ -560,8 +579,12 @@ KEYS = {
     ),
     "alias left out, a copy stored": Attack(store_tied, "disagree whether", passes=FITS),
     "manifest lists no configuration": Attack(unlist("config.json"), "does not list config.json"),
-    "manifest lists no index": Attack(unlist(INDEX), "does not list model.safetensors.index.json"),
-    "manifest lists a shard too few": Attack(unlist(SHARD), "the index and the headers of the weight files disagree"),
+    "manifest lists no index": Attack(unlist(INDEX), "does not list model.safetensors.index.json", first=True),
+    "manifest lists no outer file": Attack(unlist(OUTER), "does not list bitpress.safetensors"),
+    "manifest lists a shard too few": Attack(unlist(SHARD), "is missing"),
+    "manifest lists a shard too few for its index": Attack(
+        unlist(FIRST_SHARD), "the index and the headers of the weight files disagree", first=True
+    ),
     "manifest lists no tokenizer": Attack(unlist("tokenizer.json"), "holds tokenizer.json, which the manifest does not list"),
     "manifest lists no template": Attack(unlist("chat_template.jinja"), "holds chat_template.jinja"),
     "no tokenizer": Attack(
@@ -601,7 +624,10 @@ INTEGRITY = {
         sealed=False,
     ),
     "byte: index": Attack(
-        text(INDEX, lambda b: b.replace(b"layers.0.self_attn.q_proj", b"layers.0.self_attn.p_proj")), "SHA-256", sealed=False
+        text(INDEX, lambda b: b.replace(b"layers.0.self_attn.q_proj", b"layers.0.self_attn.p_proj")),
+        "SHA-256",
+        sealed=False,
+        first=True,
     ),
     "byte: hash in the manifest": Attack(
         manifest(lambda m: m["files"][SHARD].update(sha256="0" * 64)), "SHA-256", passes=HASHES, sealed=False
@@ -627,13 +653,19 @@ CONFIGURATION = {
     "no method": Attack(
         lambda h: h.json("config.json", lambda c: c.pop("quantization_config")),
         "bitpress did not write it",
-        passes=frozenset({"from_pretrained"}),  # without that key transformers does not ask bitpress
+        theirs=True,  # without that key transformers does not ask bitpress, and finds no weights
+    ),
+    "no method, first names": Attack(
+        lambda h: h.json("config.json", lambda c: c.pop("quantization_config")),
+        "bitpress did not write it",
+        passes=frozenset({"from_pretrained"}),  # these it finds, and loads what it recognises
+        first=True,
     ),
     "another version": Attack(
-        config(quantization_config={"quant_method": "bitpress", "version": 2}), "bitpress did not write it"
+        config(quantization_config={"quant_method": "bitpress", "version": 1}), "bitpress did not write it"
     ),
     "unknown key of the method": Attack(
-        config(quantization_config={"quant_method": "bitpress", "version": 1, "more": 1}), "bitpress did not write it"
+        config(quantization_config={"quant_method": "bitpress", "version": 2, "more": 1}), "bitpress did not write it"
     ),
     "other weights for transformers": Attack(
         all_of(
@@ -641,6 +673,9 @@ CONFIGURATION = {
             config(transformers_weights="other.safetensors"),
         ),
         "names weight files of its own",
+    ),
+    "weights for transformers, first names": Attack(
+        config(transformers_weights=FIRST_SHARD), "names weight files of its own", first=True
     ),
     "heads that do not divide": Attack(config(num_attention_heads=0), "config.json", passes=FITS, theirs=True),
     "width as text": Attack(config(intermediate_size="64"), "config.json", passes=FITS, theirs=True),
@@ -772,10 +807,17 @@ def check_refusal(stderr: str, says: str | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def stage_files(pressed_original: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stage_files(
+    pressed_original: Path,
+    to_first_version: Callable[[Path], Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The valid model and the text, once."""
     folder = tmp_path_factory.mktemp("hostile")
     shutil.copytree(pressed_original, folder / "outside")
+    shutil.copytree(pressed_original, folder / "outside-first")
+    to_first_version(folder / "outside-first")
     (folder / "text.txt").write_text(text_file.read_text()[:4000])
     return folder
 
@@ -794,7 +836,7 @@ def test_a_hostile_directory_is_refused_everywhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     attack = ATTACKS[name]
-    root, outside = stage_files / "hostile", stage_files / "outside"
+    root, outside = stage_files / "hostile", stage_files / ("outside-first" if attack.first else "outside")
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(outside, root)
     hostile = Hostile(root, outside)
@@ -837,16 +879,18 @@ def test_a_hostile_directory_is_refused_everywhere(
     _done[name] = refused
 
 
+@pytest.mark.parametrize("outside", ["outside", "outside-first"])
 def test_the_directory_itself_is_accepted_everywhere(
+    outside: str,
     stage_files: Path,
     tiny_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What the attacks change is valid before, also after its hashes have been made anew: no attack is refused by accident."""
-    root = stage_files / "valid"
-    shutil.copytree(stage_files / "outside", root)
-    Hostile(root, stage_files / "outside").seal()
+    root = stage_files / f"valid-{outside}"
+    shutil.copytree(stage_files / outside, root)
+    Hostile(root, stage_files / outside).seal()
     stage = Stage(root, tiny_model("llama", tie_word_embeddings=True), stage_files)
     for entry in ("open", "load", "from_pretrained"):
         assert through_python(stage, entry) is None

@@ -1,11 +1,16 @@
 """A published model: a directory whose manifest, `bitpress.json`, accounts for every byte that a loader will use.
 
-    bitpress.json     {"bitpress": 1, "files": {name: {"bytes", "sha256"}}, "weights": {parameter: ...}, "aliases": {...}, ...}
-    *.safetensors     one file for what is in no block, one a block; a weight `a.b.weight` is stored as `a.b.term0.codes`, ...
-    config.json, the tokenizer's files, the index: as transformers wants them
+    bitpress.json           {"bitpress": 2, "files": {name: {"bytes", "sha256"}}, "weights": {parameter: ...}, "aliases": {...}, ...}
+    bitpress.safetensors    what is in no block; a weight `a.b.weight` is stored as `a.b.term0.codes`, ...
+    bitpress-*.safetensors  one file a block
+    config.json, the tokenizer's files: as transformers wants them
 
 A directory without a valid manifest is not a model. `report.json` and `README.md` tell how it was made; they hold times, differ from
 run to run and are read by nothing, so the manifest leaves them out.
+
+No file has a name under which a reader that does not know bitpress looks for weights: such a reader would find no parameter of the
+model in them and go on with random ones. config.json sends transformers to a file that is not there, whose name says what is needed.
+Directories of version 1 have transformers' own names (model-*.safetensors and an index); they are read, and no longer written.
 """
 
 import os
@@ -30,23 +35,32 @@ from bitpress.formats import CompressedWeight
 __all__ = [
     "JOB_DIRECTORY",
     "MANIFEST_NAME",
+    "OUTER_NAME",
     "VERSION",
     "FileRecord",
     "Manifest",
     "PressedCheckpoint",
     "WeightRecord",
+    "config_marks",
     "is_pressed",
 ]
 
 MANIFEST_NAME = "bitpress.json"
 JOB_DIRECTORY = ".bitpress"
-VERSION = 1
-QUANTIZATION = {"quant_method": "bitpress", "version": VERSION}
+VERSION = 2
+# The version whose weight files have transformers' own names.
+_FIRST = 1
+OUTER_NAME = "bitpress.safetensors"
+_BLOCK_PREFIX = "bitpress-"
+# transformers without bitpress looks for this file, and its error names it.
+_NEEDED = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
 
-# What transformers opens by its name alone wherever it finds it: a file that the manifest must list, or that must not be there.
+# What readers open by its name alone wherever they find it: a file that the manifest must list, or that must not be there.
 _OPENED_BY_NAME = (
     *SIDE_FILES,
     SINGLE_NAME,
+    INDEX_NAME,
+    _NEEDED,
     "adapter_config.json",
     "custom_generate",
     "tekken.json",
@@ -102,6 +116,12 @@ class Manifest(_Closed):
     job: dict[str, Any]
 
 
+def config_marks(version: int = VERSION) -> dict[str, Any]:
+    """Return what config.json says beside the original's content: the method, and for transformers which weight files to open."""
+    method = {"quantization_config": {"quant_method": "bitpress", "version": version}}
+    return method if version == _FIRST else {**method, "transformers_weights": _NEEDED}
+
+
 def is_pressed(path: str | Path) -> bool:
     """Whether a directory presents itself as a bitpress model (which does not make it a valid one)."""
     return (Path(path) / MANIFEST_NAME).exists()
@@ -138,7 +158,7 @@ class PressedCheckpoint:
                     if name in tensors:
                         raise CheckpointError(f"{target}: {name!r} is in {tensors[name][0].name} already.")
                     tensors[name] = (target, entry)
-        if {name: file.name for name, (file, _) in tensors.items()} != read_index(root):
+        if manifest.bitpress == _FIRST and {name: file.name for name, (file, _) in tensors.items()} != read_index(root):
             raise CheckpointError(
                 f"{root}: the index and the headers of the weight files disagree about which file holds what."
             )
@@ -161,20 +181,21 @@ class PressedCheckpoint:
         except BitpressError as error:
             raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
 
+    def decode(self, parameter: str) -> torch.Tensor:
+        """Read one compressed weight as the parameter that it stands for, in float32. Raises CheckpointError."""
+        try:
+            return self._parameter(parameter).restore(self.read_weight(parameter).dequantize())
+        except FormatError as error:
+            raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
+
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
-        """Give parameters whose name begins with `prefix`, compressed ones decoded to float32."""
+        """Return the parameters whose name begins with `prefix`, compressed ones decoded to float32."""
 
         def wanted(name: str) -> bool:
             return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
 
         values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
-        for name in self.manifest.weights:
-            if wanted(name):
-                try:
-                    values[name] = self._parameter(name).restore(self.read_weight(name).dequantize())
-                except FormatError as error:
-                    raise CheckpointError(f"{self.root}: {name}: {error}") from error
-        return values
+        return values | {name: self.decode(name) for name in self.manifest.weights if wanted(name)}
 
     def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
         """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
@@ -230,8 +251,8 @@ def _read_manifest(root: Path) -> Manifest:
     where = root / MANIFEST_NAME
     values = read_json(safe_file(root, MANIFEST_NAME))
     version = values.get("bitpress") if isinstance(values, dict) else None
-    if version != VERSION or isinstance(version, bool):
-        raise CheckpointError(f"{where}: version {version!r}; this bitpress reads version {VERSION}.")
+    if version not in (_FIRST, VERSION) or isinstance(version, bool):
+        raise CheckpointError(f"{where}: version {version!r}; this bitpress reads versions {_FIRST} to {VERSION}.")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
@@ -252,9 +273,15 @@ def _checked_file(root: Path, name: str, record: FileRecord, verify: bool) -> Pa
 
 def _check_listed(root: Path, manifest: Manifest) -> None:
     """Refuse a manifest that leaves out a file which some reader would open all the same."""
-    for name in ("config.json", INDEX_NAME):
+    first = manifest.bitpress == _FIRST
+    for name in ("config.json", INDEX_NAME if first else OUTER_NAME):
         if name not in manifest.files:
             raise CheckpointError(f"{root}: the manifest does not list {name}.")
+    for name in manifest.files if not first else ():
+        if name.endswith(".index.json") or (
+            name.endswith(".safetensors") and name != OUTER_NAME and not name.startswith(_BLOCK_PREFIX)
+        ):
+            raise CheckpointError(f"{root}: the manifest lists {name}, which other readers would take for the weights.")
     folder = root / CHAT_TEMPLATES
     templates = [f"{CHAT_TEMPLATES}/{leaf}" for leaf in sorted(os.listdir(folder))] if folder.is_dir() else []
     for name in (*_OPENED_BY_NAME, *templates):
@@ -265,11 +292,14 @@ def _check_listed(root: Path, manifest: Manifest) -> None:
 def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, Any]:
     config = read_config(root, foreign=False)
     where = root / "config.json"
-    if config.get("quantization_config") != QUANTIZATION:
-        raise CheckpointError(f"{where}: quantization_config is not {QUANTIZATION}; bitpress did not write it.")
-    for key, what in (("auto_map", "code"), ("transformers_weights", "weight files")):
-        if key in config:
-            raise CheckpointError(f"{where}: names {what} of its own ({key}), which is never followed.")
+    marks = config_marks(manifest.bitpress)
+    method = marks["quantization_config"]
+    if config.get("quantization_config") != method:
+        raise CheckpointError(f"{where}: quantization_config is not {method}; bitpress did not write it.")
+    if config.get("transformers_weights") != marks.get("transformers_weights"):
+        raise CheckpointError(f"{where}: names weight files of its own (transformers_weights), which is never followed.")
+    if "auto_map" in config:
+        raise CheckpointError(f"{where}: names code of its own (auto_map), which is never followed.")
     # Modules and their buffers are made before any shape can be compared: what they may cost is bounded by what is stored.
     shapes = [entry.shape for _, entry in tensors.values()] + [tuple(r.spec["shape"]) for r in manifest.weights.values()]
     limits = dict.fromkeys(_DEPTHS, len(tensors)) | dict.fromkeys(_WIDTHS, max((max(s, default=1) for s in shapes), default=1))

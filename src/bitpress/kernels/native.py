@@ -69,7 +69,9 @@ def _multiplier(threads: int, path: str, process: int) -> Any:
     return native.library().Multiplier(threads, path)
 
 
-atexit.register(_multiplier.cache_clear)  # nanobind complains of objects that outlive the interpreter
+# nanobind complains of objects that outlive the interpreter, as those of a model in a global variable would.
+atexit.register(_multiplier.cache_clear)
+atexit.register(_held.clear)
 
 
 def _hold(weight: CompressedWeight) -> _Held:

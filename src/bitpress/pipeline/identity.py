@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bitpress.checkpoints.pressed import VERSION
 from bitpress.recipes import Recipe
 from bitpress.version import __version__
 
@@ -14,8 +15,14 @@ __all__ = ["identify", "recorded", "versions"]
 
 
 def identify(source: Mapping[str, str], calibration: str | None, recipe: Recipe) -> dict[str, Any]:
-    """Give the identity of a pressed model from the hashes of the source's files and of the calibration tokens."""
-    return {"source": dict(source), "calibration": calibration, "recipe": recorded(recipe), "versions": versions()}
+    """Return the identity of a pressed model from the hashes of the source's files and of the calibration tokens."""
+    return {
+        "source": dict(source),
+        "calibration": calibration,
+        "recipe": recorded(recipe),
+        "versions": versions(),
+        "directory": VERSION,
+    }
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.pressed import (
     JOB_DIRECTORY,
     MANIFEST_NAME,
+    OUTER_NAME,
     VERSION,
     FileRecord,
     Manifest,
     PressedCheckpoint,
     WeightRecord,
+    config_marks,
 )
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
@@ -208,7 +210,7 @@ def finish_job(
     release()
     facts = _gather(job)
     side = loader.source.side_files()
-    files = _side_files(job, loader, side)
+    files = _side_files(loader, side)
     manifest = _manifest(job, loader, recipe, files, facts)
     job.stage(files)
     pressed = PressedCheckpoint.open(job.out, manifest=manifest)
@@ -251,7 +253,8 @@ def finish_job(
 
 
 def shard_name(i: int, total: int) -> str:
-    return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+    """Name the weight file of a unit: what is in no block first, then one block after the other."""
+    return OUTER_NAME if i == 0 else f"bitpress-{i:05d}-of-{total - 1:05d}.safetensors"
 
 
 def _gather(job: Job) -> dict[str, Any]:
@@ -263,23 +266,12 @@ def _gather(job: Job) -> dict[str, Any]:
     return gathered
 
 
-def _side_files(job: Job, loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
-    """Make the configuration and the index; take over what goes with the model."""
-    from bitpress.checkpoints.safetensors_file import read_header
-
+def _side_files(loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
+    """Make the configuration; take over what goes with the model."""
     config = {k: v for k, v in loader.source.config.items() if k not in ("auto_map", "transformers_weights")}
-    config["quantization_config"] = {"quant_method": "bitpress", "version": VERSION}
-    weight_map: dict[str, str] = {}
-    total = 0
-    for unit in job.units:
-        made = job.root / "objects" / unit["shard"]
-        entries, _ = read_header(made if made.exists() else job.out / unit["shard"])
-        weight_map |= dict.fromkeys(entries, unit["shard"])
-        total += sum(entry.nbytes for entry in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    config |= config_marks()
     files = {name: read_side_file(path) for name, path in side.carried.items()}
     files["config.json"] = encode_config(config)
-    files["model.safetensors.index.json"] = write_json_bytes(index)
     return files
 
 
@@ -307,6 +299,8 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
     if not (out / MANIFEST_NAME).exists():
         return None
     known = _known_job(out) if force else PressedCheckpoint.open(out).manifest.job
+    if isinstance(known, dict):  # the names of files make no other model of an older directory
+        known = {**known, "directory": VERSION}
     changed = differences(known, identity)
     if changed and not force:
         raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")

@@ -1,11 +1,15 @@
 """The bridge into transformers: after `import bitpress`, `AutoModelForCausalLM.from_pretrained(DIR)` knows the method "bitpress".
 
-transformers reads config.json, asks here about the attention, looks for the weight files, builds its model, hands it over, and fills
-what it then finds by name. All of bitpress's own checks run at the first of these moments at which the directory is known, and the files
-that are about to be read must be the manifest's, so a directory that `bitpress.load` refuses is refused here too.
+transformers reads config.json, asks here about the attention, looks for the weight files, builds its model, hands it over, fills what
+it finds by name, and hands it over again. It finds the parameters outside the blocks; everything else is read here. All of bitpress's own
+checks run at the first of these moments at which the directory is known, and the files that are about to be read must be the manifest's,
+so a directory that `bitpress.load` refuses is refused here too.
+
+A decoded model leaves as one of transformers' own: nothing in it says that it was compressed. A packed one stays marked as quantized.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,17 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitpress.checkpoints.pressed import PressedCheckpoint, is_pressed
-from bitpress.errors import CheckpointError, FormatError
-from bitpress.runtime.layers import PackedExperts, PackedLinear
-from bitpress.runtime.loading import install_, refuse_saving_
+from bitpress.checkpoints.pressed import OUTER_NAME, PressedCheckpoint, config_marks, is_pressed
+from bitpress.checkpoints.safetensors_file import read_tensor
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.runtime.layers import refuse_saving, replace_
+from bitpress.runtime.loading import train_
+from bitpress.runtime.skeleton import set_parameter_
 
 __all__ = ["register"]
+
+# Keys that transformers may find or miss without a word: the checks here are stricter than its report.
+_REPORTS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 
 
 class BitpressConfig(QuantizationConfigMixin):
@@ -36,29 +45,45 @@ class BitpressConfig(QuantizationConfigMixin):
 
 
 class BitpressQuantizer(HfQuantizer):
-    """Puts packed layers into the model before loading and decodes them after."""
+    """Takes the compressed weights out of the model before transformers loads the rest, and puts their values in after."""
 
     requires_calibration = True
 
     _pressed: PressedCheckpoint | None = None
+    _reports: Mapping[str, Any] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Check a local directory before transformers follows any name in it. (The first call that gets the configuration.)"""
         given = getattr(config, "_name_or_path", "")
         if given and is_pressed(given):
             self._pressed = PressedCheckpoint.open(given)
+        if getattr(config, "transformers_weights", None) == config_marks()["transformers_weights"]:
+            config.transformers_weights = OUTER_NAME
         return config
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not checkpoint_files:
             raise CheckpointError("a bitpress model is loaded from its directory; there are no files here.")
-        pressed = self._opened(Path(checkpoint_files[0]).parent, model.config)
-        shards = sorted(str(pressed.root / name) for name in pressed.manifest.files if name.endswith(".safetensors"))
-        if shards != sorted(str(Path(os.path.realpath(Path(file).parent), Path(file).name)) for file in checkpoint_files):
+        pressed = self._pressed = self._opened(Path(checkpoint_files[0]).parent, model.config)
+        expected = [OUTER_NAME]
+        if OUTER_NAME not in pressed.manifest.files:
+            expected = [name for name in pressed.manifest.files if name.endswith(".safetensors")]
+        found = [str(Path(os.path.realpath(Path(file).parent), Path(file).name)) for file in checkpoint_files]
+        if sorted(str(pressed.root / name) for name in expected) != sorted(found):
             raise CheckpointError(f"{pressed.root}: transformers would read other weight files than the manifest lists.")
         pressed.check_fits(model.state_dict(), model.all_tied_weights_keys)
+        model.config.__dict__.pop("transformers_weights", None)
         model.config._experts_implementation = "eager"
-        install_(model, pressed, model.dtype)
+        for name in pressed.manifest.weights:
+            owner, leaf = _place(model, name)
+            there = owner._parameters[leaf]
+            # Out of the state dict, in its place among the parameters, and what transformers would initialise bears its mark.
+            there._is_hf_initialized = True  # type: ignore[union-attr]
+            owner._parameters[leaf] = None
+            owner.__dict__[leaf] = there
+        self._reports = {name: getattr(model, name) for name in _REPORTS}
+        for name in _REPORTS:
+            setattr(model, name, {"."})
         return model
 
     def _opened(self, directory: Path, config: Any) -> PressedCheckpoint:
@@ -70,15 +95,33 @@ class BitpressQuantizer(HfQuantizer):
         return PressedCheckpoint.open(directory)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in model.named_modules():
-            if isinstance(module, (PackedLinear, PackedExperts)):
-                try:
-                    module.weight_terms()  # every check of content but those that only decoding makes
-                    if self.quantization_config.weights == "decoded":
-                        module.decode_()
-                except FormatError as error:
-                    raise CheckpointError(f"{model.config.name_or_path}: {name}: {error}") from error
-        refuse_saving_(model)
+        from transformers.modeling_utils import PreTrainedModel
+
+        assert self._pressed is not None
+        pressed, is_packed = self._pressed, self.quantization_config.weights == "packed"
+        for name, own in self._reports.items():
+            setattr(model, name, own)
+        for name, entry in pressed.plain.items():
+            there = model.get_parameter_or_buffer(name)
+            value = read_tensor(pressed.tensors[name][0], entry)
+            set_parameter_(model, name, value.to(_device(there), there.dtype))
+        for name, record in pressed.manifest.weights.items():
+            owner, leaf = _place(model, name)
+            device, dtype = _device(_neighbour(model, name)), owner.__dict__.pop(leaf).dtype
+            if is_packed:
+                replace_(model, record.parameter(name), pressed.read_weight(name), dtype).to(device)
+            else:
+                owner._parameters[leaf] = torch.nn.Parameter(pressed.decode(name).to(device, dtype))
+        model.tie_weights(recompute_mapping=False)
+        if is_packed:
+            model.save_pretrained = refuse_saving
+        else:
+            train_(model)
+            self.remove_quantization_config(model)
+            model.__dict__.pop("is_quantized", None)
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    module.config.__dict__.pop("_is_quantized", None)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -90,6 +133,27 @@ class BitpressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
+
+
+def _neighbour(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter of the smallest module around a weight that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        found = next(model.get_submodule(name).parameters(), None)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{type(model).__name__} has no parameter that is not compressed.")
+
+
+def _device(there: torch.Tensor) -> torch.device:
+    if there.is_meta:
+        raise UsageError("a bitpress model is not offloaded; leave device_map out, or give one device that has room for it.")
+    return there.device
 
 
 def register(_: Any = None) -> None:

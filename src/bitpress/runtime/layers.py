@@ -1,57 +1,57 @@
-"""Layers that hold compressed weights inside a model of transformers.
+"""Layers that keep compressed weights inside a model of transformers and decode them at every product.
 
-A weight's tensors are buffers under the names that they have in the file (`term0.codes`, `in.scale`), so that any loader that goes by
-names can fill them. `decode_` turns a layer into its decoded matrix in the model's own type: as fast as the original and as large.
+Only packed models have them: a decoded model is made of the original's own modules and parameters. A weight's tensors are buffers under
+the names that they have in the file (`term0.codes`, `in.scale`).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight
 from bitpress.kernels import choose_kernel
 
-__all__ = ["PackedExperts", "PackedLinear", "PackedWeight", "replace_"]
+__all__ = ["PackedLinear", "PackedParameter", "PackedWeight", "refuse_saving", "replace_"]
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
+    """Raise UsageError: the tensors of packed weights alone are no model."""
+    raise UsageError(
+        'a model on packed weights is not saved, pickled or copied: copy its directory, or load it with weights="decoded".'
+    )
 
 
 class PackedWeight(nn.Module):
-    """The tensors of one compressed weight, as buffers, and the weight made of them; `decoded` is its matrix, once it is."""
+    """The tensors of one compressed weight, as buffers, and the weight made of them."""
 
-    decoded: torch.Tensor | None
-
-    def __init__(self, spec: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, weight: CompressedWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.register_buffer("decoded", None, persistent=False)
-        self.spec = dict(spec)
-        self.names = tuple(CompressedWeight.expected(spec))
-        for name, (dtype, shape) in CompressedWeight.expected(spec).items():
+        self.spec = weight.spec()
+        self.names = tuple(weight.tensors())
+        for name, tensor in weight.tensors().items():
             owner: nn.Module = self
             *folders, leaf = name.split(".")
             for folder in folders:
                 if folder not in owner._modules:
                     owner.add_module(folder, nn.Module())
                 owner = owner._modules[folder]  # type: ignore[assignment]
-            owner.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+            owner.register_buffer(leaf, tensor)
+        self._weight: CompressedWeight | None = weight
 
     def weight_terms(self) -> CompressedWeight:
-        """Put the weight together from the buffers, with every check of content."""
-        if not hasattr(self, "_weight"):
+        """Return the weight, put together from the buffers again where they have moved."""
+        if self._weight is None:
             self._weight = CompressedWeight.build(self.spec, {name: self.get_buffer(name) for name in self.names})
         return self._weight
 
-    def _hold_(self, decoded: torch.Tensor) -> None:
-        """Keep the decoded matrix and let the codes go."""
-        self.decoded = decoded.to(self.dtype)
-        self.__dict__.pop("_weight", None)
-        self._modules.clear()
-
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
-        """Move everything to another device; a new type is for the bias and the decoded matrix, that of the codes is their format."""
-        self.__dict__.pop("_weight", None)
+        """Move everything to another device; a new type is for the bias and the products, that of the codes is their format."""
+        self._weight = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def moved(t: torch.Tensor) -> torch.Tensor:
@@ -63,30 +63,24 @@ class PackedWeight(nn.Module):
         super()._apply(fn, recurse=False)
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_saving()
+
 
 class PackedLinear(PackedWeight):
     """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`."""
 
-    def __init__(self, spec: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype)
-        self.out_features, self.in_features = spec["shape"]
+    def __init__(self, weight: CompressedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.out_features, self.in_features = weight.shape
         self.bias = bias
-
-    def decode_(self) -> None:
-        self._hold_(self.weight_terms().dequantize())
 
     @property
     def weight(self) -> torch.Tensor:
-        """Give code that looks at a layer's weight (for its type, or to initialise it) the matrix, or its shape while packed."""
-        if self.decoded is not None:
-            return self.decoded
-        shown = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-        shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves alone what bears this mark
-        return shown
+        """The shape and type of the matrix, for code that looks at a layer's weight."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.decoded is not None:
-            return nn.functional.linear(x, self.decoded.to(x.dtype), self.bias)
         weight = self.weight_terms()
         y = choose_kernel(weight, x.device).matmul(x, weight)
         return y if self.bias is None else y + self.bias
@@ -96,59 +90,81 @@ class PackedLinear(PackedWeight):
         return f"{self.in_features} -> {self.out_features}, {kinds}"
 
 
-class PackedExperts(PackedWeight):
-    """Stands where a parameter of experts stood; indexing it decodes that expert's matrix, any other product decodes all of them."""
+class PackedParameter(PackedWeight):
+    """Stands where a parameter stood whose module computes in its own way, such as the 3-d parameter of experts.
 
-    def __init__(self, spec: Mapping[str, Any], parameter: WeightParameter, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype)
+    One expert is decoded where it is indexed; whatever else torch does with a parameter, it does with the decoded whole.
+    """
+
+    def __init__(self, weight: CompressedWeight, parameter: WeightParameter, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
         self.parameter = parameter
-        self.shape = torch.Size(parameter.parameter_shape)
 
-    def decode_(self) -> None:
-        self._hold_(self.parameter.restore(self.weight_terms().dequantize()))
-
-    def whole(self) -> torch.Tensor:
-        """Give the parameter that this stands for."""
-        if self.decoded is not None:
-            return self.decoded
+    def tensor(self) -> torch.Tensor:
+        """Decode the whole parameter."""
         return self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
 
-    def __getitem__(self, expert: Any) -> torch.Tensor:
-        if self.decoded is not None or self.parameter.flat:
-            return self.whole()[expert]
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.parameter.parameter_shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer(self.names[0]).device
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        is_one = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool)
+        if not self.parameter.experts or self.parameter.flat or not is_one:
+            return self.tensor()[index]
+        expert = range(self.parameter.experts)[int(index)]  # from the end, and never outside
         rows = self.parameter.shape[0]
-        e = int(expert)
-        matrix = self.weight_terms().row_slice(e * rows, (e + 1) * rows).dequantize().to(self.dtype)
+        matrix = self.weight_terms().row_slice(expert * rows, (expert + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
 
-    def view(self, *shape: Any) -> torch.Tensor:
-        return self.whole().view(*shape)
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def transpose(self, first: int, second: int) -> torch.Tensor:
-        return self.whole().transpose(first, second)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name not in dir(torch.Tensor):
+                raise
+        return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Let torch's functions take this for the parameter."""
-
-        def plain(value: Any) -> Any:
-            return value.whole() if isinstance(value, PackedExperts) else value
-
-        return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
+        given = {name: _whole(value) for name, value in (kwargs or {}).items()}
+        return function(*map(_whole, args), **given)
 
 
-def replace_(model: nn.Module, parameter: WeightParameter, spec: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Put a packed layer where the parameter's module (of experts, the parameter itself) is."""
-    if parameter.experts:
-        owner_name, _, leaf = parameter.name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        del owner._parameters[leaf]
-        owner.add_module(leaf, PackedExperts(spec, parameter, dtype))
-        return
-    owner_name, _, leaf = parameter.stem.rpartition(".")
+def _whole(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_whole, value))
+    return value.tensor() if isinstance(value, PackedParameter) else value
+
+
+def replace_(model: nn.Module, parameter: WeightParameter, weight: CompressedWeight, dtype: torch.dtype) -> PackedWeight:
+    """Put a packed layer where the parameter's module is, or a packed parameter where its module is no plain linear layer.
+
+    Returns what now stands there.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    owner_name, _, leaf = parameter.name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    old = owner.get_submodule(leaf)
-    bias = getattr(old, "bias", None)
-    setattr(owner, leaf, PackedLinear(spec, bias, dtype))
+    if type(owner) in (nn.Linear, Conv1D) and leaf == "weight" and not parameter.experts:
+        above, _, name = owner_name.rpartition(".")
+        linear = PackedLinear(weight, owner._parameters["bias"], dtype)
+        setattr(model.get_submodule(above), name, linear)
+        return linear
+    del owner._parameters[leaf]
+    packed = PackedParameter(weight, parameter, dtype)
+    owner.add_module(leaf, packed)
+    return packed

@@ -9,12 +9,12 @@ import torch
 from bitpress.checkpoints.budget import within
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
-from bitpress.errors import CheckpointError, FormatError, UsageError
-from bitpress.runtime.layers import PackedExperts, PackedLinear, replace_
+from bitpress.errors import UsageError
+from bitpress.runtime.layers import refuse_saving, replace_
 from bitpress.runtime.prompt import read_generation
-from bitpress.runtime.skeleton import build_config, build_skeleton, restore_ties_, set_parameter_
+from bitpress.runtime.skeleton import build_config, build_skeleton, set_parameter_
 
-__all__ = ["install_", "load", "refuse_saving_"]
+__all__ = ["default_dtype", "fill_", "load", "open_skeleton", "train_"]
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,43 +46,65 @@ def load(
     pressed = PressedCheckpoint.open(directory, verify=verify)
     if memory is not None:
         pressed = within(pressed, memory)
-    config = build_config(pressed.config)
-    chosen = DTYPES[dtype] or getattr(config, "dtype", None) or _stored_dtype(pressed)
-    model = build_skeleton(config, chosen)
-    pressed.check_fits(model.state_dict())
-    install_(model, pressed, chosen)
-    for name, entry in pressed.plain.items():
-        value = read_tensor(pressed.tensors[name][0], entry)
-        set_parameter_(model, name, value.to(chosen) if value.is_floating_point() else value)
-    restore_ties_(model)
-    for name, record in pressed.manifest.weights.items():
-        layer = _packed_at(model, name if record.experts else record.parameter(name).stem)
-        for leaf, value in pressed.read_weight(name).tensors().items():
-            set_parameter_(layer, leaf, value)
-        if weights == "decoded":
-            try:
-                layer.decode_()
-            except FormatError as error:
-                raise CheckpointError(f"{pressed.root}: {name}: {error}") from error
-        note(name)
-    _set_generation_(model, pressed)
-    refuse_saving_(model)
+    chosen = DTYPES[dtype] or default_dtype(pressed)
+    model = open_skeleton(pressed, chosen)
+    fill_(model, pressed, chosen, packed=weights == "packed", note=note)
+    model.tie_weights(recompute_mapping=False)
+    generation = read_generation(pressed)
+    if generation is not None:
+        model.generation_config = generation
+    if weights == "packed":
+        model.save_pretrained = refuse_saving
+    else:
+        train_(model)
     return model
 
 
-def install_(model: torch.nn.Module, pressed: PressedCheckpoint, dtype: torch.dtype) -> None:
-    """Replace every compressed weight's module by an empty packed layer."""
+def train_(model: torch.nn.Module) -> None:
+    """Let every parameter take gradients, as in any model of transformers that was just loaded."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def open_skeleton(pressed: PressedCheckpoint, dtype: torch.dtype) -> Any:
+    """Build the model of a directory without its weights, and check every name and shape. Raises CheckpointError."""
+    config = build_config(pressed.config)
+    config.name_or_path = str(pressed.root)
+    model = build_skeleton(config, dtype)
+    pressed.check_fits(model.state_dict())
+    return model
+
+
+def fill_(
+    model: Any,
+    pressed: PressedCheckpoint,
+    dtype: torch.dtype,
+    *,
+    prefix: str = "",
+    packed: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Read the parameters whose name begins with `prefix` into a model of `open_skeleton`, compressed ones decoded or in packed layers.
+
+    One compressed weight at a time is in memory twice. Raises CheckpointError.
+    """
+    for name, entry in pressed.plain.items():
+        if name.startswith(prefix):
+            value = read_tensor(pressed.tensors[name][0], entry)
+            set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
     for name, record in pressed.manifest.weights.items():
-        replace_(model, record.parameter(name), record.spec, dtype)
+        if not name.startswith(prefix):
+            continue
+        if packed:
+            replace_(model, record.parameter(name), pressed.read_weight(name), dtype)
+        else:
+            set_parameter_(model, name, pressed.decode(name).to(dtype))
+        note(name)
 
 
-def refuse_saving_(model: Any) -> None:
-    """Let `save_pretrained` say that it cannot: decoded and packed weights are in no state dict, so it would leave them out."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UsageError("a model on compressed weights is not saved again; copy the directory that it was loaded from.")
-
-    model.save_pretrained = refuse
+def default_dtype(pressed: PressedCheckpoint) -> torch.dtype:
+    """Return the type that a model computes in unless another one is asked for: the original's."""
+    return getattr(build_config(pressed.config), "dtype", None) or _stored_dtype(pressed)
 
 
 def _stored_dtype(pressed: PressedCheckpoint) -> torch.dtype:
@@ -92,16 +114,3 @@ def _stored_dtype(pressed: PressedCheckpoint) -> torch.dtype:
         if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes[entry.torch_dtype] = sizes.get(entry.torch_dtype, 0) + entry.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-def _packed_at(model: torch.nn.Module, name: str) -> PackedLinear | PackedExperts:
-    layer = model.get_submodule(name)
-    if not isinstance(layer, (PackedLinear, PackedExperts)):
-        raise CheckpointError(f"{name!r} is no packed layer of the model.")
-    return layer
-
-
-def _set_generation_(model: Any, pressed: PressedCheckpoint) -> None:
-    generation = read_generation(pressed)
-    if generation is not None:
-        model.generation_config = generation

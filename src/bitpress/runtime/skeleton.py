@@ -24,7 +24,7 @@ def build_config(values: Mapping[str, Any]) -> Any:
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise _unknown_type(model_type, values.get("auto_map"), CONFIG_MAPPING.keys())
-    kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config")}
+    kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config", "transformers_weights")}
     if "rescale_every" in kept:
         kept["rescale_every"] = 0  # RWKV would halve its weights in place while it runs, against overflow in half precision
     try:
