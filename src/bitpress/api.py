@@ -72,7 +72,8 @@ def quantize(
 def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a model directory against the original, or without `against` its perplexity alone.
 
-    `bitpress.pipeline.prove.evaluate` and `evaluate_alone` have the settings and the figures.
+    `bitpress.pipeline.prove.evaluate` and `evaluate_alone` have the settings and the figures. With `runtime="native"` or
+    `"transformers"`, the distance is that of what the runtime gives, roundings of its own included.
     """
     given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
     if against is None:

@@ -168,6 +168,15 @@ def evaluate(
     tasks: Tasks = None,
     documents: Documents = 500,
     memory: Memory = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure through native, transformers, or auto: what run takes; else the decoded weights in float32."
+        ),
+    ] = None,
+    activations: Activations = None,
+    cache: Cache = None,
+    head: Head = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, with --against its distance from the original, with --tasks its answers."""
@@ -181,6 +190,8 @@ def evaluate(
     from bitpress.pipeline.prove import evaluate_alone
 
     names = parse_tasks(tasks)
+    _refuse_idle(context, "--against", against is None, ("runtime",))
+    _refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     _refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
         given = Path(directory) if is_pressed(directory) else resolve_model(directory, screen.note)
@@ -193,7 +204,8 @@ def evaluate(
         if original is None:
             figures |= evaluate_alone(given, **how, progress=screen)
         else:
-            figures |= measure(given, original, **how, progress=screen)
+            through = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
+            figures |= measure(given, original, **how, **through, progress=screen)
             if names:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:

@@ -139,6 +139,7 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
             ),
             ("measured on", f"{figures['tokens']:,} tokens of {figures['text']} in {figures['windows']} windows"),
             ("scored", f"{shown(figures['tokens_per_second'], '{:.0f}')} tokens/s"),
+            *_runtime_rows(figures.get("runtime")),
         ]
     elif "perplexity" in figures:
         low, high = figures["perplexity_low"], figures["perplexity_high"]
@@ -152,3 +153,20 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
         lines += [("bits per compressed weight", f"{figures['bits_per_weight']:.4f}"), ("size", size(figures["bytes"]))]
     lines += [(key, str(value)) for key, value in rows.items()]
     table("", ("", ""), [(a, b) for a, b in lines])
+
+
+def _runtime_rows(runtime: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Say through which runtime was measured, or what its own distance is beside that of the weights."""
+    if runtime is None:
+        return []
+    settings = ", ".join(f"{key} {value}" for key, value in runtime["settings"].items())
+    name = f"{runtime['name']} ({settings})" if settings else str(runtime["name"])
+    if "unmeasured" in runtime:
+        return [("runtime", f"{name}, not measured: {runtime['unmeasured']}")]
+    if "kl_mean" not in runtime:
+        return [("through the runtime", name)]
+    agrees = f"{100 * runtime['top1_agreement']:.2f} % the same token"
+    return [
+        ("as the runtime gives it", f"KL {shown(runtime['kl_mean'], '{:.4f}')}, {agrees}; {runtime['tokens']:,} tokens"),
+        ("runtime", name),
+    ]

@@ -34,6 +34,7 @@ from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
+from bitpress.pipeline.opened import check_loads, check_opens
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
@@ -215,11 +216,21 @@ def finish_job(
     job.stage(files)
     pressed = PressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts["digests"], check_stop)
+    check_loads(pressed, check_stop)
     figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
     if proof.tokens:
         figures = evaluate(
-            job.out, model, text=proof.text, tokens=proof.tokens, length=proof.length, pressed=pressed, progress=progress
+            job.out,
+            model,
+            text=proof.text,
+            tokens=proof.tokens,
+            length=proof.length,
+            pressed=pressed,
+            with_runtime=True,
+            progress=progress,
         )
+    else:
+        check_opens(pressed, progress)
     check_stop()
     report = make_report(
         figures,

@@ -36,7 +36,7 @@ def refuses(config: Any) -> str | None:
 
 
 def load_engine(
-    directory: str | Path,
+    directory: str | Path | PressedCheckpoint,
     *,
     activations: Literal["int8", "none"] = "int8",
     cache: Literal["fp16", "int8"] = "fp16",
@@ -46,7 +46,7 @@ def load_engine(
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
-    """Load a directory that bitpress wrote into the native engine.
+    """Load a directory that bitpress wrote, opened already or not, into the native engine.
 
     activations  "int8": inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float
     cache        type of the kept keys and values
@@ -57,17 +57,18 @@ def load_engine(
     Raises KernelUnavailable for an architecture that the engine does not know, CheckpointError as `load` does.
     """
     check_options(activations, cache, threads)
-    parts, _, _ = lay_out_directory(directory, head, context=context, verify=verify, note=note)
+    pressed = directory if isinstance(directory, PressedCheckpoint) else PressedCheckpoint.open(directory, verify=verify)
+    parts, _, _ = lay_out_directory(pressed, head, context=context, note=note)
     try:
         return make_engine(parts, activations=activations, cache=cache, context=context, threads=threads)
     except UsageError:  # which is a ValueError too
         raise
     except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}.") from error
+        raise CheckpointError(f"{pressed.root}: {error}.") from error
 
 
 def lay_out_directory(
-    directory: str | Path,
+    directory: str | Path | PressedCheckpoint,
     head: str = USUAL_HEAD,
     *,
     context: int | None = None,
@@ -78,10 +79,10 @@ def lay_out_directory(
 
     Raises as `load_engine` does.
     """
-    pressed = PressedCheckpoint.open(directory, verify=verify)
+    pressed = directory if isinstance(directory, PressedCheckpoint) else PressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config)
     if (reason := refuses(config)) is not None:
-        raise KernelUnavailable(f"the native engine does not run {directory}: {reason}; use the runtime transformers.")
+        raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
     wanted_context(describe(config), context)
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
     return assemble(pressed, config, head, note), read_generation(pressed), pressed.nbytes
