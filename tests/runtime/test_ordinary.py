@@ -104,6 +104,7 @@ def test_adapters_of_a_decoded_model_are_trained(pressed: Models) -> None:
     assert float(low.grad.abs().max()) > 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # its own, not ours
 def test_peft_takes_a_decoded_model(pressed: Models) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
