@@ -20,7 +20,7 @@ def check_patterns(recipe: Recipe, compressed: Collection[str], kept: Mapping[st
     A pattern of `skip` may also match what stays as it is anyway, since what it asks for happens; one behind "!" and those of overrides
     have to match a weight that they can change.
     """
-    skipped = {stem(name) for name, why in kept.items() if why == "skipped as asked"}
+    skipped = {stem(name) for name, why in kept.items() if why.startswith("skipped by ")}
     everything = {*compressed, *map(stem, kept), *map(stem, others)}
     for pattern in recipe.skip:
         taken_back = pattern.startswith("!")
