@@ -204,7 +204,7 @@ def evaluate(
         if original is None:
             figures |= evaluate_alone(given, **how, progress=screen)
         else:
-            through = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
+            through: dict[str, Any] = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
             figures |= measure(given, original, **how, **through, progress=screen)
             if names:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
