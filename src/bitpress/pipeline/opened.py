@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError
+from bitpress.exhaustion import is_out_of_memory
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.runtime.assemble import load_engine, refuses
@@ -118,6 +119,8 @@ def opening(pressed: PressedCheckpoint, what: str) -> Iterator[None]:
     except JobStopped:
         raise
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise CheckpointError(
             f"{pressed.root}: {what} cannot open what was written: {reason}; nothing is published."
