@@ -173,7 +173,7 @@ def test_what_is_kept_says_why(tiny_model: Callable[..., Path]) -> None:
         "model.layers.*.post_attention_layernorm.weight": "norm, bias or other vector",
         "model.layers.*.self_attn.q_norm.weight": "norm, bias or other vector",
         "model.layers.*.self_attn.k_norm.weight": "norm, bias or other vector",
-        "model.layers.*.self_attn.k_proj.weight": "skipped by '*.k_proj'",
+        "model.layers.*.self_attn.k_proj.weight": "skipped as asked (*.k_proj)",
         "model.layers.*.mlp.gate.weight": "router",
     }
 
@@ -192,7 +192,7 @@ def test_strict_stops_where_a_product_is_overlooked(tiny_model: Callable[..., Pa
     assert not (tmp_path / "out").exists()
     skipped = make_recipe(values | {"skip": ["*.project_*"]})
     report = quantize_directory(model, tmp_path / "out", skipped, strict=True, proof=Proof(tokens=0))
-    assert report["kept"]["model.decoder.project_in.weight"] == "skipped by '*.project_*'"
+    assert report["kept"]["model.decoder.project_in.weight"] == "skipped as asked (*.project_*)"
 
 
 def test_a_record_says_that_experts_are_flat_only_where_they_are() -> None:

@@ -13,12 +13,13 @@ from bitpress.checkpoints.parameter import WeightParameter, stem
 from bitpress.pipeline.streaming import StreamedModel
 from bitpress.pipeline.uses import Axis, Product, Use
 
-__all__ = ["list_kept_outside", "list_weights", "overlooked", "skipping"]
+__all__ = ["SKIPPED", "list_kept_outside", "list_weights", "overlooked", "skipping"]
 
 # Why a parameter is kept. The first two are products that nobody asked to keep: an error under --strict.
 UNKNOWN_PRODUCT = "a matrix product in a form that is not compressed"
 OUTSIDE = "a matrix product outside the blocks"
 UNUSED = "not used by the model on a short text"
+SKIPPED = "skipped as asked"  # and the pattern
 ROUTER = "router"
 EMBEDDING = "embedding"
 HEAD = "head"
@@ -41,9 +42,9 @@ def list_weights(model: StreamedModel, i: int, skip: Sequence[str]) -> tuple[lis
             pattern = None if found == VECTOR else skipping((stem(name), name), skip)
             if isinstance(found, str):
                 unmeant = found in (UNKNOWN_PRODUCT, UNUSED) and pattern is not None
-                kept[name] = f"skipped by {pattern!r}" if unmeant else found
+                kept[name] = f"{SKIPPED} ({pattern})" if unmeant else found
             elif pattern is not None:
-                kept[name] = f"skipped by {pattern!r}"
+                kept[name] = f"{SKIPPED} ({pattern})"
             else:
                 weights.append(found)
     return weights, kept
@@ -72,7 +73,7 @@ def list_kept_outside(model: StreamedModel, skip: Sequence[str]) -> dict[str, st
             kept[name] = OUTSIDE
         pattern = skipping((stem(name), name), skip)
         if pattern is not None and kept[name] in (OUTSIDE, UNUSED):
-            kept[name] = f"skipped by {pattern!r}"
+            kept[name] = f"{SKIPPED} ({pattern})"
     return kept
 
 
