@@ -69,7 +69,7 @@ bitpress runs a model's own code block by block, with one block's weights in mem
 (several streams, keys and values that later layers use again, inputs of every layer that follow from the text) all of that is stored
 between blocks. Four kinds of models are refused, before any work and with exit code 3:
 
-* what is no causal language model: encoders, encoder-decoders, and decoders cut out of them (a BERT whose configuration has `is_decoder` true is a causal language model);
+* what is no causal language model: encoders, encoder-decoders, and decoders cut out of them;
 * models whose blocks run several times in one forward, or which compute a block's input from more than the block before it;
 * models whose blocks share a weight: it would be compressed twice, differently;
 * models that need a package that is not installed.
