@@ -122,9 +122,9 @@ def test_a_failed_recipe_is_told_and_is_in_the_exit_code(
     done = bitpress(*command)
     assert done.code == 1
     assert done.error == "error: 2 of 4 recipes failed: gptq <b>; their rows say why."
-    assert "failed: gptq <b>, 3 bits: layer 1: broken by the test" in done.out
+    assert "failed: gptq <b>, 3 bits: model.layers.0.self_attn.q_proj: layer 1: broken by the test" in done.out
     cells = Page((tmp_path / "out" / "compare.html").read_text(encoding="utf-8")).cells
-    assert cells.count("layer 1: broken by the test") == 2
+    assert cells.count("model.layers.0.self_attn.q_proj: layer 1: broken by the test") == 2
 
 
 def test_an_interrupt_ends_at_a_safe_point_and_the_same_command_goes_on(

@@ -5,6 +5,7 @@ import torch
 
 from bitpress.errors import NumericsError
 from bitpress.formats import SCALES, SHORT, parse_format
+from bitpress.formats.low_rank import low_rank
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 
 # One grid of every kind; those that search or cluster for seconds keep their scales as the others do.
@@ -104,3 +105,13 @@ def test_rows_of_another_size_are_seen() -> None:
     assert changed_rows(w, other, fmt).tolist() == [i in (2, 5) for i in range(16)]
     assert not changed_rows(w, w * 0.5, fmt).any()
     assert not changed_rows(w * 0, w * 0, fmt).any()
+
+
+def test_small_factors_of_a_low_rank_term_are_kept_in_bf16() -> None:
+    m = weight()
+    for size, dtype in ((1.0, "fp16"), (1e-4, "fp16"), (1e-12, "bf16")):
+        term = low_rank(m * size, 8)
+        assert term.spec()["dtype"] == dtype
+        nearest = low_rank(m, 8).dequantize()
+        # bf16 holds 8 bits of each of two factors.
+        assert float((term.dequantize() / size - nearest).norm()) < 2**-7 * float(nearest.norm())

@@ -250,14 +250,14 @@ def test_a_torn_line_has_not_happened(run: Run, tmp_path: Path) -> None:
 
 def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quantize = GPTQ.quantize
-    broken = [NumericsError("model.layers.1: broken by the test"), IndexError("broken by the test")]
+    broken = [NumericsError("broken by the test"), IndexError("broken by the test")]
 
     def fail(self: GPTQ, w: torch.Tensor, *args: Any) -> Any:
         raise broken[0]
 
     monkeypatch.setattr(GPTQ, "quantize", fail)
     fine, failed = run("gptq", "plain")["rows"]
-    assert failed["failed"] == "model.layers.1: broken by the test"
+    assert failed["failed"] == "model.layers.0.self_attn.q_proj: broken by the test"
     assert "texts" not in failed
     assert fine["failed"] is None
     run("gptq", "plain", forget_capture=True)

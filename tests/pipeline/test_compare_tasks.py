@@ -187,7 +187,7 @@ def test_what_fails_has_a_row_and_is_asked_again(run: Run, task_files: list[str]
     monkeypatch.setattr(GPTQ, "quantize", fail)
     done = run("plain", "gptq", widths=(3,), tasks=task_files[:1])
     failed = {row["name"]: row["failed"] for row in done["answers"]}
-    assert failed == {None: None, "plain": None, "gptq": "broken by the test"}
+    assert failed == {None: None, "plain": None, "gptq": "model.layers.0.self_attn.q_proj: broken by the test"}
     monkeypatch.setattr(GPTQ, "quantize", quantize)
     calls = Stages()
     done = run("plain", "gptq", widths=(3,), tasks=task_files[:1], progress=calls)

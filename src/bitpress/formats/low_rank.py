@@ -8,6 +8,7 @@ Differs  the singular values all go into `b`: the columns of `a` then have lengt
          8 bits cost every component the same small part of itself. A split by square roots would drown the weak ones in
          each row.
 Needs    a residual that is finite.        Cost  O(out * in * min(out, in)) time to make; rank * (out + in) numbers stored.
+         Factors too small for fp16 are kept in bf16.
 Fails    NumericsError when a factor is beyond the range of its type.
 """
 
@@ -46,6 +47,8 @@ class LowRank:
         """Keep two factors, rounded to their type."""
         shape, rank = (a.shape[0], b.shape[1]), a.shape[1]
         cls.expected({"rank": rank, "dtype": dtype}, shape)
+        if dtype == "fp16" and any(_vanishes(factor) for factor in (a, b)):
+            dtype = "bf16"  # of the same bytes, and of the range of float32
         tensors: dict[str, torch.Tensor] = {}
         for name, factor in (("a", a), ("b", b)):
             if dtype in _PLAIN:
@@ -129,6 +132,15 @@ class LowRank:
         own = {n.removeprefix(f"{name}."): t for n, t in self.tensors.items() if n.startswith(f"{name}.")}
         shape = (self.shape[0], self.rank) if name == "a" else (self.parts * self.rank, self.shape[1])
         return Packed.build(_packed_spec(self.dtype, self.parts), shape, own)
+
+
+def _vanishes(factor: torch.Tensor) -> bool:
+    """Say whether float16 is too coarse for a factor as small as this one: more than 1/256 of its energy would be lost."""
+    largest = factor.abs().max()
+    if not float(largest) or float(largest) > torch.finfo(torch.float16).max:
+        return False
+    lost = (factor - factor.half().float()) / largest
+    return float(lost.square().sum()) * 256 > float((factor / largest).square().sum())
 
 
 def low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "fp16") -> LowRank:
