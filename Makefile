@@ -89,6 +89,7 @@ attack: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_formats.py
 	$(BIN)/python scripts/list_methods.py
+	$(BIN)/python scripts/list_architectures.py
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render
 	$(BIN)/python benchmarks/methods.py --render

@@ -4,8 +4,6 @@ A size is recognised by the name of its key, in sub-configurations too; lists of
 names do not say stands in `OWN`.
 """
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -255,17 +253,6 @@ def save(model: Any, path: Path) -> None:
     """Write a model with a tokenizer of single bytes."""
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
-    config = path / "config.json"
-    config.write_text(json.dumps(_finite(json.loads(config.read_text()))))
-
-
-def _finite(value: Any) -> Any:
-    """A time step without a limit is written as an infinity: as large a number serves."""
-    if isinstance(value, dict):
-        return 1e30 if set(value) == {"__float__"} else {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return 1e30 if isinstance(value, float) and math.isinf(value) else value
 
 
 def byte_tokenizer() -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch.overrides import TorchFunctionMode
 
 from bitpress.errors import CheckpointError
+from bitpress.exhaustion import is_out_of_memory
 from bitpress.runtime.skeleton import find_stacks
 
 __all__ = ["BREAKS", "Carried", "Stop", "choose_stack", "find_carried", "hollow", "stand_ins"]
@@ -210,6 +211,8 @@ def find_carried(model: Any, blocks: torch.nn.ModuleList, dtype: torch.dtype) ->
         except CheckpointError:
             raise
         except BREAKS as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{name} cannot be run block by block: {' '.join(str(error).split())[:200]}") from error
         forms = {repr(_formed(call.out)) for call in small}
         first = _columns_of(small[0].out, large[0].out)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from bitpress.checkpoints.parameter import stem
 from bitpress.errors import UsageError, nearest, shown
+from bitpress.pipeline.products import SKIPPED
 from bitpress.recipes import Recipe
 
 __all__ = ["check_patterns"]
@@ -20,7 +21,7 @@ def check_patterns(recipe: Recipe, compressed: Collection[str], kept: Mapping[st
     A pattern of `skip` may also match what stays as it is anyway, since what it asks for happens; one behind "!" and those of overrides
     have to match a weight that they can change.
     """
-    skipped = {stem(name) for name, why in kept.items() if why.startswith("skipped by ")}
+    skipped = {stem(name) for name, why in kept.items() if why.startswith(SKIPPED)}
     everything = {*compressed, *map(stem, kept), *map(stem, others)}
     for pattern in recipe.skip:
         taken_back = pattern.startswith("!")

@@ -153,7 +153,8 @@ class Plan:
 def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> Plan:
     """Plan a run. `stored` gives the bytes of every parameter as the source stores it.
 
-    Raises CheckpointError for a model that cannot be run block by block, FormatError that names every weight whose shape its format or a correction does not fit, or whose maps could not be kept.
+    Raises CheckpointError for a model that cannot be run block by block, FormatError that names every weight whose shape its format
+    or a correction does not fit, or whose maps could not be kept.
     """
     width = model.width  # which finds out whether the model can be run block by block
     weights: list[PlannedWeight] = []

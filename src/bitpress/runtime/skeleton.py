@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitpress.errors import CheckpointError, UsageError
+from bitpress.exhaustion import is_out_of_memory
 
 __all__ = ["build_config", "build_skeleton", "check_causal", "check_tokens", "find_stacks", "restore_ties_", "set_parameter_"]
 
@@ -69,6 +70,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     except ImportError as error:
         raise CheckpointError(f"{config.model_type} needs a package that is not installed: {_one_line(error)}") from error
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"config.json cannot be built as {config.model_type}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
