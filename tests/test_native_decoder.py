@@ -321,19 +321,19 @@ def test_8_bit_activations_are_close(
 ) -> None:
     """The divergence is like that of 8-bit inputs inside transformers: it goes with the square of the error.
 
-    With more than four rows, inputs are rounded in segments of 256 columns instead of 32, weights once more, and attention on tiles
-    computes in bf16.
+    Up to four rows are rounded to 14 bits, whose error is 64 times smaller, and the cache to 16. With more, inputs are rounded in pieces
+    of up to 128 columns instead of 32, and attention on tiles computes in bf16.
     """
     want = wanted(name, activations="int8")
     usual = divergence(want.exact, want.rounded)
     engine, tokens = make_engine(pressed(name), activations="int8"), draw(TOKENS)
     many = divergence(want.exact, engine.forward(tokens, "all"))
     engine.reset()
-    few = divergence(want.exact, steps(engine, tokens))
-    assert few <= 3 * usual
+    few = steps(engine, tokens)
+    assert divergence(want.exact, few) <= 0.02 * usual + 1e-5
     assert many <= 6 * usual
     if not engine.facts["expanded"]:  # those are in float up to four rows
-        assert few > 0.1 * usual, "nothing was rounded"
+        assert not torch.equal(few, steps(make_engine(pressed(name)), tokens)), "nothing was rounded"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama yarn", "mistral", "gemma3_text", "wide heads"])
@@ -367,7 +367,7 @@ def test_a_long_text_crosses_pieces_of_attention(
 @pytest.mark.parametrize(
     "name", ["llama", "llama yarn", "qwen3"]
 )  # tied, not tied, and a width that groups of 64 do not divide
-def test_a_head_is_rounded_as_asked_and_a_tied_embedding_with_it(
+def test_a_head_is_rounded_as_asked_and_a_tied_embedding_is_not(
     name: str, pressed: Callable[[str], Path], reference: Callable[[str], Any], wanted: Callable[..., Expected]
 ) -> None:
     assert make_engine(pressed(name)).facts["head"] == "bfloat16"
@@ -377,8 +377,7 @@ def test_a_head_is_rounded_as_asked_and_a_tied_embedding_with_it(
         model = copy.deepcopy(reference(name))
         weight = model.lm_head.weight.data
         params = fmt.fit(weight)
-        for layer in [model.lm_head] + [model.model.embed_tokens] * model.config.tie_word_embeddings:
-            layer.weight.data = fmt.decode(fmt.encode(weight, params), params)
+        model.lm_head.weight = torch.nn.Parameter(fmt.decode(fmt.encode(weight, params), params))
         want = expected(model, draw(TOKENS), "fp16")
         assert engine.facts["head"] == fmt.name
         assert distance(want, wanted(name).rounded) > 2 * wanted(name).tolerance

@@ -23,14 +23,15 @@ def show_speed(facts: Mapping[str, Any]) -> None:
     else:
         speed = [
             ("products", f"{facts['teraoperations_per_second']:.2f} TOPS in the blocks' linear layers"),
-            ("processor", f"{share}{facts['machine_teraoperations_per_second']:.2f} TOPS of products of bytes on registers"),
+            ("processor", f"{share}{facts['machine_teraoperations_per_second']:.2f} TOPS on registers"),
         ]
+    apart = f", {facts['apart']:.1%} of the prompt in float" if facts.get("apart") else ""
     rows = [
         ("tokens", f"{facts['tokens']:,}{behind}, {facts['repeats']} times"),
         ("tokens/s", f"{rates['median']:.1f} (p10 {rates['p10']:.1f}, p90 {rates['p90']:.1f})"),
         *speed,
         ("code path", f"{facts['path']}, {facts['threads']} threads"),
-        ("activations", "8 bits" if facts["activations"] == "int8" else "float"),
+        ("activations", f"8 bits{apart}" if facts["activations"] == "int8" else "float"),
         ("cache", facts["cache"]),
         ("head", facts["head"]),
         *([("expanded to 16 bits", expanded)] if expanded else []),

@@ -73,6 +73,11 @@ class Engine:
     def context(self) -> int:
         return self.layout.context
 
+    @property
+    def apart(self) -> float:
+        """Return the share of prompts' inputs to products that were multiplied in float, because 8 bits do not hold them."""
+        return float(self._model.inputs_apart / max(1, self._model.inputs))
+
     def reset(self) -> None:
         """Forget the text."""
         self._model.truncate(0)

@@ -82,6 +82,7 @@ def bench_prefill(
     return {
         "what": "prefill",
         **facts,
+        "apart": engine.apart,
         "context": context,
         "tokens": tokens,
         "tokens_per_second": rates,
