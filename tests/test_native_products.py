@@ -126,13 +126,13 @@ def half_steps(values: torch.Tensor, group: int, width: int, steps: int = 127) -
 def half_steps_beside(x: torch.Tensor) -> torch.Tensor:
     """Give what many rows lose: half a step of the largest magnitude that does not stand apart.
 
-    A magnitude above 5 times the mean stands apart, and above 5 times the mean of the others; in the first eighth of the columns that
-    are, and 8. The mean is summed in float32, so a value may fall on either side of a bound that is so much larger.
+    A magnitude above 5 times the mean stands apart, and above 5 times the mean of the others, or half of that where many do; of a
+    quarter of the columns and 8 at most. The mean is summed in float32, so a value may fall on either side of a bound that is so much larger.
     """
     size, most = x.abs(), torch.full((x.shape[0], 1), torch.inf, dtype=torch.float64)
     for _ in range(2):
         most = APART * torch.where(size > most, 0.0, size).mean(1, keepdim=True) * (1 + x.shape[1] * EPS)
-    crowded = (size > most * (1 - 2 * x.shape[1] * EPS)).sum(1, keepdim=True) > x.shape[1] // 8 + 8
+    crowded = (size > most / 2 * (1 - 2 * x.shape[1] * EPS)).sum(1, keepdim=True) > x.shape[1] // 4 + 8
     return half_steps(torch.where(crowded, size, torch.minimum(size, most)), x.shape[1], SEGMENT)
 
 

@@ -38,7 +38,7 @@ struct Tiled {
     Aligned<int32_t> sums;  // likewise
     Aligned<Apart> apart;   // [row][most_apart], by column
     Aligned<int32_t> apart_counts;
-    int most_apart() const { return cut.columns / 8 + 8; }
+    int most_apart() const { return cut.columns / 4 + 8; }
     int padded_rows() const { return (rows + 31) / 32 * 32; }
     void fit(const Cut &to, int count) {
         cut = to;
@@ -86,6 +86,7 @@ constexpr int MOST_ROWS = 4;      // rows of a direct product
 constexpr int MOST_HEAD = 512;    // elements of a head
 constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
 constexpr float APART = 5;            // times the mean magnitude of a row: values beyond stand apart
+constexpr int MANY_APART = 32;        // more than this part of a row: half of that
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
 // Where the sums of a tile product go: they stay, or are put there strip by strip, or as act(first strip) * second strip.
