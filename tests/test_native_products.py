@@ -44,7 +44,7 @@ EPS = 2.0**-23
 FEW_ROWS = 4
 PIECE, SEGMENT = 128, 128
 DIGITS = 8064
-APART = 5.0
+APART, CLOSER = 5.0, 0.5
 # Half a unit for the rounding, and for the fixed-point factor half of one of its steps of 2^-15 on a value below 2^8, or one whole
 # step on one below 2^7 where the factor itself is one too large for its 16 bits.
 HALF_UNIT = 0.5 + 2.0**-8 + 2.0**-8
@@ -132,7 +132,7 @@ def half_steps_beside(x: torch.Tensor) -> torch.Tensor:
     size, most = x.abs(), torch.full((x.shape[0], 1), torch.inf, dtype=torch.float64)
     for _ in range(2):
         most = APART * torch.where(size > most, 0.0, size).mean(1, keepdim=True) * (1 + x.shape[1] * EPS)
-    crowded = (size > most / 2 * (1 - 2 * x.shape[1] * EPS)).sum(1, keepdim=True) > x.shape[1] // 4 + 8
+    crowded = (size > most * CLOSER * (1 - 2 * x.shape[1] * EPS)).sum(1, keepdim=True) > x.shape[1] // 4 + 8
     return half_steps(torch.where(crowded, size, torch.minimum(size, most)), x.shape[1], SEGMENT)
 
 

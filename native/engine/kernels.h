@@ -85,8 +85,9 @@ struct CacheView {
 constexpr int MOST_ROWS = 4;      // rows of a direct product
 constexpr int MOST_HEAD = 512;    // elements of a head
 constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
-constexpr float APART = 5;            // times the mean magnitude of a row: values beyond stand apart
-constexpr int MANY_APART = 32;        // more than this part of a row: half of that
+constexpr float APART = 5;               // times the mean magnitude of a row: values beyond stand apart
+constexpr int MANY_APART = 16;          // where more than this part of a row would:
+constexpr float CLOSER = 0.5f;          // so much of that bound
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
 // Where the sums of a tile product go: they stay, or are put there strip by strip, or as act(first strip) * second strip.
