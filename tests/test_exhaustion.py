@@ -62,7 +62,8 @@ OTHERS: dict[str, BaseException] = {
 def test_every_name_of_it_is_one_line_and_exit_5(
     source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "app", SOURCES[source])
+    monkeypatch.setattr(app, "app", lambda **_: SOURCES[source]())
+    monkeypatch.setattr(sys, "argv", ["bitpress", "formats"])
     with pytest.raises(SystemExit) as stop:
         app.main()
     said = capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.pressed import is_pressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.errors import UsageError
 from bitpress.pipeline.answers import DOCUMENTS
 from bitpress.pipeline.answers import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.progress import Progress
@@ -77,6 +78,8 @@ def evaluate(directory: str | Path, against: str | Path | None = None, **setting
     """
     given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
     if against is None:
+        if through := [name for name in ("runtime", "activations", "cache", "head", "with_runtime") if name in settings]:
+            raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
         return _evaluate_alone(given, **settings)
     return _evaluate(given, resolve_model(str(against)), **settings)
 

@@ -1,15 +1,18 @@
 """What is published opens as its user will open it, and is measured as the runtime gives it."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.checkpoints.pressed import MANIFEST_NAME, is_pressed
-from bitpress.errors import CheckpointError, KernelUnavailable, UsageError
+from bitpress.errors import CheckpointError, KernelUnavailable, NumericsError, UsageError
 from bitpress.pipeline import opened
 from bitpress.pipeline.prove import RUNTIME_TOKENS
 from bitpress.pipeline.quantize import Proof, quantize_directory
@@ -133,3 +136,35 @@ def test_one_block_of_a_kind_is_tried_on_packed_layers(pressed_original: Path, m
     opened.check_loads(pressed)
     assert len(read) == len(pressed.manifest.weights) / 2
     assert {name.split(".")[2] for name in read} == {"0"}
+
+
+@pytest.mark.parametrize("tokens", [0, 128])
+def test_a_model_beyond_the_range_of_the_runtimes_cache_is_not_published(
+    tokens: int, tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny_model("llama"), source)
+    weights = load_file(source / "model.safetensors")
+    for name, value in weights.items():  # the same function
+        weights[name] = value * 1e6 if "v_proj" in name else value / 1e6 if "o_proj" in name else value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"the runtime native \(.*cache fp16.*\) gives logits that are not finite"):
+        quantize_directory(source, out, make_recipe(RECIPE), proof=Proof(tokens=tokens, length=32, text=str(text_file)))
+    assert not (out / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**30), ("vocab_size", 10**12), ("hidden_size", 10**9)])
+def test_sizes_that_no_tensor_bears_out_are_refused_at_once(
+    key: str, value: int, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("llama"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(CheckpointError, match=f"{key} is 1e.*which no tensor of the checkpoint bears out"):
+        quantize_directory(source, tmp_path / "out", make_recipe(RECIPE), proof=Proof(tokens=0))
+
+
+def test_without_an_original_there_is_no_distance_through_a_runtime(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="runtime needs `against`"):
+        bitpress.evaluate(tiny_model("llama"), runtime="native")

@@ -28,7 +28,7 @@ from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
-from bitpress.checkpoints.source import SIDE_FILES, read_config
+from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
 from bitpress.errors import BitpressError, CheckpointError, FormatError
 from bitpress.formats import CompressedWeight
 
@@ -65,8 +65,6 @@ _OPENED_BY_NAME = (
     "custom_generate",
     "tekken.json",
 )
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "head_dim")
 
 
 class _Closed(BaseModel):
@@ -302,7 +300,7 @@ def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[
         raise CheckpointError(f"{where}: names code of its own (auto_map), which is never followed.")
     # Modules and their buffers are made before any shape can be compared: what they may cost is bounded by what is stored.
     shapes = [entry.shape for _, entry in tensors.values()] + [tuple(r.spec["shape"]) for r in manifest.weights.values()]
-    limits = dict.fromkeys(_DEPTHS, len(tensors)) | dict.fromkeys(_WIDTHS, max((max(s, default=1) for s in shapes), default=1))
+    limits = dict.fromkeys(DEPTHS, len(tensors)) | dict.fromkeys(WIDTHS, max((max(s, default=1) for s in shapes), default=1))
     for part in (config, config.get("text_config")):
         for key, limit in limits.items():
             value = part.get(key) if isinstance(part, dict) else None

@@ -20,7 +20,22 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read
 from bitpress.checkpoints.side_files import SideFiles, find_side_files
 from bitpress.errors import CheckpointError
 
-__all__ = ["SIDE_FILES", "SourceCheckpoint", "decode_floats", "encode_config", "encode_floats", "read_config"]
+__all__ = [
+    "DEPTHS",
+    "SIDE_FILES",
+    "WIDTHS",
+    "SourceCheckpoint",
+    "decode_floats",
+    "encode_config",
+    "encode_floats",
+    "read_config",
+]
+
+# Keys of a configuration that say how many blocks a model has, and how wide it is.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "head_dim")
+# Of a configuration that the tensors do not bear out, this much is believed all the same: blocks may share their weights.
+_MOST_BLOCKS, _MOST_TIMES = 4096, 64
 
 # Files beside the weights that transformers opens by their names; others are carried over too (`side_files`).
 SIDE_FILES = (
@@ -101,6 +116,7 @@ class SourceCheckpoint:
                 if index.get(name) != file:
                     raise CheckpointError(f"{target}: holds {name!r}, which the index does not place there.")
                 tensors[name] = (target, entry)
+        _check_sizes(root, config, tensors)
         missing = sorted(set(index) - set(tensors))
         if missing:
             raise CheckpointError(
@@ -131,3 +147,18 @@ class SourceCheckpoint:
         """Find what goes with the model (tokenizer, chat templates, processors, licence, ...), and what is left behind."""
         own = {file.name for file, _ in self.tensors.values()} | ({ORIGIN} if is_in_cache(self.root) else set())
         return find_side_files(self.root, own, SIDE_FILES)
+
+
+def _check_sizes(root: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorEntry]]) -> None:
+    """Refuse sizes that no tensor bears out, before modules are made that would take all time or all memory."""
+    widest = max((max(entry.shape, default=1) for _, entry in tensors.values()), default=1)
+    limits = dict.fromkeys(DEPTHS, max(len(tensors), _MOST_BLOCKS)) | dict.fromkeys(
+        (*WIDTHS, "vocab_size"), _MOST_TIMES * widest
+    )
+    for part in (config, config.get("text_config")):
+        for key, limit in limits.items():
+            value = part.get(key) if isinstance(part, dict) else None
+            if isinstance(value, (int, float)) and value > limit:
+                raise CheckpointError(
+                    f"{root / 'config.json'}: {key} is {value:.6g}, which no tensor of the checkpoint bears out."
+                )

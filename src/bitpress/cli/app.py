@@ -96,7 +96,9 @@ def quantize(
 ) -> None:
     """Compress a model, prove what that cost, and publish it."""
     if explain:
-        explain_preset(recipe, preset, bits, as_json)
+        explain_preset(
+            recipe, preset, bits, as_json, {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
+        )
         return
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
@@ -198,15 +200,15 @@ def evaluate(
         original = None if against is None else resolve_model(against, screen.note)
         part = None if memory is None else open_within(given, memory)
         figures: dict[str, Any] = {}
-        if names:
-            figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "pressed": part}
         if original is None:
             figures |= evaluate_alone(given, **how, progress=screen)
         else:
             through: dict[str, Any] = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
             figures |= measure(given, original, **how, **through, progress=screen)
-            if names:
+        if names:
+            figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
+            if original is not None:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:
         print_json(figures)

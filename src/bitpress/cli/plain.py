@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, is_pressed
-from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.cli.screen import err
 from bitpress.errors import CheckpointError, UsageError, unknown_name
+from bitpress.exhaustion import is_out_of_memory
 from bitpress.runtime.choice import RUNTIMES
+from bitpress.runtime.prepared import MANIFEST
 
 __all__ = ["check_options", "find_model", "is_plain", "load_plain"]
 
@@ -16,7 +16,7 @@ def find_model(model: str) -> Path:
     """Return the directory of a model that may be compressed or not, made first where it is a .gguf file or has a name."""
     if not model:
         raise UsageError("the model has no name; give a directory, a .gguf file or a named model (`bitpress models`).")
-    if is_pressed(model):
+    if (Path(model) / MANIFEST).exists():
         return Path(model)
     from bitpress.checkpoints.named import resolve_model  # not needed where the answer should come at once
 
@@ -25,14 +25,18 @@ def find_model(model: str) -> Path:
 
 def is_plain(directory: Path) -> bool:
     """Say whether a directory holds an original: neither what bitpress published nor a job of its that is not done."""
-    if is_pressed(directory) or (directory / JOB_DIRECTORY).exists():
+    if (directory / MANIFEST).exists():
         return False
-    try:
-        SourceCheckpoint.open(directory)
-    except CheckpointError as error:
-        if "quant_method 'bitpress'" in str(error):
-            return False  # whose error is about the manifest
-        raise
+    from bitpress.checkpoints.directory import open_directory
+    from bitpress.checkpoints.pressed import JOB_DIRECTORY  # imports torch, which a layout that is kept does without
+    from bitpress.checkpoints.source import SourceCheckpoint, read_config
+
+    if (directory / JOB_DIRECTORY).exists():
+        return False
+    quantization = read_config(open_directory(directory)).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitpress":
+        return False  # its manifest is missing, which the error is about
+    SourceCheckpoint.open(directory)
     return True
 
 
@@ -53,6 +57,7 @@ def load_plain(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from bitpress.checkpoints.source import SourceCheckpoint
     from bitpress.runtime.skeleton import build_config
 
     source = SourceCheckpoint.open(directory)
@@ -69,6 +74,8 @@ def load_plain(directory: Path) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{directory}: transformers does not open it: {reason}") from error
     finally:

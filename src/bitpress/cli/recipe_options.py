@@ -1,6 +1,7 @@
 """The recipe that the options of a command say: a file or a preset first, then single options, then --set."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,15 @@ def build_recipe(
     return make_recipe(values, sets or ())
 
 
-def explain_preset(file: Path | None, preset: str | None, bits: int | None, as_json: bool) -> None:
-    """Print what a preset takes, and why."""
+def explain_preset(
+    file: Path | None, preset: str | None, bits: int | None, as_json: bool, others: Mapping[str, Any] | None = None
+) -> None:
+    """Print what a preset takes, and why. `others` are options by name that make another recipe: refused where they have a value."""
     from bitpress.cli.reports import show_preset
     from bitpress.presets import DEFAULT_PRESET, find_preset, preset_keys
 
+    if idle := [name for name, value in (others or {}).items() if value]:
+        raise UsageError(f"--explain says what a preset takes; {', '.join(idle)} would make another recipe: leave it out.")
     preset_keys(preset, bits, beside_recipe=file is not None)
     if bits is None:
         raise UsageError(

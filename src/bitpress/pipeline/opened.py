@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
-from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError
+from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.streaming import StreamedModel
@@ -97,13 +97,24 @@ def check_loads(pressed: PressedCheckpoint, check_stop: Callable[[], None] = lam
 
 
 def check_opens(pressed: PressedCheckpoint, progress: Progress) -> None:
-    """Raise CheckpointError unless the runtime that `run` would choose opens a directory and runs a few tokens."""
+    """Raise CheckpointError unless the runtime that `run` would choose opens a directory, NumericsError unless its logits are finite."""
     if choose_opened(pressed) == "native":
         with opening(pressed, "the runtime native"):
             try:
-                native_runtime(pressed).logits(_tried(pressed))
+                runtime = native_runtime(pressed)
+                logits = runtime.logits(_tried(pressed))
             except MemoryLimitError as error:
                 progress.note(str(error))
+                return
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericsError(
+                f"{pressed.root}: the runtime native ({_told(runtime)}) gives logits that are not finite, where the decoded weights do; "
+                "values of this model are beyond the range of its cache. Nothing is published."
+            )
+
+
+def _told(runtime: Runtime) -> str:
+    return ", ".join(f"{key} {value}" for key, value in runtime.settings.items())
 
 
 def _tried(pressed: PressedCheckpoint) -> torch.Tensor:

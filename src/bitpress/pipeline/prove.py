@@ -149,7 +149,7 @@ def evaluate(
 def heldout_windows(text: str, model: Path, config: Any, *, tokens: int, length: int, seed: int = 0) -> Windows:
     """Draw the windows that a proof measures on. Raises CheckpointError, CalibrationError."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, limit)
+    length = min(length, limit, max(tokens, 2))
     windows = load_windows(text, model, samples=max(tokens // length, 1), length=length, seed=seed)
     check_tokens(windows.tokens, config, str(model))
     return windows

@@ -64,6 +64,8 @@ class Proof:
             )
         if max_kl is not None and not 0 <= max_kl < math.inf:
             raise UsageError(f"max_kl={max_kl:g}: it is a KL divergence in nats a token, 0 or more, such as 0.05.")
+        if max_kl is not None and not tokens:
+            raise UsageError(f"max_kl={max_kl:g} needs the proof, which 0 proof tokens leave out; leave out one of them.")
         self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
 
 
@@ -102,6 +104,8 @@ def quantize_directory(
     check_memory(plan)
     if proof.tokens and recipe.needs() and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
+    if proof.tokens:  # a proof that cannot be made is better known now than at the end
+        heldout_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
     windows = None
     if recipe.needs():
         windows = calibration_windows(recipe.calibration, model, streamed.model.config)
@@ -110,8 +114,6 @@ def quantize_directory(
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
         return finished
-    if proof.tokens:  # a proof that cannot be made is better known now than at the end
-        heldout_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
     for text in overlooked_products(plan):
         if strict:
             raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")

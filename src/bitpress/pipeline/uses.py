@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bitpress.errors import CheckpointError
+from bitpress.exhaustion import is_out_of_memory
+from bitpress.pipeline.carried import BREAKS
 
 __all__ = ["Axis", "Product", "Use", "find_uses"]
 
@@ -124,15 +126,9 @@ class _Trace(TorchDispatchMode):
             try:
                 with self:
                     self.model(input_ids=tokens, use_cache=False)
-            except (
-                TypeError,
-                ValueError,
-                IndexError,
-                KeyError,
-                AttributeError,
-                RuntimeError,
-                AssertionError,
-            ) as error:
+            except BREAKS as error:
+                if is_out_of_memory(error):
+                    raise
                 raise CheckpointError(
                     f"{type(self.model).__name__}: its code does not run on a short text: {' '.join(str(error).split())[:200]}"
                 ) from error
