@@ -39,7 +39,7 @@ demo: $(VENV)/.runtime
 
 # The tests of every day: one process a core, and of the laws a choice that tries every row of a table with every kind of other row.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
 
 # Every combination of every law, for a release.
 test-release: $(VENV)/.dev
@@ -84,7 +84,7 @@ peers: $(VENV)/.dev
 
 attack: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks -k "not sanitized"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -rs tests/attacks/test_native_attacks.py -k sanitized
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -rs -m "" tests/attacks/test_native_attacks.py -k sanitized
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_formats.py

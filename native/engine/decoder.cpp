@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 namespace bitpress {
 
@@ -105,9 +106,22 @@ const float *Decoder::forward(const int32_t *tokens, int count, bool all_logits)
     for (size_t i = alone ? 0 : rows_.size() - 1; i < (alone ? rows_.size() - 1 : rows_.size()); ++i) {
         rows_[i]->hidden.resize(rows * shape_.hidden), rows_[i]->normed.resize(std::max({inner, q, rows * shape_.hidden}));
     }
+    overflowed_ = false;
     pool_.run([&](int thread) { run(thread, *rows_[alone ? size_t(thread) : rows_.size() - 1], tokens, count, all_logits); });
+    // Rounding to bytes would turn what is no number into some number: nothing after it could tell.
+    if (overflowed_) throw std::overflow_error("values beyond the range of the cache or of float32");
     length_ += count;
     return s.logits.data();
+}
+
+void Decoder::check_finite(const float *x, int count) {
+    uint32_t found = 0;
+    for (int i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        found |= uint32_t((bits & 0x7f800000) == 0x7f800000);
+    }
+    if (found != 0) overflowed_ = true;
 }
 
 void Decoder::rotate(const LayerWeights &l, float *x, const std::vector<float> &norm, int position) const {
@@ -205,6 +219,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
             pool_.wait();
             float *attended = own.normed.data();  // large enough: see forward
             merge(chunks, attended);
+            check_finite(attended, shape_.heads * head);
             own.to_o.prepare(kernels_, attended, 0);
         } else {
             for (int row = from; row < to; ++row) {
@@ -223,7 +238,10 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
             if (tiles(count)) attend_blocks(thread, int(layer), count);
             else attend_rows(thread, int(layer), count);
             pool_.wait();
-            for (int row = from; row < to; ++row) own.to_o.prepare(kernels_, s.attended.data() + size_t(row) * q, row);
+            for (int row = from; row < to; ++row) {
+                check_finite(s.attended.data() + size_t(row) * q, q);
+                own.to_o.prepare(kernels_, s.attended.data() + size_t(row) * q, row);
+            }
             pool_.wait();
         }
         lap(2);
@@ -255,7 +273,10 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         pool_.wait();
         note_apart(own.to_down);
         lap(6);
-        for (int row = from; row < to; ++row) add_to_stream(s.down.data(), l.mlp_out_norm, row);
+        for (int row = from; row < to; ++row) {
+            add_to_stream(s.down.data(), l.mlp_out_norm, row);
+            check_finite(own.hidden.data() + size_t(row) * hidden, hidden);
+        }
     }
     // The head: of the last row alone, every thread for itself, or of all rows together.
     if (all_logits && !alone) {

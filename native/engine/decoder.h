@@ -1,6 +1,7 @@
 // A whole decoder of the Llama family: tokens in, logits out, the cache kept between.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -65,6 +66,7 @@ class Decoder {
     bool tiles(int count) const;
     void attend_blocks(int thread, int layer, int count);
     void merge(int chunks, float *to) const;
+    void check_finite(const float *x, int count);
     void rotate(const LayerWeights &l, float *head, const std::vector<float> &norm, int position) const;
 
     const Kernels &kernels_;
@@ -76,6 +78,7 @@ class Decoder {
     bool byte_activations_, byte_cache_;
     Pool pool_;
     int length_ = 0;
+    std::atomic<bool> overflowed_{false};  // by any thread, since `forward` began
     double times_[PARTS] = {};
     int64_t inputs_ = 0, inputs_apart_ = 0;
 

@@ -1264,6 +1264,7 @@ def of_compiler(library: str) -> str:
     return subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize(("tests", "chosen"), SANITIZED, ids=[tests for tests, _ in SANITIZED])
 def test_the_sanitized_library_has_nothing_to_say(tests: str, chosen: str, sanitized_library: Path) -> None:

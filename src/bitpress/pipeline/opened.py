@@ -101,20 +101,11 @@ def check_opens(pressed: PressedCheckpoint, progress: Progress) -> None:
     if choose_opened(pressed) == "native":
         with opening(pressed, "the runtime native"):
             try:
-                runtime = native_runtime(pressed)
-                logits = runtime.logits(_tried(pressed))
+                native_runtime(pressed).logits(_tried(pressed))
             except MemoryLimitError as error:
                 progress.note(str(error))
-                return
-        if not bool(torch.isfinite(logits).all()):
-            raise NumericsError(
-                f"{pressed.root}: the runtime native ({_told(runtime)}) gives logits that are not finite, where the decoded weights do; "
-                "values of this model are beyond the range of its cache. Nothing is published."
-            )
-
-
-def _told(runtime: Runtime) -> str:
-    return ", ".join(f"{key} {value}" for key, value in runtime.settings.items())
+            except NumericsError as error:
+                raise NumericsError(f"{pressed.root}: {error} Nothing is published.") from error
 
 
 def _tried(pressed: PressedCheckpoint) -> torch.Tensor:

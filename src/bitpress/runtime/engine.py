@@ -11,12 +11,13 @@ Nothing here imports torch or transformers: a model that is laid out already (`r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bitpress.errors import UsageError
+from bitpress.errors import NumericsError, UsageError
 from bitpress.library import chosen_path, library
 from bitpress.runtime.families import Layout
 from bitpress.settings import usable_threads
@@ -110,7 +111,8 @@ class Engine:
     def _forward(self, given: np.ndarray, rows: int) -> np.ndarray:
         values = np.empty((rows, self.layout.vocabulary), np.float32)
         self._remember(given)
-        self._model.forward(given, values)
+        with self._range():
+            self._model.forward(given, values)
         return values
 
     def generate(
@@ -141,7 +143,8 @@ class Engine:
             fresh = fresh[chunk:]
         for _ in range(min(max_tokens, self.context - len(given))):
             self._remember(fresh)
-            token = int(self._model.step(fresh, native_how, random))
+            with self._range():
+                token = int(self._model.step(fresh, native_how, random))
             if token in stop:
                 return
             yield token
@@ -153,6 +156,17 @@ class Engine:
         length = min(self.length, len(given))
         same = self._cached[:length] == given[:length]
         return int(length if same.all() else np.argmin(same))
+
+    @contextmanager
+    def _range(self) -> Iterator[None]:
+        """Turn the overflow of a native call into a NumericsError that says what to do."""
+        try:
+            yield
+        except OverflowError as error:
+            settings = ", ".join(f"{key} {self.facts[key]}" for key in ("activations", "cache") if key in self.facts)
+            raise NumericsError(
+                f"the native engine ({settings}): {error}; this model needs the runtime transformers (--runtime transformers)."
+            ) from error
 
     def _remember(self, tokens: np.ndarray) -> None:
         """Note tokens that are about to be run behind those of the cache."""
