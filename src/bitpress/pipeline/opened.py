@@ -104,8 +104,6 @@ def check_opens(pressed: PressedCheckpoint, progress: Progress) -> None:
                 native_runtime(pressed).logits(_tried(pressed))
             except MemoryLimitError as error:
                 progress.note(str(error))
-            except NumericsError as error:
-                raise NumericsError(f"{pressed.root}: {error} Nothing is published.") from error
 
 
 def _tried(pressed: PressedCheckpoint) -> torch.Tensor:
@@ -115,11 +113,13 @@ def _tried(pressed: PressedCheckpoint) -> torch.Tensor:
 
 @contextlib.contextmanager
 def opening(pressed: PressedCheckpoint, what: str) -> Iterator[None]:
-    """Turn what a loader raises into a CheckpointError that says that nothing is published."""
+    """Turn what a loader raises into a CheckpointError that says that nothing is published, an overflow into a NumericsError that does."""
     try:
         yield
     except JobStopped:
         raise
+    except NumericsError as error:
+        raise NumericsError(f"{pressed.root}: {error} Nothing is published.") from error
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
