@@ -992,8 +992,15 @@ def test_a_model_of_numbers_that_are_none_ends(path: str, value: float) -> None:
         arguments = with_layer(0, input_norm=f32(HIDDEN, value=value), q_norm=f32(HEAD, value=value))
         arguments |= {"path": path, "byte_cache": byte_cache, "ropes": [(f32(HEAD // 2, value=value), 1.0)]}
         model = native.library().Model(**arguments)
-        model.forward(np.arange(12, dtype=np.int32), f32(12, VOCABULARY))
         how = native.library().Sampling(0.8, 5, 0.9, 0.1, 1.1)
+        if value:  # said, and nothing is in the cache behind it
+            with pytest.raises(OverflowError, match="beyond the range"):
+                model.forward(np.arange(12, dtype=np.int32), f32(12, VOCABULARY))
+            with pytest.raises(OverflowError, match="beyond the range"):
+                model.step(i32(3), how, native.library().Random(1))
+            assert model.length == 0
+            continue
+        model.forward(np.arange(12, dtype=np.int32), f32(12, VOCABULARY))
         for _ in range(3):
             assert 0 <= model.step(i32(3), how, native.library().Random(1)) < VOCABULARY
 
