@@ -9,7 +9,7 @@ __all__ = ["Reader", "open_reader"]
 
 
 class Reader(Protocol):
-    """Gives one turn after the other. `interactive` says that somebody sits there, who can mend what was wrong."""
+    """Returns one turn after the other. `interactive` says that somebody sits there, who can mend what was wrong."""
 
     interactive: bool
 

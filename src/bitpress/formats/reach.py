@@ -71,6 +71,6 @@ def changed_rows(
 
 
 def widened(fmt: Format) -> Format | None:
-    """Give the format with its scales in float32, the store of the widest range; None where it has no scales, or has them so."""
+    """Return the format with its scales in float32, the store of the widest range; None where it has no scales, or has them so."""
     has_scales = any(p.kind == "scale" for p in fmt.grid.params)
     return replace(fmt, scale="fp32") if has_scales and fmt.scale != "fp32" else None

@@ -123,7 +123,7 @@ class WeightPresser:
     def _in_range(
         self, parameter: WeightParameter, matrices: Sequence[torch.Tensor], fmt: AnyFormat
     ) -> tuple[AnyFormat, tuple[str, ...]]:
-        """Give a format that holds a weight of this size, the same for all experts, and the fallback that it is, if it is one."""
+        """Return a format that holds a weight of this size, the same for all experts, and the fallback that it is, if it is one."""
         if isinstance(fmt, Lossless):
             return fmt, ()
         lost = sum(int(lost_rows(w, fmt).sum()) for w in matrices)
@@ -249,7 +249,7 @@ def _needed(stats: Stats | None, needs: Collection[str]) -> Stats | None:
 
 
 def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:
-    """Give the errors of the first 1, 2, ... of a weight's terms, experts' on average, where its quantizer says them all."""
+    """Return the errors of the first 1, 2, ... of a weight's terms, experts' on average, where its quantizer says them all."""
     wanted = [f"error_{k}" for k in range(1, count + 1)]
     if not all(set(wanted) == {name for name in o.figures if name.startswith("error_")} for o in outcomes):
         return None

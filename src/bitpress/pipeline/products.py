@@ -78,7 +78,7 @@ def list_kept_outside(model: StreamedModel, skip: Sequence[str]) -> dict[str, st
 
 
 def overlooked(kept: Mapping[str, str]) -> dict[str, list[str]]:
-    """Give the names of kept parameters that are matrix products and were not skipped by name, by the reason."""
+    """Return the names of kept parameters that are matrix products and were not skipped by name, by the reason."""
     found: dict[str, list[str]] = {}
     for name, reason in kept.items():
         if reason in (UNKNOWN_PRODUCT, OUTSIDE):
@@ -87,14 +87,14 @@ def overlooked(kept: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def skipping(names: Sequence[str], patterns: Sequence[str]) -> str | None:
-    """Give the pattern by which a weight of these names is left alone; None where it is not."""
+    """Return the pattern by which a weight of these names is left alone; None where it is not."""
     matched = (p for p in reversed(patterns) if any(fnmatch.fnmatchcase(name, p.removeprefix("!")) for name in names))
     last = next(matched, "!")
     return None if last.startswith("!") else last
 
 
 def _judge(name: str, value: torch.Tensor, module: torch.nn.Module, use: Use) -> WeightParameter | str:
-    """Give a parameter of a block as a weight, or the reason why it is none."""
+    """Return a parameter of a block as a weight, or the reason why it is none."""
     if value.ndim < 2:
         return VECTOR
     if use.router:
@@ -116,7 +116,7 @@ def _elementwise(use: Use) -> str:
 def _of_layer(
     name: str, value: torch.Tensor, module: torch.nn.Module, products: set[Product] | None = None
 ) -> WeightParameter | None:
-    """Give the weight of a `Linear` or a `Conv1D`, where all of it is used as these do."""
+    """Return the weight of a `Linear` or a `Conv1D`, where all of it is used as these do."""
     from transformers.pytorch_utils import Conv1D
 
     if not isinstance(module, (torch.nn.Linear, Conv1D)) or value.ndim != 2 or not name.endswith(".weight"):
@@ -129,7 +129,7 @@ def _of_layer(
 
 
 def _of_stack(name: str, value: torch.Tensor, products: set[Product]) -> WeightParameter | None:
-    """Give a stack of matrices that are used one by one, or all in one batched product."""
+    """Return a stack of matrices that are used one by one, or all in one batched product."""
     if value.ndim == 3:
         experts, rows, columns = value.shape
     elif value.ndim == 2:

@@ -271,7 +271,7 @@ class _Trace(TorchDispatchMode):
 
 @contextmanager
 def _weightless(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Give a model parameters without values, but for vectors, which are ones; put its own back afterwards."""
+    """Put parameters without values into a model, and ones for vectors; put its own back afterwards."""
     made: dict[int, torch.nn.Parameter] = {}
     names: dict[str, torch.nn.Parameter] = {}
     own: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -308,7 +308,7 @@ def _as_meta(value: Any) -> Any:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Give the argument that a function changes in its place."""
+    """Return the argument that a function changes in its place."""
     for at, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[at] if at < len(args) else kwargs.get(argument.name)
@@ -317,7 +317,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tor
 
 
 def _range_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: torch.Tensor) -> int:
-    """Give the number of values among which a function chooses; 0 where it does not choose along an axis."""
+    """Return the number of values among which a function chooses; 0 where it does not choose along an axis."""
     for at, argument in enumerate(func._schema.arguments):
         if argument.name == "dim":
             dim = args[at] if at < len(args) else kwargs.get("dim", argument.default_value)
