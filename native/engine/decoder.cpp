@@ -166,6 +166,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
     auto normed = [&](const std::vector<float> &norm, int row) -> const float * {
         float *to_write = own.normed.data() + size_t(alone ? 0 : row) * hidden;
         kernels_.norm(own.hidden.data() + size_t(row) * hidden, norm.data(), hidden, shape_.eps, to_write);
+        check_finite(to_write, hidden);
         return to_write;
     };
 
@@ -265,6 +266,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         for (int row = from; row < to; ++row) {
             float *acted = alone ? own.normed.data() : s.acted.data() + size_t(row) * inner;
             if (!gated) kernels_.gate(s.gates.data() + size_t(row) * inner, s.ups.data() + size_t(row) * inner, inner, shape_.tanh_gelu, acted);
+            check_finite(acted, inner);
             own.to_down.prepare(kernels_, acted, row);
         }
         meet();

@@ -4,7 +4,6 @@
 UndefinedBehaviorSanitizer, which ends the process at the first byte that is read or written outside of its array.
 """
 
-import contextlib
 import faulthandler
 import gc
 import json
@@ -997,9 +996,9 @@ def test_a_model_of_numbers_that_are_none_ends(path: str, value: float) -> None:
         if value:  # said, and nothing is in the cache behind it
             with pytest.raises(OverflowError, match="beyond the range"):
                 model.forward(np.arange(12, dtype=np.int32), f32(12, VOCABULARY))
+            with pytest.raises(OverflowError, match="beyond the range"):
+                model.step(i32(3), how, native.library().Random(1))
             assert model.length == 0
-            with contextlib.suppress(OverflowError):  # a token alone may round what is no number to one
-                assert 0 <= model.step(i32(3), how, native.library().Random(1)) < VOCABULARY
             continue
         model.forward(np.arange(12, dtype=np.int32), f32(12, VOCABULARY))
         for _ in range(3):
