@@ -649,7 +649,7 @@ def test_a_full_context_is_refused_and_nothing_is_lost(pressed: Callable[[str], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activations": "int4"}, "activations='int4': it is 'int8' or 'none'"),
+        ({"activations": "int4"}, "activations='int4': it is 'int8', 'mixed' or 'none'"),
         ({"cache": "fp8"}, "cache='fp8': it is 'fp16' or 'int8'"),
         ({"context": 1025}, "context=1025: the model's own is 1024"),
         ({"context": 0}, "context=0"),

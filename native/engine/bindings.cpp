@@ -251,7 +251,7 @@ LayerWeights take_layer(Model &model, const Part &part, const DecoderShape &s, i
 }
 
 Model *make_model(nb::dict shape, nb::list layers, nb::list ropes, nb::object embedding, nb::object head, int threads,
-                  bool byte_activations, bool byte_cache, const std::string &path) {
+                  bool byte_activations, bool float_prompts, bool byte_cache, const std::string &path) {
     auto model = std::make_unique<Model>();
     const Part part("shape", shape);
     DecoderShape s = take_shape(part);
@@ -266,7 +266,7 @@ Model *make_model(nb::dict shape, nb::list layers, nb::list ropes, nb::object em
     const Linear *table = take_linear(*model, embedding, s.vocabulary, s.hidden, "embedding");
     const Linear *top = take_linear(*model, head, s.vocabulary, s.hidden, "head");
     model->decoder = std::make_unique<Decoder>(std::move(s), std::move(all), std::move(rotations), table, top,
-                                               checked_threads(threads), byte_activations, byte_cache, path.c_str());
+                                               checked_threads(threads), byte_activations, float_prompts, byte_cache, path.c_str());
     return model.release();
 }
 
@@ -401,7 +401,7 @@ void bind_engine(nb::module_ &m) {
     nb::class_<Random>(m, "Random").def(nb::init<uint64_t>(), nb::arg("seed"));
     nb::class_<Model>(m, "Model")
         .def(nb::new_(&make_model), nb::arg("shape"), nb::arg("layers"), nb::arg("ropes"), nb::arg("embedding"), nb::arg("head"),
-             nb::arg("threads"), nb::arg("byte_activations"), nb::arg("byte_cache"), nb::arg("path"))
+             nb::arg("threads"), nb::arg("byte_activations"), nb::arg("float_prompts"), nb::arg("byte_cache"), nb::arg("path"))
         .def("forward", &model_forward, nb::arg("tokens").noconvert(), nb::arg("to").noconvert())
         .def("step", &model_step, nb::arg("tokens").noconvert(), nb::arg("how"), nb::arg("random"))
         .def("truncate", &model_truncate, nb::arg("length"))

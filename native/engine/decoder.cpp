@@ -36,9 +36,10 @@ std::vector<double> Decoder::take_times() {
 }
 
 Decoder::Decoder(DecoderShape shape, std::vector<LayerWeights> layers, std::vector<Rope> ropes, const Linear *embedding,
-                 const Linear *head, int threads, bool byte_activations, bool byte_cache, const char *path)
+                 const Linear *head, int threads, bool byte_activations, bool float_prompts, bool byte_cache, const char *path)
     : kernels_(choose_kernels(path)), shape_(std::move(shape)), layers_(std::move(layers)), ropes_(std::move(ropes)),
-      embedding_(embedding), head_(head), byte_activations_(byte_activations), byte_cache_(byte_cache), pool_(threads),
+      embedding_(embedding), head_(head), byte_activations_(byte_activations),
+      byte_prompts_(byte_activations && (!float_prompts || kernels_.half_product != nullptr)), byte_cache_(byte_cache), pool_(threads),
       shared_(new Shared), scratch_(size_t(threads)) {
     for (const Rope &rope : ropes_) {
         std::vector<float> cosines, sines;
@@ -151,7 +152,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         if (!alone) pool_.wait();
     };
     auto plan = [&](Input &input, const std::vector<const Linear *> &linears, int rows) {
-        if (plans) input.plan(kernels_, linears, rows, byte_activations_);
+        if (plans) input.plan(kernels_, linears, rows, bytes(rows));
     };
     auto add_to_stream = [&](const float *x, const std::vector<float> &norm, int row) {
         float *h = own.hidden.data() + size_t(row) * hidden;
@@ -257,7 +258,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         meet();
         lap(0);
         const int inner = l.gate->rows;
-        const bool gated = count > MOST_ROWS && byte_activations_;
+        const bool gated = count > MOST_ROWS && byte_prompts_;
         if (gated) multiply_gated(kernels_, pool_, thread, {l.gate, l.up, s.acted.data(), inner, shape_.tanh_gelu}, own.to_mlp, scratch_[thread]);
         else multiply(kernels_, pool_, thread, {{l.gate, s.gates.data(), inner}, {l.up, s.ups.data(), inner}}, own.to_mlp, scratch_[thread]);
         pool_.wait();
@@ -292,7 +293,7 @@ void Decoder::run(int thread, Rows &own, const int32_t *tokens, int count, bool 
         Rows &mine = *rows_[size_t(thread)];
         mine.normed.resize(size_t(hidden));
         kernels_.norm(own.hidden.data() + size_t(count - 1) * hidden, shape_.final_norm.data(), hidden, shape_.eps, mine.normed.data());
-        mine.to_head.plan(kernels_, {head_}, 1, byte_activations_);
+        mine.to_head.plan(kernels_, {head_}, 1, bytes(1));
         mine.to_head.prepare(kernels_, mine.normed.data(), 0);
         multiply(kernels_, pool_, thread, {{head_, s.logits.data(), shape_.vocabulary}}, mine.to_head, scratch_[thread]);
     }
@@ -323,7 +324,7 @@ void Decoder::merge(int chunks, float *to) const {
 }
 
 bool Decoder::tiles(int count) const {
-    return kernels_.attend_tiles != nullptr && byte_activations_ && count > MOST_ROWS && shape_.head % 32 == 0;
+    return kernels_.attend_tiles != nullptr && byte_prompts_ && count > MOST_ROWS && shape_.head % 32 == 0;
 }
 
 // Attention of many rows on tiles: the cache is laid out once, then a piece of work is 32 rows of one query head.

@@ -33,7 +33,7 @@ struct DecoderShape {
 class Decoder {
   public:
     Decoder(DecoderShape shape, std::vector<LayerWeights> layers, std::vector<Rope> ropes, const Linear *embedding,
-            const Linear *head, int threads, bool byte_activations, bool byte_cache, const char *path);
+            const Linear *head, int threads, bool byte_activations, bool float_prompts, bool byte_cache, const char *path);
     ~Decoder();
     Decoder(const Decoder &) = delete;
     Decoder &operator=(const Decoder &) = delete;
@@ -67,6 +67,8 @@ class Decoder {
     void attend_blocks(int thread, int layer, int count);
     void merge(int chunks, float *to) const;
     void check_finite(const float *x, int count);
+    // Whether products of so many rows round their inputs to bytes (or to bf16, where there are tiles for it).
+    bool bytes(int rows) const { return rows > MOST_ROWS ? byte_prompts_ : byte_activations_; }
     void rotate(const LayerWeights &l, float *head, const std::vector<float> &norm, int position) const;
 
     const Kernels &kernels_;
@@ -75,7 +77,7 @@ class Decoder {
     std::vector<Rope> ropes_;
     std::vector<std::vector<float>> cosines_, sines_;  // [rope][position][pair]
     const Linear *embedding_, *head_;
-    bool byte_activations_, byte_cache_;
+    bool byte_activations_, byte_prompts_, byte_cache_;
     Pool pool_;
     int length_ = 0;
     std::atomic<bool> overflowed_{false};  // by any thread, since `forward` began

@@ -606,6 +606,7 @@ def model_arguments() -> dict[str, Any]:
         "head": table,
         "threads": 1,
         "byte_activations": True,
+        "float_prompts": False,
         "byte_cache": False,
         "path": "",
     }
@@ -709,6 +710,7 @@ def model_attacks() -> dict[str, Callable[[], dict[str, Any]]]:
         ("layers", (None, [], {}, [None], [3], ({},), [{}])),
         ("threads", (0, -1, 1025, None, "1", 1.5, *BIG)),
         ("byte_activations", (None, "yes", 2)),
+        ("float_prompts", (None, "yes", 2)),
         ("byte_cache", (None, "yes", 2)),
         ("path", ("neon", None, 3)),
     ):

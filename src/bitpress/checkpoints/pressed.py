@@ -105,6 +105,11 @@ class WeightRecord(_Closed):
 
 
 class Manifest(_Closed):
+    """What a directory holds and how it was made.
+
+    `prompt_cost` are the nats a token that 8-bit inputs cost in prompts of the native engine, left out where it is not much.
+    """
+
     bitpress: int
     files: dict[str, FileRecord]
     weights: dict[str, WeightRecord]
@@ -112,6 +117,12 @@ class Manifest(_Closed):
     left_out: list[str]
     recipe: dict[str, Any]
     job: dict[str, Any]
+    prompt_cost: FiniteFloat | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = make(self)
+        return {key: value for key, value in values.items() if key != "prompt_cost" or value is not None}
 
 
 def config_marks(version: int = VERSION) -> dict[str, Any]:

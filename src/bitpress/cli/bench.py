@@ -7,6 +7,8 @@ from bitpress.cli.screen import out, size, table
 
 __all__ = ["show_speed"]
 
+ACTIVATIONS = {"int8": "8 bits", "mixed": "8 bits, prompts in float", "none": "float"}
+
 
 def show_speed(facts: Mapping[str, Any]) -> None:
     """Print what was measured, beside the speed of the machine."""
@@ -31,7 +33,7 @@ def show_speed(facts: Mapping[str, Any]) -> None:
         ("tokens/s", f"{rates['median']:.1f} (p10 {rates['p10']:.1f}, p90 {rates['p90']:.1f})"),
         *speed,
         ("code path", f"{facts['path']}, {facts['threads']} threads"),
-        ("activations", f"8 bits{apart}" if facts["activations"] == "int8" else "float"),
+        ("activations", f"{ACTIVATIONS[facts['activations']]}{apart}"),
         ("cache", facts["cache"]),
         ("head", facts["head"]),
         *([("expanded to 16 bits", expanded)] if expanded else []),

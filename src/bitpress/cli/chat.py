@@ -104,7 +104,10 @@ class _Native:
 
     def line(self) -> str:
         f = self.facts
-        activations = "8-bit activations" if f["activations"] == "int8" else "float activations"
+        activations = "float activations" if f["activations"] == "none" else "8-bit activations"
+        if f["activations"] == "mixed":
+            cost = f" (8 bits would cost {f['prompt_cost']:.2g} nats)" if f["prompt_cost"] else ""
+            activations += f", prompts in float{cost}"
         cache = ["8-bit cache"] if f["cache"] == "int8" else []
         expanded = [f"expanded to 16 bits: {', '.join(f['expanded'])}"] if f["expanded"] else []
         parts = [f"native ({f['path']})", threads_text(f["threads"]), activations, *cache, f"head {f['head']}", *expanded]

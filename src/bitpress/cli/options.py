@@ -23,7 +23,12 @@ CalibrationText = Annotated[str | None, typer.Option("--calibration", help="buil
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens a window.")]
 Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
-Activations = Annotated[str | None, typer.Option(metavar="int8|none", help="native: inputs of products in 8 bits or in float.")]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8|mixed|none", help="native: inputs of products in 8 bits or in float; mixed: those of prompts in float."
+    ),
+]
 Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the kept keys and values.")]
 Head = Annotated[
     str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")

@@ -7,6 +7,7 @@ native engine holds all its weights at once; where the memory for that is not fr
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,19 +16,35 @@ from jaxtyping import Int
 
 from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError
+from bitpress.evaluation import measure_distance
 from bitpress.exhaustion import is_out_of_memory
+from bitpress.native import code_paths
 from bitpress.pipeline.progress import Progress
 from bitpress.pipeline.streaming import StreamedModel
-from bitpress.runtime.assemble import load_engine, refuses
-from bitpress.runtime.engine import Engine
+from bitpress.pipeline.windows import calibration_windows
+from bitpress.recipes import Calibration
+from bitpress.runtime.assemble import lay_out_directory, load_engine, refuses
+from bitpress.runtime.engine import MOST_PROMPT_COST, Engine, make_engine
 from bitpress.runtime.loading import default_dtype, fill_, open_skeleton
 from bitpress.runtime.skeleton import build_config
 
-__all__ = ["Runtime", "check_loads", "check_opens", "choose_opened", "native_runtime", "opening", "transformers_runtime"]
+__all__ = [
+    "Runtime",
+    "check_loads",
+    "check_opens",
+    "choose_opened",
+    "measure_prompt_cost",
+    "native_runtime",
+    "opening",
+    "prompt_windows",
+    "transformers_runtime",
+]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 # Tokens that a block runs in packed layers: enough that every expert of a small model gets some.
 TRIED = 8
+# Texts that say what 8-bit inputs cost in prompts.
+PROMPTS, PROMPT_LENGTH = 4, 256
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,7 @@ def choose_opened(pressed: PressedCheckpoint) -> str:
 
 def native_runtime(pressed: PressedCheckpoint, **options: Any) -> Runtime:
     """Open a directory in the native engine; options are those of `load_engine`. Raises MemoryLimitError before it takes what is not free."""
-    needed = _sixteen_bits(pressed)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryLimitError(
-            f"{pressed.root}: the native engine may need {needed:,} bytes of memory and {free:,} are free; make room and try again."
-        )
+    _check_room(pressed)
     try:
         engine = load_engine(pressed, **options)
     except MemoryError as error:
@@ -66,6 +78,44 @@ def native_runtime(pressed: PressedCheckpoint, **options: Any) -> Runtime:
             f"{pressed.root}: there is no memory to open the native engine; make room and try again."
         ) from error
     return Runtime("native", {key: engine.facts[key] for key in ("activations", "cache", "head")}, engine=engine)
+
+
+def prompt_windows(model: Path, config: Mapping[str, Any]) -> Int[torch.Tensor, "windows length"]:
+    """Draw texts for `measure_prompt_cost` where a recipe reads none. Raises CalibrationError, CheckpointError."""
+    built = build_config(config)
+    length = min(PROMPT_LENGTH, getattr(built.get_text_config(), "max_position_embeddings", None) or PROMPT_LENGTH)
+    return calibration_windows(Calibration(samples=PROMPTS, length=length), model, built).tokens
+
+
+def measure_prompt_cost(
+    pressed: PressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
+) -> float | None:
+    """Measure what 8-bit inputs of products cost in prompts of the native engine, in nats a token; None where that is not much.
+
+    `windows` are texts that choices may be made on. Measured on bytes even where this processor has tiles of bf16: the directory may be
+    run anywhere. None too where the engine does not run the model, or has no room (which is noted).
+    """
+    if choose_opened(pressed) != "native":
+        return None
+    length = min(PROMPT_LENGTH, windows.shape[1])
+    with opening(pressed, "the runtime native"):
+        try:
+            _check_room(pressed)
+        except MemoryLimitError as error:
+            progress.note(str(error))
+            return None
+        parts, _, _ = lay_out_directory(pressed, "keep", context=length)
+        path = next((name for name in code_paths() if name != "amx"), None)
+
+        def logits(activations: str) -> Logits:
+            engine = make_engine(parts, activations=activations, cache="fp16", context=length, threads=None, path=path)
+            return Runtime("native", {}, engine=engine).logits
+
+        cost = measure_distance(logits("none"), logits("int8"), windows[:PROMPTS, :length]).kl_mean
+    if cost <= MOST_PROMPT_COST:
+        return None
+    progress.note(f"8-bit inputs would cost prompts {cost:.2g} nats a token: the native engine reads them in float.")
+    return round(cost, 6)
 
 
 def transformers_runtime(pressed: PressedCheckpoint) -> Runtime:
@@ -144,6 +194,15 @@ def _kind(pressed: PressedCheckpoint, block: str) -> str:
 def _terms(spec: Mapping[str, Any]) -> list[Any]:
     maps = [None if spec[key] is None else spec[key]["kind"] for key in ("input_map", "output_map")]
     return [*(term.get("format", term["kind"]) for term in spec["terms"]), *maps]
+
+
+def _check_room(pressed: PressedCheckpoint) -> None:
+    needed = _sixteen_bits(pressed)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryLimitError(
+            f"{pressed.root}: the native engine may need {needed:,} bytes of memory and {free:,} are free; make room and try again."
+        )
 
 
 def _sixteen_bits(pressed: PressedCheckpoint) -> int:

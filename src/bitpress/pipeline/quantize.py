@@ -34,7 +34,7 @@ from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.job import Job, check_vacant, differences
 from bitpress.pipeline.memory import peak_bytes, release
-from bitpress.pipeline.opened import check_loads, check_opens
+from bitpress.pipeline.opened import check_loads, check_opens, measure_prompt_cost, prompt_windows
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.press import Presser
 from bitpress.pipeline.progress import Progress, Silent
@@ -219,6 +219,10 @@ def finish_job(
     pressed = PressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts["digests"], check_stop)
     check_loads(pressed, check_stop)
+    if windows is not None or proof.tokens:
+        prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
+        manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
+        pressed = replace(pressed, manifest=manifest)
     figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
     if proof.tokens:
         figures = evaluate(

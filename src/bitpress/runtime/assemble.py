@@ -15,7 +15,7 @@ from bitpress.formats import CompressedWeight
 from bitpress.formats.packed import Packed
 from bitpress.formats.table import parse_format
 from bitpress.kernels.strips import Strips, lay_out, lay_out_matrix
-from bitpress.runtime.engine import USUAL_HEAD, Engine, Parts, check_options, make_engine, wanted_context
+from bitpress.runtime.engine import USUAL_HEAD, Activations, Engine, Parts, check_options, make_engine, wanted_context
 from bitpress.runtime.families import Layout, describe, refusal
 from bitpress.runtime.prompt import read_generation
 from bitpress.runtime.skeleton import build_config, build_skeleton
@@ -40,7 +40,7 @@ def refuses(config: Any) -> str | None:
 def load_engine(
     directory: str | Path | PressedCheckpoint,
     *,
-    activations: Literal["int8", "none"] = "int8",
+    activations: Activations | None = None,
     cache: Literal["fp16", "int8"] = "fp16",
     head: str = USUAL_HEAD,
     context: int | None = None,
@@ -50,7 +50,7 @@ def load_engine(
 ) -> Engine:
     """Load a directory that bitpress wrote, opened already or not, into the native engine.
 
-    activations  "int8": inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float
+    activations  as in `bitpress.load`
     cache        type of the kept keys and values
     head         format to round an uncompressed output head to ("keep": its 16 bits); a tied embedding keeps its 16 bits
     context      tokens that there must be room for; the model's own limit, or 32,768, where not given
@@ -144,6 +144,7 @@ def assemble(pressed: PressedCheckpoint, config: Any, head: str, note: Callable[
         head_format=head_format,
         expanded=sorted(set(reader.expanded)),
         bytes_per_token=sum(strips.nbytes for strips in (*linears, made_head)),
+        prompt_cost=pressed.manifest.prompt_cost,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitpress.errors import CheckpointError, KernelUnavailable, UsageError, unknown_name
-from bitpress.runtime.engine import USUAL_HEAD, check_options, make_engine
+from bitpress.runtime.engine import USUAL_HEAD, Activations, check_options, make_engine
 from bitpress.runtime.prepared import is_prepared, keep_prepared, open_prepared
 from bitpress.runtime.text import TextEngine
 
@@ -70,7 +70,7 @@ def _refusal(directory: str | Path) -> str | None:
 def load_native(
     directory: str | Path,
     *,
-    activations: Literal["int8", "none"] = "int8",
+    activations: Activations | None = None,
     cache: Literal["fp16", "int8"] = "fp16",
     head: str = USUAL_HEAD,
     context: int | None = None,
@@ -117,7 +117,7 @@ def load(
     weights: Literal["decoded", "packed"] | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     memory: int | str | None = None,
-    activations: Literal["int8", "none"] | None = None,
+    activations: Activations | None = None,
     cache: Literal["fp16", "int8"] | None = None,
     head: str | None = None,
     context: int | None = None,
@@ -138,7 +138,8 @@ def load(
     memory       read at most so many bytes ("60MB") of a model made of stacks (the quantizer bitstack); weights are "packed" by default
 
     Of the native engine:
-    activations  "int8" (default): inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float
+    activations  "int8": inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float; "mixed": they do in
+                 prompts. By default "int8", or "mixed" where the directory says that 8 bits would cost its prompts much
     cache        type of the kept keys and values, "fp16" (default) or "int8"
     head         format to round an uncompressed output head to, "int8-g64" by default; "keep": its 16 bits
     context      tokens that there must be room for; by default the model's own limit, 32,768 at most

@@ -4,7 +4,7 @@
     for token in engine.generate(tokens, max_tokens=64): ...
 
 Products read the codes as they are stored (`kernels.strips`) and take their input in 8 bits, rounded anew at every product, or in float
-(`activations="none"`). Norms, attention and everything between products are computed in float, the cache is kept in 16 or 8 bits.
+(`activations="none"`), or prompts in float and single tokens in 8 bits ("mixed"). Norms, attention and everything between products are computed in float, the cache is kept in 16 or 8 bits.
 Nothing here imports torch or transformers: a model that is laid out already (`runtime.prepared`) runs without them.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["USUAL_HEAD", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
 
-Activations = Literal["int8", "none"]
+Activations = Literal["int8", "mixed", "none"]
+ACTIVATIONS = get_args(Activations)
+# Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
+MOST_PROMPT_COST = 0.002
 CACHES = {"fp16": False, "int8": True}
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
@@ -197,6 +200,7 @@ class Parts:
     layers           by layer, the arguments of the native model: linear layers, norms, rotation and window
     embedding, head  the same object where they are tied
     bytes_per_token  those of every weight that a token is multiplied with
+    prompt_cost      nats a token that 8-bit inputs cost in prompts, where a directory says that it is much
     """
 
     config: Any
@@ -208,12 +212,13 @@ class Parts:
     head_format: str
     expanded: list[str]
     bytes_per_token: int
+    prompt_cost: float | None = None
 
 
-def check_options(activations: str, cache: str, threads: int | None) -> None:
+def check_options(activations: str | None, cache: str, threads: int | None) -> None:
     """Raise UsageError for an option that no engine has."""
-    if activations not in ("int8", "none"):
-        raise UsageError(f"activations={activations!r}: it is 'int8' or 'none'.")
+    if activations is not None and activations not in ACTIVATIONS:
+        raise UsageError(f"activations={activations!r}: it is 'int8', 'mixed' or 'none'.")
     if cache not in CACHES:
         raise UsageError(f"cache={cache!r}: it is 'fp16' or 'int8'.")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -228,9 +233,13 @@ def wanted_context(layout: Layout, context: int | None) -> int:
     return wanted
 
 
-def make_engine(parts: Parts, *, activations: str, cache: str, context: int | None, threads: int | None) -> Engine:
-    """Put an engine together. Raises UsageError, and ValueError for parts that do not fit together."""
+def make_engine(
+    parts: Parts, *, activations: str | None, cache: str, context: int | None, threads: int | None, path: str | None = None
+) -> Engine:
+    """Put an engine together; without `path`, on the best code path. Raises UsageError, and ValueError for parts that do not fit together."""
     check_options(activations, cache, threads)
+    if activations is None:
+        activations = "mixed" if (parts.prompt_cost or 0.0) > MOST_PROMPT_COST else "int8"
     layout, used = parts.layout, threads or min(usable_threads(), MOST_THREADS)
     wanted = wanted_context(layout, context)
     shape = {
@@ -248,15 +257,24 @@ def make_engine(parts: Parts, *, activations: str, cache: str, context: int | No
         "final_norm": parts.final_norm,
     }
     ropes = [(rotation.frequencies, rotation.factor) for rotation in layout.rotations]
-    byte_activations, byte_cache = activations == "int8", CACHES[cache]
     model = library().Model(
-        shape, parts.layers, ropes, parts.embedding, parts.head, used, byte_activations, byte_cache, chosen_path()
+        shape,
+        parts.layers,
+        ropes,
+        parts.embedding,
+        parts.head,
+        threads=used,
+        byte_activations=activations != "none",
+        float_prompts=activations == "mixed",
+        byte_cache=CACHES[cache],
+        path=path or chosen_path(),
     )
     facts = {
         "runtime": "native",
         "path": model.path,
         "threads": used,
         "activations": activations,
+        "prompt_cost": parts.prompt_cost,
         "cache": cache,
         "head": parts.head_format,
         "expanded": parts.expanded,

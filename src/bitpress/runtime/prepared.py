@@ -142,6 +142,7 @@ def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> 
         "head_format": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
+        "prompt_cost": parts.prompt_cost,
         "file_bytes": file_bytes,
         "generation": None if generation is None else {name: _within(getattr(generation, name, None)) for name in _SETTINGS},
         "tokenizer": None if plain is None else plain.as_tree(),
@@ -168,6 +169,7 @@ def _from_tree(tree: Mapping[str, Any]) -> Prepared:
         head_format=tree["head_format"],
         expanded=tree["expanded"],
         bytes_per_token=tree["bytes_per_token"],
+        prompt_cost=tree["prompt_cost"],
     )
     tokenizer, generation = tree["tokenizer"], tree["generation"]
     return Prepared(
