@@ -47,14 +47,16 @@ def quantize(
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    beside = {"beside_recipe": recipe is not None, "weights": weights is not None, "quantizer": quantizer is not None}
-    values = preset_keys(preset, bits, **beside)
+    own = dict(recipe) if isinstance(recipe, Mapping) else None
+    says = recipe is not None if own is None or preset is not None else "weights" in own
+    given_quantizer = quantizer is not None or "quantizer" in (own or {})
+    values = preset_keys(preset, bits, beside_recipe=says, weights=weights is not None, quantizer=given_quantizer)
     if isinstance(recipe, Recipe):
         values = recipe.model_dump()
     elif isinstance(recipe, (str, Path)):
         values = Recipe.load(recipe).model_dump()
     else:
-        values |= dict(recipe or {})
+        values |= own or {}
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:

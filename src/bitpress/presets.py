@@ -5,7 +5,7 @@ choice at every width with the figures, and the recipes that it was chosen over.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -60,29 +60,36 @@ def find_preset(name: str, bits: int) -> Preset:
 
 
 def preset_keys(
-    name: str | None, bits: int | None, *, beside_recipe: bool = False, weights: bool = False, quantizer: bool = False
+    name: str | None,
+    bits: int | None,
+    *,
+    beside_recipe: bool = False,
+    weights: bool = False,
+    quantizer: bool = False,
+    option: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """Give the keys of a recipe that a preset sets, none where none is asked for.
 
     Bits alone are those of the preset `DEFAULT_PRESET`; beside a quantizer (`quantizer`) they are those of its number format.
     Raises UsageError for a preset or bits beside a recipe, for a preset without bits, for bits beside another number format
-    (`weights`), and what `find_preset` raises.
+    (`weights`), and what `find_preset` raises. `option` says how the caller spells an option.
     """
     if name is not None and beside_recipe:
         raise UsageError(
-            "--preset and --recipe: give one of them; `--preset NAME --explain --json` prints a recipe to start from."
+            f"{option('preset')} and {option('recipe')}: give one of them; `bitpress quantize --preset NAME --bits 4 --explain --json` prints "
+            "a recipe to start from."
         )
     if bits is None:
         if name is not None:
             widths = ", ".join(_table()["choices"][_known(name)])
-            raise UsageError(f"--preset and --bits go together, for example --preset {_known(name)} --bits 4; it has {widths}.")
+            raise UsageError(f"{option('preset')} {_known(name)} needs {option('bits')}; it has {widths}.")
         return {}
     if name is None and (beside_recipe or weights):
-        other = "--recipe" if beside_recipe else "--weights"
-        raise UsageError(f"--bits {bits} and {other} both say the number format; leave one of them out.")
+        other = option("recipe" if beside_recipe else "weights")
+        raise UsageError(f"{option('bits')} {bits} and {other} both say the number format; leave one of them out.")
     if name is None and quantizer:
         if not 2 <= bits <= 8:
-            raise UsageError(f"--bits {bits} beside --quantizer: there are 2 to 8; name another number format by --weights.")
+            raise UsageError(f"{option('bits')} {bits} beside {option('quantizer')}: there are 2 to 8; name another number format by {option('weights')}.")
         return {"weights": f"int{bits}-g64-zero"}
     return dict(find_preset(name or DEFAULT_PRESET, bits).recipe)
 

@@ -60,7 +60,9 @@ def test_the_explanation_names_recipe_rule_figures_and_others(tmp_path: Path) ->
 
 def test_python_takes_presets_too(tmp_path: Path) -> None:
     for keys, wanted in (
-        ({"preset": "fast"}, "--preset and --bits go together"),
+        ({"preset": "fast"}, "preset fast needs bits; it has"),
+        ({"bits": 4, "recipe": {"weights": "int8-row"}}, "bits 4 and recipe both say the number format"),
+        ({"bits": 4, "weights": "int8-row"}, "bits 4 and weights both say"),
         ({"preset": "fast", "bits": 9}, "preset fast has no recipe of 9 bits"),
         ({"preset": "fast", "bits": 4, "recipe": {}}, "give one of them"),
     ):
@@ -71,7 +73,13 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
         patch.setattr("bitpress.api.resolve_model", Path)
         patch.setattr("bitpress.api.quantize_directory", lambda model, out, recipe, **rest: seen.append(recipe))
         bitpress.quantize("nowhere", tmp_path / "out", preset="best", bits=3, weights="int3-g128-zero")
-    assert seen == [make_recipe({**find_preset("best", 3).recipe, "weights": "int3-g128-zero"})]
+        bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"skip": ["*.v_proj"]})
+        bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"quantizer": {"name": "rtn"}})
+    assert seen == [
+        make_recipe({**find_preset("best", 3).recipe, "weights": "int3-g128-zero"}),
+        make_recipe({**find_preset("balanced", 3).recipe, "skip": ["*.v_proj"]}),
+        make_recipe({"weights": "int3-g64-zero", "quantizer": {"name": "rtn"}}),
+    ]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -93,12 +101,13 @@ def test_bits_beside_a_quantizer_are_its_format() -> None:
     [
         (("--preset", "better", "--bits", "3"), "unknown preset 'better'"),
         (("--preset", "best", "--bits", "9"), "preset best has no recipe of 9 bits; it has 5, 4, 3, 2"),
-        (("--preset", "best"), "--preset and --bits go together, for example --preset best --bits 4; it has 5, 4, 3, 2"),
+        (("--preset", "best"), "--preset best needs --bits; it has 5, 4, 3, 2"),
         (("--bits", "9"), "preset balanced has no recipe of 9 bits; it has 5, 4, 3, 2"),
         (("--bits", "8"), "for 8 bits take weights int8-row"),
         (("--bits", "0"), "it has 5, 4, 3, 2"),
         (("--bits", "-4"), "it has 5, 4, 3, 2"),
         (("--bits", "4", "--weights", "int4-g32"), "--bits 4 and --weights both say the number format"),
+        (("--bits", "4", "--set", "weights=int8-row"), "--bits 4 and --weights both say the number format"),
         (("--bits", "4", "--recipe", "some.yaml"), "--bits 4 and --recipe both say the number format"),
         (("--bits", "9", "--quantizer", "gptq"), "there are 2 to 8"),
         (("--recipe", "balanced"), "That is a preset: --preset balanced --bits 4"),

@@ -262,3 +262,8 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         with pytest.raises(CheckpointError):
             quantize_directory(root, out, make_recipe(ROUNDING), proof=Proof(tokens=tokens, length=32, text=str(text_file)))
         assert not out.exists()
+
+
+def test_a_type_that_is_auto_says_nothing() -> None:
+    for key in ("dtype", "torch_dtype"):
+        assert build_config({"model_type": "llama", key: "auto"}).dtype is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import bitpress
 from bitpress.checkpoints.pressed import MANIFEST_NAME, PressedCheckpoint
@@ -103,6 +103,13 @@ def test_generate_works_and_packed_is_smaller(architecture: str, pressed: Callab
     # The difference is exactly that of the compressed weights: 4 bytes each against what the file holds for them.
     assert held_bytes(decoded) - held_bytes(packed) == 4 * weights - stored
     assert held_bytes(theirs) == held_bytes(decoded)
+
+
+@pytest.mark.parametrize("loader", [AutoModel, AutoModelForSequenceClassification])
+def test_another_class_than_was_compressed_is_named(loader: Any, pressed: Callable[[str], tuple[Path, Path]]) -> None:
+    _, out = pressed("llama")
+    with pytest.raises(CheckpointError, match="holds a LlamaForCausalLM.*open it with AutoModelForCausalLM"):
+        loader.from_pretrained(out)
 
 
 @pytest.mark.parametrize("weights", ["decoded", "packed"])

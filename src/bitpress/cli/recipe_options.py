@@ -31,8 +31,14 @@ def build_recipe(
     from bitpress.presets import preset_keys, preset_names
     from bitpress.recipes import Recipe, make_recipe
 
+    said = {pair.partition("=")[0].strip() for pair in sets or ()}
     values = preset_keys(
-        preset, bits, beside_recipe=file is not None, weights=weights is not None, quantizer=quantizer is not None
+        preset,
+        bits,
+        beside_recipe=file is not None,
+        weights=weights is not None or "weights" in said,
+        quantizer=quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"}),
+        option="--{}".format,
     )
     if file is not None:
         if file.name.lower() in preset_names() and not file.exists():
@@ -60,7 +66,7 @@ def explain_preset(
 
     if idle := [name for name, value in (others or {}).items() if value]:
         raise UsageError(f"--explain says what a preset takes; {', '.join(idle)} would make another recipe: leave it out.")
-    preset_keys(preset, bits, beside_recipe=file is not None)
+    preset_keys(preset, bits, beside_recipe=file is not None, option="--{}".format)
     if bits is None:
         raise UsageError(
             "--explain says why a preset takes its recipe: give --bits too, and --preset for another than balanced."

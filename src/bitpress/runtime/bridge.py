@@ -71,7 +71,7 @@ class BitpressQuantizer(HfQuantizer):
         found = [str(Path(os.path.realpath(Path(file).parent), Path(file).name)) for file in checkpoint_files]
         if sorted(str(pressed.root / name) for name in expected) != sorted(found):
             raise CheckpointError(f"{pressed.root}: transformers would read other weight files than the manifest lists.")
-        pressed.check_fits(model.state_dict(), model.all_tied_weights_keys)
+        _check_class(pressed, model)
         model.config.__dict__.pop("transformers_weights", None)
         model.config._experts_implementation = "eager"
         for name in pressed.manifest.weights:
@@ -133,6 +133,21 @@ class BitpressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_class(pressed: PressedCheckpoint, model: Any) -> None:
+    """Raise CheckpointError unless the parameters are the model's; where it is of another class than was compressed, that is the reason."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        pressed.check_fits(model.state_dict(), model.all_tied_weights_keys)
+    except CheckpointError as error:
+        made = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+        if made is None or isinstance(model, made):
+            raise
+        raise CheckpointError(
+            f"{pressed.root}: holds a {made.__name__}, and {type(model).__name__} has other parameters; open it with AutoModelForCausalLM."
+        ) from error
 
 
 def _place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

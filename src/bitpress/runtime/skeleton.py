@@ -26,6 +26,7 @@ def build_config(values: Mapping[str, Any]) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise _unknown_type(model_type, values.get("auto_map"), CONFIG_MAPPING.keys())
     kept = {k: v for k, v in values.items() if k not in ("auto_map", "quantization_config", "transformers_weights")}
+    kept = {k: v for k, v in kept.items() if not (k in ("dtype", "torch_dtype") and v == "auto")}  # which says nothing
     if "rescale_every" in kept:
         kept["rescale_every"] = 0  # RWKV would halve its weights in place while it runs, against overflow in half precision
     try:
