@@ -89,7 +89,9 @@ def preset_keys(
         raise UsageError(f"{option('bits')} {bits} and {other} both say the number format; leave one of them out.")
     if name is None and quantizer:
         if not 2 <= bits <= 8:
-            raise UsageError(f"{option('bits')} {bits} beside {option('quantizer')}: there are 2 to 8; name another number format by {option('weights')}.")
+            raise UsageError(
+                f"{option('bits')} {bits} beside {option('quantizer')}: there are 2 to 8; name another number format by {option('weights')}."
+            )
         return {"weights": f"int{bits}-g64-zero"}
     return dict(find_preset(name or DEFAULT_PRESET, bits).recipe)
 
