@@ -108,7 +108,7 @@ def test_generate_works_and_packed_is_smaller(architecture: str, pressed: Callab
 @pytest.mark.parametrize("loader", [AutoModel, AutoModelForSequenceClassification])
 def test_another_class_than_was_compressed_is_named(loader: Any, pressed: Callable[[str], tuple[Path, Path]]) -> None:
     _, out = pressed("llama")
-    with pytest.raises(CheckpointError, match="holds a LlamaForCausalLM.*open it with AutoModelForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM.*open it with AutoModelForCausalLM"):
         loader.from_pretrained(out)
 
 
