@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from rows import add_row
 
-from bitpress.pipeline.windows import load_windows
-from bitpress.runtime.assemble import load_engine
-from bitpress.runtime.engine import Engine
+from bitpress.measure.windows import load_windows
+from bitpress.runtime.native.assemble import load_engine
+from bitpress.runtime.native.engine import Engine
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8-bit head": {"activations": "none"},

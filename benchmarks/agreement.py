@@ -16,8 +16,8 @@ import torch
 from rows import add_row
 
 from bitpress.api import load
-from bitpress.pipeline.windows import load_windows
-from bitpress.runtime.assemble import load_engine
+from bitpress.measure.windows import load_windows
+from bitpress.runtime.native.assemble import load_engine
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "float activations, fp16 cache, head as stored": {"activations": "none", "cache": "fp16", "head": "keep"},

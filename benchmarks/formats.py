@@ -20,9 +20,9 @@ from typing import Any
 
 from rows import ROOT, add_row, read_rows
 
-from bitpress.cli.rate_picture import draw_rates
 from bitpress.cli.rates import COLUMNS, rate_lines
 from bitpress.evaluation.rate import DB_PER_BIT
+from bitpress.report.rate_picture import draw_rates
 from bitpress.settings import cache_directory, package_index_arguments
 
 SMOLLM2 = "smollm2-135m-regauged"

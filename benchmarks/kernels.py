@@ -24,7 +24,7 @@ from rows import add_row  # noqa: E402
 
 from bitpress import native  # noqa: E402
 from bitpress.formats import CompressedWeight, Packed, parse_format  # noqa: E402
-from bitpress.kernels.strips import lay_out  # noqa: E402
+from bitpress.kernels.native_layout import lay_out  # noqa: E402
 
 SHAPES = ("576x576", "3072x576", "576x1536", "2048x2048", "11264x2048", "2048x5632")
 FORMATS = (

@@ -27,14 +27,14 @@ from yardsticks import baseline_lines, kind_lines, peer_lines
 from bitpress.calibration import Stats, of_origin
 from bitpress.cli.accuracy import by_recipe, percent
 from bitpress.cli.compare import label, ordered
-from bitpress.cli.compare_picture import draw_comparison
+from bitpress.comparison.variants import Variant, read_candidates
 from bitpress.formats import parse_format
-from bitpress.kernels.strips import reason_to_expand
-from bitpress.pipeline.candidate import Candidate, read_candidates
-from bitpress.pipeline.composition import compress_matrix
+from bitpress.kernels.native_layout import reason_to_expand
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import make_recipe
+from bitpress.report.compare_picture import draw_comparison
 from bitpress.settings import cache_directory
 
 MODEL = "smollm2-135m-regauged"
@@ -90,7 +90,7 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
             add_row("methods", {"model": MODEL, "compute": compared["compute"], **row})
 
 
-def by_pass(candidates: Sequence[Candidate], out: Path) -> dict[tuple[Path, int], list[str]]:
+def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], list[str]]:
     """Give a directory and the names of recipes for every run of a comparison.
 
     Recipes share a width, and what they need of the pass over the original: statistics of the attention or of the loss would make it
@@ -105,14 +105,14 @@ def by_pass(candidates: Sequence[Candidate], out: Path) -> dict[tuple[Path, int]
     return dict(runs)
 
 
-def pending(bits: list[int], only: list[str], again: bool) -> list[Candidate]:
+def pending(bits: list[int], only: list[str], again: bool) -> list[Variant]:
     """Give the recipes that have no row, or all with `again`; one that has changed since its row has none."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     known = {} if again else {(row["name"], row["bits"]): meant(row) for row in latest()}
     return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(c.recipe))]
 
 
-def best(bits: list[int], only: list[str], count: int) -> list[Candidate]:
+def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
     """Give the `count` recipes of every width with the least KL, of those that have a row."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     rows = {(row["name"], row["bits"]): row for row in latest()}

@@ -32,15 +32,15 @@ from rows import ROOT, add_row, read_rows
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor
+from bitpress.comparison.run import HELDOUT
+from bitpress.comparison.statistics_cache import StatisticsCache, capture_original
 from bitpress.errors import NumericsError
-from bitpress.pipeline.captured import Captured, capture_original
-from bitpress.pipeline.compare import HELDOUT
-from bitpress.pipeline.heldout import Heldout, distances
+from bitpress.measure.evaluation_text import EvaluationText, distances
+from bitpress.measure.noise_floor import measure_noise
+from bitpress.measure.windows import calibration_windows, load_windows
+from bitpress.models.opening import open_original
 from bitpress.pipeline.identity import versions
-from bitpress.pipeline.noise import measure_noise
-from bitpress.pipeline.progress import Silent
-from bitpress.pipeline.source_model import open_original
-from bitpress.pipeline.windows import calibration_windows, load_windows
+from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import output_errors
 from bitpress.recipes import Calibration, Recipe
 from bitpress.settings import cache_directory
@@ -122,7 +122,7 @@ class Bench:
         captured.close()  # so that others can run beside
         self.noise = self._noise(out / "noise.json")
 
-    def _capture(self, where: Path) -> Captured:
+    def _capture(self, where: Path) -> StatisticsCache:
         recipe = Recipe(quantizer={"name": "rtn"}, calibration=self.calibration)
         wanted = {**self.identity, "calibration": self.windows.sha256, "batch": recipe.batch}
         where.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ class Bench:
         if linears != set(self.importance()):
             raise SystemExit(f"{weights}: {len(linears)} linears, where the model's blocks have {len(self.importance())}.")
         started = time.perf_counter()
-        heldout = Heldout(self.model, self.texts)
+        heldout = EvaluationText(self.model, self.texts)
         heldout.start_()
         errors = []
         for i, stats in enumerate(self.stats):

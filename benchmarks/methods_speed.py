@@ -21,7 +21,7 @@ from methods import DOCUMENT, MODEL, RECIPES, by_pass, compare
 from rows import add_row, machine, read_rows, rewrite_section
 
 from bitpress.cli.compare import label
-from bitpress.pipeline.candidate import Candidate, read_candidates
+from bitpress.comparison.variants import Variant, read_candidates
 from bitpress.settings import cache_directory
 
 QUESTION = "methods_speed"
@@ -34,14 +34,14 @@ CLASSES = {
 TOKENS = "1024"
 
 
-def choose(only: list[str], bits: list[int]) -> list[Candidate]:
+def choose(only: list[str], bits: list[int]) -> list[Variant]:
     """Give every recipe at the first of the widths that it has."""
     candidates, _ = read_candidates(RECIPES, bits)
     first = {candidate.name: candidate for candidate in reversed(candidates)}
     return [c for c in candidates if first[c.name] is c and any(fnmatch.fnmatchcase(c.name, pattern) for pattern in only)]
 
 
-def measure(candidates: list[Candidate], out: Path) -> None:
+def measure(candidates: list[Variant], out: Path) -> None:
     known = {(row["name"], row["bits"], row["finished"]) for row in read_rows(QUESTION)}
     kept = (
         "name",

@@ -41,8 +41,8 @@ def ours(out: Path, weights: str, quantizer: str) -> dict[str, Any]:
 
 
 def peer(model: Path, folder: Path, bits: int) -> dict[str, Any]:
-    from bitpress.pipeline.prove import evaluate
-    from bitpress.pipeline.windows import load_windows
+    from bitpress.measure.evaluation import evaluate
+    from bitpress.measure.windows import load_windows
 
     tokens = load_windows("builtin", model, samples=SAMPLES, length=LENGTH, seed=0).tokens
     np.save(folder / "tokens.npy", tokens.numpy())

@@ -57,9 +57,9 @@ def measure(method: str, bits: int, model: str = MODEL) -> dict[str, Any]:
 def measure_floor() -> dict[str, Any]:
     """Run the untouched model in bf16 against itself in fp32."""
     from bitpress.checkpoints.named import resolve_model
-    from bitpress.pipeline.prove import compare
-    from bitpress.pipeline.source_model import open_streamed
-    from bitpress.pipeline.windows import load_windows
+    from bitpress.measure.evaluation import compare
+    from bitpress.measure.windows import load_windows
+    from bitpress.models.opening import open_streamed
 
     path = resolve_model(MODEL)
     windows = load_windows("builtin:heldout", path, samples=TOKENS // 512, length=512, seed=0)

@@ -1,4 +1,4 @@
-"""Rebuild src/bitpress/formats/gaussian_grids.json: levels and points with the least mean squared error for a normal distribution.
+"""Rebuild src/bitpress/formats/grids/gaussian_grids.json: levels and points with the least mean squared error for a normal distribution.
 
 Levels, 2 to 8 bits: Newton's method on the exact condition that every level is the mean of what is nearest to it, which has one
 solution (Max 1960). Points of the plane, 4, 6 and 8 bits: Lloyd's iteration over a fine lattice weighted by the density, from many
@@ -14,9 +14,9 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from bitpress.formats.nearest import nearest
+from bitpress.formats.grids.nearest import nearest
 
-TARGET = Path(__file__).parents[1] / "src/bitpress/formats/gaussian_grids.json"
+TARGET = Path(__file__).parents[1] / "src/bitpress/formats/grids/gaussian_grids.json"
 REACH = 6.0  # beyond it lie 4e-9 of the plane's points, on either axis
 BEGINNINGS = 24
 CARRIED_ON = 3

@@ -173,8 +173,8 @@ def pressed_dir(pressed_original: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def to_first_version() -> Callable[[Path], Path]:
     """Turn a published directory into one of version 1: weight files under transformers' own names, and an index of them."""
+    from bitpress.checkpoints.compressed import MANIFEST_NAME, OUTER_NAME
     from bitpress.checkpoints.durable import hash_file
-    from bitpress.checkpoints.pressed import MANIFEST_NAME, OUTER_NAME
     from bitpress.checkpoints.safetensors_file import read_header
 
     def turn(root: Path) -> Path:

@@ -1,45 +1,32 @@
 """The house: a room imports only rooms on strictly lower floors, imports inside functions included."""
 
 import ast
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 
-FLOORS = {
-    "errors": 0,
-    "foreign": 0,
-    "faults": 0.3,  # needs errors
-    "arithmetic": 0,
-    "exhaustion": 0,
-    "figures": 0.3,  # needs errors
-    "finite": 0,
-    "limits": 0,
-    "settings": 0,
-    "library": 0.3,  # needs errors and settings
-    "packages": 0.3,
-    "native": 0.5,  # its typed doors, which formats need
-    "version": 0,
-    "formats": 1,
-    "calibration": 2,
-    "transforms": 2,
-    "kernels": 2,
-    "checkpoints": 2,
-    "evaluation": 2,
-    "quantizers": 3,
-    "corrections": 3,
-    "runtime": 3,
-    "parts": 3.5,  # those of a recipe
-    "recipes": 4,
-    "presets": 4,
-    "pipeline": 5,
-    "api": 6,
-    "__main__": 7,
-    "cli": 6,
-}
+# A floor is a list of rooms that do not know of each other.
+HOUSE = (
+    ("errors", "foreign", "arithmetic", "exhaustion", "finite", "limits", "memory", "settings", "version"),
+    ("faults", "figures", "library", "packages", "progress", "stopping"),
+    ("native", "presets", "allocation"),
+    ("formats",),
+    ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
+    ("models", "quantizers", "corrections", "report"),
+    ("parts",),
+    ("recipes", "runtime"),
+    ("measure",),
+    ("pipeline",),
+    ("comparison",),
+    ("api",),
+    ("cli",),
+)
+FLOORS = {room: number for number, rooms in enumerate(HOUSE, 1) for room in rooms} | {"__main__": len(HOUSE) + 1}
 # The package's own __init__ hands out the interface lazily and registers the bridge; it stands above everything.
-ROOF = 7
+ROOF = len(HOUSE) + 1
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 
 
@@ -48,7 +35,7 @@ def room_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
-def floor_of(room: str) -> float:
+def floor_of(room: str) -> int:
     return ROOF if room == "__init__" else FLOORS[room]
 
 
@@ -81,6 +68,50 @@ def test_a_file_imports_only_lower_floors(path: Path) -> None:
         assert floor_of(target) < floor_of(room), f"{path.name}:{line}: {room} (floor {floor_of(room)}) imports {target}"
 
 
+def modules(tree: ast.AST, names: Set[str]) -> set[str]:
+    """Name every module of bitpress that a file imports, out of `names`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found & names
+
+
+def circles(graph: Mapping[str, Set[str]]) -> list[tuple[str, ...]]:
+    """Return groups of modules that import each other, however far around."""
+
+    def reached(start: str) -> set[str]:
+        seen, open_ends = set(), [start]
+        while open_ends:
+            for name in graph[open_ends.pop()] - seen:
+                seen.add(name)
+                open_ends.append(name)
+        return seen
+
+    ahead = {name: reached(name) for name in graph}
+    return sorted(
+        {tuple(sorted(other for other in ahead[name] if name in ahead[other])) for name in graph if name in ahead[name]}
+    )
+
+
+def test_no_file_sits_in_a_circle() -> None:
+    names = {
+        ".".join(("bitpress", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES
+    }
+    rooms = {name for name, path in names.items() if path.name == "__init__.py"}
+    # A room's own __init__ hands out what its files hold: a file names the files that it takes something from.
+    graph = {
+        name: modules(ast.parse(path.read_text()), names.keys()) - rooms for name, path in names.items() if name not in rooms
+    }
+    assert circles(graph) == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
+
+
 def test_every_room_has_a_floor_and_no_file_is_homeless() -> None:
     for path in FILES:
         assert room_of(path) in {*FLOORS, "__init__"}, path
@@ -88,7 +119,7 @@ def test_every_room_has_a_floor_and_no_file_is_homeless() -> None:
 
 
 def test_a_wrong_import_would_be_seen() -> None:
-    tree = ast.parse("def f():\n    from bitpress.pipeline.job import Job\n    import bitpress.cli.app\n")
+    tree = ast.parse("def f():\n    from bitpress.pipeline.journal import Job\n    import bitpress.cli.app\n")
     assert [room for _, room in imports(tree)] == ["pipeline", "cli"]
 
 

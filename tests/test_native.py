@@ -12,9 +12,10 @@ import torch
 from bitpress import library, native
 from bitpress.calibration import Stats, StatsCollector
 from bitpress.errors import KernelUnavailable, NumericsError
-from bitpress.formats import GRIDS, Tabled, dense, parse_format
-from bitpress.formats.additive_book import beam_search
-from bitpress.formats.nearest import nearest
+from bitpress.formats import GRIDS, Tabled, parse_format
+from bitpress.formats.grids.additive_book import beam_search
+from bitpress.formats.grids.nearest import nearest
+from bitpress.formats.layouts import dense as dense
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import shrink_ratios
 from bitpress.quantizers.table import QUANTIZERS

@@ -24,17 +24,17 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitpress import native
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import FormatError, KernelUnavailable, UsageError
 from bitpress.formats import parse_format
+from bitpress.models.skeleton import build_config
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime.assemble import load_engine, refuses
-from bitpress.runtime.choice import load_native
-from bitpress.runtime.engine import Engine, Sampling
-from bitpress.runtime.families import FAMILIES, Layout, Rotation, describe
-from bitpress.runtime.loading import load
-from bitpress.runtime.skeleton import build_config
+from bitpress.runtime.hf.loading import load
+from bitpress.runtime.native.architectures import FAMILIES, Layout, Rotation, describe
+from bitpress.runtime.native.assemble import load_engine, refuses
+from bitpress.runtime.native.engine import Engine, Sampling
+from bitpress.runtime.selection import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -149,7 +149,7 @@ def reference(pressed: Callable[[str], Path]) -> Callable[[str], Any]:
     def make(name: str) -> Any:
         model = load(pressed(name), dtype="fp32").eval()
         if make_engine(pressed(name)).facts["expanded"]:
-            for weight in PressedCheckpoint.open(pressed(name)).manifest.weights:
+            for weight in CompressedCheckpoint.open(pressed(name)).manifest.weights:
                 decoded = model.get_parameter(weight).data
                 gain = decoded.abs().amax(1, keepdim=True)
                 decoded.copy_((decoded / gain).half().float() * gain)
@@ -439,7 +439,7 @@ def test_a_small_mistake_leaves_the_tolerance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the tests above would let pass is smaller than this."""
-    monkeypatch.setattr("bitpress.runtime.assemble.describe", lambda config: mistake(describe(config)))
+    monkeypatch.setattr("bitpress.runtime.native.assemble.describe", lambda config: mistake(describe(config)))
     want = wanted(name)
     assert distance(make_engine(pressed(name)).forward(draw(TOKENS), "all"), want.rounded) > want.tolerance
 

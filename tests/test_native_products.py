@@ -1,6 +1,6 @@
 """Products of the native engine against decoded weights in float64, within bounds that are derived here from what the engine rounds.
 
-float activations   sums in float32; what `Strips.expanded` names is rounded to fp16
+float activations   sums in float32; what `NativeLayout.expanded` names is rounded to fp16
 8-bit activations   besides, up to 4 rows are rounded in steps of max |x| / 8064 in pieces of a group, at most 128 columns wide; levels
                     of a table that are no whole multiples of one step become the nearest of 127 of them.
                     More rows: in steps of max |x| / 127 in pieces of at most 128 columns, what is far above the row's mean left
@@ -21,19 +21,19 @@ from hypothesis import strategies as st
 
 from bitpress import native
 from bitpress.formats import CompressedWeight, parse_format
-from bitpress.formats.dfloat11 import dfloat11
 from bitpress.formats.format import Format
-from bitpress.formats.integer import Integer
-from bitpress.formats.levels import Levels
+from bitpress.formats.grids.integer import Integer
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.planes import Planes
 from bitpress.formats.listing import usual_formats
-from bitpress.formats.low_rank import LowRank, low_rank
-from bitpress.formats.maps import Chain, Map, Permutation, Scale
-from bitpress.formats.packed import Packed
-from bitpress.formats.planes import Planes
-from bitpress.formats.rotations import Hadamard, Kronecker
-from bitpress.formats.sign_low_rank import sign_low_rank
-from bitpress.formats.sparse import Sparse, sparse
-from bitpress.kernels.strips import Strips, lay_out, lay_out_matrix, reason_to_expand
+from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
+from bitpress.formats.maps.rotations import Hadamard, Kronecker
+from bitpress.formats.terms.dfloat11 import dfloat11
+from bitpress.formats.terms.low_rank import LowRank, low_rank
+from bitpress.formats.terms.packed import Packed
+from bitpress.formats.terms.sign_low_rank import sign_low_rank
+from bitpress.formats.terms.sparse import Sparse, sparse
+from bitpress.kernels.native_layout import NativeLayout, lay_out, lay_out_matrix, reason_to_expand
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -146,13 +146,13 @@ def fp16_step(w: torch.Tensor, gain: torch.Tensor | float) -> torch.Tensor:
     return w.abs() * 2.0**-11 + 2.0**-25 * gain
 
 
-def is_expanded(term: Any, strips: Strips) -> bool:
+def is_expanded(term: Any, strips: NativeLayout) -> bool:
     kind = term.format.name if isinstance(term, Packed) else term.kind
     return any(reason.startswith(kind) for reason in strips.expanded)
 
 
 def bound(
-    weight: CompressedWeight, strips: Strips, x: torch.Tensor, bias: torch.Tensor, in_bytes: bool, in_halves: bool = False
+    weight: CompressedWeight, strips: NativeLayout, x: torch.Tensor, bias: torch.Tensor, in_bytes: bool, in_halves: bool = False
 ) -> torch.Tensor:
     """Give what a product may differ from the exact one, [rows, out]: every part's rounding, times what it is multiplied by."""
     many = x.shape[0] > FEW_ROWS
@@ -252,7 +252,7 @@ def multiplier(path: str, threads: int = 1) -> Any:
     return native.library().Multiplier(threads, path)
 
 
-def product(strips: Strips, x: torch.Tensor, path: str, in_bytes: bool, threads: int = 1) -> torch.Tensor:
+def product(strips: NativeLayout, x: torch.Tensor, path: str, in_bytes: bool, threads: int = 1) -> torch.Tensor:
     """Multiply into poisoned memory between two guards."""
     count = x.shape[0] * strips.shape[0]
     memory = np.full(count + 2 * GUARD, np.nan, np.float32)
@@ -266,7 +266,7 @@ def product(strips: Strips, x: torch.Tensor, path: str, in_bytes: bool, threads:
 
 
 def excess(
-    weight: CompressedWeight, strips: Strips, x: torch.Tensor, in_bytes: bool, bias: torch.Tensor | None = None
+    weight: CompressedWeight, strips: NativeLayout, x: torch.Tensor, in_bytes: bool, bias: torch.Tensor | None = None
 ) -> dict[str, float]:
     """Give the largest error of the product of every path in units of the bound."""
     bias = torch.zeros(weight.shape[0]) if bias is None else bias

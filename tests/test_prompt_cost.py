@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from bitpress import native
-from bitpress.checkpoints.pressed import MANIFEST_NAME
+from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime.assemble import load_engine
-from bitpress.runtime.choice import load_native
+from bitpress.runtime.native.assemble import load_engine
+from bitpress.runtime.selection import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
 LIMIT = 0.002

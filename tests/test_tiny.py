@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import bitpress
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 
 
 def test_the_whole_way(tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_the_whole_way(tiny_model: Callable[..., Path], text_file: Path, tmp_pat
     assert report["calibrated"] == {"weights": 14, "of": 14}
     assert report["figures"]["kl_mean"] > 0
     assert report["figures"]["bits_per_weight"] == 4 + 16 / 16 + 4 / 16
-    pressed = PressedCheckpoint.open(tmp_path / "a")
+    pressed = CompressedCheckpoint.open(tmp_path / "a")
     assert (
         sum((tmp_path / "a" / f).stat().st_size for f in pressed.manifest.files if f.endswith("safetensors")) == pressed.nbytes
     )

@@ -30,10 +30,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(_: Any) -> None:
-    bridge = sys.modules.get("bitpress.runtime.bridge")
+    bridge = sys.modules.get("bitpress.runtime.hf.bridge")
     if bridge is not None and not hasattr(bridge, "register"):
         return  # the bridge itself is being imported, and imports transformers
-    from bitpress.runtime.bridge import register
+    from bitpress.runtime.hf.bridge import register
 
     register()
 

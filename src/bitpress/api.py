@@ -4,19 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitpress.checkpoints.compressed import is_compressed
 from bitpress.checkpoints.named import resolve_model
-from bitpress.checkpoints.pressed import is_pressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
-from bitpress.pipeline.answers import DOCUMENTS
-from bitpress.pipeline.answers import evaluate_tasks as _evaluate_tasks
-from bitpress.pipeline.progress import Progress
-from bitpress.pipeline.prove import evaluate as _evaluate
-from bitpress.pipeline.prove import evaluate_alone as _evaluate_alone
+from bitpress.measure.evaluation import evaluate as _evaluate
+from bitpress.measure.evaluation import evaluate_alone as _evaluate_alone
+from bitpress.measure.multiple_choice import DOCUMENTS
+from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.presets import preset_keys
+from bitpress.progress import Progress
 from bitpress.recipes import Recipe, make_recipe
-from bitpress.runtime.choice import load
+from bitpress.runtime.selection import load
 
 __all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
 
@@ -75,10 +75,10 @@ def quantize(
 def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a model directory against the original, or without `against` its perplexity alone.
 
-    `bitpress.pipeline.prove.evaluate` and `evaluate_alone` have the settings and the figures. With `runtime="native"` or
+    `bitpress.measure.evaluation.evaluate` and `evaluate_alone` have the settings and the figures. With `runtime="native"` or
     `"transformers"`, the distance is that of what the runtime gives, roundings of its own included.
     """
-    given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
+    given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     if against is None:
         if through := [name for name in ("runtime", "activations", "cache", "head", "with_runtime") if name in settings]:
             raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
@@ -96,5 +96,5 @@ def evaluate_tasks(
 
     Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
     """
-    given = Path(directory) if is_pressed(directory) else resolve_model(str(directory))
+    given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     return _evaluate_tasks(given, tasks, documents=documents, progress=progress)

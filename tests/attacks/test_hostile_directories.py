@@ -7,7 +7,7 @@ follows a path out of the root finds there what it wants, and an audit hook sees
 What does not refuse, and why (`passes` in the tables, asserted too):
 
     inspect     reads the manifest and headers only: neither hashes again, nor builds the model, nor reads content
-    open        `PressedCheckpoint.open` and reading every weight: does not build the model, so that a model that lacks a whole
+    open        `CompressedCheckpoint.open` and reading every weight: does not build the model, so that a model that lacks a whole
                 parameter, or has one too many, is seen by whoever builds it
     onto        `quantize MODEL HOSTILE`, another recipe: a directory that opens is refused as "holds another model" (exit 2)
     no method   a configuration of version 1 that does not name bitpress: transformers then asks nobody and loads what it recognises
@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 import torch
 
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint, config_marks
 from bitpress.checkpoints.durable import hash_file
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint, config_marks
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.runtime import prompt
@@ -773,7 +773,7 @@ def through_python(stage: Stage, entry: str) -> Exception | None:
 
     try:
         if entry == "open":
-            pressed = PressedCheckpoint.open(stage.root)
+            pressed = CompressedCheckpoint.open(stage.root)
             for name in pressed.manifest.weights:
                 pressed.read_weight(name)
         elif entry == "load":

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.calibration import Capture, Watched, attention, find_roles
+from bitpress.calibration import Capture, Observed, attention, find_roles
 from bitpress.calibration import stats as stats_module
 from bitpress.calibration.attention import MOST, Attention, token_weights
 from bitpress.errors import CalibrationError, NumericsError
@@ -45,13 +45,13 @@ class Block(torch.nn.Module):
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return linear(linear(mixed.transpose(1, 2).flatten(2), self.o), self.up)
 
-    def watched(self) -> list[Watched]:
-        return [Watched(name, getattr(self, name).data) for name in ("q", "k", "v", "o", "up")]
+    def observed(self) -> list[Observed]:
+        return [Observed(name, getattr(self, name).data) for name in ("q", "k", "v", "o", "up")]
 
 
 def measure(block: Block, x: torch.Tensor, needs: set[str]) -> Any:
-    watched = block.watched()
-    capture = Capture(watched, needs, find_roles(lambda: block(x[:1]), watched))
+    observed = block.watched()
+    capture = Capture(observed, needs, find_roles(lambda: block(x[:1]), observed))
     for text in x.split(1):
         with capture:
             block(text)
@@ -72,7 +72,7 @@ def test_a_fused_projection_has_no_role() -> None:
         q, k, v = torch.nn.functional.linear(draw(1, TOKENS, 6), fused).unflatten(-1, (3, 1, ROW)).transpose(1, 3).unbind(2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    assert find_roles(run, [Watched("qkv", fused)]) == {}
+    assert find_roles(run, [Observed("qkv", fused)]) == {}
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
@@ -150,8 +150,8 @@ def test_scores_are_those_of_torch(kind: str, keys: int) -> None:
 
 def test_a_row_that_pays_nothing_anywhere_is_refused() -> None:
     block, x = Block(), draw(1, TOKENS, 6)
-    watched = block.watched()
-    capture = Capture(watched, {"gram", "row_gram", "head_gram"}, find_roles(lambda: block(x), watched))
+    observed = block.watched()
+    capture = Capture(observed, {"gram", "row_gram", "head_gram"}, find_roles(lambda: block(x), observed))
     q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, ROW)).transpose(1, 2) for w in (block.q, block.k, block.v))
     with capture:
         torch.nn.functional.linear(x, block.v)
@@ -183,7 +183,7 @@ def test_weighted_gram() -> None:
 
 def test_a_block_without_attention_is_refused() -> None:
     w = draw(3, 6)
-    capture = Capture([Watched("w", w)], {"gram", "attention_gram"})
+    capture = Capture([Observed("w", w)], {"gram", "attention_gram"})
     with capture:
         torch.nn.functional.linear(draw(TOKENS, 6), w)
     capture.next_batch()

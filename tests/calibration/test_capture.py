@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bitpress.calibration import Capture, Watched
+from bitpress.calibration import Capture, Observed
 from bitpress.errors import CalibrationError, NumericsError
 
 OUT, IN, TOKENS = 3, 5, 7
@@ -36,7 +36,7 @@ SPELLINGS: dict[str, tuple[bool, Callable[[torch.Tensor, torch.Tensor], torch.Te
 def test_every_spelling_is_seen(spelling: str) -> None:
     out_first, product = SPELLINGS[spelling]
     x, w = draw(TOKENS, IN), draw(OUT, IN) if out_first else draw(IN, OUT)
-    with Capture([Watched("w", w, out_first)], {"gram"}) as capture:
+    with Capture([Observed("w", w, out_first)], {"gram"}) as capture:
         y = product(x, w)
     assert torch.equal(y, product(x, w))
     stats = capture.finish()["w"]
@@ -47,7 +47,7 @@ def test_every_spelling_is_seen(spelling: str) -> None:
 def test_modules_with_one_input_share_statistics() -> None:
     q, k, o = (torch.nn.Linear(IN, IN, bias=False) for _ in range(3))
     x = draw(2, TOKENS, IN)
-    with torch.no_grad(), Capture([Watched(n, m.weight) for n, m in (("q", q), ("k", k), ("o", o))], {"gram"}) as capture:
+    with torch.no_grad(), Capture([Observed(n, m.weight) for n, m in (("q", q), ("k", k), ("o", o))], {"gram"}) as capture:
         for _ in range(3):
             o(q(x) + k(x))
             capture.next_batch()
@@ -64,7 +64,7 @@ def test_modules_with_one_input_share_statistics() -> None:
 def test_changed_input_is_another_input() -> None:
     a, b = draw(OUT, IN), draw(OUT, IN)
     x = draw(TOKENS, IN)
-    with Capture([Watched("a", a), Watched("b", b)], {"mean_abs"}) as capture:
+    with Capture([Observed("a", a), Observed("b", b)], {"mean_abs"}) as capture:
         torch.nn.functional.linear(x, a)
         x.mul_(2)  # the same memory
         torch.nn.functional.linear(x, b)
@@ -76,9 +76,9 @@ def test_changed_input_is_another_input() -> None:
 
 def test_experts_are_slices_of_one_parameter() -> None:
     experts = draw(4, IN, OUT)
-    watched = [Watched(f"e{i}", experts[i], out_first=False) for i in range(4)]
+    observed = [Observed(f"e{i}", experts[i], out_first=False) for i in range(4)]
     x = draw(4, TOKENS, IN)
-    with Capture(watched, {"gram"}) as capture:
+    with Capture(observed, {"gram"}) as capture:
         torch.bmm(x, experts)
         torch.mm(x[2], experts[2])
     stats = capture.finish()
@@ -99,7 +99,7 @@ def test_a_batched_product_counts_the_tokens_that_were_routed_to_an_expert(
     x = draw(3, TOKENS, OUT)
     x[1, 2:] = 0  # tokens that went elsewhere
     x[2] = 0
-    with Capture([Watched(f"e{i}", experts[i], out_first=False, expert=True) for i in range(3)], {"gram"}) as capture:
+    with Capture([Observed(f"e{i}", experts[i], out_first=False, expert=True) for i in range(3)], {"gram"}) as capture:
         product(x, experts)
     stats = capture.finish()
     assert {name: s.tokens for name, s in stats.items()} == {"e0": TOKENS, "e1": 2}
@@ -108,7 +108,7 @@ def test_a_batched_product_counts_the_tokens_that_were_routed_to_an_expert(
 
 def test_unused_and_unwatched_weights() -> None:
     a, b, c = draw(OUT, IN), draw(OUT, IN), draw(OUT, IN)
-    with Capture([Watched("a", a), Watched("b", b)], {"gram"}) as capture:
+    with Capture([Observed("a", a), Observed("b", b)], {"gram"}) as capture:
         torch.nn.functional.linear(draw(TOKENS, IN), a)
         torch.nn.functional.linear(draw(TOKENS, IN), c)
         torch.nn.functional.linear(draw(0, IN), b)  # an expert that no token reached
@@ -118,13 +118,13 @@ def test_unused_and_unwatched_weights() -> None:
 
 def test_wrong_orientation_is_refused() -> None:
     w = draw(IN, IN)
-    with pytest.raises(CalibrationError, match=r"w: .*orientation"), Capture([Watched("w", w)], {"gram"}):
+    with pytest.raises(CalibrationError, match=r"w: .*orientation"), Capture([Observed("w", w)], {"gram"}):
         _ = draw(TOKENS, IN) @ w
 
 
 def test_sick_input_names_the_weight() -> None:
     w = draw(OUT, IN)
-    with pytest.raises(NumericsError, match=r"layers\.0\.up"), Capture([Watched("layers.0.up", w)], {"gram"}):
+    with pytest.raises(NumericsError, match=r"layers\.0\.up"), Capture([Observed("layers.0.up", w)], {"gram"}):
         torch.nn.functional.linear(torch.full((2, IN), torch.nan), w)
 
 
@@ -139,14 +139,14 @@ def test_a_forward_is_left_after_its_last_product_but_never_with_experts(expert:
         ends.append(True)
         return y
 
-    capture = Capture([Watched("a", a, expert=expert), Watched("b", b)], {"gram"})
+    capture = Capture([Observed("a", a, expert=expert), Observed("b", b)], {"gram"})
     outs = [capture.run(forward, whole=whole) for whole in (False, False, True)]
     assert [out is None for out in outs] == [False, not expert, False]
     assert len(ends) == (3 if expert else 2)
     stats = capture.finish()
     assert stats["a"].tokens == 3 * 2 * TOKENS
     assert stats["b"].tokens == 3 * TOKENS
-    original = Capture([Watched("a", a), Watched("b", b)], {"gram", "cross"})
+    original = Capture([Observed("a", a), Observed("b", b)], {"gram", "cross"})
     for _ in range(2):
         original.run(forward, whole=False, original=True)
         original.run(forward, whole=False)

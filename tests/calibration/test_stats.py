@@ -9,7 +9,7 @@ from bitpress.calibration import STATISTICS, Stats, StatsCollector, of_origin
 from bitpress.calibration.stats import TILE
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.formats import Chain, Permutation, Scale
-from bitpress.formats.rotations import Kronecker
+from bitpress.formats.maps.rotations import Kronecker
 
 
 @pytest.mark.parametrize("features", [1, 7, TILE, TILE + 5, 2 * TILE + 1])

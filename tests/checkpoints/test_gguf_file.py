@@ -21,8 +21,8 @@ from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.reports import told_original, told_ratio
 from bitpress.errors import CheckpointError
-from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
+from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitpress.checkpoints import side_files
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, check_listed_name, find_side_files, listed_file, read_side_file
 from bitpress.checkpoints.source import SIDE_FILES
 from bitpress.errors import CheckpointError
@@ -86,7 +86,7 @@ def test_every_file_is_carried_over_or_named(tiny_model: Callable[..., Path], tm
         assert reason in why["onnx" if name.startswith("onnx") else name], name
     assert before - {"model.safetensors"} <= set(os.listdir(out))
     for name in CARRIED:
-        assert name in PressedCheckpoint.open(out).manifest.files
+        assert name in CompressedCheckpoint.open(out).manifest.files
     assert all(item["file"] in (out / "README.md").read_text("utf-8") for item in report["left_behind"])
 
 
@@ -108,7 +108,7 @@ def test_several_chat_templates_come_back(tiny_model: Callable[..., Path], tiny_
     assert load_tokenizer(out).chat_template == "D"
     put(out, f"{CHAT_TEMPLATES}/more.jinja", b"M")
     with pytest.raises(CheckpointError, match=r"more\.jinja, which the manifest does not list"):
-        PressedCheckpoint.open(out)
+        CompressedCheckpoint.open(out)
 
 
 def test_needed_files_are_not_left_behind_in_silence(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -165,4 +165,4 @@ def test_older_directories_still_load(pressed_dir: Path) -> None:
     manifest = json.loads((pressed_dir / "bitpress.json").read_text())
     (pressed_dir / "preprocessor_config.json").write_text("{}")  # put there by hand
     assert "preprocessor_config.json" not in manifest["files"]
-    PressedCheckpoint.open(pressed_dir)
+    CompressedCheckpoint.open(pressed_dir)

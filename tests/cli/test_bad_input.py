@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.cli import app as cli
 from bitpress.errors import CheckpointError, JobStopped, UsageError
@@ -35,7 +35,7 @@ def llama(tiny_model: Callable[..., Path]) -> Path:
 
 def check_nothing_loads(out: Path) -> None:
     with pytest.raises(CheckpointError):
-        PressedCheckpoint.open(out)
+        CompressedCheckpoint.open(out)
 
 
 def change_tensor(model: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -341,7 +341,7 @@ def test_beyond_max_kl_nothing_is_published(bitpress: Run, llama: Path, text_fil
     check_nothing_loads(out)
     done = bitpress(*command, "--max-kl", "1e9")
     assert done.code == 0, "the same run goes on when the limit is raised"
-    PressedCheckpoint.open(out)
+    CompressedCheckpoint.open(out)
 
 
 def test_strict_makes_a_fallback_an_error(bitpress: Run, tiny_model: Callable[..., Path], text_file: Path, out: Path) -> None:
@@ -381,7 +381,7 @@ def test_another_recipe_is_refused_and_force_replaces(bitpress: Run, llama: Path
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     done = bitpress(*other, "--force")
     assert done.code == 0, done.err
-    pressed = PressedCheckpoint.open(out)
+    pressed = CompressedCheckpoint.open(out)
     assert {record.spec["terms"][0]["format"] for record in pressed.manifest.weights.values()} == {"int8-row"}
     assert not (out / JOB_DIRECTORY).exists()
 
@@ -558,7 +558,8 @@ def test_whatever_is_raised_ends_in_one_line(
 
 
 def test_what_was_printed_already_is_not_followed_by_an_object(bitpress: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitpress.cli import looking, screen
+    from bitpress.cli import info as looking
+    from bitpress.cli import screen
 
     def print_and_fail(rows: Any) -> None:
         screen.print_json(rows)

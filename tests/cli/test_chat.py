@@ -17,8 +17,8 @@ import bitpress as package
 from bitpress import native
 from bitpress.cli.conversation import Conversation
 from bitpress.errors import UsageError
-from bitpress.runtime.choice import load_native
-from bitpress.runtime.engine import Engine
+from bitpress.runtime.native.engine import Engine
+from bitpress.runtime.selection import load_native
 
 pty = pytest.importorskip("pty")
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
@@ -31,8 +31,8 @@ AT_PROMPT = "\x1b[?2004h"  # a terminal is told to mark what is pasted whenever 
 # Runs the command line; every prompt goes into a file, and an answer to a question with "wait" in it stands still until it is stopped.
 WATCHED = """
 import json, os, signal, sys
-from bitpress.runtime.text import TextEngine
-from bitpress.runtime.engine import Engine
+from bitpress.runtime.native.text import TextEngine
+from bitpress.runtime.native.engine import Engine
 stream, generate, waits = TextEngine.stream, Engine.generate, []
 def noted(self, prompt, **options):
     with open(os.environ["NOTED"], "a") as file:
@@ -185,7 +185,7 @@ def test_what_does_not_fit_leaves_the_conversation(session: Callable[..., Sessio
 def test_lines_of_a_pipe(bitpress: Run, pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb\n/clear\nc"))
     asked: list[int] = []
-    monkeypatch.setattr(Engine, "generate", watched(asked))
+    monkeypatch.setattr(Engine, "generate", observed(asked))
     done = bitpress("run", pressed_original, "--max-tokens", "4")
     assert done.code == 0, done.err
     assert len(asked) == 3
@@ -196,7 +196,7 @@ def test_lines_of_a_pipe(bitpress: Run, pressed_original: Path, monkeypatch: pyt
     assert "> " not in done.out
 
 
-def watched(kept: list[int]) -> Callable[..., Iterator[int]]:
+def observed(kept: list[int]) -> Callable[..., Iterator[int]]:
     generate = Engine.generate
 
     def watch(self: Engine, tokens: Any, **options: Any) -> Iterator[int]:

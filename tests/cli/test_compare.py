@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli import compare
 from bitpress.cli.compare import Board, comparison_lines, ordered, parse_texts, parse_widths
-from bitpress.cli.compare_picture import draw_comparison, front
+from bitpress.comparison.results import Results
 from bitpress.errors import NumericsError, UsageError
-from bitpress.pipeline.results import Results
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.report.compare_picture import draw_comparison, front
 
 RECIPES = "rtn: {weights: 'int{bits}-g16-zero', quantizer: rtn, bits: [4, 3]}\ngptq <b>: {weights: 'int{bits}-g16-zero'}\n"
 
@@ -107,7 +107,7 @@ def test_options_reach_what_they_name(bitpress: Run, command: list[object], text
     assert [(row["name"], row["bits"], row["inputs"]) for row in told["rows"]] == [("gptq <b>", b, "pressed") for b in (4, 3)]
     assert {row["recipe"]["calibration"]["seed"] for row in told["rows"]} == {3}
     for bits in (4, 3):
-        kept = PressedCheckpoint.open(tmp_path / "out" / "models" / f"gptq--b--{bits}")
+        kept = CompressedCheckpoint.open(tmp_path / "out" / "models" / f"gptq--b--{bits}")
         assert kept.bits_per_weight == next(r["bits_per_weight"] for r in told["rows"] if r["bits"] == bits)
     assert not (tmp_path / "out" / "capture").exists()
 

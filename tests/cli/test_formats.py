@@ -10,12 +10,12 @@ import pytest
 
 from bitpress.cli import screen
 from bitpress.cli.app import main
-from bitpress.cli.rate_picture import check_picture
-from bitpress.cli.rates import best_rows
 from bitpress.errors import UsageError
+from bitpress.evaluation.rate import best_rows
 from bitpress.formats import GRIDS, LAYOUTS, PATTERNS, SCALES, SHORT, parse_format
 from bitpress.formats.listing import usual_formats
-from bitpress.pipeline import rates
+from bitpress.measure import format_rates as rates
+from bitpress.report.rate_picture import check_picture
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -75,7 +75,7 @@ def test_weights_that_are_not_there_are_never_made_up(bitpress: Run, tiny_model:
 
 
 def test_an_unfinished_job_is_no_plain_model(tiny_model: Callable[..., Path], tmp_path: Path, bitpress: Run) -> None:
-    from bitpress.checkpoints.pressed import JOB_DIRECTORY
+    from bitpress.checkpoints.compressed import JOB_DIRECTORY
 
     (tmp_path / "out" / JOB_DIRECTORY).mkdir(parents=True)
     assert not plain.is_plain(tmp_path / "out")

@@ -11,8 +11,8 @@ import pytest
 from bitpress import native
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime import speed
-from bitpress.runtime.engine import Engine
+from bitpress.runtime.native import speed as speed
+from bitpress.runtime.native.engine import Engine
 
 ASK = ("--prompt", "The sea was calm, and the", "--max-tokens", "8")
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")

@@ -8,7 +8,7 @@ from bitpress.corrections.outliers import Outliers
 from bitpress.corrections.salient import Salient
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
-from bitpress.pipeline.composition import compress_matrix
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
 
 

@@ -4,7 +4,7 @@ import torch
 
 from bitpress.corrections.svdquant import SVDQuant
 from bitpress.formats import parse_format
-from bitpress.pipeline.composition import compress_matrix
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
 
 

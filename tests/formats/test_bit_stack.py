@@ -9,7 +9,7 @@ from bitpress.errors import FormatError, NumericsError
 from bitpress.formats import CompressedWeight, parse_format
 from bitpress.formats.bit_stack import bit_stack
 from bitpress.formats.one_bit import one_bit
-from bitpress.formats.sign_low_rank import sign_low_rank
+from bitpress.formats.terms.sign_low_rank import sign_low_rank
 
 
 def weight(seed: int) -> torch.Tensor:

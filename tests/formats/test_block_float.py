@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitpress.formats import Levels, find_row, parse_format
-from bitpress.formats.block_float import signed_magnitudes, twos_complement
+from bitpress.formats.grids.block_float import signed_magnitudes, twos_complement
 
 
 def weight(seed: int, rows: int = 64, cols: int = 64) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import parse_format
-from bitpress.formats.additive_book import AdditiveBook, beam_search
-from bitpress.formats.clusters import _means, cluster, spread_sample
-from bitpress.formats.codebook import FixedBook, LearnedBook
-from bitpress.formats.gaussian import gaussian_levels, gaussian_points
-from bitpress.formats.nearest import nearest
+from bitpress.formats.grids.additive_book import AdditiveBook, beam_search
+from bitpress.formats.grids.clusters import _means, cluster, spread_sample
+from bitpress.formats.grids.codebook import FixedBook, LearnedBook
+from bitpress.formats.grids.gaussian import gaussian_levels, gaussian_points
+from bitpress.formats.grids.nearest import nearest
 
 NORMAL = NormalDist()
 
@@ -176,7 +176,7 @@ def test_words_are_solved_for_exactly(books: int) -> None:
 def test_additive_books_learn_more_than_what_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     w = normal(32, 512, seed=12)
     learned = error("aq2x5x4-row", w)
-    monkeypatch.setattr("bitpress.formats.additive_book.ROUNDS", 0)
+    monkeypatch.setattr("bitpress.formats.grids.additive_book.ROUNDS", 0)
     assert learned < 0.97 * error("aq2x5x4-row", w)
 
 

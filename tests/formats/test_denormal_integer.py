@@ -5,7 +5,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import Format, Packed, Params, parse_format
-from bitpress.formats.denormal_integer import DenormalInteger
+from bitpress.formats.grids.denormal_integer import DenormalInteger
 
 
 def decoded(fmt: Format, w: torch.Tensor) -> tuple[torch.Tensor, Params]:

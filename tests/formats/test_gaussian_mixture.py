@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitpress.formats import parse_format
-from bitpress.formats.gaussian_mixture import RUNS, GaussianMixture
+from bitpress.formats.grids.gaussian_mixture import RUNS, GaussianMixture
 
 
 def normal(seed: int, rows: int, cols: int) -> torch.Tensor:

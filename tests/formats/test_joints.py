@@ -12,7 +12,7 @@ import torch
 
 from bitpress.calibration import Stats
 from bitpress.formats import Block, CompressedWeight, Format, Grid, Packed, Params, StoredParam, Term
-from bitpress.formats.maps import Map
+from bitpress.formats.maps.map import Map
 from bitpress.kernels.reference import Reference
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.quantizer import output_error

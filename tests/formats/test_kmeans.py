@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from bitpress.formats import Format, kmeans, parse_format
-from bitpress.formats.block_levels import SortedBlocks, boundaries
-from bitpress.formats.kmeans import cluster
+from bitpress.formats import Format, parse_format
+from bitpress.formats.grids import kmeans as kmeans
+from bitpress.formats.grids.block_levels import SortedBlocks, boundaries
+from bitpress.formats.grids.kmeans import cluster
 
 
 def normal(seed: int, rows: int, cols: int) -> torch.Tensor:

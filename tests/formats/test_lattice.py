@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitpress.formats import CompressedWeight, Packed, parse_format
-from bitpress.formats.lattice import E8P, E81B, Lattice
+from bitpress.formats.grids.lattice import E8P, E81B, Lattice
 
 CPU = torch.device("cpu")
 # Codes and codewords of the authors' code, in quarters: both shifts, even and odd sums, rows of norm 12 from the first to the last.

@@ -5,8 +5,8 @@ import math
 import torch
 
 from bitpress.formats import Levels, find_row, parse_format
-from bitpress.formats.logarithmic import logarithmic
-from bitpress.formats.minifloat import minifloat_levels
+from bitpress.formats.grids.logarithmic import logarithmic
+from bitpress.formats.grids.minifloat import minifloat_levels
 
 
 def test_levels_of_sqrt_2_are_those_of_the_published_quantizer() -> None:

@@ -5,9 +5,9 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import Format, Levels, find_row, parse_format
-from bitpress.formats.bitmod import bitmod
 from bitpress.formats.block import Block
-from bitpress.formats.mixture import Mixture
+from bitpress.formats.grids.bitmod import bitmod
+from bitpress.formats.grids.mixture import Mixture
 
 
 def normal(seed: int, rows: int = 32, cols: int = 256) -> torch.Tensor:

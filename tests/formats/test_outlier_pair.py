@@ -5,7 +5,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import parse_format
-from bitpress.formats.outlier_pair import OUTLIERS, OutlierPair
+from bitpress.formats.grids.outlier_pair import OUTLIERS, OutlierPair
 
 GRID = OutlierPair()
 ONE = {"scale": torch.ones(1)}

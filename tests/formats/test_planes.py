@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats import Format, parse_format, planes
-from bitpress.formats.block_levels import SortedBlocks
-from bitpress.formats.planes import Planes
+from bitpress.formats import Format, parse_format
+from bitpress.formats.grids import planes as planes
+from bitpress.formats.grids.block_levels import SortedBlocks
+from bitpress.formats.grids.planes import Planes
 
 NAMES = ["planes2", "planes3", "planes4", "dual2", "trits2"]
 

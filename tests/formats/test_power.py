@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitpress.formats import Params, find_row, parse_format
-from bitpress.formats.mixture import Mixture
-from bitpress.formats.power import EXPONENTS, power
+from bitpress.formats.grids.mixture import Mixture
+from bitpress.formats.grids.power import EXPONENTS, power
 
 
 def error(name: str, w: torch.Tensor) -> tuple[float, Params]:

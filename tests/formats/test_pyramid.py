@@ -8,7 +8,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import parse_format
-from bitpress.formats.pyramid import LISTED, Pyramid
+from bitpress.formats.grids.pyramid import LISTED, Pyramid
 
 
 # Fischer's recursion by hand for small ones; 4 k^2 + 2 points for three numbers, 8 k (k^2 + 2) / 3 for four; RFC 6716 counts the same.

@@ -5,8 +5,8 @@ import torch
 
 from bitpress.errors import NumericsError
 from bitpress.formats import SCALES, SHORT, parse_format
-from bitpress.formats.low_rank import low_rank
 from bitpress.formats.reach import changed_rows, lost_rows, widened
+from bitpress.formats.terms.low_rank import low_rank
 
 # One grid of every kind; those that search or cluster for seconds keep their scales as the others do.
 GRIDS = (

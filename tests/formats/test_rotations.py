@@ -7,8 +7,8 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import MAPS, Chain, CompressedWeight, Hadamard, Kronecker, Map, Permutation, Scale, parse_format
-from bitpress.formats.packed import Packed
-from bitpress.formats.rotations import LARGEST, core_of, hadamard_matrix
+from bitpress.formats.maps.rotations import LARGEST, core_of, hadamard_matrix
+from bitpress.formats.terms.packed import Packed
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitpress.formats import find_row, parse_format
-from bitpress.formats.minifloat import minifloat_levels
-from bitpress.formats.mixture import Mixture
+from bitpress.formats.grids.minifloat import minifloat_levels
+from bitpress.formats.grids.mixture import Mixture
 
 TABLES = {4: ("e1m2", "e2m1", "e3m0"), 6: ("e1m4", "e2m3", "e3m2", "e4m1"), 8: ("e2m5", "e3m4", "e4m3", "e5m2")}
 

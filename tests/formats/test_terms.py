@@ -17,13 +17,13 @@ from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.errors import BitpressError, FormatError, NumericsError
 from bitpress.formats import TERMS, CompressedWeight, Packed, Term, parse_format
-from bitpress.formats import dfloat11 as dfloat11_file
-from bitpress.formats.dfloat11 import BLOCK, LONGEST, DFloat11, dfloat11
-from bitpress.formats.kept import Kept, keep_columns, keep_rows
-from bitpress.formats.low_rank import LowRank, low_rank
-from bitpress.formats.sign_low_rank import sign_low_rank
-from bitpress.formats.sparse import Sparse, sparse
-from bitpress.runtime.layers import PackedLinear
+from bitpress.formats.terms import dfloat11 as dfloat11_file
+from bitpress.formats.terms.dfloat11 import BLOCK, LONGEST, DFloat11, dfloat11
+from bitpress.formats.terms.kept import Kept, keep_columns, keep_rows
+from bitpress.formats.terms.low_rank import LowRank, low_rank
+from bitpress.formats.terms.sign_low_rank import sign_low_rank
+from bitpress.formats.terms.sparse import Sparse, sparse
+from bitpress.runtime.hf.layers import PackedLinear
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

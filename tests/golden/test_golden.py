@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bitpress.formats import CompressedWeight, Levels, Packed, dense, parse_format
+from bitpress.formats import CompressedWeight, Levels, Packed, parse_format
+from bitpress.formats.layouts import dense as dense
 from bitpress.formats.scales import SCALES, dynamic_map
 from bitpress.formats.table import find_grid
 

@@ -7,10 +7,10 @@ import torch
 
 from bitpress import native
 from bitpress.formats import CompressedWeight, parse_format
-from bitpress.formats.low_rank import low_rank
-from bitpress.formats.maps import Permutation
-from bitpress.formats.packed import Packed
-from bitpress.formats.sparse import sparse
+from bitpress.formats.maps.map import Permutation
+from bitpress.formats.terms.low_rank import low_rank
+from bitpress.formats.terms.packed import Packed
+from bitpress.formats.terms.sparse import sparse
 from bitpress.kernels import KERNELS, choose_kernel
 from bitpress.kernels import native as module
 from bitpress.kernels.native import Native

@@ -284,10 +284,10 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     from transformers import AutoModelForCausalLM
 
     import bitpress
-    from bitpress.checkpoints.pressed import PressedCheckpoint
+    from bitpress.checkpoints.compressed import CompressedCheckpoint
     from bitpress.checkpoints.safetensors_file import read_tensor
     from bitpress.errors import CheckpointError
-    from bitpress.runtime.skeleton import check_causal
+    from bitpress.models.skeleton import check_causal
 
     source, out = folder / "source", folder / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,7 +307,7 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if hasattr(original.config, "rescale_every"):
         original.config.rescale_every = 0
-    pressed = PressedCheckpoint.open(out)
+    pressed = CompressedCheckpoint.open(out)
     with torch.no_grad():
         for name, record in pressed.manifest.weights.items():
             decoded = record.parameter(name).restore(pressed.read_weight(name).dequantize())

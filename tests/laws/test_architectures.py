@@ -9,8 +9,8 @@ import torch
 
 import bitpress
 from bitpress.errors import CheckpointError
-from bitpress.pipeline.progress import Silent
-from bitpress.runtime.skeleton import build_config, build_skeleton, check_causal
+from bitpress.models.skeleton import build_config, build_skeleton, check_causal
+from bitpress.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = runpy.run_path(str(Path(__file__).with_name("architectures.py")))
@@ -181,7 +181,7 @@ def test_towers_are_left_out_where_transformers_builds_the_text_model_alone(tmp_
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForImageTextToText
 
-    from bitpress.pipeline.source_model import open_original
+    from bitpress.models.opening import open_original
 
     LAW["save"](AutoModelForImageTextToText.from_config(LAW["small_config"]("llama4")), tmp_path)
     model, loader = open_original(tmp_path, torch.float32)

@@ -10,7 +10,7 @@ from bitpress.calibration import STATISTICS, Stats
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.errors import BitpressError, NumericsError
 from bitpress.formats import CompressedWeight, Term, parse_format
-from bitpress.pipeline.composition import compress_matrix
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
 
 FMT = parse_format("int3-g16-zero")

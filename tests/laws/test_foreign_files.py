@@ -18,9 +18,9 @@ from bitpress.checkpoints.jsonfile import MAX_FOREIGN_JSON_DEPTH, parse_foreign_
 from bitpress.checkpoints.source import decode_floats, encode_config, read_config
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import BitpressError, CheckpointError
+from bitpress.models.skeleton import build_config
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime.skeleton import build_config
 
 ROUNDING = {"weights": "int4-g32-zero", "quantizer": "rtn"}
 DEEP = "[" * 100 + "]" * 100
@@ -104,8 +104,8 @@ def test_the_copy_loads_in_every_way(odd: Path, published: Path) -> None:
 
 def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitpress
-    from bitpress.runtime.engine import USUAL_HEAD
-    from bitpress.runtime.prepared import is_prepared, open_prepared
+    from bitpress.runtime.native.engine import USUAL_HEAD
+    from bitpress.runtime.native.layout_cache import is_prepared, open_prepared
 
     monkeypatch.setenv("BITPRESS_LAYOUTS", str(tmp_path / "layouts"))
     bitpress.load(published, runtime="native")
@@ -114,14 +114,14 @@ def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monk
 
 
 def test_published_settings_are_ours_and_strict(published: Path, tmp_path: Path) -> None:
-    from bitpress.checkpoints.pressed import PressedCheckpoint
+    from bitpress.checkpoints.compressed import CompressedCheckpoint
 
     copy = tmp_path / "copy"
     shutil.copytree(published, copy)
     manifest = json.loads((copy / "bitpress.json").read_text())
     (copy / "bitpress.json").write_text(json.dumps(manifest | {"job": {"a": 10**30}}))
     with pytest.raises(CheckpointError, match="31 digits"):
-        PressedCheckpoint.open(copy)
+        CompressedCheckpoint.open(copy)
 
 
 def test_large_index_and_more_keys_in_it(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

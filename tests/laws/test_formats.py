@@ -20,13 +20,13 @@ from bitpress.formats import (
     Packed,
     Params,
     Row,
-    dense,
     describe_formats,
     find_row,
     parse_format,
 )
-from bitpress.formats.dense import code_dtype
-from bitpress.formats.integer import Integer
+from bitpress.formats.grids.integer import Integer
+from bitpress.formats.layouts import dense
+from bitpress.formats.layouts.dense import code_dtype
 
 # A name of every family that has no row for each member.
 FAMILIES = ["e4m3b11", "e2m1b0", "e4m3i", "e3m4i", "pvq2k6", "pvq16k2", "vq5x2", "aq3x3x2"]

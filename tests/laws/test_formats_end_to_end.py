@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bitpress
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import GRIDS, SHORT, parse_format
 from bitpress.recipes import make_recipe
@@ -45,7 +45,7 @@ def test_every_row_goes_the_whole_way(
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
     }
     bitpress.quantize(model, tmp_path / "out", recipe=recipe, proof_tokens=0)
-    pressed = PressedCheckpoint.open(tmp_path / "out", verify=True)
+    pressed = CompressedCheckpoint.open(tmp_path / "out", verify=True)
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
         decoded = bitpress.load(tmp_path / "out")
@@ -65,7 +65,7 @@ def test_experts_that_share_nothing_are_stacked(
 ) -> None:
     model = tiny_model("mixtral")
     bitpress.quantize(model, tmp_path / "out", recipe={"weights": name, "quantizer": "rtn"}, proof_tokens=0)
-    PressedCheckpoint.open(tmp_path / "out", verify=True)
+    CompressedCheckpoint.open(tmp_path / "out", verify=True)
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
         a = bitpress.load(tmp_path / "out")(tokens).logits

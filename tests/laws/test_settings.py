@@ -17,11 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitpress import native
 from bitpress.errors import CheckpointError
-from bitpress.runtime import families
-from bitpress.runtime.assemble import assemble
-from bitpress.runtime.engine import make_engine
-from bitpress.runtime.families import FAMILIES, FOLLOWED, LOOKED_FOR, NEUTRAL, OWN, refusal
-from bitpress.runtime.skeleton import build_config
+from bitpress.models.skeleton import build_config
+from bitpress.runtime.native import architectures as families
+from bitpress.runtime.native.architectures import FAMILIES, FOLLOWED, LOOKED_FOR, NEUTRAL, OWN, refusal
+from bitpress.runtime.native.assemble import assemble
+from bitpress.runtime.native.engine import make_engine
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -257,7 +257,7 @@ def judge(family: str, change: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def _weights_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitpress.runtime.assemble.read_tensor", lambda value: value)
+    monkeypatch.setattr("bitpress.runtime.native.assemble.read_tensor", lambda value: value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,12 +293,12 @@ def test_names_that_shared_code_looks_for_have_an_answer(family: str) -> None:
     given = type(config)
     seen: set[str] = set()
 
-    class Watched(given):  # type: ignore[misc, valid-type]
+    class Observed(given):  # type: ignore[misc, valid-type]
         def __getattribute__(self, name: str) -> Any:
             seen.add(name)
             return super().__getattribute__(name)
 
-    config.__class__ = Watched
+    config.__class__ = Observed
     model = AutoModelForCausalLM._model_mapping[given](config).eval()
     model(input_ids=ids(config)[None, :8], use_cache=True)
     assert "num_hidden_layers" in seen
@@ -327,5 +327,7 @@ def test_a_setting_that_is_read_another_way_is_seen(monkeypatch: pytest.MonkeyPa
     assert judge("llama", {}) == "equal, the same"
     describe = families.describe
     for mistake in ({"attention_scale": 0.3}, {"window": (8,) * 2}, {"rope": (-1,) * 2}, {"eps": 0.05}):
-        monkeypatch.setattr("bitpress.runtime.assemble.describe", lambda c, m=mistake: dataclasses.replace(describe(c), **m))
+        monkeypatch.setattr(
+            "bitpress.runtime.native.assemble.describe", lambda c, m=mistake: dataclasses.replace(describe(c), **m)
+        )
         assert judge("llama", {}) == "different"

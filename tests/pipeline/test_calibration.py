@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from bitpress.calibration import Stats
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, UsageError
 from bitpress.formats import CompressedWeight, Packed
 from bitpress.pipeline import quantize
+from bitpress.pipeline.blocks import Presser
 from bitpress.pipeline.plan import check_room, make_plan
-from bitpress.pipeline.press import Presser
-from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.pipeline.sensitivity import measure_sensitivity
+from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS

@@ -19,9 +19,9 @@ import pytest
 
 from bitpress.calibration import builtin_texts
 from bitpress.checkpoints import durable
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
 from bitpress.errors import CheckpointError, DiskError
-from bitpress.pipeline import job
+from bitpress.pipeline import journal as job
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 
@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 import bitpress.pipeline.quantize, bitpress.checkpoints.named, bitpress.cli.reports
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli.app import main
 from bitpress.errors import CheckpointError
 
@@ -77,7 +77,7 @@ def units(out):
 
 def state(out):
     try:
-        PressedCheckpoint.open(out)
+        CompressedCheckpoint.open(out)
         return "model"
     except CheckpointError as error:
         return "refused"
@@ -149,7 +149,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def check_same(out: Path, reference: Path) -> None:
     assert content(out) == content(reference)
-    PressedCheckpoint.open(out)
+    CompressedCheckpoint.open(out)
     assert not (out / JOB_DIRECTORY).exists()
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in reference.iterdir()), "something was left behind"
 
@@ -267,7 +267,7 @@ def test_every_failed_write_is_an_error_and_the_next_run_completes(
             assert content(out) == reference
         else:
             with pytest.raises(CheckpointError):
-                PressedCheckpoint.open(out)
+                CompressedCheckpoint.open(out)
         small_run(out)
         check_same(out, tmp_path / "reference")
     assert after_manifest <= 2

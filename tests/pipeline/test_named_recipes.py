@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli.app import main
 from bitpress.errors import UsageError
-from bitpress.pipeline.products import skipping
+from bitpress.models.linears import skipping
+from bitpress.models.opening import open_original
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.pipeline.source_model import open_original
 from bitpress.recipes import NAMED_RECIPES, Recipe
 
 
@@ -21,7 +21,7 @@ from bitpress.recipes import NAMED_RECIPES, Recipe
 def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model(architecture)
     quantize_directory(model, tmp_path / "out", Recipe.load("moqe"), proof=Proof(tokens=0))
-    pressed = PressedCheckpoint.open(tmp_path / "out")
+    pressed = CompressedCheckpoint.open(tmp_path / "out")
     assert len(pressed.manifest.weights) == 4
     assert all(".experts." in name for name in pressed.manifest.weights)
     assert {record.spec["terms"][0]["format"] for record in pressed.manifest.weights.values()} == {"int3-row"}

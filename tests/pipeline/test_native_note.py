@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bitpress import library
-from bitpress.pipeline.progress import Silent
 from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import bitpress
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli.app import app
 from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.pipeline.plan import unmeant_bits
@@ -34,10 +34,10 @@ def test_each_weight_is_what_its_own_method_makes_of_it(
     """On the original's inputs a weight does not depend on what becomes of the others."""
     calibration = {"text": str(text_file), "samples": 4, "length": 32, "inputs": "original"}
 
-    def press(name: str, **values: Any) -> PressedCheckpoint:
+    def press(name: str, **values: Any) -> CompressedCheckpoint:
         recipe = {"weights": "int4-g16-zero", "quantizer": "gptq", "calibration": calibration, **values}
         bitpress.quantize(tiny_model(), tmp_path / name, recipe=recipe, proof_tokens=0)
-        return PressedCheckpoint.open(tmp_path / name)
+        return CompressedCheckpoint.open(tmp_path / name)
 
     mixed = press("mixed", overrides=OVERRIDES)
     alone = {

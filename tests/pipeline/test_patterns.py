@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from bitpress.comparison.run import compare_recipes
+from bitpress.comparison.variants import read_candidates
 from bitpress.errors import UsageError
-from bitpress.pipeline.candidate import read_candidates
-from bitpress.pipeline.compare import compare_recipes
 from bitpress.pipeline.quantize import plan_run, quantize_directory
 from bitpress.recipes import make_recipe
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CalibrationError, NumericsError, UsageError
-from bitpress.pipeline.prove import check_reloaded
+from bitpress.measure.evaluation import check_reloaded
 from bitpress.pipeline.quantize import Proof, quantize_directory
 
 
@@ -29,7 +29,7 @@ def test_a_proof_text_that_is_missing_is_known_before_any_work(
 
 
 def test_a_weight_that_decodes_otherwise_is_named(pressed_dir: Path) -> None:
-    pressed = PressedCheckpoint.open(pressed_dir)
+    pressed = CompressedCheckpoint.open(pressed_dir)
     name = next(iter(pressed.manifest.weights))
     with pytest.raises(NumericsError, match=name.replace(".", r"\.")):
         check_reloaded(pressed, {name: "0" * 64})

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitpress.checkpoints.pressed import MANIFEST_NAME
+from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.errors import NumericsError
 from bitpress.evaluation import distance
-from bitpress.pipeline.press import Presser
+from bitpress.pipeline.blocks import Presser
 from bitpress.pipeline.quantize import Proof, quantize_directory
 
 State = dict[str, torch.Tensor]

@@ -7,8 +7,8 @@ from bitpress.calibration import Stats
 from bitpress.errors import FormatError, NumericsError, UsageError
 from bitpress.formats import Packed, parse_format
 from bitpress.quantizers.aqlm import AQLM, first_books, solve_words
-from bitpress.quantizers.descent import prepare_descent
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.quantizer import output_error
 
 

@@ -10,7 +10,7 @@ from bitpress.calibration import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
 from bitpress.quantizers.comq import COMQ, fit_scales, greedy_order
-from bitpress.quantizers.descent import prepare_descent
+from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 

@@ -6,8 +6,8 @@ import torch
 from bitpress.errors import FormatError, NumericsError, UsageError
 from bitpress.formats import Packed, parse_format
 from bitpress.quantizers.db_llm import DBLLM
+from bitpress.quantizers.mechanisms.two_planes import pairs_of
 from bitpress.quantizers.rtn import RTN
-from bitpress.quantizers.two_planes import pairs_of
 
 
 def weight(seed: int = 0) -> torch.Tensor:

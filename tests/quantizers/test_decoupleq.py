@@ -9,8 +9,8 @@ from bitpress.calibration import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import parse_format
 from bitpress.quantizers.decoupleq import DecoupleQ, solve_affine
-from bitpress.quantizers.descent import prepare_descent
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.quantizer import output_error
 
 OUT, IN = 8, 32

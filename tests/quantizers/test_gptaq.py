@@ -8,9 +8,9 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
-from bitpress.quantizers.columns import prepare
 from bitpress.quantizers.gptaq import GPTAQ
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.mechanisms.error_feedback import prepare
 from bitpress.quantizers.rtn import RTN
 
 OUT, IN, TOKENS = 12, 16, 300

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from bitpress.allocation.knapsack import choose_bits
 from bitpress.errors import FormatError, NumericsError, UsageError
 from bitpress.formats import parse_format
-from bitpress.formats.gaussian import gaussian_levels, gaussian_points
-from bitpress.quantizers.choose_bits import choose_bits
+from bitpress.formats.grids.gaussian import gaussian_levels, gaussian_points
 from bitpress.quantizers.higgs import HIGGS
 from bitpress.transforms.basis import into_basis, with_maps
 from bitpress.transforms.hadamard import HadamardBasis

@@ -7,9 +7,9 @@ import torch
 
 from bitpress.errors import FormatError, NumericsError, UsageError
 from bitpress.formats import Packed, parse_format
-from bitpress.formats.block_levels import SortedBlocks
+from bitpress.formats.grids.block_levels import SortedBlocks
+from bitpress.quantizers.mechanisms.two_planes import by_block, pairs_of, ridge_scales, settle
 from bitpress.quantizers.ptqtp import PTQTP
-from bitpress.quantizers.two_planes import by_block, pairs_of, ridge_scales, settle
 
 PAIRS = list(itertools.product((-1.0, 0.0, 1.0), repeat=2))
 

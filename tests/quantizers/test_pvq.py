@@ -8,10 +8,10 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Packed, parse_format
-from bitpress.formats.pyramid import Pyramid
+from bitpress.formats.grids.pyramid import Pyramid
+from bitpress.quantizers.mechanisms.row_scales import solve_scales
 from bitpress.quantizers.pvq import PVQ, move_pulses
 from bitpress.quantizers.quantizer import output_error
-from bitpress.quantizers.row_scales import solve_scales
 
 DAMP = 0.01
 

@@ -10,7 +10,7 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
-from bitpress.formats.sparse import Sparse
+from bitpress.formats.terms.sparse import Sparse
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.quantease import QuantEase, largest_eigenvalue, moved_outliers
 from bitpress.quantizers.quantizer import output_error

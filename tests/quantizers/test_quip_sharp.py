@@ -6,7 +6,7 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Packed, parse_format
-from bitpress.quantizers.descent import RIDGE
+from bitpress.quantizers.mechanisms.coordinate_descent import RIDGE
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.quip_sharp import QuIPSharp
 from bitpress.recipes import make_recipe

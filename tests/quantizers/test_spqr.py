@@ -6,8 +6,8 @@ import torch
 from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, FormatError, UsageError
 from bitpress.formats import Packed, Sparse, parse_format
-from bitpress.quantizers.columns import prepare
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.mechanisms.error_feedback import prepare
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.spqr import SpQR, leave_one_out
 

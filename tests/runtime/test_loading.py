@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import bitpress
-from bitpress.checkpoints.pressed import MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.compressed import MANIFEST_NAME, CompressedCheckpoint
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime.layers import PackedWeight
+from bitpress.runtime.hf.layers import PackedWeight
 
 ARCHITECTURES = ("llama", "mixtral", "gpt2", "opt", "gemma3", "phi3", "qwen3_moe", "jetmoe", "llama4")
 TOKENS = torch.arange(6, 38).reshape(2, 16)
@@ -51,7 +51,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 def with_decoded_weights(source: Path, out: Path) -> Any:
     """The original model, its compressed weights replaced by what they decode to."""
     model = AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager")
-    checkpoint = PressedCheckpoint.open(out)
+    checkpoint = CompressedCheckpoint.open(out)
     values = checkpoint.load("")
     assert set(checkpoint.manifest.weights) <= set(values)
     left = model.load_state_dict(values, strict=False)
@@ -76,7 +76,7 @@ def test_every_way_to_open_a_model_gives_the_same_logits(
 
     packed = bitpress.load(out, weights="packed")
     assert sum(isinstance(layer, PackedWeight) for layer in packed.modules()) == len(
-        PressedCheckpoint.open(out).manifest.weights
+        CompressedCheckpoint.open(out).manifest.weights
     )
     # Packed and decoded are float32 evaluations of one function and differ in the order of their sums at most. What such an
     # evaluation is off by is measured against float64; another order has errors of the same size, and 8 covers its spread.
@@ -97,7 +97,7 @@ def test_generate_works_and_packed_is_smaller(architecture: str, pressed: Callab
     assert made[0].shape == (1, TOKENS.shape[1] + 6)
     assert torch.equal(made[0], made[2])
     assert made[1].shape == made[0].shape
-    checkpoint = PressedCheckpoint.open(out)
+    checkpoint = CompressedCheckpoint.open(out)
     weights = sum(r.spec["shape"][0] * r.spec["shape"][1] for r in checkpoint.manifest.weights.values())
     stored = sum(checkpoint.tensors[name][1].nbytes for names in checkpoint.stored.values() for name in names)
     # The difference is exactly that of the compressed weights: 4 bytes each against what the file holds for them.

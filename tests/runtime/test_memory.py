@@ -12,13 +12,13 @@ import torch
 
 import bitpress
 from bitpress.checkpoints.budget import parse_bytes, within
-from bitpress.checkpoints.pressed import MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.compressed import MANIFEST_NAME, CompressedCheckpoint
 from bitpress.cli.app import main
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats import CompressedWeight
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.recipes import make_recipe
-from bitpress.runtime.loading import load
+from bitpress.runtime.hf.loading import load
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 TERMS = 4
@@ -38,11 +38,11 @@ def stacked(
     return source, out
 
 
-def terms(pressed: PressedCheckpoint) -> dict[str, int]:
+def terms(pressed: CompressedCheckpoint) -> dict[str, int]:
     return {name: len(record.spec["terms"]) for name, record in pressed.manifest.weights.items()}
 
 
-def ends(pressed: PressedCheckpoint) -> tuple[int, int]:
+def ends(pressed: CompressedCheckpoint) -> tuple[int, int]:
     """The least that can be loaded, and all."""
     every = sum(entry.nbytes for _, entry in pressed.tensors.values())
     behind = [name for name in pressed.tensors if any(f".term{k}." in name for k in range(1, TERMS))]
@@ -60,7 +60,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def test_budgets_from_the_least_to_all(stacked: tuple[Path, Path]) -> None:
-    pressed = PressedCheckpoint.open(stacked[1])
+    pressed = CompressedCheckpoint.open(stacked[1])
     least, every = ends(pressed)
     assert set(terms(within(pressed, least)).values()) == {1}
     assert terms(within(pressed, every)) == terms(within(pressed, 10 * every)) == dict.fromkeys(pressed.manifest.weights, TERMS)
@@ -77,7 +77,7 @@ def test_budgets_from_the_least_to_all(stacked: tuple[Path, Path]) -> None:
 
 
 def test_logits_are_those_of_the_first_terms(stacked: tuple[Path, Path]) -> None:
-    pressed = PressedCheckpoint.open(stacked[1])
+    pressed = CompressedCheckpoint.open(stacked[1])
     least, every = ends(pressed)
     for budget in (least, (least + every) // 2, every):
         part = within(pressed, budget)
@@ -95,7 +95,7 @@ def test_logits_are_those_of_the_first_terms(stacked: tuple[Path, Path]) -> None
 
 
 def test_no_more_is_held_than_the_budget(stacked: tuple[Path, Path]) -> None:
-    pressed = PressedCheckpoint.open(stacked[1])
+    pressed = CompressedCheckpoint.open(stacked[1])
     least, every = ends(pressed)
     rotations = held_bytes(bitpress.load(stacked[1], memory=every)) - every
     assert 0 <= rotations < 1024, "beside what is read a model holds only the frequencies of its positions"
@@ -104,8 +104,8 @@ def test_no_more_is_held_than_the_budget(stacked: tuple[Path, Path]) -> None:
 
 
 def test_no_byte_of_a_term_left_out_is_read(stacked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitpress.checkpoints import pressed as module
-    from bitpress.runtime import loading
+    from bitpress.checkpoints import compressed as module
+    from bitpress.runtime.hf import loading as loading
 
     read: list[str] = []
     real = module.read_tensor
@@ -116,13 +116,13 @@ def test_no_byte_of_a_term_left_out_is_read(stacked: tuple[Path, Path], monkeypa
 
     monkeypatch.setattr(module, "read_tensor", noted)
     monkeypatch.setattr(loading, "read_tensor", noted)
-    bitpress.load(stacked[1], memory=ends(PressedCheckpoint.open(stacked[1]))[0])
+    bitpress.load(stacked[1], memory=ends(CompressedCheckpoint.open(stacked[1]))[0])
     assert not [name for name in read if any(f".term{k}." in name for k in range(1, TERMS))]
 
 
 def test_more_memory_is_nearer_to_the_original(stacked: tuple[Path, Path]) -> None:
     source, out = stacked
-    least, every = ends(PressedCheckpoint.open(out))
+    least, every = ends(CompressedCheckpoint.open(out))
     fewer, more = (bitpress.evaluate(out, source, tokens=128, length=32, memory=budget) for budget in (least, every))
     assert fewer["kl_mean"] > more["kl_mean"]
     assert fewer["bits_per_weight"] < more["bits_per_weight"]
@@ -131,7 +131,7 @@ def test_more_memory_is_nearer_to_the_original(stacked: tuple[Path, Path]) -> No
 
 def test_what_cannot_be_is_said_in_one_line(stacked: tuple[Path, Path], pressed_original: Path) -> None:
     source, out = stacked
-    least, every = ends(PressedCheckpoint.open(out))
+    least, every = ends(CompressedCheckpoint.open(out))
     with pytest.raises(
         MemoryLimitError, match=rf"{least - 1:,} bytes are too few; {least:,} at least, and {every:,} for all\.$"
     ):
@@ -162,7 +162,7 @@ def test_figures_of_other_terms_are_refused(errors: Any, stacked: tuple[Path, Pa
 
 def test_the_plan_counts_every_term(stacked: tuple[Path, Path]) -> None:
     source, out = stacked
-    pressed = PressedCheckpoint.open(out)
+    pressed = CompressedCheckpoint.open(out)
     plan, _, _ = plan_run(source, make_recipe(pressed.manifest.recipe))
     terms_alone = [n for names in pressed.stored.values() for n in names if ".term" in n]
     assert plan.compressed_bytes == sum(pressed.tensors[name][1].nbytes for name in terms_alone)
@@ -181,7 +181,7 @@ def test_the_command_line_takes_a_size(
     stacked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = stacked
-    least, every = ends(PressedCheckpoint.open(out))
+    least, every = ends(CompressedCheckpoint.open(out))
 
     def say(*words: str) -> tuple[int, Any, str]:
         monkeypatch.setattr(sys, "argv", ["bitpress", *words])

@@ -8,7 +8,7 @@ import pytest
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.messages import read_messages
-from bitpress.runtime.plain_tokenizer import PlainTokenizer
+from bitpress.runtime.native.plain_tokenizer import PlainTokenizer
 from bitpress.runtime.prompt import encode_prompt
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -9,8 +9,8 @@ import pytest
 from bitpress import native
 from bitpress.formats import GRIDS
 from bitpress.formats.listing import usual_format
-from bitpress.kernels.strips import _has_layout
-from bitpress.runtime.families import FAMILIES
+from bitpress.kernels.native_layout import _has_layout
+from bitpress.runtime.native.architectures import FAMILIES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "native.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")

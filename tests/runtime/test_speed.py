@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from bitpress import native
-from bitpress.checkpoints.pressed import PressedCheckpoint
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import UsageError
-from bitpress.runtime import speed
-from bitpress.runtime.choice import load_native
+from bitpress.runtime.native import speed as speed
+from bitpress.runtime.selection import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -22,7 +22,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_are_those_of_the_blocks(pressed_original: Path) -> None:
     engine = load_native(pressed_original).engine
-    shapes = [record.spec["shape"] for record in PressedCheckpoint.open(pressed_original).manifest.weights.values()]
+    shapes = [record.spec["shape"] for record in CompressedCheckpoint.open(pressed_original).manifest.weights.values()]
     assert speed.block_weights(engine.layout) == sum(rows * columns for rows, columns in shapes)
 
 
@@ -53,16 +53,16 @@ def test_prefill(pressed_original: Path) -> None:
 
 def test_the_clock_sees_what_it_should(pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every repeat of decode is as many single tokens behind the same text, and of prefill the whole prompt behind the context."""
-    from bitpress.runtime.engine import Engine
+    from bitpress.runtime.native.engine import Engine
 
     seen: list[tuple[int, int]] = []
     read = Engine.read
 
-    def watched(self: Engine, tokens: np.ndarray, *, logits: bool) -> None:
+    def observed(self: Engine, tokens: np.ndarray, *, logits: bool) -> None:
         seen.append((self.length, len(tokens)))
         read(self, tokens, logits=logits)
 
-    monkeypatch.setattr(Engine, "read", watched)
+    monkeypatch.setattr(Engine, "read", observed)
     monkeypatch.setattr(speed, "CHUNK", 16)
     speed.bench_prefill(pressed_original, context=10, tokens=30, repeats=2, threads=1)
     assert seen == [(0, 10), *[(10, 16), (26, 14)] * 3]

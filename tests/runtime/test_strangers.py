@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import bitpress
-from bitpress.checkpoints.pressed import JOB_DIRECTORY, MANIFEST_NAME, PressedCheckpoint
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
 from bitpress.cli.reports import describe_directory, verify_directory
 from bitpress.errors import UsageError
 from bitpress.pipeline.quantize import Proof, quantize_directory
@@ -95,7 +95,7 @@ def test_an_older_model_is_finished_and_an_older_job_is_refused(
     quantize_directory(source, out, recipe, proof=Proof(tokens=0))
     to_first_version(out)
     quantize_directory(source, out, recipe, proof=Proof(tokens=0))
-    assert PressedCheckpoint.open(out).manifest.bitpress == 1, "the same command leaves a finished model alone"
+    assert CompressedCheckpoint.open(out).manifest.bitpress == 1, "the same command leaves a finished model alone"
     job = json.loads((out / MANIFEST_NAME).read_text())["job"]
     shutil.rmtree(out)
     (out / JOB_DIRECTORY).mkdir(parents=True)
@@ -103,4 +103,4 @@ def test_an_older_model_is_finished_and_an_older_job_is_refused(
     with pytest.raises(UsageError, match=r"directory \(None there, 2 here\)"):
         quantize_directory(source, out, recipe, proof=Proof(tokens=0))
     quantize_directory(source, out, recipe, proof=Proof(tokens=0), force=True)
-    assert PressedCheckpoint.open(out).manifest.bitpress == 2
+    assert CompressedCheckpoint.open(out).manifest.bitpress == 2

@@ -8,7 +8,7 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import CalibrationError, FormatError, UsageError
 from bitpress.formats import Chain, CompressedWeight, Hadamard, Kronecker, Map, Scale, parse_format
-from bitpress.formats.sparse import sparse
+from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.transforms.balance import balance

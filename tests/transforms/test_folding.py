@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from bitpress.calibration.capture import Capture, Watched
+from bitpress.calibration.capture import Capture, Observed
 from bitpress.errors import NumericsError, UsageError
 from bitpress.transforms import Fold, apply_fold_, find_folds
 
@@ -120,17 +120,17 @@ class Bench:
 
     def __init__(self, block: torch.nn.Module, run: Callable[[], torch.Tensor]) -> None:
         self.block, self.run = block, run
-        watched = []
+        observed = []
         for path, module in block.named_modules():
             for leaf, value in module.named_parameters(recurse=False):
                 if leaf == "weight" and isinstance(module, (torch.nn.Linear, Conv1D)):
-                    watched.append(Watched(path, value, not isinstance(module, Conv1D)))
+                    observed.append(Observed(path, value, not isinstance(module, Conv1D)))
                 elif value.ndim == 3:
-                    watched += [Watched(f"{path}.{leaf}.{e}", view) for e, view in enumerate(value)]
-        capture = Capture(watched, {"mean_abs"})
+                    observed += [Observed(f"{path}.{leaf}.{e}", view) for e, view in enumerate(value)]
+        capture = Capture(observed, {"mean_abs"})
         with capture:
             run()
-        by_name = {w.name: w for w in watched}
+        by_name = {w.name: w for w in observed}
         self.groups = [[by_name[name] for name in names] for names in capture.groups()]
 
     def folds(self) -> dict[str, Fold]:
@@ -166,7 +166,7 @@ def build_block(name: str, dtype: torch.dtype = torch.float32) -> Bench:
     return Bench(blocks[0], run)
 
 
-def compensate_(group: list[Watched], factor: torch.Tensor) -> None:
+def compensate_(group: list[Observed], factor: torch.Tensor) -> None:
     for w in group:
         w.view.mul_(factor[None, :] if w.out_first else factor[:, None])
 
@@ -386,7 +386,7 @@ def test_a_norm_with_a_second_reader_is_refused(share: float) -> None:
 def test_a_second_group_on_the_same_norm_is_refused() -> None:
     other = torch.nn.Linear(16, 16).requires_grad_(False)
     bench = toy(torch.relu, beside=lambda h: other(h + 0))
-    bench.groups.append([Watched("other", other.weight)])
+    bench.groups.append([Observed("other", other.weight)])
     assert "up" not in bench.folds()
 
 

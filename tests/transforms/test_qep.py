@@ -6,9 +6,9 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import parse_format
-from bitpress.pipeline.composition import compress_matrix
-from bitpress.quantizers.columns import prepare
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.gptaq import GPTAQ
+from bitpress.quantizers.mechanisms.error_feedback import prepare
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import make_recipe
 from bitpress.transforms.balance import Balance

@@ -2,19 +2,19 @@
 
 from bitpress.calibration.attention import Role, find_roles
 from bitpress.calibration.capture import Capture
+from bitpress.calibration.observed import Observed
 from bitpress.calibration.samples import Document, Windows, begin_tokens, builtin_texts, read_texts, sample_windows
 from bitpress.calibration.stats import STATISTICS, Statistic, Stats, StatsCollector, of_origin
-from bitpress.calibration.watched import Watched
 
 __all__ = [
     "STATISTICS",
     "Capture",
     "Document",
+    "Observed",
     "Role",
     "Statistic",
     "Stats",
     "StatsCollector",
-    "Watched",
     "Windows",
     "begin_tokens",
     "builtin_texts",

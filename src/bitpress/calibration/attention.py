@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch.overrides import TorchFunctionMode
 
+from bitpress.calibration.observed import Observed, product_of
 from bitpress.calibration.stats import add_gram_, mirrored
-from bitpress.calibration.watched import Watched, product_of
 from bitpress.errors import NumericsError
 from bitpress.finite import all_finite
 
@@ -99,7 +99,7 @@ class HeadCollector:
     Queries and keys are those that are multiplied with each other: rotary positions are in them.
     """
 
-    def __init__(self, weights: Mapping[Role, Watched]) -> None:
+    def __init__(self, weights: Mapping[Role, Observed]) -> None:
         self.weights = weights
         self._sums: dict[tuple[str, str], torch.Tensor] = {}
         self._mixed: torch.Tensor | None = None
@@ -150,7 +150,7 @@ class HeadCollector:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
 
 
-def find_roles(run: Callable[[], Any], watched: Sequence[Watched]) -> dict[Role, Watched]:
+def find_roles(run: Callable[[], Any], observed: Sequence[Observed]) -> dict[Role, Observed]:
     """Find which weights make the queries, keys and values of a block's only attention, and which one takes its output.
 
     `run` runs the block on a short input. A weight that makes more than one of them, or only a part, has no role.
@@ -162,8 +162,8 @@ def find_roles(run: Callable[[], Any], watched: Sequence[Watched]) -> dict[Role,
         return {}
     row = plain.seen[0].query.shape[-1]
     flat = plain.outputs[0].transpose(1, 2).flatten(2)
-    roles: dict[Role, Watched] = {}
-    for w in watched:
+    roles: dict[Role, Observed] = {}
+    for w in observed:
         inputs = [x for x, address in plain.inputs if address == w.view.data_ptr()]
         if any(x.numel() == flat.numel() and torch.equal(x.reshape(flat.shape), flat) for x in inputs):
             roles["output"] = w

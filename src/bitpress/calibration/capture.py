@@ -12,11 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitpress.calibration.attention import Attention, HeadCollector, Role, is_attention, token_weights
+from bitpress.calibration.observed import Observed, product_of
 from bitpress.calibration.stats import Stats, StatsCollector, of_origin
-from bitpress.calibration.watched import Watched, product_of
 from bitpress.errors import CalibrationError
 
-__all__ = ["Capture", "Watched"]
+__all__ = ["Capture", "Observed"]
 
 
 class _Left(Exception):
@@ -24,15 +24,17 @@ class _Left(Exception):
 
 
 class Capture(TorchFunctionMode):
-    """Collects statistics of every watched weight while active. Call `next_batch` between forwards, or let `run` do both.
+    """Collects statistics of every observed weight while active. Call `next_batch` between forwards, or let `run` do both.
 
     Where the inputs of the uncompressed model are needed too, its forward goes before, within `original`. `roles` says which
     weights make the block's attention, for statistics of its heads.
     """
 
-    def __init__(self, watched: Sequence[Watched], needs: Collection[str], roles: Mapping[Role, Watched] | None = None) -> None:
+    def __init__(
+        self, observed: Sequence[Observed], needs: Collection[str], roles: Mapping[Role, Observed] | None = None
+    ) -> None:
         super().__init__()
-        self._by_address = {w.view.data_ptr(): w for w in watched}
+        self._by_address = {w.view.data_ptr(): w for w in observed}
         self._needs = needs
         self._attention_needed = bool(of_origin(needs, "attention"))
         self._heads = HeadCollector(roles) if roles else None
@@ -45,7 +47,7 @@ class Capture(TorchFunctionMode):
         self._originals: dict[str, torch.Tensor] = {}
         self._attention: list[Attention] = []
         self._attended = False
-        # Products with watched weights in this forward, and in a whole one where that is always the same number.
+        # Products with observed weights in this forward, and in a whole one where that is always the same number.
         self._products = 0
         self._products_of_whole: int | None = None
         self._leave_after: int | None = None
@@ -67,7 +69,7 @@ class Capture(TorchFunctionMode):
     def run(self, forward: Callable[[], torch.Tensor], *, whole: bool, original: bool = False) -> torch.Tensor | None:
         """Run a forward, as `original` says of the uncompressed model, and note its inputs.
 
-        Without `whole` a forward is left after its last product with a watched weight, and the result is None, once another has
+        Without `whole` a forward is left after its last product with a observed weight, and the result is None, once another has
         shown which that is.
         """
         self._products = 0
@@ -126,23 +128,23 @@ class Capture(TorchFunctionMode):
             for e in range(w.shape[0]):
                 self._note(_routed(x[e]) if x.ndim == 3 else x, w[e], axis)
             return
-        watched = self._by_address.get(w.data_ptr())
-        if watched is None or w.ndim != 2 or x.numel() == 0:
+        observed = self._by_address.get(w.data_ptr())
+        if observed is None or w.ndim != 2 or x.numel() == 0:
             return
-        if (w.stride(axis) == 1) != watched.out_first and min(w.shape) > 1:
-            raise CalibrationError(f"{watched.name}: the weight is used in the other orientation than its module declares.")
+        if (w.stride(axis) == 1) != observed.out_first and min(w.shape) > 1:
+            raise CalibrationError(f"{observed.name}: the weight is used in the other orientation than its module declares.")
         if self._recording:
             # An expert is given other tokens there: nothing to compare token by token.
-            if not watched.expert:
-                self._originals[watched.name] = x.clone()
+            if not observed.expert:
+                self._originals[observed.name] = x.clone()
             return
         counted = self._seen.setdefault((x.data_ptr(), (x.numel(), x.shape[-1]), x._version), (x, []))[1]
-        leader = self._leader.setdefault(watched.name, counted[0] if counted else watched.name)
+        leader = self._leader.setdefault(observed.name, counted[0] if counted else observed.name)
         if leader not in counted:
             counted.append(leader)
             if leader not in self._collectors:
-                self._collectors[leader] = StatsCollector(self._needs, watched.in_features)
-            self._collectors[leader].add(x, watched.name)
+                self._collectors[leader] = StatsCollector(self._needs, observed.in_features)
+            self._collectors[leader].add(x, observed.name)
             original = self._originals.get(leader)
             if original is not None:
                 self._collectors[leader].add_original(x, original)

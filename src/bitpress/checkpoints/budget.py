@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bitpress.checkpoints.pressed import PressedCheckpoint, WeightRecord, is_pressed
+from bitpress.checkpoints.compressed import CompressedCheckpoint, WeightRecord, is_compressed
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats.stack_budget import choose_blocks
 
@@ -28,16 +28,16 @@ def parse_bytes(size: int | str) -> int:
     return count
 
 
-def open_within(directory: str | Path, memory: int | str) -> PressedCheckpoint:
+def open_within(directory: str | Path, memory: int | str) -> CompressedCheckpoint:
     """Open a directory that bitpress wrote, within a budget. Raises UsageError for any other model."""
-    if not is_pressed(directory):
+    if not is_compressed(directory):
         raise UsageError(
             f"{directory}: bitpress did not write it, so no part of its weights can be left out; leave memory out."
         )
-    return within(PressedCheckpoint.open(directory), memory)
+    return within(CompressedCheckpoint.open(directory), memory)
 
 
-def within(pressed: PressedCheckpoint, memory: int | str) -> PressedCheckpoint:
+def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:
     """Give the checkpoint with as many terms of its stacks as fit, the most error taken away for a byte first.
 
     Raises UsageError where no weight is such a stack, MemoryLimitError where even the first terms are too large, CheckpointError for
@@ -65,7 +65,7 @@ def within(pressed: PressedCheckpoint, memory: int | str) -> PressedCheckpoint:
     return _cut(pressed, blocks, counts)
 
 
-def _blocks(pressed: PressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
+def _blocks(pressed: CompressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
     """Give the tensors of each term of a stack; its maps go with the first."""
     terms = record.spec["terms"]
     if len(terms) != len(record.errors or ()):
@@ -76,11 +76,13 @@ def _blocks(pressed: PressedCheckpoint, name: str, record: WeightRecord) -> list
     return parts
 
 
-def _nbytes(pressed: PressedCheckpoint, names: Sequence[str] | Mapping[str, object]) -> int:
+def _nbytes(pressed: CompressedCheckpoint, names: Sequence[str] | Mapping[str, object]) -> int:
     return sum(pressed.tensors[name][1].nbytes for name in names)
 
 
-def _cut(pressed: PressedCheckpoint, blocks: Mapping[str, list[list[str]]], counts: Mapping[str, int]) -> PressedCheckpoint:
+def _cut(
+    pressed: CompressedCheckpoint, blocks: Mapping[str, list[list[str]]], counts: Mapping[str, int]
+) -> CompressedCheckpoint:
     weights, stored = dict(pressed.manifest.weights), dict(pressed.stored)
     left_out: set[str] = set()
     for name, count in counts.items():

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli import cache, looking
+from bitpress.cli import cache
+from bitpress.cli import info as looking
 from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
@@ -183,20 +184,20 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out text: its perplexity, with --against its distance from the original, with --tasks its answers."""
     from bitpress.checkpoints.budget import open_within
+    from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
-    from bitpress.checkpoints.pressed import is_pressed
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
-    from bitpress.pipeline.answers import evaluate_tasks
-    from bitpress.pipeline.prove import evaluate as measure
-    from bitpress.pipeline.prove import evaluate_alone
+    from bitpress.measure.evaluation import evaluate as measure
+    from bitpress.measure.evaluation import evaluate_alone
+    from bitpress.measure.multiple_choice import evaluate_tasks
 
     names = parse_tasks(tasks)
     _refuse_idle(context, "--against", against is None, ("runtime",))
     _refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     _refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
-        given = Path(directory) if is_pressed(directory) else resolve_model(directory, screen.note)
+        given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen.note)
         original = None if against is None else resolve_model(against, screen.note)
         part = None if memory is None else open_within(given, memory)
         figures: dict[str, Any] = {}
@@ -253,8 +254,9 @@ def run(
 
     Where the model's generation_config.json has sampling settings, they apply at a temperature above 0, unless given here.
     """
-    from bitpress.cli.chat import Asked, answer_once, chat
+    from bitpress.cli.chat import answer_once, chat
     from bitpress.cli.plain import find_model
+    from bitpress.cli.request import Asked
 
     if as_json and prompt is None:
         raise UsageError("--json needs a --prompt.")
@@ -325,8 +327,8 @@ def compare(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.accuracy import parse_tasks
     from bitpress.cli.compare import Board, parse_texts, parse_widths, show_comparison, write_page
-    from bitpress.pipeline.candidate import read_candidates
-    from bitpress.pipeline.compare import HELDOUT, compare_recipes
+    from bitpress.comparison.run import HELDOUT, compare_recipes
+    from bitpress.comparison.variants import read_candidates
     from bitpress.recipes import make_recipe
 
     given = {"text": calibration, "samples": samples, "length": length, "seed": seed, "inputs": inputs}

@@ -1,38 +1,22 @@
 """Answers on the terminal: one prompt, or a chat, by the native engine or by transformers."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
 from bitpress.cli.plain import check_options, is_plain
+from bitpress.cli.request import Asked, threads_text
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
-from bitpress.runtime.choice import choose_runtime, load_native
-from bitpress.runtime.engine import USUAL_HEAD
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.prepared import is_prepared
+from bitpress.runtime.native.engine import USUAL_HEAD
+from bitpress.runtime.native.layout_cache import is_prepared
+from bitpress.runtime.native.text import Pieces, TextEngine
 from bitpress.runtime.prompt import choose_sampling
-from bitpress.runtime.text import Pieces, TextEngine
+from bitpress.runtime.selection import load_native, select_runtime
 from bitpress.settings import layout_directory
 
-__all__ = ["Asked", "answer_once", "chat", "threads_text"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the options of `bitpress run` say. `native` holds those that only the native engine has."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    sampling: dict[str, float | None] = field(default_factory=dict)
-    runtime: str = "auto"
-    packed: bool = False
-    memory: str | None = None
-    threads: int | None = None
-    native: dict[str, Any] = field(default_factory=dict)
+__all__ = ["answer_once", "chat"]
 
 
 def answer_once(directory: Path, prompt: str, asked: Asked, *, raw: bool = False, stream: bool = True) -> dict[str, Any]:
@@ -75,13 +59,13 @@ def _open(directory: Path, asked: Asked) -> Speaker:
     head = asked.native.get("head", USUAL_HEAD)
     known = is_prepared(directory, head)
     if not known:
-        from bitpress.checkpoints.pressed import PressedCheckpoint
+        from bitpress.checkpoints.compressed import CompressedCheckpoint
         from bitpress.formats import parse_format
 
         if head != "keep":
             parse_format(head)
-        PressedCheckpoint.open(directory, verify=False)
-    choice = choose_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
+        CompressedCheckpoint.open(directory, verify=False)
+    choice = select_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
     if choice.runtime == "native":
         speaker = _Native(load_native(directory, threads=asked.threads, **asked.native), asked)
     else:
@@ -127,8 +111,3 @@ class _Native:
             "prefill_tokens_per_second": made.prefill_tokens_per_second,
             "finish": made.finish,
         }
-
-
-def threads_text(count: int) -> str:
-    """Say how many threads there are."""
-    return f"{count} thread{'s' * (count != 1)}"

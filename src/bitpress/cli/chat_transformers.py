@@ -8,14 +8,14 @@ import torch
 from transformers import GenerationConfig
 
 from bitpress.checkpoints.tokenizer import load_tokenizer
-from bitpress.cli.chat import Asked, threads_text
 from bitpress.cli.conversation import Show
 from bitpress.cli.plain import load_plain
+from bitpress.cli.request import Asked, threads_text
 from bitpress.cli.screen import size
-from bitpress.runtime.loading import load
+from bitpress.runtime.hf.loading import load
 from bitpress.runtime.messages import Prompt
+from bitpress.runtime.native.text import Pieces, text_decoder
 from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
-from bitpress.runtime.text import Pieces, text_decoder
 
 __all__ = ["Transformers"]
 

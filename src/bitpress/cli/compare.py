@@ -14,11 +14,11 @@ from rich.text import Text
 
 from bitpress.checkpoints.durable import write_durably
 from bitpress.cli.accuracy import by_recipe, heading, percent
-from bitpress.cli.compare_picture import draw_comparison, front
 from bitpress.cli.screen import Screen, duration, err, out, table
+from bitpress.comparison.tasks import width_of
 from bitpress.errors import UsageError
 from bitpress.figures import shown
-from bitpress.pipeline.compare_tasks import width_of
+from bitpress.report.compare_picture import draw_comparison, front
 
 __all__ = ["Board", "comparison_lines", "ordered", "parse_texts", "parse_widths", "show_comparison", "write_page"]
 

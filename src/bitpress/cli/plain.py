@@ -6,8 +6,8 @@ from typing import Any
 from bitpress.cli.screen import err
 from bitpress.errors import CheckpointError, UsageError, unknown_name
 from bitpress.exhaustion import is_out_of_memory
-from bitpress.runtime.choice import RUNTIMES
-from bitpress.runtime.prepared import MANIFEST
+from bitpress.runtime.native.layout_cache import MANIFEST
+from bitpress.runtime.selection import RUNTIMES
 
 __all__ = ["check_options", "find_model", "is_plain", "load_plain"]
 
@@ -27,8 +27,8 @@ def is_plain(directory: Path) -> bool:
     """Say whether a directory holds an original: neither what bitpress published nor a job of its that is not done."""
     if (directory / MANIFEST).exists():
         return False
+    from bitpress.checkpoints.compressed import JOB_DIRECTORY  # imports torch, which a layout that is kept does without
     from bitpress.checkpoints.directory import open_directory
-    from bitpress.checkpoints.pressed import JOB_DIRECTORY  # imports torch, which a layout that is kept does without
     from bitpress.checkpoints.source import SourceCheckpoint, read_config
 
     if (directory / JOB_DIRECTORY).exists():
@@ -58,7 +58,7 @@ def load_plain(directory: Path) -> Any:
     from transformers.utils import logging
 
     from bitpress.checkpoints.source import SourceCheckpoint
-    from bitpress.runtime.skeleton import build_config
+    from bitpress.models.skeleton import build_config
 
     source = SourceCheckpoint.open(directory)
     build_config(source.config)

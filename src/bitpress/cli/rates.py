@@ -4,20 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitpress.cli.screen import out, table
-from bitpress.evaluation.rate import SOURCES
+from bitpress.evaluation.rate import SOURCES, best_rows
 
-__all__ = ["COLUMNS", "best_rows", "rate_lines", "show_rates"]
+__all__ = ["COLUMNS", "rate_lines", "show_rates"]
 
 COLUMNS = ("format", "bits", "error", "minmax", "mse", "model", *SOURCES)
-
-
-def best_rows(measured: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
-    """Give the row of every format on one source, of its clippings the one that loses less, in the order of stored bits."""
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in measured["rows"]:
-        if row["source"] == source and (row["format"] not in best or row["error"] < best[row["format"]]["error"]):
-            best[row["format"]] = row
-    return dict(sorted(best.items(), key=lambda item: item[1]["bits_per_weight"]))
 
 
 def rate_lines(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -9,9 +9,9 @@ import yaml
 from rich.markup import escape
 
 from bitpress.arithmetic import has_fast_bf16
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json
-from bitpress.checkpoints.pressed import PressedCheckpoint
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.pipeline.plan import Plan
@@ -146,7 +146,7 @@ def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
 
 def describe_directory(directory: Path) -> dict[str, Any]:
     """Gather what a published model holds, from its manifest and headers (hashes are not checked again)."""
-    pressed = PressedCheckpoint.open(directory, verify=False)
+    pressed = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
     for name, record in pressed.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
@@ -256,9 +256,9 @@ def show_machine(facts: Mapping[str, Any]) -> None:
 
 def verify_directory(directory: Path) -> dict[str, Any]:
     """Check a directory down to the content of every weight. Raises CheckpointError."""
-    from bitpress.runtime.skeleton import build_config, build_skeleton
+    from bitpress.models.skeleton import build_config, build_skeleton
 
-    pressed = PressedCheckpoint.open(directory)
+    pressed = CompressedCheckpoint.open(directory)
     config = build_config(pressed.config)
     import torch
 

@@ -2,7 +2,7 @@
 
 Source   Yao et al. 2023, "ZeroQuant-V2: Exploring Post-training Quantization in LLMs from Comprehensive Study to Low Rank
          Compensation" (the abstract is what could be read).
-Differs  the singular values all stand in the second factor (`formats.low_rank` says why).
+Differs  the singular values all stand in the second factor (`formats.terms.low_rank` says why).
 Needs    nothing.                   Cost  O(out * in * min(out, in)) time; rank * (out + in) numbers stored.
 Update   w_hat += a b,  a b = argmin over matrices of the rank of |w - w_hat - a b|^2
 Fails    NumericsError when the weight is not finite or a factor is beyond the range of its type. It looks at the weight alone: after

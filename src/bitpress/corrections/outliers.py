@@ -2,7 +2,7 @@
 
 Source   Kim et al. 2023, "SqueezeLLM: Dense-and-Sparse Quantization": the outliers of its sparse part.
 Differs  a share of all weights of a matrix; any quantizer for the rest, which sees zeros in their places.
-Needs    nothing.                   Cost  O(out * in) time; 32 bits an outlier and 32 a row stored (`formats.sparse`).
+Needs    nothing.                   Cost  O(out * in) time; 32 bits an outlier and 32 a row stored (`formats.terms.sparse`).
 Update   w_hat = sparse + Q(w - sparse),  sparse = the `share` of weights of largest |w|
 Fails    NumericsError when a weight is not finite or an outlier is beyond the range of fp16.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
 from bitpress.formats import CompressedWeight, Sparse
-from bitpress.formats.sparse import sparse
+from bitpress.formats.terms.sparse import sparse
 
 __all__ = ["Outliers", "check_share", "keep_largest", "sparse_bytes"]
 

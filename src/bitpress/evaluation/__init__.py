@@ -1,8 +1,8 @@
 """Evaluation: the distance of one model from another and its accuracy on multiple-choice questions, over functions from tokens to logits
 that know nothing of quantization; and the rate and distortion of number formats on given matrices."""
 
-from bitpress.evaluation.choices import Accuracy, Question, Task, lay_out, measure_accuracy, score_choices
 from bitpress.evaluation.distance import Distance, measure_distance
+from bitpress.evaluation.multiple_choice import Accuracy, Question, Task, lay_out, measure_accuracy, score_choices
 from bitpress.evaluation.rate import Rate, draw_source, measure_rates
 from bitpress.evaluation.tasks import TASKS, hash_questions, read_questions
 

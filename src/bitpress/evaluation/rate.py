@@ -21,7 +21,7 @@ from jaxtyping import Float
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats import Format, Packed
 
-__all__ = ["DB_PER_BIT", "SOURCES", "Rate", "draw_source", "measure_rates"]
+__all__ = ["DB_PER_BIT", "SOURCES", "Rate", "best_rows", "draw_source", "measure_rates"]
 
 DB_PER_BIT = 20 * math.log10(2)
 SOURCES = ("gaussian", "laplace", "student5")
@@ -141,3 +141,12 @@ def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float
     packed = Packed.pack(fmt, fmt.encode(w, params), params)
     lost = packed.dequantize().sub_(w).double().square_().sum()
     return float(lost), sum(t.numel() * t.element_size() for t in packed.tensors.values())
+
+
+def best_rows(measured: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
+    """Give the row of every format on one source, of its clippings the one that loses less, in the order of stored bits."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in measured["rows"]:
+        if row["source"] == source and (row["format"] not in best or row["error"] < best[row["format"]]["error"]):
+            best[row["format"]] = row
+    return dict(sorted(best.items(), key=lambda item: item[1]["bits_per_weight"]))

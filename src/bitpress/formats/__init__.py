@@ -1,23 +1,23 @@
 """Number formats: grids, blocks, bit layouts, packed terms and the weights made of them. No I/O, no model."""
 
 from bitpress.formats.block import Block
-from bitpress.formats.dfloat11 import DFloat11
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Tabled
-from bitpress.formats.integer import Integer
-from bitpress.formats.kept import Kept
-from bitpress.formats.layouts import LAYOUTS, Layout
-from bitpress.formats.levels import Levels
+from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Tabled
+from bitpress.formats.grids.integer import Integer
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format, read_format
-from bitpress.formats.low_rank import LowRank
-from bitpress.formats.maps import MAPS, Chain, Map, Permutation, Scale, chain
+from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
+from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.nested import narrow
-from bitpress.formats.packed import Packed
-from bitpress.formats.rotations import Hadamard, Kronecker
 from bitpress.formats.scales import SCALES, ScaleStore
-from bitpress.formats.sparse import Sparse
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, Row, describe_formats, find_row, parse_format
+from bitpress.formats.terms.dfloat11 import DFloat11
+from bitpress.formats.terms.kept import Kept
+from bitpress.formats.terms.low_rank import LowRank
+from bitpress.formats.terms.packed import Packed
+from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import TERMS, CompressedWeight, Term
 
 __all__ = [

@@ -1,14 +1,14 @@
 """BitStack: a weight as a stack of signs times low-rank magnitudes, each made of what those before leave over.
 
-The term is `formats.sign_low_rank`, where the source stands. A prefix of the terms is the same weight in fewer bits.
+The term is `formats.terms.sign_low_rank`, where the source stands. A prefix of the terms is the same weight in fewer bits.
 """
 
 import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
-from bitpress.formats.maps import Scale
-from bitpress.formats.sign_low_rank import SignLowRank, sign_low_rank
+from bitpress.formats.maps.map import Scale
+from bitpress.formats.terms.sign_low_rank import SignLowRank, sign_low_rank
 from bitpress.formats.weight import CompressedWeight
 
 __all__ = ["bit_stack", "shorten"]

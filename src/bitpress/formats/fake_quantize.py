@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from bitpress.errors import FormatError, NumericsError
-from bitpress.formats.dense import code_dtype
 from bitpress.formats.format import Format
-from bitpress.formats.grid import EvenlySpaced, Grid, Params
-from bitpress.formats.levels import Levels
+from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.layouts.dense import code_dtype
 
 __all__ = ["fake_quantize"]
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.finite import all_finite
 from bitpress.formats.block import Block
-from bitpress.formats.dense import row_bytes
-from bitpress.formats.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
-from bitpress.formats.layouts import LAYOUTS, Layout
+from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
+from bitpress.formats.layouts.dense import row_bytes
+from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.scales import SCALES, ScaleStore
 
 __all__ = ["Format"]

@@ -4,8 +4,8 @@ import math
 
 from bitpress.formats.block import Block
 from bitpress.formats.format import Format
-from bitpress.formats.grid import Grid, StoredParam
-from bitpress.formats.layouts import LAYOUTS
+from bitpress.formats.grids.grid import Grid, StoredParam
+from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.lossless import LOSSLESS
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, describe_formats, find_grid, parse_format

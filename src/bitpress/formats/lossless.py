@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError
-from bitpress.formats.dfloat11 import DFloat11, dfloat11
 from bitpress.formats.format import Format
 from bitpress.formats.table import parse_format, spell_format
+from bitpress.formats.terms.dfloat11 import DFloat11, dfloat11
 
 __all__ = ["LOSSLESS", "AnyFormat", "Lossless", "find_format", "read_format"]
 
 
 @dataclass(frozen=True)
 class Lossless:
-    """bfloat16 weights, entropy-coded (`formats.dfloat11`)."""
+    """bfloat16 weights, entropy-coded (`formats.terms.dfloat11`)."""
 
     name: str
     about: str

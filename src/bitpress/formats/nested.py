@@ -13,10 +13,10 @@ Needs    a weight of `bipolar8` in the layout `nested`.
 import torch
 
 from bitpress.errors import FormatError, NumericsError
-from bitpress.formats.dense import pack, row_bytes, unpack
 from bitpress.formats.format import Format
-from bitpress.formats.packed import Packed
+from bitpress.formats.layouts.dense import pack, row_bytes, unpack
 from bitpress.formats.table import find_grid
+from bitpress.formats.terms.packed import Packed
 
 __all__ = ["narrow"]
 

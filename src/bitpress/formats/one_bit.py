@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import NumericsError
-from bitpress.formats.maps import Scale
-from bitpress.formats.packed import Packed
+from bitpress.formats.maps.map import Scale
 from bitpress.formats.table import parse_format
+from bitpress.formats.terms.packed import Packed
 from bitpress.formats.weight import CompressedWeight
 
 __all__ = ["one_bit"]

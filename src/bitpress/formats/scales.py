@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
-from bitpress.formats.dense import pack, row_bytes, unpack
+from bitpress.formats.layouts.dense import pack, row_bytes, unpack
 
 __all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Outer", "Plain", "PowerOfTwo", "RowShifts", "ScaleStore"]
 

@@ -1,6 +1,6 @@
 """The table of number formats: names to grids, and the one place where a format's name is read.
 
-int4-g64-zero-bf16    grid, block, then in any order: `zero`, how scales are kept (`formats.scales`), a layout (`formats.layouts`)
+int4-g64-zero-bf16    grid, block, then in any order: `zero`, how scales are kept (`formats.scales`), a layout (`formats.layouts.table`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
 """
 
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 
 from bitpress.errors import FormatError, UsageError, shown, unknown_name
 from bitpress.foreign import foreign_hint
-from bitpress.formats.additive_book import AdditiveBook
-from bitpress.formats.bitmod import bitmod
 from bitpress.formats.block import Block
-from bitpress.formats.block_float import signed_magnitudes, twos_complement
-from bitpress.formats.codebook import FixedBook, LearnedBook
-from bitpress.formats.denormal_integer import DenormalInteger
 from bitpress.formats.format import Format
-from bitpress.formats.gaussian import gaussian_levels, gaussian_points
-from bitpress.formats.gaussian_mixture import GaussianMixture
-from bitpress.formats.grid import Grid
-from bitpress.formats.integer import Integer
-from bitpress.formats.kmeans import KMeans
-from bitpress.formats.lattice import E8P, E81B
-from bitpress.formats.layouts import LAYOUTS
-from bitpress.formats.levels import Levels, Rule
-from bitpress.formats.logarithmic import logarithmic
-from bitpress.formats.minifloat import Specials, minifloat_levels
-from bitpress.formats.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
-from bitpress.formats.outlier_pair import OutlierPair
-from bitpress.formats.planes import Planes
-from bitpress.formats.power import power
-from bitpress.formats.pyramid import Pyramid
+from bitpress.formats.grids.additive_book import AdditiveBook
+from bitpress.formats.grids.bitmod import bitmod
+from bitpress.formats.grids.block_float import signed_magnitudes, twos_complement
+from bitpress.formats.grids.codebook import FixedBook, LearnedBook
+from bitpress.formats.grids.denormal_integer import DenormalInteger
+from bitpress.formats.grids.gaussian import gaussian_levels, gaussian_points
+from bitpress.formats.grids.gaussian_mixture import GaussianMixture
+from bitpress.formats.grids.grid import Grid
+from bitpress.formats.grids.integer import Integer
+from bitpress.formats.grids.kmeans import KMeans
+from bitpress.formats.grids.lattice import E8P, E81B
+from bitpress.formats.grids.levels import Levels, Rule
+from bitpress.formats.grids.logarithmic import logarithmic
+from bitpress.formats.grids.minifloat import Specials, minifloat_levels
+from bitpress.formats.grids.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
+from bitpress.formats.grids.outlier_pair import OutlierPair
+from bitpress.formats.grids.planes import Planes
+from bitpress.formats.grids.power import power
+from bitpress.formats.grids.pyramid import Pyramid
+from bitpress.formats.grids.searched_float import searched_float
+from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.scales import SCALES
-from bitpress.formats.searched_float import searched_float
 
 __all__ = [
     "GRIDS",

@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError
-from bitpress.formats.dfloat11 import DFloat11
 from bitpress.formats.format import Expected
-from bitpress.formats.kept import Kept
-from bitpress.formats.low_rank import LowRank
-from bitpress.formats.maps import MAPS, Map, split_kind
-from bitpress.formats.packed import Packed
-from bitpress.formats.sign_low_rank import SignLowRank
-from bitpress.formats.sparse import Sparse
+from bitpress.formats.maps.map import MAPS, Map, split_kind
+from bitpress.formats.terms.dfloat11 import DFloat11
+from bitpress.formats.terms.kept import Kept
+from bitpress.formats.terms.low_rank import LowRank
+from bitpress.formats.terms.packed import Packed
+from bitpress.formats.terms.sign_low_rank import SignLowRank
+from bitpress.formats.terms.sparse import Sparse
 
 __all__ = ["TERMS", "CompressedWeight", "Term"]
 

@@ -15,10 +15,10 @@ from jaxtyping import Float
 
 from bitpress import native
 from bitpress.formats import CompressedWeight
-from bitpress.formats.low_rank import LowRank
-from bitpress.formats.sparse import Sparse
+from bitpress.formats.terms.low_rank import LowRank
+from bitpress.formats.terms.sparse import Sparse
+from bitpress.kernels.native_layout import NativeLayout, lay_out, reason_to_expand
 from bitpress.kernels.reference import Reference
-from bitpress.kernels.strips import Strips, lay_out, reason_to_expand
 
 __all__ = ["Native"]
 
@@ -29,7 +29,7 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 @dataclass
 class _Held:
     refusal: str | None
-    strips: Strips | None = None
+    strips: NativeLayout | None = None
 
 
 # By the weight's identity: weights hold tensors and have no hash.

@@ -18,9 +18,9 @@ from bitpress.calibration import Stats, of_origin
 from bitpress.calibration.stats import STATISTICS, StatsCollector
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
+from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.plan import PlannedWeight
-from bitpress.pipeline.press_weight import PressedBlock, WeightPresser
-from bitpress.pipeline.streaming import StreamedModel
+from bitpress.pipeline.weights import PressedBlock, WeightPresser
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.recipes import Recipe
 from bitpress.transforms.transform import ScaleSearch

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bitpress.checkpoints.pressed import VERSION
+from bitpress.checkpoints.compressed import VERSION
 from bitpress.recipes import Recipe
 from bitpress.version import __version__
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from bitpress.checkpoints.parameter import stem
 from bitpress.errors import UsageError, nearest, shown
-from bitpress.pipeline.products import SKIPPED
+from bitpress.models.linears import SKIPPED
 from bitpress.recipes import Recipe
 
 __all__ = ["check_patterns"]

@@ -20,9 +20,9 @@ from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
 from bitpress.formats import AnyFormat, Format
 from bitpress.limits import address_space_left
+from bitpress.models.linears import list_kept_outside, list_weights, overlooked
+from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.patterns import check_patterns
-from bitpress.pipeline.products import list_kept_outside, list_weights, overlooked
-from bitpress.pipeline.streaming import StreamedModel
 from bitpress.quantizers.own_bytes import own_bytes
 from bitpress.quantizers.quantizer import Quantizer, check_served
 from bitpress.recipes import Recipe

@@ -13,41 +13,41 @@ import torch
 
 from bitpress import native
 from bitpress.calibration.stats import of_origin
-from bitpress.checkpoints.directory import safe_file
-from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
-from bitpress.checkpoints.pressed import (
+from bitpress.checkpoints.compressed import (
     JOB_DIRECTORY,
     MANIFEST_NAME,
     OUTER_NAME,
     VERSION,
+    CompressedCheckpoint,
     FileRecord,
     Manifest,
-    PressedCheckpoint,
     WeightRecord,
     config_marks,
 )
+from bitpress.checkpoints.directory import safe_file
+from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
 from bitpress.checkpoints.tokenizer import check_tokenizer
 from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.measure.evaluation import check_reloaded, evaluate, evaluation_windows
+from bitpress.measure.runtimes import check_loads, check_opens, measure_prompt_cost, prompt_windows
+from bitpress.measure.windows import calibration_windows
+from bitpress.memory import peak_bytes, release
+from bitpress.models.opening import OriginalLoader, open_original
+from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.blocks import Presser
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
-from bitpress.pipeline.job import Job, check_vacant, differences
-from bitpress.pipeline.memory import peak_bytes, release
-from bitpress.pipeline.opened import check_loads, check_opens, measure_prompt_cost, prompt_windows
+from bitpress.pipeline.journal import Job, check_vacant, differences
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
-from bitpress.pipeline.press import Presser
-from bitpress.pipeline.progress import Progress, Silent
-from bitpress.pipeline.prove import check_reloaded, evaluate, heldout_windows
 from bitpress.pipeline.report import make_card, make_report
 from bitpress.pipeline.sensitivity import measure_sensitivity
-from bitpress.pipeline.source_model import OriginalLoader, open_original
-from bitpress.pipeline.stopping import stoppable
-from bitpress.pipeline.streaming import StreamedModel
-from bitpress.pipeline.windows import calibration_windows
+from bitpress.progress import Progress, Silent
 from bitpress.recipes import Recipe
 from bitpress.runtime.prompt import GENERATION, read_generation_file
 from bitpress.settings import use_native
+from bitpress.stopping import stoppable
 
 __all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
@@ -105,7 +105,7 @@ def quantize_directory(
     if proof.tokens and recipe.needs() and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
-        heldout_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
+        evaluation_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
     windows = None
     if recipe.needs():
         windows = calibration_windows(recipe.calibration, model, streamed.model.config)
@@ -216,7 +216,7 @@ def finish_job(
     files = _side_files(loader, side)
     manifest = _manifest(job, loader, recipe, files, facts)
     job.stage(files)
-    pressed = PressedCheckpoint.open(job.out, manifest=manifest)
+    pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts["digests"], check_stop)
     check_loads(pressed, check_stop)
     if windows is not None or proof.tokens:
@@ -315,7 +315,7 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
     """Give the report of a model that is published in `out` already, if it is this one."""
     if not (out / MANIFEST_NAME).exists():
         return None
-    known = _known_job(out) if force else PressedCheckpoint.open(out).manifest.job
+    known = _known_job(out) if force else CompressedCheckpoint.open(out).manifest.job
     if isinstance(known, dict):  # the names of files make no other model of an older directory
         known = {**known, "directory": VERSION}
     changed = differences(known, identity)

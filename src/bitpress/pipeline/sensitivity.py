@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 
 from bitpress.errors import NumericsError
+from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.plan import PlannedWeight
-from bitpress.pipeline.progress import Progress
-from bitpress.pipeline.streaming import StreamedModel
+from bitpress.progress import Progress
 
 __all__ = ["measure_sensitivity"]
 

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, Format, Kept, Packed, find_row
-from bitpress.quantizers.columns import Columns, Feedback, check_feedback, prepare
-from bitpress.quantizers.outliers import in_blocks
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, check_feedback, prepare
+from bitpress.quantizers.mechanisms.outliers import in_blocks
 from bitpress.quantizers.quantizer import Outcome, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 

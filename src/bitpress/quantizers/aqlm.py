@@ -21,15 +21,15 @@ from jaxtyping import Float, Int
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.formats.additive_book import beam_search
-from bitpress.formats.clusters import cluster, spread_sample
-from bitpress.formats.dense import code_dtype
-from bitpress.formats.nearest import nearest
-from bitpress.quantizers.columns import Order, check_feedback, prepare
-from bitpress.quantizers.descent import Descent, prepare_descent
-from bitpress.quantizers.groups import metric_roots, walk
+from bitpress.formats.grids.additive_book import beam_search
+from bitpress.formats.grids.clusters import cluster, spread_sample
+from bitpress.formats.grids.nearest import nearest
+from bitpress.formats.layouts.dense import code_dtype
+from bitpress.quantizers.mechanisms.coordinate_descent import Descent, prepare_descent
+from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.groups import metric_roots, walk
+from bitpress.quantizers.mechanisms.row_scales import solve_scales
 from bitpress.quantizers.quantizer import Outcome, check_served
-from bitpress.quantizers.row_scales import solve_scales
 
 __all__ = ["AQLM"]
 

@@ -1,7 +1,7 @@
 """BitStack: blocks of about one bit a weight, each the signs and low-rank magnitudes of what the blocks before leave over.
 
 Source   Wang et al. 2024, "BitStack: Fine-Grained Size Control for Compressed Large Language Models in Variable Memory Environments",
-         and its public code; the term is `formats.sign_low_rank`, the order of blocks over a model `formats.stack_budget`.
+         and its public code; the term is `formats.terms.sign_low_rank`, the order of blocks over a model `formats.stack_budget`.
 Differs  an input's size is the root of its mean square over all tokens, where the code averages the norms of its samples; it is
          divided by its mean and held above `smallest` of that, and stays with the weight as its input map, where the paper folds it
          into the network. Every block corrects the rounding of the factors before it.

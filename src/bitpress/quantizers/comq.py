@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.quantizers.columns import Columns, prepare
-from bitpress.quantizers.descent import LAZY, Descent, prepare_descent
+from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
+from bitpress.quantizers.mechanisms.error_feedback import Columns, prepare
+from bitpress.quantizers.mechanisms.scales import stored_scales
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
-from bitpress.quantizers.scales import stored_scales
 
 __all__ = ["COMQ", "fit_scales", "greedy_order"]
 

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
+from bitpress.quantizers.mechanisms.two_planes import best_planes, by_block
 from bitpress.quantizers.quantizer import Outcome, check_served
-from bitpress.quantizers.two_planes import best_planes, by_block
 
 __all__ = ["DBLLM"]
 

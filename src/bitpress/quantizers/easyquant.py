@@ -18,7 +18,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
-from bitpress.quantizers.outliers import with_outliers, without
+from bitpress.quantizers.mechanisms.outliers import with_outliers, without
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

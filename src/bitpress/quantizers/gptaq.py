@@ -21,7 +21,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.columns import Columns, Feedback, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
+from bitpress.quantizers.mechanisms.scales import stored_scales
 from bitpress.quantizers.quantizer import Outcome, check_served
-from bitpress.quantizers.scales import stored_scales
 
 __all__ = ["HQQ", "shrink"]
 

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params
-from bitpress.quantizers.columns import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.descent import prepare_descent
+from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

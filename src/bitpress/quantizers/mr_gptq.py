@@ -22,7 +22,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Scale
-from bitpress.quantizers.columns import Columns, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome, check_served
 
 __all__ = ["MRGPTQ"]

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.formats.sparse import sparse
-from bitpress.quantizers.columns import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.outliers import without
+from bitpress.formats.terms.sparse import sparse
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.outliers import without
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

@@ -21,8 +21,8 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.table import find_grid
+from bitpress.quantizers.mechanisms.two_planes import best_planes, by_block, pairs_of
 from bitpress.quantizers.quantizer import Outcome, check_served
-from bitpress.quantizers.two_planes import best_planes, by_block, pairs_of
 
 __all__ = ["PTQTP"]
 

@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.formats.dense import code_dtype
-from bitpress.formats.pyramid import Pyramid
-from bitpress.quantizers.columns import Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.groups import metric_roots, walk
+from bitpress.formats.grids.pyramid import Pyramid
+from bitpress.formats.layouts.dense import code_dtype
+from bitpress.quantizers.mechanisms.error_feedback import Feedback, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.groups import metric_roots, walk
+from bitpress.quantizers.mechanisms.row_scales import solve_scales
 from bitpress.quantizers.quantizer import Outcome, check_served
-from bitpress.quantizers.row_scales import solve_scales
 
 __all__ = ["PVQ", "move_pulses"]
 

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.formats.sparse import sparse
-from bitpress.quantizers.columns import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.descent import LAZY, prepare_descent
+from bitpress.formats.terms.sparse import sparse
+from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, prepare_descent
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.formats.dense import code_dtype
-from bitpress.formats.lattice import E8P, E81B, Lattice
-from bitpress.quantizers.columns import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.descent import prepare_descent
+from bitpress.formats.grids.lattice import E8P, E81B, Lattice
+from bitpress.formats.layouts.dense import code_dtype
+from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome, check_served
 
 __all__ = ["QuIPSharp"]

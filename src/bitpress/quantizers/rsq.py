@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.formats import Format
-from bitpress.quantizers.columns import Order
 from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.mechanisms.error_feedback import Order
 from bitpress.quantizers.quantizer import Outcome
 
 __all__ = ["RSQ"]

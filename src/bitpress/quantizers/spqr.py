@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.formats.sparse import sparse
-from bitpress.quantizers.columns import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.outliers import in_blocks, without
+from bitpress.formats.terms.sparse import sparse
+from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.outliers import in_blocks, without
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import shrink_ratios
 

@@ -3,7 +3,7 @@
 Source   Kim et al. 2023, "SqueezeLLM: Dense-and-Sparse Quantization"; the order of steps as in the authors' public code
          (`outliers.py`, `nuq.py`): the most sensitive weights, then the largest ones are taken out, then levels are learned.
 Differs  exactly `outliers` of the weights are the largest, where the code has a multiple of the quartiles' distance for each layer
-         until a share of the whole model is reached; k-means starts from good cuts (`formats.kmeans`); what a kept weight's code
+         until a share of the whole model is reached; k-means starts from good cuts (`formats.grids.kmeans`); what a kept weight's code
          lacks is kept; importance="gram" takes the squares of the inputs in place of the squared gradients.
 Needs    sensitivity [out, in], the mean squared gradient of the loss; or the diagonal of gram [in, in].
 Cost     O(out * in * log(in)) time; 4 bytes a weight kept apart.
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
-from bitpress.quantizers.outliers import with_outliers
+from bitpress.quantizers.mechanisms.outliers import with_outliers
 from bitpress.quantizers.quantizer import Outcome, check_served
 
 __all__ = ["SqueezeLLM"]

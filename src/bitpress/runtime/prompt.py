@@ -9,8 +9,8 @@ from typing import Any
 
 from bitpress.errors import BitpressError, CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
-from bitpress.runtime.engine import Sampling
 from bitpress.runtime.messages import Prompt, is_odd, read_messages, read_tools, turn
+from bitpress.runtime.native.engine import Sampling
 
 __all__ = [
     "GENERATION",
@@ -124,7 +124,7 @@ def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int
 
 
 def read_generation(pressed: Any) -> Any:
-    """Read the generation_config.json of a PressedCheckpoint as transformers' GenerationConfig; None where there is none."""
+    """Read the generation_config.json of a CompressedCheckpoint as transformers' GenerationConfig; None where there is none."""
     from bitpress.checkpoints.directory import safe_file
 
     if GENERATION not in pressed.manifest.files:

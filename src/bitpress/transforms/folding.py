@@ -38,7 +38,7 @@ ALIVE = 1 / 16
 
 
 class Consumer(Protocol):
-    """A weight that reads a group's input; `calibration.capture.Watched` is one."""
+    """A weight that reads a group's input; `calibration.capture.Observed` is one."""
 
     @property
     def view(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The random Hadamard basis: signs at random, then a Hadamard matrix, so that no weight and no input channel stands out.
 
 Source   Tseng et al. 2024, "QuIP#", and Ashkboos et al. 2024, "QuaRot"; by blocks as in Egiazarian et al. 2025 (MR-GPTQ).
-Differs  widths that are no power of two as in `formats.rotations`; block="group" rotates inside each of the format's blocks. QuIP#
+Differs  widths that are no power of two as in `formats.maps.rotations`; block="group" rotates inside each of the format's blocks. QuIP#
          rotates both sides, and balances the channels before (the transform `balance`).
 Needs    nothing.                   Cost  1 bit a channel; O(core + log n) operations a channel and token.
 Update   T_in = H diag(signs),  T_out = H diag(signs')

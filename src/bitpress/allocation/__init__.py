@@ -1,0 +1,1 @@
+"""Which format every layer gets under a budget: numbers only."""

@@ -1,0 +1,368 @@
+"""A published model: a directory whose manifest, `bitpress.json`, accounts for every byte that a loader will use.
+
+    bitpress.json           {"bitpress": 2, "files": {name: {"bytes", "sha256"}}, "weights": {parameter: ...}, "aliases": {...}, ...}
+    bitpress.safetensors    what is in no block; a weight `a.b.weight` is stored as `a.b.term0.codes`, ...
+    bitpress-*.safetensors  one file a block
+    config.json, the tokenizer's files: as transformers wants them
+
+A directory without a valid manifest is not a model. `report.json` and `README.md` tell how it was made; they hold times, differ from
+run to run and are read by nothing, so the manifest leaves them out.
+
+No file has a name under which a reader that does not know bitpress looks for weights: such a reader would find no parameter of the
+model in them and go on with random ones. config.json sends transformers to a file that is not there, whose name says what is needed.
+Directories of version 1 have transformers' own names (model-*.safetensors and an index); they are read, and no longer written.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
+from bitpress.checkpoints.durable import hash_file
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
+from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
+from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
+from bitpress.errors import BitpressError, CheckpointError, FormatError
+from bitpress.formats import CompressedWeight
+
+__all__ = [
+    "JOB_DIRECTORY",
+    "MANIFEST_NAME",
+    "OUTER_NAME",
+    "VERSION",
+    "CompressedCheckpoint",
+    "FileRecord",
+    "Manifest",
+    "WeightRecord",
+    "config_marks",
+    "is_compressed",
+]
+
+MANIFEST_NAME = "bitpress.json"
+JOB_DIRECTORY = ".bitpress"
+VERSION = 2
+# The version whose weight files have transformers' own names.
+_FIRST = 1
+OUTER_NAME = "bitpress.safetensors"
+_BLOCK_PREFIX = "bitpress-"
+# transformers without bitpress looks for this file, and its error names it.
+_NEEDED = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
+
+# What readers open by its name alone wherever they find it: a file that the manifest must list, or that must not be there.
+_OPENED_BY_NAME = (
+    *SIDE_FILES,
+    SINGLE_NAME,
+    INDEX_NAME,
+    _NEEDED,
+    "adapter_config.json",
+    "custom_generate",
+    "tekken.json",
+)
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileRecord(_Closed):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class WeightRecord(_Closed):
+    """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
+
+    Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
+    """
+
+    spec: dict[str, Any]
+    transposed: bool
+    experts: int = Field(ge=0, le=65536)
+    errors: list[FiniteFloat] | None = None
+    flat: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = make(self)
+        absent = {"errors": None, "flat": False}
+        return {key: value for key, value in values.items() if key not in absent or value != absent[key]}
+
+    def parameter(self, name: str) -> WeightParameter:
+        rows, cols = self.spec["shape"]
+        if self.experts and rows % self.experts:
+            raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
+        if self.flat and not self.experts:
+            raise CheckpointError(f"{name}: only experts can lie below each other (flat), and there are none.")
+        return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts, self.flat)
+
+
+class Manifest(_Closed):
+    """What a directory holds and how it was made.
+
+    `prompt_cost` are the nats a token that 8-bit inputs cost in prompts of the native engine, left out where it is not much.
+    """
+
+    bitpress: int
+    files: dict[str, FileRecord]
+    weights: dict[str, WeightRecord]
+    aliases: dict[str, str]
+    left_out: list[str]
+    recipe: dict[str, Any]
+    job: dict[str, Any]
+    prompt_cost: FiniteFloat | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = make(self)
+        return {key: value for key, value in values.items() if key != "prompt_cost" or value is not None}
+
+
+def config_marks(version: int = VERSION) -> dict[str, Any]:
+    """Return what config.json says beside the original's content: the method, and for transformers which weight files to open."""
+    method = {"quantization_config": {"quant_method": "bitpress", "version": version}}
+    return method if version == _FIRST else {**method, "transformers_weights": _NEEDED}
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether a directory presents itself as a bitpress model (which does not make it a valid one)."""
+    return (Path(path) / MANIFEST_NAME).exists()
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """A directory that has passed every check; content used as an address is checked when a weight is read.
+
+    `cut` where some terms of its weights are left out (`checkpoints.budget`): what is not in `tensors` is never read.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    manifest: Manifest
+    tensors: Mapping[str, tuple[Path, TensorEntry]]
+    stored: Mapping[str, tuple[str, ...]]
+    cut: bool = False
+
+    @classmethod
+    def open(cls, path: str | Path, *, manifest: Manifest | None = None, verify: bool = True) -> "CompressedCheckpoint":
+        """Open and check a directory: names, sizes, SHA-256 of every file (unless `verify` is off), headers, key set.
+
+        `manifest` stands for a file that is still to be written, so that a job can prove a directory before publishing it.
+        """
+        root = open_directory(path)
+        manifest = _read_manifest(root) if manifest is None else manifest
+        paths = {name: _checked_file(root, name, record, verify) for name, record in manifest.files.items()}
+        _check_listed(root, manifest)
+        tensors: dict[str, tuple[Path, TensorEntry]] = {}
+        for file, target in paths.items():
+            if file.endswith(".safetensors"):
+                for name, entry in read_header(target)[0].items():
+                    if name in tensors:
+                        raise CheckpointError(f"{target}: {name!r} is in {tensors[name][0].name} already.")
+                    tensors[name] = (target, entry)
+        if manifest.bitpress == _FIRST and {name: file.name for name, (file, _) in tensors.items()} != read_index(root):
+            raise CheckpointError(
+                f"{root}: the index and the headers of the weight files disagree about which file holds what."
+            )
+        stored = _claim(root, manifest, tensors)
+        _check_aliases(root, manifest, tensors)
+        return cls(root, _checked_config(root, manifest, tensors), manifest, tensors, stored)
+
+    @property
+    def plain(self) -> dict[str, TensorEntry]:
+        """Parameters that are stored as they are."""
+        claimed = {name for names in self.stored.values() for name in names}
+        return {name: entry for name, (_, entry) in self.tensors.items() if name not in claimed}
+
+    def read_weight(self, parameter: str) -> CompressedWeight:
+        """Read one compressed weight (all experts below each other) and check its content. Raises CheckpointError."""
+        prefix = self._parameter(parameter).stem + "."
+        tensors = {name.removeprefix(prefix): read_tensor(*self.tensors[name]) for name in self.stored[parameter]}
+        try:
+            return CompressedWeight.build(self.manifest.weights[parameter].spec, tensors)
+        except BitpressError as error:
+            raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
+
+    def decode(self, parameter: str) -> torch.Tensor:
+        """Read one compressed weight as the parameter that it stands for, in float32. Raises CheckpointError."""
+        try:
+            return self._parameter(parameter).restore(self.read_weight(parameter).dequantize())
+        except FormatError as error:
+            raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
+
+    def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the parameters whose name begins with `prefix`, compressed ones decoded to float32."""
+
+        def wanted(name: str) -> bool:
+            return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
+
+        values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
+        return values | {name: self.decode(name) for name in self.manifest.weights if wanted(name)}
+
+    def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
+        """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
+
+        `ties` gives the model's tied parameters with their originals; left out, they are the ones that share memory in `state`.
+        """
+        aliases = dict(self.manifest.aliases)
+        held = {name: entry.shape for name, entry in self.plain.items()}
+        held |= {name: self._parameter(name).parameter_shape for name in self.manifest.weights}
+        held |= {name: held[original] for name, original in aliases.items()}
+        missing, extra = sorted(set(state) - set(held)), sorted(set(held) - set(state))
+        if missing or extra:
+            what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model has no use for"
+            raise CheckpointError(f"{self.root}: {what} ({len(missing)} missing, {len(extra)} too many).")
+        ties = _shared(state, aliases) if ties is None else dict(ties)
+        if ties != aliases:
+            first = min(set(ties.items()) ^ set(aliases.items()))[0]
+            raise CheckpointError(
+                f"{self.root}: the configuration and the manifest disagree whether {first!r} is tied, and to what."
+            )
+        for name, shape in held.items():
+            if tuple(state[name].shape) != tuple(shape):
+                raise CheckpointError(
+                    f"{self.root}: {name!r} is {list(shape)}, the configuration needs {list(state[name].shape)}."
+                )
+        for name, entry in self.plain.items():
+            if entry.torch_dtype.is_floating_point != state[name].is_floating_point():
+                raise CheckpointError(f"{self.root}: {name!r} is {entry.dtype}, the configuration needs {state[name].dtype}.")
+
+    def _parameter(self, name: str) -> WeightParameter:
+        return self.manifest.weights[name].parameter(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files, or where terms are left out of the tensors that are read."""
+        if self.cut:
+            return sum(entry.nbytes for _, entry in self.tensors.values())
+        return sum(record.bytes for name, record in self.manifest.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight of the compressed weights, from the bytes stored for them."""
+        stored = sum(self.tensors[name][1].nbytes for names in self.stored.values() for name in names)
+        count = sum(r.spec["shape"][0] * r.spec["shape"][1] for r in self.manifest.weights.values())
+        return stored * 8 / count if count else 0.0
+
+
+def _read_manifest(root: Path) -> Manifest:
+    if not (root / MANIFEST_NAME).exists():
+        unfinished = (root / JOB_DIRECTORY).exists()
+        hint = "a job here is unfinished: run the same quantize command again" if unfinished else "bitpress did not publish it"
+        raise CheckpointError(f"{root}: there is no {MANIFEST_NAME}; {hint}.")
+    where = root / MANIFEST_NAME
+    values = read_json(safe_file(root, MANIFEST_NAME))
+    version = values.get("bitpress") if isinstance(values, dict) else None
+    if version not in (_FIRST, VERSION) or isinstance(version, bool):
+        raise CheckpointError(f"{where}: version {version!r}; this bitpress reads versions {_FIRST} to {VERSION}.")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where}: {at}: {first['msg']}.") from error
+
+
+def _checked_file(root: Path, name: str, record: FileRecord, verify: bool) -> Path:
+    target = listed_file(root, name)
+    size = target.stat().st_size
+    if size != record.bytes:
+        raise CheckpointError(f"{target}: {size} bytes where the manifest says {record.bytes}; the file is cut or changed.")
+    if verify and hash_file(target) != record.sha256:
+        raise CheckpointError(f"{target}: its SHA-256 is not the manifest's; the file is damaged or changed.")
+    return target
+
+
+def _check_listed(root: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that leaves out a file which some reader would open all the same."""
+    first = manifest.bitpress == _FIRST
+    for name in ("config.json", INDEX_NAME if first else OUTER_NAME):
+        if name not in manifest.files:
+            raise CheckpointError(f"{root}: the manifest does not list {name}.")
+    for name in manifest.files if not first else ():
+        if name.endswith(".index.json") or (
+            name.endswith(".safetensors") and name != OUTER_NAME and not name.startswith(_BLOCK_PREFIX)
+        ):
+            raise CheckpointError(f"{root}: the manifest lists {name}, which other readers would take for the weights.")
+    folder = root / CHAT_TEMPLATES
+    templates = [f"{CHAT_TEMPLATES}/{leaf}" for leaf in sorted(os.listdir(folder))] if folder.is_dir() else []
+    for name in (*_OPENED_BY_NAME, *templates):
+        if name not in manifest.files and os.path.lexists(root / name):
+            raise CheckpointError(f"{root}: holds {name}, which the manifest does not list; remove it.")
+
+
+def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, Any]:
+    config = read_config(root, foreign=False)
+    where = root / "config.json"
+    marks = config_marks(manifest.bitpress)
+    method = marks["quantization_config"]
+    if config.get("quantization_config") != method:
+        raise CheckpointError(f"{where}: quantization_config is not {method}; bitpress did not write it.")
+    if config.get("transformers_weights") != marks.get("transformers_weights"):
+        raise CheckpointError(f"{where}: names weight files of its own (transformers_weights), which is never followed.")
+    if "auto_map" in config:
+        raise CheckpointError(f"{where}: names code of its own (auto_map), which is never followed.")
+    # Modules and their buffers are made before any shape can be compared: what they may cost is bounded by what is stored.
+    shapes = [entry.shape for _, entry in tensors.values()] + [tuple(r.spec["shape"]) for r in manifest.weights.values()]
+    limits = dict.fromkeys(DEPTHS, len(tensors)) | dict.fromkeys(WIDTHS, max((max(s, default=1) for s in shapes), default=1))
+    for part in (config, config.get("text_config")):
+        for key, limit in limits.items():
+            value = part.get(key) if isinstance(part, dict) else None
+            if value is not None and (type(value) is not int or not 0 < value <= limit):
+                raise CheckpointError(f"{where}: {key} is {value!r}; the weights that are stored allow for 1 to {limit}.")
+    return config
+
+
+def _check_aliases(root: Path, manifest: Manifest, tensors: Mapping[str, Any]) -> None:
+    stored = (set(tensors) | set(manifest.weights)) - set(manifest.aliases)
+    for name, original in manifest.aliases.items():
+        if original not in stored:
+            raise CheckpointError(f"{root}: {name!r} is tied to {original!r}, which is not stored.")
+        if name in tensors or name in manifest.weights:
+            raise CheckpointError(f"{root}: {name!r} is tied to {original!r} and stored as well.")
+
+
+def _shared(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Give the parameters that share memory with another one, each with the one of them that is no alias."""
+    groups: dict[int, list[str]] = {}
+    for name, value in state.items():
+        groups.setdefault(value.untyped_storage()._cdata, []).append(name)
+    ties: dict[str, str] = {}
+    for names in groups.values():
+        original = next((name for name in names if name not in aliases), names[0])
+        ties |= {name: original for name in names if name != original}
+    return ties
+
+
+def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, tuple[str, ...]]:
+    """Match every compressed weight with the tensors that its specification implies, dtype and shape included."""
+    claimed: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, str] = {}
+    for name, record in manifest.weights.items():
+        if name in tensors:
+            raise CheckpointError(f"{root}: {name!r} is stored both compressed and as it is.")
+        try:
+            expected = CompressedWeight.expected(record.spec)
+            parameter = record.parameter(name)
+        except BitpressError as error:
+            raise CheckpointError(f"{root}: {name}: {error}") from error
+        for leaf, (dtype, shape) in expected.items():
+            full = f"{parameter.stem}.{leaf}"
+            if full in owners:
+                raise CheckpointError(f"{root}: {full!r} is claimed by {owners[full]} and by {name}.")
+            if full not in tensors:
+                raise CheckpointError(f"{root}: {name}: the tensor {full!r} is missing.")
+            entry = tensors[full][1]
+            if entry.torch_dtype != dtype or entry.shape != shape:
+                got = f"{entry.torch_dtype} {list(entry.shape)}"
+                raise CheckpointError(f"{root}: {full!r} is {got}, the specification needs {dtype} {list(shape)}.")
+            owners[full] = name
+        claimed[name] = tuple(f"{parameter.stem}.{leaf}" for leaf in expected)
+    return claimed

@@ -1,0 +1,1 @@
+"""Many recipes on one model, where everything but the recipe is the same."""

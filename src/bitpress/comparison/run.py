@@ -1,0 +1,340 @@
+"""A comparison: many recipes on one model, where everything but the recipe is the same.
+
+Recipes that calibrate on the original's inputs share the statistics of one pass over it. Held-out texts walk through the compressed
+blocks as these are made, so that a recipe costs its own work and the head; nothing is written but a row, unless models are kept.
+"""
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.calibration import read_texts
+from bitpress.checkpoints.compressed import MANIFEST_NAME
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.comparison.results import Results
+from bitpress.comparison.session import Comparison, Walks, attempt, capture, drawn, known_of, make_presser, noting
+from bitpress.comparison.statistics_cache import StatisticsCache, forget
+from bitpress.comparison.tasks import choose_best, keys_of, measure_tasks, sure_to_answer, task_rows
+from bitpress.comparison.variants import Variant
+from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
+from bitpress.measure.evaluation_text import EvaluationText, distances
+from bitpress.measure.multiple_choice import DOCUMENTS, Answers, count_batches, read_tasks, tokenize_tasks
+from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
+from bitpress.measure.windows import calibration_windows, load_windows
+from bitpress.models.opening import open_original
+from bitpress.models.skeleton import check_tokens
+from bitpress.pipeline.identity import identify, versions
+from bitpress.pipeline.journal import Job
+from bitpress.pipeline.plan import Plan, check_room, make_plan
+from bitpress.pipeline.quantize import Proof, finish_job, shard_name
+from bitpress.pipeline.weights import PressedBlock
+from bitpress.progress import Progress, Silent
+from bitpress.recipes import Calibration, Recipe, told_weights
+from bitpress.stopping import stoppable
+
+__all__ = ["HELDOUT", "compare_recipes"]
+
+# Held-out texts of two kinds: one that the built-in calibration mix has too, one that it has not.
+HELDOUT = {"speeches": "builtin:heldout:speeches", "reference": "builtin:heldout:reference"}
+
+
+def compare_recipes(
+    path: Path,
+    out: Path,
+    candidates: Sequence[Variant],
+    texts: Mapping[str, str] = HELDOUT,
+    *,
+    shared: Calibration | None = None,
+    tokens: int = 32768,
+    length: int = 512,
+    tasks: Sequence[str] = (),
+    documents: int = DOCUMENTS,
+    best: int = 3,
+    keep: bool = False,
+    forget_capture: bool = False,
+    progress: Progress | None = None,
+    note_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Measure recipes on a model; give a row for each, and for the noise of the arithmetic.
+
+    texts       held-out texts by name; `tokens` of each are taken in windows of `length`
+    shared      the calibration of recipes that share one pass over the original
+    tasks       multiple-choice tasks, by name or from files, that the original and the `best` recipes of every width answer at
+                the end, by the first `documents` questions of each. They are pressed again for that, but where no more than
+                `best` recipes have the same width: all of those answer, and do so while they are pressed
+    keep        publish what every recipe makes in OUT/models
+    note_row    hears every row: what is there already first, then each as soon as it is done
+
+    The same call goes on after what is there. A recipe that fails has a row with `failed`, and the others are done. Raises what
+    `quantize_directory` raises for what is wrong before the first recipe or with the directory, JobStopped on a signal.
+    """
+    progress = progress or Silent()
+    Results.check_vacant(out)
+    if best < 1:
+        raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
+    made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, progress)
+    if tasks:
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model.model.config)
+    for candidate, plan in made.plans.items():
+        if made.tokens(candidate.recipe) is not None or keep:
+            check_room(plan, out, 0 if keep else plan.disk)
+    dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
+    source = made.loader.source.hashes()
+    identity = {"comparison": 1, "source": source, "texts": made.hashes, "compute": dtype, "versions": versions()}
+    results = Results.open(out, identity)
+    try:
+        with stoppable() as check_stop:
+            early = sure_to_answer(candidates, best) if tasks else ()
+            _run(made, results, candidates, early, identity, source, keep, check_stop, note_row)
+            found = {c: results.find(known_of(made, c)) or results.find(known_of(made, c, failed=True)) for c in candidates}
+            rows = {c: row for c, row in found.items() if row is not None}
+            chosen = choose_best(rows, best)
+            answers = measure_tasks(made, results, chosen, identity, check_stop, note_row) if tasks else []
+        if forget_capture and all(not row["failed"] for row in (*rows.values(), *answers)):
+            forget(out / "capture")
+        return {
+            "model": str(path),
+            "compute": dtype,
+            "texts": {name: {"source": texts[name], "tokens": w.numel()} for name, w in made.texts.items()},
+            "floor": results.find({"kind": "floor"}),
+            "rows": list(rows.values()),
+            "tasks": {name: len(task.questions) for name, task in made.tasks.items()},
+            "answers": answers,
+        }
+    finally:
+        results.close()
+
+
+def _prepare(
+    path: Path,
+    candidates: Sequence[Variant],
+    texts: Mapping[str, str],
+    shared: Calibration,
+    tokens: int,
+    length: int,
+    progress: Progress,
+) -> Comparison:
+    """Open, plan and read everything: whatever cannot work is said here, before anything is written."""
+    if len({(c.name, c.bits) for c in candidates}) < len(candidates) or not candidates:
+        raise UsageError("a comparison needs recipes, each with a name of its own.")
+    if tokens < 2 or length < 2:
+        raise UsageError(f"texts need 2 tokens or more in windows of 2 or more, got {tokens} and {length}.")
+    for name, text in texts.items():
+        read_texts(text)
+        seen = next((c for c in candidates if c.recipe.needs() and c.recipe.calibration.text == text), None)
+        if seen is not None:
+            raise UsageError(
+                f"{name}: {text} is the calibration text of {seen.name}; the distance needs a text that it never saw."
+            )
+    model, loader = open_original(path, candidates[0].recipe.compute_dtype())
+    stored = loader.stored_bytes(model.model.state_dict())
+    plans = {}
+    for c in candidates:
+        try:
+            plans[c] = make_plan(model, c.recipe, stored)
+        except BitpressError as error:
+            raise type(error)(f"{c.label}: {error}") from error
+    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length
+    length = min(length, limit)
+    heldout = {
+        name: load_windows(text, path, samples=max(tokens // length, 1), length=length, seed=0) for name, text in texts.items()
+    }
+    for windows in heldout.values():
+        check_tokens(windows.tokens, model.model.config, str(path))
+    wanted = {drawn(c.recipe.calibration) for c in candidates if c.recipe.needs()}
+    calibration = {c: calibration_windows(c, path, model.model.config) for c in sorted(wanted, key=str)}
+    tokens_of = {name: windows.tokens for name, windows in heldout.items()}
+    hashes = {name: windows.sha256 for name, windows in heldout.items()}
+    shared = shared.model_copy(update={"inputs": "original"})
+    return Comparison(path, model, loader, tokens_of, hashes, shared, calibration, {}, plans, progress)
+
+
+def _run(
+    made: Comparison,
+    results: Results,
+    candidates: Sequence[Variant],
+    early: Collection[Variant],
+    identity: Mapping[str, Any],
+    source: Mapping[str, str],
+    keep: bool,
+    check_stop: Callable[[], None],
+    note_row: Callable[[dict[str, Any]], None],
+) -> None:
+    pending = []
+    for c in candidates:
+        known = results.find(known_of(made, c))
+        if known is None or (keep and not _is_kept(made, c, results.out, source)):
+            pending.append(c)
+        else:
+            note_row(known)
+    floor = results.find({"kind": "floor"})
+    if floor is None and made.model.dtype == torch.float32:
+        results.add({"kind": "floor", "texts": None, "tokens": 0})
+        floor = results.find({"kind": "floor"})
+    if not pending and floor is not None:
+        return
+    outer = made.model.load_outer_()
+    made.outer = outer if keep else {}
+    captured = capture(made, results.out / "capture", identity, check_stop)
+    try:
+        if floor is None:
+            results.add(_measure_floor(made, captured, check_stop))
+        for c in pending:
+            check_stop()
+            keys = keys_of(made, c) if c in early else {}
+            asked = [task for task, key in keys.items() if results.find(key) is None]
+            work = functools.partial(_press, made, captured, c, asked, results.out if keep else None, source, check_stop)
+            found = attempt(made, work)
+            answered = found.pop("answers", {})
+            results.add(known_of(made, c) | found)
+            note_row(results.rows[-1])
+            for row in task_rows(keys, answered, found):
+                results.add(row)
+    finally:
+        captured.close()
+
+
+def _measure_floor(made: Comparison, captured: StatisticsCache, check_stop: Callable[[], None]) -> dict[str, Any]:
+    """Measure the original as it computes here against itself in float32, on some windows of every text."""
+    windows = sum(min(len(w), FLOOR_WINDOWS) for w in made.texts.values())
+    made.progress.begin("noise of the arithmetic", len(made.model.blocks) + windows)
+    return measure_noise(made.path, made.model, made.texts, captured.states(), noting(made, check_stop))
+
+
+def _press(
+    made: Comparison,
+    captured: StatisticsCache,
+    c: Variant,
+    tasks: Sequence[str],
+    keep: Path | None,
+    source: Mapping[str, str],
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    started, cpu = time.perf_counter(), time.process_time()
+    model, plan, recipe = made.model, made.plans[c], c.recipe
+    heldout, answers = EvaluationText(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
+    walks = Walks((heldout.step_, answers.step_))
+    presser = make_presser(made, captured, c, walks.step_, check_stop)
+    heldout.start_()
+    answers.start_()
+    job = None if keep is None else _open_job(made, c, keep, source)
+    try:
+        made.progress.begin(c.label, plan.blocks)
+        rows: list[dict[str, Any]] = []
+        for i in range(plan.blocks):
+            check_stop()
+            block = presser.press_(i, last=i == plan.blocks - 1)
+            rows += block.rows
+            if job is not None:
+                _keep_block(job, made, plan, i, block)
+            made.progress.advance(model.block_name(i), error=block.error)
+        pressed = time.perf_counter() - started - walks.seconds
+        pressed_cpu = time.process_time() - cpu - walks.cpu_seconds
+        # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.
+        made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()) + count_batches(answers.tasks))
+        note = noting(made, check_stop)
+        figures = distances((model, captured.states()), (model, heldout.states), made.texts, note)
+        answered = answers.accuracies(note)
+        measured = time.perf_counter() - started - pressed
+        if job is not None:
+            job.settle()
+            clock = (started, pressed)
+            finish_job(
+                job,
+                made.loader,
+                made.path,
+                plan,
+                recipe,
+                made.tokens(recipe),
+                Proof(tokens=0),
+                made.progress,
+                check_stop,
+                clock,
+            )
+    finally:
+        if job is not None:
+            job.close()
+    error = _mean([row["error"] for row in rows])
+    if not math.isfinite(error):
+        raise NumericsError("the error of the layers is beyond the range of numbers.")
+    fallbacks = [text for row in rows for text in row["fallbacks"]]
+    nbytes, weights = sum(row["bytes"] for row in rows), sum(w.weights for w in plan.weights)
+    return {
+        "weights": told_weights(recipe.resolved()),
+        "bits_per_weight": nbytes * 8 / weights,
+        "bytes": nbytes,
+        "kl_mean": _mean_kl(figures),
+        "kl_ci95": _mean_width(figures),
+        "texts": figures,
+        "error": error,
+        "error_rounded": _mean([row["error_rounded"] for row in rows]),
+        "measured_on": "weight" if any(row["measured_on"] == "weight" for row in rows) else "output",
+        "inputs": recipe.calibration.inputs if recipe.needs() else None,
+        "seconds_pressing": round(pressed, 2),
+        "seconds_pressing_cpu": round(pressed_cpu, 2),
+        "seconds_measuring": round(measured, 2),
+        "seconds_capture": _seconds_of_capture(made, captured, recipe),
+        "fallbacks": len(fallbacks),
+        "first_fallback": fallbacks[0] if fallbacks else None,
+        "answers": answered,
+    }
+
+
+def _seconds_of_capture(made: Comparison, captured: StatisticsCache, recipe: Recipe) -> float | None:
+    """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its pressing."""
+    if not recipe.needs() or not made.shares(recipe):
+        return 0.0
+    return None if captured.seconds is None else round(captured.seconds, 2)
+
+
+def _folder(out: Path, c: Variant) -> Path:
+    name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in c.name)
+    return out / "models" / (name if c.bits is None else f"{name}-{c.bits}")
+
+
+def _identity(made: Comparison, c: Variant, source: Mapping[str, str]) -> dict[str, Any]:
+    windows = made.tokens(c.recipe)
+    return identify(source, None if windows is None else windows.sha256, c.recipe)
+
+
+def _is_kept(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> bool:
+    manifest = _folder(out, c) / MANIFEST_NAME
+    try:
+        known = read_json(manifest) if manifest.exists() else None
+    except CheckpointError:
+        return False
+    return isinstance(known, dict) and known.get("job") == _identity(made, c, source)
+
+
+def _open_job(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> Job:
+    folder = _folder(out, c)
+    if folder.exists():
+        shutil.rmtree(folder)  # of a recipe that has changed, or of a run that was stopped
+    job = Job.open(folder, _identity(made, c, source))
+    total = len(made.model.blocks) + 1
+    job.commit("outer", shard_name(0, total), made.outer, {"weights": {}, "digests": {}, "rows": []}, None)
+    return job
+
+
+def _keep_block(job: Job, made: Comparison, plan: Plan, i: int, block: PressedBlock) -> None:
+    job.commit_behind(made.model.block_name(i), shard_name(i + 1, plan.blocks + 1), block.tensors, block.facts(), None)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / max(len(values), 1)
+
+
+def _mean_kl(texts: Mapping[str, Mapping[str, Any]]) -> float:
+    return _mean([figures["kl_mean"] for figures in texts.values()])
+
+
+def _mean_width(texts: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Half the 95 % interval of the mean over texts, which are independent."""
+    widths = [figures["kl_ci95"] for figures in texts.values()]
+    return None if None in widths else math.sqrt(math.fsum(w * w for w in widths)) / len(widths)

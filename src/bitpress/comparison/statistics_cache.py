@@ -1,0 +1,216 @@
+"""What passes over the uncompressed model leave on disk, for any number of recipes to use.
+
+The first unit of the job holds the states of the held-out texts after the last block, and whatever is measured before the first block;
+then every block's statistics are a unit. A run that is stopped goes on from the last one.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.calibration import STATISTICS, Stats, of_origin
+from bitpress.checkpoints.compressed import JOB_DIRECTORY
+from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.safetensors_file import read_header, read_tensor
+from bitpress.errors import CheckpointError
+from bitpress.measure.evaluation_text import EvaluationText
+from bitpress.models.linears import list_weights
+from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.blocks import Measured, Presser
+from bitpress.pipeline.channel_scaling import PROBE_LENGTH
+from bitpress.pipeline.journal import Job
+from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.sensitivity import measure_sensitivity
+from bitpress.progress import Progress
+from bitpress.recipes import Recipe
+
+__all__ = ["StatisticsCache", "capture_original"]
+
+SENSITIVITY = "sensitivity.safetensors"
+
+
+class StatisticsCache:
+    """A finished pass; `needs` names the statistics that were asked for. The directory is locked until `close`."""
+
+    def __init__(self, job: Job, needs: frozenset[str], names: Sequence[str]) -> None:
+        self.job, self.needs, self._names = job, needs, names
+
+    def states(self) -> dict[str, Float[torch.Tensor, "windows length hidden"]]:
+        """Give every text's states after the last block."""
+        read = self._reader(0)
+        return {name: read(f"text{k}") for k, name in enumerate(self._names)}
+
+    def measured(self, i: int, needs: Collection[str]) -> Measured:
+        """Give what calibration saw of a block: the statistics named, and the gram."""
+        facts, read = self.job.units[i + 1]["facts"], self._reader(i + 1)
+        tensors: dict[str, torch.Tensor] = {}
+        stats = {}
+        for weight, entry in facts["stats"].items():
+            held = {}
+            for kind, key in entry["held"].items():
+                if kind in needs or kind == "gram":
+                    if key not in tensors:  # weights that share an input share its statistics
+                        tensors[key] = read(key)
+                    held[kind] = tensors[key]
+            stats[weight] = Stats(entry["tokens"], **held)
+        return Measured(stats, facts["groups"], read("probe"))
+
+    @property
+    def seconds(self) -> float | None:
+        """What collecting the statistics took; None where an earlier version did it."""
+        taken = [unit["facts"].get("seconds") for unit in self.job.units]
+        return None if None in taken else math.fsum(taken)
+
+    @property
+    def sensitivity(self) -> Callable[[str], torch.Tensor]:
+        return self.job.kept(SENSITIVITY)
+
+    def close(self) -> None:
+        self.job.close()
+
+    def _reader(self, unit: int) -> Callable[[str], torch.Tensor]:
+        path = self.job.root / "objects" / self.job.units[unit]["shard"]
+        entries, _ = read_header(path)
+        return lambda name: read_tensor(path, entries[name])
+
+
+def capture_original(
+    where: Path,
+    identity: Mapping[str, Any],
+    model: StreamedModel,
+    texts: Mapping[str, Int[torch.Tensor, "windows length"]],
+    recipe: Recipe,
+    tokens: Int[torch.Tensor, "samples length"] | None,
+    needs: Collection[str],
+    check_stop: Callable[[], None],
+    progress: Progress,
+) -> StatisticsCache:
+    """Run the texts, and the calibration windows where statistics are needed, through the uncompressed model.
+
+    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `recipe` says how
+    the windows go through a block, and is to need nothing itself. The model's outer parts must be loaded. Raises what capturing and a
+    job raise.
+    """
+    wanted = {**identity, "needs": sorted(needs)}
+    there = _begun(where)
+    job = Job.open(where, there if there is not None and _serves(there, wanted) else wanted, force=True)
+    try:
+        collected = frozenset(map(str, job.identity["needs"]))
+        if not job.units:
+            _first_unit(job, model, texts, recipe, tokens, collected, check_stop, progress)
+        if tokens is not None:
+            _block_units(job, model, recipe, tokens, collected, check_stop, progress)
+    except BaseException:
+        job.close()
+        raise
+    return StatisticsCache(job, frozenset(needs), list(texts))
+
+
+def forget(where: Path) -> None:
+    """Remove a capture."""
+    if where.is_dir() and (where / JOB_DIRECTORY).is_dir():
+        shutil.rmtree(where)
+
+
+def _begun(where: Path) -> dict[str, Any] | None:
+    """Give the identity of the pass that has been begun in a directory, if there is one."""
+    path = where / JOB_DIRECTORY / "job.json"
+    try:
+        known = read_json(path) if path.exists() else None
+    except CheckpointError:
+        return None
+    return known if isinstance(known, dict) and isinstance(known.get("needs"), list) else None
+
+
+def _serves(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a pass has what is wanted; where that is no statistics, whatever it calibrated on."""
+    apart = {"needs"} if wanted["needs"] else {"needs", "calibration", "batch"}
+    same = all(there.get(key) == wanted.get(key) for key in {*there, *wanted} - apart)
+    return same and set(wanted["needs"]) <= set(there["needs"]) <= set(STATISTICS)
+
+
+def _first_unit(
+    job: Job,
+    model: StreamedModel,
+    texts: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+    tokens: torch.Tensor | None,
+    needs: frozenset[str],
+    check_stop: Callable[[], None],
+    progress: Progress,
+) -> None:
+    facts: dict[str, Any] = {"seconds": 0.0}
+    started = time.perf_counter()
+    if of_origin(needs, "loss") and tokens is not None:
+        found = measure_sensitivity(model, _every_weight(model, recipe), tokens, check_stop, progress)
+        facts["kept"] = job.keep(SENSITIVITY, found)
+        del found
+        facts["seconds"] = time.perf_counter() - started
+    heldout = EvaluationText(model, texts)
+    heldout.start_()
+    progress.begin("original on the held-out texts", len(model.blocks))
+    for i in range(len(model.blocks)):
+        check_stop()
+        model.load_block_(i)
+        heldout.step_(i)
+        model.drop_block_(i)
+        progress.advance(model.block_name(i))
+    states = {f"text{k}": value for k, value in enumerate(heldout.states.values())}
+    job.commit("texts", "texts.safetensors", states, facts, None)
+
+
+def _block_units(
+    job: Job,
+    model: StreamedModel,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    needs: frozenset[str],
+    check_stop: Callable[[], None],
+    progress: Progress,
+) -> None:
+    total, done = len(model.blocks), len(job.units) - 1
+    if done == total:
+        return
+    presser = Presser(model, recipe, (), check_stop=check_stop, before_advance=job.settle)
+    presser.start_(tokens, job.activations())
+    model.embed(tokens[:1, :PROBE_LENGTH])
+    progress.begin("statistics of the original", total, done)
+    for i in range(done, total):
+        check_stop()
+        last, started = i == total - 1, time.perf_counter()
+        found = presser.measure_(i, needs, last=last)
+        tensors, facts = _packed(found)
+        facts["seconds"] = time.perf_counter() - started
+        job.commit_behind(model.block_name(i), f"block-{i:05d}.safetensors", tensors, facts, None if last else presser.state)
+        progress.advance(model.block_name(i))
+    job.settle()
+
+
+def _every_weight(model: StreamedModel, recipe: Recipe) -> list[PlannedWeight]:
+    found = []
+    for i in range(len(model.blocks)):
+        weights, _ = list_weights(model, i, ())
+        found += [PlannedWeight(parameter, recipe.format_for(parameter.stem), i) for parameter in weights]
+    return found
+
+
+def _packed(found: Measured) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Give a block's tensors, each once, and what says whose they are."""
+    tensors: dict[str, torch.Tensor] = {"probe": found.probe}
+    names: dict[int, str] = {}
+    facts: dict[str, Any] = {}
+    for weight, stats in found.stats.items():
+        held = {}
+        for kind in STATISTICS:
+            value: torch.Tensor | None = getattr(stats, kind)
+            if value is not None:
+                held[kind] = names.setdefault(id(value), f"{kind}{len(names)}")
+                tensors[held[kind]] = value
+        facts[weight] = {"tokens": stats.tokens, "held": held}
+    return tensors, {"stats": facts, "groups": found.groups}

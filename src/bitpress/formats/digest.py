@@ -1,0 +1,13 @@
+"""A fingerprint of decoded values."""
+
+import hashlib
+
+import torch
+from jaxtyping import Float
+
+__all__ = ["digest"]
+
+
+def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
+    """SHA-256 of a decoded weight's float32 values, to be compared after the file has been read again."""
+    return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()

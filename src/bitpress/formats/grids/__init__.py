@@ -1,0 +1,1 @@
+"""Grids: what a code means."""

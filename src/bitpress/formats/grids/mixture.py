@@ -1,0 +1,101 @@
+"""Mixture: every block picks the one of a few tables of levels that serves it best, and says which beside its scale.
+
+    w_hat = tables[which][code] * scale
+
+Every table is a grid of its own (`Levels`) that fits its own scale; the one with the smallest squared error, weighted by importance,
+is kept, the first of equals. All tables have codes of the same width, with the same codes unused, so that a code stands for
+something whatever its block chose. `which` takes log2(len(tables)) bits a block; their number is a power of two, so that no stored
+`which` points beyond them. A scale store that rounds coarsely rounds after the choice.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.errors import FormatError
+from bitpress.formats.grids.grid import Params, StoredParam
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.layouts.dense import code_dtype
+
+__all__ = ["Mixture"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    name: str
+    tables: tuple[Levels, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tables) not in (2, 4, 8, 16):
+            raise FormatError(f"{self.name}: a mixture has 2, 4, 8 or 16 tables, not {len(self.tables)}; repeat one to fill.")
+        if len({(table.code_bits, _unused(table)) for table in self.tables}) > 1:
+            raise FormatError(f"{self.name}: the tables of a mixture have codes of one width, and the same codes unused.")
+        if len({table.usual_scale for table in self.tables}) > 1:
+            raise FormatError(f"{self.name}: the tables of a mixture keep their scales alike.")
+
+    @property
+    def code_bits(self) -> int:
+        return self.tables[0].code_bits
+
+    @property
+    def num_codes(self) -> int:
+        return self.tables[0].num_codes
+
+    @property
+    def span(self) -> int:
+        return 1
+
+    @property
+    def usual_scale(self) -> str:
+        return self.tables[0].usual_scale
+
+    @property
+    def params(self) -> tuple[StoredParam, ...]:
+        return (StoredParam("scale", "scale"), StoredParam("which", "code", bits=(len(self.tables) - 1).bit_length()))
+
+    def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
+        """Choose the table with the smallest squared error, and its scale. A block of zeros gets scale 0 and table 0."""
+        scale = torch.zeros_like(blocks[:, :1])
+        which = torch.zeros_like(scale)
+        smallest = torch.full_like(scale, math.inf)
+        for index, table in enumerate(self.tables):
+            params = table.fit(blocks, importance)
+            error = table.decode(table.encode(blocks, params), params).sub_(blocks).square_()
+            total = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+            better = total < smallest
+            smallest = torch.where(better, total, smallest)
+            scale = torch.where(better, params["scale"], scale)
+            which = torch.where(better, float(index), which)
+        return {"scale": scale, "which": which}
+
+    def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
+        which = params["which"].expand(*values.shape[:-1], 1)[..., 0]
+        scale = params["scale"].expand(*values.shape[:-1], 1)
+        codes = torch.empty(values.shape, dtype=code_dtype(self.code_bits), device=values.device)
+        for index, table in enumerate(self.tables):
+            here = which == index
+            codes[here] = table.encode(values[here], {"scale": scale[here]})
+        return codes
+
+    def decode(self, codes: Int[torch.Tensor, "... n"], params: Params) -> Float[torch.Tensor, "... n"]:
+        joined = _joined(self.tables, codes.device)
+        return joined[codes.int() + (params["which"].int() << self.code_bits)] * params["scale"]
+
+    def check(self, codes: Int[torch.Tensor, "..."]) -> None:
+        """Raise FormatError when a code stands for no level; the tables agree on which do."""
+        self.tables[0].check(codes)
+
+
+def _unused(table: Levels) -> frozenset[int]:
+    used = {code for code, level in enumerate(table.levels) if not math.isnan(level)}
+    return frozenset(range(1 << table.code_bits)) - used
+
+
+@cache
+def _joined(tables: tuple[Levels, ...], device: torch.device) -> Float[torch.Tensor, " levels"]:
+    """Give the levels of all tables, one table after the other, each filled up to 2^code_bits."""
+    rows = [[*table.levels, *[math.nan] * ((1 << table.code_bits) - len(table.levels))] for table in tables]
+    return torch.tensor(rows, dtype=torch.float32, device=device).flatten()

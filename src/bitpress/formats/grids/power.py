@@ -1,0 +1,35 @@
+"""Power functions: integers raised to an exponent that every block chooses, from evenly spaced to dense around zero.
+
+    w_hat = sign(q) * (|q| / 2^(bits-1))^p * scale          q = code - 2^(bits-1), p = EXPONENTS[which]
+
+Source   Yvinec et al. 2023, "NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search": weights are quantized evenly
+         after sign(w) |w|^a, the maps that keep products products; here p = 1/a.
+Differs  a is searched per block (`tensor` gives the one exponent of a layer) in a list of eight and by the squared error of the
+         weights, where the paper learns it. The nearest level is taken in w, where rounding sign(w) |w|^a would pick the nearest there.
+         Powers that a product can be taken in are not the aim: codes are decoded before they are multiplied.
+Cost     fit tries all eight.
+
+The first exponent is 1, which is intN.
+
+    >>> [round(1 / p, 2) for p in EXPONENTS]
+    [1.0, 0.8, 0.67, 0.57, 0.5, 0.44, 0.4, 0.36]
+"""
+
+import math
+
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.mixture import Mixture
+
+__all__ = ["EXPONENTS", "power"]
+
+# Nine in ten blocks of 64 Gaussian weights take one of the first three at 4 bits; heavy tails take the others.
+EXPONENTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75)
+
+
+def power(bits: int) -> Mixture:
+    """Give the grid of this width."""
+    half = 1 << (bits - 1)
+    tables = (
+        Levels(f"pow{bits}", tuple(math.copysign((abs(q) / half) ** p, q) for q in range(-half, half))) for p in EXPONENTS
+    )
+    return Mixture(f"pow{bits}", tuple(tables))

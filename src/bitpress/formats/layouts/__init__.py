@@ -1,0 +1,1 @@
+"""Layouts: how a row of codes becomes bytes."""

@@ -1,0 +1,1 @@
+"""Maps: the changes of basis before and after the terms of a weight."""

@@ -1,0 +1,202 @@
+"""Maps: the linear changes of basis before and after the terms of a compressed weight.
+
+    y = T_out (sum of terms) T_in x
+
+A map acts on the last dimension. The `i`-th value after `Scale` is `scale[i] * x[i]`, after `Permutation` it is `x[order[i]]`.
+`Hadamard` and `Kronecker` are in `formats.maps.rotations`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.errors import FormatError, unknown_name
+from bitpress.formats.format import Expected
+from bitpress.formats.maps.rotations import Hadamard, Kronecker
+
+__all__ = ["MAPS", "Chain", "Map", "Permutation", "Scale", "chain", "split_kind"]
+
+
+class Map(Protocol):
+    kind: ClassVar[str]
+
+    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        """Give T x."""
+        ...
+
+    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        """Give T' x; the rows of `w T` are T' times the rows of `w`."""
+        ...
+
+    def dual(self) -> "Map":
+        """Give the map T^-T, by which the rows of a weight change where its inputs change by T; T itself for a rotation."""
+        ...
+
+    def spec(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+    def check(self) -> None:
+        """Raise FormatError when the stored content is not a map of this kind."""
+        ...
+
+
+def _no_settings(spec: Mapping[str, Any]) -> None:
+    if spec:
+        raise FormatError(f"this map has no settings, got {sorted(spec)}.")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply every channel by its own factor."""
+
+    scale: Float[torch.Tensor, " n"]
+    kind: ClassVar[str] = "scale"
+
+    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return x * self.scale.to(x.dtype)
+
+    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return self.apply(x)
+
+    def dual(self) -> "Scale":
+        return Scale(1 / self.scale)
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale}
+
+    @staticmethod
+    def expected(spec: Mapping[str, Any], size: int) -> Expected:
+        _no_settings(spec)
+        return {"scale": (torch.float32, (size,))}
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Scale":
+        return cls(tensors["scale"])
+
+    def check(self) -> None:
+        if not bool(torch.isfinite(self.scale).all()):
+            raise FormatError("a scale map holds a NaN or an infinity.")
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Put channel `order[i]` in place `i`."""
+
+    order: Int[torch.Tensor, " n"]
+    kind: ClassVar[str] = "permutation"
+
+    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return x[..., self.order.long()]
+
+    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return x[..., torch.argsort(self.order.long())]
+
+    def dual(self) -> "Permutation":
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"order": self.order}
+
+    @staticmethod
+    def expected(spec: Mapping[str, Any], size: int) -> Expected:
+        _no_settings(spec)
+        return {"order": (torch.int32, (size,))}
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Permutation":
+        return cls(tensors["order"])
+
+    def check(self) -> None:
+        # The order becomes an address: anything but every channel once is refused before a gather sees it.
+        if not torch.equal(torch.sort(self.order).values.long(), torch.arange(self.order.numel())):
+            raise FormatError("a permutation map does not hold every channel exactly once.")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Apply several maps, the first one first."""
+
+    maps: tuple[Map, ...]
+    kind: ClassVar[str] = "chain"
+
+    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        for change in self.maps:
+            x = change.apply(x)
+        return x
+
+    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        for change in reversed(self.maps):
+            x = change.apply_transposed(x)
+        return x
+
+    def dual(self) -> "Chain":
+        return Chain(tuple(change.dual() for change in self.maps))
+
+    def spec(self) -> dict[str, Any]:
+        return {"maps": [{"kind": change.kind, **change.spec()} for change in self.maps]}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{name}": t for i, change in enumerate(self.maps) for name, t in change.tensors().items()}
+
+    @staticmethod
+    def expected(spec: Mapping[str, Any], size: int) -> Expected:
+        parts = spec.get("maps")
+        if set(spec) != {"maps"} or not isinstance(parts, list) or not 2 <= len(parts) <= 8:
+            raise FormatError("a chain is specified by its 2 to 8 maps, no more and no less.")
+        tensors: Expected = {}
+        for i, part in enumerate(parts):
+            if isinstance(part, Mapping) and part.get("kind") == "chain":
+                raise FormatError("a chain does not hold another chain.")
+            kind, rest = split_kind(part, "map", MAPS)
+            tensors |= {f"{i}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
+        return tensors
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Chain":
+        maps = []
+        for i, part in enumerate(spec["maps"]):
+            kind, rest = split_kind(part, "map", MAPS)
+            own = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            maps.append(MAPS[kind].build(rest, own))
+        return cls(tuple(maps))
+
+    def check(self) -> None:
+        for change in self.maps:
+            change.check()
+
+
+MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker]] = {
+    "scale": Scale,
+    "permutation": Permutation,
+    "chain": Chain,
+    "hadamard": Hadamard,
+    "kronecker": Kronecker,
+}
+
+
+def chain(*maps: Map | None) -> Map | None:
+    """Put maps one after the other, the first one first; None stands for no change."""
+    parts: list[Map] = []
+    for change in maps:
+        parts += change.maps if isinstance(change, Chain) else [] if change is None else [change]
+    return None if not parts else parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def split_kind(entry: Any, noun: str, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Take a specification apart into its kind, which must be in `table`, and the rest."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str):
+        raise FormatError(f"a {noun} needs a kind.")
+    kind = entry["kind"]
+    if kind not in table:
+        raise unknown_name(noun, kind, table)
+    return kind, {k: v for k, v in entry.items() if k != "kind"}

@@ -1,0 +1,1 @@
+"""Terms: what a compressed weight is a sum of."""

@@ -1,0 +1,212 @@
+"""Opening what was written as its user will: the loader of transformers, decoded and packed, and the runtime that `run` would choose.
+
+Before publishing, every road is taken with one block in memory at a time, through the functions that `bitpress.load` is made of. Only the
+native engine holds all its weights at once; where the memory for that is not free, the report says that it was not opened.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Int
+
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError
+from bitpress.evaluation import measure_distance
+from bitpress.exhaustion import is_out_of_memory
+from bitpress.measure.windows import calibration_windows
+from bitpress.models.skeleton import build_config
+from bitpress.models.streaming import StreamedModel
+from bitpress.native import code_paths
+from bitpress.progress import Progress
+from bitpress.recipes import Calibration
+from bitpress.runtime.hf.loading import default_dtype, fill_, open_skeleton
+from bitpress.runtime.native.assemble import lay_out_directory, load_engine, refuses
+from bitpress.runtime.native.engine import MOST_PROMPT_COST, Engine, make_engine
+
+__all__ = [
+    "Runtime",
+    "check_loads",
+    "check_opens",
+    "choose_opened",
+    "measure_prompt_cost",
+    "native_runtime",
+    "opening",
+    "prompt_windows",
+    "transformers_runtime",
+]
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+# Tokens that a block runs in packed layers: enough that every expert of a small model gets some.
+TRIED = 8
+# Texts that say what 8-bit inputs cost in prompts.
+PROMPTS, PROMPT_LENGTH = 4, 256
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime with its settings; `engine` is the native one, and a model of transformers computes in `dtype`."""
+
+    name: str
+    settings: Mapping[str, Any]
+    engine: Engine | None = None
+    dtype: torch.dtype | None = None
+
+    def logits(self, tokens: Int[torch.Tensor, "1 length"]) -> torch.Tensor:
+        """Return the native engine's logits of a text of its own."""
+        assert self.engine is not None
+        self.engine.reset()
+        return self.engine.forward(tokens[0].numpy(), logits="all")[None]
+
+
+def choose_opened(pressed: CompressedCheckpoint) -> str:
+    """Name the runtime that `run` would choose for a directory that is not published yet."""
+    return "transformers" if refuses(build_config(pressed.config)) is not None else "native"
+
+
+def native_runtime(pressed: CompressedCheckpoint, **options: Any) -> Runtime:
+    """Open a directory in the native engine; options are those of `load_engine`. Raises MemoryLimitError before it takes what is not free."""
+    _check_room(pressed)
+    try:
+        engine = load_engine(pressed, **options)
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"{pressed.root}: there is no memory to open the native engine; make room and try again."
+        ) from error
+    return Runtime("native", {key: engine.facts[key] for key in ("activations", "cache", "head")}, engine=engine)
+
+
+def prompt_windows(model: Path, config: Mapping[str, Any]) -> Int[torch.Tensor, "windows length"]:
+    """Draw texts for `measure_prompt_cost` where a recipe reads none. Raises CalibrationError, CheckpointError."""
+    built = build_config(config)
+    length = min(PROMPT_LENGTH, getattr(built.get_text_config(), "max_position_embeddings", None) or PROMPT_LENGTH)
+    return calibration_windows(Calibration(samples=PROMPTS, length=length), model, built).tokens
+
+
+def measure_prompt_cost(
+    pressed: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
+) -> float | None:
+    """Measure what 8-bit inputs of products cost in prompts of the native engine, in nats a token; None where that is not much.
+
+    `windows` are texts that choices may be made on. Measured on bytes even where this processor has tiles of bf16: the directory may be
+    run anywhere. None too where the engine does not run the model, or has no room (which is noted).
+    """
+    if choose_opened(pressed) != "native":
+        return None
+    length = min(PROMPT_LENGTH, windows.shape[1])
+    with opening(pressed, "the runtime native"):
+        try:
+            _check_room(pressed)
+        except MemoryLimitError as error:
+            progress.note(str(error))
+            return None
+        parts, _, _ = lay_out_directory(pressed, "keep", context=length)
+        path = next((name for name in code_paths() if name != "amx"), None)
+
+        def logits(activations: str) -> Logits:
+            engine = make_engine(parts, activations=activations, cache="fp16", context=length, threads=None, path=path)
+            return Runtime("native", {}, engine=engine).logits
+
+        cost = measure_distance(logits("none"), logits("int8"), windows[:PROMPTS, :length]).kl_mean
+    if cost <= MOST_PROMPT_COST:
+        return None
+    progress.note(f"8-bit inputs would cost prompts {cost:.2g} nats a token: the native engine reads them in float.")
+    return round(cost, 6)
+
+
+def transformers_runtime(pressed: CompressedCheckpoint) -> Runtime:
+    """Return what `bitpress.load` opens without options."""
+    dtype = default_dtype(pressed)
+    return Runtime("transformers", {"weights": "decoded", "dtype": str(dtype).removeprefix("torch.")}, dtype=dtype)
+
+
+def check_loads(pressed: CompressedCheckpoint, check_stop: Callable[[], None] = lambda: None) -> None:
+    """Raise CheckpointError unless transformers' model takes every parameter, and its blocks run on packed layers too.
+
+    Of blocks that are alike, the first one is run. What the weights decode to is compared elsewhere.
+    """
+    with opening(pressed, "bitpress.load"):
+        open_skeleton(pressed, default_dtype(pressed))
+    with opening(pressed, 'bitpress.load(weights="packed")'), torch.no_grad():
+        model = StreamedModel(build_config(pressed.config), pressed, default_dtype(pressed))
+        model.load_outer_()
+        hidden = model.embed(_tried(pressed))
+        seen: set[str] = set()
+        for i in range(len(model.blocks)):
+            kind = _kind(pressed, model.block_name(i))
+            if kind not in seen:
+                check_stop()
+                seen.add(kind)
+                fill_(model.model, pressed, model.dtype, prefix=f"{model.block_name(i)}.", packed=True)
+                model.run_block(i, hidden)
+                model.blocks[i].to("meta")
+
+
+def check_opens(pressed: CompressedCheckpoint, progress: Progress) -> None:
+    """Raise CheckpointError unless the runtime that `run` would choose opens a directory, NumericsError unless its logits are finite."""
+    if choose_opened(pressed) == "native":
+        with opening(pressed, "the runtime native"):
+            try:
+                native_runtime(pressed).logits(_tried(pressed))
+            except MemoryLimitError as error:
+                progress.note(str(error))
+
+
+def _tried(pressed: CompressedCheckpoint) -> torch.Tensor:
+    vocabulary: int = build_config(pressed.config).get_text_config().vocab_size
+    return torch.arange(TRIED)[None] % vocabulary
+
+
+@contextlib.contextmanager
+def opening(pressed: CompressedCheckpoint, what: str) -> Iterator[None]:
+    """Turn what a loader raises into a CheckpointError that says that nothing is published, an overflow into a NumericsError that does."""
+    try:
+        yield
+    except JobStopped:
+        raise
+    except NumericsError as error:
+        raise NumericsError(f"{pressed.root}: {error} Nothing is published.") from error
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        raise CheckpointError(
+            f"{pressed.root}: {what} cannot open what was written: {reason}; nothing is published."
+        ) from error
+
+
+def _kind(pressed: CompressedCheckpoint, block: str) -> str:
+    """Describe a block by its parameters and how each is stored, sizes of single terms left out."""
+    prefix = f"{block}."
+    plain = [name.removeprefix(prefix) for name in pressed.plain if name.startswith(prefix)]
+    weights = [
+        (name.removeprefix(prefix), record.transposed, record.experts, record.spec["shape"], _terms(record.spec))
+        for name, record in pressed.manifest.weights.items()
+        if name.startswith(prefix)
+    ]
+    return str((sorted(plain), sorted(weights, key=str)))
+
+
+def _terms(spec: Mapping[str, Any]) -> list[Any]:
+    maps = [None if spec[key] is None else spec[key]["kind"] for key in ("input_map", "output_map")]
+    return [*(term.get("format", term["kind"]) for term in spec["terms"]), *maps]
+
+
+def _check_room(pressed: CompressedCheckpoint) -> None:
+    needed = _sixteen_bits(pressed)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryLimitError(
+            f"{pressed.root}: the native engine may need {needed:,} bytes of memory and {free:,} are free; make room and try again."
+        )
+
+
+def _sixteen_bits(pressed: CompressedCheckpoint) -> int:
+    """Bytes of a model whose compressed weights take 16 bits each: the most that any layout of them takes."""
+    shapes = [record.spec["shape"] for record in pressed.manifest.weights.values()]
+    plain = sum(entry.nbytes for entry in pressed.plain.values())
+    return plain + sum(2 * int(rows) * int(columns) for rows, columns in shapes)

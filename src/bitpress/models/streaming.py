@@ -1,0 +1,274 @@
+"""Streaming: run a model block by block, with one block's weights in memory.
+
+The model's own code does everything outside the blocks. Its blocks are told to step aside (`forward` replaced on the instance):
+once to learn what the model passes to each of them, and later to feed stored hidden states into the norm and the head. So nothing
+here depends on an architecture. Where more than hidden states goes from block to block, or what blocks are given depends on the text,
+the "hidden states" that are stored and passed on here are the states of carried.py.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+
+from bitpress.errors import CheckpointError
+from bitpress.models.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins
+from bitpress.models.skeleton import build_skeleton, restore_ties_, set_parameter_
+from bitpress.models.uses import Use, find_uses
+
+__all__ = ["ParameterLoader", "StreamedModel"]
+
+
+class ParameterLoader(Protocol):
+    """Where parameters come from: an original checkpoint, or a compressed one decoded on the way."""
+
+    def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
+        """Give every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
+        ...
+
+
+class StreamedModel:
+    """A skeleton with its outer parts loaded; blocks come and go."""
+
+    def __init__(self, config: Any, loader: ParameterLoader | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._loader = loader
+        self.model = build_skeleton(config, dtype)
+        self.stack, self.blocks = choose_stack(self.model)
+        self._check_apart()
+        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._wraps_in_tuple: bool | None = None
+        self._carried: Carried | None = None
+
+    @property
+    def loader(self) -> ParameterLoader:
+        if self._loader is None:
+            raise CheckpointError("this model has no source of parameters.")
+        return self._loader
+
+    @loader.setter
+    def loader(self, loader: ParameterLoader) -> None:
+        self._loader = loader
+
+    @cached_property
+    def uses(self) -> dict[str, Use]:
+        """What the model does with each of its matrices."""
+        return find_uses(self.model)
+
+    def block_name(self, i: int) -> str:
+        return f"{self.stack}.{i}"
+
+    def load_outer_(self) -> dict[str, torch.Tensor]:
+        """Load everything that is in no block (embeddings, norms, head) and give it as stored."""
+        tensors = self.loader.load("", exclude=f"{self.stack}.")
+        self.fill_(tensors)
+        restore_ties_(self.model)
+        return tensors
+
+    def drop_outer_(self) -> None:
+        """Give the memory of everything outside the blocks back."""
+        for name, value in list(self.model.named_parameters()):
+            if not name.startswith(f"{self.stack}."):
+                set_parameter_(self.model, name, torch.empty_like(value, device="meta"))
+
+    def load_block_(self, i: int) -> dict[str, torch.Tensor]:
+        """Load one block and give its tensors as stored."""
+        tensors = self.loader.load(f"{self.block_name(i)}.")
+        self.fill_(tensors)
+        return tensors
+
+    def fill_(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set parameters, floating ones in the type that the model computes in."""
+        for name, value in tensors.items():
+            set_parameter_(self.model, name, value.to(self.dtype) if value.is_floating_point() else value)
+
+    def drop_block_(self, i: int) -> None:
+        """Give the block's memory back."""
+        for name, value in list(self.blocks[i].named_parameters()):
+            set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
+
+    @property
+    def width(self) -> int:
+        """Values of a token that are stored between blocks, as far as that can be said before the text is seen."""
+        self._look_()
+        return int(self.model.config.get_text_config().hidden_size if self._carried is None else self._carried.width)
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length hidden"]:
+        """Give the first block's input, and note what the model passes to every block for this shape."""
+        shape = (tokens.shape[0], tokens.shape[1])
+        self._look_()
+        if self._carried is None and shape not in self._arguments:
+            arguments = self._learn_arguments(tokens)
+            # What depends on the text would be wrong for the next batch: ask again with other tokens and compare.
+            other = tokens.flip(1)
+            if torch.equal(other, tokens):
+                other = (tokens + 1) % self.model.config.get_text_config().vocab_size
+            if _same(arguments, self._learn_arguments(other)):
+                self._arguments[shape] = arguments
+            else:
+                self._carried = find_carried(self.model, self.blocks, self.dtype)
+        if self._carried is not None:
+            return self._carried.begin(tokens)
+
+        def stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+            raise Stop(args, kwargs)
+
+        with stand_ins(self.blocks, [stop] + [_never] * (len(self.blocks) - 1)):
+            return self._until_stop(tokens)
+
+    @torch.no_grad()
+    def run_block(
+        self, i: int, hidden: Float[torch.Tensor, "batch length hidden"]
+    ) -> Float[torch.Tensor, "batch length hidden"]:
+        """Run one loaded block on hidden states of a shape that `embed` has seen."""
+        return self._run_block(i, hidden)
+
+    def _run_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        if self._carried is not None:
+            return self._carried.run(self.model, self.blocks, i, hidden)
+        args, kwargs = self._arguments[(hidden.shape[0], hidden.shape[1])][i]
+        out = self.blocks[i](hidden, *args, **kwargs)
+        result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        return result
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
+    ) -> Float[torch.Tensor, "batch length vocabulary"]:
+        """Give the logits that follow from the last block's output."""
+        return self._logits(tokens, hidden)
+
+    def loss_gradient(
+        self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
+    ) -> Float[torch.Tensor, "batch length hidden"]:
+        """Give the gradient of the mean next-token loss by the last block's output."""
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            logits = self._logits(tokens, leaf)[:, :-1].flatten(0, 1).float()
+            loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient
+
+    def block_gradients(
+        self,
+        i: int,
+        hidden: Float[torch.Tensor, "batch length hidden"],
+        gradient: Float[torch.Tensor, "batch length hidden"],
+        parameters: Sequence[str],
+    ) -> tuple[Float[torch.Tensor, "batch length hidden"], list[torch.Tensor]]:
+        """Run a loaded block again and give the loss's gradients by its input and by parameters, from that by its output."""
+        leaves = [self.model.get_parameter(name) for name in parameters]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                start = hidden.detach().requires_grad_()
+                out = self._run_block(i, start)
+                by_input, *found = torch.autograd.grad(out, [start, *leaves], gradient, allow_unused=True)
+        finally:
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+        given = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        return torch.zeros_like(start) if by_input is None else by_input, given
+
+    def _logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self._carried is not None:
+            return self._carried.logits(self.model, self.blocks, tokens, hidden)
+
+        def replace(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._wraps_in_tuple else hidden
+
+        def keep(given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (given,) if self._wraps_in_tuple else given
+
+        with stand_ins(self.blocks, [keep] * (len(self.blocks) - 1) + [replace]):
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return logits
+
+    def _until_stop(self, tokens: torch.Tensor) -> torch.Tensor:
+        try:
+            self.model(input_ids=tokens, use_cache=False)
+        except Stop as stop:
+            hidden: torch.Tensor = stop.args_seen[0]
+            return hidden
+        raise CheckpointError(f"{type(self.model).__name__} does not run its blocks at {self.stack} in order.")
+
+    def _learn_arguments(self, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs))
+            if len(seen) == len(self.blocks):
+                raise Stop((hidden,))
+            return (hidden,) if self._wraps_in_tuple else hidden
+
+        with stand_ins(self.blocks, [note] * len(self.blocks)):
+            self._until_stop(tokens)
+        return seen
+
+    def _check_apart(self) -> None:
+        """Raise CheckpointError when blocks share a weight: it would be compressed twice, differently."""
+        for alias, original in dict(self.model.all_tied_weights_keys).items():
+            if alias.startswith(f"{self.stack}.") and original.startswith(f"{self.stack}."):
+                raise CheckpointError(
+                    f"{type(self.model).__name__}: {alias} and {original} are one weight; blocks that share weights "
+                    "cannot be compressed one by one."
+                )
+
+    def _look_(self) -> None:
+        """Find out, once, how blocks return their hidden states, or what else they carry. Raises CheckpointError."""
+        if self._carried is not None or self._wraps_in_tuple is not None:
+            return
+        with torch.no_grad(), hollow(self.model):
+            plain = next((wrap for wrap in (False, True) if self._steps_aside(wrap)), None)
+        if plain is None:
+            self._carried = find_carried(self.model, self.blocks, self.dtype)
+            if self._carried.is_plain:  # a mapping was passed along, and nobody uses it
+                self._wraps_in_tuple, self._carried = isinstance(self._carried.form, (tuple, list)), None
+        else:
+            self._wraps_in_tuple = plain
+
+    def _steps_aside(self, wrap: bool) -> bool:
+        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and gives them the same for any text."""
+        tokens = torch.arange(12).reshape(3, 4) % 7  # three texts: two would unpack as hidden states and something else
+        given: list[tuple[int, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def step_aside(i: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            given.append((i, hidden, args, kwargs))
+            return (hidden,) if wrap else hidden
+
+        with stand_ins(self.blocks, [partial(step_aside, i) for i in range(len(self.blocks))]):
+            try:
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+                self.model(input_ids=tokens.flip(1), use_cache=False)
+            except BREAKS:
+                return False
+        first, other = given[: len(self.blocks)], given[len(self.blocks) :]
+        return (
+            [i for i, *_ in given] == 2 * list(range(len(self.blocks)))
+            and all(hidden.ndim == 3 and hidden.shape[:2] == tokens.shape for _, hidden, *_ in given)
+            and not any(_may_be_shared(v) for _, _, args, kwargs in given for v in (*args, *kwargs.values()))
+            and _same([g[2:] for g in first], [g[2:] for g in other])
+            and tuple(logits.shape[:2]) == tuple(tokens.shape)
+        )
+
+
+def _may_be_shared(value: Any) -> bool:
+    return isinstance(value, MutableMapping) and not value
+
+
+def _never(*args: Any, **kwargs: Any) -> Any:
+    raise CheckpointError("a block ran before the first one.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and set(a) == set(b) and all(_same(a[k], b[k]) for k in a)
+    return True

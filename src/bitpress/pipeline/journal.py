@@ -1,0 +1,338 @@
+"""The job: what makes a long run resumable. One writer, one journal, units of work that are on disk or have not happened.
+
+    OUT/.bitpress/job.json          the identity: hashes of the source, of the calibration tokens, the recipe, versions
+    OUT/.bitpress/lock              held while a process works here
+    OUT/.bitpress/journal.jsonl     one line a finished unit, each with a CRC; a torn last line is ignored
+    OUT/.bitpress/objects/          finished weight files, under their final names
+    OUT/.bitpress/activations/      what feeds the next block, exactly as it was
+    OUT/.bitpress/kept/             what was measured once, before the first unit
+
+A unit is committed in this order: its weight file, the activations after it, its journal line; each is fsynced before the next.
+Publishing renames the weight files into OUT and writes the manifest last.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
+from bitpress.checkpoints.directory import check_file_name
+from bitpress.checkpoints.durable import (
+    append_durably,
+    fsync_directory,
+    hash_file,
+    open_regular,
+    read_into,
+    write_durably,
+)
+from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
+from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
+from bitpress.checkpoints.side_files import check_listed_name
+from bitpress.errors import CheckpointError, DiskError, UsageError
+
+__all__ = ["Job", "check_vacant", "differences"]
+
+
+class _After(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    file: str
+    sha256: str
+
+
+class _Unit(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    unit: str
+    shard: str
+    bytes: int
+    sha256: str
+    facts: dict[str, Any]
+    after: _After | None
+
+
+class Job:
+    """An open job: the lock is held until `close`."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out = out
+        self.root = out / JOB_DIRECTORY
+        self.identity = dict(identity)
+        self.units: list[dict[str, Any]] = []
+        self._lock: int | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "bitpress-journal")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    @classmethod
+    def open(cls, out: Path, identity: Mapping[str, Any], *, force: bool = False) -> "Job":
+        """Start or resume the job of a directory.
+
+        Raises UsageError when another process works there, when the directory holds something else, or when its job is not
+        this one (the fields that differ are named); with `force`, a different job of bitpress, or a damaged one, is discarded.
+        """
+        job = cls(out, identity)
+        check_vacant(out)
+        if job.root.is_symlink():
+            raise UsageError(f"{job.root}: is a link; a job works in a directory of its own.")
+        with _disk_errors(job.root):
+            (job.root / "objects").mkdir(parents=True, exist_ok=True)
+            (job.root / "activations").mkdir(exist_ok=True)
+        job._acquire()
+        try:
+            job._take_up(force)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    def _take_up(self, force: bool) -> None:
+        known = self.root / "job.json"
+        if known.exists():
+            changed = differences(read_json(known), self.identity)
+            if changed and not force:
+                raise UsageError(
+                    f"{self.out}: holds an unfinished job that differs in {'; '.join(changed)}. Use --force to discard it."
+                )
+            if changed:
+                known.unlink()
+        if not known.exists():
+            # Without its identity nobody knows whose work the rest is: of a job discarded, or removed, halfway.
+            self._discard()
+            write_durably(known, [write_json_bytes(self.identity)])
+        try:
+            self._read_journal()
+            self._find_activations()
+            self._check_kept()
+        except CheckpointError:
+            if not force:
+                raise
+            self._discard()
+
+    def close(self) -> None:
+        """Let go of the directory, once what is being written is written."""
+        self._writer.shutdown()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit_behind(
+        self,
+        unit: str,
+        shard: str,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, Any],
+        activations: torch.Tensor | None,
+    ) -> None:
+        """Commit a unit while the next one is worked on. Nothing given may change before `settle` has returned."""
+        self.settle()
+        self._pending = self._writer.submit(self.commit, unit, shard, tensors, facts, activations)
+
+    def settle(self) -> None:
+        """Wait until the last unit is durable; raise what its commit raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def commit(
+        self,
+        unit: str,
+        shard: str,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, Any],
+        activations: torch.Tensor | None,
+    ) -> None:
+        """Make a unit durable. When this returns, the unit survives a kill."""
+        size, digest = write_durably(self.root / "objects" / shard, serialize(tensors, {"format": "pt"}))
+        line: dict[str, Any] = {"unit": unit, "shard": shard, "bytes": size, "sha256": digest, "facts": facts, "after": None}
+        if activations is not None:
+            name = f"{len(self.units):05d}.safetensors"
+            _, after = write_durably(self.root / "activations" / name, serialize({"hidden": activations}, None))
+            line["after"] = {"file": name, "sha256": after}
+        payload = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        append_durably(self.root / "journal.jsonl", b"%08x " % zlib.crc32(payload) + payload + b"\n")
+        self.units.append(line)
+        for old in (self.root / "activations").iterdir():
+            if line["after"] is None or old.name != line["after"]["file"]:
+                old.unlink()
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Store what was measured before the first unit; the answer belongs into that unit's facts as `kept`."""
+        with _disk_errors(self.root / "kept"):
+            (self.root / "kept").mkdir(exist_ok=True)
+        _, digest = write_durably(self.root / "kept" / name, serialize(tensors, None))
+        return {name: digest}
+
+    def kept(self, name: str) -> Callable[[str], torch.Tensor]:
+        """Give a reader of the tensors kept under `name`."""
+        path = self.root / "kept" / name
+        entries, _ = read_header(path)
+        return lambda tensor: read_tensor(path, entries[tensor])
+
+    def _check_kept(self) -> None:
+        listed = self.units[0]["facts"].get("kept", {}) if self.units else {}
+        if not isinstance(listed, dict):
+            raise CheckpointError(f"{self.root / 'journal.jsonl'}:1: is not a unit of work; start again with --force.")
+        for name, digest in listed.items():
+            check_file_name(str(self.root / "journal.jsonl"), name)
+            path = self.root / "kept" / name
+            if not path.is_file() or hash_file(path) != digest:
+                raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
+
+    def activations(self) -> torch.Tensor | None:
+        """Give what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        path = self._find_activations()
+        return None if path is None else read_tensor(path, read_header(path)[0]["hidden"])
+
+    def _find_activations(self) -> Path | None:
+        after = self.units[-1]["after"] if self.units else None
+        if after is None:
+            return None
+        path: Path = self.root / "activations" / after["file"]
+        if not path.exists() or hash_file(path) != after["sha256"]:
+            raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
+        return path
+
+    def publish(self, files: Mapping[str, bytes], manifest: bytes) -> None:
+        """Put everything in place, the manifest last, and remove the job's own folder."""
+        self.stage(files)
+        write_durably(self.out / MANIFEST_NAME, [manifest])
+        shutil.rmtree(self.root)
+        fsync_directory(self.out)
+
+    def stage(self, files: Mapping[str, bytes]) -> None:
+        """Put weight files and `files` in place without a manifest; may be done again after a kill."""
+        self._retire_previous({unit["shard"] for unit in self.units} | set(files))
+        for unit in self.units:
+            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            if made.exists():
+                with _disk_errors(final):
+                    os.replace(made, final)
+            elif not final.exists():
+                raise CheckpointError(f"{made}: a finished weight file is gone; start again with --force.")
+        for name, content in files.items():
+            with _disk_errors(self.out / name):
+                (self.out / name).parent.mkdir(exist_ok=True)
+            if "/" in name and (self.out / name).parent.is_symlink():
+                raise UsageError(f"{(self.out / name).parent}: is a link; remove it.")
+            write_durably(self.out / name, [content])
+        fsync_directory(self.out)
+
+    def _retire_previous(self, kept: Collection[str]) -> None:
+        """Take the model that is being replaced out of the directory: first the files that only it has, then its manifest."""
+        manifest = self.out / MANIFEST_NAME
+        if not manifest.exists():
+            return
+        old: Any = None
+        with contextlib.suppress(CheckpointError):  # a manifest that cannot be read lists nothing
+            old = read_json(manifest)
+        listed = old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ()
+        for name in listed:
+            check_listed_name(str(manifest), name)
+        with _disk_errors(manifest):
+            for name in listed:
+                if name not in kept:
+                    (self.out / name).unlink(missing_ok=True)
+            manifest.unlink()  # last: it says what is still to be taken away, should this be interrupted
+        fsync_directory(self.out)
+
+    def _acquire(self) -> None:
+        path = self.root / "lock"
+        with _disk_errors(path):
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = not path.exists() or not os.path.samestat(os.fstat(self._lock), os.stat(path))
+        except BlockingIOError as error:
+            self.close()
+            raise UsageError(f"{self.out}: another process is working on this directory; wait for it or stop it.") from error
+        if gone:  # the one who held it has finished meanwhile, and taken its folder away
+            self.close()
+            raise UsageError(f"{self.out}: another process has just finished here; run the command again.")
+
+    def _discard(self) -> None:
+        with _disk_errors(self.root):
+            (self.root / "journal.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(self.root / "kept", ignore_errors=True)
+            for folder in ("objects", "activations"):
+                shutil.rmtree(self.root / folder)
+                (self.root / folder).mkdir()
+        self.units.clear()
+
+    def _read_journal(self) -> None:
+        path = self.root / "journal.jsonl"
+        if not path.exists():
+            return
+        with open_regular(path) as (descriptor, num_bytes):
+            data = bytearray(num_bytes)
+            read_into(path, descriptor, memoryview(data), 0)
+        *lines, torn = data.split(b"\n")
+        for number, raw in enumerate(lines):
+            crc, _, payload = raw.partition(b" ")
+            if crc != b"%08x" % zlib.crc32(payload):
+                raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
+            self.units.append(_checked_unit(f"{path}:{number + 1}", bytes(payload)))
+        if torn:
+            # The line that was being written when the process was killed: that unit has not happened.
+            with _disk_errors(path), path.open("r+b") as file:
+                file.truncate(len(data) - len(torn))
+                os.fsync(file.fileno())
+        for unit in self.units:
+            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            present = made if made.exists() else final
+            if not present.exists() or hash_file(present) != unit["sha256"]:
+                raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
+
+
+def _checked_unit(where: str, payload: bytes) -> dict[str, Any]:
+    """Read a line of the journal; its names become paths, so they are checked like those of any other file."""
+    values = parse_json(payload, where)
+    try:
+        unit = _Unit.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: is not a unit of work; start again with --force.") from error
+    for name in (unit.shard, unit.after.file if unit.after else unit.shard):
+        check_file_name(where, name)
+    return unit.model_dump()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DiskError(f"{path}: {reason}; make room or repair the disk, then the same command goes on from there.") from error
+
+
+def check_vacant(out: Path) -> None:
+    """Raise UsageError when `out` is a file or holds anything but a job of bitpress."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; OUT is the directory to make.")
+    if out.is_dir() and any(out.iterdir()) and not (out / JOB_DIRECTORY).exists() and not (out / MANIFEST_NAME).exists():
+        raise UsageError(f"{out}: holds something else; choose an empty or a new directory.")
+
+
+def differences(known: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the fields in which two identities differ, with both values where they are short."""
+    known = known if isinstance(known, dict) else {}
+    changed = []
+    for key in sorted(set(known) | set(wanted)):
+        a, b = known.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            short = len(str(a)) + len(str(b)) < 60
+            changed.append(f"{prefix}{key} ({a} there, {b} here)" if short else f"{prefix}{key}")
+    return changed

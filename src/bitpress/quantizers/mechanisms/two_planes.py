@@ -1,0 +1,116 @@
+"""Two planes of digits, a scale each, from the weight alone: digits and scales in turn, each the best for the other.
+
+    w_hat = a d_1 + b d_2          digits d_1, d_2 weight by weight, scales a, b for every block
+
+What DB-LLM and PTQTP share; their starts differ. Blocks are sorted once: which weights are nearest to which sum is then a look-up.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+
+from bitpress.formats import CompressedWeight, Format, Packed
+from bitpress.formats.grids.block_levels import SortedBlocks
+from bitpress.formats.grids.planes import Planes
+from bitpress.quantizers.quantizer import Outcome
+
+__all__ = ["best_planes", "by_block", "pairs_of", "ridge_scales", "settle"]
+
+# Scales that move less than this part of themselves have settled; float16 holds 2^-11.
+SETTLED = 1e-4
+
+
+def best_planes(
+    w: Float[torch.Tensor, "out in"],
+    fmt: Format,
+    starts: Iterable[Float[torch.Tensor, "blocks 2"]],
+    steps: int,
+    condition: float,
+) -> Outcome:
+    """Go from every start, and give every block the nearest of the ends and of the format's own fit.
+
+    The figure `improved` is the part of the blocks where an end is nearer than that fit.
+    """
+    fitted = fmt.fit(w)["scale"]
+    blocks = SortedBlocks.of(by_block(w, fmt))
+    pairs = pairs_of(fmt).to(w.device)
+    best = fitted.reshape(-1, 2)
+    smallest = first = _look_up(blocks, pairs, best)[0]
+    for start in starts:
+        scale, error = settle(blocks, pairs, start, steps, condition)
+        better = error < smallest
+        best, smallest = torch.where(better, scale, best), torch.where(better, error, smallest)
+    params = fmt.stored({"scale": best.view(fitted.shape)})
+    weight = CompressedWeight((Packed.pack(fmt, fmt.encode(w, params), params),))
+    return Outcome(weight, figures={"improved": float((smallest < first).float().mean())})
+
+
+def settle(
+    blocks: SortedBlocks,
+    pairs: Float[torch.Tensor, "codes 2"],
+    scale: Float[torch.Tensor, "blocks 2"],
+    steps: int,
+    condition: float,
+) -> tuple[Float[torch.Tensor, "blocks 2"], Float[torch.Tensor, "blocks 1"]]:
+    """Choose digits for the scales and scales for the digits in turn until the scales stay; give the best met and its error."""
+    best, smallest = scale, torch.full_like(blocks.square[:, :1], math.inf)
+    for _ in range(steps):
+        error, count, moment = _look_up(blocks, pairs, scale)
+        better = error < smallest
+        best, smallest = torch.where(better, scale, best), torch.where(better, error, smallest)
+        moved = ridge_scales(count, moment, pairs, condition)
+        if torch.allclose(moved, scale, rtol=SETTLED, atol=0.0):
+            break
+        scale = moved
+    return best, smallest
+
+
+def ridge_scales(
+    count: Float[torch.Tensor, "blocks codes"],
+    moment: Float[torch.Tensor, "blocks codes"],
+    pairs: Float[torch.Tensor, "codes 2"],
+    condition: float,
+) -> Float[torch.Tensor, "blocks 2"]:
+    """Give the best scales by ridge regression, from how many weights have each pair of digits and what they add up to.
+
+    The ridge is the least that keeps the condition of the two normal equations at `condition`: none where the planes differ.
+    """
+    first, second = pairs.double().unbind(1)
+    aa, ab, bb = count @ first.square(), count @ (first * second), count @ second.square()
+    aw, bw = moment @ first, moment @ second
+    middle, spread = (aa + bb) / 2, (((aa - bb) / 2).square() + ab.square()).sqrt()
+    ridge = ((middle + spread - condition * (middle - spread)) / (condition - 1)).clamp(min=0.0)
+    ridge = torch.where(middle > 0, ridge, 1.0)
+    aa, bb = aa + ridge, bb + ridge
+    scale = torch.stack([bb * aw - ab * bw, aa * bw - ab * aw], 1) / (aa * bb - ab.square())[:, None]
+    # Digits of both signs take a scale's sign; a plane of one sign has no use for a negative scale.
+    mirrored = (pairs > 0).any(0) & (pairs < 0).any(0)
+    return torch.where(mirrored, scale.abs(), scale.clamp(min=0.0)).float()
+
+
+def pairs_of(fmt: Format) -> Float[torch.Tensor, "codes 2"]:
+    """Give the two digits of every code of a format of two planes."""
+    assert isinstance(fmt.grid, Planes)
+    first, second = fmt.grid.digits
+    return torch.tensor([(a, b) for b in second for a in first], dtype=torch.float32)
+
+
+def by_block(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tensor, "blocks n"]:
+    """Give the weights of every block, blocks in the order of their parameters."""
+    rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]))
+    tiles = w.float().reshape(w.shape[0] // rows, rows, w.shape[1] // cols, cols)
+    return tiles.transpose(1, 2).reshape(-1, rows * cols)
+
+
+def _look_up(
+    blocks: SortedBlocks, pairs: Float[torch.Tensor, "codes 2"], scale: Float[torch.Tensor, "blocks 2"]
+) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks codes"], Float[torch.Tensor, "blocks codes"]]:
+    """Give every weight its nearest sum: the squared error, and for every pair how many weights have it and what they add up to."""
+    sums = scale[:, :1] * pairs[:, 0] + scale[:, 1:] * pairs[:, 1]
+    rising, order = sums.sort(dim=-1, stable=True)
+    cells = blocks.cells(rising)
+    empty = torch.zeros_like(cells.importance)
+    count, moment = empty.scatter(-1, order, cells.importance), empty.scatter(-1, order, cells.moment)
+    return blocks.error(rising, cells), count, moment

@@ -1,0 +1,116 @@
+"""Load a published model into transformers' own classes, every check first."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bitpress.checkpoints.budget import within
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.safetensors_file import read_tensor
+from bitpress.errors import UsageError
+from bitpress.models.skeleton import build_config, build_skeleton, set_parameter_
+from bitpress.runtime.hf.layers import refuse_saving, replace_
+from bitpress.runtime.prompt import read_generation
+
+__all__ = ["default_dtype", "fill_", "load", "open_skeleton", "train_"]
+
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load(
+    directory: str | Path,
+    *,
+    weights: Literal["decoded", "packed"] = "decoded",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    memory: int | str | None = None,
+    verify: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """Load a directory that bitpress wrote as a model of transformers, ready for `generate`.
+
+    weights     "decoded": decode each weight once, as fast and as large in memory as the original;
+                "packed": keep the codes, a fraction of the memory, and decode at every product
+    dtype       what the rest computes in; "auto" is the original's type
+    memory      of a model of stacks (the quantizer bitstack), read only so many terms that all that is read takes at most these bytes,
+                as a number or like "60MB"; what is decoded is larger
+    verify      check the SHA-256 of every file first
+
+    Raises CheckpointError when anything in the directory is not as its manifest says, MemoryLimitError for too little memory.
+    """
+    if weights not in ("decoded", "packed"):
+        raise UsageError(f"weights={weights!r}: it is 'decoded' or 'packed'.")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r}: it is one of {', '.join(DTYPES)}.")
+    pressed = CompressedCheckpoint.open(directory, verify=verify)
+    if memory is not None:
+        pressed = within(pressed, memory)
+    chosen = DTYPES[dtype] or default_dtype(pressed)
+    model = open_skeleton(pressed, chosen)
+    fill_(model, pressed, chosen, packed=weights == "packed", note=note)
+    model.tie_weights(recompute_mapping=False)
+    generation = read_generation(pressed)
+    if generation is not None:
+        model.generation_config = generation
+    if weights == "packed":
+        model.save_pretrained = refuse_saving
+    else:
+        train_(model)
+    return model
+
+
+def train_(model: torch.nn.Module) -> None:
+    """Let every parameter take gradients, as in any model of transformers that was just loaded."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def open_skeleton(pressed: CompressedCheckpoint, dtype: torch.dtype) -> Any:
+    """Build the model of a directory without its weights, and check every name and shape. Raises CheckpointError."""
+    config = build_config(pressed.config)
+    config.name_or_path = str(pressed.root)
+    model = build_skeleton(config, dtype)
+    pressed.check_fits(model.state_dict())
+    return model
+
+
+def fill_(
+    model: Any,
+    pressed: CompressedCheckpoint,
+    dtype: torch.dtype,
+    *,
+    prefix: str = "",
+    packed: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Read the parameters whose name begins with `prefix` into a model of `open_skeleton`, compressed ones decoded or in packed layers.
+
+    One compressed weight at a time is in memory twice. Raises CheckpointError.
+    """
+    for name, entry in pressed.plain.items():
+        if name.startswith(prefix):
+            value = read_tensor(pressed.tensors[name][0], entry)
+            set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
+    for name, record in pressed.manifest.weights.items():
+        if not name.startswith(prefix):
+            continue
+        if packed:
+            replace_(model, record.parameter(name), pressed.read_weight(name), dtype)
+        else:
+            set_parameter_(model, name, pressed.decode(name).to(dtype))
+        note(name)
+
+
+def default_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
+    """Return the type that a model computes in unless another one is asked for: the original's."""
+    return getattr(build_config(pressed.config), "dtype", None) or _stored_dtype(pressed)
+
+
+def _stored_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
+    """Give the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in pressed.plain.values():
+        if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):
+            sizes[entry.torch_dtype] = sizes.get(entry.torch_dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -1,0 +1,284 @@
+"""The native engine: a decoder that runs on packed weights, from a prompt's tokens to the next one in a single call.
+
+    engine = load(DIR, runtime="native").engine
+    for token in engine.generate(tokens, max_tokens=64): ...
+
+Products read the codes as they are stored (`kernels.native_layout`) and take their input in 8 bits, rounded anew at every product, or in float
+(`activations="none"`), or prompts in float and single tokens in 8 bits ("mixed"). Norms, attention and everything between products are computed in float, the cache is kept in 16 or 8 bits.
+Nothing here imports torch or transformers: a model that is laid out already (`runtime.native.layout_cache`) runs without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from bitpress.errors import NumericsError, UsageError
+from bitpress.library import chosen_path, library
+from bitpress.runtime.native.architectures import Layout
+from bitpress.settings import usable_threads
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+
+__all__ = ["USUAL_HEAD", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
+
+Activations = Literal["int8", "mixed", "none"]
+ACTIVATIONS = get_args(Activations)
+# Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
+MOST_PROMPT_COST = 0.002
+CACHES = {"fp16": False, "int8": True}
+# The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
+USUAL_CONTEXT = 32768
+MOST_THREADS = 1024
+USUAL_HEAD = "int8-g64"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the repetition penalty first, then temperature, top-k, top-p and min-p in turn.
+
+    temperature         0 takes the most likely token
+    top_k               keep the k most likely; 0 keeps all
+    top_p               keep the fewest that have this probability together
+    min_p               keep those at least this part as likely as the most likely
+    repetition_penalty  divide (multiply, if negative) the logit of every token that has been before
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Engine:
+    """A model in native memory with its cache. One engine serves one text at a time; several can live in one process."""
+
+    def __init__(self, model: Any, config: Any, layout: Layout, facts: dict[str, Any]) -> None:
+        self._model = model
+        self.config = config
+        self.layout = layout
+        self.facts = facts
+        self._cached = np.empty(layout.context, np.int32)  # the first `length` are the tokens in the cache
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return int(self._model.length)
+
+    @property
+    def context(self) -> int:
+        return self.layout.context
+
+    @property
+    def apart(self) -> float:
+        """Return the share of prompts' inputs to products that were multiplied in float, because 8 bits do not hold them."""
+        return float(self._model.inputs_apart / max(1, self._model.inputs))
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._model.truncate(0)
+
+    def truncate(self, length: int) -> None:
+        """Forget everything behind the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"a cache of {self.length} tokens cannot be cut to a length of {length}.")
+        self._model.truncate(length)
+
+    def forward(
+        self, tokens: Sequence[int] | np.ndarray, logits: Literal["none", "last", "all"] = "last"
+    ) -> Float[torch.Tensor, "rows vocabulary"]:
+        """Run tokens behind those of the cache and give logits in float32: of none of them, the last, or all."""
+        import torch
+
+        if logits not in ("none", "last", "all"):
+            raise UsageError(f"logits={logits!r}: it is 'none', 'last' or 'all'.")
+        given = self._checked(tokens)
+        self._check_room(given)
+        rows = {"none": 0, "last": 1, "all": len(given)}[logits]
+        return torch.from_numpy(self._forward(given, rows))
+
+    def read(self, tokens: Sequence[int] | np.ndarray, *, logits: bool = False) -> None:
+        """Run tokens behind those of the cache for the cache's sake; with `logits`, those of the last one are computed too."""
+        given = self._checked(tokens)
+        self._check_room(given)
+        self._forward(given, int(logits))
+
+    def _forward(self, given: np.ndarray, rows: int) -> np.ndarray:
+        values = np.empty((rows, self.layout.vocabulary), np.float32)
+        self._remember(given)
+        with self._range():
+            self._model.forward(given, values)
+        return values
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] = (),
+        chunk: int = 512,
+    ) -> Iterator[int]:
+        """Give token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
+
+        The text so far is kept in the cache: the next call begins behind what the two texts have in common.
+        """
+        how = sampling or Sampling()
+        built = library()
+        try:
+            native_how = built.Sampling(how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty)
+        except ValueError as error:
+            raise UsageError(f"{error}.") from error
+        random = built.Random(how.seed & (2**64 - 1))
+        given = self._checked(tokens)
+        self.truncate(self.common(given))
+        fresh = given[self.length :]
+        while len(fresh) > chunk:  # a signal is seen between chunks
+            self._forward(fresh[:chunk], 0)
+            fresh = fresh[chunk:]
+        for _ in range(min(max_tokens, self.context - len(given))):
+            self._remember(fresh)
+            with self._range():
+                token = int(self._model.step(fresh, native_how, random))
+            if token in stop:
+                return
+            yield token
+            fresh = np.array([token], np.int32)
+
+    def common(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """Count the first tokens of a text that the cache holds; the last one is left out, since it is run again for its logits."""
+        given = np.asarray(tokens)[:-1]
+        length = min(self.length, len(given))
+        same = self._cached[:length] == given[:length]
+        return int(length if same.all() else np.argmin(same))
+
+    @contextmanager
+    def _range(self) -> Iterator[None]:
+        """Turn the overflow of a native call into a NumericsError that says what to do."""
+        try:
+            yield
+        except OverflowError as error:
+            settings = ", ".join(f"{key} {self.facts[key]}" for key in ("activations", "cache") if key in self.facts)
+            raise NumericsError(
+                f"the native engine ({settings}): {error}; this model needs the runtime transformers (--runtime transformers)."
+            ) from error
+
+    def _remember(self, tokens: np.ndarray) -> None:
+        """Note tokens that are about to be run behind those of the cache."""
+        behind = self._cached[self.length : self.length + len(tokens)]
+        behind[:] = tokens[: len(behind)]
+
+    def _check_room(self, given: np.ndarray) -> None:
+        if len(given) > self.context - self.length:
+            raise UsageError(f"{len(given)} tokens behind {self.length} of the cache; the context is {self.context}.")
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        given = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        if not len(given):
+            raise UsageError("there are no tokens to run.")
+        unknown = given[(given < 0) | (given >= self.layout.vocabulary)]
+        if len(unknown):
+            raise UsageError(f"token {int(unknown[0])} is not in the vocabulary of {self.layout.vocabulary}.")
+        if len(given) > self.context:
+            raise UsageError(f"{len(given)} tokens; the context is {self.context}.")
+        return given.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model as the engine takes it: its layout, its layers in native memory, and what loading has to say.
+
+    config           what a configuration says of tokens: `vocab_size`, `eos_token_id`, `max_position_embeddings`
+    layers           by layer, the arguments of the native model: linear layers, norms, rotation and window
+    embedding, head  the same object where they are tied
+    bytes_per_token  those of every weight that a token is multiplied with
+    prompt_cost      nats a token that 8-bit inputs cost in prompts, where a directory says that it is much
+    """
+
+    config: Any
+    layout: Layout
+    layers: list[dict[str, Any]]
+    final_norm: np.ndarray
+    embedding: Any
+    head: Any
+    head_format: str
+    expanded: list[str]
+    bytes_per_token: int
+    prompt_cost: float | None = None
+
+
+def check_options(activations: str | None, cache: str, threads: int | None) -> None:
+    """Raise UsageError for an option that no engine has."""
+    if activations is not None and activations not in ACTIVATIONS:
+        raise UsageError(f"activations={activations!r}: it is 'int8', 'mixed' or 'none'.")
+    if cache not in CACHES:
+        raise UsageError(f"cache={cache!r}: it is 'fp16' or 'int8'.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads={threads}: it is 1 to {MOST_THREADS}.")
+
+
+def wanted_context(layout: Layout, context: int | None) -> int:
+    """Give the context to make room for. Raises UsageError for one that the model does not have."""
+    wanted = min(layout.context, USUAL_CONTEXT) if context is None else context
+    if not 1 <= wanted <= layout.context:
+        raise UsageError(f"context={wanted}: the model's own is {layout.context}.")
+    return wanted
+
+
+def make_engine(
+    parts: Parts, *, activations: str | None, cache: str, context: int | None, threads: int | None, path: str | None = None
+) -> Engine:
+    """Put an engine together; without `path`, on the best code path. Raises UsageError, and ValueError for parts that do not fit together."""
+    check_options(activations, cache, threads)
+    if activations is None:
+        activations = "mixed" if (parts.prompt_cost or 0.0) > MOST_PROMPT_COST else "int8"
+    layout, used = parts.layout, threads or min(usable_threads(), MOST_THREADS)
+    wanted = wanted_context(layout, context)
+    shape = {
+        "hidden": layout.hidden,
+        "heads": layout.heads,
+        "kv_heads": layout.kv_heads,
+        "head": layout.head,
+        "intermediate": layout.intermediate,
+        "vocabulary": layout.vocabulary,
+        "context": wanted,
+        "eps": layout.eps,
+        "attention_scale": layout.attention_scale,
+        "embedding_scale": layout.embedding_scale,
+        "tanh_gelu": layout.tanh_gelu,
+        "final_norm": parts.final_norm,
+    }
+    ropes = [(rotation.frequencies, rotation.factor) for rotation in layout.rotations]
+    model = library().Model(
+        shape,
+        parts.layers,
+        ropes,
+        parts.embedding,
+        parts.head,
+        threads=used,
+        byte_activations=activations != "none",
+        float_prompts=activations == "mixed",
+        byte_cache=CACHES[cache],
+        path=path or chosen_path(),
+    )
+    facts = {
+        "runtime": "native",
+        "path": model.path,
+        "threads": used,
+        "activations": activations,
+        "prompt_cost": parts.prompt_cost,
+        "cache": cache,
+        "head": parts.head_format,
+        "expanded": parts.expanded,
+        "bytes_per_token": parts.bytes_per_token,
+        "cache_bytes_per_position": model.cache_bytes_per_position,
+    }
+    return Engine(model, parts.config, replace(layout, context=wanted), facts)

@@ -1,0 +1,240 @@
+"""Text from the native engine: tokens become text as they come, and the text ends where a stop string begins.
+
+    engine = bitpress.load(DIR, runtime="native")
+    for piece in engine.stream("Why is the sky blue?"):
+        print(piece, end="", flush=True)
+
+No piece ends within a character, and what may turn out to be the beginning of a stop string waits until that is known.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bitpress.errors import UsageError
+from bitpress.runtime.messages import Prompt
+from bitpress.runtime.native.engine import Engine, Sampling
+from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+
+__all__ = ["Completion", "Pieces", "TextEngine", "TextStream", "text_decoder"]
+
+Finish = Literal["stop", "length", "context"]
+# What stands in decoded text for bytes that make no character, or none yet.
+REPLACEMENT = "\ufffd"
+
+
+def text_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Give the function from tokens to their text, special tokens left out, that changes nothing of what it decodes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return functools.partial(backend.decode, skip_special_tokens=True)
+    return functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Pieces:
+    """Turns tokens, one after the other, into pieces of text that no later token changes.
+
+    decode   the text of some tokens
+    stop     strings that end the text; the one that appears first is left out, and all behind it
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(stop):
+            raise UsageError("stop strings are a list of texts that are not empty.")
+        self._decode = decode
+        self._stop = tuple(stop)
+        # A token's text may depend on the one before, so tokens are decoded behind those that made the last piece.
+        self._window: list[int] = []
+        self._context = 0
+        self._given = 0  # characters of the window's text that are out already
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Give the text that this token settles: often its own, sometimes none."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        settled = text.rstrip(REPLACEMENT)
+        fresh = settled[self._given :]
+        if fresh and len(settled) == len(text):
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._given = len(self._decode(self._window))
+        else:
+            self._given = max(self._given, len(settled))
+        return self._release(fresh)
+
+    def end(self) -> str:
+        """Give what was held back, once there are no more tokens."""
+        rest = "" if self.stopped else self._release(self._decode(self._window)[self._given :]) + self._held
+        self._window, self._context, self._given, self._held = [], 0, 0, ""
+        return rest
+
+    def _release(self, fresh: str) -> str:
+        text = self._held + fresh
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the characters at the end of a text that a stop string begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. `finish` is "stop" at an end token or a stop string, "length" at `max_tokens`, "context" where that was full.
+
+    prefill_tokens_per_second counts the prompt's tokens that the cache did not hold already, up to the first token of the answer;
+    tokens_per_second those behind it.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    tokens_per_second: float
+    prefill_tokens_per_second: float
+    finish: Finish
+    token_ids: tuple[int, ...]
+
+
+class TextStream:
+    """Pieces of text while they are made; `result` is the whole answer once they have ended."""
+
+    def __init__(
+        self, engine: Engine, prompt: list[int], pieces: Pieces, max_tokens: int, sampling: Sampling, ends: Sequence[int]
+    ) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._pieces = pieces
+        self._max_tokens = max_tokens
+        self._tokens = engine.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=ends)
+        self._run = self._make()
+        self._result: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._run)
+
+    @property
+    def result(self) -> Completion:
+        if self._result is None:
+            raise UsageError("the text has not ended; read the stream to its end first.")
+        return self._result
+
+    def _make(self) -> Iterator[str]:
+        tokens: list[int] = []
+        text: list[str] = []
+        seconds = [0.0, 0.0]  # up to the first token, and behind it
+        fresh = len(self._prompt) - self._engine.common(self._prompt)
+        while not self._pieces.stopped:
+            start = time.perf_counter()
+            token = next(self._tokens, None)
+            seconds[len(tokens) > 0] += time.perf_counter() - start
+            if token is None:
+                break
+            tokens.append(token)
+            piece = self._pieces.add(token)
+            text.append(piece)
+            if piece:
+                yield piece
+        rest = self._pieces.end()
+        text.append(rest)
+        full = len(self._prompt) + len(tokens) >= self._engine.context
+        finish: Finish = "stop"
+        if not self._pieces.stopped and (full or len(tokens) >= self._max_tokens):
+            finish = "length" if len(tokens) >= self._max_tokens else "context"
+        steps = len(tokens) - 1 if finish != "stop" or self._pieces.stopped else len(tokens)
+        self._result = Completion(
+            text="".join(text),
+            tokens=len(tokens),
+            prompt_tokens=len(self._prompt),
+            tokens_per_second=steps / seconds[1] if steps > 0 else 0.0,
+            prefill_tokens_per_second=fresh / seconds[0] if seconds[0] else 0.0,
+            finish=finish,
+            token_ids=tuple(tokens),
+        )
+        if rest:
+            yield rest
+
+
+class TextEngine:
+    """An engine with its model's tokenizer and settings: text in, text out. `engine` is the decoder itself, for tokens."""
+
+    def __init__(self, engine: Engine, tokenizer: Callable[[], Any], generation: Any = None, file_bytes: int = 0) -> None:
+        """Take an engine, what gives its tokenizer when that is needed first, and what the model's files say."""
+        self.engine = engine
+        self.file_bytes = file_bytes
+        self.generation = generation
+        self._make_tokenizer = tokenizer
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return self._make_tokenizer()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What runs: code path, threads, types, and what had to be expanded to 16 bits."""
+        return self.engine.facts
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the tokens of a text or of messages; a chat template is used where there is one, unless `raw`."""
+        return encode_prompt(self.tokenizer, prompt, raw=raw, tools=tools)
+
+    def sampling(self, temperature: float = 0.0, seed: int = 0, **settings: float | None) -> Sampling:
+        """Give the model's own sampling for a temperature, with other settings where they are given."""
+        return choose_sampling(self.generation, temperature, seed, **settings)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> TextStream:
+        """Answer piece by piece.
+
+        prompt      a text, or messages as chat templates take them: `role` and `content`, which is a text, a list of parts
+                    {"type": "text", "text": ...} or None, and tool calls; the cache keeps what two prompts begin with in common
+        max_tokens  tokens to generate at most; 1 or more
+        stop        strings that end the answer and are left out of it
+        raw         continue the text as it is, without the chat template
+        tools       JSON schemas of functions, for templates that know them
+
+        Raises UsageError for a prompt that is empty, has no room in the context or is not what the template takes, CheckpointError for a template that fails.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens={max_tokens}: it must be 1 or more.")
+        tokens = self.encode(prompt, raw=raw, tools=tools)
+        check_prompt(tokens, self.engine.config, self.engine.context)
+        ends = end_tokens(self.generation, self.engine.config, self.tokenizer)
+        pieces = Pieces(text_decoder(self.tokenizer), stop)
+        return TextStream(self.engine, tokens, pieces, max_tokens, sampling or Sampling(), ends)
+
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """Answer at once; the arguments are those of `stream`."""
+        answer = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw, tools=tools)
+        for _ in answer:
+            pass
+        return answer.result
