@@ -33,7 +33,7 @@ from bitpress.kernels.native_layout import reason_to_expand
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import make_recipe
+from bitpress.recipes import LayerMethod, Named, build_method, make_recipe
 from bitpress.report.compare_picture import draw_comparison
 from bitpress.settings import cache_directory
 
@@ -98,7 +98,7 @@ def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], 
     """
     runs: dict[tuple[Path, int], list[str]] = defaultdict(list)
     for c in candidates:
-        needs = c.recipe.needs()
+        needs = build_method(c.recipe).needs
         more = sorted(of_origin(needs, "attention") | of_origin(needs, "loss"))
         assert c.bits is not None, f"{RECIPES}: {c.name} has no bits"
         runs[out.with_name("-".join([out.name, *more])), c.bits].append(c.name)
@@ -109,7 +109,7 @@ def pending(bits: list[int], only: list[str], again: bool) -> list[Variant]:
     """Give the recipes that have no row, or all with `again`; one that has changed since its row has none."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     known = {} if again else {(row["name"], row["bits"]): meant(row) for row in latest()}
-    return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(c.recipe))]
+    return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(build_method(c.recipe)))]
 
 
 def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
@@ -117,7 +117,9 @@ def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     rows = {(row["name"], row["bits"]): row for row in latest()}
     measured = [
-        c for c in candidates if (c.name, c.bits) in rows and meant(rows[c.name, c.bits]) == keys_of(recorded(c.recipe))
+        c
+        for c in candidates
+        if (c.name, c.bits) in rows and meant(rows[c.name, c.bits]) == keys_of(recorded(build_method(c.recipe)))
     ]
     measured.sort(key=lambda c: float(rows[c.name, c.bits]["kl_mean"]))
     return [c for width in bits for c in [c for c in measured if c.bits == width][:count]]
@@ -125,7 +127,7 @@ def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
 
 def meant(row: dict[str, Any]) -> dict[str, Any]:
     """Give the method of a row's recipe with the settings that have come since, as they are by default."""
-    return keys_of(recorded(make_recipe(keys_of(row["recipe"]))))
+    return keys_of(recorded(build_method(make_recipe(keys_of(row["recipe"])))))
 
 
 def missing() -> list[str]:
@@ -314,11 +316,13 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
     made = compress_matrix(
         w,
         stats,
-        parse_format(recipe.weights),
-        recipe.make_quantizer(),
-        [change for _, change in recipe.make_changes()],
-        [correction for _, correction in recipe.make_corrections()],
-        [target for _, target in recipe.make_targets()],
+        LayerMethod(
+            parse_format(recipe.weights),
+            Named("quantizer", "", build_method(recipe).quantizer.part),
+            changes=tuple([change for _, change in [(p.name, p.part) for p in build_method(recipe).changes]]),
+            corrections=tuple([correction for _, correction in [(p.name, p.part) for p in build_method(recipe).corrections]]),
+            targets=tuple([target for _, target in [(p.name, p.part) for p in build_method(recipe).of("target")]]),
+        ),
     )
     return reason_to_expand(made.weight)
 

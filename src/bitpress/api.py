@@ -15,7 +15,7 @@ from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.presets import preset_keys
 from bitpress.progress import Progress
-from bitpress.recipes import Recipe, make_recipe
+from bitpress.recipes import Recipe, load_recipe, make_recipe
 from bitpress.runtime.selection import load
 
 __all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
@@ -54,7 +54,7 @@ def quantize(
     if isinstance(recipe, Recipe):
         values = recipe.model_dump()
     elif isinstance(recipe, (str, Path)):
-        values = Recipe.load(recipe).model_dump()
+        values = load_recipe(recipe).model_dump()
     else:
         values |= own or {}
     if weights is not None:

@@ -23,7 +23,7 @@ from bitpress.cli.reports import told_original, told_ratio
 from bitpress.errors import CheckpointError
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "ĠĠ"]
@@ -352,7 +352,7 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert given.is_quantized
     assert given.text.startswith("GGUF Q8_0, quantized already: Q8_0 ")
     recipe = make_recipe({"weights": "int8-row", "quantizer": "rtn"})
-    plan, _, loader = plan_run(source, recipe)
+    plan, _, loader = plan_run(source, build_method(recipe))
     listening = Listening()
     report = quantize_directory(source, out, recipe, proof=Proof(tokens=0), progress=listening)
     size = report["size"]

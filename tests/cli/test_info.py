@@ -11,7 +11,7 @@ from bitpress.cli import screen
 from bitpress.cli.reports import describe_directory, show_inspection, show_plan
 from bitpress.pipeline.plan import place_in_block
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 Run = Callable[..., Any]
 RECIPE = {
@@ -41,7 +41,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def test_plan_sums_by_kind_and_by_reason(tiny_model: Callable[..., Path], narrow: Callable[[], str]) -> None:
     model = tiny_model("qwen3_moe", num_hidden_layers=3)
     recipe = make_recipe({"weights": "int4-g16", "quantizer": "rtn", "skip": ["*.layers.1.*.v_proj"]})
-    plan, streamed, _ = plan_run(model, recipe)
+    plan, streamed, _ = plan_run(model, build_method(recipe))
     kinds = {row["kind"]: row for row in plan.kinds()}
     assert {kind: row["count"] for kind, row in kinds.items()} == {
         "self_attn.q_proj": 3,

@@ -17,7 +17,7 @@ from bitpress.cli.app import main
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats import CompressedWeight
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 from bitpress.runtime.hf.loading import load
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
@@ -163,7 +163,7 @@ def test_figures_of_other_terms_are_refused(errors: Any, stacked: tuple[Path, Pa
 def test_the_plan_counts_every_term(stacked: tuple[Path, Path]) -> None:
     source, out = stacked
     pressed = CompressedCheckpoint.open(out)
-    plan, _, _ = plan_run(source, make_recipe(pressed.manifest.recipe))
+    plan, _, _ = plan_run(source, build_method(make_recipe(pressed.manifest.recipe)))
     terms_alone = [n for names in pressed.stored.values() for n in names if ".term" in n]
     assert plan.compressed_bytes == sum(pressed.tensors[name][1].nbytes for name in terms_alone)
 

@@ -104,14 +104,16 @@ def quantize(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
+    from bitpress.recipes import build_method
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen.note)
-        if not made.needs() and any(v is not None for v in (calibration, samples, length, seed)):
+        method = build_method(made)
+        if not method.needs and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
-                f"{made.quantizer_name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
+                f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
         report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
     if as_json:
@@ -144,17 +146,19 @@ def plan(
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
+    from bitpress.recipes import build_method
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
-    if made.needs() and not made.calibration.text.startswith("hf:"):
+    method = build_method(made)
+    if method.needs and not made.calibration.text.startswith("hf:"):
         read_texts(made.calibration.text)  # as quantize would; a set of the hub is not fetched for a plan
     with Screen() as screen:
-        planned, streamed, _ = plan_run(resolve_model(model, screen.note), made)
-        seconds = estimate_seconds(streamed, made, planned.weights)
-        for text in unmeant_bits(planned, made):
+        planned, streamed, _ = plan_run(resolve_model(model, screen.note), method)
+        seconds = estimate_seconds(streamed, method, planned.weights)
+        for text in unmeant_bits(planned):
             screen.note(f"{text}.")
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": made.resolved()})
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
     else:
         show_plan(planned, seconds, whole=whole)
 

@@ -9,7 +9,7 @@ from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
 if TYPE_CHECKING:
-    from bitpress.recipes import Recipe
+    from bitpress.recipes import Recipe, load_recipe
 
 __all__ = ["build_recipe", "explain_preset"]
 
@@ -29,7 +29,7 @@ def build_recipe(
 ) -> "Recipe":
     """Build the recipe. Raises UsageError, FormatError."""
     from bitpress.presets import preset_keys, preset_names
-    from bitpress.recipes import Recipe, make_recipe
+    from bitpress.recipes import make_recipe
 
     said = {pair.partition("=")[0].strip() for pair in sets or ()}
     values = preset_keys(
@@ -43,7 +43,7 @@ def build_recipe(
     if file is not None:
         if file.name.lower() in preset_names() and not file.exists():
             raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
-        values = Recipe.load(file).model_dump(exclude_unset=True)
+        values = load_recipe(file).model_dump(exclude_unset=True)
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:

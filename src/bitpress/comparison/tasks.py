@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bitpress.comparison.results import Results
-from bitpress.comparison.session import Comparison, attempt, capture, known_of, make_presser, noting
+from bitpress.comparison.session import Comparison, attempt, capture, known_of, make_compressor, noting
 from bitpress.comparison.statistics_cache import StatisticsCache
 from bitpress.comparison.variants import Variant
 from bitpress.evaluation import hash_questions
 from bitpress.measure.multiple_choice import Answers, count_batches
+from bitpress.models.walk import walk
 
 __all__ = ["choose_best", "keys_of", "measure_tasks", "sure_to_answer", "task_rows", "width_of"]
 
@@ -98,18 +99,10 @@ def _answer(
 
     def work() -> dict[str, Any]:
         total = len(model.blocks)
-        presser = None if c is None or captured is None else make_presser(made, captured, c, answers.step_, check_stop)
+        compressor = [] if c is None or captured is None else [make_compressor(made, captured, c, check_stop)]
         answers.start_()
         made.progress.begin(f"{label}: {', '.join(tasks)}", total)
-        for i in range(total):
-            check_stop()
-            if presser is None:
-                model.load_block_(i)
-                answers.step_(i)
-                model.drop_block_(i)
-            else:
-                presser.press_(i, last=i == total - 1)
-            made.progress.advance(model.block_name(i))
+        walk(model, [*compressor, answers], check_stop=check_stop, note=made.progress.advance)
         # A stage of its own: some questions take another time than a block, and the end is foretold from the units that are done.
         made.progress.begin(f"{label}, answering", count_batches(answers.tasks))
         return {"tasks": answers.accuracies(noting(made, check_stop))}

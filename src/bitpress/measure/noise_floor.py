@@ -11,6 +11,7 @@ from jaxtyping import Int
 from bitpress.measure.evaluation_text import EvaluationText, States, distances
 from bitpress.models.opening import open_original
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import walk
 
 __all__ = ["FLOOR_WINDOWS", "measure_noise"]
 
@@ -34,11 +35,7 @@ def measure_noise(
     exact.load_outer_()
     heldout = EvaluationText(exact, some)
     heldout.start_()
-    for i in range(len(exact.blocks)):
-        exact.load_block_(i)
-        heldout.step_(i)
-        exact.drop_block_(i)
-        note(exact.block_name(i))
+    walk(exact, [heldout], note=note)
     seen = {name: value[:FLOOR_WINDOWS] for name, value in states.items()}
     figures = distances((exact, heldout.states), (model, seen), some, note)
     kl = math.fsum(f["kl_mean"] for f in figures.values()) / len(figures)

@@ -19,14 +19,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Block, Format
 from bitpress.quantizers.gptq import GPTQ
-from bitpress.quantizers.quantizer import Outcome, output_errors
+from bitpress.quantizers.quantizer import Outcome, Quantizer, output_errors
 from bitpress.quantizers.rtn import RTN
 
 __all__ = ["AdaDim"]
 
 
 @dataclass(frozen=True)
-class AdaDim:
+class AdaDim(Quantizer):
     rounding: Literal["gptq", "nearest"] = "gptq"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})

@@ -25,14 +25,14 @@ from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Block, CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["Aespa"]
 
 
 @dataclass(frozen=True)
-class Aespa:
+class Aespa(Quantizer):
     sweeps: int = 6
     relax_every: int = 2
     damp: float = 0.01

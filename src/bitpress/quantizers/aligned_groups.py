@@ -20,14 +20,15 @@ from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, Format, Kept, Packed, find_row
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.mechanisms.storage import column_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["AlignedGroups"]
 
 
 @dataclass(frozen=True)
-class AlignedGroups:
+class AlignedGroups(Quantizer):
     share: float = 0.1
     damp: float = 0.01
     steps: int = 20
@@ -49,6 +50,12 @@ class AlignedGroups:
         check_feedback("activation", self.damp, self.damp_limit, self.lazy)
         if not 0 <= self.share <= 1:
             raise UsageError(f"share={self.share}: it is 0 to 1.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        cols = fmt.block.resolve(shape)[1]
+        across = shape[1] // cols
+        count = min(round(self.share * across) or 1, across - 1) if 0 < self.share < 1 else round(self.share * across)
+        return column_bytes(twice_as_wide(fmt), fmt, count * cols, shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("aligned_groups", self.serves, fmt)

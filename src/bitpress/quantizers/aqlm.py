@@ -29,7 +29,7 @@ from bitpress.quantizers.mechanisms.coordinate_descent import Descent, prepare_d
 from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.groups import metric_roots, walk
 from bitpress.quantizers.mechanisms.row_scales import solve_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["AQLM"]
 
@@ -41,7 +41,7 @@ SETTLED = 1e-8
 
 
 @dataclass(frozen=True)
-class AQLM:
+class AQLM(Quantizer):
     rounds: int = 6
     beam: int = 16
     steps: int = 12

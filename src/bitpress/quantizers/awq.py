@@ -18,14 +18,14 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["AWQ"]
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(Quantizer):
     steps: int = 10
     smallest: float = 0.5
 

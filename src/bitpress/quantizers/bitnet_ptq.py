@@ -18,13 +18,13 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["BitNetPTQ"]
 
 
 @dataclass(frozen=True)
-class BitNetPTQ:
+class BitNetPTQ(Quantizer):
     measure: Literal["mean", "median"] = "mean"
 
     needs: ClassVar[frozenset[str]] = frozenset()

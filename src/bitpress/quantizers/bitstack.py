@@ -20,13 +20,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.formats.bit_stack import bit_stack, shorten
-from bitpress.quantizers.quantizer import Outcome, check_served, output_errors
+from bitpress.quantizers.mechanisms.storage import term_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served, output_errors
 
 __all__ = ["BitStack"]
 
 
 @dataclass(frozen=True)
-class BitStack:
+class BitStack(Quantizer):
     terms: int = 2
     rank: int = 16
     dtype: str = "fp16"
@@ -37,7 +38,6 @@ class BitStack:
     summary: ClassVar[str] = "a stack of signs times low-rank magnitudes that can be loaded in part"
     paper: ClassVar[str] = "P373"
     bits: ClassVar[tuple[float, float]] = (1, 4)
-    keeps_map: ClassVar[bool] = True
     # The signs of a term; how many terms there are is the method's to say.
     serves: ClassVar[tuple[str, ...]] = ("binary-tensor",)
 
@@ -46,6 +46,13 @@ class BitStack:
             raise UsageError(f"terms and rank of 1 or more are needed, got {self.terms} and {self.rank}.")
         if not 0 < self.smallest <= 1:
             raise UsageError(f"smallest={self.smallest}: it is a part of the mean size of the inputs, above 0 and at most 1.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return True
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return self.terms * term_bytes("sign_low_rank", shape, parts, rank=self.rank, dtype=self.dtype)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         """Give the stack. The figures `error_k` and `bytes_k` are those of its first k terms: what its blocks are sorted by."""

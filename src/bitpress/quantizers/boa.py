@@ -24,14 +24,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["BoA", "attention_error"]
 
 
 @dataclass(frozen=True)
-class BoA:
+class BoA(Quantizer):
     rows: int = 16
     damp: float = 0.01
     order: Order = "activation"

@@ -25,7 +25,7 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, prepare
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["COMQ", "fit_scales", "greedy_order"]
@@ -34,7 +34,7 @@ DAMP_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
-class COMQ:
+class COMQ(Quantizer):
     sweeps: int = 5
     start: Literal["weight", "gptq"] = "weight"
     damp: float = 0.01

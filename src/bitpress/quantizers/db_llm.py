@@ -21,13 +21,13 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.quantizers.mechanisms.two_planes import best_planes, by_block
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["DBLLM"]
 
 
 @dataclass(frozen=True)
-class DBLLM:
+class DBLLM(Quantizer):
     starts: int = 1
     steps: int = 20
 

@@ -26,7 +26,7 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["DecoupleQ", "solve_affine"]
@@ -37,7 +37,7 @@ TOGETHER = 1 << 24
 
 
 @dataclass(frozen=True)
-class DecoupleQ:
+class DecoupleQ(Quantizer):
     rounds: int = 4
     sweeps: int = 2
     damp: float = 0.01

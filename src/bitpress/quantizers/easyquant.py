@@ -9,6 +9,7 @@ Update   outlier where |w - mean| > sigmas * std;  range = argmin over steps of 
 Fails    NumericsError when a weight is not finite.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,14 +20,15 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.quantizers.mechanisms.outliers import with_outliers, without
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["EasyQuant"]
 
 
 @dataclass(frozen=True)
-class EasyQuant:
+class EasyQuant(Quantizer):
     sigmas: float = 4.0
     steps: int = 40
     smallest: float = 0.3
@@ -41,6 +43,12 @@ class EasyQuant:
         shrink_ratios("mse", self.steps, self.smallest)
         if not self.sigmas > 0:
             raise UsageError(f"sigmas={self.sigmas}: it must be above 0.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        count = round(
+            math.erfc(self.sigmas / math.sqrt(2)) * math.prod(shape)
+        )  # what a normal distribution has beyond the limit
+        return fmt.nbytes((shape[0] * parts, shape[1])) + (sparse_bytes(count, shape, parts) if count else 0)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         w = w.float()

@@ -22,14 +22,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["GPTAQ"]
 
 
 @dataclass(frozen=True)
-class GPTAQ:
+class GPTAQ(Quantizer):
     strength: float = 0.25
     target: Literal["order", "whole"] = "order"
     damp: float = 0.01

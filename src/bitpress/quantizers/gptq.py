@@ -21,14 +21,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Permutation
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["GPTQ"]
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
     groups: Literal["static", "running"] = "static"

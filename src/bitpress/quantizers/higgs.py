@@ -18,14 +18,14 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["HIGGS"]
 
 
 @dataclass(frozen=True)
-class HIGGS:
+class HIGGS(Quantizer):
     clip: Literal["minmax", "mse"] = "minmax"
     steps: int = 20
     smallest: float = 0.75

@@ -22,13 +22,13 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["HQQ", "shrink"]
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Quantizer):
     rounds: int = 20
     norm: float = 0.7
     beta: float = 10.0

@@ -18,14 +18,14 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Block, CompressedWeight, Format, Packed, Permutation
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["JLCM"]
 
 
 @dataclass(frozen=True)
-class JLCM:
+class JLCM(Quantizer):
     groups: int = 8
     steps: int = 20
     smallest: float = 0.3
@@ -36,12 +36,15 @@ class JLCM:
     summary: ClassVar[str] = "rows re-ordered into groups of like distribution, a codebook or scale for each"
     paper: ClassVar[str] = "P268"
     bits: ClassVar[tuple[float, float]] = (2, 4)
-    keeps_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios("mse", self.steps, self.smallest)
         if self.groups < 1:
             raise UsageError(f"groups={self.groups}: it must be 1 or more.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return True
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("jlcm", self.serves, fmt)

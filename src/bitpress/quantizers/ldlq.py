@@ -24,14 +24,14 @@ from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["LDLQ"]
 
 
 @dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Quantizer):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     passes: int = 0
     order: Order = "natural"

@@ -23,7 +23,7 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Scale
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["MRGPTQ"]
 
@@ -33,7 +33,7 @@ POWERS = (1.0, 2.0, 0.5)
 
 
 @dataclass(frozen=True)
-class MRGPTQ:
+class MRGPTQ(Quantizer):
     row_factors: int = 1
     damp: float = 0.01
     order: Order = "activation"

@@ -25,14 +25,15 @@ from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import without
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["PBLLM"]
 
 
 @dataclass(frozen=True)
-class PBLLM:
+class PBLLM(Quantizer):
     salient: float = 0.02
     measure: Literal["hessian", "magnitude"] = "hessian"
     damp: float = 0.01
@@ -55,6 +56,9 @@ class PBLLM:
             raise UsageError(f"salient={self.salient}: it is a part of the weights, 0 or more and less than 1.")
         if self.measure not in ("hessian", "magnitude"):
             raise UsageError(f"measure={self.measure!r}: it is 'hessian' or 'magnitude'.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(int(self.salient * math.prod(shape)), shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("pb_llm")

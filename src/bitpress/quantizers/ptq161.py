@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Kept, Packed, Scale, Term, parse_format
-from bitpress.quantizers.quantizer import Outcome, check_served, output_errors
+from bitpress.quantizers.mechanisms.storage import column_bytes, term_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served, output_errors
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["PTQ161"]
@@ -32,7 +33,7 @@ SMALLEST, LARGEST = 1 / 16, 16.0
 
 
 @dataclass(frozen=True)
-class PTQ161:
+class PTQ161(Quantizer):
     salient: float = 0.2
     high: str = "int4-row-zero"
     steps: int = 10
@@ -43,7 +44,6 @@ class PTQ161:
     summary: ClassVar[str] = "input channels of large activations in 4 bits, the others binary with fitted factors"
     paper: ClassVar[str] = "P432"
     bits: ClassVar[tuple[float, float]] = (1, 2)
-    keeps_map: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("binary-row*", "binary-g*")
 
     def __post_init__(self) -> None:
@@ -52,6 +52,18 @@ class PTQ161:
             raise UsageError(f"salient={self.salient}: it is a part of the input channels, 0 or more and less than 1.")
         if self.steps < 0 or not self.damp > 0:
             raise UsageError(f"steps >= 0 and damp > 0 are needed, got {self.steps}, {self.damp}.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return True
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        width = shape[1]
+        cols = 1 if fmt.block.cols == "all" else fmt.block.resolve(shape)[1]
+        others = max((width - round(self.salient * width)) // cols * cols, cols)
+        if others == width:  # even without salient columns the binary ones are kept columns, with a mask
+            return term_bytes("kept", shape, parts, axis="columns", count=width, format=fmt.name)
+        return column_bytes(parse_format(self.high), fmt, width - others, shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("ptq161", self.serves, fmt)

@@ -22,13 +22,13 @@ from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.table import find_grid
 from bitpress.quantizers.mechanisms.two_planes import best_planes, by_block, pairs_of
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["PTQTP"]
 
 
 @dataclass(frozen=True)
-class PTQTP:
+class PTQTP(Quantizer):
     steps: int = 50
     condition: float = 1e6
 
@@ -43,6 +43,9 @@ class PTQTP:
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.condition > 1:
             raise UsageError(f"steps >= 1 and condition > 1 are needed, got {self.steps}, {self.condition}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) * (1 if fmt.grid.num_codes == 9 else 2)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("ptqtp", self.serves, fmt)

@@ -26,13 +26,13 @@ from bitpress.formats.layouts.dense import code_dtype
 from bitpress.quantizers.mechanisms.error_feedback import Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.groups import metric_roots, walk
 from bitpress.quantizers.mechanisms.row_scales import solve_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["PVQ", "move_pulses"]
 
 
 @dataclass(frozen=True)
-class PVQ:
+class PVQ(Quantizer):
     moves: int = 4
     lengths: bool = True
     damp: float = 0.01

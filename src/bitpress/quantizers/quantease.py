@@ -12,6 +12,7 @@ Update   w_hat[:, j] = Q(w_hat[:, j] + (w - w_hat) gram[:, j] / gram[j, j]);
 Fails    as GPTQ, whose codes it starts from; sweeps themselves need no factorization.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +25,8 @@ from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["QuantEase", "largest_eigenvalue", "moved_outliers"]
@@ -33,7 +35,7 @@ POWER_STEPS = 50
 
 
 @dataclass(frozen=True)
-class QuantEase:
+class QuantEase(Quantizer):
     sweeps: int = 10
     start: Literal["gptq", "weight"] = "gptq"
     relax_every: int = 3
@@ -66,6 +68,10 @@ class QuantEase:
     def relaxed(self, sweep: int) -> bool:
         """Say whether a sweep, counted from 0, rounds nothing."""
         return self.relax_every > 0 and sweep % self.relax_every == 1 and sweep < self.sweeps - 2
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        count = round(self.outliers * math.prod(shape))
+        return fmt.nbytes((shape[0] * parts, shape[1])) + (sparse_bytes(count, shape, parts) if count else 0)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("quantease")

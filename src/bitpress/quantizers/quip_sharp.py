@@ -27,7 +27,7 @@ from bitpress.formats.grids.lattice import E8P, E81B, Lattice
 from bitpress.formats.layouts.dense import code_dtype
 from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["QuIPSharp"]
 
@@ -40,7 +40,7 @@ BOOKS: dict[str, tuple[Lattice | None, float, float]] = {
 
 
 @dataclass(frozen=True)
-class QuIPSharp:
+class QuIPSharp(Quantizer):
     """`rms` is the root mean square that weights are brought to before they are rounded; None is that of the books."""
 
     residual: Literal["none", "e81b", "e8p"] = "none"
@@ -64,6 +64,12 @@ class QuIPSharp:
             raise UsageError(f"residual={self.residual!r}: it is one of {', '.join(BOOKS)}.")
         if self.sweeps < 0 or (self.rms is not None and not self.rms > 0):
             raise UsageError(f"sweeps of 0 or more and rms above 0 are needed, got {self.sweeps}, {self.rms}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        book = BOOKS[self.residual][0]
+        stacked = (shape[0] * parts, shape[1])
+        second = 0 if book is None else Format(book, fmt.block, fmt.scale).nbytes(stacked)
+        return fmt.nbytes(stacked) + second
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("quip_sharp", self.serves, fmt)

@@ -19,13 +19,13 @@ from bitpress.calibration.stats import Stats
 from bitpress.formats import Format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mechanisms.error_feedback import Order
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 
 __all__ = ["RSQ"]
 
 
 @dataclass(frozen=True)
-class RSQ:
+class RSQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
     clip: Literal["minmax", "mse"] = "mse"

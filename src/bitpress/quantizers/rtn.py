@@ -16,13 +16,13 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 
 __all__ = ["RTN", "shrink_ratios"]
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Quantizer):
     clip: Literal["minmax", "mse"] = "minmax"
     steps: int = 20
     smallest: float = 0.5

@@ -11,6 +11,7 @@ Update   cost(r, j) = (w - Q(w))^2 / U[j, j]^2;  outlier where cost > threshold 
 Fails    as GPTQ.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,14 +24,15 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks, without
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["SpQR"]
 
 
 @dataclass(frozen=True)
-class SpQR:
+class SpQR(Quantizer):
     threshold: float = 0.2
     most: float = 0.005
     damp: float = 0.01
@@ -51,6 +53,9 @@ class SpQR:
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if not self.threshold > 0 or not 0 <= self.most < 1:
             raise UsageError(f"threshold > 0 and 0 <= most < 1 are needed, got {self.threshold}, {self.most}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(round(self.most * math.prod(shape)), shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("spqr")

@@ -11,6 +11,7 @@ Update   levels = argmin sum_j sensitivity_j (w_j - nearest level)^2, weights ke
 Fails    CalibrationError without the statistic; a row whose weights are felt nowhere is clustered with equal weights.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,13 +22,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.quantizers.mechanisms.outliers import with_outliers
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["SqueezeLLM"]
 
 
 @dataclass(frozen=True)
-class SqueezeLLM:
+class SqueezeLLM(Quantizer):
     sensitive: float = 0.0005
     outliers: float = 0.0045
     importance: Literal["gradient", "gram"] = "gradient"
@@ -47,6 +49,10 @@ class SqueezeLLM:
         if self.importance == "gram":
             # Gradients take a backward pass through the whole model: nobody measures them for nothing.
             object.__setattr__(self, "needs", frozenset({"gram"}))
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        count = int(self.sensitive * math.prod(shape)) + int(self.outliers * math.prod(shape))
+        return fmt.nbytes((shape[0] * parts, shape[1])) + (sparse_bytes(count, shape, parts) if count else 0)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("squeezellm", self.serves, fmt)
