@@ -31,7 +31,7 @@ from bitpress.models.skeleton import build_config
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.hf.loading import load
-from bitpress.runtime.native.architectures import FAMILIES, Layout, Rotation, describe
+from bitpress.runtime.native.architectures import ARCHITECTURES, Layout, Rotation, describe
 from bitpress.runtime.native.assemble import load_engine, refuses
 from bitpress.runtime.native.engine import Engine, Sampling
 from bitpress.runtime.selection import load_native
@@ -277,7 +277,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(FAMILIES) <= {name.split(" ")[0] for name in CASES}
+    assert set(ARCHITECTURES) <= {name.split(" ")[0] for name in CASES}
 
 
 @every_case

@@ -19,20 +19,21 @@ import numpy as np
 
 from bitpress.errors import NumericsError, UsageError
 from bitpress.library import chosen_path, library
-from bitpress.runtime.native.architectures import Layout
+from bitpress.runtime.native.architectures.layout import Layout
+from bitpress.runtime.native.architectures.steps import NativeStep
 from bitpress.settings import usable_threads
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
 
-__all__ = ["USUAL_HEAD", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
+__all__ = ["USUAL_HEAD", "Bits", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
 
 Activations = Literal["int8", "mixed", "none"]
 ACTIVATIONS = get_args(Activations)
 # Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
 MOST_PROMPT_COST = 0.002
-CACHES = {"fp16": False, "int8": True}
+CACHES = ("fp16", "int8")  # the names of the native table
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
 MOST_THREADS = 1024
@@ -59,19 +60,24 @@ class Sampling:
 
 
 class Engine:
-    """A model in native memory with its cache. One engine serves one text at a time; several can live in one process."""
+    """A model in native memory and one text. `sequence` gives another text on the same model; several engines can live in one process."""
 
     def __init__(self, model: Any, config: Any, layout: Layout, facts: dict[str, Any]) -> None:
         self._model = model
+        self._sequence = model.sequence()
         self.config = config
         self.layout = layout
         self.facts = facts
         self._cached = np.empty(layout.context, np.int32)  # the first `length` are the tokens in the cache
 
+    def sequence(self) -> Engine:
+        """Return an engine with a text of its own on the same model: the weights and threads are shared, the cache is not."""
+        return Engine(self._model, self.config, self.layout, self.facts)
+
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return int(self._model.length)
+        return int(self._sequence.length)
 
     @property
     def context(self) -> int:
@@ -84,13 +90,13 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the text."""
-        self._model.truncate(0)
+        self._sequence.truncate(0)
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise UsageError(f"a cache of {self.length} tokens cannot be cut to a length of {length}.")
-        self._model.truncate(length)
+        self._sequence.truncate(length)
 
     def forward(
         self, tokens: Sequence[int] | np.ndarray, logits: Literal["none", "last", "all"] = "last"
@@ -115,7 +121,7 @@ class Engine:
         values = np.empty((rows, self.layout.vocabulary), np.float32)
         self._remember(given)
         with self._range():
-            self._model.forward(given, values)
+            self._model.forward(self._sequence, given, values)
         return values
 
     def generate(
@@ -147,7 +153,7 @@ class Engine:
         for _ in range(min(max_tokens, self.context - len(given))):
             self._remember(fresh)
             with self._range():
-                token = int(self._model.step(fresh, native_how, random))
+                token = int(self._model.step(self._sequence, fresh, native_how, random))
             if token in stop:
                 return
             yield token
@@ -193,25 +199,35 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Bits a weight: those of the file, and those that native code reads."""
+
+    stored: float
+    memory: float
+
+
+@dataclass(frozen=True)
 class Parts:
     """A model as the engine takes it: its layout, its layers in native memory, and what loading has to say.
 
     config           what a configuration says of tokens: `vocab_size`, `eos_token_id`, `max_position_embeddings`
-    layers           by layer, the arguments of the native model: linear layers, norms, rotation and window
+    layers           by layer, its steps with their weights
     embedding, head  the same object where they are tied
     bytes_per_token  those of every weight that a token is multiplied with
+    bits             a weight of the layers' linear layers: as stored, and in native memory
     prompt_cost      nats a token that 8-bit inputs cost in prompts, where a directory says that it is much
     """
 
     config: Any
     layout: Layout
-    layers: list[dict[str, Any]]
+    layers: list[list[NativeStep]]
     final_norm: np.ndarray
     embedding: Any
     head: Any
     head_format: str
     expanded: list[str]
     bytes_per_token: int
+    bits: Bits
     prompt_cost: float | None = None
 
 
@@ -247,7 +263,6 @@ def make_engine(
         "heads": layout.heads,
         "kv_heads": layout.kv_heads,
         "head": layout.head,
-        "intermediate": layout.intermediate,
         "vocabulary": layout.vocabulary,
         "context": wanted,
         "eps": layout.eps,
@@ -266,7 +281,7 @@ def make_engine(
         threads=used,
         byte_activations=activations != "none",
         float_prompts=activations == "mixed",
-        byte_cache=CACHES[cache],
+        cache=cache,
         path=path or chosen_path(),
     )
     facts = {
@@ -279,6 +294,8 @@ def make_engine(
         "head": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
+        "bits_stored": parts.bits.stored,
+        "bits_in_memory": parts.bits.memory,
         "cache_bytes_per_position": model.cache_bytes_per_position,
     }
     return Engine(model, parts.config, replace(layout, context=wanted), facts)

@@ -20,8 +20,10 @@ from bitpress.checkpoints.jsonfile import parse_json
 from bitpress.checkpoints.mapped_tree import read_prepared, write_prepared
 from bitpress.errors import BitpressError, CheckpointError, DiskError
 from bitpress.library import VERSION, available, library
-from bitpress.runtime.native.architectures import RULES, Family, Layout, Rotation
-from bitpress.runtime.native.engine import Parts
+from bitpress.runtime.native.architectures.layout import Layout, Rotation
+from bitpress.runtime.native.architectures.steps import map_linears
+from bitpress.runtime.native.architectures.table import RULES
+from bitpress.runtime.native.engine import Bits, Parts
 from bitpress.runtime.native.plain_tokenizer import PlainTokenizer
 from bitpress.settings import layout_directory, usable_cores
 from bitpress.version import __version__
@@ -126,22 +128,21 @@ def _forget_old(folder: Path) -> None:
 
 def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> dict[str, Any]:
     store = library().store_linear
-    linears = ("q", "k", "v", "o", "gate", "up", "down")
     config = parts.config.get_text_config()
     plain = PlainTokenizer.of(tokenizer)
     layout = {field.name: _within(getattr(parts.layout, field.name)) for field in fields(Layout)}
-    layout["family"] = asdict(parts.layout.family)
     layout["rotations"] = [{"frequencies": r.frequencies, "factor": r.factor} for r in parts.layout.rotations]
     return {
         "config": {field.name: _within(getattr(config, field.name, None)) for field in fields(PlainConfig)},
         "layout": layout,
-        "layers": [{key: store(value) if key in linears else value for key, value in layer.items()} for layer in parts.layers],
+        "layers": [[map_linears(step, store) for step in layer] for layer in parts.layers],
         "final_norm": parts.final_norm,
         "embedding": None if parts.embedding is parts.head else store(parts.embedding),
         "head": store(parts.head),
         "head_format": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
+        "bits": asdict(parts.bits),
         "prompt_cost": parts.prompt_cost,
         "file_bytes": file_bytes,
         "generation": None if generation is None else {name: _within(getattr(generation, name, None)) for name in _SETTINGS},
@@ -160,15 +161,14 @@ def _from_tree(tree: Mapping[str, Any]) -> Prepared:
     parts = Parts(
         config=PlainConfig(**tree["config"]),
         layout=_layout(tree["layout"]),
-        layers=[
-            {key: restore(part) if isinstance(part, dict) else part for key, part in layer.items()} for layer in tree["layers"]
-        ],
+        layers=[[map_linears(step, restore) for step in layer] for layer in tree["layers"]],
         final_norm=tree["final_norm"],
         embedding=head if tree["embedding"] is None else restore(tree["embedding"]),
         head=head,
         head_format=tree["head_format"],
         expanded=tree["expanded"],
         bytes_per_token=tree["bytes_per_token"],
+        bits=Bits(**tree["bits"]),
         prompt_cost=tree["prompt_cost"],
     )
     tokenizer, generation = tree["tokenizer"], tree["generation"]
@@ -182,7 +182,6 @@ def _from_tree(tree: Mapping[str, Any]) -> Prepared:
 
 def _layout(stored: Mapping[str, Any]) -> Layout:
     values = dict(stored)
-    values["family"] = Family(**values["family"])
     values["rotations"] = tuple(Rotation(np.asarray(r["frequencies"]), r["factor"]) for r in values["rotations"])
     values["rope"], values["window"] = tuple(values["rope"]), tuple(values["window"])
     return Layout(**values)
