@@ -33,6 +33,10 @@ def show_speed(facts: Mapping[str, Any]) -> None:
         ("tokens/s", f"{rates['median']:.1f} (p10 {rates['p10']:.1f}, p90 {rates['p90']:.1f})"),
         *speed,
         ("code path", f"{facts['path']}, {facts['threads']} threads"),
+        (
+            "weights",
+            f"{facts['bits_in_memory']:.2f} bits in memory, {facts['bits_stored']:.2f} stored, in the blocks' linear layers",
+        ),
         ("activations", f"{ACTIVATIONS[facts['activations']]}{apart}"),
         ("cache", facts["cache"]),
         ("head", facts["head"]),

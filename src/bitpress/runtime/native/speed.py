@@ -22,6 +22,7 @@ from bitpress.runtime.selection import load_native
 __all__ = ["bench_decode", "bench_prefill", "block_weights", "cache_positions"]
 
 CHUNK = 512
+BITS = ("bits_stored", "bits_in_memory")
 READ_BYTES = 1 << 29  # more than caches hold
 
 
@@ -112,7 +113,7 @@ def _load(
     start = time.perf_counter()
     text = load_native(directory, context=room, threads=threads, **options)
     seconds, engine = time.perf_counter() - start, text.engine
-    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded")}
+    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded", *BITS)}
     facts |= {"directory": str(directory), "repeats": repeats, "load_seconds": seconds, "file_bytes": text.file_bytes}
     return engine, facts
 
