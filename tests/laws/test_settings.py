@@ -201,7 +201,10 @@ def engine_logits(model: Any, config: Any) -> torch.Tensor:
         name: value for name, value in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)
     }
     pressed = SimpleNamespace(
-        plain=plain, tensors={name: (value,) for name, value in plain.items()}, manifest=SimpleNamespace(weights={}), root="."
+        plain=plain,
+        tensors={name: (value,) for name, value in plain.items()},
+        manifest=SimpleNamespace(weights={}, prompt_cost=None),
+        root=".",
     )
     parts = assemble(pressed, config, "keep", lambda text: None)  # type: ignore[arg-type]
     made = make_engine(parts, activations="none", cache="fp16", context=None, threads=1)
