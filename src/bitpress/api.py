@@ -16,7 +16,10 @@ from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.presets import preset_keys
 from bitpress.progress import Progress
 from bitpress.recipes import Recipe, make_recipe
+from bitpress.runtime.native.options import EngineOptions
 from bitpress.runtime.selection import load
+
+_OF_ENGINE = ("activations", "cache", "head")
 
 __all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
 
@@ -75,15 +78,17 @@ def quantize(
 def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a model directory against the original, or without `against` its perplexity alone.
 
-    `bitpress.measure.evaluation.evaluate` and `evaluate_alone` have the settings and the figures. With `runtime="native"` or
-    `"transformers"`, the distance is that of what the runtime gives, roundings of its own included.
+    `bitpress.measure.evaluation.evaluate` and `evaluate_alone` list the settings and the figures. With `runtime="native"` or
+    `"transformers"` the distance is that of the runtime's own logits, its roundings included; `activations`, `cache` and `head`
+    are the native engine's, as in `load`.
     """
     given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     if against is None:
-        if through := [name for name in ("runtime", "activations", "cache", "head", "with_runtime") if name in settings]:
+        if through := [name for name in ("runtime", *_OF_ENGINE, "with_runtime") if name in settings]:
             raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
         return _evaluate_alone(given, **settings)
-    return _evaluate(given, resolve_model(str(against)), **settings)
+    engine = EngineOptions.of({name: settings.pop(name) for name in _OF_ENGINE if name in settings})
+    return _evaluate(given, resolve_model(str(against)), engine=engine, **settings)
 
 
 def evaluate_tasks(

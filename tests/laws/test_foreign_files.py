@@ -104,8 +104,8 @@ def test_the_copy_loads_in_every_way(odd: Path, published: Path) -> None:
 
 def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitpress
-    from bitpress.runtime.native.engine import USUAL_HEAD
     from bitpress.runtime.native.layout_cache import is_prepared, open_prepared
+    from bitpress.runtime.native.options import USUAL_HEAD
 
     monkeypatch.setenv("BITPRESS_LAYOUTS", str(tmp_path / "layouts"))
     bitpress.load(published, runtime="native")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import bitpress
 from bitpress import native
 from bitpress.errors import CheckpointError, UsageError
-from bitpress.runtime.native.engine import Sampling
 from bitpress.runtime.native.text import Pieces, TextEngine, text_decoder
 from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.sampling import Sampling
 
 PROMPT = "The sea was calm, and the"
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")

@@ -38,6 +38,7 @@ from bitpress.cli.options import (
 from bitpress.cli.recipe_options import build_recipe, explain_preset
 from bitpress.cli.screen import Screen, begin_output, err, out, print_json
 from bitpress.errors import BitpressError, UsageError
+from bitpress.runtime.native.options import EngineOptions
 from bitpress.settings import share_cores, use_large_pages
 from bitpress.version import __version__
 
@@ -193,6 +194,7 @@ def evaluate(
     from bitpress.measure.multiple_choice import evaluate_tasks
 
     names = parse_tasks(tasks)
+    engine = EngineOptions.of({"activations": activations, "cache": cache, "head": head})
     _refuse_idle(context, "--against", against is None, ("runtime",))
     _refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     _refuse_idle(context, "--tasks", not names, ("documents",))
@@ -205,8 +207,7 @@ def evaluate(
         if original is None:
             figures |= evaluate_alone(given, **how, progress=screen)
         else:
-            through: dict[str, Any] = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
-            figures |= measure(given, original, **how, **through, progress=screen)
+            figures |= measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
         if names:
             figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
             if original is not None:
@@ -262,7 +263,7 @@ def run(
         raise UsageError("--json needs a --prompt.")
     if prompt is None and raw:
         raise UsageError("--raw needs a --prompt.")
-    native = {"activations": activations, "cache": cache, "head": head, "context": context}
+    engine = {"activations": activations, "cache": cache, "head": head, "context": context, "threads": threads}
     asked = Asked(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -272,8 +273,7 @@ def run(
         runtime=runtime,
         packed=packed,
         memory=memory,
-        threads=threads,
-        native={name: value for name, value in native.items() if value is not None},
+        engine=EngineOptions.of(engine),
     )
     directory = find_model(model)
     if prompt is None:

@@ -9,7 +9,6 @@ from bitpress.cli.request import Asked, threads_text
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.engine import USUAL_HEAD
 from bitpress.runtime.native.layout_cache import is_prepared
 from bitpress.runtime.native.text import Pieces, TextEngine
 from bitpress.runtime.prompt import choose_sampling
@@ -56,7 +55,7 @@ def _open(directory: Path, asked: Asked) -> Speaker:
         speaker = Transformers(directory, asked, "the model is not compressed", plain=True)
         say(speaker.line())
         return speaker
-    head = asked.native.get("head", USUAL_HEAD)
+    head = asked.engine.head_format
     known = is_prepared(directory, head)
     if not known:
         from bitpress.checkpoints.compressed import CompressedCheckpoint
@@ -67,7 +66,7 @@ def _open(directory: Path, asked: Asked) -> Speaker:
         CompressedCheckpoint.open(directory, verify=False)
     choice = select_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
     if choice.runtime == "native":
-        speaker = _Native(load_native(directory, threads=asked.threads, **asked.native), asked)
+        speaker = _Native(load_native(directory, asked.engine), asked)
     else:
         from bitpress.cli.chat_transformers import Transformers
 

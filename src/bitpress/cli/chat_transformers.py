@@ -24,8 +24,8 @@ class Transformers:
     """A model of transformers that answers."""
 
     def __init__(self, directory: Path, asked: Asked, reason: str, *, plain: bool = False) -> None:
-        if asked.threads is not None:
-            torch.set_num_threads(asked.threads)
+        if asked.engine.threads is not None:
+            torch.set_num_threads(asked.engine.threads)
         packed = asked.packed or asked.memory is not None
         if plain:
             self.model = load_plain(directory)

@@ -1,7 +1,7 @@
 """The commands that show or time what is there and change nothing."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,14 +30,14 @@ def bench(
     """Measure the native engine's speed on a model, beside what the machine could do."""
     from bitpress.cli.bench import show_speed
     from bitpress.errors import unknown_name
+    from bitpress.runtime.native.options import EngineOptions
     from bitpress.runtime.native.speed import bench_decode, bench_prefill
 
     if what not in ("decode", "prefill"):
         raise unknown_name("measurement", what, ("decode", "prefill"))
-    options: dict[str, Any] = {"tokens": tokens, "activations": activations, "cache": cache, "head": head}
-    options = {name: value for name, value in options.items() if value is not None}
-    measure = bench_decode if what == "decode" else bench_prefill
-    facts = measure(directory, context=context, repeats=repeats, threads=threads, **options)
+    options = EngineOptions.of({"activations": activations, "cache": cache, "head": head, "threads": threads})
+    measure, usual = (bench_decode, 64) if what == "decode" else (bench_prefill, 512)
+    facts = measure(directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats)
     print_json(facts) if as_json else show_speed(facts)
 
 

@@ -1,14 +1,15 @@
 """What is asked of a model on the terminal."""
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from bitpress.runtime.native.options import EngineOptions
 
 __all__ = ["Asked", "threads_text"]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the options of `bitpress run` say. `native` holds those that only the native engine has."""
+    """What the options of `bitpress run` say. Of `engine`, transformers follows `threads` and nothing else."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -18,8 +19,12 @@ class Asked:
     runtime: str = "auto"
     packed: bool = False
     memory: str | None = None
-    threads: int | None = None
-    native: dict[str, Any] = field(default_factory=dict)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        """Name the chosen options that only the native engine has."""
+        return tuple(name for name in self.engine.chosen() if name != "threads")
 
 
 def threads_text(count: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from bitpress.errors import BitpressError, CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.messages import Prompt, is_odd, read_messages, read_tools, turn
-from bitpress.runtime.native.engine import Sampling
+from bitpress.runtime.sampling import Sampling
 
 __all__ = [
     "GENERATION",

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitpress.errors import CheckpointError, KernelUnavailable, UsageError, unknown_name
-from bitpress.runtime.native.engine import USUAL_HEAD, Activations, check_options, make_engine
+from bitpress.runtime.native.engine import make_engine
 from bitpress.runtime.native.layout_cache import is_prepared, keep_prepared, open_prepared
+from bitpress.runtime.native.options import USUAL, USUAL_HEAD, Activations, CacheType, EngineOptions
 from bitpress.runtime.native.text import TextEngine
 
 __all__ = ["RUNTIMES", "RuntimeSelection", "load", "load_native", "select_runtime"]
@@ -71,35 +72,26 @@ def _refusal(directory: str | Path) -> str | None:
 
 def load_native(
     directory: str | Path,
+    options: EngineOptions = USUAL,
     *,
-    activations: Activations | None = None,
-    cache: Literal["fp16", "int8"] = "fp16",
-    head: str = USUAL_HEAD,
-    context: int | None = None,
-    threads: int | None = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> TextEngine:
-    """Load a directory into the native engine, with its tokenizer; options are those of `load_engine`.
+    """Load a directory into the native engine, with its tokenizer.
 
     What is laid out is kept in the user's cache folder, and mapped from there the next time: see `runtime.native.layout_cache`.
     """
-    check_options(activations, cache, threads)
+    head = options.head_format
     prepared = open_prepared(directory, head, verify=verify)
     if prepared is not None:
-        engine = make_engine(prepared.parts, activations=activations, cache=cache, context=context, threads=threads)
+        engine = make_engine(prepared.parts, options, where=directory)
         return TextEngine(
             engine, lambda: prepared.tokenizer or _transformers_tokenizer(directory), prepared.generation, prepared.file_bytes
         )
     from bitpress.runtime.native.assemble import lay_out_directory
 
-    parts, generation, file_bytes = lay_out_directory(directory, head, context=context, verify=verify, note=note)
-    try:
-        engine = make_engine(parts, activations=activations, cache=cache, context=context, threads=threads)
-    except UsageError:  # which is a ValueError too
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}.") from error
+    parts, generation, file_bytes = lay_out_directory(directory, options, verify=verify, note=note)
+    engine = make_engine(parts, options, where=directory)
     text = TextEngine(engine, lambda: _transformers_tokenizer(directory), generation, file_bytes)
     with contextlib.suppress(CheckpointError):  # a tokenizer that cannot be read is no reason against tokens in, tokens out
         keep_prepared(directory, head, parts, text.tokenizer, generation, file_bytes)
@@ -120,7 +112,7 @@ def load(
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     memory: int | str | None = None,
     activations: Activations | None = None,
-    cache: Literal["fp16", "int8"] | None = None,
+    cache: CacheType | None = None,
     head: str | None = None,
     context: int | None = None,
     threads: int | None = None,
@@ -151,14 +143,13 @@ def load(
     KernelUnavailable where the native engine does not know the model.
     """
     of_transformers: dict[str, Any] = {"weights": weights, "dtype": dtype, "memory": memory}
-    of_native = {"activations": activations, "cache": cache, "head": head, "context": context, "threads": threads}
+    of_native = EngineOptions(activations, cache, head, context, threads)
     of_transformers = {name: value for name, value in of_transformers.items() if value is not None}
-    given: dict[str, Any] = {name: value for name, value in of_native.items() if value is not None}
     choice = select_runtime(
-        directory, runtime, native=given.keys(), transformers=of_transformers.keys(), head=head or USUAL_HEAD
+        directory, runtime, native=of_native.chosen(), transformers=of_transformers.keys(), head=of_native.head_format
     )
     if choice.runtime == "native":
-        return load_native(directory, verify=verify, note=note, **given)
+        return load_native(directory, of_native, verify=verify, note=note)
     from bitpress.runtime.hf.loading import load as load_transformers
 
     options: dict[str, Any] = of_transformers if memory is None else {"weights": "packed", **of_transformers}

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bitpress.errors import UsageError
 from bitpress.library import library
 from bitpress.runtime.native.architectures import Layout
 from bitpress.runtime.native.engine import Engine
+from bitpress.runtime.native.options import USUAL, EngineOptions
 from bitpress.runtime.selection import load_native
 
 __all__ = ["bench_decode", "bench_prefill", "block_weights", "cache_positions"]
@@ -26,13 +28,13 @@ READ_BYTES = 1 << 29  # more than caches hold
 
 
 def bench_decode(
-    directory: str | Path, *, context: int = 0, tokens: int = 64, repeats: int = 5, threads: int | None = None, **options: Any
+    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 64, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure one token after the other behind a text of `context` tokens. `options` are those of `load_engine`.
+    """Measure one token after the other behind a text of `context` tokens.
 
     Bytes a token are those of every weight that a token is multiplied with and of the keys and values that it looks back on.
     """
-    engine, facts = _load(directory, max(context, 1) + tokens, repeats, threads, options)
+    engine, facts = _load(directory, options, max(context, 1) + tokens, repeats)
     text = _random_tokens(engine, max(context, 1))
     _run(engine, text)
 
@@ -60,13 +62,13 @@ def bench_decode(
 
 
 def bench_prefill(
-    directory: str | Path, *, context: int = 0, tokens: int = 512, repeats: int = 5, threads: int | None = None, **options: Any
+    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 512, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure reading a prompt of `tokens` tokens behind a text of `context` tokens. `options` are those of `load_engine`.
+    """Measure reading a prompt of `tokens` tokens behind a text of `context` tokens.
 
     Operations are two for every weight in the blocks' linear layers; attention and the head, which runs once, are not counted.
     """
-    engine, facts = _load(directory, context + tokens, repeats, threads, options)
+    engine, facts = _load(directory, options, context + tokens, repeats)
     text = _random_tokens(engine, context + tokens)
     if context:
         _run(engine, text[:context])
@@ -104,13 +106,11 @@ def cache_positions(layout: Layout, length: int) -> float:
     return sum(min(length, window or length) for window in layout.window) / layout.layers
 
 
-def _load(
-    directory: str | Path, room: int, repeats: int, threads: int | None, options: dict[str, Any]
-) -> tuple[Engine, dict[str, Any]]:
+def _load(directory: str | Path, options: EngineOptions, room: int, repeats: int) -> tuple[Engine, dict[str, Any]]:
     if repeats < 1:
         raise UsageError(f"repeats={repeats}: it must be 1 or more.")
     start = time.perf_counter()
-    text = load_native(directory, context=room, threads=threads, **options)
+    text = load_native(directory, replace(options, context=room))
     seconds, engine = time.perf_counter() - start, text.engine
     facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded")}
     facts |= {"directory": str(directory), "repeats": repeats, "load_seconds": seconds, "file_bytes": text.file_bytes}

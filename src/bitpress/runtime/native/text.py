@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from bitpress.errors import UsageError
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.engine import Engine, Sampling
+from bitpress.runtime.native.engine import Engine
 from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.sampling import Sampling
 
 __all__ = ["Completion", "Pieces", "TextEngine", "TextStream", "text_decoder"]
 
