@@ -35,8 +35,8 @@ from bitpress.runtime.native.architectures import FAMILIES, Layout, Rotation, de
 from bitpress.runtime.native.assemble import load_engine, refuses
 from bitpress.runtime.native.engine import Engine
 from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.opening import load_native
 from bitpress.runtime.sampling import Sampling
-from bitpress.runtime.selection import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 

@@ -14,7 +14,7 @@ from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.options import EngineOptions
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.opening import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
 LIMIT = 0.002

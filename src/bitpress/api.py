@@ -17,7 +17,7 @@ from bitpress.presets import preset_keys
 from bitpress.progress import Progress
 from bitpress.recipes import Recipe, make_recipe
 from bitpress.runtime.native.options import EngineOptions
-from bitpress.runtime.selection import load
+from bitpress.runtime.opening import load
 
 _OF_ENGINE = ("activations", "cache", "head")
 

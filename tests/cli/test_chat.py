@@ -18,7 +18,7 @@ from bitpress import native
 from bitpress.cli.conversation import Conversation
 from bitpress.errors import UsageError
 from bitpress.runtime.native.engine import Engine
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.opening import load_native
 
 pty = pytest.importorskip("pty")
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")

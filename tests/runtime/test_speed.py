@@ -11,7 +11,7 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import UsageError
 from bitpress.runtime.native import speed as speed
 from bitpress.runtime.native.options import EngineOptions
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.opening import load_native
 
 ONE = EngineOptions(threads=1)
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")

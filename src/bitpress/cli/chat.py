@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
-from bitpress.cli.plain import check_options, is_plain
+from bitpress.cli.plain import check_options, open_plain
 from bitpress.cli.request import Asked, threads_text
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.layout_cache import is_prepared
 from bitpress.runtime.native.text import Pieces, TextEngine
+from bitpress.runtime.opening import OpenedModel
 from bitpress.runtime.prompt import choose_sampling
-from bitpress.runtime.selection import load_native, select_runtime
 from bitpress.settings import layout_directory
 
 __all__ = ["answer_once", "chat"]
@@ -48,32 +47,31 @@ def _open(directory: Path, asked: Asked) -> Speaker:
     speaker: Speaker
     native_options = tuple(f"--{name}" for name in asked.native)
     transformers_options = ("--packed",) * asked.packed + ("--memory",) * (asked.memory is not None)
-    if is_plain(directory):
-        from bitpress.cli.chat_transformers import Transformers
+    if (source := open_plain(directory)) is not None:
+        from bitpress.cli.chat_transformers import speak_plain
 
         check_options(directory, asked.runtime, native_options + transformers_options)
-        speaker = Transformers(directory, asked, "the model is not compressed", plain=True)
+        speaker = speak_plain(source, asked)
         say(speaker.line())
         return speaker
-    head = asked.engine.head_format
-    known = is_prepared(directory, head)
-    if not known:
-        from bitpress.checkpoints.compressed import CompressedCheckpoint
+    model, head = OpenedModel(directory), asked.engine.head_format
+    had_layout = model.has_layout(head)
+    if not had_layout:
         from bitpress.formats import parse_format
 
         if head != "keep":
             parse_format(head)
-        CompressedCheckpoint.open(directory, verify=False)
-    choice = select_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
-    if choice.runtime == "native":
-        speaker = _Native(load_native(directory, asked.engine), asked)
+        _ = model.checkpoint  # a directory that is broken is reported before an option that does not suit it
+    selection = model.select(asked.runtime, native=native_options, transformers=transformers_options, head=head)
+    if selection.runtime == "native":
+        speaker = _Native(model.load_native(asked.engine), asked)
     else:
-        from bitpress.cli.chat_transformers import Transformers
+        from bitpress.cli.chat_transformers import speak_compressed
 
-        speaker = Transformers(directory, asked, choice.reason)
+        speaker = speak_compressed(model, asked, selection.reason)
     say(speaker.line())
-    if not known and is_prepared(directory, head):
-        say(f"laid out for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off keeps nothing")
+    if not had_layout and model.has_layout(head):
+        say(f"cached the layout for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off caches none")
     return speaker
 
 

@@ -1,42 +1,56 @@
 """Answers by transformers, for what the native engine does not run."""
 
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
 
+from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.conversation import Show
 from bitpress.cli.plain import load_plain
 from bitpress.cli.request import Asked, threads_text
 from bitpress.cli.screen import size
-from bitpress.runtime.hf.loading import load
 from bitpress.runtime.messages import Prompt
 from bitpress.runtime.native.text import Pieces, text_decoder
+from bitpress.runtime.opening import OpenedModel
 from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
 
-__all__ = ["Transformers"]
+__all__ = ["Transformers", "speak_compressed", "speak_plain"]
+
+
+def speak_plain(source: SourceCheckpoint, asked: Asked) -> "Transformers":
+    """Load a model that is not compressed."""
+    _use_threads(asked)
+    model = load_plain(source)
+    weights = f"as stored, {str(model.dtype).removeprefix('torch.')}"
+    return Transformers(model, load_tokenizer(source.root), asked, reason="the model is not compressed", weights=weights)
+
+
+def speak_compressed(opened: OpenedModel, asked: Asked, reason: str) -> "Transformers":
+    """Load a directory that bitpress wrote; `reason` says why transformers runs it."""
+    _use_threads(asked)
+    weights: Literal["packed", "decoded"] = "packed" if asked.packed or asked.memory is not None else "decoded"
+    model = opened.load_transformers(weights=weights, memory=asked.memory)
+    return Transformers(model, load_tokenizer(opened.directory), asked, reason=reason, weights=weights)
+
+
+def _use_threads(asked: Asked) -> None:
+    if asked.engine.threads is not None:
+        torch.set_num_threads(asked.engine.threads)
 
 
 class Transformers:
-    """A model of transformers that answers."""
+    """A model of transformers that answers. `weights` says how its weights are held."""
 
-    def __init__(self, directory: Path, asked: Asked, reason: str, *, plain: bool = False) -> None:
-        if asked.engine.threads is not None:
-            torch.set_num_threads(asked.engine.threads)
-        packed = asked.packed or asked.memory is not None
-        if plain:
-            self.model = load_plain(directory)
-        else:
-            self.model = load(directory, weights="packed" if packed else "decoded", memory=asked.memory)
-        stored = str(self.model.dtype).removeprefix("torch.")
-        self.tokenizer = load_tokenizer(directory)
+    def __init__(self, model: Any, tokenizer: Any, asked: Asked, *, reason: str, weights: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
         self.facts: dict[str, Any] = {
             "runtime": "transformers",
             "reason": reason,
-            "weights": f"as stored, {stored}" if plain else "packed" if packed else "decoded",
+            "weights": weights,
             "threads": torch.get_num_threads(),
         }
         if asked.memory is not None:

@@ -27,7 +27,7 @@ from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
 from bitpress.progress import Progress, Silent
 from bitpress.runtime.native.options import USUAL, EngineOptions
-from bitpress.runtime.selection import select_runtime
+from bitpress.runtime.opening import OpenedModel
 
 __all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "evaluation_windows", "measure_runtime"]
 
@@ -200,8 +200,8 @@ def _open_runtime(
         raise UsageError(f"{directory}: bitpress did not write it, so it has no runtime here; leave the runtime out.")
     if pressed.cut and runtime != "transformers":
         raise UsageError("a model of stacks is read in part by the runtime transformers only; name it, or leave memory out.")
-    choice = select_runtime(directory, runtime, native=options.chosen())
-    return native_runtime(pressed, options) if choice.runtime == "native" else transformers_runtime(pressed)
+    selection = OpenedModel.of(pressed).select(runtime, native=options.chosen(), head=options.head_format)
+    return native_runtime(pressed, options) if selection.runtime == "native" else transformers_runtime(pressed)
 
 
 def _through_engine(p: _Prepared, runtime: Runtime, windows: torch.Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bitpress.library import library
 from bitpress.runtime.native.architectures import Layout
 from bitpress.runtime.native.engine import Engine
 from bitpress.runtime.native.options import USUAL, EngineOptions
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.opening import load_native
 
 __all__ = ["bench_decode", "bench_prefill", "block_weights", "cache_positions"]
 
