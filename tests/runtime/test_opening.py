@@ -12,7 +12,7 @@ import bitpress
 from bitpress import native
 from bitpress.checkpoints import compressed
 from bitpress.cli.chat import answer_once
-from bitpress.cli.request import Asked
+from bitpress.cli.request import Request
 from bitpress.errors import CheckpointError
 from bitpress.models.skeleton import build_config
 from bitpress.runtime.native import layout_cache
@@ -63,8 +63,8 @@ def test_a_native_start_reads_everything_once(
     for expected in ({**once, "complete": start == "run"}, {"manifest": 1, "complete": 1}):
         count.clear()
         if start == "run":
-            answer = answer_once(pressed_dir, "The sky", Asked(max_tokens=2))
-            assert answer["runtime"] == "native"
+            _, facts = answer_once(pressed_dir, "The sky", Request(max_tokens=2))
+            assert facts["runtime"] == "native"
         else:
             bitpress.load(pressed_dir, runtime="native")
         assert +count == +Counter(expected)
@@ -75,7 +75,8 @@ def test_a_start_of_transformers_reads_everything_once(
     start: str, pressed_dir: Path, once: dict[str, int], count: Counter[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if start == "run":
-        assert answer_once(pressed_dir, "The sky", Asked(max_tokens=2, runtime="transformers"))["runtime"] == "transformers"
+        _, facts = answer_once(pressed_dir, "The sky", Request(max_tokens=2, runtime="transformers"))
+        assert facts["runtime"] == "transformers"
     else:
         bitpress.load(pressed_dir)
     assert +count == +Counter(once)

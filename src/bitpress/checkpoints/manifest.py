@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import MAX_JSON_BYTES, read_json_bytes
 
 __all__ = ["JOB_DIRECTORY", "MANIFEST_NAME", "is_compressed", "read_manifest_bytes"]
@@ -18,4 +19,4 @@ def is_compressed(path: str | Path) -> bool:
 
 def read_manifest_bytes(directory: str | Path) -> bytes:
     """Read the manifest, unparsed. Raises CheckpointError."""
-    return read_json_bytes(Path(directory) / MANIFEST_NAME, MAX_JSON_BYTES)
+    return read_json_bytes(safe_file(Path(directory), MANIFEST_NAME), MAX_JSON_BYTES)

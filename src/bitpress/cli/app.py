@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli import cache
-from bitpress.cli import info as looking
+from bitpress.cli import cache, compare_command, info, run
 from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
     Cache,
     CalibrationText,
-    Context,
     Documents,
     Head,
     Json,
@@ -34,10 +32,10 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    refuse_idle,
 )
 from bitpress.cli.recipe_options import build_recipe, explain_preset
-from bitpress.cli.screen import Screen, begin_output, err, out, print_json
-from bitpress.errors import BitpressError, UsageError
+from bitpress.cli.screen import Screen, begin_output, out, print_json
 from bitpress.runtime.native.options import EngineOptions
 from bitpress.settings import share_cores, use_large_pages
 from bitpress.version import __version__
@@ -195,9 +193,9 @@ def evaluate(
 
     names = parse_tasks(tasks)
     engine = EngineOptions.of({"activations": activations, "cache": cache, "head": head})
-    _refuse_idle(context, "--against", against is None, ("runtime",))
-    _refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
-    _refuse_idle(context, "--tasks", not names, ("documents",))
+    refuse_idle(context, "--against", against is None, ("runtime",))
+    refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
+    refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
         given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen.note)
         original = None if against is None else resolve_model(against, screen.note)
@@ -218,169 +216,10 @@ def evaluate(
         figures_table(figures, accuracy_rows(figures))
 
 
-@app.command(epilog='Example: bitpress run out/smollm2-4bit --prompt "What is a Hadamard matrix?"')
-def run(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or any other model as it is.")],
-    prompt: Annotated[str | None, typer.Option(help="What to answer; without it, a chat on the terminal.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. May be given again.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the k most likely tokens; 0: among all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the fewest with this probability together.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Leave out those less likely than this part of the most likely.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: less of what has been said.")] = None,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    runtime: Annotated[
-        str, typer.Option(help="auto, native or transformers; auto is native where that knows the model.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
-    activations: Activations = None,
-    cache: Cache = None,
-    head: Head = None,
-    context: Context = None,
-    packed: Annotated[
-        bool, typer.Option("--packed", help="transformers: keep the codes in memory, not the decoded weights.")
-    ] = False,
-    memory: Memory = None,
-    as_json: Json = False,
-) -> None:
-    """Generate text with a compressed model, or with any other as it is.
-
-    Where the model's generation_config.json has sampling settings, they apply at a temperature above 0, unless given here.
-    """
-    from bitpress.cli.chat import answer_once, chat
-    from bitpress.cli.plain import find_model
-    from bitpress.cli.request import Asked
-
-    if as_json and prompt is None:
-        raise UsageError("--json needs a --prompt.")
-    if prompt is None and raw:
-        raise UsageError("--raw needs a --prompt.")
-    engine = {"activations": activations, "cache": cache, "head": head, "context": context, "threads": threads}
-    asked = Asked(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=tuple(stop or ()),
-        sampling={"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
-        runtime=runtime,
-        packed=packed,
-        memory=memory,
-        engine=EngineOptions.of(engine),
-    )
-    directory = find_model(model)
-    if prompt is None:
-        chat(directory, asked)
-        return
-    answer = answer_once(directory, prompt, asked, raw=raw, stream=not as_json)
-    if as_json:
-        print_json(answer)
-        return
-    read = answer.get("prefill_tokens_per_second")
-    before = "" if read is None else f"{answer['prompt_tokens']} tokens read, {read:.1f} tokens/s; "
-    err.print(f"[dim]{before}{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
-
-
-@app.command(epilog="Example: bitpress compare smollm2-135m out/methods --recipes recipes.yaml --bits 4,3,2")
-def compare(
-    context: typer.Context,
-    model: Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory of the results. The same command goes on there.")
-    ],
-    recipes: Annotated[Path, typer.Option(help="YAML file of recipes by name, or a directory of recipe files.")],
-    bits: Annotated[str, typer.Option(help="Widths that take the place of {bits} in a recipe.")] = "4,3,2",
-    only: Annotated[list[str] | None, typer.Option(help="Recipes to run, e.g. 'gptq*'. May be given again.")] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="Held-out text; two built-in kinds if not given. May be given again."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of every held-out text.")] = 32768,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(metavar="original|pressed", help="What blocks are calibrated on; original is run once for all recipes."),
-    ] = None,
-    compute: Annotated[str, typer.Option(metavar="auto|bf16|fp32", help="Arithmetic of calibration and measuring.")] = "auto",
-    tasks: Tasks = None,
-    documents: Documents = 500,
-    best: Annotated[int, typer.Option(min=1, help="Recipes of every width that answer the tasks, the best by KL.")] = 3,
-    keep: Annotated[bool, typer.Option("--keep", help="Publish what every recipe makes in OUT/models.")] = False,
-    forget_capture: Annotated[bool, typer.Option("--forget-capture", help="Remove OUT/capture when all is done.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure many recipes on one model, where everything but the recipe is the same.
-
-    A recipe without inputs of its own is calibrated on what the original's blocks give, which one pass collects for all. Exits 1
-    when a recipe failed; the others are done all the same.
-    """
-    from bitpress.checkpoints.named import resolve_model
-    from bitpress.cli.accuracy import parse_tasks
-    from bitpress.cli.compare import Board, parse_texts, parse_widths, show_comparison, write_page
-    from bitpress.comparison.run import HELDOUT, compare_recipes
-    from bitpress.comparison.variants import read_candidates
-    from bitpress.recipes import make_recipe
-
-    given = {"text": calibration, "samples": samples, "length": length, "seed": seed, "inputs": inputs}
-    given = {key: value for key, value in given.items() if value is not None}
-    shared = make_recipe({"compute": compute, "calibration": {"inputs": "original", **given}}).calibration
-    candidates, notes = read_candidates(recipes, parse_widths(bits), given, compute=compute, only=only or ())
-    texts, names = parse_texts(text, HELDOUT), parse_tasks(tasks)
-    _refuse_idle(context, "--tasks", not names, ("documents", "best"))
-    with Board(len(candidates), list(texts), names) as board:
-        for note in notes:
-            board.note(note)
-        done = compare_recipes(
-            resolve_model(model, board.note),
-            output,
-            candidates,
-            texts,
-            shared=shared,
-            tokens=tokens,
-            length=shared.length,
-            tasks=names,
-            documents=documents,
-            best=best,
-            keep=keep,
-            forget_capture=forget_capture,
-            progress=board,
-            note_row=board.row,
-        )
-    done["model"] = model
-    write_page(done, output)
-    failed = [row for row in done["rows"] if row["failed"]]
-    wrong = None
-    if failed:
-        those = ", ".join(dict.fromkeys(row["name"] for row in failed))
-        wrong = f"{len(failed)} of {len(done['rows'])} recipes failed: {those}; their rows say why."
-    elif any(row["failed"] for row in done["answers"]):
-        wrong = "some recipes have no answers to the tasks; their rows say why."
-    error = {} if wrong is None else {"error": {"code": 1, "kind": "BitpressError", "message": wrong}}
-    print_json(done | error) if as_json else show_comparison(done, output)
-    if wrong is not None:
-        raise BitpressError(wrong)
-
-
-app.add_typer(looking.app)
+app.add_typer(run.app)
+app.add_typer(compare_command.app)
+app.add_typer(info.app)
 app.add_typer(cache.app)
-
-
-def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:
-    """Refuse options that were given and do nothing without another."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if is_missing and source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{name} needs {needed}.")
 
 
 def main() -> None:

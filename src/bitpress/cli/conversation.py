@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from rich.markup import escape
 
+from bitpress.cli.request import Answer
 from bitpress.cli.screen import err
 from bitpress.cli.terminal import Reader
 from bitpress.errors import UsageError, unknown_name
@@ -25,14 +26,14 @@ KEYS = "Ctrl-C stops an answer. Ctrl-D ends the chat. Arrow keys go through what
 
 
 class Speaker(Protocol):
-    """A model that answers. `facts` says what runs, and `answer` gives the text and its figures."""
+    """A model that answers. `facts` says what runs; `answer` shows the text while it is generated."""
 
     tokenizer: Any
     facts: dict[str, Any]
 
     def line(self) -> str: ...
 
-    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]: ...
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> Answer: ...
 
 
 class Printed:
@@ -62,12 +63,12 @@ def say(text: str) -> None:
     err.print(text, style="dim", markup=False, soft_wrap=True)
 
 
-def say_what_cut(answer: dict[str, Any], then: str) -> None:
-    """Say that an answer was cut, where it was, and what to do."""
-    if answer["finish"] == "length":
-        say(f"cut at {answer['tokens']} tokens: --max-tokens allows more{then}.")
-    elif answer["finish"] == "context":
-        say(f"cut: the model's context is full, {answer['prompt_tokens']} tokens were read and {answer['tokens']} written.")
+def say_what_cut(answer: Answer, then: str) -> None:
+    """Say why an answer was cut, if it was, and what to do."""
+    if answer.finish == "length":
+        say(f"cut at {answer.tokens} tokens: --max-tokens allows more{then}.")
+    elif answer.finish == "context":
+        say(f"cut: the model's context is full, {answer.prompt_tokens} tokens were read and {answer.tokens} written.")
 
 
 class Conversation:
@@ -116,8 +117,8 @@ class Conversation:
         if answer is None:
             say("stopped; the conversation goes on from here.")
             return
-        say_what_cut(answer, ", or ask it to go on" if answer["finish"] == "length" else "")
-        if answer["finish"] == "context":
+        say_what_cut(answer, ", or ask it to go on" if answer.finish == "length" else "")
+        if answer.finish == "context":
             say("/clear begins a new conversation.")
 
     def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitpress.cli.options import Activations, Cache, Directory, Head, Json
+from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads
 from bitpress.cli.screen import Screen, out, print_json
 from bitpress.errors import UsageError
 
@@ -18,7 +18,7 @@ app = typer.Typer()
 def bench(
     what: Annotated[str, typer.Argument(metavar="decode|prefill", help="One token after the other, or a prompt at once.")],
     directory: Directory,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
+    threads: Threads = None,
     context: Annotated[int, typer.Option(min=0, help="Tokens in the cache beforehand.")] = 0,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repeat: 64 for decode, 512 for prefill.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often.")] = 5,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress.cli.options import chosen
 from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
@@ -48,9 +49,7 @@ def build_recipe(
         values["weights"] = weights
     if quantizer is not None:
         values["quantizer"] = {"name": quantizer}
-    given: dict[str, Any] = {"text": text, "samples": samples, "length": length, "seed": seed}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given:
+    if given := chosen(text=text, samples=samples, length=length, seed=seed):
         values["calibration"] = {**values.get("calibration", {}), **given}
     if skip:
         values["skip"] = [*values.get("skip", ()), *skip]

@@ -10,12 +10,10 @@ from typing import Any
 from bitpress.errors import BitpressError, CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.messages import Prompt, is_odd, read_messages, read_tools, turn
-from bitpress.runtime.sampling import Sampling
+from bitpress.runtime.sampling import GENERATION
 
 __all__ = [
-    "GENERATION",
     "check_prompt",
-    "choose_sampling",
     "encode_prompt",
     "end_tokens",
     "read_generation",
@@ -23,8 +21,6 @@ __all__ = [
 ]
 
 TEMPLATE_CHARACTERS = 2**22
-GENERATION = "generation_config.json"
-_MODEL_SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
 # Stands for one turn's content while it is looked for in what a template writes.
 _MARK = "\ufdd0turn\ufdd1"
 
@@ -159,36 +155,3 @@ def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int
             raise CheckpointError(f"eos_token_id is {given!r}; it must be a token or a list of tokens.")
         return tuple(tokens)
     return ()
-
-
-def choose_sampling(generation: Any, temperature: float = 0.0, seed: int = 0, **given: float | None) -> Sampling:
-    """Give the settings of an answer: the model's own where there is a temperature, each replaced by what is given for it.
-
-    Raises UsageError for a value that cannot be, or that would have no effect without a temperature.
-    """
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    chosen: dict[str, Any] = {}
-    if temperature > 0:
-        own = {name: getattr(generation, name, None) for name in _MODEL_SETTINGS}
-        chosen = {name: value for name, value in own.items() if value is not None and name not in changes}
-    elif idle := [name for name in changes if name != "repetition_penalty"]:
-        raise UsageError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0.")
-    for values, where, error in ((chosen, f"{GENERATION}: ", CheckpointError), (changes, "", UsageError)):
-        for name, value in values.items():
-            if (reason := _refusal(name, value)) is not None:
-                raise error(f"{where}{name} is {value!r}; {reason}.")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"temperature is {temperature!r}; it must not be negative.")
-    return Sampling(**{**chosen, **changes, "temperature": temperature, "seed": seed})
-
-
-def _refusal(name: str, value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "it must be a number"
-    if name == "top_k":
-        return None if isinstance(value, int) and 0 <= value < 2**31 else "it must be a whole number, 0 or more"
-    if name == "top_p":
-        return None if 0 < value <= 1 else "it must be above 0 and at most 1"
-    if name == "min_p":
-        return None if 0 <= value <= 1 else "it must be 0 to 1"
-    return None if 0 < value < float("inf") else "it must be above 0"
