@@ -1,4 +1,4 @@
-"""The Python interface: the command line's verbs as functions."""
+"""The Python interface: the commands as functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,12 +39,12 @@ def quantize(
     max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compress a model into the directory `out` and give the report.
+    """Quantize a model into the directory `out` and return the report.
 
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
-    preset      instead of a recipe: fast, balanced or best, the one that measured best under that rule at `bits` 4, 3 or 2
-    bits        alone: those of the preset balanced; beside a quantizer: those of its number format, int4-g64-zero for 4
+    preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
+    bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
 
@@ -96,10 +96,10 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a model directory on multiple-choice tasks.
 
-    tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and .jsonl files of one's own
-    documents   questions of each, the first ones
+    tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and paths of your own .jsonl files
+    documents   how many questions of each task, from the first
 
-    Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
+    Returns acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
     """
     given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     return _evaluate_tasks(given, tasks, documents=documents, progress=progress)

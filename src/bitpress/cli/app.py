@@ -1,7 +1,7 @@
 """The commands.
 
-Exit codes: 0 done, 1 some recipes of a comparison failed or an error that nobody foresaw, 2 usage, 3 bad model file, 4 disk, 5 memory, 6 numeric gate, 75 stopped and
-resumable.
+Exit codes: 0 done, 1 some recipes of a comparison failed, or an unexpected error, 2 usage, 3 bad model file, 4 disk, 5 memory,
+6 numeric gate, 75 stopped and resumable.
 """
 
 import sys
@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Press a pretrained language model into few bits, prove what that cost, and run it.",
+    help="Quantize a pretrained language model to few bits, measure what that costs, and run it.",
     epilog="Begin with: bitpress quantize smollm2-135m out/smollm2-4bit --bits 4, and then bitpress run out/smollm2-4bit",
 )
 _state = {"debug": False}
@@ -73,7 +73,7 @@ def options(
 def quantize(
     model: Model,
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory to make. The same command resumes a stopped run.")
+        Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")
     ],
     weights: Weights = None,
     quantizer: QuantizerName = None,
@@ -88,13 +88,15 @@ def quantize(
     skip: Skip = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
-    proof_tokens: Annotated[int, typer.Option(help="Held-out tokens of the final comparison; 0 leaves it out.")] = 8192,
-    proof_text: Annotated[str, typer.Option(help="Held-out text of the final comparison.")] = "builtin:heldout",
-    max_kl: Annotated[float | None, typer.Option(help="Publish nothing beyond this KL divergence (exit 6).")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what the preset takes and why, and stop.")] = False,
+    proof_tokens: Annotated[int, typer.Option(help="Evaluation tokens of the final comparison; 0 leaves it out.")] = 8192,
+    proof_text: Annotated[str, typer.Option(help="Evaluation text of the final comparison.")] = "builtin:heldout",
+    max_kl: Annotated[float | None, typer.Option(help="Publish nothing above this KL divergence (exit 6).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model, prove what that cost, and publish it."""
+    """Quantize a model, measure what that cost, and publish it."""
     if explain:
         explain_preset(
             recipe, preset, bits, as_json, {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
@@ -133,10 +135,10 @@ def plan(
     length: Length = None,
     seed: Seed = None,
     skip: Skip = None,
-    whole: Annotated[bool, typer.Option("--all", help="List every weight, not every kind of weight.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
+    """Print what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
     from bitpress.calibration.samples import read_texts
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
@@ -146,7 +148,7 @@ def plan(
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     if made.needs() and not made.calibration.text.startswith("hf:"):
-        read_texts(made.calibration.text)  # as quantize would; a set of the hub is not fetched for a plan
+        read_texts(made.calibration.text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
         planned, streamed, _ = plan_run(resolve_model(model, screen.note), made)
         seconds = estimate_seconds(streamed, made, planned.weights)
@@ -173,7 +175,7 @@ def evaluate(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Measure through native, transformers, or auto: what run takes; else the decoded weights in float32."
+            help="Measure the runtime native, transformers or auto (which run would use); else the decoded weights in float32."
         ),
     ] = None,
     activations: Activations = None,
@@ -181,7 +183,7 @@ def evaluate(
     head: Head = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out text: its perplexity, with --against its distance from the original, with --tasks its answers."""
+    """Measure a model on evaluation text: its perplexity, its distance from the original (--against), its accuracy (--tasks)."""
     from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model

@@ -1,4 +1,4 @@
-"""Answers on the terminal: one prompt, or a chat, by the native engine or by transformers."""
+"""Answers on the terminal, to one prompt or in a chat, by the native engine or by transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def chat(directory: Path, request: Request) -> None:
 
 
 def _open(directory: Path, request: Request) -> Speaker:
-    """Load the model in the runtime that fits, and say which one and why. What is wrong is said before anything slow happens."""
+    """Load the model in the runtime that fits it, and print which one and why. Errors are raised before anything slow happens."""
     speaker: Speaker
     native_options, transformers_options = request.native_options, request.transformers_options
     if (source := open_plain(directory)) is not None:

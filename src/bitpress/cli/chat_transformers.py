@@ -1,4 +1,4 @@
-"""Answers by transformers, for what the native engine does not run."""
+"""Answers by transformers, for models that the native engine does not run."""
 
 import time
 from typing import Any, Literal
@@ -59,8 +59,8 @@ class Transformers:
         own = self.model.generation_config
         self._sampling = request.sampling.resolve(own)
         self._ends = end_tokens(own, self.model.config, self.tokenizer)
-        # `generate` adds what the model's own settings have and ours do not say (beams, n-grams, suppressed tokens), some of which it
-        # cannot do while text is shown as it is made. Both runtimes follow the same ones: those above.
+        # `generate` would add settings of the model's own that we do not have (beams, n-grams, suppressed tokens), some of which do not
+        # work while text is shown as it is generated. Both runtimes follow the same settings, those above.
         self.model.generation_config = GenerationConfig()
 
     def line(self) -> str:
@@ -104,7 +104,7 @@ class Transformers:
         }
         if how.temperature == 0:
             return GenerationConfig(**settings, do_sample=False)
-        # Every one of them is set: transformers takes what is not from its own defaults, such as a top_k of 50.
+        # All of them are set: for others transformers uses its own defaults, such as a top_k of 50.
         sampling = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": how.min_p}
         return GenerationConfig(**settings, **sampling, do_sample=True)
 
@@ -116,7 +116,7 @@ def _held_bytes(model: torch.nn.Module) -> int:
 
 
 class _Streamer:
-    """Takes tokens from transformers' `generate` one by one, and tells it when a stop string has appeared."""
+    """Takes tokens from transformers' `generate` one by one, and stops it when a stop string has appeared."""
 
     def __init__(self, detokenizer: Detokenizer, ends: tuple[int, ...], show: Show) -> None:
         self.text: list[str] = []

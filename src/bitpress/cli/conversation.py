@@ -1,4 +1,4 @@
-"""A chat: turns and answers, commands that begin with a slash, and an answer that can be stopped."""
+"""A chat: turns, answers that can be stopped, and commands that begin with a slash."""
 
 import sys
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Speaker(Protocol):
 
 
 class Printed:
-    """Prints pieces of text as they come, and ends their line however they end; `text` is all of them."""
+    """Prints pieces of text as they come, and ends the line even after an error; `text` is all of them."""
 
     def __init__(self, wanted: bool) -> None:
         self.text = ""
@@ -72,7 +72,7 @@ def say_what_cut(answer: Answer, then: str) -> None:
 
 
 class Conversation:
-    """What has been said, and with whom."""
+    """The turns so far, the model that answers and the reader of new turns."""
 
     def __init__(self, speaker: Speaker, reader: Reader) -> None:
         self.system: str | None = None
@@ -83,7 +83,7 @@ class Conversation:
     def run(self) -> None:
         """Talk until there are no more turns, or /exit.
 
-        What is wrong with a turn is said on a terminal, and the conversation goes on without it. Raises UsageError where nobody is there.
+        On a terminal an error in a turn is shown, and the conversation goes on without that turn. Elsewhere it raises UsageError.
         """
         while (line := self._reader.read()) is not None:
             text = line.strip()
@@ -130,7 +130,7 @@ class Conversation:
             unknown = unknown_name("command", name, COMMANDS)
             raise UsageError(f"{unknown} Begin with // to send a text that begins with /.")
         if text and name != "/system":
-            raise UsageError(f"{name} takes nothing behind it.")
+            raise UsageError(f"{name} takes no text after it.")
         if name == "/help":
             for command, meaning in COMMANDS.items():
                 say(f"{command:8} {meaning}")

@@ -1,4 +1,4 @@
-"""Models that are not compressed, for `run`: in the type that they are stored in, by transformers."""
+"""Models that are not compressed, for `run`: transformers runs them in the type that they are stored in."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ __all__ = ["check_options", "find_model", "load_plain", "open_plain"]
 
 
 def find_model(model: str) -> Path:
-    """Return the directory of a model that may be compressed or not, made first where it is a .gguf file or has a name."""
+    """Return the directory of a model, compressed or not; a .gguf file or a named model is converted or fetched first."""
     if not model:
-        raise UsageError("the model has no name; give a directory, a .gguf file or a named model (`bitpress models`).")
+        raise UsageError("the model has no name; write a directory, a .gguf file or a named model (`bitpress models`).")
     if is_compressed(model):
         return Path(model)
-    from bitpress.checkpoints.named import resolve_model  # not needed where the answer should come at once
+    from bitpress.checkpoints.named import resolve_model  # not needed for a directory of bitpress, which should answer at once
 
     return resolve_model(model, lambda line: err.print(line, markup=False, soft_wrap=True))
 
@@ -53,7 +53,7 @@ def check_options(directory: Path, runtime: str, only_compressed: tuple[str, ...
 
 
 def load_plain(source: "SourceCheckpoint") -> Any:
-    """Load a model of transformers in the type that its file has. Raises CheckpointError; code in the directory is never run."""
+    """Load a model of transformers in the type of its file. Raises CheckpointError; code in the directory is never run."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 TEMPLATE_CHARACTERS = 2**22
-# Stands for one turn's content while it is looked for in what a template writes.
+# Stands for one turn's content, to find it in the text that a template writes.
 _MARK = "\ufdd0turn\ufdd1"
 
 
@@ -30,15 +30,15 @@ def encode_prompt(
 ) -> list[int]:
     """Return the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
 
-    `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for text that is none and for messages
+    `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for an invalid prompt and for messages
     that the template does not take, CheckpointError for a template that fails.
     """
     messages, described = read_messages(prompt), read_tools(tools)
     if raw or tokenizer.chat_template is None:
         if len(messages) > 1:
-            raise UsageError("several messages need the chat template; give one text.")
+            raise UsageError("several messages need the chat template; pass one text.")
         if is_odd(messages[0]) or described:
-            raise UsageError("content as parts, and tools, need the chat template; give one text.")
+            raise UsageError("content as parts, and tools, need the chat template; pass one text.")
         return [int(token) for token in tokenizer(messages[0]["content"])["input_ids"]]
     if described and "tools" not in str(tokenizer.chat_template):
         raise UsageError("the model's chat template does not know tools; leave them out.")
@@ -47,7 +47,7 @@ def encode_prompt(
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    """Return what the template makes of messages; an odd turn that it does not take is named."""
+    """Return the template's text for messages. Raises an error that names the turn where one with content as parts is not taken."""
     import jinja2
 
     odd = [index for index, message in enumerate(messages) if is_odd(message)]
@@ -94,25 +94,25 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str,
     except MemoryError as error:
         raise CheckpointError("the chat template needs too much memory; use --raw.") from error
     if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
-        raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
+        raise CheckpointError(f"the chat template returns more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
     return text
 
 
 def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int:
-    """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
+    """Return how many tokens may follow a prompt. Raises for a prompt that is empty, too long or outside the model's vocabulary."""
     if not tokens:
         raise UsageError("the prompt has no tokens.")
     vocabulary = config.get_text_config().vocab_size
     if max(tokens) >= vocabulary:
         raise CheckpointError(
-            f"this directory: its tokenizer gives token {max(tokens)}, but the model has only {vocabulary}; "
+            f"the tokenizer of this directory returns token {max(tokens)}, but the model has only {vocabulary}; "
             "they do not belong together."
         )
     if context is None:
         return 2**31
     if len(tokens) >= context:
         own = getattr(config.get_text_config(), "max_position_embeddings", None)
-        hint = f" Its own limit is {own}: give a larger context." if own is not None and own > context else ""
+        hint = f" Its own limit is {own}: set a larger context." if own is not None and own > context else ""
         raise UsageError(
             f"the prompt has {len(tokens)} tokens; the model's context is {context}, and the answer needs room in it.{hint}"
         )
@@ -145,7 +145,7 @@ def read_generation_file(path: Path) -> Any:
 
 
 def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    """Give the tokens that end a text: those of the generation settings, else of the configuration, else of the tokenizer."""
+    """Return the tokens that end a text: those of the generation settings, else of the configuration, else of the tokenizer."""
     for owner in (generation, config.get_text_config(), tokenizer):
         given = getattr(owner, "eos_token_id", None)
         if given is None:

@@ -1,7 +1,7 @@
-"""How fast the native engine is here, beside what the machine could do: its memory for decoding, its multipliers for a prompt.
+"""The speed of the native engine beside that of the machine: of its memory for decoding, of its multipliers for a prompt.
 
-Every figure comes from one run: the machine's own speeds are measured right after the model's, with as many threads. Tokens are random
-ones of a fixed seed; one round is run before the clock starts.
+All figures come from one run: the machine's speeds are measured right after the model's, with as many threads. Tokens are drawn at
+random with a fixed seed; one round is run before the clock starts.
 """
 
 import resource
@@ -32,7 +32,7 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Measure one token after the other behind a text of `context` tokens.
 
-    Bytes a token are those of every weight that a token is multiplied with and of the keys and values that it looks back on.
+    The bytes of a token are those of every weight that it is multiplied with and of the keys and values that it attends to.
     """
     engine, facts = _load(directory, options, max(context, 1) + tokens, repeats)
     text = _random_tokens(engine, max(context, 1))
@@ -102,7 +102,7 @@ def block_weights(layout: Layout) -> int:
 
 
 def cache_positions(layout: Layout, length: int) -> float:
-    """Give how many positions a token behind `length` others looks back on, the mean over layers: windows limit some of them."""
+    """Return how many positions a token behind `length` others attends to: the mean over layers, some of which have a window."""
     return sum(min(length, window or length) for window in layout.window) / layout.layers
 
 
@@ -129,7 +129,7 @@ def _run(engine: Engine, tokens: np.ndarray) -> None:
 
 
 def _rates(work: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
-    """Run once without the clock, then `repeats` times; give tokens a second."""
+    """Run once without the clock, then `repeats` times; return percentiles of tokens a second."""
     work()
     return _percentiles(tokens / _seconds(work) for _ in range(repeats))
 
@@ -146,6 +146,6 @@ def _percentiles(rates: Iterable[float]) -> dict[str, float]:
 
 
 def _peak_memory() -> int:
-    """Give the most memory that this process has had in use, in bytes."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

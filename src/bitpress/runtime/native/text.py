@@ -1,10 +1,8 @@
-"""Text from the native engine: tokens become text as they come, and the text ends where a stop string begins.
+"""Text from the native engine, piece by piece while it is generated, up to a stop string.
 
-    engine = bitpress.load(DIR, runtime="native")
-    for piece in engine.stream("Why is the sky blue?"):
-        print(piece, end="", flush=True)
-
-No piece ends within a character, and what may turn out to be the beginning of a stop string waits until that is known.
+engine = bitpress.load(DIR, runtime="native")
+for piece in engine.stream("Why is the sky blue?"):
+    print(piece, end="", flush=True)
 """
 
 import functools
@@ -27,10 +25,10 @@ Finish = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `finish` is "stop" at an end token or a stop string, "length" at `max_tokens`, "context" where that was full.
+    """An answer. `finish` is "stop" at an end token or a stop string, "length" at `max_tokens`, "context" when the context is full.
 
-    prefill_tokens_per_second counts the prompt's tokens that the cache did not hold already, up to the first token of the answer;
-    tokens_per_second those behind it.
+    prefill_tokens_per_second counts the prompt's tokens that the cache did not hold yet, up to the first token of the answer;
+    tokens_per_second counts the tokens after it.
     """
 
     text: str
@@ -43,7 +41,7 @@ class Completion:
 
 
 class TextStream:
-    """Pieces of text while they are made; `result` is the whole answer once they have ended."""
+    """Pieces of text while they are generated; `result` is the whole answer after the last piece."""
 
     def __init__(
         self,
@@ -111,10 +109,10 @@ class TextStream:
 
 
 class TextEngine:
-    """An engine with its model's tokenizer and settings: text in, text out. `engine` is the decoder itself, for tokens."""
+    """The native engine with its model's tokenizer and settings: text in, text out. `engine` itself takes tokens."""
 
     def __init__(self, engine: Engine, tokenizer: Callable[[], Any], generation: Any = None, file_bytes: int = 0) -> None:
-        """Take an engine, what gives its tokenizer when that is needed first, and what the model's files say."""
+        """Take an engine, a function that loads its tokenizer when it is first needed, and the model's generation settings."""
         self.engine = engine
         self.file_bytes = file_bytes
         self.generation = generation
@@ -126,7 +124,7 @@ class TextEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What runs: code path, threads, types, and what had to be expanded to 16 bits."""
+        """Return the settings in use: code path, threads, types, and the formats that were expanded to 16 bits."""
         return self.engine.facts
 
     def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
@@ -150,11 +148,11 @@ class TextEngine:
         """Answer piece by piece.
 
         prompt      a text, or messages as chat templates take them: `role` and `content`, which is a text, a list of parts
-                    {"type": "text", "text": ...} or None, and tool calls; the cache keeps what two prompts begin with in common
+                    {"type": "text", "text": ...} or None, and tool calls; the beginning that it shares with the last prompt is not run again
         max_tokens  tokens to generate at most; 1 or more
-        stop        strings that end the answer and are left out of it
+        stop        strings that end the answer, and are no part of it
         raw         continue the text as it is, without the chat template
-        tools       JSON schemas of functions, for templates that know them
+        tools       JSON schemas of functions, for templates that support them
 
         Raises UsageError for a prompt that is empty, has no room in the context or is not what the template takes, CheckpointError for a template that fails.
         """
@@ -176,7 +174,7 @@ class TextEngine:
         raw: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Completion:
-        """Answer at once; the arguments are those of `stream`."""
+        """Return the whole answer; the arguments are those of `stream`."""
         answer = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw, tools=tools)
         for _ in answer:
             pass
