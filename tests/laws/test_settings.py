@@ -23,6 +23,7 @@ from bitpress.runtime.native.architectures import refusal
 from bitpress.runtime.native.architectures.llama import FOLLOWED, LLAMA_FAMILY, LOOKED_FOR, NEUTRAL
 from bitpress.runtime.native.assemble import assemble
 from bitpress.runtime.native.engine import make_engine
+from bitpress.runtime.native.options import EngineOptions
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -207,7 +208,7 @@ def engine_logits(model: Any, config: Any) -> torch.Tensor:
         root=".",
     )
     parts = assemble(pressed, config, "keep", lambda text: None)  # type: ignore[arg-type]
-    made = make_engine(parts, activations="none", cache="fp16", context=None, threads=1)
+    made = make_engine(parts, EngineOptions(activations="none", threads=1))
     return made.forward(ids(config).tolist(), "all")
 
 

@@ -17,7 +17,9 @@ from bitpress.errors import UsageError
 from bitpress.runtime.native.architectures import ARCHITECTURES, Layout, Names, Rotation
 from bitpress.runtime.native.architectures.steps import Add, Attend, Gate, Multiply, Norm, Step
 from bitpress.runtime.native.assemble import assemble, load_engine, refuses
-from bitpress.runtime.native.engine import Engine, Sampling, make_engine
+from bitpress.runtime.native.engine import Engine, make_engine
+from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -102,7 +104,7 @@ def build(weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> 
         manifest = SimpleNamespace(weights={}, prompt_cost=None)
         pressed: Any = SimpleNamespace(plain=weights, tensors=tensors, manifest=manifest, root=".")
         parts = assemble(pressed, config, "keep", lambda text: None)
-        return make_engine(parts, activations=activations, cache=cache, context=None, threads=threads)
+        return make_engine(parts, EngineOptions.of({"activations": activations, "cache": cache, "threads": threads}))
 
     return make
 
@@ -185,14 +187,14 @@ def test_two_sequences_on_one_model_do_not_disturb_each_other(cache: str, presse
     def draw(seed: int) -> list[int]:
         return [int(t) for t in torch.randint(0, 200, (30,), generator=torch.Generator().manual_seed(seed))]
 
-    options: dict[str, Any] = {"cache": cache, "threads": 2, "verify": False}
+    options = EngineOptions.of({"cache": cache, "threads": 2})
     texts, sampling = (draw(1), draw(2)), Sampling(temperature=0.9, seed=3, repetition_penalty=1.3)
     alone = []
     for text in texts:
-        engine = load_engine(pressed_original, **options)
+        engine = load_engine(pressed_original, options, verify=False)
         logits = [engine.forward(text[:12], "all"), *(engine.forward([token]) for token in text[12:])]
         alone.append((torch.cat(logits), list(engine.generate(text, max_tokens=8, sampling=sampling))))
-    first = load_engine(pressed_original, **options)
+    first = load_engine(pressed_original, options, verify=False)
     both = (first, first.sequence())
     found: list[list[torch.Tensor]] = [[], []]
     for begin, end in ((0, 12), *((i, i + 1) for i in range(12, 30))):

@@ -1,4 +1,4 @@
-"""How the figures of `bitpress bench` look."""
+"""The figures of `bitpress bench` on the screen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ ACTIVATIONS = {"int8": "8 bits", "mixed": "8 bits, prompts in float", "none": "f
 
 
 def show_speed(facts: Mapping[str, Any]) -> None:
-    """Print what was measured, beside the speed of the machine."""
+    """Print the figures beside the speed of the machine."""
     rates = facts["tokens_per_second"]
     behind = f" behind {facts['context']:,}" if facts["context"] else ""
     expanded = ", ".join(facts["expanded"])

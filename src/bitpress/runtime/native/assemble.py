@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from bitpress import native
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
-from bitpress.errors import CheckpointError, FormatError, KernelUnavailable, UsageError
+from bitpress.errors import CheckpointError, FormatError, KernelUnavailable
 from bitpress.formats import CompressedWeight
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.packed import Packed
@@ -19,16 +19,8 @@ from bitpress.kernels.native_layout import NativeLayout, lay_out, lay_out_matrix
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.runtime.native.architectures.steps import NativeStep, Step, make_step
 from bitpress.runtime.native.architectures.table import ARCHITECTURES, describe, refusal
-from bitpress.runtime.native.engine import (
-    USUAL_HEAD,
-    Activations,
-    Bits,
-    Engine,
-    Parts,
-    check_options,
-    make_engine,
-    wanted_context,
-)
+from bitpress.runtime.native.engine import Bits, Engine, Parts, make_engine, wanted_context
+from bitpress.runtime.native.options import USUAL, USUAL_HEAD, EngineOptions
 from bitpress.runtime.prompt import read_generation
 
 __all__ = ["assemble", "lay_out_directory", "load_engine", "refuses"]
@@ -50,55 +42,40 @@ def refuses(config: Any) -> str | None:
 
 def load_engine(
     directory: str | Path | CompressedCheckpoint,
+    options: EngineOptions = USUAL,
     *,
-    activations: Activations | None = None,
-    cache: Literal["fp16", "int8"] = "fp16",
-    head: str = USUAL_HEAD,
-    context: int | None = None,
-    threads: int | None = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Load a directory that bitpress wrote, opened already or not, into the native engine.
 
-    activations  as in `bitpress.load`
-    cache        type of the kept keys and values
-    head         format to round an uncompressed output head to ("keep": its 16 bits); a tied embedding keeps its 16 bits
-    context      tokens that there must be room for; the model's own limit, or 32,768, where not given
-    threads      as many as the process may use, where not given
-
+    A tied embedding keeps its 16 bits, whatever format the output head is rounded to.
     Raises KernelUnavailable for an architecture that the engine does not know, CheckpointError as `load` does.
     """
-    check_options(activations, cache, threads)
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    parts, _, _ = lay_out_directory(pressed, head, context=context, note=note)
-    try:
-        return make_engine(parts, activations=activations, cache=cache, context=context, threads=threads)
-    except UsageError:  # which is a ValueError too
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{pressed.root}: {error}.") from error
+    parts, _, _ = lay_out_directory(pressed, options, note=note)
+    return make_engine(parts, options, where=pressed.root)
 
 
 def lay_out_directory(
     directory: str | Path | CompressedCheckpoint,
-    head: str = USUAL_HEAD,
+    options: EngineOptions = USUAL,
     *,
-    context: int | None = None,
+    config: Any = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Parts, Any, int]:
-    """Read a directory and lay its weights out; give the parts, the model's generation settings and the bytes of its files.
+    """Read a directory and lay its weights out; return the parts, the model's generation settings and the bytes of its files.
 
-    Raises as `load_engine` does.
+    `config` is transformers' configuration of the directory, where it is built already. Raises as `load_engine` does.
     """
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    config = build_config(pressed.config)
+    config = build_config(pressed.config) if config is None else config
     if (reason := refuses(config)) is not None:
         raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
-    wanted_context(describe(config), context)
+    wanted_context(describe(config), options.context)
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
-    return assemble(pressed, config, head, note), read_generation(pressed), pressed.nbytes
+    return assemble(pressed, config, options.head_format, note), read_generation(pressed), pressed.nbytes
 
 
 def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callable[[str], None]) -> Parts:

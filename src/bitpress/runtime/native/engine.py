@@ -13,50 +13,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bitpress.errors import NumericsError, UsageError
+from bitpress.errors import CheckpointError, NumericsError, UsageError
 from bitpress.library import chosen_path, library
 from bitpress.runtime.native.architectures.layout import Layout
 from bitpress.runtime.native.architectures.steps import NativeStep
+from bitpress.runtime.native.options import MOST_THREADS, EngineOptions
+from bitpress.runtime.sampling import Sampling
 from bitpress.settings import usable_threads
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
 
-__all__ = ["USUAL_HEAD", "Bits", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
+__all__ = ["Bits", "Engine", "Parts", "make_engine", "wanted_context"]
 
-Activations = Literal["int8", "mixed", "none"]
-ACTIVATIONS = get_args(Activations)
 # Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
 MOST_PROMPT_COST = 0.002
-CACHES = ("fp16", "int8")  # the names of the native table
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
-MOST_THREADS = 1024
-USUAL_HEAD = "int8-g64"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the repetition penalty first, then temperature, top-k, top-p and min-p in turn.
-
-    temperature         0 takes the most likely token
-    top_k               keep the k most likely; 0 keeps all
-    top_p               keep the fewest that have this probability together
-    min_p               keep those at least this part as likely as the most likely
-    repetition_penalty  divide (multiply, if negative) the logit of every token that has been before
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
 
 
 class Engine:
@@ -231,16 +209,6 @@ class Parts:
     prompt_cost: float | None = None
 
 
-def check_options(activations: str | None, cache: str, threads: int | None) -> None:
-    """Raise UsageError for an option that no engine has."""
-    if activations is not None and activations not in ACTIVATIONS:
-        raise UsageError(f"activations={activations!r}: it is 'int8', 'mixed' or 'none'.")
-    if cache not in CACHES:
-        raise UsageError(f"cache={cache!r}: it is 'fp16' or 'int8'.")
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"threads={threads}: it is 1 to {MOST_THREADS}.")
-
-
 def wanted_context(layout: Layout, context: int | None) -> int:
     """Give the context to make room for. Raises UsageError for one that the model does not have."""
     wanted = min(layout.context, USUAL_CONTEXT) if context is None else context
@@ -249,15 +217,16 @@ def wanted_context(layout: Layout, context: int | None) -> int:
     return wanted
 
 
-def make_engine(
-    parts: Parts, *, activations: str | None, cache: str, context: int | None, threads: int | None, path: str | None = None
-) -> Engine:
-    """Put an engine together; without `path`, on the best code path. Raises UsageError, and ValueError for parts that do not fit together."""
-    check_options(activations, cache, threads)
+def make_engine(parts: Parts, options: EngineOptions, *, where: object = "the model", path: str | None = None) -> Engine:
+    """Put an engine together; without `path`, on the best code path.
+
+    Raises UsageError, and CheckpointError, which begins with `where`, for parts that do not fit together.
+    """
+    activations = options.activations
     if activations is None:
         activations = "mixed" if (parts.prompt_cost or 0.0) > MOST_PROMPT_COST else "int8"
-    layout, used = parts.layout, threads or min(usable_threads(), MOST_THREADS)
-    wanted = wanted_context(layout, context)
+    layout, used = parts.layout, options.threads or min(usable_threads(), MOST_THREADS)
+    wanted = wanted_context(layout, options.context)
     shape = {
         "hidden": layout.hidden,
         "heads": layout.heads,
@@ -272,25 +241,29 @@ def make_engine(
         "final_norm": parts.final_norm,
     }
     ropes = [(rotation.frequencies, rotation.factor) for rotation in layout.rotations]
-    model = library().Model(
-        shape,
-        parts.layers,
-        ropes,
-        parts.embedding,
-        parts.head,
-        threads=used,
-        byte_activations=activations != "none",
-        float_prompts=activations == "mixed",
-        cache=cache,
-        path=path or chosen_path(),
-    )
+    code_path = path or chosen_path()
+    try:
+        model = library().Model(
+            shape,
+            parts.layers,
+            ropes,
+            parts.embedding,
+            parts.head,
+            threads=used,
+            byte_activations=activations != "none",
+            float_prompts=activations == "mixed",
+            cache=options.cache_type,
+            path=code_path,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}.") from error
     facts = {
         "runtime": "native",
         "path": model.path,
         "threads": used,
         "activations": activations,
         "prompt_cost": parts.prompt_cost,
-        "cache": cache,
+        "cache": options.cache_type,
         "head": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
