@@ -10,7 +10,7 @@ from bitpress.settings import code_path, use_native
 __all__ = ["VERSION", "available", "built_library", "chosen_path", "code_paths", "features", "library"]
 
 # What the library and `native` agree on; raised whenever a function of it changes. A library left over from before is not used.
-VERSION = 14
+VERSION = 15
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def test_inspect_names_every_part_and_the_proof(made: Path, narrow: Callable[[],
     assert f"{figures['kl_mean']:.4f}" in said
     assert "64 tokens of builtin:heldout in 2 windows" in said
     assert f"perplexity {figures['perplexity']:.3f} (original {figures['perplexity_original']:.3f})" in said
-    assert "Made with bitpress" in said
+    assert "Quantized with bitpress" in said
 
 
 def test_without_a_proof_inspect_says_how_to_have_one(pressed_original: Path, narrow: Callable[[], str]) -> None:

@@ -115,7 +115,7 @@ def test_bits_beside_a_quantizer_are_its_format() -> None:
         (("--recipe", "rtn"), "That is a quantizer: --quantizer rtn"),
         (("--preset", "q4_k_m", "--bits", "4"), "nearest here: weights int4-g32-zero"),
         (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
-        (("--explain",), "give --bits too"),
+        (("--explain",), "--explain needs --bits"),
     ],
 )
 def test_wrong_wishes_are_refused(arguments: tuple[str, ...], wanted: str) -> None:

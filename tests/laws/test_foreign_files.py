@@ -104,13 +104,15 @@ def test_the_copy_loads_in_every_way(odd: Path, published: Path) -> None:
 
 def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitpress
-    from bitpress.runtime.native.engine import USUAL_HEAD
-    from bitpress.runtime.native.layout_cache import is_prepared, open_prepared
+    from bitpress.runtime.native import assemble
+    from bitpress.runtime.opening import OpenedModel
 
     monkeypatch.setenv("BITPRESS_LAYOUTS", str(tmp_path / "layouts"))
     bitpress.load(published, runtime="native")
-    assert is_prepared(published, USUAL_HEAD)
-    assert open_prepared(published, USUAL_HEAD) is not None
+    model = OpenedModel(published)
+    assert model.has_layout()
+    monkeypatch.setattr(assemble, "lay_out_directory", None)
+    model.load_native()
 
 
 def test_published_settings_are_ours_and_strict(published: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.checkpoints.jsonfile import read_foreign_json, read_json
-from bitpress.checkpoints.safetensors_file import check_tensor_name, read_header
 from bitpress.errors import CheckpointError
 
 __all__ = [
@@ -103,6 +102,8 @@ def read_index(root: Path, *, foreign: bool = False) -> dict[str, str]:
             )
         return weight_map
     if has_single:
+        from bitpress.checkpoints.safetensors_file import read_header  # imports torch, which opening a file does without
+
         entries, _ = read_header(safe_file(root, SINGLE_NAME))
         return dict.fromkeys(entries, SINGLE_NAME)
     raise _no_weights(root)
@@ -117,6 +118,8 @@ def _read_weight_map(root: Path, foreign: bool) -> dict[str, str]:
     weight_map = index["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must be an object from tensor names to file names, and not empty.")
+    from bitpress.checkpoints.safetensors_file import check_tensor_name  # imports torch
+
     for tensor_name, name in weight_map.items():
         check_tensor_name(str(path), tensor_name)
         if not isinstance(name, str) or not name.endswith(".safetensors"):

@@ -33,6 +33,7 @@ __all__ = [
     "parse_json",
     "read_foreign_json",
     "read_json",
+    "read_json_bytes",
     "write_json_bytes",
 ]
 
@@ -51,12 +52,12 @@ _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, foreign_values: bool = False) -> Any:
     """Read and parse a regular file that bitpress wrote; CheckpointError says which rule it breaks."""
-    return parse_json(_read(path, max_bytes), str(path), max_bytes, foreign_values=foreign_values)
+    return parse_json(read_json_bytes(path, max_bytes), str(path), max_bytes, foreign_values=foreign_values)
 
 
 def read_foreign_json(path: Path) -> Any:
     """Read and parse a regular file that another tool wrote; CheckpointError says why it cannot be read."""
-    return parse_foreign_json(_read(path, MAX_FOREIGN_JSON_BYTES), str(path))
+    return parse_foreign_json(read_json_bytes(path, MAX_FOREIGN_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES, *, foreign_values: bool = False) -> Any:
@@ -118,7 +119,8 @@ def write_json_bytes(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def read_json_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most so many bytes. Raises CheckpointError."""
     with open_regular(path) as (descriptor, num_bytes):
         _check_size(num_bytes, str(path), max_bytes)  # before the allocation
         data = bytearray(num_bytes)

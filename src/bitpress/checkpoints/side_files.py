@@ -22,6 +22,7 @@ from bitpress.checkpoints.directory import (
     safe_file,
 )
 from bitpress.checkpoints.durable import open_regular, read_into, read_regular
+from bitpress.checkpoints.manifest import MANIFEST_NAME
 from bitpress.errors import CheckpointError
 
 __all__ = [
@@ -64,7 +65,7 @@ _REFUSED_STARTS = (
 _OWN = "a published directory has its own file of this name"
 _REPLACED = frozenset({"config.json", "model.safetensors.index.json"})
 _RESERVED = {
-    **dict.fromkeys(("bitpress.json", "report.json", "readme.md"), _OWN),
+    **dict.fromkeys((MANIFEST_NAME, "report.json", "readme.md"), _OWN),
     "adapter_config.json": "it belongs to an adapter, which transformers would then look for",
     **dict.fromkeys(("quantize_config.json", "quantization_config.json", "hf_quant_config.json"), "it describes other weights"),
 }

@@ -26,7 +26,8 @@ from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import Stream, walk
 from bitpress.progress import Progress, Silent
-from bitpress.runtime.selection import select_runtime
+from bitpress.runtime.native.options import USUAL, EngineOptions
+from bitpress.runtime.opening import OpenedModel
 
 __all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "evaluation_windows", "measure_runtime"]
 
@@ -75,9 +76,7 @@ def evaluate(
     pressed: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     runtime: str | None = None,
-    activations: str | None = None,
-    cache: str | None = None,
-    head: str | None = None,
+    engine: EngineOptions = USUAL,
     with_runtime: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def evaluate(
     With `memory`, a model of stacks is read only so far (`checkpoints.budget`), and bits and bytes are those of what is read.
     runtime         measure what this runtime gives ("native", "transformers", "auto": the one that `run` chooses) in place of the
                     decoded weights in float32
-    activations, cache, head    of the native engine, as in `bitpress.load`
+    engine          options of the native engine
     with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS
     Raises CheckpointError, CalibrationError, NumericsError, UsageError, KernelUnavailable, MemoryLimitError.
     """
@@ -98,7 +97,7 @@ def evaluate(
         pressed = open_within(directory, memory)
     if pressed is None and is_compressed(directory):
         pressed = CompressedCheckpoint.open(directory)
-    chosen = _open_runtime(directory, pressed, runtime, {"activations": activations, "cache": cache, "head": head})
+    chosen = _open_runtime(directory, pressed, runtime, engine)
     original = open_streamed(against, dtype)
     candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, pressed)
     windows = evaluation_windows(text, against, original.model.config, tokens=tokens, length=length, seed=seed)
@@ -166,19 +165,18 @@ def evaluate_alone(
 
 
 def _open_runtime(
-    directory: Path, pressed: CompressedCheckpoint | None, runtime: str | None, given: Mapping[str, Any]
+    directory: Path, pressed: CompressedCheckpoint | None, runtime: str | None, options: EngineOptions
 ) -> Runtime | None:
-    options = {name: value for name, value in given.items() if value is not None}
     if runtime is None:
-        if options:
-            raise UsageError(f"{', '.join(options)}: of a runtime; name the runtime native.")
+        if options.chosen():
+            raise UsageError(f"{', '.join(options.chosen())}: of a runtime; name the runtime native.")
         return None
     if pressed is None:
         raise UsageError(f"{directory}: bitpress did not write it, so it has no runtime here; leave the runtime out.")
     if pressed.cut and runtime != "transformers":
         raise UsageError("a model of stacks is read in part by the runtime transformers only; name it, or leave memory out.")
-    choice = select_runtime(directory, runtime, native=options.keys())
-    return native_runtime(pressed, **options) if choice.runtime == "native" else transformers_runtime(pressed)
+    selection = OpenedModel.of(pressed).select(runtime, native=options.chosen(), head=options.head_format)
+    return native_runtime(pressed, options) if selection.runtime == "native" else transformers_runtime(pressed)
 
 
 def _through_engine(p: Stream, runtime: Runtime, windows: torch.Tensor) -> dict[str, Any]:

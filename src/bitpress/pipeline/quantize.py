@@ -48,7 +48,8 @@ from bitpress.pipeline.report import make_card, make_report
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
-from bitpress.runtime.prompt import GENERATION, read_generation_file
+from bitpress.runtime.prompt import read_generation_file
+from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
