@@ -63,10 +63,9 @@ def select_runtime(
 
 def _refusal(directory: str | Path) -> str | None:
     from bitpress.checkpoints.compressed import CompressedCheckpoint
-    from bitpress.models.skeleton import build_config
-    from bitpress.runtime.native.assemble import refuses
+    from bitpress.runtime.native.assemble import refuses_directory
 
-    return refuses(build_config(CompressedCheckpoint.open(directory, verify=False).config))
+    return refuses_directory(CompressedCheckpoint.open(directory, verify=False))
 
 
 def load_native(

@@ -20,7 +20,7 @@ from bitpress.runtime.native.architectures import Layout, describe, refusal
 from bitpress.runtime.native.engine import USUAL_HEAD, Activations, Engine, Parts, check_options, make_engine, wanted_context
 from bitpress.runtime.prompt import read_generation
 
-__all__ = ["assemble", "lay_out_directory", "load_engine", "refuses"]
+__all__ = ["assemble", "lay_out_directory", "load_engine", "refuses", "refuses_directory"]
 
 # Rows of a head that are rounded at a time.
 ROUNDED_TOGETHER = 4096
@@ -35,6 +35,14 @@ def refuses(config: Any) -> str | None:
     except KernelUnavailable as error:
         return str(error)
     return refusal(config)
+
+
+def refuses_directory(pressed: CompressedCheckpoint) -> str | None:
+    """Say why the native engine cannot run a directory here, or None."""
+    rounded = next((name for name, record in pressed.manifest.weights.items() if record.input is not None), None)
+    if rounded is not None:
+        return f"the input of {rounded} is rounded as its layer says, which the engine does not do"
+    return refuses(build_config(pressed.config))
 
 
 def load_engine(
@@ -83,7 +91,7 @@ def lay_out_directory(
     """
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config)
-    if (reason := refuses(config)) is not None:
+    if (reason := refuses_directory(pressed)) is not None:
         raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
     wanted_context(describe(config), context)
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
