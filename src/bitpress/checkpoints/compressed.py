@@ -205,7 +205,7 @@ class CompressedCheckpoint:
         if layer.input is not None:
             raise CheckpointError(
                 f"{self.root}: {parameter}: its input is rounded ({layer.input.name}), which decoded weights do not do; "
-                'load the model with weights="packed".'
+                'load the model with weights="packed" (--packed).'
             )
         try:
             return self._parameter(parameter).restore(layer.weight.dequantize())
