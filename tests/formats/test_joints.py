@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from bitpress.calibration import Stats
-from bitpress.formats import Block, CompressedWeight, Format, Grid, Packed, Params, StoredParam, Term
+from bitpress.formats import Block, CompressedLayer, CompressedWeight, Format, Grid, Packed, Params, StoredParam, Term
 from bitpress.formats.maps.map import Map
 from bitpress.kernels.reference import Reference
 from bitpress.quantizers.gptq import GPTQ
@@ -119,7 +119,7 @@ def test_a_codebook_and_a_low_rank_term_between_two_hadamard_maps() -> None:
     without = CompressedWeight((packed,), right, left)
     assert (whole.dequantize() - w).norm() < (without.dequantize() - w).norm()
     # y = T_out (sum of terms) T_in x, the product against the decoded matrix; 64 terms of rounding error.
-    assert torch.allclose(Reference.matmul(x, whole), x @ whole.dequantize().T, atol=1e-4)
+    assert torch.allclose(Reference().matmul(x, CompressedLayer(whole)), x @ whole.dequantize().T, atol=1e-4)
     assert set(whole.tensors()) == {"term0.codes", "term0.scale", "term1.a", "term1.b"}
 
 

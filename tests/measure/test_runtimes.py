@@ -127,13 +127,13 @@ def test_one_block_of_a_kind_is_tried_on_packed_layers(pressed_original: Path, m
     from bitpress.checkpoints.compressed import CompressedCheckpoint
 
     pressed, read = CompressedCheckpoint.open(pressed_original), []
-    real = CompressedCheckpoint.read_weight
+    real = CompressedCheckpoint.read_layer
 
     def count(self: CompressedCheckpoint, name: str) -> Any:
         read.append(name)
         return real(self, name)
 
-    monkeypatch.setattr(CompressedCheckpoint, "read_weight", count)
+    monkeypatch.setattr(CompressedCheckpoint, "read_layer", count)
     opened.check_loads(pressed)
     assert len(read) == len(pressed.manifest.weights) / 2
     assert {name.split(".")[2] for name in read} == {"0"}

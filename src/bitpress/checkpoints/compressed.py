@@ -31,7 +31,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
 from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
 from bitpress.errors import BitpressError, CheckpointError, FormatError
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedLayer, CompressedWeight
 
 __all__ = [
     "JOB_DIRECTORY",
@@ -78,7 +78,7 @@ class FileRecord(_Closed):
 class WeightRecord(_Closed):
     """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
 
-    Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    `input` specifies the `ActivationFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
     `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
     """
 
@@ -87,11 +87,12 @@ class WeightRecord(_Closed):
     experts: int = Field(ge=0, le=65536)
     errors: list[FiniteFloat] | None = None
     flat: bool = False
+    input: dict[str, str] | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = make(self)
-        absent = {"errors": None, "flat": False}
+        absent = {"errors": None, "flat": False, "input": None}
         return {key: value for key, value in values.items() if key not in absent or value != absent[key]}
 
     def parameter(self, name: str) -> WeightParameter:
@@ -184,18 +185,32 @@ class CompressedCheckpoint:
         return {name: entry for name, (_, entry) in self.tensors.items() if name not in claimed}
 
     def read_weight(self, parameter: str) -> CompressedWeight:
-        """Read one compressed weight (all experts below each other) and check its content. Raises CheckpointError."""
+        """Read the weight of a layer (all experts below each other), whatever its input. Raises CheckpointError."""
+        return self.read_layer(parameter).weight
+
+    def read_layer(self, parameter: str) -> CompressedLayer:
+        """Read one compressed weight and the format of its input, and check their content. Raises CheckpointError."""
+        record = self.manifest.weights[parameter]
         prefix = self._parameter(parameter).stem + "."
         tensors = {name.removeprefix(prefix): read_tensor(*self.tensors[name]) for name in self.stored[parameter]}
         try:
-            return CompressedWeight.build(self.manifest.weights[parameter].spec, tensors)
+            return CompressedLayer.build(record.spec, tensors, record.input)
         except BitpressError as error:
             raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
 
     def decode(self, parameter: str) -> torch.Tensor:
-        """Read one compressed weight as the parameter that it stands for, in float32. Raises CheckpointError."""
+        """Read one compressed weight as the parameter that it stands for, in float32.
+
+        Raises CheckpointError, also where the input of its product is rounded: a parameter alone would compute something else.
+        """
+        layer = self.read_layer(parameter)
+        if layer.input is not None:
+            raise CheckpointError(
+                f"{self.root}: {parameter}: its input is rounded ({layer.input.name}), which decoded weights do not do; "
+                'load the model with weights="packed" (--packed).'
+            )
         try:
-            return self._parameter(parameter).restore(self.read_weight(parameter).dequantize())
+            return self._parameter(parameter).restore(layer.weight.dequantize())
         except FormatError as error:
             raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
 
@@ -352,7 +367,7 @@ def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, Ten
         if name in tensors:
             raise CheckpointError(f"{root}: {name!r} is stored both compressed and as it is.")
         try:
-            expected = CompressedWeight.expected(record.spec)
+            expected = CompressedLayer.expected(record.spec, record.input)
             parameter = record.parameter(name)
         except BitpressError as error:
             raise CheckpointError(f"{root}: {name}: {error}") from error

@@ -151,7 +151,8 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     for name, record in pressed.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
-        entry = formats.setdefault(" with ".join([kinds, *maps]), {"weights": 0, "parameters": 0, "bytes": 0})
+        inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']}"]
+        entry = formats.setdefault(" with ".join([kinds, *maps, *inputs]), {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1
         entry["parameters"] += record.spec["shape"][0] * record.spec["shape"][1]
         entry["bytes"] += sum(pressed.tensors[n][1].nbytes for n in pressed.stored[name])

@@ -1,11 +1,13 @@
 """Number formats: grids, blocks, bit layouts, packed terms and the weights made of them. No I/O, no model."""
 
+from bitpress.formats.activation import ActivationFormat
 from bitpress.formats.block import Block
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Tabled
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.grids.levels import Levels
+from bitpress.formats.layer import CompressedLayer
 from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format, read_format
 from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
@@ -29,9 +31,11 @@ __all__ = [
     "SCALES",
     "SHORT",
     "TERMS",
+    "ActivationFormat",
     "AnyFormat",
     "Block",
     "Chain",
+    "CompressedLayer",
     "CompressedWeight",
     "DFloat11",
     "EvenlySpaced",

@@ -1,11 +1,14 @@
-"""What a kernel is: one product, for the weights that it does not refuse."""
+"""What a kernel is: one product, for the layers that it does not refuse.
+
+The table holds classes. An instance is made for one layer when that is loaded, stays beside it, and may keep what it makes of its tensors.
+"""
 
 from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
 
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedLayer
 
 __all__ = ["Kernel"]
 
@@ -14,11 +17,10 @@ class Kernel(Protocol):
     name: ClassVar[str]
 
     @staticmethod
-    def refuses(weight: CompressedWeight, device: torch.device) -> str | None:
-        """Say in one line why this kernel cannot take the weight, or None."""
+    def refuses(layer: CompressedLayer) -> str | None:
+        """Say in one line why this kernel cannot take the layer, or None."""
         ...
 
-    @staticmethod
-    def matmul(x: Float[torch.Tensor, "*batch in"], weight: CompressedWeight) -> Float[torch.Tensor, "*batch out"]:
-        """Give `x @ w_hat.T` in x's type."""
+    def matmul(self, x: Float[torch.Tensor, "*batch in"], layer: CompressedLayer) -> Float[torch.Tensor, "*batch out"]:
+        """Return `T_out (sum of terms) Q(T_in x)` in x's type. `layer` is the one that the kernel was made for."""
         ...

@@ -1,20 +1,19 @@
-"""The native product: reads the codes as they are stored, in strips that are laid out at a weight's first product.
+"""The native product: reads the codes as they are stored, in a native layout that is made at a layer's first product.
 
-Inputs stay in float, so results are the reference's up to rounding. The strips live as long as the weight, beside its own tensors.
+Inputs stay in float, so results are the reference's up to rounding. The layout lives as long as the kernel, beside the weight's own tensors.
 """
 
 import atexit
 import functools
 import os
 import weakref
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 
 from bitpress import native
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedLayer, CompressedWeight
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.kernels.native_layout import NativeLayout, lay_out, reason_to_expand
@@ -26,41 +25,42 @@ ROWS = 1 << 16  # of x at once
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
-@dataclass
-class _Held:
-    refusal: str | None
-    strips: NativeLayout | None = None
-
-
-# By the weight's identity: weights hold tensors and have no hash.
-_held: dict[int, _Held] = {}
-
-
 class Native:
+    """The product of one layer, which is laid out when it is first asked for."""
+
     name: ClassVar[str] = "native"
 
-    @staticmethod
-    def refuses(weight: CompressedWeight, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"x is on {device.type}, not on the CPU"
-        if not native.available():
-            return "the native library is not there"
-        return _hold(weight).refusal
+    def __init__(self) -> None:
+        self._layout: NativeLayout | None = None
+        _made.add(self)
 
     @staticmethod
-    def matmul(x: Float[torch.Tensor, "*batch in"], weight: CompressedWeight) -> Float[torch.Tensor, "*batch out"]:
+    def refuses(layer: CompressedLayer) -> str | None:
+        if layer.device.type != "cpu":
+            return f"the layer is on {layer.device.type}, not on the CPU"
+        if not native.available():
+            return "the native library is not there"
+        if layer.input is not None:
+            return f"its input is rounded ({layer.input.name}), and inputs stay in float here"
+        return _refusal(layer.weight)
+
+    def matmul(self, x: Float[torch.Tensor, "*batch in"], layer: CompressedLayer) -> Float[torch.Tensor, "*batch out"]:
         if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):
-            return Reference.matmul(x, weight)
-        held = _hold(weight)
-        if held.strips is None:
-            held.strips = lay_out(weight)
+            return Reference().matmul(x, layer)
+        if self._layout is None:
+            self._layout = lay_out(layer.weight)
+        out = layer.shape[0]
         rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-        y = torch.empty(rows.shape[0], weight.shape[0])
+        y = torch.empty(rows.shape[0], out)
         multiplier = _multiplier(torch.get_num_threads(), native.chosen_path(), os.getpid())
         for start in range(0, rows.shape[0], ROWS):
             part = slice(start, start + ROWS)
-            multiplier.multiply(held.strips.linear, rows[part].numpy(), y[part].numpy(), False)
-        return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+            multiplier.multiply(self._layout.linear, rows[part].numpy(), y[part].numpy(), False)
+        return y.reshape(*x.shape[:-1], out).to(x.dtype)
+
+    def forget(self) -> None:
+        """Drop the layout; it is made again when it is needed."""
+        self._layout = None
 
 
 @functools.cache
@@ -69,21 +69,21 @@ def _multiplier(threads: int, path: str, process: int) -> Any:
     return native.library().Multiplier(threads, path)
 
 
+_made: weakref.WeakSet[Native] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for kernel in list(_made):
+        kernel.forget()
+
+
 # nanobind complains of objects that outlive the interpreter, as those of a model in a global variable would.
 atexit.register(_multiplier.cache_clear)
-atexit.register(_held.clear)
-
-
-def _hold(weight: CompressedWeight) -> _Held:
-    key = id(weight)
-    if key not in _held:
-        _held[key] = _Held(_refusal(weight))
-        weakref.finalize(weight, _held.pop, key, None).atexit = False
-    return _held[key]
+atexit.register(_forget_all)
 
 
 def _refusal(weight: CompressedWeight) -> str | None:
-    """Refuse what strips would round: that is for an engine that says so, not for a kernel in the reference's place."""
+    """Refuse what a native layout would round: that is for an engine that says so, not for a kernel in the reference's place."""
     pairs = [term for term in weight.terms if isinstance(term, LowRank)]
     if len(pairs) > 1 or sum(isinstance(term, Sparse) for term in weight.terms) > 1:
         return "it has several terms of one kind beside the codes"

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedLayer
 
 __all__ = ["Reference"]
 
@@ -14,13 +14,15 @@ class Reference:
     name: ClassVar[str] = "reference"
 
     @staticmethod
-    def refuses(weight: CompressedWeight, device: torch.device) -> str | None:
+    def refuses(layer: CompressedLayer) -> str | None:
         return None
 
-    @staticmethod
-    def matmul(x: Float[torch.Tensor, "*batch in"], weight: CompressedWeight) -> Float[torch.Tensor, "*batch out"]:
+    def matmul(self, x: Float[torch.Tensor, "*batch in"], layer: CompressedLayer) -> Float[torch.Tensor, "*batch out"]:
+        weight = layer.weight
         if weight.input_map is not None:
             x = weight.input_map.apply(x)
+        if layer.input is not None:
+            x = layer.input.round(x)
         y = torch.nn.functional.linear(x, weight.terms[0].dequantize().to(x.dtype))
         for term in weight.terms[1:]:
             y = y + torch.nn.functional.linear(x, term.dequantize().to(x.dtype))

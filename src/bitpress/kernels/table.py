@@ -1,9 +1,7 @@
-"""The table of kernels, best first; the first one that does not refuse a weight serves it."""
-
-import torch
+"""The table of kernels, the fastest first, and the choice of one for a layer."""
 
 from bitpress.errors import KernelUnavailable
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedLayer
 from bitpress.kernels.kernel import Kernel
 from bitpress.kernels.native import Native
 from bitpress.kernels.reference import Reference
@@ -13,12 +11,13 @@ __all__ = ["KERNELS", "choose_kernel"]
 KERNELS: dict[str, type[Kernel]] = {"native": Native, "reference": Reference}
 
 
-def choose_kernel(weight: CompressedWeight, device: torch.device) -> type[Kernel]:
-    """Give the first kernel that takes the weight. Raises KernelUnavailable with every refusal."""
-    refusals = []
-    for name, kernel in KERNELS.items():
-        reason = kernel.refuses(weight, device)
+def choose_kernel(layer: CompressedLayer) -> Kernel:
+    """Return a kernel for a layer: of those that take it the first of the table. Raises KernelUnavailable with every refusal.
+
+    Whoever loads a layer asks once and keeps the kernel beside it.
+    """
+    refusals = {name: kernel.refuses(layer) for name, kernel in KERNELS.items()}
+    for name, reason in refusals.items():
         if reason is None:
-            return kernel
-        refusals.append(f"{name}: {reason}")
-    raise KernelUnavailable("no kernel takes this weight; " + "; ".join(refusals))
+            return KERNELS[name]()
+    raise KernelUnavailable("no kernel takes this layer; " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))

@@ -25,7 +25,7 @@ from bitpress.native import code_paths
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration
 from bitpress.runtime.hf.loading import default_dtype, fill_, open_skeleton
-from bitpress.runtime.native.assemble import lay_out_directory, load_engine, refuses
+from bitpress.runtime.native.assemble import lay_out_directory, load_engine, refuses_directory
 from bitpress.runtime.native.engine import MOST_PROMPT_COST, Engine, make_engine
 from bitpress.runtime.native.options import USUAL, Activations, EngineOptions
 
@@ -66,7 +66,7 @@ class Runtime:
 
 def choose_opened(pressed: CompressedCheckpoint) -> str:
     """Name the runtime that `run` would choose for a directory that is not published yet."""
-    return "transformers" if refuses(build_config(pressed.config)) is not None else "native"
+    return "transformers" if refuses_directory(pressed) is not None else "native"
 
 
 def native_runtime(pressed: CompressedCheckpoint, options: EngineOptions = USUAL) -> Runtime:

@@ -114,9 +114,9 @@ class OpenedModel:
         def refusal() -> str | None:
             if self.has_layout(head):
                 return None
-            from bitpress.runtime.native.assemble import refuses
+            from bitpress.runtime.native.assemble import refuses_directory
 
-            return refuses(self.config)
+            return refuses_directory(self.checkpoint, self.config)
 
         return select_runtime(runtime, self.directory, refusal, native=native, transformers=transformers)
 

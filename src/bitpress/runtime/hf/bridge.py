@@ -109,7 +109,7 @@ class BitpressQuantizer(HfQuantizer):
             owner, leaf = _place(model, name)
             device, dtype = _device(_neighbour(model, name)), owner.__dict__.pop(leaf).dtype
             if is_packed:
-                replace_(model, record.parameter(name), pressed.read_weight(name), dtype).to(device)
+                replace_(model, record.parameter(name), pressed.read_layer(name), dtype).to(device)
             else:
                 owner._parameters[leaf] = torch.nn.Parameter(pressed.decode(name).to(device, dtype))
         model.tie_weights(recompute_mapping=False)

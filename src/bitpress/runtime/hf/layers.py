@@ -1,7 +1,8 @@
 """Layers that keep compressed weights inside a model of transformers and decode them at every product.
 
-Only packed models have them: a decoded model is made of the original's own modules and parameters. A weight's tensors are buffers under
-the names that they have in the file (`term0.codes`, `in.scale`).
+Only packed models have them: a decoded model is made of the original's own modules and parameters. A layer's tensors are buffers under
+the names that they have in the file (`term0.codes`, `in.scale`, `input.scale`). Its kernel is chosen when it is loaded, and again where its
+tensors have moved to another device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from bitpress.checkpoints.parameter import WeightParameter
-from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight
-from bitpress.kernels import choose_kernel
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.formats import CompressedLayer, CompressedWeight
+from bitpress.kernels import Kernel, choose_kernel
 
 __all__ = ["PackedLinear", "PackedParameter", "PackedWeight", "refuse_saving", "replace_"]
 
@@ -26,14 +27,14 @@ def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class PackedWeight(nn.Module):
-    """The tensors of one compressed weight, as buffers, and the weight made of them."""
+    """The tensors of one compressed layer, as buffers, and the layer made of them."""
 
-    def __init__(self, weight: CompressedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, layer: CompressedLayer, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.spec = weight.spec()
-        self.names = tuple(weight.tensors())
-        for name, tensor in weight.tensors().items():
+        self.spec, self.input_spec = layer.weight.spec(), layer.input_spec()
+        self.names = tuple(layer.tensors())
+        for name, tensor in layer.tensors().items():
             owner: nn.Module = self
             *folders, leaf = name.split(".")
             for folder in folders:
@@ -41,17 +42,18 @@ class PackedWeight(nn.Module):
                     owner.add_module(folder, nn.Module())
                 owner = owner._modules[folder]  # type: ignore[assignment]
             owner.register_buffer(leaf, tensor)
-        self._weight: CompressedWeight | None = weight
+        self._layer: CompressedLayer | None = layer
 
-    def weight_terms(self) -> CompressedWeight:
-        """Return the weight, put together from the buffers again where they have moved."""
-        if self._weight is None:
-            self._weight = CompressedWeight.build(self.spec, {name: self.get_buffer(name) for name in self.names})
-        return self._weight
+    def layer(self) -> CompressedLayer:
+        """Return the layer, put together from the buffers again where they have moved."""
+        if self._layer is None:
+            tensors = {name: self.get_buffer(name) for name in self.names}
+            self._layer = CompressedLayer.build(self.spec, tensors, self.input_spec)
+        return self._layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
         """Move everything to another device; a new type is for the bias and the products, that of the codes is their format."""
-        self._weight = None
+        self._layer = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def moved(t: torch.Tensor) -> torch.Tensor:
@@ -68,12 +70,13 @@ class PackedWeight(nn.Module):
 
 
 class PackedLinear(PackedWeight):
-    """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`."""
+    """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`, its input rounded where the layer says so."""
 
-    def __init__(self, weight: CompressedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__(weight, dtype)
-        self.out_features, self.in_features = weight.shape
+    def __init__(self, layer: CompressedLayer, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
+        self.out_features, self.in_features = layer.shape
         self.bias = bias
+        self._kernel: Kernel | None = choose_kernel(layer)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -81,13 +84,25 @@ class PackedLinear(PackedWeight):
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight_terms()
-        y = choose_kernel(weight, x.device).matmul(x, weight)
+        layer = self.layer()
+        y = self.kernel().matmul(x, layer)
         return y if self.bias is None else y + self.bias
+
+    def kernel(self) -> Kernel:
+        """Return the layer's kernel, chosen again where its tensors have moved."""
+        if self._kernel is None:
+            self._kernel = choose_kernel(self.layer())
+        return self._kernel
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        self._kernel = None
+        super()._apply(fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in self.spec["terms"])
-        return f"{self.in_features} -> {self.out_features}, {kinds}"
+        inputs = "" if self.input_spec is None else f", inputs {self.input_spec['format']} {self.input_spec['parameters']}"
+        return f"{self.in_features} -> {self.out_features}, {kinds}{inputs}"
 
 
 class PackedParameter(PackedWeight):
@@ -97,12 +112,12 @@ class PackedParameter(PackedWeight):
     """
 
     def __init__(self, weight: CompressedWeight, parameter: WeightParameter, dtype: torch.dtype) -> None:
-        super().__init__(weight, dtype)
+        super().__init__(CompressedLayer(weight), dtype)
         self.parameter = parameter
 
     def tensor(self) -> torch.Tensor:
         """Decode the whole parameter."""
-        return self.parameter.restore(self.weight_terms().dequantize()).to(self.dtype)
+        return self.parameter.restore(self.layer().weight.dequantize()).to(self.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -118,7 +133,7 @@ class PackedParameter(PackedWeight):
             return self.tensor()[index]
         expert = range(self.parameter.experts)[int(index)]  # from the end, and never outside
         rows = self.parameter.shape[0]
-        matrix = self.weight_terms().row_slice(expert * rows, (expert + 1) * rows).dequantize().to(self.dtype)
+        matrix = self.layer().weight.row_slice(expert * rows, (expert + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
 
     def __len__(self) -> int:
@@ -150,10 +165,10 @@ def _whole(value: Any) -> Any:
     return value.tensor() if isinstance(value, PackedParameter) else value
 
 
-def replace_(model: nn.Module, parameter: WeightParameter, weight: CompressedWeight, dtype: torch.dtype) -> PackedWeight:
+def replace_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype) -> PackedWeight:
     """Put a packed layer where the parameter's module is, or a packed parameter where its module is no plain linear layer.
 
-    Returns what now stands there.
+    Returns what now stands there. Raises CheckpointError for a rounded input of a module that computes in its own way.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -161,10 +176,15 @@ def replace_(model: nn.Module, parameter: WeightParameter, weight: CompressedWei
     owner = model.get_submodule(owner_name)
     if type(owner) in (nn.Linear, Conv1D) and leaf == "weight" and not parameter.experts:
         above, _, name = owner_name.rpartition(".")
-        linear = PackedLinear(weight, owner._parameters["bias"], dtype)
+        linear = PackedLinear(layer, owner._parameters["bias"], dtype)
         setattr(model.get_submodule(above), name, linear)
         return linear
+    if layer.input is not None:
+        raise CheckpointError(
+            f"{parameter.name}: its input is rounded ({layer.input.name}), and {type(owner).__name__} is no plain linear layer; "
+            "transformers cannot run this model."
+        )
     del owner._parameters[leaf]
-    packed = PackedParameter(weight, parameter, dtype)
+    packed = PackedParameter(layer.weight, parameter, dtype)
     owner.add_module(leaf, packed)
     return packed

@@ -37,7 +37,8 @@ def load(
                 as a number or like "60MB"; what is decoded is larger
     verify      check the SHA-256 of every file first
 
-    Raises CheckpointError when anything in the directory is not as its manifest says, MemoryLimitError for too little memory.
+    Raises CheckpointError when anything in the directory is not as its manifest says and for "decoded" where inputs are rounded,
+    MemoryLimitError for too little memory.
     """
     check_options(weights, dtype)
     pressed = CompressedCheckpoint.open(directory, verify=verify)
@@ -114,7 +115,7 @@ def fill_(
         if not name.startswith(prefix):
             continue
         if packed:
-            replace_(model, record.parameter(name), pressed.read_weight(name), dtype)
+            replace_(model, record.parameter(name), pressed.read_layer(name), dtype)
         else:
             set_parameter_(model, name, pressed.decode(name).to(dtype))
         note(name)

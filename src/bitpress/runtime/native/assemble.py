@@ -23,7 +23,7 @@ from bitpress.runtime.native.engine import Bits, Engine, Parts, make_engine, wan
 from bitpress.runtime.native.options import USUAL, USUAL_HEAD, EngineOptions
 from bitpress.runtime.prompt import read_generation
 
-__all__ = ["assemble", "lay_out_directory", "load_engine", "refuses"]
+__all__ = ["assemble", "lay_out_directory", "load_engine", "refuses", "refuses_directory"]
 
 # Rows of a head that are rounded at a time.
 ROUNDED_TOGETHER = 4096
@@ -38,6 +38,14 @@ def refuses(config: Any) -> str | None:
     except KernelUnavailable as error:
         return str(error)
     return refusal(config)
+
+
+def refuses_directory(pressed: CompressedCheckpoint, config: Any = None) -> str | None:
+    """Return why the native engine cannot run a directory here, or None. `config` is its configuration, where it is built already."""
+    rounded = next((name for name, record in pressed.manifest.weights.items() if record.input is not None), None)
+    if rounded is not None:
+        return f"the input of {rounded} is rounded as its layer says, which the engine does not do"
+    return refuses(build_config(pressed.config) if config is None else config)
 
 
 def load_engine(
@@ -71,7 +79,7 @@ def lay_out_directory(
     """
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config) if config is None else config
-    if (reason := refuses(config)) is not None:
+    if (reason := refuses_directory(pressed, config)) is not None:
         raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
     wanted_context(describe(config), options.context)
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())

@@ -1,0 +1,111 @@
+"""ActivationFormat: how the input of a product is rounded before the product sees it.
+
+    y = T_out (sum of terms) Q(T_in x)
+
+`Q` comes after the input map, so that a product can run on codes on both sides: a rotation spreads outliers before they are rounded.
+Any number format can be one. With `dynamic` parameters, those of every token, or of every group of channels in a token, are fitted to the
+token alone: what is in a batch beside it changes nothing. With `static` parameters, one set is stored with the layer and serves all tokens.
+
+    {"format": "int8-row", "parameters": "dynamic"}        a scale for every token
+    {"format": "e4m3-g32-e8m0", "parameters": "dynamic"}   a scale for every 32 channels of a token, a power of two
+    {"format": "int8-tensor", "parameters": "static"}      one stored scale, the tensor `input.scale`
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float
+
+from bitpress.errors import FormatError, unknown_name
+from bitpress.formats.fake_quantize import fake_quantize
+from bitpress.formats.format import Expected, Format
+from bitpress.formats.grids.grid import Params
+from bitpress.formats.table import parse_format
+from bitpress.formats.terms.packed import Packed
+
+__all__ = ["ActivationFormat", "ParameterSource"]
+
+ParameterSource = Literal["dynamic", "static"]
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """A number format for inputs `[tokens, in]`.
+
+    parameters   "dynamic": fitted to every token; the format's block is `row` or `gN`
+                 "static": stored in `tensors`; the block is `tensor`
+    tensors      the stored parameters under the names that a packed term gives them; empty where they are dynamic
+    """
+
+    format: Format
+    parameters: ParameterSource = "dynamic"
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fmt = self.format
+        if fmt.layout != "dense":
+            raise FormatError(f"{fmt.name}: the codes of inputs are not stored and have no layout; leave {fmt.layout} out.")
+        if self.parameters == "dynamic" and (fmt.block.rows != 1 or not fmt.rows_apart):
+            raise FormatError(
+                f"{fmt.name}: tokens would share dynamic parameters, and one would change another; use a block of one row."
+            )
+        if self.parameters == "static" and fmt.block.name != "tensor":
+            raise FormatError(f"{fmt.name}: static parameters serve every token and channel; use the block tensor.")
+
+    @classmethod
+    def static(cls, fmt: Format, params: Params) -> "ActivationFormat":
+        """Return a format whose parameters are those that `fmt.fit` chose on a sample of inputs."""
+        sample = torch.zeros(1, fmt.grid.span)
+        stored = Packed.pack(fmt, fmt.encode(sample, params), params).tensors
+        return cls(fmt, "static", {name: t for name, t in stored.items() if name != "codes"})
+
+    @property
+    def name(self) -> str:
+        """Words for a report: `int8-row dynamic`."""
+        return f"{self.format.name} {self.parameters}"
+
+    def round(self, x: Float[torch.Tensor, "*tokens in"]) -> Float[torch.Tensor, "*tokens in"]:
+        """Return the values that the product sees, in the type of x. Raises NumericsError where x is not finite."""
+        if self.parameters == "dynamic":
+            return fake_quantize(x, self.format)
+        return fake_quantize(x, self.format, self._stored())
+
+    def spec(self) -> dict[str, str]:
+        """Return the JSON fields that, with the tensors, define the format."""
+        return {"format": self.format.name, "parameters": self.parameters}
+
+    @staticmethod
+    def expected(spec: Mapping[str, Any], in_features: int) -> Expected:
+        """Return dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
+        fmt, parameters = _read(spec)
+        tensors = fmt.expected((1, in_features))
+        ActivationFormat(fmt, parameters)
+        return {name: t for name, t in tensors.items() if name != "codes"} if parameters == "static" else {}
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "ActivationFormat":
+        """Put a format together from tensors that are the expected ones; `check` looks at what they hold."""
+        return cls(*_read(spec), tensors)
+
+    def check(self) -> None:
+        """Raise FormatError where a stored parameter is not finite."""
+        if self.parameters == "static":
+            for name, value in self._stored().items():
+                if not bool(torch.isfinite(value).all()):
+                    raise FormatError(f"the input's {name} holds a NaN or an infinity.")
+
+    def _stored(self) -> Params:
+        return Packed(self.format, (1, self.format.grid.span), self.tensors).unpack_params()
+
+
+def _read(spec: Mapping[str, Any]) -> tuple[Format, ParameterSource]:
+    if not isinstance(spec, Mapping) or set(spec) != {"format", "parameters"}:
+        raise FormatError("an input is specified by format and parameters, no more and no less.")
+    name, parameters = spec["format"], spec["parameters"]
+    if not isinstance(name, str) or not isinstance(parameters, str):
+        raise FormatError("an input's format and its parameters are specified by names.")
+    if parameters not in get_args(ParameterSource):
+        raise unknown_name("kind of parameters", parameters, get_args(ParameterSource))
+    return parse_format(name), cast(ParameterSource, parameters)
