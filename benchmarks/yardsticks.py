@@ -71,8 +71,8 @@ def baseline_lines(rows: Sequence[Row], text: str) -> list[str]:
     """Give the table of rows beside their baselines, and a line for every recipe that does not beat its own."""
     held = compared(rows, text)
     lines = [
-        f"KL on {text}, a kind that calibration never saw, beside that of the baseline at the same stored bits (log KL linear between the",
-        "baseline's widths; `~` where these bits are outside of them).",
+        f"KL on {text}, a kind of text that calibration never saw, against the KL of the baseline at the same stored bits. Between two measured",
+        "rows of the baseline, log KL is interpolated linearly; `~` marks bits outside of its rows.",
         "",
         "| recipe | bits | KL | baseline | its KL | ratio |",
         "|---|---|---|---|---|---|",
@@ -86,7 +86,7 @@ def baseline_lines(rows: Sequence[Row], text: str) -> list[str]:
         if row["ratio"] >= 1:
             behind.setdefault(row["name"], []).append(row)
     if behind:
-        lines += ["", "What does not beat its baseline here:", ""]
+        lines += ["", "Recipes that do not beat their baseline here:", ""]
     for name, missed in behind.items():
         widths = ", ".join(f"{row['ratio']:.2f} at {row['bits']}" for row in sorted(missed, key=lambda r: -(r["bits"] or 0)))
         lines.append(f"* `{name}` ({widths} bits, of {missed[0]['beats']}): {reason(missed, text)}")
@@ -112,8 +112,8 @@ def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str
             by_name.setdefault(row["name"], {})[row["bits"]] = row
     widths = sorted({bits for found in by_name.values() for bits in found}, reverse=True)
     lines = [
-        f"KL on {unseen}, a kind that calibration never saw, as a multiple of KL on {seen}, a kind that it saw. What reads no text shows by how much",
-        f"the two kinds differ of themselves. Left out where KL is beyond {BEYOND_USE:g}.",
+        f"KL on {unseen}, a kind of text that calibration never saw, divided by KL on {seen}, a kind that it saw. Recipes that read no text show",
+        f"by how much the two kinds differ anyway. Rows with a KL over {BEYOND_USE:g} are left out.",
         "",
         f"| recipe or *package* | inputs | {' | '.join(f'{bits} bits' for bits in widths)} |",
         f"|---|---|{'---|' * len(widths)}",
