@@ -41,7 +41,7 @@ def run(command: list[str | Path]) -> dict[str, Any]:
 
 
 def pressed(model: str, name: str) -> Path:
-    """Give a model in a format, pressing it where that has not been done."""
+    """Return a model in a format, pressing it where that has not been done."""
     out = CACHE / "benchmarks" / "engine" / f"{model}-{name}"
     if not (out / "bitpress.json").exists():
         if model == "llama-1.1b" and not (MODELS[model] / "config.json").exists():
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """Give one line a contender: the median of its turns."""
+    """Return one line a contender: the median of its turns."""
     groups: dict[tuple[str, str, str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["model"] == model:

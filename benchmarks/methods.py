@@ -91,7 +91,7 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
 
 
 def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], list[str]]:
-    """Give a directory and the names of recipes for every run of a comparison.
+    """Return a directory and the names of recipes for every run of a comparison.
 
     Recipes share a width, and what they need of the pass over the original: statistics of the attention or of the loss would make it
     long for all.
@@ -106,14 +106,14 @@ def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], 
 
 
 def pending(bits: list[int], only: list[str], again: bool) -> list[Variant]:
-    """Give the recipes that have no row, or all with `again`; one that has changed since its row has none."""
+    """Return the recipes that have no row, or all with `again`; one that has changed since its row has none."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     known = {} if again else {(row["name"], row["bits"]): meant(row) for row in latest()}
     return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(c.recipe))]
 
 
 def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
-    """Give the `count` recipes of every width with the least KL, of those that have a row."""
+    """Return the `count` recipes of every width with the least KL, of those that have a row."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     rows = {(row["name"], row["bits"]): row for row in latest()}
     measured = [
@@ -124,7 +124,7 @@ def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
 
 
 def meant(row: dict[str, Any]) -> dict[str, Any]:
-    """Give the method of a row's recipe with the settings that have come since, as they are by default."""
+    """Return the method of a row's recipe with the settings that have come since, as they are by default."""
     return keys_of(recorded(make_recipe(keys_of(row["recipe"]))))
 
 
@@ -328,7 +328,7 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
 
 
 def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Give what of a recipe is the method's own."""
+    """Return what of a recipe is the method's own."""
     found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
     return {**found, "calibration": calibration}

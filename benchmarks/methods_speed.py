@@ -35,7 +35,7 @@ TOKENS = "1024"
 
 
 def choose(only: list[str], bits: list[int]) -> list[Variant]:
-    """Give every recipe at the first of the widths that it has."""
+    """Return every recipe at the first of the widths that it has."""
     candidates, _ = read_candidates(RECIPES, bits)
     first = {candidate.name: candidate for candidate in reversed(candidates)}
     return [c for c in candidates if first[c.name] is c and any(fnmatch.fnmatchcase(c.name, pattern) for pattern in only)]

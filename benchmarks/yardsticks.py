@@ -25,7 +25,7 @@ def read_baselines() -> dict[str, dict[str, str]]:
 
 
 def at_bits(rows: Sequence[Row], bits: float, text: str) -> tuple[float, bool] | None:
-    """Give the KL that a recipe's rows come to at stored bits, log KL linear between them; whether that is between two of them."""
+    """Return the KL that a recipe's rows come to at stored bits, log KL linear between them; whether that is between two of them."""
     points = sorted((row["bits_per_weight"], math.log(row["texts"][text]["kl_mean"])) for row in rows)
     if not points:
         return None
@@ -68,7 +68,7 @@ def level(row: Row, text: str) -> bool:
 
 
 def baseline_lines(rows: Sequence[Row], text: str) -> list[str]:
-    """Give the table of rows beside their baselines, and a line for every recipe that does not beat its own."""
+    """Return the table of rows beside their baselines, and a line for every recipe that does not beat its own."""
     held = compared(rows, text)
     lines = [
         f"KL on {text}, a kind of text that calibration never saw, against the KL of the baseline at the same stored bits. Between two measured",
@@ -102,7 +102,7 @@ def reason(missed: Sequence[Row], text: str) -> str:
 
 
 def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str) -> list[str]:
-    """Give a table of how much more a recipe costs on a kind of text that calibration never saw, by width.
+    """Return a table of how much more a recipe costs on a kind of text that calibration never saw, by width.
 
     One that reads no text shows what the texts themselves differ by. Rows beyond use (KL over 2) are left out.
     """
@@ -131,7 +131,7 @@ def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str
 
 
 def peer_lines(rows: Sequence[Row], peers: Sequence[Row], text: str) -> list[str]:
-    """Give the best recipe of no more bits, to a hundredth of a bit, beside every row of another package."""
+    """Return the best recipe of no more bits, to a hundredth of a bit, beside every row of another package."""
     lines = [
         f"| package | bits | KL, {text} | best recipe of no more bits | its bits | its KL | ratio |",
         "|---|---|---|---|---|---|---|",

@@ -23,14 +23,14 @@ def _find_library() -> ModuleType | None:
 
 
 def library() -> ModuleType:
-    """Give the library itself. Raises KernelUnavailable where it was not built, or is not wanted."""
+    """Return the library itself. Raises KernelUnavailable where it was not built, or is not wanted."""
     if not use_native():
         raise KernelUnavailable("native code is switched off by BITPRESS_NATIVE=off; unset it.")
     return built_library()
 
 
 def built_library() -> ModuleType:
-    """Give the library whether it is wanted or not. Raises KernelUnavailable where it was not built."""
+    """Return the library whether it is wanted or not. Raises KernelUnavailable where it was not built."""
     library = _find_library()
     if library is None:
         raise KernelUnavailable(
@@ -55,7 +55,7 @@ def code_paths() -> tuple[str, ...]:
 
 
 def chosen_path() -> str:
-    """Give the code path that products take. Raises KernelUnavailable, UsageError for a BITPRESS_PATH that is not there."""
+    """Return the code path that products take. Raises KernelUnavailable, UsageError for a BITPRESS_PATH that is not there."""
     paths = library().paths()
     if code_path() not in ("", *paths):
         raise UsageError(f"BITPRESS_PATH: {code_path()!r} is not there; this processor runs {', '.join(paths)}.")

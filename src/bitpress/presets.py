@@ -47,7 +47,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str, bits: int) -> Preset:
-    """Give the choice of a preset at a width. Raises UsageError for names and widths that there are not."""
+    """Return the choice of a preset at a width. Raises UsageError for names and widths that there are not."""
     table = _table()
     name = _known(name)
     choices = table["choices"][name]
@@ -68,7 +68,7 @@ def preset_keys(
     quantizer: bool = False,
     option: Callable[[str], str] = str,
 ) -> dict[str, Any]:
-    """Give the keys of a recipe that a preset sets, none where none is asked for.
+    """Return the keys of a recipe that a preset sets, none where none is asked for.
 
     Bits alone are those of the preset `DEFAULT_PRESET`; beside a quantizer (`quantizer`) they are those of its number format.
     Raises UsageError for a preset or bits beside a recipe, for a preset without bits, for bits beside another number format

@@ -77,7 +77,7 @@ def usable_threads() -> int:
 
 
 def _quota() -> int:
-    """Give how many processors' time the control group may use, rounded up; a large number where there is no quota."""
+    """Return how many processors' time the control group may use, rounded up; a large number where there is no quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, -(-int(quota) // int(period)))

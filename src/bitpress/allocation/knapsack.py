@@ -22,7 +22,7 @@ __all__ = ["choose_bits"]
 def choose_bits(
     errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int, units: int = 1 << 16
 ) -> tuple[int, ...]:
-    """Give for every layer the option to take.
+    """Return for every layer the option to take.
 
     `errors[layer][option]` is what an option adds to the loss, `sizes[layer][option]` its bytes. Of choices that are equally good
     the one with the fewer bytes is given. Raises UsageError where even the smallest options are more than `budget` bytes.

@@ -52,7 +52,7 @@ class Attention:
         return cls(query, given["key"], given["value"], given.get("attn_mask"), bool(given.get("is_causal")), scale)
 
     def scores(self, sample: int) -> Iterator[Float[torch.Tensor, "heads rows until"]]:
-        """Give what every head pays to tokens (columns) for some tokens (rows) after others: each row sums to 1.
+        """Yield what every head pays to tokens (columns) for some tokens (rows) after others: each row sums to 1.
 
         Columns end where no row of a causal attention pays any more.
         """
@@ -128,7 +128,7 @@ class HeadCollector:
                 add_gram_(mixed, text, mirrored(own) @ text)
 
     def finish(self, name: str, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Give a weight's row_gram and head_gram; None where it has no such part in the attention."""
+        """Return a weight's row_gram and head_gram; None where it has no such part in the attention."""
         row_gram = self._sums[name, "row_gram"] / tokens if (name, "row_gram") in self._sums else None
         head_gram = None
         if name == self.weights["value"].name and self._mixed is not None:

@@ -107,14 +107,14 @@ class Capture(TorchFunctionMode):
         self._originals.clear()
 
     def groups(self) -> list[list[str]]:
-        """Give the names of weights that shared their input, in the order of first use."""
+        """Return the names of weights that shared their input, in the order of first use."""
         groups: dict[str, list[str]] = {}
         for name, leader in self._leader.items():
             groups.setdefault(leader, []).append(name)
         return list(groups.values())
 
     def finish(self) -> dict[str, Stats]:
-        """Give the statistics by weight; weights that share an input share the object, but for those of heads.
+        """Return the statistics by weight; weights that share an input share the object, but for those of heads.
 
         Unused weights are absent.
         """

@@ -49,7 +49,7 @@ class Observed:
 
 
 def product_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-    """Give input, weight and the weight's axis that meets the input, where a call is such a product."""
+    """Return input, weight and the weight's axis that meets the input, where a call is such a product."""
     if func not in _FUNCTIONS:
         return None
     at_x, at_w, axis = _FUNCTIONS[func]

@@ -58,7 +58,7 @@ class Windows:
 
 
 def builtin_texts(role: Role) -> dict[str, str]:
-    """Give the package's own texts by kind; several files of a kind are joined by a blank line."""
+    """Return the package's own texts by kind; several files of a kind are joined by a blank line."""
     if role not in _ROLES:
         raise unknown_name("role of the built-in texts", role, _ROLES)
     parts: dict[str, list[str]] = {}
@@ -236,7 +236,7 @@ def _check_sizes(tokenizer: Any, samples: int, length: int) -> None:
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """Give what the tokenizer puts before every text by itself: one token or none."""
+    """Return what the tokenizer puts before every text by itself: one token or none."""
     token = tokenizer.bos_token_id
     return [token] if token is not None and list(tokenizer("a", verbose=False).input_ids[:1]) == [token] else []
 

@@ -55,7 +55,7 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def of_origin(needs: Collection[str], origin: Origin) -> frozenset[str]:
-    """Give those of the named statistics that are taken from `origin`."""
+    """Return those of the named statistics that are taken from `origin`."""
     return frozenset(name for name in needs if STATISTICS[name].origin == origin)
 
 
@@ -80,7 +80,7 @@ class Stats:
     sensitivity: Float[torch.Tensor, "out in"] | None = None
 
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
-        """Give the statistics for the input `x * factor` and the weight `w / factor`."""
+        """Return the statistics for the input `x * factor` and the weight `w / factor`."""
 
         def twice(gram: torch.Tensor | None) -> torch.Tensor | None:
             return None if gram is None else gram * factor[:, None] * factor[None, :]
@@ -96,7 +96,7 @@ class Stats:
         )
 
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
-        """Give the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
+        """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 
         What cannot be known after the change is left out: mean_abs and sensitivity in another basis, and under `rows`
         everything that belongs to output rows.
@@ -127,11 +127,11 @@ class Stats:
         return changed if rows is None else replace(changed, row_gram=None, head_gram=None, sensitivity=None)
 
     def need_gram(self, where: str) -> Float[torch.Tensor, "in in"]:
-        """Give the gram, or raise CalibrationError when nothing was measured."""
+        """Return the gram, or raise CalibrationError when nothing was measured."""
         return self.need("gram", where)
 
     def need(self, name: str, where: str) -> torch.Tensor:
-        """Give a statistic by its name, or raise CalibrationError when it was not measured."""
+        """Return a statistic by its name, or raise CalibrationError when it was not measured."""
         value: torch.Tensor | None = getattr(self, name)
         if value is None or self.tokens == 0:
             raise CalibrationError(f"{where}: no calibration statistics reached this layer.")

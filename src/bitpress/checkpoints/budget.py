@@ -38,7 +38,7 @@ def open_within(directory: str | Path, memory: int | str) -> CompressedCheckpoin
 
 
 def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:
-    """Give the checkpoint with as many terms of its stacks as fit, the most error taken away for a byte first.
+    """Return the checkpoint with as many terms of its stacks as fit, the most error taken away for a byte first.
 
     Raises UsageError where no weight is such a stack, MemoryLimitError where even the first terms are too large, CheckpointError for
     a manifest whose figures are not those of its weights.
@@ -66,7 +66,7 @@ def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckp
 
 
 def _blocks(pressed: CompressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
-    """Give the tensors of each term of a stack; its maps go with the first."""
+    """Return the tensors of each term of a stack; its maps go with the first."""
     terms = record.spec["terms"]
     if len(terms) != len(record.errors or ()):
         raise CheckpointError(f"{pressed.root}: {name}: {len(record.errors or ())} errors are not those of {len(terms)} terms.")

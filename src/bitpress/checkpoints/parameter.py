@@ -49,11 +49,11 @@ class WeightParameter:
         return [f"{self.stem}.{e}" for e in range(self.experts)] if self.experts else [self.stem]
 
     def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Give the 2-d tensors in memory, one a part, as they are stored."""
+        """Return the 2-d tensors in memory, one a part, as they are stored."""
         return list(tensor.view(self.experts, *self.matrix_shape)) if self.experts else [tensor]
 
     def matrices(self, tensor: torch.Tensor) -> list[Float[torch.Tensor, "out in"]]:
-        """Give the weights in the one convention [out, in], float32, one a part."""
+        """Return the weights in the one convention [out, in], float32, one a part."""
         return [(v.T if self.transposed else v).float() for v in self.views(tensor)]
 
     def restore(self, stacked: Float[torch.Tensor, "rows in"]) -> torch.Tensor:

@@ -30,13 +30,13 @@ class Correction(Protocol):
     paper: ClassVar[str]
 
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
-        """Give the bytes stored for `parts` weights of a shape. Raises FormatError for a shape that cannot have such a term."""
+        """Return the bytes stored for `parts` weights of a shape. Raises FormatError for a shape that cannot have such a term."""
         ...
 
     def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> Term | None:
-        """Give the term that the quantizer is not to see; it gets the weight less this term."""
+        """Return the term that the quantizer is not to see; it gets the weight less this term."""
         ...
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> Term | None:
-        """Give the term to add to `weight`, which has no maps, so that it comes nearer to `w`."""
+        """Return the term to add to `weight`, which has no maps, so that it comes nearer to `w`."""
         ...

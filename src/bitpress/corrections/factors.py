@@ -24,7 +24,7 @@ def check_factors(rank: int, dtype: str) -> None:
 
 
 def factor_bytes(rank: int, dtype: str, shape: tuple[int, int], parts: int) -> int:
-    """Give the bytes of `parts` pairs of factors. Raises FormatError for a rank or a format that the shape does not have."""
+    """Return the bytes of `parts` pairs of factors. Raises FormatError for a rank or a format that the shape does not have."""
     if rank > min(shape):
         raise FormatError(f"rank {rank} is more than weights {list(shape)} have; use {min(shape)} at most.")
     spec = {"rank": rank, "dtype": dtype, **({"parts": parts} if parts > 1 else {})}
@@ -35,7 +35,7 @@ def factor_bytes(rank: int, dtype: str, shape: tuple[int, int], parts: int) -> i
 def leading_part(
     m: Float[torch.Tensor, "out in"], rank: int
 ) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "rank in"]]:
-    """Give factors a (columns of length 1) and b of the matrix of this rank that is nearest to `m`.
+    """Return factors a (columns of length 1) and b of the matrix of this rank that is nearest to `m`.
 
     Raises NumericsError when `m` is not finite, FormatError for a rank that it does not have.
     """

@@ -57,7 +57,7 @@ class LQER:
 
 
 def input_scale(stats: Stats, kind: str) -> Float[torch.Tensor, " in"]:
-    """Give the magnitude of every input channel relative to the largest one, none smaller than 1e-4."""
+    """Return the magnitude of every input channel relative to the largest one, none smaller than 1e-4."""
     gram = stats.need_gram("lqer")
     magnitude = gram.diagonal().clamp(min=0).sqrt() if kind == "rms" or stats.mean_abs is None else stats.mean_abs.float()
     largest = magnitude.max()

@@ -59,7 +59,7 @@ def keep_largest(w: Float[torch.Tensor, "out in"], score: Float[torch.Tensor, "o
 
 
 def sparse_bytes(share: float, shape: tuple[int, int], parts: int) -> int:
-    """Give the bytes of the sparse terms of `parts` weights, stacked."""
+    """Return the bytes of the sparse terms of `parts` weights, stacked."""
     count = _count(share, *shape) * parts
     tensors = Sparse.expected({"count": count}, (shape[0] * parts, shape[1]))
     return sum(kind.itemsize * math.prod(dims) for kind, dims in tensors.values())

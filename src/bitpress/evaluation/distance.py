@@ -134,7 +134,7 @@ def _compare(
 def compare_rows(
     p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
 ) -> tuple[Float[torch.Tensor, "4 rows"], int]:
-    """Give what `native.compare_rows` gives, in torch."""
+    """Return what `native.compare_rows` gives, in torch."""
     figures, bad = [], 0
     for p_rows, q_rows, tokens in zip(p.split(ROWS), q.split(ROWS), following.split(ROWS), strict=True):
         log_p, log_q = torch.log_softmax(p_rows.float(), -1), torch.log_softmax(q_rows.float(), -1)

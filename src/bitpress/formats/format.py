@@ -77,7 +77,7 @@ class Format:
         return shape[0] // rows, shape[1] // cols
 
     def expected(self, shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that a packed weight of this shape stores."""
+        """Return dtype and shape of every tensor that a packed weight of this shape stores."""
         down, across = self.block_grid(shape)
         codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
         tensors: Expected = {"codes": (torch.uint8, (shape[0], codes))}
@@ -144,7 +144,7 @@ class Format:
         importance: Float[torch.Tensor, " cols"] | None = None,
         shrink: Sequence[float] = (1.0,),
     ) -> Params:
-        """Give `params` with the blocks that begin at `column` fitted anew to `w`; what is shared stays as it is."""
+        """Return `params` with the blocks that begin at `column` fitted anew to `w`; what is shared stays as it is."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across, total = column // cols, shape[1] // cols
         here = dict(params)
@@ -163,17 +163,17 @@ class Format:
         return changed
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
-        """Give the nearest code of every weight under given parameters."""
+        """Return the nearest code of every weight under given parameters."""
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
         return self._from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "out codes"], params: Params) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32: `(codes - zero) * scale` for integers."""
+        """Return the weights in float32: `(codes - zero) * scale` for integers."""
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
         return self._from_blocks(values, codes.shape[0])
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
-        """Give the parameters that hold at column `start`, one row each: `[out, 1, *shape]`, for loops over columns."""
+        """Return the parameters that hold at column `start`, one row each: `[out, 1, *shape]`, for loops over columns."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across = start // cols
         at_column = {}
@@ -186,7 +186,7 @@ class Format:
         return at_column
 
     def choose(self, better: torch.Tensor, trial: Params, best: Params) -> dict[str, torch.Tensor]:
-        """Give the trial's parameters in the blocks where `better` holds, and `best` elsewhere and for what blocks share."""
+        """Return the trial's parameters in the blocks where `better` holds, and `best` elsewhere and for what blocks share."""
         chosen = dict(best)
         for p in self.grid.params:
             if p.scope == "block":
@@ -194,7 +194,7 @@ class Format:
         return chosen
 
     def stored(self, params: Params) -> Params:
-        """Give parameters that a method chose itself as a file will hold them, with what scales share."""
+        """Return parameters that a method chose itself as a file will hold them, with what scales share."""
         grid = next(params[p.name].shape[:2] for p in self.grid.params if p.scope == "block")
         outer = {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()}
         rounded = self._rounded(self.per_block(params), self._outer_by_block(outer, (grid[0], grid[1])))
@@ -235,7 +235,7 @@ class Format:
         return self.grid.search(blocks, weights, shrink, self.store, outer["scale"])
 
     def _whole(self, params: Params) -> Params:
-        """Give the parameters of the whole weight alone."""
+        """Return the parameters of the whole weight alone."""
         return {p.name: params[p.name] for p in self.grid.params if p.scope == "tensor"}
 
     def _fitted(self, blocks: torch.Tensor, weights: torch.Tensor | None, whole: Params) -> Params:
@@ -281,7 +281,7 @@ class Format:
     def _outer_by_block(
         self, outer: Mapping[str, Mapping[str, torch.Tensor]], grid: tuple[int, int]
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """Give what scales share as `[blocks, 1, *shape]`, beside the scales as a grid makes them."""
+        """Return what scales share as `[blocks, 1, *shape]`, beside the scales as a grid makes them."""
         by_block: dict[str, dict[str, torch.Tensor]] = {}
         for p in self._scales():
             width = grid[1] * math.prod(p.shape)
@@ -289,7 +289,7 @@ class Format:
         return by_block
 
     def per_block(self, params: Params) -> Params:
-        """Give parameters as a grid takes them beside blocks: `[blocks, 1, *shape]`, or `shape` for the whole weight."""
+        """Return parameters as a grid takes them beside blocks: `[blocks, 1, *shape]`, or `shape` for the whole weight."""
         return {
             p.name: params[p.name].reshape(-1, 1, *p.shape) if p.scope == "block" else params[p.name] for p in self.grid.params
         }

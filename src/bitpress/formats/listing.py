@@ -17,7 +17,7 @@ SHAPE = (4096, 4096)
 
 
 def usual_format(grid: Grid, block: str = "") -> Format:
-    """Give a grid the block that its row of the table says or its kind is mostly used with, and the tightest layout.
+    """Return a grid the block that its row of the table says or its kind is mostly used with, and the tightest layout.
 
     tensor   where the whole weight shares every parameter
     row      where levels are learned or a code stands for several weights: tables and small blocks would cost more than codes
@@ -37,7 +37,7 @@ def usual_format(grid: Grid, block: str = "") -> Format:
 
 
 def usual_formats() -> list[Format]:
-    """Give one format a grid of the table, a second one where there is a variant with a zero point, and the named formats."""
+    """Return one format a grid of the table, a second one where there is a variant with a zero point, and the named formats."""
     formats: dict[str, Format] = {}
     for name, row in GRIDS.items():
         fmt = parse_format(name) if name in SHORT else usual_format(row.grid, row.block)

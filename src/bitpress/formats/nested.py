@@ -22,7 +22,7 @@ __all__ = ["narrow"]
 
 
 def narrow(packed: Packed, bits: int) -> Packed:
-    """Give the weight of 4 or 2 bits that is nearest to this one of 8, its scales 16 or 64 times as large.
+    """Return the weight of 4 or 2 bits that is nearest to this one of 8, its scales 16 or 64 times as large.
 
     Raises FormatError for other grids, layouts and widths, NumericsError where such a scale cannot be stored.
     """
@@ -41,7 +41,7 @@ def narrow(packed: Packed, bits: int) -> Packed:
 
 
 def _scales_times(packed: Packed, factor: int) -> dict[str, torch.Tensor]:
-    """Give the stored scales times a power of two, exactly."""
+    """Return the stored scales times a power of two, exactly."""
     store = packed.format.store
     scales = {name: t for name, t in packed.tensors.items() if name != "codes"}
     floats = [name for name, t in scales.items() if t.is_floating_point()]

@@ -26,7 +26,7 @@ STEPS = 50
 
 
 def one_bit(w: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "*rows in"] | None = None) -> CompressedWeight:
-    """Give the signs of `w` between two scale maps. Raises NumericsError when the weight is not finite."""
+    """Return the signs of `w` between two scale maps. Raises NumericsError when the weight is not finite."""
     if not bool(torch.isfinite(w).all()):
         raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
     out, inner = factors(w.float().abs(), None if importance is None else importance.float().expand(w.shape))
@@ -38,7 +38,7 @@ def one_bit(w: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "*
 def factors(
     magnitude: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "out in"] | None = None
 ) -> tuple[Float[torch.Tensor, " out"], Float[torch.Tensor, " in"]]:
-    """Give the vectors of equal length whose outer product is nearest to `magnitude`, where it has importance."""
+    """Return the vectors of equal length whose outer product is nearest to `magnitude`, where it has importance."""
     weighted = magnitude if importance is None else magnitude * importance
     inner = magnitude.mean(0)
     out = torch.zeros_like(magnitude[:, 0])

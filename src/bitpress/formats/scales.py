@@ -41,19 +41,19 @@ class ScaleStore(Protocol):
         ...
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        """Give the nearest scale that can be stored. Raises NumericsError when one is out of range."""
+        """Return the nearest scale that can be stored. Raises NumericsError when one is out of range."""
         ...
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
-        """Give the tensors of a file; `scale` has been rounded."""
+        """Return the tensors of a file; `scale` has been rounded."""
         ...
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        """Give the scales in float32."""
+        """Return the scales in float32."""
         ...
 
     def expected(self, down: int, across: int) -> Shapes:
-        """Give dtype and shape of every tensor of a file."""
+        """Return dtype and shape of every tensor of a file."""
         ...
 
     def shared_by_rows(self) -> bool:
@@ -147,7 +147,7 @@ class PowerOfTwo:
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Give 2^exponent in float32, exact also where that is a denormal number."""
+    """Return 2^exponent in float32, exact also where that is a denormal number."""
     return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device), exponent).float()
 
 
@@ -333,7 +333,7 @@ class DoubleQuantized:
 
 @cache
 def dynamic_map() -> Float[torch.Tensor, " 256"]:
-    """Give the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
+    """Return the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
     levels: list[float] = [0.0, 1.0]
     for decade in range(7):
         count = 2**decade + 1

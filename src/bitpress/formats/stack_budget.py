@@ -22,7 +22,7 @@ Bytes = Mapping[str, Sequence[int]]
 
 
 def choose_blocks(errors: Errors, nbytes: Bytes, budget: int) -> dict[str, int]:
-    """Give for every weight how many of its blocks to load, at least one, so that all of them take `budget` bytes or fewer.
+    """Return for every weight how many of its blocks to load, at least one, so that all of them take `budget` bytes or fewer.
 
     errors[name][k] is what the model loses while this weight has k + 1 blocks, nbytes[name][k] the size of its block k. Raises
     MemoryLimitError when the first blocks alone are too large, UsageError when the figures do not belong together.
@@ -41,7 +41,7 @@ def choose_blocks(errors: Errors, nbytes: Bytes, budget: int) -> dict[str, int]:
 
 
 def sort_blocks(errors: Errors, nbytes: Bytes) -> list[str]:
-    """Give the names of the weights in the order in which they get one block more, the most error taken away for a byte first.
+    """Return the names of the weights in the order in which they get one block more, the most error taken away for a byte first.
 
     Blocks after which the error only grows are left out. A block that brings little stands with a later one of its weight that
     brings much, for it cannot be loaded without it.
@@ -60,7 +60,7 @@ def sort_blocks(errors: Errors, nbytes: Bytes) -> list[str]:
 
 
 def _slopes(losses: Sequence[float], sizes: Sequence[int]) -> list[tuple[float, int]]:
-    """Give error taken away for a byte and number of blocks, falling: the lower convex hull of error over bytes."""
+    """Return error taken away for a byte and number of blocks, falling: the lower convex hull of error over bytes."""
     steps: list[tuple[float, int, int]] = []
     for before, after, size in zip(losses, losses[1:], sizes[1:], strict=False):
         step = (before - after, size, 1)

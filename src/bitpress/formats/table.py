@@ -194,7 +194,7 @@ def spell_format(name: str) -> str:
 
 
 def find_row(name: str) -> Row:
-    """Give the row of a grid's name, one made for it where the name is of a family."""
+    """Return the row of a grid's name, one made for it where the name is of a family."""
     if name in GRIDS:
         return GRIDS[name]
     for pattern, _, make in PATTERNS:
@@ -206,7 +206,7 @@ def find_row(name: str) -> Row:
 
 
 def find_grid(name: str, zero: bool = False) -> Grid:
-    """Give the grid of a name. Raises UsageError or FormatError."""
+    """Return the grid of a name. Raises UsageError or FormatError."""
     row = find_row(name)
     if not zero:
         return row.grid

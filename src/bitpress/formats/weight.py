@@ -45,16 +45,16 @@ class Term(Protocol):
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32."""
+        """Return the weights in float32."""
         ...
 
     def spec(self) -> dict[str, Any]:
-        """Give what beside the shape and the tensors makes the term, as JSON."""
+        """Return what beside the shape and the tensors makes the term, as JSON."""
         ...
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
+        """Return dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
         ...
 
     @classmethod
@@ -67,7 +67,7 @@ class Term(Protocol):
         ...
 
     def row_slice(self, start: int, stop: int) -> Self:
-        """Give some rows as a term of their own. Raises FormatError where rows cannot be taken apart."""
+        """Return some rows as a term of their own. Raises FormatError where rows cannot be taken apart."""
         ...
 
     @classmethod
@@ -106,7 +106,7 @@ class CompressedWeight:
         return self.nbytes * 8 / (self.shape[0] * self.shape[1])
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weight in float32, maps included."""
+        """Return the weight in float32, maps included."""
         w = self.terms[0].dequantize()
         for term in self.terms[1:]:
             w = w + term.dequantize()
@@ -134,7 +134,7 @@ class CompressedWeight:
 
     @staticmethod
     def expected(spec: Mapping[str, Any]) -> Expected:
-        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError."""
+        """Return dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError."""
         shape = _shape(spec)
         tensors: Expected = {}
         for i, entry in enumerate(spec["terms"]):
@@ -179,7 +179,7 @@ class CompressedWeight:
         return weight
 
     def row_slice(self, start: int, stop: int) -> "CompressedWeight":
-        """Give some rows as a weight of their own (one expert of a stack), sharing memory."""
+        """Return some rows as a weight of their own (one expert of a stack), sharing memory."""
         if self.output_map is not None:
             raise FormatError("rows of a weight with an output map cannot be taken apart.")
         return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), self.input_map)

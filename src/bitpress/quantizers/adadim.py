@@ -50,7 +50,7 @@ class AdaDim:
 
 
 def ways(fmt: Format, shape: tuple[int, int]) -> list[Format]:
-    """Give the format, and the same with its block turned where that fits the weight and is another."""
+    """Return the format, and the same with its block turned where that fits the weight and is another."""
     rows, cols = fmt.block.resolve(shape, fmt.grid.span)
     if fmt.block.rows == "all":
         return [fmt]

@@ -123,7 +123,7 @@ class Aespa:
         return torch.where(better[:, None], codes, first), float(1 - kept / before.sum()) if before.sum() > 0 else 0.0
 
     def _couplings(self, by_row: Float[torch.Tensor, "heads row row"], fallbacks: list[str]) -> torch.Tensor:
-        """Give the row grams damped, in the scale of their mean diagonal; the identity where one cannot be used."""
+        """Return the row grams damped, in the scale of their mean diagonal; the identity where one cannot be used."""
         one = torch.eye(by_row.shape[1])
         mean = by_row.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         damped = by_row / mean + self.damp * one
@@ -134,13 +134,13 @@ class Aespa:
 
 
 def _of_rows(fmt: Format, params: Params, rows: torch.Tensor, w: torch.Tensor) -> Params:
-    """Give the parameters of some rows, each in blocks of its own."""
+    """Return the parameters of some rows, each in blocks of its own."""
     height = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[0]
     return {p.name: params[p.name][rows // height] if p.scope == "block" else params[p.name] for p in fmt.grid.params}
 
 
 def _errors(difference: torch.Tensor, descent: Descent, couplings: torch.Tensor | None) -> torch.Tensor:
-    """Give the error of every head, or without couplings of every row."""
+    """Return the error of every head, or without couplings of every row."""
     if couplings is None:
         return descent.errors(difference)
     split = difference.unflatten(0, couplings.shape[:2])

@@ -111,7 +111,7 @@ class AlignedGroups:
 
 
 def twice_as_wide(fmt: Format) -> Format:
-    """Give the format of 4 bits that has the same kind of grid."""
+    """Return the format of 4 bits that has the same kind of grid."""
     name = fmt.grid.name.replace("2", "4")
     row = find_row(name)
     grid = row.zero if any(p.name == "zero" for p in fmt.grid.params) else row.grid

@@ -127,7 +127,7 @@ class AQLM:
         return codes.T.contiguous()
 
     def _learned(self, w: torch.Tensor, codes: torch.Tensor, params: Params, descent: Descent, fmt: Format) -> Params:
-        """Give better words and scales for the codes."""
+        """Return better words and scales for the codes."""
         words = solve_words(w, codes, params, descent.gram, fmt, self.steps)
         trial = fmt.stored({**params, "words": words.view_as(params["words"])})
         before, after = (float(descent.errors(fmt.decode(codes, p) - w).sum()) for p in (params, trial))
@@ -205,6 +205,6 @@ def solve_words(
 
 
 def _books(params: Params) -> Float[torch.Tensor, "books count span"]:
-    """Give the words of all books; a single learned book is one of one."""
+    """Return the words of all books; a single learned book is one of one."""
     words = params["words"]
     return words if words.ndim == 3 else words[None]

@@ -59,7 +59,7 @@ class AWQ:
 
 
 def block_limits(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tensor, "out in"]:
-    """Give for every weight the largest magnitude of its block."""
+    """Return for every weight the largest magnitude of its block."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     down, across = w.shape[0] // rows, w.shape[1] // cols
     largest = w.abs().reshape(down, rows, across, cols).amax((1, 3), keepdim=True)
@@ -67,7 +67,7 @@ def block_limits(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.T
 
 
 def diagonal_tiles(gram: Float[torch.Tensor, "in in"], cols: int) -> Float[torch.Tensor, "across cols cols"]:
-    """Give the square tiles of `cols` channels along the gram's diagonal."""
+    """Return the square tiles of `cols` channels along the gram's diagonal."""
     across = gram.shape[0] // cols
     return gram.reshape(across, cols, across, cols).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
@@ -75,7 +75,7 @@ def diagonal_tiles(gram: Float[torch.Tensor, "in in"], cols: int) -> Float[torch
 def partial_errors(
     w: Float[torch.Tensor, "out in"], params: Params, fmt: Format, tiles: Float[torch.Tensor, "across cols cols"]
 ) -> Float[torch.Tensor, "down across"]:
-    """Give the squared error of every block's partial output under given parameters."""
+    """Return the squared error of every block's partial output under given parameters."""
     across, cols = tiles.shape[0], tiles.shape[1]
     difference = fmt.decode(fmt.encode(w, params), params).sub_(w)
     parts = difference.reshape(w.shape[0], across, cols).transpose(0, 1)  # [across, out, cols]

@@ -48,7 +48,7 @@ class BitStack:
             raise UsageError(f"smallest={self.smallest}: it is a part of the mean size of the inputs, above 0 and at most 1.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
-        """Give the stack. The figures `error_k` and `bytes_k` are those of its first k terms: what its blocks are sorted by."""
+        """Return the stack. The figures `error_k` and `bytes_k` are those of its first k terms: what its blocks are sorted by."""
         check_served("bitstack", self.serves, fmt)
         gram = (stats or Stats(0)).need_gram("bitstack")
         weight = bit_stack(w, self.terms, self.rank, self._size(gram), self.dtype)
@@ -59,7 +59,7 @@ class BitStack:
         return Outcome(weight, figures=figures | {f"bytes_{k}": float(p.nbytes) for k, p in zip(counts, prefixes, strict=True)})
 
     def _size(self, gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, " in"]:
-        """Give how large every input is beside the mean of those that are not always 0."""
+        """Return how large every input is beside the mean of those that are not always 0."""
         size = gram.diagonal().clamp(min=0.0).sqrt()
         alive = size > 0
         mean = size[alive].mean() if alive.any() else torch.ones_like(size[0])

@@ -99,7 +99,7 @@ class BoA:
 
 
 def attention_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats) -> float:
-    """Give the relative squared error of what a block's attention makes of a weight: sum over heads of tr(R D G D') / tr(R w G w')."""
+    """Return the relative squared error of what a block's attention makes of a weight: sum over heads of tr(R D G D') / tr(R w G w')."""
     by_row = torch.ones(w.shape[0], 1, 1) if stats.row_gram is None else stats.row_gram
     grams = stats.need_gram("attention")[None] if stats.head_gram is None else stats.head_gram
     grams = grams.repeat_interleave(by_row.shape[0] // len(grams), 0) if len(grams) > 1 else grams

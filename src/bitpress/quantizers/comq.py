@@ -86,7 +86,7 @@ class COMQ:
 
 
 def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"], span: int) -> Int[torch.Tensor, " in"]:
-    """Give the columns by what their weights add to the output, the largest first, whole codes of `span` columns together."""
+    """Return the columns by what their weights add to the output, the largest first, whole codes of `span` columns together."""
     cost = (w.abs().mean(0) * gram.diagonal().clamp(min=0).sqrt()).view(-1, span).sum(-1)
     return (torch.argsort(cost, descending=True, stable=True)[:, None] * span + torch.arange(span)).reshape(-1)
 
@@ -94,7 +94,7 @@ def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in
 def fit_scales(
     w: Float[torch.Tensor, "out in"], codes: Int[torch.Tensor, "out codes"], descent: Descent, fmt: Format, params: Params
 ) -> Params:
-    """Give the parameters with every block's scale best for the codes, one column of blocks after another.
+    """Return the parameters with every block's scale best for the codes, one column of blocks after another.
 
     Only single scales, and only where a scale as it is stored lessens the error.
     """

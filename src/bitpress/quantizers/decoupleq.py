@@ -89,7 +89,7 @@ class DecoupleQ:
 def solve_affine(
     w: Float[torch.Tensor, "out in"], codes: Int[torch.Tensor, "out in"], descent: Descent, fmt: Format, params: Params
 ) -> Params:
-    """Give the parameters with the scales, and the zero points where they are stored, that are best for the codes.
+    """Return the parameters with the scales, and the zero points where they are stored, that are best for the codes.
 
     All blocks of a row of blocks are solved for together; it keeps what it has where that is no worse once rounded as stored.
     """
@@ -105,7 +105,7 @@ def solve_affine(
 def _solve(
     w: Float[torch.Tensor, "out in"], levels: Float[torch.Tensor, "out in"], gram: torch.Tensor, fmt: Format, *, offsets: bool
 ) -> tuple[Float[torch.Tensor, "down across"], Float[torch.Tensor, "down across"]]:
-    """Give scales, and offsets where asked for, with the least (levels * scale + offset - w) gram (levels * scale + offset - w)'."""
+    """Return scales, and offsets where asked for, with the least (levels * scale + offset - w) gram (levels * scale + offset - w)'."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     across = w.shape[1] // cols
     unknowns = across * (2 if offsets else 1)
@@ -140,7 +140,7 @@ def _better(
     params: Params,
     changes: dict[str, torch.Tensor],
 ) -> Params:
-    """Give the parameters with the changes in those rows of blocks where they lessen the error as they are stored."""
+    """Return the parameters with the changes in those rows of blocks where they lessen the error as they are stored."""
     scale = stored_scales(fmt, params, changes["scale"])
     trial = {**params, **changes, "scale": scale}
     errors = [descent.errors(w - fmt.decode(codes, p)).view(len(scale), -1).sum(1) for p in (trial, params)]

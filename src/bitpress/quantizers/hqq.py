@@ -67,7 +67,7 @@ class HQQ:
         return Outcome(weight, figures={"moved": float(moved.float().mean())})
 
     def step(self, w: Float[torch.Tensor, "out in"], fmt: Format, params: Params, beta: float) -> Params:
-        """Give the parameters best for the codes that `params` imply, outliers aside."""
+        """Return the parameters best for the codes that `params` imply, outliers aside."""
         codes = fmt.encode(w, params)
         target = w - shrink(w - fmt.decode(codes, params), beta, self.norm)
         levels = fmt.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
@@ -81,12 +81,12 @@ class HQQ:
         return {**params, "zero": mean.round_().clamp_(0, fmt.grid.num_codes - 1)}
 
     def errors(self, w: Float[torch.Tensor, "out in"], fmt: Format, params: Params) -> Float[torch.Tensor, "down across"]:
-        """Give every block's sum of |error|^norm."""
+        """Return every block's sum of |error|^norm."""
         return block_sums((w - fmt.decode(fmt.encode(w, params), params)).abs_().pow_(self.norm), fmt)
 
 
 def shrink(x: torch.Tensor, beta: float, norm: float) -> torch.Tensor:
-    """Give the (approximate) minimum over e of  |e|^norm + beta / 2 (e - x)^2  up to constants: large values less a little."""
+    """Return the (approximate) minimum over e of  |e|^norm + beta / 2 (e - x)^2  up to constants: large values less a little."""
     return x.sign() * (x.abs() - x.abs().pow(norm - 1) / beta).clamp_(min=0)
 
 

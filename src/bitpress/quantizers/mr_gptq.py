@@ -74,7 +74,7 @@ class MRGPTQ:
     def _row_factor(
         self, w: torch.Tensor, fmt: Format, importance: torch.Tensor, ratios: tuple[float, ...]
     ) -> Float[torch.Tensor, " out"]:
-        """Give every row the factor from 1 to 2 under which its rounding errs least."""
+        """Return every row the factor from 1 to 2 under which its rounding errs least."""
         best = torch.ones(w.shape[0])
         least = torch.full((w.shape[0],), torch.inf)
         for i in range(self.row_factors):

@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 
 
 def own_bytes(quantizer: Any, fmt: Format, shape: Shape, parts: int = 1) -> int:
-    """Give the bytes of a quantizer's terms less those of the format alone; 0 for methods that are not in the table.
+    """Return the bytes of a quantizer's terms less those of the format alone; 0 for methods that are not in the table.
 
     Raises FormatError and UsageError for terms that the shape does not have.
     """
@@ -65,7 +65,7 @@ def _second_plane(q: PTQTP, fmt: Format, shape: Shape, parts: int) -> int:
 
 
 def _columns(high: Format, low: Format, taken: int, shape: Shape, parts: int) -> int:
-    """Give the bytes of some columns in one format and the others in another, less those of all in the second."""
+    """Return the bytes of some columns in one format and the others in another, less those of all in the second."""
     whole = low.nbytes((shape[0] * parts, shape[1]))
     if taken in (0, shape[1]):
         return (high if taken else low).nbytes((shape[0] * parts, shape[1])) - whole

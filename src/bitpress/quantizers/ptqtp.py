@@ -54,7 +54,7 @@ class PTQTP:
 
 
 def _apart(weight: CompressedWeight, fmt: Format) -> CompressedWeight:
-    """Give two terms of one plane each for a term of two planes."""
+    """Return two terms of one plane each for a term of two planes."""
     both = weight.terms[0]
     assert isinstance(both, Packed)
     codes, params = both.unpack()

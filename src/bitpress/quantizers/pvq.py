@@ -135,12 +135,12 @@ def move_pulses(
 
 
 def _pairs(whole: torch.Tensor, taken: torch.Tensor, given: torch.Tensor) -> Float[torch.Tensor, "out n n"]:
-    """Give whole + taken_i + given_j."""
+    """Return whole + taken_i + given_j."""
     return whole[:, None, None] + taken[:, :, None] + given[:, None, :]
 
 
 def _gain(along: torch.Tensor, energy: torch.Tensor, square: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Give how much a direction takes off the cost of no weight at all: from target metric p', p metric p' and p p'."""
+    """Return how much a direction takes off the cost of no weight at all: from target metric p', p metric p' and p p'."""
     if scale is None:
         return along.clamp(min=0).square() / energy
     length = scale.reshape(-1, *(1 for _ in along.shape[1:])) / square.sqrt()
@@ -148,6 +148,6 @@ def _gain(along: torch.Tensor, energy: torch.Tensor, square: torch.Tensor, scale
 
 
 def _length(target: torch.Tensor, unit: torch.Tensor, metric: torch.Tensor) -> Float[torch.Tensor, "out 1"]:
-    """Give the lengths of least cost."""
+    """Return the lengths of least cost."""
     image = unit @ metric
     return ((target * image).sum(1, keepdim=True) / (unit * image).sum(1, keepdim=True)).clamp(min=0)

@@ -107,7 +107,7 @@ def moved_outliers(
 
 
 def largest_eigenvalue(gram: Float[torch.Tensor, "in in"]) -> float:
-    """Give the largest eigenvalue of a gram, from below, by power iteration."""
+    """Return the largest eigenvalue of a gram, from below, by power iteration."""
     vector = torch.ones(gram.shape[0])
     for _ in range(POWER_STEPS):
         vector = torch.nn.functional.normalize(gram @ vector, dim=0)

@@ -42,7 +42,7 @@ class RTN:
 
 
 def shrink_ratios(clip: str, steps: int, smallest: float) -> tuple[float, ...]:
-    """Give the factors on a block's range that a clipping search tries, the full range first."""
+    """Return the factors on a block's range that a clipping search tries, the full range first."""
     if clip not in ("minmax", "mse"):
         raise UsageError(f"clip={clip!r}: it is 'minmax' or 'mse'.")
     if not 2 <= steps <= 10_000 or not 0 < smallest < 1:

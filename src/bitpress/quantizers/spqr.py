@@ -72,7 +72,7 @@ class SpQR:
         return Outcome(weight, feedback.fallbacks, figures)
 
     def limit(self, usefulness: torch.Tensor, w: torch.Tensor, cost: torch.Tensor) -> float:
-        """Give the cost from which on a weight is an outlier."""
+        """Return the cost from which on a weight is an outlier."""
         usual = self.threshold * float((w.var(0, correction=0) * cost).mean())
         count = int(self.most * w.numel())
         return max(usual, float(usefulness.flatten().topk(count + 1).values[-1]))
@@ -81,7 +81,7 @@ class SpQR:
 def leave_one_out(
     w: Float[torch.Tensor, "out in"], cost: Float[torch.Tensor, " in"], fmt: Format
 ) -> Float[torch.Tensor, "out in"]:
-    """Give how much less a weight's block costs when the weight is kept apart.
+    """Return how much less a weight's block costs when the weight is kept apart.
 
     For most weights that is what the weight itself costs; without the least or the largest of a block the range is smaller too.
     """

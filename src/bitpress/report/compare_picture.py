@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Give the rows that no other one equals in KL with as few bits, from few bits to many."""
+    """Return the rows that no other one equals in KL with as few bits, from few bits to many."""
     found: list[Row] = []
     best = math.inf
     for row in sorted(_measured(rows), key=lambda r: (r["bits_per_weight"], r["kl_mean"])):
@@ -119,7 +119,7 @@ class _Axes:
 
 
 def _ticks(bottom: float, top: float) -> list[tuple[float, bool]]:
-    """Give 1 to 9 of every power of ten between two logarithms; those with a name are few enough to be read."""
+    """Return 1 to 9 of every power of ten between two logarithms; those with a name are few enough to be read."""
     values = [d * 10.0**e for e in range(math.floor(bottom), math.ceil(top) + 1) for d in range(1, 10)]
     values = [v for v in values if bottom <= math.log10(v) <= top]
     kept = (1, 2, 5) if top - bottom < 2.5 else (1,) if top - bottom > 5 else (1, 3)

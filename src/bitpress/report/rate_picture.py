@@ -96,7 +96,7 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _frontier(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Give the formats that none of fewer bits equals; `rows` come in the order of bits."""
+    """Return the formats that none of fewer bits equals; `rows` come in the order of bits."""
     found, best = set(), float("-inf")
     for row in rows:
         if row["snr_db"] > best:

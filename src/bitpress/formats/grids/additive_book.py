@@ -98,7 +98,7 @@ class AdditiveBook:
         """Every code is a sum of words."""
 
     def _split(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        """Give the code in every book."""
+        """Return the code in every book."""
         return [(codes >> (self.bits * book)) & ((1 << self.bits) - 1) for book in range(self.books)]
 
     def _sums(self, words: Float[torch.Tensor, "books count span"]) -> Float[torch.Tensor, "all span"]:
@@ -129,7 +129,7 @@ class AdditiveBook:
         codes: Int[torch.Tensor, "books n"],
         words: Float[torch.Tensor, "books count span"],
     ) -> Float[torch.Tensor, "books count span"]:
-        """Give the words with the least weighted squared error for these codes."""
+        """Return the words with the least weighted squared error for these codes."""
         count = 1 << self.bits
         left = vectors - sum(words[book][codes[book]] for book in range(self.books))
         change = torch.empty(self.books * count, self.span, dtype=torch.float64, device=words.device)
@@ -152,7 +152,7 @@ class AdditiveBook:
 def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int = BEAM
 ) -> Int[torch.Tensor, "books n"]:
-    """Give codes whose words add up to nearly each vector: book by book, the `width` best beginnings of a sum are kept."""
+    """Return codes whose words add up to nearly each vector: book by book, the `width` best beginnings of a sum are kept."""
     if searched_natively(vectors, words.shape[1]):
         return native.beam_search(vectors, words, width)
     kept = width if len(words) > 2 else 1  # beginnings that are scored against a whole book, but for the last one

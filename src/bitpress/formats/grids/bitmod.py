@@ -27,7 +27,7 @@ _SPECIAL: dict[int, tuple[float, ...]] = {3: (3, -3, 6, -6), 4: (5, -5, 8, -8)}
 
 
 def bitmod(bits: int) -> Mixture:
-    """Give the mixture of 3 or 4 bits; codes are a sign bit above the magnitude, and minus zero is the special value."""
+    """Return the mixture of 3 or 4 bits; codes are a sign bit above the magnitude, and minus zero is the special value."""
     magnitudes = _MAGNITUDES[bits]
     negative = tuple(-value for value in magnitudes[1:])
     tables = (Levels(f"bitmod{bits}", (*magnitudes, special, *negative)) for special in _SPECIAL[bits])

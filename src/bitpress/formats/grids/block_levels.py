@@ -15,7 +15,7 @@ __all__ = ["Cells", "SortedBlocks", "level_of", "nearest_sorted", "nearest_unsor
 
 
 def boundaries(levels: Float[torch.Tensor, "... levels"]) -> Float[torch.Tensor, "... levels_less_one"]:
-    """Give the middles between neighbours of rising levels; a level itself always lies above the middle below it."""
+    """Return the middles between neighbours of rising levels; a level itself always lies above the middle below it."""
     below_upper = torch.nextafter(levels[..., 1:], torch.full_like(levels[..., 1:], -torch.inf))
     return torch.minimum((levels[..., 1:] + levels[..., :-1]) / 2, below_upper)
 
@@ -23,21 +23,21 @@ def boundaries(levels: Float[torch.Tensor, "... levels"]) -> Float[torch.Tensor,
 def nearest_sorted(
     values: Float[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"], bits: int
 ) -> Int[torch.Tensor, "... n"]:
-    """Give the place of the nearest of a block's rising levels, the lower one in the middle of two."""
+    """Return the place of the nearest of a block's rising levels, the lower one in the middle of two."""
     return _ranks(values, levels[..., 0, :]).to(code_dtype(bits))
 
 
 def nearest_unsorted(
     values: Float[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"], bits: int
 ) -> Int[torch.Tensor, "... n"]:
-    """Give the place of the nearest of a block's levels, which stand in any order."""
+    """Return the place of the nearest of a block's levels, which stand in any order."""
     rising, order = levels[..., 0, :].sort(dim=-1, stable=True)
     order = order.to(code_dtype(bits)).expand(*values.shape[:-1], order.shape[-1])
     return torch.gather(order, -1, _ranks(values, rising).long())
 
 
 def level_of(codes: Int[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"]) -> Float[torch.Tensor, "... n"]:
-    """Give the level of every code."""
+    """Return the level of every code."""
     own = levels[..., 0, :].expand(*codes.shape[:-1], levels.shape[-1])
     return torch.gather(own, -1, codes.long())
 
@@ -85,12 +85,12 @@ class SortedBlocks:
         return Cells(self.importance.gather(-1, edges).diff(dim=-1), self.moment.gather(-1, edges).diff(dim=-1))
 
     def error(self, levels: Float[torch.Tensor, "blocks levels"], cells: Cells) -> Float[torch.Tensor, "blocks 1"]:
-        """Give the weighted squared error with every weight at the level of its cell."""
+        """Return the weighted squared error with every weight at the level of its cell."""
         levels = levels.double()
         return self.square[:, -1:] + ((levels * cells.importance - 2 * cells.moment) * levels).sum(-1, keepdim=True)
 
     def edges(self, count: int, even: float) -> Int[torch.Tensor, "blocks edges"]:
-        """Give where `count` runs of neighbours begin and end, or every weight alone where there are no more than that.
+        """Return where `count` runs of neighbours begin and end, or every weight alone where there are no more than that.
 
         Runs are equal in the integral of the cube root of the density, by which many levels are best spaced; a part `even` of them
         follows the number of weights instead. Where neighbours lie a gap apart, the density is importance / gap, and its cube root

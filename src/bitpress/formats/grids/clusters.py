@@ -25,7 +25,7 @@ SETTLED = 1000
 def cluster(
     vectors: Float[torch.Tensor, "n span"], weights: Float[torch.Tensor, "n per"], count: int, rounds: int
 ) -> Float[torch.Tensor, "count span"]:
-    """Give `count` words that stand for the vectors with little squared error, each number of a vector weighted.
+    """Return `count` words that stand for the vectors with little squared error, each number of a vector weighted.
 
     `weights` are one a vector or one a number; they weigh the means, not the search, as no reader of the words will know them. Fewer
     vectors than words are their own words, repeated.
@@ -44,7 +44,7 @@ def cluster(
 
 
 def spread_sample(n: int, most: int) -> Int[torch.Tensor, " sample"]:
-    """Give at most `most` numbers below n, spread evenly whatever the period of what they index."""
+    """Return at most `most` numbers below n, spread evenly whatever the period of what they index."""
     step = max(round(n * (math.sqrt(5) - 1) / 2), 1)
     while math.gcd(step, n) > 1:
         step += 1

@@ -133,14 +133,14 @@ class LearnedBook:
 
 
 def scaled_vectors(values: Float[torch.Tensor, "... n"], scale: torch.Tensor, span: int) -> Float[torch.Tensor, "vectors span"]:
-    """Give the vectors of `span` weights in units of their scale; a scale of 0 marks a block of zeros and divides as 1."""
+    """Return the vectors of `span` weights in units of their scale; a scale of 0 marks a block of zeros and divides as 1."""
     return (values / torch.where(scale == 0, 1.0, scale)).reshape(-1, span)
 
 
 def training_vectors(
     blocks: Float[torch.Tensor, "blocks n"], scale: torch.Tensor, importance: torch.Tensor | None, span: int, words: int
 ) -> tuple[Float[torch.Tensor, "sample span"], Float[torch.Tensor, "sample per"]]:
-    """Give an even sample of the scaled vectors, enough for so many words, and what an error in them weighs.
+    """Return an even sample of the scaled vectors, enough for so many words, and what an error in them weighs.
 
     That is the importance times the square of the scale, one a vector or, where there is an importance, one a number.
     """
@@ -155,7 +155,7 @@ def training_vectors(
 
 
 def look_up(words: Float[torch.Tensor, "count span"], codes: Int[torch.Tensor, "... codes"]) -> Float[torch.Tensor, "... n"]:
-    """Give the words of codes side by side, in a tensor of their own."""
+    """Return the words of codes side by side, in a tensor of their own."""
     return words.index_select(0, codes.reshape(-1).int()).reshape(*codes.shape[:-1], -1)
 
 

@@ -18,13 +18,13 @@ __all__ = ["gaussian_levels", "gaussian_points"]
 
 
 def gaussian_levels(bits: int) -> tuple[float, ...]:
-    """Give the 2^bits levels, rising; bits from 2 to 8."""
+    """Return the 2^bits levels, rising; bits from 2 to 8."""
     upper = _grids()["levels"][str(bits)]
     return (*(-level for level in reversed(upper)), *upper)
 
 
 def gaussian_points(bits: int) -> tuple[tuple[float, float], ...]:
-    """Give the 2^bits points of the plane, for weights in pairs; bits is 4, 6 or 8."""
+    """Return the 2^bits points of the plane, for weights in pairs; bits is 4, 6 or 8."""
     return tuple((x, y) for x, y in _grids()["points"][str(bits)])
 
 

@@ -108,7 +108,7 @@ def _means(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks leve
 
 
 def _runs(blocks: SortedBlocks) -> tuple[Float[torch.Tensor, "blocks runs"], Float[torch.Tensor, "blocks runs"]]:
-    """Give the means of runs of the sorted weights and what they count for together, 1 a weight on the average."""
+    """Return the means of runs of the sorted weights and what they count for together, 1 a weight on the average."""
     # Half the runs follow the number of weights and half the cube root of their density, so that the few at the ends stay apart.
     edges = blocks.edges(RUNS, 0.5)
     mass = blocks.importance.gather(-1, edges).diff(dim=-1)

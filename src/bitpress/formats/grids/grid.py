@@ -75,11 +75,11 @@ class Grid(Protocol):
         ...
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
-        """Give the nearest code of every `span` weights, uint8 up to 8 bits and int32 beyond."""
+        """Return the nearest code of every `span` weights, uint8 up to 8 bits and int32 beyond."""
         ...
 
     def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
-        """Give the weights that codes stand for, in float32."""
+        """Return the weights that codes stand for, in float32."""
         ...
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
@@ -128,7 +128,7 @@ class EvenlySpaced(Protocol):
     def top(self) -> int: ...
 
     def zero_of(self, params: Params) -> torch.Tensor | float:
-        """Give the zero point in code units."""
+        """Return the zero point in code units."""
         ...
 
 
@@ -138,5 +138,5 @@ class Tabled(Protocol):
 
     @property
     def table(self) -> LevelTable | None:
-        """Give the table; None where it is too long for them."""
+        """Return the table; None where it is too long for them."""
         ...

@@ -78,12 +78,12 @@ class KMeans:
 
 
 def cluster(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks levels"]:
-    """Give `count` rising levels a block with a small squared error."""
+    """Return `count` rising levels a block with a small squared error."""
     return _distinct(blocks, _lloyd(blocks, _best_cuts(blocks, count)))
 
 
 def _best_cuts(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks levels"]:
-    """Give the means of the `count` cells that cost least of all whose ends are among a few edges, by dynamic programming."""
+    """Return the means of the `count` cells that cost least of all whose ends are among a few edges, by dynamic programming."""
     edges = blocks.edges(RUNS, 0.001)
     sums = [running.gather(-1, edges) for running in (blocks.importance, blocks.moment, blocks.square)]
     parts = zip(*(s.split(TOGETHER) for s in sums), strict=True)
@@ -100,7 +100,7 @@ def _cut(
     square: Float[torch.Tensor, "blocks edges"],
     count: int,
 ) -> Int[torch.Tensor, "blocks cuts"]:
-    """Give the edges, first and last included, between which the squared error around the means is least."""
+    """Return the edges, first and last included, between which the squared error around the means is least."""
     within, mean, cost = (s[:, :, None] - s[:, None, :] for s in (importance, moment, square))
     # cost[:, j, i]: of one cell from edge i to edge j; where j comes first there is none.
     cost = cost.sub_(mean.square_().div_(within.clamp_(min=_TINY))).clamp_(min=0.0).float()

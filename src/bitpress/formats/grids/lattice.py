@@ -111,7 +111,7 @@ def _e8p_codewords(device: torch.device) -> Float[torch.Tensor, "65536 8"]:
 
 @cache
 def _rows(device: torch.device) -> Float[torch.Tensor, "256 8"]:
-    """Give the magnitudes in the order of their codes."""
+    """Return the magnitudes in the order of their codes."""
     short = [row for row in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(m * m for m in row) <= 10]
     padded = [tuple(1.5 if mask >> i & 1 else 0.5 for i in range(8)) for mask in NORM12]
     return torch.tensor(short + padded, device=device)
@@ -119,7 +119,7 @@ def _rows(device: torch.device) -> Float[torch.Tensor, "256 8"]:
 
 @cache
 def _candidates(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Give shapes [7, 8]; rows of norm 12 [29, 8]; where those are 1/2 [29, 3]; squared norms and odd sums of all 36; row of a pattern.
+    """Return shapes [7, 8]; rows of norm 12 [29, 8]; where those are 1/2 [29, 3]; squared norms and odd sums of all 36; row of a pattern.
 
     A pattern is a number of eight digits to the base of 3, the first one highest: 0, 1, 2 for 1/2, 3/2, 5/2.
     """
@@ -137,7 +137,7 @@ def _pattern(magnitudes: Float[torch.Tensor, "n 8"]) -> Int[torch.Tensor, " n"]:
 
 
 def _nearest_e8p(vectors: Float[torch.Tensor, "n 8"]) -> Int[torch.Tensor, " n"]:
-    """Give the nearest code of every vector.
+    """Return the nearest code of every vector.
 
     For a shift and magnitudes p the best signs are those of u = vector - shift, at a squared distance of |u|^2 + |p|^2 - 2 <|u|, p>.
     If they break the parity, one sign has to turn, which adds 4 |u_i| p_i. Among all orders of one shape the best puts the largest

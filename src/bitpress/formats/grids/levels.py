@@ -147,7 +147,7 @@ class Levels:
 
 
 def root_mean_square(blocks: Float[torch.Tensor, "blocks n"]) -> Float[torch.Tensor, "blocks 1"]:
-    """Give the root mean square of every block, through its largest magnitude so that no square is lost."""
+    """Return the root mean square of every block, through its largest magnitude so that no square is lost."""
     largest = blocks.abs().amax(-1, keepdim=True)
     return (blocks / torch.where(largest > 0, largest, 1.0)).square_().mean(-1, keepdim=True).sqrt_().mul_(largest)
 
@@ -174,7 +174,7 @@ def _native_table(levels: tuple[float, ...]) -> native.LevelTable:
 def _search_tables(
     levels: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int] | None]:
-    """Give the boundaries between neighbouring levels, the code on each side, and the codes of zero and negative zero.
+    """Return the boundaries between neighbouring levels, the code on each side, and the codes of zero and negative zero.
 
     `bucketize` puts a value on a boundary below it, so where the upper level has the even code the boundary is one float lower.
     """

@@ -21,6 +21,6 @@ __all__ = ["logarithmic"]
 
 
 def logarithmic(bits: int, steps: int = 1) -> tuple[float, ...]:
-    """Give the levels of this width, with `steps` of them for every halving."""
+    """Return the levels of this width, with `steps` of them for every halving."""
     magnitudes = [2.0 ** (-k / steps) for k in range((1 << (bits - 1)) - 1)] + [0.0]
     return (*magnitudes, *(-m for m in magnitudes))

@@ -28,7 +28,7 @@ Specials = Literal["finite", "fn", "ieee"]
 def minifloat_levels(
     exponent_bits: int, mantissa_bits: int, bias: int | None = None, specials: Specials = "finite"
 ) -> tuple[float, ...]:
-    """Give the value of every code; NaN for codes that are infinities or not numbers. Raises FormatError."""
+    """Return the value of every code; NaN for codes that are infinities or not numbers. Raises FormatError."""
     x, y = exponent_bits, mantissa_bits
     if x < 1 or y < 0 or not 3 <= 1 + x + y <= 8:
         raise FormatError(f"e{x}m{y}: minifloats have 3 to 8 bits: a sign, 1 or more of exponent, 0 or more of mantissa.")

@@ -96,6 +96,6 @@ def _unused(table: Levels) -> frozenset[int]:
 
 @cache
 def _joined(tables: tuple[Levels, ...], device: torch.device) -> Float[torch.Tensor, " levels"]:
-    """Give the levels of all tables, one table after the other, each filled up to 2^code_bits."""
+    """Return the levels of all tables, one table after the other, each filled up to 2^code_bits."""
     rows = [[*table.levels, *[math.nan] * ((1 << table.code_bits) - len(table.levels))] for table in tables]
     return torch.tensor(rows, dtype=torch.float32, device=device).flatten()

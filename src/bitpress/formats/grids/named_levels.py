@@ -26,7 +26,7 @@ _NF4 = (
 
 
 def normal_float(bits: int) -> tuple[float, ...]:
-    """Give the normal-float levels of this width, rising from -1 to 1 with an exact 0.
+    """Return the normal-float levels of this width, rising from -1 to 1 with an exact 0.
 
     The halves are evenly spaced quantiles: 2^(bits-1) of them below zero and one more above, each half scaled to end at 1. The
     outermost quantile is the mean of two rules, 1 - 1/(2 * 2^bits) and 1 - 1/(2 * (2^bits - 1)), as in the published 4-bit table.
@@ -44,14 +44,14 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 
 def bipolar(bits: int) -> tuple[float, ...]:
-    """Give the odd levels: code c stands for 2 c - (2^bits - 1)."""
+    """Return the odd levels: code c stands for 2 c - (2^bits - 1)."""
     top = (1 << bits) - 1
     assert math.log2(top + 1) == bits
     return tuple(float(2 * code - top) for code in range(top + 1))
 
 
 def fp4_bitsandbytes() -> tuple[float, ...]:
-    """Give the levels of bitsandbytes' fp4 by its codes: a sign bit above three bits that stand for these twelfths.
+    """Return the levels of bitsandbytes' fp4 by its codes: a sign bit above three bits that stand for these twelfths.
 
     With `g64-fp32` the codes are those of its CUDA kernels, but within a millionth of the middle of two levels, where these compare
     with rounded constants. Its code for CPUs has the two zeros the other way round: 8 above zero, 0 below.

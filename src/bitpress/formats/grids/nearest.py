@@ -26,7 +26,7 @@ def searched_natively(vectors: torch.Tensor, count: int) -> bool:
 
 
 def nearest(vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "count span"]) -> Int[torch.Tensor, " n"]:
-    """Give the index of the nearest word of every vector, in int64.
+    """Return the index of the nearest word of every vector, in int64.
 
     `max` and `argmax` take ten times as long as `amax`, which is vectorized: the best group of words is found by its largest score,
     and the best word of that group alone.

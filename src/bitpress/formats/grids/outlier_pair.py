@@ -110,7 +110,7 @@ class OutlierPair:
 
 @cache
 def _pairs(device: torch.device) -> Float[torch.Tensor, "256 2"]:
-    """Give the two values of every byte; NaN where it stands for nothing."""
+    """Return the two values of every byte; NaN where it stands for nothing."""
     rows = []
     for code in range(256):
         first, second = code & 15, code >> 4
@@ -138,7 +138,7 @@ def _middles(device: torch.device) -> Float[torch.Tensor, " 6"]:
 
 
 def _nearest(pairs: Float[torch.Tensor, "n 2"]) -> Int[torch.Tensor, " n"]:
-    """Give the nearest of the three best: both normal, the first an outlier, the second an outlier."""
+    """Return the nearest of the three best: both normal, the first an outlier, the second an outlier."""
     normal = pairs.round().clamp_(-NORMAL, NORMAL)
     nibbles = (normal + ZERO).to(torch.uint8)
     codes = nibbles[:, 0] | nibbles[:, 1] << 4

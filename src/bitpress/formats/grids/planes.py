@@ -134,7 +134,7 @@ class Planes:
         return best, smallest
 
     def _least_squares(self, cells: Cells, order: Int[torch.Tensor, "blocks codes"]) -> Float[torch.Tensor, "blocks planes"]:
-        """Give the best scales for the digits that the nearest sums have."""
+        """Return the best scales for the digits that the nearest sums have."""
         count, digits = len(self.digits), _digits(self.digits, order.device).double()
         products = (digits[:, :, None] * digits[:, None, :]).flatten(1)
         by_code = torch.zeros_like(cells.importance)
@@ -149,6 +149,6 @@ class Planes:
 
 @cache
 def _digits(planes: tuple[tuple[int, ...], ...], device: torch.device) -> Float[torch.Tensor, "codes planes"]:
-    """Give the digits of every code."""
+    """Return the digits of every code."""
     codes = [combination[::-1] for combination in itertools.product(*reversed(planes))]
     return torch.tensor(codes, dtype=torch.float32, device=device)

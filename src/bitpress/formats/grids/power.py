@@ -27,7 +27,7 @@ EXPONENTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75)
 
 
 def power(bits: int) -> Mixture:
-    """Give the grid of this width."""
+    """Return the grid of this width."""
     half = 1 << (bits - 1)
     tables = (
         Levels(f"pow{bits}", tuple(math.copysign((abs(q) / half) ** p, q) for q in range(-half, half))) for p in EXPONENTS

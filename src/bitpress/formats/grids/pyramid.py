@@ -102,7 +102,7 @@ class Pyramid:
             raise FormatError(f"{self.name}: a code is {int(codes.max())}, where there are {self.num_codes} points.")
 
     def points(self, codes: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, "n dim"]:
-        """Give the integer points that codes stand for."""
+        """Return the integer points that codes stand for."""
         counts, starts = _tables(self.dim, self.pulses, codes.device)
         rest = codes.to(torch.int32)
         left = torch.full_like(rest, self.pulses)
@@ -131,7 +131,7 @@ class Pyramid:
         return codes
 
     def _nearest(self, values: Float[torch.Tensor, "... n"]) -> Iterator[Int[torch.Tensor, "n dim"]]:
-        """Give the point of the nearest direction for every vector, some vectors at a time.
+        """Yield the point of the nearest direction for every vector, some vectors at a time.
 
         Among all orders of the same magnitudes the one of the largest inner product has them in the order of the vector's. So one
         candidate for every partition of K is enough.
@@ -146,7 +146,7 @@ class Pyramid:
 
     @staticmethod
     def directions(points: Int[torch.Tensor, "n dim"]) -> Float[torch.Tensor, "n dim"]:
-        """Give points brought to the length 1."""
+        """Return points brought to the length 1."""
         real = points.float()
         return real / real.square().sum(-1, keepdim=True).sqrt()
 
@@ -158,7 +158,7 @@ def _listed(grid: Pyramid, device: torch.device) -> Float[torch.Tensor, "points 
 
 @cache
 def _counts(dim: int, pulses: int) -> list[list[int]]:
-    """Give N(l, k) for l up to `dim` and k up to `pulses`."""
+    """Return N(l, k) for l up to `dim` and k up to `pulses`."""
     table = [[1] + [0] * pulses]
     for _ in range(dim):
         row = [1]
@@ -170,7 +170,7 @@ def _counts(dim: int, pulses: int) -> list[list[int]]:
 
 @cache
 def _tables(dim: int, pulses: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give N(l, k) [dim, pulses + 1], and the place of the first vector of l + 1 numbers that begins with size a [dim, k, a].
+    """Return N(l, k) [dim, pulses + 1], and the place of the first vector of l + 1 numbers that begins with size a [dim, k, a].
 
     Beyond a = k, where there is none, stands the number of all of them.
     """
@@ -188,7 +188,7 @@ def _tables(dim: int, pulses: int, device: torch.device) -> tuple[torch.Tensor, 
 
 @cache
 def _partitions(dim: int, pulses: int, device: torch.device) -> Float[torch.Tensor, "partitions dim"]:
-    """Give every way to write K as at most N whole numbers, largest first."""
+    """Yield every way to write K as at most N whole numbers, largest first."""
 
     def split(total: int, parts: int, largest: int) -> Iterator[tuple[int, ...]]:
         if parts == 0 or total == 0:

@@ -27,7 +27,7 @@ _EXPONENT_BITS: dict[int, tuple[int, ...]] = {4: (1, 2, 3, 2), 6: (1, 2, 3, 4), 
 
 
 def searched_float(bits: int) -> Mixture:
-    """Give the grid of 4, 6 or 8 bits."""
+    """Return the grid of 4, 6 or 8 bits."""
     name = f"fp{bits}s"
     return Mixture(name, tuple(Levels(name, _near_one(minifloat_levels(x, bits - 1 - x))) for x in _EXPONENT_BITS[bits]))
 

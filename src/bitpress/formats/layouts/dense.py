@@ -25,7 +25,7 @@ __all__ = ["code_dtype", "pack", "row_bytes", "unpack"]
 
 
 def code_dtype(bits: int) -> torch.dtype:
-    """Give the type that unpacked codes of this width have."""
+    """Return the type that unpacked codes of this width have."""
     return torch.uint8 if bits <= 8 else torch.int32
 
 
@@ -59,7 +59,7 @@ def pack(codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tenso
 
 
 def unpack(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
-    """Give back the first `count` codes of every row."""
+    """Return back the first `count` codes of every row."""
     rows = packed.shape[0]
     if bits == 8:
         return packed[:, :count].contiguous()

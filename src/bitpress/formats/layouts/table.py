@@ -38,7 +38,7 @@ class Layout(Protocol):
     def pack(self, codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tensor, "rows bytes"]: ...
 
     def unpack(self, packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
-        """Give the codes. Raises FormatError for bytes that no codes give."""
+        """Return the codes. Raises FormatError for bytes that no codes give."""
         ...
 
 

@@ -24,15 +24,15 @@ class Map(Protocol):
     kind: ClassVar[str]
 
     def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        """Give T x."""
+        """Return T x."""
         ...
 
     def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        """Give T' x; the rows of `w T` are T' times the rows of `w`."""
+        """Return T' x; the rows of `w T` are T' times the rows of `w`."""
         ...
 
     def dual(self) -> "Map":
-        """Give the map T^-T, by which the rows of a weight change where its inputs change by T; T itself for a rotation."""
+        """Return the map T^-T, by which the rows of a weight change where its inputs change by T; T itself for a rotation."""
         ...
 
     def spec(self) -> dict[str, Any]: ...

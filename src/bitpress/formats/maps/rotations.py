@@ -92,7 +92,7 @@ class Hadamard:
             raise FormatError("a hadamard map has signs beyond its width.")
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Float[torch.Tensor, " n"]:
-        """Give the signs as ones and minus ones."""
+        """Return the signs as ones and minus ones."""
         return 1 - 2 * dense.unpack(self.signs[None], 1, self.size)[0].to(dtype)
 
     def _mix(self, x: Float[torch.Tensor, "... n"], *, transposed: bool) -> Float[torch.Tensor, "... n"]:
@@ -158,7 +158,7 @@ class Kronecker:
 
 
 def core_of(block: int) -> int:
-    """Give the order of the dense factor of a block: 1 for a power of two, else the smallest Hadamard order, else the odd part."""
+    """Return the order of the dense factor of a block: 1 for a power of two, else the smallest Hadamard order, else the odd part."""
     odd = block // (block & -block)
     orders = [odd << shift for shift in range((block // odd).bit_length()) if odd << shift <= LARGEST]
     return next((order for order in orders if _paley_prime(order)), odd) if odd > 1 else 1
@@ -166,7 +166,7 @@ def core_of(block: int) -> int:
 
 @lru_cache(maxsize=16)
 def hadamard_matrix(order: int) -> Float[torch.Tensor, "order order"]:
-    """Give a matrix with h h' = order * I: of ones and minus ones where Paley or Sylvester has one, else Hartley's."""
+    """Return a matrix with h h' = order * I: of ones and minus ones where Paley or Sylvester has one, else Hartley's."""
     if _is_power_of_two(order):
         h = torch.ones(1, 1)
         while len(h) < order:
@@ -191,7 +191,7 @@ def hadamard_matrix(order: int) -> Float[torch.Tensor, "order order"]:
 
 
 def _paley_prime(order: int) -> int:
-    """Give the prime q of Paley's first (order = q + 1, q = 3 mod 4) or second construction (2 q + 2, q = 1 mod 4), or 0."""
+    """Return the prime q of Paley's first (order = q + 1, q = 3 mod 4) or second construction (2 q + 2, q = 1 mod 4), or 0."""
     if order % 4 == 0:
         if (order - 1) % 4 == 3 and _is_prime(order - 1):
             return order - 1
@@ -209,7 +209,7 @@ def _is_power_of_two(n: int) -> bool:
 
 
 def _walsh_factors(size: int) -> list[torch.Tensor]:
-    """Give matrices of orders up to 64 whose Kronecker product is the Walsh matrix: few large products beat many small steps."""
+    """Return matrices of orders up to 64 whose Kronecker product is the Walsh matrix: few large products beat many small steps."""
     factors = []
     while size > 1:
         order = min(size, 64)
@@ -219,7 +219,7 @@ def _walsh_factors(size: int) -> list[torch.Tensor]:
 
 
 def _multiply(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
-    """Give (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
+    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
     rows = x.shape[0]
     for factor in reversed(factors):
         order = factor.shape[0]

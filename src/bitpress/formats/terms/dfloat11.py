@@ -56,11 +56,11 @@ class DFloat11:
     kind: ClassVar[str] = "dfloat11"
 
     def decode(self) -> BFloat16[torch.Tensor, "out in"]:
-        """Give the weights as they were. Raises FormatError when the codes of a block do not fill it exactly."""
+        """Return the weights as they were. Raises FormatError when the codes of a block do not fill it exactly."""
         return self._bits().to(torch.int16).view(torch.bfloat16)
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, NaNs with their payload."""
+        """Return the weights in float32, NaNs with their payload."""
         return self._bits().bitwise_left_shift_(16).view(torch.float32)
 
     def spec(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class DFloat11:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("dfloat11", spec, {"bytes"}, {"parts"})
         parts, weights = read_parts(spec, shape[0]), shape[0] * shape[1]
         blocks = _blocks(weights // parts)
@@ -98,7 +98,7 @@ class DFloat11:
             raise FormatError("the blocks of a dfloat11 term do not end where its codes end.")
 
     def row_slice(self, start: int, stop: int) -> "DFloat11":
-        """Give rows `start` to `stop`, whole parts of a stack: codes are not cut."""
+        """Return rows `start` to `stop`, whole parts of a stack: codes are not cut."""
         first, last = covered(self.shape[0], self.parts, start, stop)
         height = self.shape[0] // self.parts
         if start != first * height or stop != last * height:
@@ -132,7 +132,7 @@ class DFloat11:
         return weights
 
     def _bits(self) -> Int[torch.Tensor, "out in"]:
-        """Give every weight's 16 bits, in int32."""
+        """Return every weight's 16 bits, in int32."""
         raw = self.tensors["raw"].to(torch.int32)
         exponents = self._exponents().view(self.shape).to(torch.int32)
         return exponents.bitwise_left_shift_(7).bitwise_or_(raw & 0x7F).bitwise_or_((raw & 0x80).bitwise_left_shift_(8))
@@ -178,7 +178,7 @@ def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
 
 
 def _code_lengths(counts: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
-    """Give the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
+    """Return the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
     used = counts.nonzero()[:, 0]
     if len(used) == 1:  # one code alone would leave the code incomplete
         used = torch.stack([used[0], (used[0] + 1) % len(counts)])
@@ -205,17 +205,17 @@ def _bytes(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _shares(lengths: Int[torch.Tensor, "*parts 256"]) -> Int[torch.Tensor, "*parts 256"]:
-    """Give the entries of the table that begin with each symbol's code: all 4,096 together where the code is complete."""
+    """Return the entries of the table that begin with each symbol's code: all 4,096 together where the code is complete."""
     return torch.where(lengths > 0, _TABLE >> lengths, 0)
 
 
 def _in_order(lengths: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
-    """Give the symbols in the order of their codes; those without a code come first and take no room."""
+    """Return the symbols in the order of their codes; those without a code come first and take no room."""
     return torch.argsort(lengths, stable=True)
 
 
 def _table(lengths: UInt8[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 4096"]:
-    """Give, for the next 12 bits, the symbol that they begin with, and above its 8 bits the length of its code."""
+    """Return, for the next 12 bits, the symbol that they begin with, and above its 8 bits the length of its code."""
     lengths = lengths.to(torch.int64)
     order = _in_order(lengths)
     entries = order | (lengths[order] << 8)
@@ -225,7 +225,7 @@ def _table(lengths: UInt8[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 4096"]:
 def _encode(
     exponents: UInt8[torch.Tensor, " weights"], lengths: Int[torch.Tensor, " 256"]
 ) -> tuple[UInt8[torch.Tensor, " bytes"], Int[torch.Tensor, " blocks"]]:
-    """Give the codes of some blocks, and the bytes of each."""
+    """Return the codes of some blocks, and the bytes of each."""
     order = _in_order(lengths)
     ends = _shares(lengths)[order].cumsum(0)
     first = torch.zeros_like(ends)

@@ -64,7 +64,7 @@ class Kept:
         return _unpack(self.tensors["mask"], self.shape[1 if self.axis == "columns" else 0])
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, zero where nothing is kept."""
+        """Return the weights in float32, zero where nothing is kept."""
         if not self.count:
             return torch.zeros(self.shape)
         values, chosen = self.packed.dequantize(), self.chosen()
@@ -80,7 +80,7 @@ class Kept:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("kept", spec, {"axis", "count", "format"}, {"parts"})
         fmt, parts = parse_format(read_name(spec, "format")), read_parts(spec, shape[0])
         if spec["axis"] not in ("columns", "rows"):
@@ -113,7 +113,7 @@ class Kept:
         self.packed.check()
 
     def row_slice(self, start: int, stop: int) -> "Kept":
-        """Give rows `start` to `stop`: where columns are kept, some rows of one part or whole parts."""
+        """Return rows `start` to `stop`: where columns are kept, some rows of one part or whole parts."""
         shape = (stop - start, self.shape[1])
         first, last = covered(self.shape[0], self.parts, start, stop)
         if not self.count:

@@ -63,13 +63,13 @@ class LowRank:
         return cls(shape, rank, dtype, tensors)
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the product in float32."""
+        """Return the product in float32."""
         a, b = self.factors()
         each = a.reshape(self.parts, -1, self.rank) @ b.reshape(self.parts, self.rank, -1)
         return each.reshape(self.shape)
 
     def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "parts*rank in"]]:
-        """Give both factors in float32."""
+        """Return both factors in float32."""
         a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
         return a, b
 
@@ -78,7 +78,7 @@ class LowRank:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("low_rank", spec, {"rank", "dtype"}, {"parts"})
         dtype, parts = read_name(spec, "dtype"), read_parts(spec, shape[0])
         rank = read_whole(spec, "rank", 1, shape[1])  # some rows of a term may be fewer than its rank
@@ -103,7 +103,7 @@ class LowRank:
                 raise FormatError(f"the factor {name} of a low-rank term holds a NaN or an infinity.")
 
     def row_slice(self, start: int, stop: int) -> "LowRank":
-        """Give rows `start` to `stop`: some of one part, or whole parts."""
+        """Return rows `start` to `stop`: some of one part, or whole parts."""
         first, last = covered(self.shape[0], self.parts, start, stop)
         rows = {"a": (start, stop), "b": (first * self.rank, last * self.rank)}
         tensors: dict[str, torch.Tensor] = {}
@@ -144,7 +144,7 @@ def _vanishes(factor: torch.Tensor) -> bool:
 
 
 def low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "fp16") -> LowRank:
-    """Give the nearest matrix of a rank to `residual`, by truncated singular value decomposition.
+    """Return the nearest matrix of a rank to `residual`, by truncated singular value decomposition.
 
     Raises NumericsError when the residual is not finite or a factor does not fit its type, FormatError for a rank that
     the shape does not have.

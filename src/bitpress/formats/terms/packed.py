@@ -48,7 +48,7 @@ class Packed:
         return cls(fmt, shape, stored)
 
     def unpack(self) -> tuple[Int[torch.Tensor, "out codes"], Params]:
-        """Give the codes, and the parameters `[block rows, block cols, *shape]` in float32. Only of a weight of one part."""
+        """Return the codes, and the parameters `[block rows, block cols, *shape]` in float32. Only of a weight of one part."""
         return self.unpack_codes(), self.unpack_params()
 
     def unpack_codes(self) -> Int[torch.Tensor, "out codes"]:
@@ -74,7 +74,7 @@ class Packed:
         return params
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32."""
+        """Return the weights in float32."""
         if self.parts > 1:
             return torch.cat([part.dequantize() for part in self._apart()])
         return self.format.decode(*self.unpack())
@@ -84,7 +84,7 @@ class Packed:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
             raise FormatError(f"a packed term is specified by its format's name and its parts, not by {sorted(spec)}.")
         parts = read_parts(spec, shape[0])
@@ -106,7 +106,7 @@ class Packed:
             grid.check(self.unpack_codes())
 
     def row_slice(self, start: int, stop: int) -> "Packed":
-        """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
+        """Return rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
         check_rows(self.shape[0], start, stop)
         height = self.shape[0] // self.parts
         if self.format.rows_apart:

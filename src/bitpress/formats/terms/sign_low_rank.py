@@ -46,7 +46,7 @@ class SignLowRank:
         return {"signs": self.signs, **self.magnitude.tensors}
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32."""
+        """Return the weights in float32."""
         positive = dense.unpack(self.signs, 1, self.shape[1]).bool()
         magnitude = self.magnitude.dequantize()
         return torch.where(positive, magnitude, -magnitude)
@@ -56,7 +56,7 @@ class SignLowRank:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         return {"signs": (torch.uint8, (shape[0], dense.row_bytes(shape[1], 1))), **LowRank.expected(spec, shape)}
 
     @classmethod
@@ -69,7 +69,7 @@ class SignLowRank:
         self.magnitude.check()
 
     def row_slice(self, start: int, stop: int) -> "SignLowRank":
-        """Give rows `start` to `stop`: some of one part, or whole parts."""
+        """Return rows `start` to `stop`: some of one part, or whole parts."""
         return SignLowRank(self.magnitude.row_slice(start, stop), self.signs[start:stop])
 
     @classmethod
@@ -79,7 +79,7 @@ class SignLowRank:
 
 
 def sign_low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "fp16") -> SignLowRank:
-    """Give the signs of `residual` and the nearest magnitudes of a rank; a zero counts as positive.
+    """Return the signs of `residual` and the nearest magnitudes of a rank; a zero counts as positive.
 
     Raises NumericsError when the residual is not finite or a factor does not fit its type, FormatError for a rank that
     the shape does not have.

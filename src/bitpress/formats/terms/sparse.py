@@ -43,7 +43,7 @@ class Sparse:
         return self.tensors["value"].numel() if "value" in self.tensors else 0
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, zero where nothing stands."""
+        """Return the weights in float32, zero where nothing stands."""
         start = self.tensors["row_start"].long()
         w = torch.zeros(self.shape, dtype=torch.float32, device=start.device)
         if self.count:
@@ -56,7 +56,7 @@ class Sparse:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("sparse", spec, {"count"})
         count = read_whole(spec, "count", 0, min(shape[0] * shape[1], _LARGEST_COUNT))
         tensors: Expected = {"row_start": (torch.int32, (shape[0] + 1,))}
@@ -86,7 +86,7 @@ class Sparse:
             raise FormatError("a value of a sparse term is a NaN or an infinity.")
 
     def row_slice(self, start: int, stop: int) -> "Sparse":
-        """Give rows `start` to `stop` as a term of their own."""
+        """Return rows `start` to `stop` as a term of their own."""
         check_rows(self.shape[0], start, stop)
         row_start = self.tensors["row_start"][start : stop + 1]
         begin, end = int(row_start[0]), int(row_start[-1])

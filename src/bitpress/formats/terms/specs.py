@@ -19,7 +19,7 @@ def check_keys(kind: str, spec: Mapping[str, Any], needed: set[str], optional: s
 
 
 def read_whole(spec: Mapping[str, Any], key: str, low: int, high: int) -> int:
-    """Give a whole number of a specification. Raises FormatError when it is not one of `low` to `high`."""
+    """Return a whole number of a specification. Raises FormatError when it is not one of `low` to `high`."""
     value = spec[key]
     if type(value) is not int or not low <= value <= high:
         raise FormatError(f"{key} is {value!r}; it must be a whole number of {low} to {high}.")
@@ -27,7 +27,7 @@ def read_whole(spec: Mapping[str, Any], key: str, low: int, high: int) -> int:
 
 
 def read_name(spec: Mapping[str, Any], key: str) -> str:
-    """Give a text of a specification."""
+    """Return a text of a specification."""
     value = spec[key]
     if not isinstance(value, str):
         raise FormatError(f"{key} is {value!r}; it must be a name.")
@@ -35,7 +35,7 @@ def read_name(spec: Mapping[str, Any], key: str) -> str:
 
 
 def read_parts(spec: Mapping[str, Any], rows: int) -> int:
-    """Give the parts of a stack, 1 where nothing is said. Raises FormatError when they do not divide the rows."""
+    """Return the parts of a stack, 1 where nothing is said. Raises FormatError when they do not divide the rows."""
     parts = spec.get("parts", 1)
     if type(parts) is not int or parts < 1 or rows % parts:
         raise FormatError(f"parts is {parts!r}; it must divide the {rows} rows of the weight.")
@@ -54,7 +54,7 @@ def check_rows(rows: int, start: int, stop: int) -> None:
 
 
 def covered(rows: int, parts: int, start: int, stop: int) -> tuple[int, int]:
-    """Give the first part that `start` to `stop` cover and the one after the last: rows of one part, or whole parts."""
+    """Return the first part that `start` to `stop` cover and the one after the last: rows of one part, or whole parts."""
     check_rows(rows, start, stop)
     height = rows // parts
     first, last = start // height, (stop - 1) // height

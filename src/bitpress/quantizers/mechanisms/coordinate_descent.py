@@ -46,7 +46,7 @@ class Descent:
     factor: Float[torch.Tensor, "in in"]
 
     def errors(self, difference: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, " out"]:
-        """Give the squared output error of every row, in the scale of the gram's mean diagonal."""
+        """Return the squared output error of every row, in the scale of the gram's mean diagonal."""
         return (difference @ self.gram).mul_(difference).sum(1)
 
     def relax(self, w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:

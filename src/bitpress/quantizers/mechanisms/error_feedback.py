@@ -47,7 +47,7 @@ class Feedback:
     fallbacks: tuple[str, ...]
 
     def cost(self) -> Float[torch.Tensor, " in"]:
-        """Give what the square of an error in each column costs once later columns have made up for it; 0 for dead channels."""
+        """Return what the square of an error in each column costs once later columns have made up for it; 0 for dead channels."""
         cost = self.importance.clone()
         if self.factor is not None:
             cost[self.order] = self.factor.diagonal().square().reciprocal()
@@ -102,7 +102,7 @@ def _factor(
 
 
 def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor:
-    """Give the columns in the order of rounding, whole codes of `span` columns together."""
+    """Return the columns in the order of rounding, whole codes of `span` columns together."""
     if order == "natural":
         return torch.arange(diagonal.numel())
     energy = diagonal.view(-1, span).sum(-1)

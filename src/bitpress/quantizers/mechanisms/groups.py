@@ -44,7 +44,7 @@ def walk(
 
 
 def metric_roots(factor: Float[torch.Tensor, "in in"] | None, size: int, span: int) -> Float[torch.Tensor, "groups span span"]:
-    """Give R of every group in the order of the factor: |difference R|^2 is what its error costs once later groups made up for it."""
+    """Return R of every group in the order of the factor: |difference R|^2 is what its error costs once later groups made up for it."""
     if factor is None:
         return torch.eye(span).repeat(size // span, 1, 1)
     own = torch.stack([factor[i : i + span, i : i + span] for i in range(0, size, span)])

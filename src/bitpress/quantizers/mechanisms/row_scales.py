@@ -25,7 +25,7 @@ def solve_scales(
     gram: Float[torch.Tensor, "in in"],
     fmt: Format,
 ) -> Params:
-    """Give `params` with the best scales of every row, where as they are stored they lessen the row's error.
+    """Return `params` with the best scales of every row, where as they are stored they lessen the row's error.
 
     For blocks of one row with a single scale; what scales share stays as it is, and a scale below zero becomes 0.
     """

@@ -73,7 +73,7 @@ def ridge_scales(
     pairs: Float[torch.Tensor, "codes 2"],
     condition: float,
 ) -> Float[torch.Tensor, "blocks 2"]:
-    """Give the best scales by ridge regression, from how many weights have each pair of digits and what they add up to.
+    """Return the best scales by ridge regression, from how many weights have each pair of digits and what they add up to.
 
     The ridge is the least that keeps the condition of the two normal equations at `condition`: none where the planes differ.
     """
@@ -91,14 +91,14 @@ def ridge_scales(
 
 
 def pairs_of(fmt: Format) -> Float[torch.Tensor, "codes 2"]:
-    """Give the two digits of every code of a format of two planes."""
+    """Return the two digits of every code of a format of two planes."""
     assert isinstance(fmt.grid, Planes)
     first, second = fmt.grid.digits
     return torch.tensor([(a, b) for b in second for a in first], dtype=torch.float32)
 
 
 def by_block(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tensor, "blocks n"]:
-    """Give the weights of every block, blocks in the order of their parameters."""
+    """Return the weights of every block, blocks in the order of their parameters."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]))
     tiles = w.float().reshape(w.shape[0] // rows, rows, w.shape[1] // cols, cols)
     return tiles.transpose(1, 2).reshape(-1, rows * cols)
@@ -107,7 +107,7 @@ def by_block(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tenso
 def _look_up(
     blocks: SortedBlocks, pairs: Float[torch.Tensor, "codes 2"], scale: Float[torch.Tensor, "blocks 2"]
 ) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks codes"], Float[torch.Tensor, "blocks codes"]]:
-    """Give every weight its nearest sum: the squared error, and for every pair how many weights have it and what they add up to."""
+    """Return every weight its nearest sum: the squared error, and for every pair how many weights have it and what they add up to."""
     sums = scale[:, :1] * pairs[:, 0] + scale[:, 1:] * pairs[:, 1]
     rising, order = sums.sort(dim=-1, stable=True)
     cells = blocks.cells(rising)
