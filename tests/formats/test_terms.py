@@ -276,7 +276,7 @@ def test_kept_and_the_others_add_up_to_the_weight(axis: str) -> None:
     assert same(kept.dequantize(), torch.where(zeroed, kept.dequantize(), 0.0))
     assert same(kept.dequantize()[index], packed(w[index], "int8-row").dequantize())
     assert (kept.dequantize() + rest - w).abs().max() < w.abs().max() / 200
-    with pytest.raises(FormatError, match="not all among"):
+    with pytest.raises(FormatError, match="are not among"):
         keep(w, torch.tensor([40]), parse_format("int8-row"))
 
 
@@ -644,8 +644,8 @@ def test_blocks_that_end_elsewhere_are_refused() -> None:
     assert sizes.shape == (1, 3)
     assert sizes.sum() == weight.tensors()["term0.codes"].numel()
     for text, moved in (
-        ("do not end where its codes end", [[1, 0, 0]]),
-        ("do not end where its codes end", [[0, 0, -1]]),
+        ("do not cover its codes exactly", [[1, 0, 0]]),
+        ("do not cover its codes exactly", [[0, 0, -1]]),
         ("fewer or more bytes", [[-int(sizes[0, 0]), int(sizes[0, 0]), 0]]),
         ("fewer or more bytes", [[65535, 0, 0]]),
     ):

@@ -93,9 +93,9 @@ def capture_original(
 ) -> StatisticsCache:
     """Run the texts, and the calibration windows where statistics are needed, through the uncompressed model.
 
-    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `recipe` says how
-    the windows go through a block, and is to need nothing itself. The model's outer parts must be loaded. Raises what capturing and a
-    job raise.
+    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. Of `recipe`, only
+    the batch size and the calibration settings are used. The model's outer parts must be loaded. Raises the errors of capturing and of
+    a job.
     """
     wanted = {**identity, "needs": sorted(needs)}
     there = _begun(where)

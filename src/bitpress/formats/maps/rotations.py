@@ -1,4 +1,4 @@
-"""Rotations: orthogonal maps that are products of small factors, so that no square matrix of the whole width is ever stored.
+"""Rotations: orthogonal maps that are products of small factors, so that no square matrix of the whole width is stored.
 
     Hadamard     T = (I ⊗ C ⊗ W) diag(signs) / sqrt(block)     blocks of `core` * 2^m values; C of order `core`, W the Walsh matrix
     Kronecker    T = left ⊗ right                              two orthogonal matrices of orders a and b, a * b = n
@@ -28,9 +28,9 @@ from bitpress.formats.layouts import dense as dense
 
 __all__ = ["Hadamard", "Kronecker", "core_of", "hadamard_matrix"]
 
-# The largest dense factor: what a file may ask to be multiplied with every vector.
+# The largest dense factor that a file may ask for.
 LARGEST = 1024
-# Rows of a product with a factor may differ from unit length by this much: float32 factors keep a hundredth of it.
+# Tolerance on unit length of the rows of a factor; float32 factors are a hundred times more exact.
 ORTHOGONAL = 1e-4
 
 _TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
@@ -48,7 +48,7 @@ class Hadamard:
 
     @classmethod
     def random(cls, size: int, block: int, generator: torch.Generator) -> "Hadamard":
-        """Draw the signs. Raises FormatError for a block that does not divide the size or has no matrix."""
+        """Draw random signs. Raises FormatError for a block that does not divide the size or has no matrix."""
         spec = {"size": size, "block": block, "core": core_of(block)}
         cls.expected(spec, size)
         flips = torch.randint(0, 2, (1, size), generator=generator, dtype=torch.uint8)
@@ -72,14 +72,12 @@ class Hadamard:
     @staticmethod
     def expected(spec: Mapping[str, Any], size: int) -> Expected:
         if set(spec) != {"size", "block", "core"} or any(type(v) is not int or v < 1 for v in spec.values()):
-            raise FormatError(
-                f"a hadamard map is specified by size, block and core, whole numbers of 1 or more, not by {spec}."
-            )
+            raise FormatError(f"a hadamard map needs size, block and core, integers of 1 or more, got {spec}.")
         block, core = spec["block"], spec["core"]
         if spec["size"] != size or size % block or block % core or not _is_power_of_two(block // core) or core > LARGEST:
             raise FormatError(
                 f"a hadamard map of {spec['size']} in blocks of {block} = {core} * 2^m does not fit a width of {size}; "
-                f"the block divides the width, and the core is {LARGEST} or less."
+                f"the block must divide the width, and the core must be at most {LARGEST}."
             )
         return {"signs": (torch.uint8, (dense.row_bytes(size, 1),))}
 
@@ -89,7 +87,7 @@ class Hadamard:
 
     def check(self) -> None:
         if self.size % 8 and int(self.signs[-1]) >> self.size % 8:
-            raise FormatError("a hadamard map has signs beyond its width.")
+            raise FormatError("a hadamard map has signs beyond its width; the file is damaged.")
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Float[torch.Tensor, " n"]:
         """Return the signs as ones and minus ones."""
@@ -135,12 +133,10 @@ class Kronecker:
     def expected(spec: Mapping[str, Any], size: int) -> Expected:
         a = spec.get("left")
         if set(spec) != {"left"} or type(a) is not int or a < 1 or size % a:
-            raise FormatError(
-                f"a kronecker map is specified by the order `left`, which divides the width {size}, not by {spec}."
-            )
+            raise FormatError(f"a kronecker map needs the order `left`, a divisor of the width {size}, got {spec}.")
         b = size // a
         if max(a, b) > LARGEST:
-            raise FormatError(f"a kronecker map of {a} by {b}: no factor is above {LARGEST}; use a hadamard map.")
+            raise FormatError(f"a kronecker map of {a} by {b} has a factor above {LARGEST}; use a hadamard map.")
         return {"left": (torch.float32, (a, a)), "right": (torch.float32, (b, b))}
 
     @classmethod
