@@ -652,16 +652,16 @@ def test_blocks_that_end_elsewhere_are_refused() -> None:
         with pytest.raises(FormatError, match=text):
             CompressedWeight.build(weight.spec(), changed(weight, "sizes", (sizes + torch.tensor(moved)).clamp(0, 65535)))
     # The bytes add up, but no block's codes fill it: only decoding can tell.
-    with pytest.raises(FormatError, match="does not end where it says"):
+    with pytest.raises(FormatError, match="does not end at its stated length"):
         attempt(weight.spec(), changed(weight, "sizes", sizes + torch.tensor([[1, -1, 0]])))
-    with pytest.raises(FormatError, match="does not end where it says"):
+    with pytest.raises(FormatError, match="does not end at its stated length"):
         attempt(weight.spec(), changed(weight, "sizes", sizes + torch.tensor([[0, -1, 1]])))
 
 
 def test_codes_that_run_over_their_block_are_refused() -> None:
     weight = coded()
     for value in (255, 0):  # the longest and the shortest code again and again
-        with pytest.raises(FormatError, match="does not end where it says"):
+        with pytest.raises(FormatError, match="does not end at its stated length"):
             attempt(weight.spec(), changed(weight, "codes", value, slice(None)))
 
 
@@ -670,6 +670,6 @@ def test_bits_behind_the_end_of_a_block_must_be_zeros() -> None:
     weight = CompressedWeight((dfloat11(w),))
     assert weight.tensors()["term0.codes"].tolist() == [0b01000000]
     for value in (0b01000001, 0b01010000):
-        with pytest.raises(FormatError, match="does not end where it says"):
+        with pytest.raises(FormatError, match="does not end at its stated length"):
             attempt(weight.spec(), changed(weight, "codes", [value]))
     assert attempt(weight.spec(), changed(weight, "codes", [0b10100000])).tolist() == [[2, 1, 2]]

@@ -26,7 +26,7 @@ def check_factors(rank: int, dtype: str) -> None:
 def factor_bytes(rank: int, dtype: str, shape: tuple[int, int], parts: int) -> int:
     """Return the bytes of `parts` pairs of factors. Raises FormatError for a rank or a format that does not fit the shape."""
     if rank > min(shape):
-        raise FormatError(f"rank {rank} is more than a weight of shape {list(shape)} can have; use {min(shape)} at most.")
+        raise FormatError(f"rank {rank} is more than weights {list(shape)} have; use {min(shape)} at most.")
     spec = {"rank": rank, "dtype": dtype, **({"parts": parts} if parts > 1 else {})}
     tensors = LowRank.expected(spec, (shape[0] * parts, shape[1]))
     return sum(kind.itemsize * math.prod(dims) for kind, dims in tensors.values())

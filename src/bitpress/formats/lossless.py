@@ -35,7 +35,7 @@ class Lossless:
         bits = w.to(torch.bfloat16)
         if not torch.equal(bits.to(w.dtype), w):
             raise FormatError(
-                f"{self.name} stores bfloat16 values bit for bit, but these weights have more digits; choose a number format."
+                f"{self.name} keeps bfloat16 weights bit for bit, and these have more digits; choose a number format."
             )
         return dfloat11(bits)
 
