@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
-    """Give mean KL divergence and top-1 agreement of `[tokens, vocabulary]`."""
+    """Return mean KL divergence and top-1 agreement of `[tokens, vocabulary]`."""
     p, q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean()), float((reference.argmax(-1) == logits.argmax(-1)).double().mean())
 

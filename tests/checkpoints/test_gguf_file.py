@@ -201,7 +201,7 @@ def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:
     ("changes", "text"),
     [
         ({"without": "output_norm.weight"}, "holds"),
-        ({"extra": ["rope_freqs.weight"]}, "rope_freqs.weight has no place"),
+        ({"extra": ["rope_freqs.weight"]}, "no key for rope_freqs.weight"),
         ({"extra": ["blk.0.surprise.weight"]}, "holds"),
         ({"layers": 10**9}, "block_count"),
         ({"hidden": 2**20}, "holds"),
@@ -333,11 +333,11 @@ def test_parts_that_do_not_make_a_model(tmp_path: Path, cache: Path) -> None:
     refused(r"m-00002-of-00003\.gguf, m-00003-of-00003\.gguf are not beside it")
     (tmp_path / "away3").rename(third)
     second.write_bytes(third.read_bytes())
-    refused("part of another model")
+    refused("belongs to another model")
     away.rename(second)
     renamed = tmp_path / "other.gguf"
     renamed.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match="is part 1 of 3 of a model, but is not named like it"):
+    with pytest.raises(CheckpointError, match="is part 1 of 3 of a model, but its name does not say so"):
         resolve_model(str(renamed))
     resolve_model(str(second))
 

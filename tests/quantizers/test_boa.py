@@ -86,7 +86,7 @@ def test_a_sick_row_gram_is_named_and_survived() -> None:
     for sick in (by_row * 0, by_row * 1e30, stats.need("row_gram", "test")[:, :1] * torch.ones(ROW, 1)):
         outcome = BoA().quantize(w, dataclasses.replace(stats, row_gram=sick), parse_format("int4-g16"))
         assert torch.isfinite(outcome.weight.dequantize()).all()
-    with pytest.raises(CalibrationError, match="do not make 24 rows"):
+    with pytest.raises(CalibrationError, match="do not fit a weight of 24 rows"):
         BoA().quantize(w, dataclasses.replace(stats, row_gram=by_row[:2]), parse_format("int4-g16"))
 
 

@@ -133,12 +133,13 @@ def test_what_cannot_be_is_said_in_one_line(stacked: tuple[Path, Path], pressed_
     source, out = stacked
     least, every = ends(CompressedCheckpoint.open(out))
     with pytest.raises(
-        MemoryLimitError, match=rf"{least - 1:,} bytes are too few; {least:,} at least, and {every:,} for all\.$"
+        MemoryLimitError,
+        match=rf"{least - 1:,} bytes are too few; the model needs {least:,} at least, and {every:,} in full\.$",
     ):
         bitpress.load(out, memory=least - 1)
-    with pytest.raises(UsageError, match="no weight is a stack that can be loaded in part"):
+    with pytest.raises(UsageError, match="no weight can be loaded in part"):
         bitpress.load(pressed_original, memory="1GB")
-    with pytest.raises(UsageError, match="bitpress did not write it"):
+    with pytest.raises(UsageError, match="bitpress did not write this model"):
         bitpress.evaluate(source, source, tokens=64, length=32, memory="1GB")
     with pytest.raises(UsageError, match="cache: only for the runtime native; memory: only for transformers"):
         bitpress.load(out, memory=every, cache="int8")

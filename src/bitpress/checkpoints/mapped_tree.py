@@ -1,4 +1,4 @@
-"""A tree of values and arrays in one file that is mapped, not read: a model in the layout of the native engine.
+"""A tree of values and arrays in one memory-mapped file: a model in the native engine's layout.
 
     bytes 0..15     "bitpress-layout\\n"
     bytes 16..23    length of the JSON that follows, little-endian
@@ -33,7 +33,7 @@ REBUILT = "delete the file, it will be rebuilt"
 
 
 def write_prepared(path: Path, tree: Any) -> int:
-    """Write a tree of dictionaries, lists, plain values and numpy arrays; return the bytes written. Raises DiskError."""
+    """Write a tree of dictionaries, lists, plain values and numpy arrays; return its size in bytes. Raises DiskError."""
     arrays: list[np.ndarray] = []
     plain = _take_out(tree, arrays)
     entries, offset = [], 0
@@ -63,7 +63,7 @@ def write_prepared(path: Path, tree: Any) -> int:
 def read_prepared(path: Path, *, verify: bool = True, threads: int = 1) -> Any:
     """Map a file that `write_prepared` wrote; arrays are read-only views of it. `verify` compares every array's SHA-256.
 
-    Raises CheckpointError for a file that is damaged, or of another kind.
+    Raises CheckpointError for a damaged file or a file of another kind.
     """
     with open_regular(path) as (descriptor, size):
         if size < len(MAGIC) + 8 + TAIL:

@@ -67,8 +67,8 @@ def compare_recipes(
     texts       held-out texts by name; `tokens` of each are taken in windows of `length`
     shared      the calibration of recipes that share one pass over the original
     tasks       multiple-choice tasks, by name or from files, that the original and the `best` recipes of every width answer at
-                the end, by the first `documents` questions of each. They are pressed again for that, but where no more than
-                `best` recipes have the same width: all of those answer, and do so while they are pressed
+                the end, by the first `documents` questions of each. The best are quantized a second time for scoring; if a bit
+                width has at most `best` recipes, they are scored in the first pass
     keep        publish what every recipe makes in OUT/models
     note_row    hears every row: what is there already first, then each as soon as it is done
 

@@ -1,4 +1,4 @@
-"""HIGGS: after a random Hadamard rotation weights are nearly normal, so round them to the grid that is best for normal numbers.
+"""HIGGS: after a random Hadamard rotation weights are nearly normal, so round them to the optimal grid for normal numbers.
 
 Source   Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem"; the scale as in
          the authors' public code in transformers (`integrations/higgs.py`). The rotation is the transform `hadamard`, done before;
@@ -46,6 +46,6 @@ class HIGGS(Quantizer):
         params = fmt.fit(w, shrink=shrink_ratios(self.clip, self.steps, self.smallest))
         codes = fmt.encode(w, params)
         energy = float(w.square().sum())
-        # What the linearity theorem asks of a layer: the squared error of its weight over its square.
+        # The layer's figure in the linearity theorem: the squared error of its weight over its square.
         error = float((fmt.decode(codes, params) - w).square().sum()) / energy if energy > 0 else 0.0
         return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), figures={"relative_error": error})

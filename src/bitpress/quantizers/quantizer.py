@@ -81,7 +81,7 @@ def check_served(method: str, serves: Sequence[str], fmt: Format) -> None:
 
 
 def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None) -> float:
-    """Give the relative squared error of the layer's output, or of its weight where there is no gram.
+    """Return the relative squared error of the layer's output, or of its weight where there is no gram.
 
     sum((w - w_hat) gram (w - w_hat)') / sum(w gram w')
     """
@@ -91,7 +91,7 @@ def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "o
 def output_errors(
     w: Float[torch.Tensor, "out in"], candidates: Sequence[Float[torch.Tensor, "out in"]], stats: Stats | None
 ) -> list[float]:
-    """Give `output_error` of several candidates; what they share is computed once. Always finite."""
+    """Return `output_error` of several candidates; what they share is computed once. Always finite."""
     gram = None if stats is None else stats.gram
     whole = _energy(w, gram)
     found = [_energy(w - w_hat, gram) for w_hat in candidates]

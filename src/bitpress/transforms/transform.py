@@ -36,7 +36,7 @@ class ScaleSearch(Protocol):
 
     needs      names of the statistics that `plan` reads
     paper      row of the paper in the catalogue of methods
-    run_time   whether inputs that the network makes in no way that could take the division are divided at run time, or left alone
+    run_time   if no earlier layer can absorb the inverse scale: apply it at run time (True) or leave the input unscaled (False)
     """
 
     needs: ClassVar[frozenset[str]]
