@@ -64,7 +64,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_floors.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_floors.py tests/test_budgets.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format -q .
