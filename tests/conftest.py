@@ -11,7 +11,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; tests of kept layouts have a folder of their own
 
+import array_checks
 import pytest
+
+array_checks.install("bitpress")  # before anything imports it; every process of xdist comes by here
 
 VOCABULARY = 384
 CONTEXT = 256

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.library import available, built_library, chosen_path, code_paths, features, library
 
@@ -68,7 +69,7 @@ class LevelTable:
     `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
     """
 
-    boundaries: Float[torch.Tensor, " levels-1"]
+    boundaries: Float[torch.Tensor, " {len(levels)-1}"]
     levels: Float[torch.Tensor, " levels"]
     code_of: UInt8[torch.Tensor, " levels"]
     zeros: tuple[int, int] | None

@@ -87,7 +87,8 @@ def test_a_sick_row_gram_is_named_and_survived() -> None:
         outcome = BoA().quantize(w, dataclasses.replace(stats, row_gram=sick), parse_format("int4-g16"))
         assert torch.isfinite(outcome.weight.dequantize()).all()
     with pytest.raises(CalibrationError, match="do not make 24 rows"):
-        BoA().quantize(w, dataclasses.replace(stats, row_gram=by_row[:2]), parse_format("int4-g16"))
+        few = dataclasses.replace(stats, row_gram=by_row[:2], head_gram=stats.need("head_gram", "test")[:2])
+        BoA().quantize(w, few, parse_format("int4-g16"))
 
 
 def test_settings_are_checked() -> None:

@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Format

@@ -7,7 +7,8 @@ for 65,536 words of 8 numbers, but picking them out takes as long as computing a
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 

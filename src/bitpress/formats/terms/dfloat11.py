@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected

@@ -16,7 +16,8 @@ The triangle belongs to the gram alone: one serves all sweeps. It needs no dampi
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats import Format, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns

@@ -7,7 +7,8 @@ parameters made on the way.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 __all__ = ["metric_roots", "walk"]
 
