@@ -27,9 +27,7 @@ __all__ = ["fake_quantize"]
 DECODED_TOGETHER = 1 << 22
 
 
-def fake_quantize(
-    x: Float[torch.Tensor, "*rows cols"], fmt: Format, params: Params | None = None
-) -> Float[torch.Tensor, "*rows cols"]:
+def fake_quantize(x: Float[torch.Tensor, "*shape"], fmt: Format, params: Params | None = None) -> Float[torch.Tensor, "*shape"]:
     """Give x as a reader of `fmt` would see it, in the type of x.
 
     Rows are tokens (or output channels), whatever the dimensions before the last. Without `params` they are fitted to x: one scale a

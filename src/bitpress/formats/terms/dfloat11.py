@@ -155,7 +155,7 @@ class DFloat11:
         return torch.cat(found)
 
 
-def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
+def dfloat11(w: Float[torch.Tensor, "out in"]) -> DFloat11:
     """Code a weight without any loss. Raises FormatError when it is not of bfloat16."""
     if w.dtype != torch.bfloat16:
         raise FormatError(f"dfloat11 keeps bfloat16 as it is; this weight is {w.dtype}.")
@@ -178,7 +178,7 @@ def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
     return DFloat11((w.shape[0], w.shape[1]), tensors)
 
 
-def _code_lengths(counts: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
+def _code_lengths(counts: Int[torch.Tensor, " symbols"]) -> Int[torch.Tensor, " symbols"]:
     """Give the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
     used = counts.nonzero()[:, 0]
     if len(used) == 1:  # one code alone would leave the code incomplete
