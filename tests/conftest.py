@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; te
 import array_checks
 import pytest
 
-array_checks.install("bitpress")  # before anything imports it; every process of xdist comes by here
+if "bitpress" not in sys.modules:  # every process of xdist comes by here; the sanitized run imports it first, with its own library
+    array_checks.install("bitpress")
 
 VOCABULARY = 384
 CONTEXT = 256
