@@ -15,7 +15,9 @@ os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; te
 import array_checks
 import pytest
 
-if "bitpress" not in sys.modules:  # every process of xdist comes by here; the sanitized run imports it first, with its own library
+if (
+    "bitpress" not in sys.modules
+):  # every process of xdist comes by here; the sanitized run imports it first, with its own library
     array_checks.install("bitpress")
 
 VOCABULARY = 384

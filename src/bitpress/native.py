@@ -69,7 +69,7 @@ class LevelTable:
     `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
     """
 
-    boundaries: Float[torch.Tensor, " {len(levels)-1}"]
+    boundaries: Float[torch.Tensor, " boundaries"]
     levels: Float[torch.Tensor, " levels"]
     code_of: UInt8[torch.Tensor, " levels"]
     zeros: tuple[int, int] | None
