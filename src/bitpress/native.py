@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.library import available, built_library, chosen_path, code_paths, features, library
 
@@ -66,11 +67,12 @@ class LevelTable:
     """At most 256 levels in rising order, times a scale: a value above k `boundaries` has the k-th level, whose code is `code_of[k]`.
 
     `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
+    The library refuses a table whose three lengths do not belong together.
     """
 
-    boundaries: Float[torch.Tensor, " levels-1"]
+    boundaries: Float[torch.Tensor, " boundaries"]
     levels: Float[torch.Tensor, " levels"]
-    code_of: UInt8[torch.Tensor, " levels"]
+    code_of: UInt8[torch.Tensor, " codes"]
     zeros: tuple[int, int] | None
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:

@@ -265,7 +265,7 @@ def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: p
     assert (tmp_path / "out" / "capture").is_dir(), "what failed will need it again"
     broken.pop(0)
     _, failed = run("gptq", "plain")["rows"]
-    assert failed["failed"].startswith("IndexError: broken by the test (test_compare.py:")
+    assert failed["failed"].startswith("IndexError: broken by the test (test_run.py:")
     monkeypatch.setattr(GPTQ, "quantize", quantize)
     calls = Calls()
     done = run("gptq", "plain", progress=calls)

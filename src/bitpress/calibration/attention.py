@@ -37,8 +37,8 @@ class Attention:
     """One call's arguments."""
 
     query: Float[torch.Tensor, "batch heads tokens row"]
-    key: Float[torch.Tensor, "batch keyheads tokens row"]
-    value: Float[torch.Tensor, "batch keyheads tokens row"]
+    key: Float[torch.Tensor, "batch keyheads keys row"]
+    value: Float[torch.Tensor, "batch keyheads keys value_row"]
     mask: torch.Tensor | None
     causal: bool
     scale: float

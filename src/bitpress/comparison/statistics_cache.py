@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration import STATISTICS, Stats, of_origin
 from bitpress.checkpoints.compressed import JOB_DIRECTORY

@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Format
@@ -26,9 +27,7 @@ __all__ = ["fake_quantize"]
 DECODED_TOGETHER = 1 << 22
 
 
-def fake_quantize(
-    x: Float[torch.Tensor, "*rows cols"], fmt: Format, params: Params | None = None
-) -> Float[torch.Tensor, "*rows cols"]:
+def fake_quantize(x: Float[torch.Tensor, "*shape"], fmt: Format, params: Params | None = None) -> Float[torch.Tensor, "*shape"]:
     """Return x after encoding and decoding in `fmt`, in the type of x.
 
     All dimensions but the last are rows: tokens or output channels. Without `params`, parameters are fitted to x: one scale per token

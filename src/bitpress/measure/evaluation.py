@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.samples import Windows
 from bitpress.checkpoints.budget import open_within

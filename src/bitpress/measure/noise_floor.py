@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.measure.evaluation_text import EvaluationText, States, distances
 from bitpress.models.opening import open_original

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError

@@ -11,7 +11,8 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import CheckpointError
 from bitpress.models.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins

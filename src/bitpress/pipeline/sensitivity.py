@@ -6,7 +6,7 @@ The whole model is held at once; of a text only the states between blocks are ke
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import NumericsError

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
@@ -104,7 +105,7 @@ def solve_affine(
 
 def _solve(
     w: Float[torch.Tensor, "out in"], levels: Float[torch.Tensor, "out in"], gram: torch.Tensor, fmt: Format, *, offsets: bool
-) -> tuple[Float[torch.Tensor, "down across"], Float[torch.Tensor, "down across"]]:
+) -> tuple[Float[torch.Tensor, "down across"], Float[torch.Tensor, "down offsets"]]:
     """Return the scales, and the offsets if `offsets`, with the least (levels * scale + offset - w) gram (levels * scale + offset - w)'."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     across = w.shape[1] // cols

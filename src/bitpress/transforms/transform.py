@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats import Format
 

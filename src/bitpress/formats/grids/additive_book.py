@@ -14,7 +14,8 @@ Cost     books * 2^bits * span float16 numbers a weight; an encode is a search a
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 from bitpress.errors import FormatError

@@ -7,7 +7,8 @@ any length of block, so the iterations of a fit cost little beside the sort.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.layouts.dense import code_dtype
 

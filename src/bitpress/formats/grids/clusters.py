@@ -9,7 +9,8 @@ Cost     O(n * count * span) a round, by `formats.grids.nearest`.
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.grids.nearest import nearest
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.clusters import cluster, spread_sample

@@ -14,7 +14,8 @@ Worked example, 4 bits: -7 .. 6 by codes 0 .. 13, then -0.5 and 0.5.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam

@@ -16,7 +16,8 @@ Cost     O(min(n, 256) * 2^bits) a step and block, and 2 bytes times 2^bits a bl
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.block_levels import SortedBlocks, level_of, nearest_sorted

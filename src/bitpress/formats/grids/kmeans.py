@@ -14,7 +14,8 @@ Cost     one sort of the weights, and 2 bytes times 2^bits a block: 0.06 bits a 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.block_levels import SortedBlocks, level_of, nearest_sorted

@@ -7,7 +7,8 @@ words of 8 numbers, but selecting them takes as long as computing all: tried and
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 

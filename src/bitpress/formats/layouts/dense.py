@@ -17,7 +17,8 @@ Codes are uint8 up to 8 bits and int32 beyond.
 """
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer as Int
+from jaxtyping import UInt8
 
 from bitpress import native
 

@@ -18,7 +18,8 @@ Worked example: the codes 2, 0, 1, 2, 2 of three levels are the byte 2 + 9 + 54 
 from typing import Protocol
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer as Int
+from jaxtyping import UInt8
 
 from bitpress.errors import FormatError
 from bitpress.formats.layouts import dense as dense

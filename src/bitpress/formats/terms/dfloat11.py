@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
@@ -154,7 +155,7 @@ class DFloat11:
         return torch.cat(found)
 
 
-def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
+def dfloat11(w: Float[torch.Tensor, "out in"]) -> DFloat11:
     """Encode a weight without loss. Raises FormatError if it is not bfloat16."""
     if w.dtype != torch.bfloat16:
         raise FormatError(f"dfloat11 needs bfloat16 weights; this weight is {w.dtype}.")
@@ -177,7 +178,7 @@ def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
     return DFloat11((w.shape[0], w.shape[1]), tensors)
 
 
-def _code_lengths(counts: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
+def _code_lengths(counts: Int[torch.Tensor, " symbols"]) -> Int[torch.Tensor, " symbols"]:
     """Return the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
     used = counts.nonzero()[:, 0]
     if len(used) == 1:  # one code alone would leave the code incomplete

@@ -68,7 +68,7 @@ class LowRank:
         each = a.reshape(self.parts, -1, self.rank) @ b.reshape(self.parts, self.rank, -1)
         return each.reshape(self.shape)
 
-    def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "parts*rank in"]]:
+    def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "{self.parts}*rank in"]]:
         """Return both factors in float32."""
         a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
         return a, b

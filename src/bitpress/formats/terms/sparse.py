@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Expected
@@ -116,7 +116,7 @@ class Sparse:
         return cls((sum(t.shape[0] for t in terms), width), joined)
 
 
-def sparse(w: Float[torch.Tensor, "out in"], mask: Bool[torch.Tensor, "out in"]) -> Sparse:
+def sparse(w: Float[torch.Tensor, "out in"], mask: Shaped[torch.Tensor, "out in"]) -> Sparse:
     """Return a term of the weights under `mask`. Raises NumericsError if one of them is not finite in fp16."""
     if mask.dtype != torch.bool or mask.shape != w.shape:
         raise FormatError(f"the mask is {mask.dtype} {list(mask.shape)}; it must be bool {list(w.shape)}.")

@@ -16,7 +16,8 @@ The triangle depends on the gram alone, so all sweeps share one. It needs no dam
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats import Format, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns

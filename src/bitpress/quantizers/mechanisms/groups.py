@@ -6,7 +6,8 @@ Like `Columns`, but the caller chooses: by a search under the group's own metric
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 __all__ = ["metric_roots", "walk"]
 

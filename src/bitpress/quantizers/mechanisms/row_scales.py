@@ -4,7 +4,8 @@ s = inv(V gram V') V gram w'        V [blocks, in] the row's values before scali
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
