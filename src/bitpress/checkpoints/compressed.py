@@ -348,7 +348,7 @@ def _check_aliases(root: Path, manifest: Manifest, tensors: Mapping[str, Any]) -
 
 
 def _shared(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Give the parameters that share memory with another one, each with the one of them that is no alias."""
+    """Return the parameters that share memory with another one, each with the one of them that is no alias."""
     groups: dict[int, list[str]] = {}
     for name, value in state.items():
         groups.setdefault(value.untyped_storage()._cdata, []).append(name)

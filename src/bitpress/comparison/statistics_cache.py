@@ -41,12 +41,12 @@ class StatisticsCache:
         self.job, self.needs, self._names = job, needs, names
 
     def states(self) -> dict[str, Float[torch.Tensor, "windows length hidden"]]:
-        """Give every text's states after the last block."""
+        """Return every text's states after the last block."""
         read = self._reader(0)
         return {name: read(f"text{k}") for k, name in enumerate(self._names)}
 
     def measured(self, i: int, needs: Collection[str]) -> Measured:
-        """Give what calibration saw of a block: the statistics named, and the gram."""
+        """Return what calibration saw of a block: the statistics named, and the gram."""
         facts, read = self.job.units[i + 1].facts, self._reader(i + 1)
         tensors: dict[str, torch.Tensor] = {}
         stats = {}
@@ -118,7 +118,7 @@ def forget(where: Path) -> None:
 
 
 def _begun(where: Path) -> dict[str, Any] | None:
-    """Give the identity of the pass that has been begun in a directory, if there is one."""
+    """Return the identity of the pass that has been begun in a directory, if there is one."""
     path = where / JOB_DIRECTORY / "job.json"
     try:
         known = read_json(path) if path.exists() else None
@@ -197,7 +197,7 @@ class _Commit:
 
 
 def _packed(found: Measured) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Give a block's tensors, each once, and what says whose they are."""
+    """Return a block's tensors, each once, and what says whose they are."""
     tensors: dict[str, torch.Tensor] = {"probe": found.probe}
     names: dict[int, str] = {}
     facts: dict[str, Any] = {}

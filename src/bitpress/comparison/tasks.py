@@ -24,19 +24,19 @@ Row = Mapping[str, Any]
 
 
 def width_of(row: Row) -> int:
-    """Give the width that a recipe's row is grouped under: the one it was made for, or the whole bits that it stores."""
+    """Return the width that a recipe's row is grouped under: the one it was made for, or the whole bits that it stores."""
     return int(row["bits"] or max(math.floor(row["bits_per_weight"]), 1))
 
 
 def choose_best(rows: Mapping[Variant, Row], best: int) -> list[Variant]:
-    """Give the `best` recipes of every width by their KL, of those that did not fail; widths from the most bits down."""
+    """Return the `best` recipes of every width by their KL, of those that did not fail; widths from the most bits down."""
     fine = sorted((c for c, row in rows.items() if not row["failed"]), key=lambda c: float(rows[c]["kl_mean"]))
     widths = sorted({width_of(rows[c]) for c in fine}, reverse=True)
     return [c for width in widths for c in [c for c in fine if width_of(rows[c]) == width][:best]]
 
 
 def sure_to_answer(candidates: Sequence[Variant], best: int) -> frozenset[Variant]:
-    """Give those that are among the `best` of their width whatever is measured, as there are no more."""
+    """Return those that are among the `best` of their width whatever is measured, as there are no more."""
     if any(c.bits is None for c in candidates):
         return frozenset()  # its width is known when it has been pressed, and may be anyone's
     count = Counter(c.bits for c in candidates)
@@ -44,14 +44,14 @@ def sure_to_answer(candidates: Sequence[Variant], best: int) -> frozenset[Varian
 
 
 def keys_of(made: Comparison, c: Variant | None) -> dict[str, dict[str, Any]]:
-    """Give what the rows of a recipe, or of the original, say for every task of what they are about."""
+    """Return what the rows of a recipe, or of the original, say for every task of what they are about."""
     known = {"name": None, "bits": None, "failed": None} if c is None else known_of(made, c)
     hashes = {name: hash_questions(task.questions) for name, task in made.tasks.items()}
     return {task: {**known, "kind": "tasks", "task": task, "documents_sha256": sha} for task, sha in hashes.items()}
 
 
 def task_rows(keys: Mapping[str, Row], figures: Mapping[str, Row], found: Row) -> list[dict[str, Any]]:
-    """Give the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
+    """Return the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
     shared = {key: found[key] for key in ("failed", "peak_memory_bytes", "threads", "finished")}
     return [{**keys[task], **shared, **told} for task, told in figures.items()]
 
@@ -64,7 +64,7 @@ def measure_tasks(
     check_stop: Callable[[], None],
     note_row: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Give a row for every task and the original (its name is None), then every recipe chosen; measure what has none yet."""
+    """Return a row for every task and the original (its name is None), then every recipe chosen; measure what has none yet."""
     captured: StatisticsCache | None = None
     rows: list[dict[str, Any]] = []
     try:
@@ -92,7 +92,7 @@ def measure_tasks(
 def _answer(
     made: Comparison, captured: StatisticsCache | None, c: Variant | None, tasks: Sequence[str], check_stop: Callable[[], None]
 ) -> dict[str, Any]:
-    """Give what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
+    """Return what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
     model = made.model
     answers = Answers(model, {name: made.tasks[name] for name in tasks})
     label = "original" if c is None else c.label

@@ -151,7 +151,7 @@ def _mentions(value: Any) -> bool:
 
 
 def _at(values: Mapping[str, Any], width: int | None) -> dict[str, Any]:
-    """Give the keys that a recipe has at a width."""
+    """Return the keys that a recipe has at a width."""
     own = values.get("bits")
     keys = {key: value for key, value in values.items() if key != "bits"}
     filled: dict[str, Any] = _fill(keys | own[width] if isinstance(own, dict) else keys, width)

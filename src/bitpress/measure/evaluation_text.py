@@ -62,6 +62,6 @@ def distances(
 
 
 def _scorer(model: StreamedModel, states: States, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Give the logits of one window after the other."""
+    """Return the logits of one window after the other."""
     left = iter(states[name].split(1))
     return lambda tokens: model.logits(tokens, next(left))

@@ -70,7 +70,7 @@ class Answers:
             stream.visit_(block)
 
     def accuracies(self, note: Callable[[str], None] = lambda unit: None) -> dict[str, dict[str, Any]]:
-        """Give the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
+        """Return the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
 
         They are as they are written (`bitpress.figures`): the standard error of a single question is None.
         """
@@ -85,7 +85,7 @@ class Answers:
         return found
 
     def _scorer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Give the logits of one batch after the other; what follows the last block sees every position alone."""
+        """Return the logits of one batch after the other; what follows the last block sees every position alone."""
         left = iter(self.streams[name].states)
 
         def logits(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def measure_noise(
     states: States,
     note: Callable[[str], None] = lambda unit: None,
 ) -> dict[str, Any]:
-    """Give the row of kind "floor": distances on the first windows of every text, from the states after `model`'s last block.
+    """Return the row of kind "floor": distances on the first windows of every text, from the states after `model`'s last block.
 
     `note` hears of every block and window. Raises what opening a model and measuring a distance raise.
     """

@@ -39,7 +39,7 @@ STAGES = 1.3
 
 
 def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
-    """Give the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
+    """Return the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
     seconds = _pressing(model, method, weights)
     needs = method.needs
     if not needs:
@@ -124,7 +124,7 @@ def _pressing(model: StreamedModel, method: Method, weights: Sequence[PlannedWei
 
 
 def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, float]:
-    """Give what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
+    """Return what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
     most = min(rows, 2 * ROWS)
     many = seconds_of(most)
     while many < ENOUGH and most < rows:
@@ -136,7 +136,7 @@ def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, floa
 
 
 def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
-    """Give the rows of a head where a weight has the shape of one that makes queries, keys or values."""
+    """Return the rows of a head where a weight has the shape of one that makes queries, keys or values."""
     text = model.model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not heads or planned.parameter.experts or planned.parameter.shape[1] != hidden:

@@ -26,7 +26,7 @@ def identify(source: Mapping[str, str], calibration: str | None, method: Method)
 
 
 def recorded(method: Method) -> dict[str, Any]:
-    """Give the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
+    """Return the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
     resolved = method.resolved()
     text = resolved["calibration"]["text"]
     if not text.startswith(("builtin", "hf:")):

@@ -174,7 +174,7 @@ class Job:
         return {name: digest}
 
     def kept(self, name: str) -> Callable[[str], torch.Tensor]:
-        """Give a reader of the tensors kept under `name`."""
+        """Return a reader of the tensors kept under `name`."""
         path = self.root / "kept" / name
         entries, _ = read_header(path)
         return lambda tensor: read_tensor(path, entries[tensor])
@@ -190,7 +190,7 @@ class Job:
                 raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
 
     def activations(self) -> torch.Tensor | None:
-        """Give what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        """Return what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
         path = self._find_activations()
         return None if path is None else read_tensor(path, read_header(path)[0]["hidden"])
 

@@ -339,7 +339,7 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
 
 
 def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
-    """Give the report of a model that is published in `out` already, if it is this one."""
+    """Return the report of a model that is published in `out` already, if it is this one."""
     if not (out / MANIFEST_NAME).exists():
         return None
     known = _known_job(out) if force else CompressedCheckpoint.open(out).manifest.job
@@ -361,7 +361,7 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
 
 
 def _known_job(out: Path) -> Any:
-    """Give the identity of a model that may be replaced, whatever state its manifest is in."""
+    """Return the identity of a model that may be replaced, whatever state its manifest is in."""
     try:
         manifest = read_json(out / MANIFEST_NAME)
     except CheckpointError:

@@ -23,7 +23,7 @@ def measure_sensitivity(
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Give the sensitivity of the parameters of every block by their names, in its own shape, float32.
+    """Return the sensitivity of the parameters of every block by their names, in its own shape, float32.
 
     The model's outer parts must be loaded. Raises NumericsError when a gradient is not finite.
     """

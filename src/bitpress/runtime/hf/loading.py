@@ -128,7 +128,7 @@ def default_dtype(pressed: CompressedCheckpoint, config: Any = None) -> torch.dt
 
 
 def _stored_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
-    """Give the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
+    """Return the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
     sizes: dict[torch.dtype, int] = {}
     for entry in pressed.plain.values():
         if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):

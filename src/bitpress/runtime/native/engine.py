@@ -111,7 +111,7 @@ class Engine:
         stop: Sequence[int] = (),
         chunk: int = 512,
     ) -> Iterator[int]:
-        """Give token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
+        """Yield token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
 
         The text so far is kept in the cache: the next call begins behind what the two texts have in common.
         """
@@ -210,7 +210,7 @@ class Parts:
 
 
 def wanted_context(layout: Layout, context: int | None) -> int:
-    """Give the context to make room for. Raises UsageError for one that the model does not have."""
+    """Return the context to make room for. Raises UsageError for one that the model does not have."""
     wanted = min(layout.context, USUAL_CONTEXT) if context is None else context
     if not 1 <= wanted <= layout.context:
         raise UsageError(f"context={wanted}: the model's own is {layout.context}.")
