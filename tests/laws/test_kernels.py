@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats import GRIDS, SHORT, CompressedWeight, Packed, parse_format
+from bitpress.formats import GRIDS, SHORT, CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.kernels import KERNELS
 
-CPU = torch.device("cpu")
 EXTRAS = (
     "int4-g16-zero-s6",
     "int8-row",
@@ -72,29 +71,31 @@ def test_products_are_those_of_decoded_weights(kernel: str, name: str, shape: tu
         weight = compress(name, *shape, seed=1)
     except FormatError:  # a block with more rows than divide the outputs
         weight = compress(name, 64, shape[1], seed=1)
-    refusal = KERNELS[kernel].refuses(weight, CPU)
+    layer = CompressedLayer(weight)
+    refusal = KERNELS[kernel].refuses(layer)
     if refusal is not None:
         assert len(refusal.splitlines()) == 1
         assert kernel != "reference", "the last row of the table takes every weight"
         return
     decoded = weight.dequantize().double()
     out, inner = weight.shape
+    made = KERNELS[kernel]()
     for rows in ROWS:
         x = torch.randn(rows, inner, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        y = KERNELS[kernel].matmul(x, weight)
+        y = made.matmul(x, layer)
         assert y.dtype == dtype
         assert y.shape == (rows, out)
         assert torch.all((y.double() - x.double() @ decoded.T).abs() <= bound(kernel, x, decoded, shape[1])), rows
-    single = KERNELS[kernel].matmul(x[0], weight)
+    single = made.matmul(x[0], layer)
     assert single.shape == (out,)
     assert torch.all((single.double() - x[0].double() @ decoded.T).abs() <= bound(kernel, x[:1], decoded, shape[1])[0])
 
 
 def test_the_native_kernel_takes_the_usual_formats() -> None:
     """What runs at full speed: a refusal of one of these would send it to the reference in silence."""
-    if KERNELS["native"].refuses(compress("int4-g16", 6, 1, 1), CPU) == "the native library is not there":
+    if KERNELS["native"].refuses(CompressedLayer(compress("int4-g16", 6, 1, 1))) == "the native library is not there":
         pytest.skip("no C++ compiler was there when bitpress was installed")
-    taken = {name for name in FORMATS if KERNELS["native"].refuses(compress(name, 64, 2, seed=1), CPU) is None}
+    taken = {name for name in FORMATS if KERNELS["native"].refuses(CompressedLayer(compress(name, 64, 2, seed=1))) is None}
     assert taken >= {"int2-g16", "int3-g16", "int4-g16", "int8-row", "nf4-g16", "mxfp4", "nvfp4"}
 
 

@@ -41,7 +41,7 @@ def case(seed: int = 0, out: int = 24, inner: int = 64) -> tuple[torch.Tensor, S
 
 def serves(name: str, fmt: str) -> bool:
     """A method may say which formats it serves; one that says nothing serves all."""
-    return any(fnmatch.fnmatchcase(parse_format(fmt).name, p) for p in getattr(QUANTIZERS[name], "serves", ("*",)))
+    return any(fnmatch.fnmatchcase(parse_format(fmt).name, p) for p in QUANTIZERS[name].serves)
 
 
 def served(name: str, fmt: str) -> str:
@@ -88,7 +88,7 @@ def check_error(quantizer: Any, fmt: str) -> None:
     if isinstance(quantizer, AWQ):
         # It weighs every block by its own part of the gram and leaves out what blocks have in common: that is held to its word.
         measured = dataclasses.replace(stats, gram=own_parts(stats.need_gram("test"), parsed.block.resolve((24, 64), 1)[1]))
-    limit = 1 + SUMS if getattr(quantizer, "least_squares", True) else LOOSE
+    limit = 1 + SUMS if quantizer.least_squares else LOOSE
     assert output_error(w, ours, measured) <= output_error(w, plain, measured) * limit
     # What is stored is what a reader of the specification looks for, so that its bytes are those that the format has.
     assert torch.equal(CompressedWeight.build(weight.spec(), weight.tensors()).dequantize(), ours)
@@ -143,7 +143,7 @@ def test_whether_it_keeps_a_map_is_known_before(name: str) -> None:
     made = QUANTIZERS[name]()
     w, stats = case()
     weight = made.quantize(w, stats, parse_format(served(name, "int3-g16-zero"))).weight
-    assert ((weight.input_map, weight.output_map) != (None, None)) == getattr(made, "keeps_map", False)
+    assert ((weight.input_map, weight.output_map) != (None, None)) == made.keeps_map
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -189,7 +189,7 @@ def test_sick_statistics_end_no_further_away_than_rounding(name: str, sickness: 
         assert torch.isfinite(w_hat).all()
         error = (w_hat - w).double()
         errors.append(float((error @ gram * error).sum()))
-    assert errors[0] <= errors[1] * (1 + SUMS if getattr(quantizer, "least_squares", True) else LOOSE)
+    assert errors[0] <= errors[1] * (1 + SUMS if quantizer.least_squares else LOOSE)
 
 
 # Methods whose rows are not apart, where the rows of the result depend on the order of all.
