@@ -10,7 +10,7 @@ from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
 if TYPE_CHECKING:
-    from bitpress.recipes import Recipe, load_recipe
+    from bitpress.recipes import Recipe
 
 __all__ = ["build_recipe", "explain_preset"]
 
@@ -30,7 +30,7 @@ def build_recipe(
 ) -> "Recipe":
     """Build the recipe. Raises UsageError, FormatError."""
     from bitpress.presets import preset_keys, preset_names
-    from bitpress.recipes import make_recipe
+    from bitpress.recipes import load_recipe, make_recipe
 
     said = {pair.partition("=")[0].strip() for pair in sets or ()}
     values = preset_keys(
