@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from bitpress import native
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["AWQScale"]
@@ -38,6 +39,7 @@ class AWQScale:
     run_time: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
+    sites: ClassVar[Sites] = {"layer input": frozenset({"folded", "online"})}
     summary: ClassVar[str] = "scale input channels by a power of their mean magnitude, chosen by output error"
     paper: ClassVar[str] = "P207"
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from bitpress.formats import Format
+from bitpress.transforms.sites import Sites
 
 __all__ = ["InputStats", "ScaleSearch"]
 
@@ -35,11 +36,13 @@ class ScaleSearch(Protocol):
     """One paper's way to choose the factors.
 
     needs      names of the statistics that `plan` reads
+    sites      where the factors apply: at the input of layers, folded or online
     paper      row of the paper in the catalogue of methods
     run_time   whether inputs that the network makes in no way that could take the division are divided at run time, or left alone
     """
 
     needs: ClassVar[frozenset[str]]
+    sites: ClassVar[Sites]
     summary: ClassVar[str]
     paper: ClassVar[str]
 
