@@ -19,6 +19,7 @@ from rows import add_row
 from bitpress.measure.windows import load_windows
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.engine import Engine
+from bitpress.runtime.native.options import EngineOptions
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8-bit head": {"activations": "none"},
@@ -87,10 +88,10 @@ def main() -> None:
         return
     for directory in options.directories:
         windows = load_windows("builtin:heldout", directory, samples=options.windows, length=512, seed=0).tokens.tolist()
-        exact = load_engine(directory, activations="none", head="keep")
+        exact = load_engine(directory, EngineOptions(activations="none", head="keep"))
         references = [prompt(exact, window) for window in windows]
         for name, settings in SETTINGS.items():
-            engine = load_engine(directory, **settings)
+            engine = load_engine(directory, EngineOptions.of(settings))
             whole = torch.cat([divergence(r, prompt(engine, window)) for r, window in zip(references, windows, strict=True)])
             apart = engine.apart
             first = windows[0][: options.decoded]

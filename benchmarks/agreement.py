@@ -18,6 +18,7 @@ from rows import add_row
 from bitpress.api import load
 from bitpress.measure.windows import load_windows
 from bitpress.runtime.native.assemble import load_engine
+from bitpress.runtime.native.options import EngineOptions
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "float activations, fp16 cache, head as stored": {"activations": "none", "cache": "fp16", "head": "keep"},
@@ -30,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
-    """Give mean KL divergence and top-1 agreement of `[tokens, vocabulary]`."""
+    """Return mean KL divergence and top-1 agreement of `[tokens, vocabulary]`."""
     p, q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean()), float((reference.argmax(-1) == logits.argmax(-1)).double().mean())
 
@@ -62,7 +63,7 @@ def main() -> None:
         margins.append(top[:, 0] - top[:, 1])
     del model
     for name, settings in SETTINGS.items():
-        engine = load_engine(options.directory, **settings)
+        engine = load_engine(options.directory, EngineOptions.of(settings))
         found = []
         for window, reference in zip(windows, references, strict=True):
             engine.reset()

@@ -31,7 +31,7 @@ def usual_formats() -> list[str]:
 
 
 def speed(action: Callable[[], Any], weights: int, repeats: int) -> dict[str, float]:
-    """Give median, 10th and 90th percentile in millions of weights a second; what takes long is repeated less."""
+    """Return median, 10th and 90th percentile in millions of weights a second; what takes long is repeated less."""
     rates: list[float] = []
     spent, warm = 0.0, False
     while len(rates) < repeats and (spent < PATIENCE or not rates):

@@ -2,7 +2,7 @@
 
     make peers && make bench Q=engine
     python benchmarks/engine.py --models smollm2-135m --rounds 2
-    python benchmarks/engine.py --render          # the table of README.md and the picture, from the rows
+    python benchmarks/engine.py --render          # the tables of docs/speed.md, the line of README.md and the picture, from the rows
 
 Every contender runs in a process of its own with as many threads; the contenders take turns, `--rounds` times, `--repeats` repetitions
 each, and a row is one contender's turn. Both models are pressed by rounding to nearest: speed does not depend on the codes. The tables
@@ -41,7 +41,7 @@ def run(command: list[str | Path]) -> dict[str, Any]:
 
 
 def pressed(model: str, name: str) -> Path:
-    """Give a model in a format, pressing it where that has not been done."""
+    """Return a model in a format, pressing it where that has not been done."""
     out = CACHE / "benchmarks" / "engine" / f"{model}-{name}"
     if not (out / "bitpress.json").exists():
         if model == "llama-1.1b" and not (MODELS[model] / "config.json").exists():
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """Give one line a contender: the median of its turns."""
+    """Return one line a contender: the median of its turns."""
     groups: dict[tuple[str, str, str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["model"] == model:
@@ -158,8 +158,24 @@ def render() -> None:
             held = next(row for row in both if row is not None)
             label = {"llamacpp": "llama.cpp", "llamacpp-amx": "llama.cpp, AMX repaired"}.get(tool, tool)
             lines.append(f"| {label} {fmt} | {bits(held):.2f} | {figures[0]} | {figures[1]} |")
-    rewrite_section(ROOT / "README.md", "engine", lines)
+    rewrite_section(ROOT / "docs" / "speed.md", "engine", lines)
+    rewrite_section(ROOT / "README.md", "engine", summary(rows))
     draw(rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The decode speed of both models at 4 bits, beside the other runtimes, in two lines."""
+    lines = []
+    for model, name in NAMES.items():
+        found = [r for r in table(last_run(rows, model), model) if r["what"] == "decode" and not r["context"]]
+        rates = {(r["tool"], r["format"]): r["tokens_per_second"]["median"] for r in found if r["cache"] == "fp16"}
+        amx = rates.get(("llamacpp-amx", "Q4_0"))
+        lines.append(
+            f"* {name}, int4-g64: **{rates['bitpress', 'int4-g64']:.4g}** tokens per second; "
+            f"llama.cpp Q4_0: {rates['llamacpp', 'Q4_0']:.4g}{'' if amx is None else f' (AMX repaired: {amx:.4g})'}; "
+            f"transformers in bf16: {rates['transformers', 'bf16']:.4g}."
+        )
+    return lines
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -206,7 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--render", action="store_true", help="only write the table of README.md and the picture")
+    parser.add_argument("--render", action="store_true", help="only write docs/speed.md, the line of README.md and the picture")
     options = parser.parse_args()
     if not options.render:
         if not options.builds:

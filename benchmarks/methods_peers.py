@@ -139,7 +139,7 @@ class Bench:
         return floor
 
     def importance(self) -> dict[str, torch.Tensor]:
-        """Give the mean square of every weight's inputs."""
+        """Return the mean square of every weight's inputs."""
         found = {}
         for stats in self.stats:
             for name, seen in stats.items():

@@ -35,7 +35,7 @@ TOKENS = "1024"
 
 
 def choose(only: list[str], bits: list[int]) -> list[Variant]:
-    """Give every recipe at the first of the widths that it has."""
+    """Return every recipe at the first of the widths that it has."""
     candidates, _ = read_candidates(RECIPES, bits)
     first = {candidate.name: candidate for candidate in reversed(candidates)}
     return [c for c in candidates if first[c.name] is c and any(fnmatch.fnmatchcase(c.name, pattern) for pattern in only)]
@@ -63,7 +63,7 @@ def measure(candidates: list[Variant], out: Path) -> None:
 
 
 def render() -> None:
-    """Write the section `speed` of docs/methods.md."""
+    """Write the section `speed` of docs/methods-results.md."""
     found = read_rows(QUESTION)
     if not found:
         return
@@ -71,13 +71,14 @@ def render() -> None:
     rows = list({(row["name"], row["bits"]): row for row in found if row["code_path"] == path}.values())
     some = rows[0]["recipe"]["calibration"]
     lines = [
-        "### Speed",
+        "## Speed",
         "",
-        f"`{MODEL}` on {rows[0]['threads']} cores with {path} in {rows[0]['compute']}, nothing beside, calibrated on {some['samples']} windows of",
-        f"{some['length']} tokens: seconds from the loaded model to the last compressed weight, with the pass over the original where a method",
-        "takes statistics from it, and without. `make bench Q=methods_speed` prints it; the rows are in `benchmarks/results/methods_speed.jsonl`.",
+        f"`{MODEL}` on {rows[0]['threads']} cores with {path} in {rows[0]['compute']}, on an idle machine, calibrated on {some['samples']} windows of",
+        f"{some['length']} tokens. **s**: seconds from the loaded model to the last compressed weight, including the pass over the original if the",
+        "method needs statistics from it. **quantizing**: the part without that pass. `make bench Q=methods_speed` prints this table; the rows are",
+        "in `benchmarks/results/methods_speed.jsonl`.",
         "",
-        "| recipe | bits | s | of it pressing | memory, MB |",
+        "| recipe | bits | s | quantizing, s | memory, MB |",
         "|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=total):

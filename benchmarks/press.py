@@ -84,7 +84,7 @@ def render() -> None:
     """Write docs/press.md and docs/press.png."""
     rows = latest()
     lines = [
-        "| format | method | bits | KL | same top token | perplexity | pressing, s | threads | load | peak, MB |",
+        "| format | method | bits | KL | same top token | perplexity | quantizing, s | threads | load | peak, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -94,11 +94,12 @@ def render() -> None:
         )
     original = float(rows[0]["perplexity_original"]) if rows else 0.0
     text = (
-        "# What the methods cost\n\n"
-        f"Re-gauged SmolLM2-135M, all 210 linears of the blocks, perplexity of the original {original:.2f}. Calibration: 128 windows of\n"
-        f"512 built-in tokens. Measured on {TOKENS} held-out tokens of four kinds, one of them (reference) outside of what calibration saw;\n"
-        "intervals are 95 % over windows. Times are of machines as loaded as the column says (a quiet one has a load of about the number of\n"
-        "threads), so compare methods by them only where the load is alike; `make bench Q=peer` times on a quiet one. `make bench Q=press` prints this; the rows are in `benchmarks/results/press.jsonl`.\n\n"
+        "# Rounding, GPTQ and AWQ on four kinds of text\n\n"
+        f"Re-gauged SmolLM2-135M, all 210 linear layers of the blocks; perplexity of the original {original:.2f}. Calibration: 128 windows of\n"
+        f"512 built-in tokens. Evaluation: {TOKENS} tokens of four kinds of evaluation text, one of which (reference) calibration does not contain.\n"
+        "Intervals are 95 % over windows. The machine's load while timing is in the column **load** (an idle machine has about the number of\n"
+        "threads): compare times only between rows of equal load; `make bench Q=peer` times on an idle machine. `make bench Q=press` prints this\n"
+        "table; the rows are in `benchmarks/results/press.jsonl`. [methods-results.md](methods-results.md) has all methods.\n\n"
         + "\n".join(lines)
         + "\n\n![KL against stored bits](press.png)\n"
     )

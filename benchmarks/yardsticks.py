@@ -25,7 +25,7 @@ def read_baselines() -> dict[str, dict[str, str]]:
 
 
 def at_bits(rows: Sequence[Row], bits: float, text: str) -> tuple[float, bool] | None:
-    """Give the KL that a recipe's rows come to at stored bits, log KL linear between them; whether that is between two of them."""
+    """Return the KL that a recipe's rows come to at stored bits, log KL linear between them; whether that is between two of them."""
     points = sorted((row["bits_per_weight"], math.log(row["texts"][text]["kl_mean"])) for row in rows)
     if not points:
         return None
@@ -68,11 +68,11 @@ def level(row: Row, text: str) -> bool:
 
 
 def baseline_lines(rows: Sequence[Row], text: str) -> list[str]:
-    """Give the table of rows beside their baselines, and a line for every recipe that does not beat its own."""
+    """Return the table of rows beside their baselines, and a line for every recipe that does not beat its own."""
     held = compared(rows, text)
     lines = [
-        f"KL on {text}, a kind that calibration never saw, beside that of the baseline at the same stored bits (log KL linear between the",
-        "baseline's widths; `~` where these bits are outside of them).",
+        f"KL on {text}, a kind of text that calibration never saw, against the KL of the baseline at the same stored bits. Between two measured",
+        "rows of the baseline, log KL is interpolated linearly; `~` marks bits outside of its rows.",
         "",
         "| recipe | bits | KL | baseline | its KL | ratio |",
         "|---|---|---|---|---|---|",
@@ -86,7 +86,7 @@ def baseline_lines(rows: Sequence[Row], text: str) -> list[str]:
         if row["ratio"] >= 1:
             behind.setdefault(row["name"], []).append(row)
     if behind:
-        lines += ["", "What does not beat its baseline here:", ""]
+        lines += ["", "Recipes that do not beat their baseline here:", ""]
     for name, missed in behind.items():
         widths = ", ".join(f"{row['ratio']:.2f} at {row['bits']}" for row in sorted(missed, key=lambda r: -(r["bits"] or 0)))
         lines.append(f"* `{name}` ({widths} bits, of {missed[0]['beats']}): {reason(missed, text)}")
@@ -102,7 +102,7 @@ def reason(missed: Sequence[Row], text: str) -> str:
 
 
 def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str) -> list[str]:
-    """Give a table of how much more a recipe costs on a kind of text that calibration never saw, by width.
+    """Return a table of how much more a recipe costs on a kind of text that calibration never saw, by width.
 
     One that reads no text shows what the texts themselves differ by. Rows beyond use (KL over 2) are left out.
     """
@@ -112,8 +112,8 @@ def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str
             by_name.setdefault(row["name"], {})[row["bits"]] = row
     widths = sorted({bits for found in by_name.values() for bits in found}, reverse=True)
     lines = [
-        f"KL on {unseen}, a kind that calibration never saw, as a multiple of KL on {seen}, a kind that it saw. What reads no text shows by how much",
-        f"the two kinds differ of themselves. Left out where KL is beyond {BEYOND_USE:g}.",
+        f"KL on {unseen}, a kind of text that calibration never saw, divided by KL on {seen}, a kind that it saw. Recipes that read no text show",
+        f"by how much the two kinds differ anyway. Rows with a KL over {BEYOND_USE:g} are left out.",
         "",
         f"| recipe or *package* | inputs | {' | '.join(f'{bits} bits' for bits in widths)} |",
         f"|---|---|{'---|' * len(widths)}",
@@ -131,7 +131,7 @@ def kind_lines(rows: Sequence[Row], peers: Sequence[Row], unseen: str, seen: str
 
 
 def peer_lines(rows: Sequence[Row], peers: Sequence[Row], text: str) -> list[str]:
-    """Give the best recipe of no more bits, to a hundredth of a bit, beside every row of another package."""
+    """Return the best recipe of no more bits, to a hundredth of a bit, beside every row of another package."""
     lines = [
         f"| package | bits | KL, {text} | best recipe of no more bits | its bits | its KL | ratio |",
         "|---|---|---|---|---|---|---|",

@@ -32,7 +32,7 @@ def tail(x: np.ndarray) -> np.ndarray:
 
 
 def upper_levels(bits: int) -> np.ndarray:
-    """Give the positive half of the 2^bits levels, rising."""
+    """Return the positive half of the 2^bits levels, rising."""
     half = 1 << (bits - 1)
     # The density of the best levels goes with the cube root of that of the numbers: a normal distribution of variance 3.
     wide = NormalDist(sigma=math.sqrt(3))
@@ -56,7 +56,7 @@ def upper_levels(bits: int) -> np.ndarray:
 
 
 def _condition(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give level times mass less the integral of x, for every interval; its mass; and how the first moves with every level."""
+    """Return level times mass less the integral of x, for every interval; its mass; and how the first moves with every level."""
     half = len(levels)
     edges = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [math.inf]])
     at = np.where(np.isinf(edges), 0.0, density(edges))
@@ -73,7 +73,7 @@ def _condition(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def levels_error(upper: np.ndarray) -> float:
-    """Give the exact mean squared error: 1 less the mean square of the levels, as each is the mean of its interval."""
+    """Return the exact mean squared error: 1 less the mean square of the levels, as each is the mean of its interval."""
     edges = np.concatenate([[0.0], (upper[1:] + upper[:-1]) / 2, [math.inf]])
     return 1 - 2 * float((upper**2 * -np.diff(tail(edges))).sum())
 
@@ -91,7 +91,7 @@ class Plane:
         self.at = at[at.square().sum(-1) < REACH**2]
 
     def means(self, points: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Give the mean of what is nearest to every point, and the mean squared error a number before that."""
+        """Return the mean of what is nearest to every point, and the mean squared error a number before that."""
         self.count += 1
         # Multiples of two irrational numbers fill the square of all shifts evenly.
         shift = torch.tensor([self.count * math.sqrt(2) % 1, self.count * math.sqrt(3) % 1], dtype=torch.float64)
@@ -117,7 +117,7 @@ class Plane:
 
 
 def plane_points(bits: int) -> tuple[torch.Tensor, float]:
-    """Give the best 2^bits points found, and their mean squared error a number."""
+    """Return the best 2^bits points found, and their mean squared error a number."""
     count = 1 << bits
     coarse, fine = Plane(1 / 16), Plane(1 / 48)
     found = []

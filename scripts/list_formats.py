@@ -18,7 +18,7 @@ def main() -> None:
 
 
 def rewrite(text: str) -> str:
-    """Give the document with every marked section written anew."""
+    """Return the document with every marked section written anew."""
     rows = describe_tables()
     for name, make in SECTIONS.items():
         begin, end = f"<!-- {name}: written by make docs -->", f"<!-- end of {name} -->"
@@ -96,7 +96,7 @@ def _terms(_: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _specification(name: str, heading: str = "") -> Iterable[str]:
-    """Give what a file's docstring says of bytes and numbers: all but where it comes from and what it costs."""
+    """Yield what a file's docstring says of bytes and numbers: all but where it comes from and what it costs."""
     module = importlib.import_module(name)
     paragraphs = re.split(r"\n\s*\n", str(module.__doc__).strip())
     title, _, first = paragraphs[0].partition(": ")

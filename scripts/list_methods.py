@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def rewrite(text: str) -> str:
-    """Give the document with every marked section written anew."""
+    """Return the document with every marked section written anew."""
     rows = describe_methods()
     for name, make in SECTIONS.items():
         begin, end = f"<!-- {name}: written by make docs -->", f"<!-- end of {name} -->"
@@ -112,7 +112,7 @@ def _statistics(_: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _sources(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Give every method's settings with their defaults, and what its file says of its source and of where it differs."""
+    """Yield every method's settings with their defaults, and what its file says of its source and of where it differs."""
     for row in rows:
         method = TABLES[row["kind"]][row["name"]]
         yield f"### `{row['name']}`\n"

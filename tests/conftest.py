@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; tests of kept layouts have a folder of their own
 
+import array_checks
 import pytest
+
+if (
+    "bitpress" not in sys.modules
+):  # every process of xdist comes by here; the sanitized run imports it first, with its own library
+    array_checks.install("bitpress")
 
 VOCABULARY = 384
 CONTEXT = 256

@@ -8,7 +8,7 @@ import torch
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.stats import StatsCollector
-from bitpress.recipes import Recipe
+from bitpress.recipes import Recipe, build_method
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "AMD64", "aarch64"])
@@ -20,10 +20,10 @@ def test_what_a_processor_is_asked(machine: str, tiles: bool, products: bool, mo
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: products))
     fast = products if machine == "aarch64" else tiles
     assert has_fast_bf16() == fast
-    assert Recipe().compute_dtype() == (torch.bfloat16 if fast else torch.float32)
-    assert Recipe().resolved()["compute"] == ("bf16" if fast else "fp32")
-    assert Recipe(compute="bf16").compute_dtype() == torch.bfloat16
-    assert Recipe(compute="fp32").compute_dtype() == torch.float32
+    assert build_method(Recipe()).compute == (torch.bfloat16 if fast else torch.float32)
+    assert build_method(Recipe()).resolved()["compute"] == ("bf16" if fast else "fp32")
+    assert build_method(Recipe(compute="bf16")).compute == torch.bfloat16
+    assert build_method(Recipe(compute="fp32")).compute == torch.float32
 
 
 @pytest.mark.parametrize("tiles", [True, False])

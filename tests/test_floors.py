@@ -16,7 +16,6 @@ HOUSE = (
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
     ("models", "quantizers", "corrections", "report"),
-    ("parts",),
     ("recipes", "runtime"),
     ("measure",),
     ("pipeline",),

@@ -11,7 +11,7 @@ from bitpress.foreign import FOREIGN, find_foreign, foreign_hint
 from bitpress.formats import GRIDS, SHORT, find_format
 from bitpress.formats.table import spell_format
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import Recipe, make_recipe
+from bitpress.recipes import Recipe, build_method, load_recipe, make_recipe
 from bitpress.transforms.table import TRANSFORMS
 
 EXAMPLES = [(row, name) for row in FOREIGN for name in row.examples]
@@ -62,7 +62,7 @@ def test_a_foreign_name_in_any_place_says_what_is_nearest(name: str, weights: st
             make_recipe(keys)
         assert f"nearest here: weights {weights}" in str(caught.value)
     with pytest.raises(UsageError, match=f"nearest here: weights {weights}"):
-        Recipe.load(name)
+        load_recipe(name)
 
 
 def test_what_is_a_name_here_is_none_of_another_tool() -> None:
@@ -81,7 +81,7 @@ def test_names_are_found_in_any_case_and_no_two_are_alike() -> None:
     for name in (*(f"{grid}-g64" for grid in GRIDS), *SHORT, "e4m3b7-row", "pvq4k2-g4"):
         assert spell_format(name.upper().replace("-", "_")) == name
     for name in TRANSFORMS:
-        assert make_recipe({"transforms": [name.upper()]}).resolved()["transforms"][0]["name"] == name
+        assert build_method(make_recipe({"transforms": [name.upper()]})).resolved()["transforms"][0]["name"] == name
     assert make_recipe({"weights": "DFloat11", "transforms": []}).weights == "dfloat11"
 
 

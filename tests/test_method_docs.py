@@ -9,11 +9,12 @@ import yaml
 from bitpress.calibration import STATISTICS
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import NAMED_RECIPES, Calibration, Recipe, make_recipe
+from bitpress.recipes import NAMED_RECIPES, Calibration, Recipe, build_method, make_recipe
 from bitpress.transforms.table import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "methods.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 
 
 def test_every_method_is_written_once_with_source_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,10 +39,10 @@ def test_every_method_is_written_once_with_source_and_settings(monkeypatch: pyte
 
 
 def test_the_recipe_that_is_shown_is_the_default_one() -> None:
-    shown = yaml.safe_load(DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
+    shown = yaml.safe_load(RECIPES.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
     assert set(shown) == set(Recipe.model_fields)
     assert set(shown["calibration"]) == set(Calibration.model_fields)
-    assert make_recipe(shown).resolved() == Recipe().resolved()
+    assert build_method(make_recipe(shown)).resolved() == build_method(Recipe()).resolved()
 
 
 def test_a_document_without_its_marks_is_refused() -> None:

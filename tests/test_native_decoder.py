@@ -31,10 +31,12 @@ from bitpress.models.skeleton import build_config
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.hf.loading import load
-from bitpress.runtime.native.architectures import FAMILIES, Layout, Rotation, describe
+from bitpress.runtime.native.architectures import ARCHITECTURES, Layout, Rotation, describe
 from bitpress.runtime.native.assemble import load_engine, refuses
-from bitpress.runtime.native.engine import Engine, Sampling
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.native.engine import Engine
+from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.opening import load_native
+from bitpress.runtime.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -159,8 +161,8 @@ def reference(pressed: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 def make_engine(directory: Path, **options: Any) -> Engine:
-    given = {"activations": "none", "cache": "fp16", "head": "keep", "threads": 1, "verify": False, **options}
-    return load_engine(directory, **given)
+    given = {"activations": "none", "cache": "fp16", "head": "keep", "threads": 1, **options}
+    return load_engine(directory, EngineOptions.of(given), verify=False)
 
 
 def draw(count: int, seed: int = 0) -> list[int]:
@@ -277,7 +279,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(FAMILIES) <= {name.split(" ")[0] for name in CASES}
+    assert set(ARCHITECTURES) <= {name.split(" ")[0] for name in CASES}
 
 
 @every_case
@@ -720,7 +722,7 @@ def test_a_kept_layout_gives_the_same_bits(
     options: dict[str, Any] = {"activations": "int8", "cache": "int8", "threads": 1}
     tokens, made = draw(TOKENS), []
     for _ in range(2):
-        text = load_native(pressed(name), **options)
+        text = load_native(pressed(name), EngineOptions.of(options))
         made.append((text.engine.forward(tokens, "all"), text.engine.facts, text.file_bytes))
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(made[0][0], made[1][0])

@@ -13,7 +13,8 @@ from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.native.assemble import load_engine
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.opening import load_native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
 LIMIT = 0.002
@@ -69,9 +70,9 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
 def test_a_hard_model_reads_its_prompts_in_float(hard: Path) -> None:
     assert json.loads((hard / MANIFEST_NAME).read_text())["prompt_cost"] > LIMIT
     tokens = torch.randint(0, 100, (96,), generator=torch.Generator().manual_seed(1)).tolist()
-    exact = load_engine(hard, activations="none", head="keep").forward(tokens, "all")
-    rounded = load_engine(hard, activations="int8", head="keep").forward(tokens, "all")
-    usual = load_engine(hard, head="keep")
+    exact = load_engine(hard, EngineOptions(activations="none", head="keep")).forward(tokens, "all")
+    rounded = load_engine(hard, EngineOptions(activations="int8", head="keep")).forward(tokens, "all")
+    usual = load_engine(hard, EngineOptions(head="keep"))
     assert usual.facts["activations"] == "mixed"
     if usual.facts["path"] != "amx":
         assert divergence(exact, rounded) > LIMIT
@@ -94,7 +95,9 @@ def test_an_easy_model_keeps_8_bits(tmp_path: Path, tiny_tokenizer: Any) -> None
 
 def test_mixed_is_float_in_prompts_and_bytes_in_single_tokens(hard: Path) -> None:
     tokens = list(range(2, 42))
-    engines = {name: load_engine(hard, activations=name, head="keep") for name in ("none", "int8", "mixed")}
+    engines = {
+        name: load_engine(hard, EngineOptions.of({"activations": name, "head": "keep"})) for name in ("none", "int8", "mixed")
+    }
     prompts = {name: engine.forward(tokens, "all") for name, engine in engines.items()}
     bf16_tiles = engines["mixed"].facts["path"] == "amx"
     assert torch.equal(prompts["mixed"], prompts["int8" if bf16_tiles else "none"])

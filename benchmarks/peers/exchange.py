@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Give what every script is told; scripts that read no text ignore the tokens."""
+    """Return what every script is told; scripts that read no text ignore the tokens."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", type=Path, required=True, help="Hugging Face directory with safetensors weights")
     made.add_argument("--tokens", type=Path, help="int64 .npy array [samples, length]")
@@ -28,7 +28,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def read_linears(model: Path, blocks: int | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give name and weight, as stored, of every linear of the blocks."""
+    """Yield name and weight, as stored, of every linear of the blocks."""
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a file of tensors is no dict)

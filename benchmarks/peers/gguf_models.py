@@ -46,12 +46,12 @@ def keep_log(level: int, text: bytes, data: Any) -> None:
 
 
 def last_words() -> str:
-    """Give the end of the log, in one line."""
+    """Return the end of the log, in one line."""
     return " ".join("".join(LOG).split("\n")[-4:]).strip()
 
 
 def read_tensors(model: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Give name, type and values of every tensor of a checkpoint; bfloat16 as its 16 bits."""
+    """Yield name, type and values of every tensor of a checkpoint; bfloat16 as its 16 bits."""
     for path in sorted(model.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -82,7 +82,7 @@ def interleave_rotary(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 def convert(name: str, kind: str, values: np.ndarray, config: dict[str, Any]) -> tuple[str, np.ndarray]:
-    """Give a tensor as the file stores it: norms in float32, matrices unchanged but for the rotary order of q and k."""
+    """Return a tensor as the file stores it: norms in float32, matrices unchanged but for the rotary order of q and k."""
     if values.ndim == 1:
         wide = (values.astype("<u4") << 16).view("<f4") if kind == "BF16" else values.astype("<f4")
         return "F32", wide

@@ -25,7 +25,7 @@ from gguf_models import gguf_name, keep_log, last_words, read_tensors, write_ori
 
 
 def importance_data(path: Path) -> tuple[ctypes.Array[llama_cpp.llama_model_imatrix_data], list[np.ndarray]]:
-    """Give the array that llama.cpp reads, closed by an entry without a name, and the memory that it points into."""
+    """Return the array that llama.cpp reads, closed by an entry without a name, and the memory that it points into."""
     given = {gguf_name(name): np.ascontiguousarray(values, np.float32) for name, values in np.load(path).items()}
     entries = (llama_cpp.llama_model_imatrix_data * (len(given) + 1))()
     for entry, (name, values) in zip(entries, given.items(), strict=False):

@@ -75,7 +75,7 @@ class Session:
             llama_cpp.llama_synchronize(self.context)
 
     def logits(self) -> np.ndarray:
-        """Give the logits of the last token fed [vocabulary]."""
+        """Return the logits of the last token fed [vocabulary]."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocabulary,)).copy()
 
 

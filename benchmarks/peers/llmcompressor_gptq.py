@@ -92,7 +92,7 @@ def dequantized(name: str, module: torch.nn.Linear, bits: int, group: int) -> to
 
 
 def packed(module: torch.nn.Linear) -> tuple[torch.Tensor, int]:
-    """Give a weight as the package decodes what it stores, and the bytes of that."""
+    """Return a weight as the package decodes what it stores, and the bytes of that."""
     scheme = vars(module)["quantization_scheme"]
     stored = PackedQuantizationCompressor.compress(
         {name: value.detach() for name, value in module.state_dict().items()}, scheme

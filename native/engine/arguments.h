@@ -22,6 +22,11 @@ inline void need(bool holds, const char *what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
+inline int checked_threads(int threads) {
+    need(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
+    return threads;
+}
+
 template <class A> bool is_matrix(const A &array, size_t rows, size_t columns) {
     return array.shape(0) == rows && array.shape(1) == columns;
 }

@@ -1,9 +1,7 @@
-// Attention of a few queries over a cache of bytes, in integers: the queries, and later the weights of the positions, are split
-// into two signed digits each (15 bits), so that one product with bytes loses no more than sixteen-bit activations do.
+// What attention shares with the kinds of caches. Included by one source file per code path, like lanes.h.
 //
-// Included by one source file per code path, like lanes.h. `Dots` are the path's own integer products:
-//     score(keys, head, blocks, digits, count, to)        to[2 count][WIDTH] = digits[2 count][head] . (keys + 128)
-//     weigh(values, head, positions, digits, count, to)   to[2 count][head] = digits[2 count][WIDTH] . (values + 128)
+// Queries and weights of positions that meet bytes are split into two signed digits each (15 bits), so that one product with bytes
+// loses no more than sixteen-bit activations do.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +14,7 @@ namespace bitpress::BITPRESS_PATH {
 constexpr int MOST_QUERIES = 8;
 constexpr int WIDTH = CHUNK_POSITIONS + 64;  // a row of scores: a whole piece, in steps of 64
 
-// The digits of x * inverse, 128 * high + low after multiplying by 128; gives the sums of both.
+// The digits of x * inverse, 128 * high + low after multiplying by 128; returns the sums of both.
 struct DigitSums { int32_t high, low; };
 INLINE DigitSums split_digits(const float *x, int n, float inverse, int8_t *high, int8_t *low) {
     const Floats factor = set_floats(inverse), base = set_floats(128.0f);
@@ -38,15 +36,15 @@ INLINE Floats joined(const int32_t *high, const int32_t *low, DigitSums sums) {
 
 INLINE float digit_inverse(float most) { return most > 1e-30f ? 127.0f / most : 0.0f; }
 
-template <class Dots>
-void attend_bytes(const CacheView &c, int from, int to, const float *queries, int count, float *tops, float *sums, float *out) {
-    constexpr int ROWS = 2 * MOST_QUERIES, LONGEST = MOST_HEAD > WIDTH ? MOST_HEAD : WIDTH;
-    alignas(64) int32_t integers[ROWS * LONGEST];
-    alignas(64) int8_t digits[ROWS * LONGEST];
-    alignas(64) float line[LONGEST];
+// A cache of bytes, with the path's own integer products:
+//     Dots::score(keys, head, blocks, digits, count, to)        to[2 count][WIDTH] = digits[2 count][head] . (keys + 128)
+//     Dots::weigh(values, head, positions, digits, count, to)   to[2 count][head] = digits[2 count][WIDTH] . (values + 128)
+template <class Dots> void score_bytes(const CacheView &c, int start, int blocks, const float *queries, int count, float *to) {
+    alignas(64) int32_t integers[2 * MOST_QUERIES * WIDTH];
+    alignas(64) int8_t digits[2 * MOST_QUERIES * MOST_HEAD];
     DigitSums parts[MOST_QUERIES];
     float units[MOST_QUERIES];
-    const int head = c.head, start = from / 16 * 16, skipped = from - start, positions = to - start, blocks = (positions + 15) / 16;
+    const int head = c.head;
     for (int q = 0; q < count; ++q) {
         const float *x = queries + q * head;
         Floats top = zero_floats();
@@ -56,33 +54,31 @@ void attend_bytes(const CacheView &c, int from, int to, const float *queries, in
         parts[q] = split_digits(x, head, digit_inverse(most), digits + 2 * q * head, digits + (2 * q + 1) * head);
     }
     Dots::score(static_cast<const uint8_t *>(c.keys) + size_t(start) * head, head, blocks, digits, count, integers);
-    const int padded = (positions + 63) / 64 * 64;
     for (int q = 0; q < count; ++q) {
         const int32_t *high = integers + 2 * q * WIDTH, *low = high + WIDTH;
         const Floats unit = set_floats(units[q]);
         for (int i = 0; i < blocks * 16; i += STRIP) {
-            store(line + i, joined(high + i, low + i, parts[q]) * unit * load_floats(c.key_scales + start + i));
+            store(to + q * WIDTH + i, joined(high + i, low + i, parts[q]) * unit * load_floats(c.key_scales + start + i));
         }
-        for (int i = 0; i < skipped; ++i) line[i] = -1e30f;
-        for (int i = positions; i < blocks * 16; ++i) line[i] = -1e30f;
-        Floats top = set_floats(-1e30f);
-        for (int i = 0; i < blocks * 16; i += STRIP) top = max(top, load_floats(line + i));
-        tops[q] = largest(top);
-        Floats total = zero_floats(), most = zero_floats();
-        const Floats shift = set_floats(tops[q]), none = zero_floats();
-        for (int i = 0; i < blocks * 16; i += STRIP) store(line + i, exponential(load_floats(line + i) - shift));
-        for (int i = 0; i < skipped; ++i) line[i] = 0;
-        for (int i = positions; i < blocks * 16; ++i) line[i] = 0;
-        for (int i = 0; i < blocks * 16; i += STRIP) {
-            const Floats e = load_floats(line + i);
+    }
+}
+
+template <class Dots> void weigh_bytes(const CacheView &c, int start, int positions, const float *weights, int count, float *out) {
+    alignas(64) int32_t integers[2 * MOST_QUERIES * MOST_HEAD];
+    alignas(64) int8_t digits[2 * MOST_QUERIES * WIDTH];
+    alignas(64) float line[WIDTH];
+    DigitSums parts[MOST_QUERIES];
+    float units[MOST_QUERIES];
+    const int head = c.head, filled = (positions + 15) / 16 * 16, padded = (positions + 63) / 64 * 64;
+    for (int q = 0; q < count; ++q) {
+        Floats most = zero_floats();
+        for (int i = 0; i < filled; i += STRIP) {
             // Behind the last position a scale may be anything; its weight is 0 and must stay so.
-            const Floats w = e * max(load_floats(c.value_scales + start + i), none);
-            total = total + e;
+            const Floats w = load_floats(weights + q * WIDTH + i) * max(load_floats(c.value_scales + start + i), zero_floats());
             most = max(most, w);
             store(line + i, w);
         }
-        for (int i = blocks * 16; i < padded; ++i) line[i] = 0;
-        sums[q] = sum(total);
+        for (int i = filled; i < padded; ++i) line[i] = 0;
         const float heaviest = largest(most);
         units[q] = heaviest / (127.0f * 128.0f);
         parts[q] = split_digits(line, padded, digit_inverse(heaviest), digits + 2 * q * WIDTH, digits + (2 * q + 1) * WIDTH);

@@ -13,7 +13,7 @@
 #include <stdexcept>
 
 #include "arguments.h"
-#include "decoder.h"
+#include "products.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -21,11 +21,6 @@ namespace nb = nanobind;
 namespace bitpress {
 
 namespace {
-
-int checked_threads(int threads) {
-    need(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
-    return threads;
-}
 
 ScaleKind scale_kind(const std::string &name) {
     static const std::map<std::string, ScaleKind> kinds = {{"fp32", ScaleKind::f32},
@@ -188,152 +183,9 @@ struct Multiplier {
     }
 };
 
-// A decoder with what Python gave it: the layers stay alive, and as they are, as long as it does.
-struct Model {
-    std::vector<nb::object> kept;
-    std::vector<Use> uses;
-    std::unique_ptr<Decoder> decoder;
-    std::vector<int32_t> tokens;  // those in the cache
-    std::mutex mutex;
-};
-
-const Linear *take_linear(Model &model, nb::handle given, int rows, int columns, const std::string &part) {
-    const auto *l = taken<const Linear *>(given, part, "a Linear");
-    if (l == nullptr) throw nb::type_error((part + " must be a Linear").c_str());
-    if (l->rows != rows || l->columns != columns) {
-        const auto shape = [](int a, int b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; };
-        refuse(part, shape(rows, columns) + ", not " + shape(l->rows, l->columns));
-    }
-    model.kept.push_back(nb::borrow(given));
-    model.uses.emplace_back(*l);
-    return l;
-}
-
-DecoderShape take_shape(const Part &part) {
-    DecoderShape s;
-    s.hidden = part.whole("hidden", 1), s.heads = part.whole("heads", 1), s.kv_heads = part.whole("kv_heads", 1);
-    s.head = part.whole("head", 1), s.vocabulary = part.whole("vocabulary", 1), s.context = part.whole("context", 1);
-    need(s.heads % s.kv_heads == 0, "shape.heads must be a multiple of shape.kv_heads");
-    need(s.head % 16 == 0 && s.head <= MOST_HEAD, "shape.head must be a multiple of 16, 512 at most");
-    need(int64_t(s.heads) * s.head <= MOST && s.heads / s.kv_heads <= 64, "too many heads");
-    need(int64_t(s.context) * s.head <= MOST, "shape.context times shape.head must be at most 1,073,741,824");
-    s.eps = part.number("eps"), s.attention_scale = part.number("attention_scale");
-    s.embedding_scale = part.number("embedding_scale"), s.tanh_gelu = part.claim("tanh_gelu");
-    s.final_norm = part.vector("final_norm", s.hidden);
-    return s;
-}
-
-Rope take_rope(nb::handle given, int head, const std::string &part) {
-    const auto pair = taken<nb::tuple>(given, part, "a tuple of frequencies and a factor");
-    if (pair.size() != 2) refuse(part, "a tuple of frequencies and a factor");
-    Rope rope{vector_of(pair[0], part + "[0]"), taken<float>(pair[1], part + "[1]", "a number")};
-    if (rope.frequencies.empty() || rope.frequencies.size() * 2 > size_t(head)) refuse(part, "of 1 to shape.head / 2 frequencies");
-    return rope;
-}
-
-LayerWeights take_layer(Model &model, const Part &part, const DecoderShape &s, int inner, int ropes) {
-    const auto linear = [&](const char *key, int rows, int columns) {
-        return take_linear(model, part.at(key), rows, columns, part.path(key));
-    };
-    LayerWeights l;
-    const int q = s.heads * s.head, kv = s.kv_heads * s.head;
-    l.q = linear("q", q, s.hidden), l.k = linear("k", kv, s.hidden), l.v = linear("v", kv, s.hidden);
-    l.o = linear("o", s.hidden, q);
-    l.gate = linear("gate", inner, s.hidden), l.up = linear("up", inner, s.hidden), l.down = linear("down", s.hidden, inner);
-    l.input_norm = part.vector("input_norm", s.hidden), l.mlp_norm = part.vector("mlp_norm", s.hidden);
-    l.attention_out_norm = part.vector("attention_out_norm", s.hidden, true);
-    l.mlp_out_norm = part.vector("mlp_out_norm", s.hidden, true);
-    l.q_norm = part.vector("q_norm", s.head, true), l.k_norm = part.vector("k_norm", s.head, true);
-    l.rope = taken<int>(part.at("rope"), part.path("rope"), "a whole number of 32 bits");
-    if (l.rope < -1 || l.rope >= ropes) refuse(part.path("rope"), "-1 or the index of a rotation");
-    l.window = part.whole("window", 0);
-    return l;
-}
-
-Model *make_model(nb::dict shape, nb::list layers, nb::list ropes, nb::object embedding, nb::object head, int threads,
-                  bool byte_activations, bool float_prompts, bool byte_cache, const std::string &path) {
-    auto model = std::make_unique<Model>();
-    const Part part("shape", shape);
-    DecoderShape s = take_shape(part);
-    const int inner = part.whole("intermediate", 1);
-    std::vector<Rope> rotations;
-    for (nb::handle given : ropes) rotations.push_back(take_rope(given, s.head, "ropes[" + std::to_string(rotations.size()) + "]"));
-    std::vector<LayerWeights> all;
-    for (nb::handle given : layers) {
-        all.push_back(take_layer(*model, {"layers[" + std::to_string(all.size()) + "]", given}, s, inner, int(rotations.size())));
-    }
-    need(!all.empty(), "a decoder needs a layer");
-    const Linear *table = take_linear(*model, embedding, s.vocabulary, s.hidden, "embedding");
-    const Linear *top = take_linear(*model, head, s.vocabulary, s.hidden, "head");
-    model->decoder = std::make_unique<Decoder>(std::move(s), std::move(all), std::move(rotations), table, top,
-                                               checked_threads(threads), byte_activations, float_prompts, byte_cache, path.c_str());
-    return model.release();
-}
-
-const float *forward(Model &m, const std::vector<int32_t> &tokens, bool all) {
-    Decoder &d = *m.decoder;
-    need(!tokens.empty() && tokens.size() <= 1 << 20, "give 1 to 1,048,576 tokens");
-    need(tokens.size() <= size_t(d.shape().context - d.length()), "the context has no room for so many tokens");
-    for (int32_t token : tokens) need(token >= 0 && token < d.shape().vocabulary, "a token is not in the vocabulary");
-    m.tokens.resize(size_t(d.length()));
-    m.tokens.reserve(m.tokens.size() + tokens.size());
-    const float *logits = d.forward(tokens.data(), int(tokens.size()), all);
-    m.tokens.insert(m.tokens.end(), tokens.begin(), tokens.end());
-    return logits;
-}
-
-// What is checked is what is run, whoever else writes to the array.
-std::vector<int32_t> copy_of(const Array<const int32_t, 1> &tokens) { return {tokens.data(), tokens.data() + tokens.shape(0)}; }
-
-// Fills `to` with the logits of the last token, or of all: [rows, vocabulary]. With no rows, only the cache grows.
-void model_forward(Model &m, Array<const int32_t, 1> tokens, Array<float, 2> to) {
-    const size_t rows = to.shape(0);
-    need(rows <= 1 || rows == tokens.shape(0), "logits must have no row, one, or one for every token");
-    need(to.shape(1) == size_t(m.decoder->shape().vocabulary), "logits must be [rows, vocabulary]");
-    const std::vector<int32_t> given = copy_of(tokens);
-    const nb::gil_scoped_release released;
-    const std::lock_guard<std::mutex> lock(m.mutex);
-    const float *logits = forward(m, given, rows > 1);
-    std::memcpy(to.data(), logits, to.size() * sizeof(float));
-}
-
-int model_step(Model &m, Array<const int32_t, 1> tokens, const Sampling &how, Random &random) {
-    const std::vector<int32_t> given = copy_of(tokens);
-    const nb::gil_scoped_release released;
-    const std::lock_guard<std::mutex> lock(m.mutex);
-    const float *logits = forward(m, given, false);
-    return pick(logits, m.decoder->shape().vocabulary, m.tokens, how, random);
-}
-
-void model_truncate(Model &m, int length) {
-    const nb::gil_scoped_release released;
-    const std::lock_guard<std::mutex> lock(m.mutex);
-    need(length >= 0 && length <= m.decoder->length(), "the cache is not so long");
-    m.decoder->truncate(length);
-    m.tokens.resize(size_t(length));
-}
-
-nb::dict model_times(Model &m) {
-    std::vector<double> seconds;
-    {
-        const nb::gil_scoped_release released;
-        const std::lock_guard<std::mutex> lock(m.mutex);
-        seconds = m.decoder->take_times();
-    }
-    nb::dict times;
-    for (int i = 0; i < Decoder::PARTS; ++i) times[Decoder::part_names[i]] = seconds[size_t(i)];
-    return times;
-}
-
-int model_length(Model &m) {
-    const nb::gil_scoped_release released;
-    const std::lock_guard<std::mutex> lock(m.mutex);
-    return m.decoder->length();
-}
-
 int pick_from(Array<const float, 1> logits, Array<const int32_t, 1> before, const Sampling &how, Random &random) {
     need(logits.shape(0) >= 1 && logits.shape(0) <= size_t(MOST), "logits must not be empty");
-    const std::vector<int32_t> all = copy_of(before);
+    const std::vector<int32_t> all(before.data(), before.data() + before.shape(0));
     for (int32_t token : all) need(token >= 0 && size_t(token) < logits.shape(0), "a token is not in the vocabulary");
     return pick(logits.data(), int(logits.shape(0)), all, how, random);
 }
@@ -399,23 +251,11 @@ void bind_engine(nb::module_ &m) {
         .def(nb::new_(&make_sampling), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
              nb::arg("repetition_penalty"));
     nb::class_<Random>(m, "Random").def(nb::init<uint64_t>(), nb::arg("seed"));
-    nb::class_<Model>(m, "Model")
-        .def(nb::new_(&make_model), nb::arg("shape"), nb::arg("layers"), nb::arg("ropes"), nb::arg("embedding"), nb::arg("head"),
-             nb::arg("threads"), nb::arg("byte_activations"), nb::arg("float_prompts"), nb::arg("byte_cache"), nb::arg("path"))
-        .def("forward", &model_forward, nb::arg("tokens").noconvert(), nb::arg("to").noconvert())
-        .def("step", &model_step, nb::arg("tokens").noconvert(), nb::arg("how"), nb::arg("random"))
-        .def("truncate", &model_truncate, nb::arg("length"))
-        .def("take_times", &model_times)
-        .def_prop_ro("length", &model_length)
-        .def_prop_ro("path", [](const Model &x) { return x.decoder->path(); })
-        .def_prop_ro("threads", [](const Model &x) { return x.decoder->threads(); })
-        .def_prop_ro("inputs", [](const Model &x) { return x.decoder->inputs(); })
-        .def_prop_ro("inputs_apart", [](const Model &x) { return x.decoder->inputs_apart(); })
-        .def_prop_ro("cache_bytes_per_position", [](const Model &x) { return x.decoder->cache_bytes_per_position(); });
     m.def("pick", &pick_from, nb::arg("logits").noconvert(), nb::arg("before").noconvert(), nb::arg("how"), nb::arg("random"));
     m.def("paths", &paths);
     m.def("read_speed", &read_speed, nb::arg("bytes"), nb::arg("threads"));
     m.def("multiply_speed", &multiply_speed, nb::arg("path"), nb::arg("threads"));
+    bind_models(m);
     bind_stored(m);
 }
 

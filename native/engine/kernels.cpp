@@ -18,4 +18,13 @@ const Kernels &choose_kernels(const char *name) {
     throw std::invalid_argument("code path '" + std::string(name) + "' is not there; this processor runs " + there);
 }
 
+const CacheKind &choose_cache(const Kernels &kernels, const char *name) {
+    std::string there;
+    for (int i = 0; i < kernels.cache_kinds; ++i) {
+        if (std::strcmp(name, kernels.caches[i].name) == 0) return kernels.caches[i];
+        there += there.empty() ? kernels.caches[i].name : std::string(" or ") + kernels.caches[i].name;
+    }
+    throw std::invalid_argument("cache must be " + there + ", not '" + name + "'");
+}
+
 }  // namespace bitpress

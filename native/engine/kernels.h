@@ -73,17 +73,31 @@ struct HalfRows {
     const uint16_t *tile(int row_tile, int column_tile) const { return const_cast<HalfRows *>(this)->tile(row_tile, column_tile); }
 };
 
-// The keys and values of one layer and one key-value head.
+// The keys and values of one layer and one key-value head, in the order of their kind.
 struct CacheView {
-    bool bytes = false;       // 8 bits with a scale for every position, otherwise fp16
-    int head = 0;             // elements of a head
-    void *keys = nullptr;     // [position / 16][head][16]; bytes, 128 added: [position / 16][head / 4][16][4]
-    void *values = nullptr;   // [position][head]; bytes, 128 added: [position / 4][head][4]
-    float *key_scales = nullptr, *value_scales = nullptr;  // [position]
+    int head = 0;  // elements of a head
+    void *keys = nullptr, *values = nullptr;
+    float *key_scales = nullptr, *value_scales = nullptr;  // [position], of kinds that have scales
+};
+
+// One way to keep keys and values, and what a code path does with them.
+struct CacheKind {
+    const char *name;
+    int element_bytes;
+    bool scales;  // a float for the key and one for the value of every position
+
+    void (*write)(const CacheView &, int at, const float *key, const float *value);
+    // to[query][whole pieces in steps of 64] = queries [count][head] . the keys of blocks of 16 positions from `start` on, a multiple of 16
+    void (*score)(const CacheView &, int start, int blocks, const float *queries, int count, float *to);
+    // out[query][head] = the same rows of weights . the values; weights of positions behind the last one, up to a multiple of 16, are 0
+    void (*weigh)(const CacheView &, int start, int positions, const float *weights, int count, float *out);
+    // The cache as tiles of bf16 for attend_tiles, blocks of 32 positions from..to of `length`; null where there are none.
+    void (*tile)(const CacheView &, int from, int to, int length, uint16_t *keys, uint16_t *values) = nullptr;
 };
 
 constexpr int MOST_ROWS = 4;      // rows of a direct product
 constexpr int MOST_HEAD = 512;    // elements of a head
+constexpr int MOST_CACHES = 8;    // kinds of caches
 constexpr int ROW_BLOCK = 128;        // rows of a tile product whose sums stay in the first cache
 constexpr float APART = 5;               // times the mean magnitude of a row: values beyond stand apart
 constexpr int MANY_APART = 16;          // where more than this part of a row would:
@@ -151,14 +165,15 @@ struct Kernels {
     void (*gate)(const float *gate, const float *up, int n, bool tanh_gelu, float *to);
     void (*rotate)(float *x, const float *cosines, const float *sines, int half);
 
-    // write position `at`; then attend rows of queries [count][head] (already scaled) over positions from..to:
-    // gives the largest score, the sum of exponentials and the weighted values, for every query
-    void (*remember)(const CacheView &, int at, const float *key, const float *value);
-    void (*attend)(const CacheView &, int from, int to, const float *queries, int count, float *largest, float *sums, float *out);
+    const CacheKind *caches;
+    int cache_kinds;
+    // Attends rows of queries [count][head] (already scaled) over positions from..to, CHUNK_POSITIONS at most: the largest score, the sum
+    // of exponentials and the weighted values, for every query.
+    void (*attend)(const CacheKind &, const CacheView &, int from, int to, const float *queries, int count, float *largest, float *sums,
+                   float *out);
 
-    // Attention of many rows on tiles, null where there are none. First the cache as tiles of bf16, blocks of 32 positions from..to of
-    // `length`; then 32 rows of one query head, the first at `position`: [row][stride] in and out.
-    void (*tile_cache)(const CacheView &, int from, int to, int length, uint16_t *keys, uint16_t *values);
+    // Attention of many rows on tiles, null where there are none: 32 rows of one query head, the first at `position`: [row][stride] in
+    // and out.
     void (*attend_tiles)(int head, const uint16_t *keys, const uint16_t *values, int position, int rows, int window,
                          const float *queries, int stride, float *out, float *scratch);
 
@@ -179,5 +194,8 @@ const Kernels &emulated_kernels();  // tiles written out, for tests: only by nam
 
 // The best path that this processor runs, or the one of that name. Throws std::invalid_argument.
 const Kernels &choose_kernels(const char *name);
+
+// A code path's kind of cache of that name. Throws std::invalid_argument that lists them.
+const CacheKind &choose_cache(const Kernels &kernels, const char *name);
 
 }  // namespace bitpress

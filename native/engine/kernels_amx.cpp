@@ -1,6 +1,7 @@
 // The code path of processors with AMX: tiles for products of many rows, everything else as with AVX-512.
 #define BITPRESS_PATH amx
 #include <algorithm>
+#include <cstring>
 
 #include "../cpu.h"
 #include "attention.h"
@@ -100,11 +101,6 @@ void tile_bytes(const CacheView &c, int from, int to, int length, uint16_t *keys
     }
 }
 
-void tile_cache(const CacheView &c, int from, int to, int length, uint16_t *keys, uint16_t *values) {
-    if (c.bytes) tile_bytes(c, from, to, length, keys, values);
-    else tile_halves(c, from, to, length, keys, values);
-}
-
 // Both caches of bytes are laid out as the right operand of a tile product already; the digits of all queries are the left one.
 struct TileDots {
     static void configure(int rows) {
@@ -138,8 +134,10 @@ struct TileDots {
             _tile_stored(2, out + 32, WIDTH * 4);
             _tile_stored(3, out + 48, WIDTH * 4);
         }
+        _tile_release();
     }
-    static void weigh(const uint8_t *values, int head, int positions, const int8_t *digits, int, int32_t *to) {
+    static void weigh(const uint8_t *values, int head, int positions, const int8_t *digits, int count, int32_t *to) {
+        configure(2 * count);
         for (int d = 0; d < head; d += 64) {
             _tile_zero(0);
             _tile_zero(1);
@@ -166,11 +164,26 @@ struct TileDots {
     }
 };
 
-void attend(const CacheView &c, int from, int to, const float *queries, int count, float *tops, float *sums, float *out) {
-    if (!c.bytes || c.head % 64 != 0) return avx512_kernels()->attend(c, from, to, queries, count, tops, sums, out);
-    for (int q = 0; q < count; q += MOST_QUERIES) {
-        attend_bytes<TileDots>(c, from, to, queries + q * c.head, std::min(MOST_QUERIES, count - q), tops + q, sums + q, out + q * c.head);
+void score_on_tiles(const CacheView &c, int start, int blocks, const float *queries, int count, float *to) {
+    if (c.head % 64 != 0) return choose_cache(*avx512_kernels(), "int8").score(c, start, blocks, queries, count, to);
+    score_bytes<TileDots>(c, start, blocks, queries, count, to);
+}
+
+void weigh_on_tiles(const CacheView &c, int start, int positions, const float *weights, int count, float *out) {
+    if (c.head % 64 != 0) return choose_cache(*avx512_kernels(), "int8").weigh(c, start, positions, weights, count, out);
+    weigh_bytes<TileDots>(c, start, positions, weights, count, out);
+}
+
+// The kinds of caches, with what tiles do of them.
+const CacheKind *caches_on_tiles() {
+    static CacheKind kinds[MOST_CACHES];
+    const Kernels &plain = *avx512_kernels();
+    for (int i = 0; i < plain.cache_kinds; ++i) {
+        CacheKind &kind = kinds[i] = plain.caches[i];
+        if (std::strcmp(kind.name, "fp16") == 0) kind.tile = tile_halves;
+        if (std::strcmp(kind.name, "int8") == 0) kind.tile = tile_bytes, kind.score = score_on_tiles, kind.weigh = weigh_on_tiles;
     }
+    return kinds;
 }
 
 inline void store_bf16(uint16_t *to, Floats a, Floats b) {  // 32 numbers in order
@@ -313,8 +326,7 @@ const Kernels *amx_kernels() {
         Kernels t = *avx512_kernels();
         t.name = "amx";
         t.half_product = half_product;
-        t.attend = attend;
-        t.tile_cache = tile_cache;
+        t.caches = caches_on_tiles();
         t.attend_tiles = attend_tiles;
         t.peak = peak;
         t.peak_operations = 4.0 * 2 * 16 * 16 * 32;

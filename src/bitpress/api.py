@@ -1,4 +1,4 @@
-"""The Python interface: the command line's verbs as functions."""
+"""The Python interface: the commands as functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,11 @@ from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.presets import preset_keys
 from bitpress.progress import Progress
-from bitpress.recipes import Recipe, make_recipe
-from bitpress.runtime.selection import load
+from bitpress.recipes import Recipe, load_recipe, make_recipe
+from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.opening import load
+
+_OF_ENGINE = ("activations", "cache", "head")
 
 __all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
 
@@ -36,12 +39,12 @@ def quantize(
     max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compress a model into the directory `out` and give the report.
+    """Quantize a model into the directory `out` and return the report.
 
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
-    preset      instead of a recipe: fast, balanced or best, the one that measured best under that rule at `bits` 4, 3 or 2
-    bits        alone: those of the preset balanced; beside a quantizer: those of its number format, int4-g64-zero for 4
+    preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
+    bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
 
@@ -54,7 +57,7 @@ def quantize(
     if isinstance(recipe, Recipe):
         values = recipe.model_dump()
     elif isinstance(recipe, (str, Path)):
-        values = Recipe.load(recipe).model_dump()
+        values = load_recipe(recipe).model_dump()
     else:
         values |= own or {}
     if weights is not None:
@@ -75,15 +78,17 @@ def quantize(
 def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a model directory against the original, or without `against` its perplexity alone.
 
-    `bitpress.measure.evaluation.evaluate` and `evaluate_alone` have the settings and the figures. With `runtime="native"` or
-    `"transformers"`, the distance is that of what the runtime gives, roundings of its own included.
+    `bitpress.measure.evaluation.evaluate` and `evaluate_alone` list the settings and the figures. With `runtime="native"` or
+    `"transformers"` the distance is that of the runtime's own logits, its roundings included; `activations`, `cache` and `head`
+    are the native engine's, as in `load`.
     """
     given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     if against is None:
-        if through := [name for name in ("runtime", "activations", "cache", "head", "with_runtime") if name in settings]:
+        if through := [name for name in ("runtime", *_OF_ENGINE, "with_runtime") if name in settings]:
             raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
         return _evaluate_alone(given, **settings)
-    return _evaluate(given, resolve_model(str(against)), **settings)
+    engine = EngineOptions.of({name: settings.pop(name) for name in _OF_ENGINE if name in settings})
+    return _evaluate(given, resolve_model(str(against)), engine=engine, **settings)
 
 
 def evaluate_tasks(
@@ -91,10 +96,10 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a model directory on multiple-choice tasks.
 
-    tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and .jsonl files of one's own
-    documents   questions of each, the first ones
+    tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and paths of your own .jsonl files
+    documents   how many questions of each task, from the first
 
-    Gives acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
+    Returns acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
     """
     given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
     return _evaluate_tasks(given, tasks, documents=documents, progress=progress)

@@ -1,4 +1,4 @@
-"""Which arithmetic this processor is fast at."""
+"""The arithmetic in which this processor is fast."""
 
 import platform
 
@@ -8,10 +8,10 @@ __all__ = ["has_fast_bf16"]
 
 
 def has_fast_bf16() -> bool:
-    """Say whether products of bf16 matrices are faster than those of float32.
+    """Return whether products of bf16 matrices are faster than those of float32.
 
-    On x86 that takes matrix tiles (AMX): without them torch multiplies bf16 by AVX-512 instructions, or widens every value, and float32,
-    which is exact, is the faster of the two as well. Other processors are believed where they say that they have such products.
+    On x86 that needs matrix tiles (AMX): without them torch multiplies bf16 by AVX-512 instructions, or widens every value, and exact
+    float32 is faster. Other processors are trusted if they report such products.
     """
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_amx_tile_supported())

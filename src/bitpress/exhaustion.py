@@ -1,4 +1,4 @@
-"""Whether an error says that there is no more memory: it comes under many names, and each of them is exit code 5.
+"""Whether an error means that memory ran out: such errors have many names, and each leads to exit code 5.
 
     MemoryError                    Python, numpy, std::bad_alloc of native code
     OSError ENOMEM                 fork, mmap, a file
@@ -7,7 +7,7 @@
                                    Python: "can't start new thread"
     any of these as the cause of another one, as lazy imports report it
 
-Nothing is imported here that may not fit any more.
+Nothing is imported here, since it might not fit into memory any more.
 """
 
 import errno
@@ -23,12 +23,12 @@ SIGNS = (
     "std::bad_alloc",
     "unable to mmap",
 )
-# Of the space that a library asks for its threads' variables, which is fixed: other libraries took it, not other memory.
+# The fixed space for a library's thread-local variables is used up by other libraries; memory did not run out.
 NOT_MEMORY = "static tls block"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether an error, or one that it came from, is for want of memory."""
+    """Return whether an error, or one of its causes, means that memory ran out."""
     known: set[int] = set()
     while error is not None and id(error) not in known:
         known.add(id(error))
@@ -43,5 +43,5 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's text without the rest that libraries put below it, and without a full stop at its end."""
+    """Return the first line of an error's text, without a full stop at its end."""
     return (str(error).splitlines() or [""])[0].strip().rstrip(".")

@@ -1,4 +1,4 @@
-"""What pydantic and YAML object to, in one line of our own words."""
+"""Errors of pydantic and YAML in one plain line."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from bitpress.errors import UsageError, nearest, shown
 
 __all__ = ["parse_yaml", "read_yaml", "value_fault"]
 
-# What pydantic calls a fault, and what is needed instead. Its own sentences never reach a reader.
+# Pydantic's kinds of errors, and the requirement that each violates. Pydantic's own sentences are never shown.
 _NEEDED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "missing": lambda c: "it is missing",
     "extra_forbidden": lambda c: "there is no such key",
@@ -43,13 +43,13 @@ _UNION = ("int", "float", "str", "bool", "none")
 
 
 def value_fault(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
-    """Return where the first fault is, by keys from the outside, and what is wrong there: "0 is there, 1 or more is needed"."""
+    """Return the path of the first error by keys from the outside, and the error: "0 is there, 1 or more is needed"."""
     faults = error.errors(include_url=False)
     first = faults[0]
     kind, context = first["type"], first.get("ctx", {})
-    # The kinds of a union, such as int and literal['row','group'], stand in the place as if they were keys.
+    # The members of a union, such as int and literal['row','group'], appear in the path as if they were keys.
     at = tuple(part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _UNION))
-    if kind == "value_error":  # of a class of ours, which says it in a line
+    if kind == "value_error":  # raised by our own class, in one line
         return at, _ended(str(context["error"]))
     if any(fault["type"] == "literal_error" for fault in faults if fault["loc"][: len(at)] == at):
         return at, _none_of(first["input"], [f for f in faults if f["type"] == "literal_error"])
@@ -71,7 +71,7 @@ def _none_of(got: Any, faults: list[Any]) -> str:
 
 
 class _Unique(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last in silence."""
+    """Refuses a repeated key, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -82,7 +82,7 @@ class _Unique(yaml.SafeLoader):
 
 
 def parse_yaml(where: str, text: str) -> Any:
-    """Read YAML. Raises UsageError that says where the text stops being YAML, and why."""
+    """Read YAML. Raises UsageError with the position and the reason."""
     try:
         return yaml.load(text, _Unique)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-01 is a ValueError
@@ -90,7 +90,7 @@ def parse_yaml(where: str, text: str) -> Any:
 
 
 def read_yaml(path: Path, expected: str) -> Any:
-    """Read a YAML file. Raises UsageError; `expected` says what a file that is not there should be."""
+    """Read a YAML file. Raises UsageError; `expected` describes the file in the error if it is missing."""
     try:
         return parse_yaml(str(path), path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

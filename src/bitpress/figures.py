@@ -1,9 +1,9 @@
-"""Figures as they are written and read: what to do with an infinite one, and with one that is not a number.
+"""How figures are written and read if they are infinite or not a number.
 
 in Python          inf              nan
 in JSON            "inf", "-inf"    refused: NumericsError, exit 6, before anything is published
 in texts, tables   inf              refused likewise
-half widths (`*_ci95`, `*_stderr`) of a single window or question are infinite: there is none, in JSON null
+half widths (`*_ci95`, `*_stderr`) of a single window or question do not exist: infinite here, null in JSON
 """
 
 import math
@@ -18,7 +18,7 @@ WIDTHS = ("_ci95", "_stderr")
 
 
 def written(figures: Any, where: str) -> Any:
-    """Return figures as JSON has them, nested ones too. Raises NumericsError, with `where` and its name, for one that is no number."""
+    """Return figures as JSON values, nested ones too. Raises NumericsError, with `where` and its name, for a NaN."""
     if isinstance(figures, Mapping):
         return {name: _written(name, value, where) for name, value in figures.items()}
     if isinstance(figures, Sequence) and not isinstance(figures, (str, bytes)):
@@ -37,7 +37,7 @@ def _written(name: str, value: Any, where: str) -> Any:
 
 
 def shown(value: float | str | None, form: str) -> str:
-    """Return a figure for a text, as `form` says ('{:.3f}'), whether it was written or not: 'inf' for an infinite one, '-' for none."""
+    """Return a figure as text by `form` ('{:.3f}'), as a number or as read from JSON: 'inf' if infinite, '-' for None."""
     if value is None:
         return "-"
     number = float(value)

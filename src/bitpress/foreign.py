@@ -1,6 +1,6 @@
-"""What other tools call their formats and methods, and what comes nearest to each here.
+"""Names of formats and methods in other tools, and the nearest ones here.
 
-Names are compared in small letters with `-` and spaces as `_`. Numbers that a pattern catches fill the `{}` of `weights` in their order.
+Names are compared in lower case, with `_` for `-` and spaces. Numbers captured by a pattern fill the `{}` of `weights` in order.
 The first row that matches counts.
 """
 
@@ -12,7 +12,7 @@ __all__ = ["FOREIGN", "Foreign", "find_foreign", "foreign_hint"]
 
 @dataclass(frozen=True)
 class Foreign:
-    """Names of another tool. `quantizer` is None where any will do; `examples` are names that the pattern is for."""
+    """Names of another tool. `quantizer` is None if any will do; `examples` are names that the pattern must match."""
 
     pattern: str
     tool: str

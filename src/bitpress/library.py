@@ -1,4 +1,4 @@
-"""The native library itself: whether it is there, and what this processor offers to it. Imports no torch."""
+"""The native library: whether it was built, and the processor features that it can use. Does not import torch."""
 
 import functools
 import importlib
@@ -9,8 +9,8 @@ from bitpress.settings import code_path, use_native
 
 __all__ = ["VERSION", "available", "built_library", "chosen_path", "code_paths", "features", "library"]
 
-# What the library and `native` agree on; raised whenever a function of it changes. A library left over from before is not used.
-VERSION = 14
+# The version of the interface between the library and `native`, raised whenever a function changes. An older library is not used.
+VERSION = 15
 
 
 @functools.cache
@@ -23,14 +23,14 @@ def _find_library() -> ModuleType | None:
 
 
 def library() -> ModuleType:
-    """Give the library itself. Raises KernelUnavailable where it was not built, or is not wanted."""
+    """Return the library. Raises KernelUnavailable if it was not built or is switched off."""
     if not use_native():
         raise KernelUnavailable("native code is switched off by BITPRESS_NATIVE=off; unset it.")
     return built_library()
 
 
 def built_library() -> ModuleType:
-    """Give the library whether it is wanted or not. Raises KernelUnavailable where it was not built."""
+    """Return the library even if it is switched off. Raises KernelUnavailable if it was not built."""
     library = _find_library()
     if library is None:
         raise KernelUnavailable(
@@ -40,22 +40,22 @@ def built_library() -> ModuleType:
 
 
 def available() -> bool:
-    """Say whether native code is there and wanted."""
+    """Return whether native code was built and is switched on."""
     return use_native() and _find_library() is not None
 
 
 def features() -> frozenset[str]:
-    """Name what this processor offers to native code ("avx512", "amx-bf16"); empty without it."""
+    """Return the features of this processor for native code ("avx512", "amx-bf16"); empty without the library."""
     return frozenset(built_library().features()) if available() else frozenset()
 
 
 def code_paths() -> tuple[str, ...]:
-    """Name the code paths of products that this processor runs, the best one first; none without the library."""
+    """Return the code paths that this processor supports, the best one first; none without the library."""
     return tuple(built_library().paths()) if available() else ()
 
 
 def chosen_path() -> str:
-    """Give the code path that products take. Raises KernelUnavailable, UsageError for a BITPRESS_PATH that is not there."""
+    """Return the code path of products. Raises KernelUnavailable, and UsageError for an unsupported BITPRESS_PATH."""
     paths = library().paths()
     if code_path() not in ("", *paths):
         raise UsageError(f"BITPRESS_PATH: {code_path()!r} is not there; this processor runs {', '.join(paths)}.")

@@ -17,9 +17,9 @@ TEMPLATE_BYTES = 256 * 2**20
 
 @contextmanager
 def bounded(seconds: float, num_bytes: int) -> Iterator[None]:
-    """Bound the time (in the main thread, where signals arrive) and the further memory (on Linux) of what runs inside.
+    """Limit the time (in the main thread, where signals arrive) and the additional memory (on Linux) of the block inside.
 
-    Raises RuntimeError when the time is over; the memory shows as MemoryError.
+    Raises RuntimeError when the time is over and MemoryError when the memory is.
     """
 
     def expire(*_: object) -> None:
@@ -43,7 +43,7 @@ def bounded(seconds: float, num_bytes: int) -> Iterator[None]:
 
 
 def address_space_left() -> int | None:
-    """Return the bytes that the limit on this process's address space (ulimit -v) leaves; None where there is no limit."""
+    """Return the remaining bytes of this process's address space limit (ulimit -v), or None without a limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == resource.RLIM_INFINITY or sys.platform != "linux" else max(soft - _address_space(), 0)
 

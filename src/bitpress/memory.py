@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds, and giving back what it no longer uses."""
+"""Memory of this process: its use, and the release of unused memory."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ __all__ = ["peak_bytes", "release", "reset_peak", "resident_bytes"]
 
 
 def release() -> None:
-    """Return freed memory to the system where the C library can (glibc keeps tens of megabytes a block otherwise)."""
+    """Return freed memory to the system if the C library can (glibc otherwise keeps tens of megabytes per block)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -24,12 +24,12 @@ def resident_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Let `peak_bytes` begin anew, where the system can do that."""
+    """Reset `peak_bytes`, if the system supports that."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The largest resident size since the process began, or since `reset_peak`."""
+    """Return the largest resident size since the process began, or since `reset_peak`."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,6 +1,6 @@
-"""The native library, where it could be built: typed doors to it, and whether it is there.
+"""Typed functions of the native library, if it could be built.
 
-Every function has a reference in torch that says what it computes; callers use that where `available()` is False. Tensors are
+Every function has a reference in torch that defines its result; callers use the reference if `available()` is False. Tensors are
 on the CPU and contiguous; results do not depend on the number of threads.
 """
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.library import available, built_library, chosen_path, code_paths, features, library
 
@@ -47,7 +48,7 @@ IN_STEPS = 3
 
 @dataclass(frozen=True)
 class Steps:
-    """Scales that are kept as whole multiples, 1 to `most`, of one step a block; all are 0 where it is."""
+    """Scales that are integer multiples, 1 to `most`, of one step per block; all are 0 if the step is."""
 
     step: Float[torch.Tensor, "blocks 1"]
     most: int
@@ -55,7 +56,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class EvenLevels:
-    """Levels `(code - zero) * scale`, codes 0 to `top`; zero points one a group and row, or one for all."""
+    """Levels `(code - zero) * scale`, codes 0 to `top`; one zero point per group and row, or one for all."""
 
     zero: Float[torch.Tensor, "groups rows"] | float
     top: int
@@ -66,20 +67,21 @@ class LevelTable:
     """At most 256 levels in rising order, times a scale: a value above k `boundaries` has the k-th level, whose code is `code_of[k]`.
 
     `zeros` are the codes of 0 and of negative 0, which values with their sign bit set get.
+    The library refuses a table whose three lengths do not belong together.
     """
 
-    boundaries: Float[torch.Tensor, " levels-1"]
+    boundaries: Float[torch.Tensor, " boundaries"]
     levels: Float[torch.Tensor, " levels"]
-    code_of: UInt8[torch.Tensor, " levels"]
+    code_of: UInt8[torch.Tensor, " codes"]
     zeros: tuple[int, int] | None
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """Give it as the library takes it."""
+        """Return the table as arguments of the library."""
         return (self.boundaries, self.levels, self.code_of, *(self.zeros or (-1, -1)))
 
 
 def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Say whether the block functions below take these: `[blocks, n]` on the CPU, a scale a block, and native code there."""
+    """Return whether the block functions below accept these: `[blocks, n]` on the CPU, one scale per block, and native code built."""
     return values.ndim == 2 and scale.shape == (values.shape[0], 1) and values.device.type == "cpu" and available()
 
 
@@ -91,10 +93,10 @@ def round_columns_(
     group: Int[torch.Tensor, " cols"],
     least: Float[torch.Tensor, "cols rows"] | None = None,
 ) -> tuple[UInt8[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"], Float[torch.Tensor, "cols rows"] | None]:
-    """Round columns in order, each error fed to the columns after it in `w`; give codes, errors and what is kept apart.
+    """Round columns in order, each error fed to the columns after it in `w`; return codes, errors and outliers.
 
-    `group` names each column's row of parameters. Errors larger than `least` are kept apart, rounded to half precision, and no more
-    than the rest of them is fed on; without `least` nothing is.
+    `group` names each column's row of parameters. Errors larger than `least` are stored as outliers in half precision,
+    and only their remainder is fed on; without `least` there are no outliers.
     """
     codes = torch.empty(w.shape, dtype=torch.uint8)
     errors = torch.empty_like(w)
@@ -115,7 +117,7 @@ def gram_size(in_features: int) -> int:
 
 
 def add_gram_(gram: Float[torch.Tensor, "padded padded"], x: torch.Tensor) -> None:
-    """Add x.T @ x on and above the diagonal; `x` is bf16 `[tokens, in]`. What is below the diagonal is undefined."""
+    """Add x.T @ x on and above the diagonal; `x` is bf16 `[tokens, in]`. Entries below the diagonal are undefined."""
     built_library().add_gram(gram, x.view(torch.int16), torch.get_num_threads())
 
 
@@ -130,7 +132,7 @@ def encode_affine(
     zero: Float[torch.Tensor, "blocks 1"] | float,
     top: int,
 ) -> UInt8[torch.Tensor, "blocks n"]:
-    """Give `round(values / scale) + zero`, halves to even, clamped to 0 .. top; a scale of 0 divides as 1."""
+    """Return `round(values / scale) + zero`, halves to even, clamped to 0 .. top; a scale of 0 divides as 1."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
     stored, constant = _zero(zero)
     built_library().encode_affine(values.contiguous(), codes, _vector(scale), stored, constant, top, torch.get_num_threads())
@@ -146,10 +148,10 @@ def search_ranges(
     with_zero: bool,
     kept: torch.dtype | Steps,
 ) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks 1"] | None, bool]:
-    """Give each block the scale, and the zero point, of the ratio of its range that leaves the least squared error.
+    """Return the scale and the zero point of every block, for the ratio of its range with the least squared error.
 
-    Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16, float32 or steps. The third says whether every
-    scale that was tried lies in its range.
+    Levels are `(code - zero) * scale`, codes 0 to `top`; scales are rounded to `kept`, fp16, bf16, float32 or steps. The third result
+    says whether every scale that was tried is in the range of `kept`.
     """
     scale = torch.empty(values.shape[0])
     zero = torch.empty(values.shape[0]) if with_zero else None
@@ -167,7 +169,7 @@ def search_scales(
     trials: Float[torch.Tensor, "trials blocks"],
     table: LevelTable,
 ) -> Float[torch.Tensor, "blocks 1"]:
-    """Give each block the scale of its trials that leaves the least squared error, the first of equally good ones."""
+    """Return the scale of every block, of its trials, with the least squared error; the first of equals."""
     scale = torch.empty(values.shape[0])
     weights = None if importance is None else importance.contiguous()
     threads = torch.get_num_threads()
@@ -178,7 +180,7 @@ def search_scales(
 def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int
 ) -> Int[torch.Tensor, "books n"]:
-    """Give the words, one of each book, that add up to nearly each vector; the `width` best beginnings of a sum are kept."""
+    """Return the words, one of each book, whose sum is close to each vector; the `width` best partial sums are kept."""
     codes = torch.empty(words.shape[0], vectors.shape[0], dtype=torch.int64)
     built_library().beam_search(vectors.contiguous(), words.contiguous(), width, codes, torch.get_num_threads())
     return codes
@@ -187,7 +189,7 @@ def beam_search(
 def nearest_pairs(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "2 count span"]
 ) -> Int[torch.Tensor, "2 n"]:
-    """Give the words of two books whose sum is the nearest of all sums to each vector."""
+    """Return the words of two books whose sum is the nearest of all sums to each vector."""
     codes = torch.empty(2, vectors.shape[0], dtype=torch.int64)
     built_library().nearest_pairs(vectors.contiguous(), words.contiguous(), codes, torch.get_num_threads())
     return codes
@@ -198,7 +200,7 @@ def decode_affine(
     scale: Float[torch.Tensor, "blocks 1"],
     zero: Float[torch.Tensor, "blocks 1"] | float,
 ) -> Float[torch.Tensor, "blocks n"]:
-    """Give `(codes - zero) * scale`."""
+    """Return `(codes - zero) * scale`."""
     values = torch.empty(codes.shape)
     stored, constant = _zero(zero)
     built_library().decode_affine(codes.contiguous(), values, _vector(scale), stored, constant, torch.get_num_threads())
@@ -208,7 +210,7 @@ def decode_affine(
 def encode_levels(
     values: Float[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: LevelTable
 ) -> UInt8[torch.Tensor, "blocks n"]:
-    """Give the codes of the levels nearest to `values / scale`; a scale of 0 divides as 1."""
+    """Return the codes of the levels nearest to `values / scale`; a scale of 0 divides as 1."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
     built_library().encode_levels(values.contiguous(), codes, _vector(scale), *table.parts(), torch.get_num_threads())
     return codes
@@ -217,7 +219,7 @@ def encode_levels(
 def decode_levels(
     codes: UInt8[torch.Tensor, "blocks n"], scale: Float[torch.Tensor, "blocks 1"], table: Float[torch.Tensor, " 256"]
 ) -> Float[torch.Tensor, "blocks n"]:
-    """Give `table[codes] * scale`."""
+    """Return `table[codes] * scale`."""
     values = torch.empty(codes.shape)
     built_library().decode_levels(codes.contiguous(), values, _vector(scale), table, torch.get_num_threads())
     return values
@@ -231,7 +233,7 @@ def pack_dense(codes: UInt8[torch.Tensor, "rows count"], bits: int) -> UInt8[tor
 
 
 def unpack_dense(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> UInt8[torch.Tensor, "rows count"]:
-    """Give back `count` codes of every row."""
+    """Return the first `count` codes of every row."""
     codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
     built_library().unpack_dense(packed.contiguous(), codes, bits, torch.get_num_threads())
     return codes
@@ -248,9 +250,9 @@ def _zero(zero: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
 def compare_rows(
     p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
 ) -> tuple[Float[torch.Tensor, "4 rows"], int]:
-    """Give of every row KL(p, q), whether both name one token, and the negative log-likelihoods of `following` (-1: none), in nats.
+    """Return KL(p, q), top token agreement, and the negative log-likelihoods of `following` (-1: none) for every row, in nats.
 
-    Logits are float32 or bf16, both of one kind. Also says whose are not all finite: 1 for p, 2 for q, 3 for both, 0 for neither.
+    Logits are float32 or bf16, both of one type. The second result says which are not finite: 1 for p, 2 for q, 3 for both, 0 for neither.
     """
     figures = torch.empty((p.shape[0], 4), dtype=torch.float64)
     p, q = (x.contiguous().view(torch.int16) if x.dtype == torch.bfloat16 else x.contiguous() for x in (p, q))

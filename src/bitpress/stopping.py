@@ -1,4 +1,4 @@
-"""Stopping on request: a signal is noted, and the work ends at its next safe point."""
+"""Stopping on request: a signal is recorded, and the work ends at its next safe point."""
 
 import signal
 import threading

@@ -565,30 +565,43 @@ def dense(rows: int, columns: int, seed: int = 0) -> Any:
     return linear
 
 
+def layer_steps() -> list[dict[str, Any]]:
+    return [
+        {"step": "norm", "weight": f32(HIDDEN), "to": "x"},
+        {
+            "step": "multiply",
+            "of": "x",
+            "linears": {
+                "q": dense(HEADS * HEAD, HIDDEN, 1),
+                "k": dense(KV * HEAD, HIDDEN, 2),
+                "v": dense(KV * HEAD, HIDDEN, 3),
+            },
+        },
+        {
+            "step": "attend",
+            **{"queries": "q", "keys": "k", "values": "v", "to": "attended"},
+            **{"q_norm": f32(HEAD), "k_norm": None, "rope": 0, "window": 0},
+        },
+        {"step": "multiply", "of": "attended", "linears": {"o": dense(HIDDEN, HEADS * HEAD, 4)}},
+        {"step": "add", "of": "o", "norm": None},
+        {"step": "norm", "weight": f32(HIDDEN), "to": "y"},
+        {"step": "gate", "of": "y", "gate": dense(INNER, HIDDEN, 5), "up": dense(INNER, HIDDEN, 6), "to": "acted"},
+        {"step": "multiply", "of": "acted", "linears": {"down": dense(HIDDEN, INNER, 7)}},
+        {"step": "add", "of": "down", "norm": f32(HIDDEN)},
+    ]
+
+
+# The number of the step that each key is a part of.
+LINEARS = {"q": 1, "k": 1, "v": 1, "o": 3, "down": 7}
+PARTS = {"weight": 0, "q_norm": 2, "k_norm": 2, "rope": 2, "window": 2, "gate": 6, "up": 6, "norm": 8}
+
+
 def model_arguments() -> dict[str, Any]:
-    layer = {
-        "q": dense(HEADS * HEAD, HIDDEN, 1),
-        "k": dense(KV * HEAD, HIDDEN, 2),
-        "v": dense(KV * HEAD, HIDDEN, 3),
-        "o": dense(HIDDEN, HEADS * HEAD, 4),
-        "gate": dense(INNER, HIDDEN, 5),
-        "up": dense(INNER, HIDDEN, 6),
-        "down": dense(HIDDEN, INNER, 7),
-        "input_norm": f32(HIDDEN),
-        "mlp_norm": f32(HIDDEN),
-        "attention_out_norm": None,
-        "mlp_out_norm": f32(HIDDEN),
-        "q_norm": f32(HEAD),
-        "k_norm": None,
-        "rope": 0,
-        "window": 0,
-    }
     shape = {
         "hidden": HIDDEN,
         "heads": HEADS,
         "kv_heads": KV,
         "head": HEAD,
-        "intermediate": INNER,
         "vocabulary": VOCABULARY,
         "context": CONTEXT,
         "eps": 1e-5,
@@ -600,25 +613,42 @@ def model_arguments() -> dict[str, Any]:
     table = dense(VOCABULARY, HIDDEN, 8)
     return {
         "shape": shape,
-        "layers": [layer, dict(layer)],
+        "layers": [layer_steps(), layer_steps()],
         "ropes": [(f32(HEAD // 2, value=0.1), 1.0)],
         "embedding": table,
         "head": table,
         "threads": 1,
         "byte_activations": True,
         "float_prompts": False,
-        "byte_cache": False,
+        "cache": "fp16",
         "path": "",
     }
 
 
-def make_model(**changes: Any) -> Any:
-    return native.library().Model(**{**model_arguments(), **changes})
+def make_model(**changes: Any) -> "Running":
+    return Running(native.library().Model(**{**model_arguments(), **changes}))
 
 
-def logits_of(model: Any, *tokens: int) -> np.ndarray:
+class Running:
+    """A model and a text of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.text = model, model.sequence()
+
+    def forward(self, *arguments: Any) -> None:
+        self.model.forward(self.text, *arguments)
+
+    def step(self, *arguments: Any) -> int:
+        return int(self.model.step(self.text, *arguments))
+
+    @property
+    def length(self) -> int:
+        return int(self.text.length)
+
+
+def logits_of(running: Running, *tokens: int) -> np.ndarray:
     to = np.full((1, VOCABULARY), np.nan, np.float32)
-    model.forward(i32(*tokens), to)
+    running.forward(i32(*tokens), to)
     assert np.isfinite(to).all()
     return to
 
@@ -629,16 +659,33 @@ def with_shape(**values: Any) -> dict[str, Any]:
     return arguments
 
 
-def with_layer(index: int = 1, **values: Any) -> dict[str, Any]:
+def with_step(number: int, index: int = 1, **values: Any) -> dict[str, Any]:
     arguments = model_arguments()
-    arguments["layers"][index] |= values
+    arguments["layers"][index][number] |= values
     return arguments
 
 
-def without(key: str) -> dict[str, Any]:
+def with_linear(name: str, linear: Any) -> dict[str, Any]:
     arguments = model_arguments()
-    for part in (arguments["shape"], arguments["layers"][1]):
-        part.pop(key, None)
+    arguments["layers"][1][LINEARS[name]]["linears"][name] = linear
+    return arguments
+
+
+def without_shape(key: str) -> dict[str, Any]:
+    arguments = model_arguments()
+    del arguments["shape"][key]
+    return arguments
+
+
+def without_part(number: int, key: str) -> dict[str, Any]:
+    arguments = model_arguments()
+    del arguments["layers"][1][number][key]
+    return arguments
+
+
+def with_steps(change: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    arguments = model_arguments()
+    change(arguments["layers"][1])
     return arguments
 
 
@@ -649,7 +696,7 @@ def model_attacks() -> dict[str, Callable[[], dict[str, Any]]]:
     def add(name: str, make: Callable[..., dict[str, Any]], *given: Any, **values: Any) -> None:
         attacks[name] = lambda: make(*given, **values)
 
-    for key in ("hidden", "heads", "kv_heads", "head", "intermediate", "vocabulary", "context"):
+    for key in ("hidden", "heads", "kv_heads", "head", "vocabulary", "context"):
         for value in (0, -1, None, "1", 1.5, 2**30 + 1, *BIG):
             add(f"{key}={value!r}", with_shape, **{key: value})
     for key, other in (
@@ -662,28 +709,55 @@ def model_attacks() -> dict[str, Callable[[], dict[str, Any]]]:
         ("head", 15),
     ):
         add(f"{key}={other}", with_shape, **{key: other})
-    for key, other in (("head", 528), ("intermediate", 25), ("vocabulary", 49), ("vocabulary", 51), ("heads", 2**30)):
+    for key, other in (("head", 528), ("vocabulary", 49), ("vocabulary", 51), ("heads", 2**30)):
         add(f"{key}={other}", with_shape, **{key: other})
     for key in ("eps", "attention_scale", "embedding_scale", "tanh_gelu", "final_norm"):
         for value in (None, "1", [1.0], f32(HIDDEN + 1)):
             add(f"{key}={value!r}"[:40], with_shape, **{key: value})
-    for key in ("q", "k", "v", "o", "gate", "up", "down"):
+    for key in (*LINEARS, "gate", "up"):
+
+        def replaced(linear: Any, key: str = key) -> dict[str, Any]:
+            return with_linear(key, linear) if key in LINEARS else with_step(PARTS[key], **{key: linear})
+
         for name, value in (("None", None), ("a number", 3), ("an array", f32(HIDDEN, HIDDEN)), ("text", "q")):
-            add(f"{key} is {name}", with_layer, **{key: value})
-        attacks[f"{key} of another shape"] = lambda key=key: with_layer(**{key: dense(HIDDEN + 1, HIDDEN)})
-        attacks[f"{key} of another width"] = lambda key=key: with_layer(**{key: dense(HIDDEN, HIDDEN + 1)})
-    for key in ("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm"):
+            add(f"{key} is {name}", replaced, value)
+        attacks[f"{key} of another shape"] = lambda replaced=replaced: replaced(dense(HIDDEN + 1, HIDDEN))
+        attacks[f"{key} of another width"] = lambda replaced=replaced: replaced(dense(HIDDEN, HIDDEN + 1))
+    for key in ("weight", "norm", "q_norm", "k_norm"):
         size = HEAD if key in ("q_norm", "k_norm") else HIDDEN
         taken = ["another type", "every other", "backwards"]  # by a copy
-        taken += [] if key in ("input_norm", "mlp_norm") else ["None"]
+        taken += [] if key == "weight" else ["None"]
         wrong = {kind: value for kind, value in variants(f32(size)).items() if kind not in taken}
         for name, value in wrong.items():
-            add(f"{key}, {name}", with_layer, **{key: value})
+            add(f"{key}, {name}", with_step, PARTS[key], **{key: value})
     for key, values in (("rope", (1, -2, None, "0", 0.5, *BIG)), ("window", (-1, None, "0", 0.5, *BIG[1:]))):
         for value in values:
-            add(f"{key}={value!r}", with_layer, **{key: value})
-    for key in (*model_arguments()["shape"], *model_arguments()["layers"][0]):
-        add(f"no {key}", without, key)
+            add(f"{key}={value!r}", with_step, PARTS[key], **{key: value})
+    for key in model_arguments()["shape"]:
+        add(f"no {key}", without_shape, key)
+    for number, step in enumerate(layer_steps()):
+        for key in step:
+            add(f"step {number}, no {key}", without_part, number, key)
+            if key in ("step", "of", "to", "queries", "keys", "values"):
+                for value in (None, 3, "a name of nothing" if key != "to" else "", [step[key]]):
+                    if value != "":
+                        add(f"step {number}, {key}={value!r}", with_step, number, **{key: value})
+        for value in (None, [], {}, 3, {1: None}, {"q": None}):
+            if step["step"] == "multiply":
+                add(f"step {number}, linears={value}", with_step, number, linears=value)
+    for name, change in (
+        ("a value that is made twice", lambda steps: steps.insert(1, dict(steps[0]))),
+        ("an output that is read twice", lambda steps: steps.append(dict(steps[-1]))),
+        ("an output that none reads", lambda steps: steps.pop()),
+        ("an input that none reads", lambda steps: steps.append({**steps[0], "to": "z"})),
+        ("an output in the place of an input", lambda steps: steps[3].update(of="q")),
+        ("an input in the place of an output", lambda steps: steps[4].update(of="x")),
+        ("a value of a step behind", lambda steps: steps.reverse()),
+        ("queries in the place of keys", lambda steps: steps[2].update(keys="q", queries="k")),
+        ("a layer of no step", lambda steps: steps.clear()),
+        ("a step that is none", lambda steps: steps.append(None)),
+    ):
+        add(name, with_steps, change)
     for name, ropes in (
         ("no rotations", []),
         ("a rotation of nothing", [(f32(0), 1.0)]),
@@ -707,11 +781,11 @@ def model_attacks() -> dict[str, Callable[[], dict[str, Any]]]:
             attacks[f"{key} is {name}"] = lambda key=key, make=make: {**model_arguments(), key: make()}
     for key, values in (
         ("shape", (None, [], 3)),
-        ("layers", (None, [], {}, [None], [3], ({},), [{}])),
+        ("layers", (None, [], {}, [None], [3], ([],), [[]], [{}], [[{}]])),
         ("threads", (0, -1, 1025, None, "1", 1.5, *BIG)),
         ("byte_activations", (None, "yes", 2)),
         ("float_prompts", (None, "yes", 2)),
-        ("byte_cache", (None, "yes", 2)),
+        ("cache", (None, "", "fp8", 2)),
         ("path", ("neon", None, 3)),
     ):
         for value in values:
@@ -738,13 +812,21 @@ def test_no_wrong_part_becomes_a_model(attack: str, said_of_models: dict[str, st
 @pytest.mark.parametrize(
     ("attack", "wanted"),
     [
-        ("no q", "layers[1] lacks q"),
+        ("step 1, no of", "layers[1][1] lacks of"),
         ("no vocabulary", "shape lacks vocabulary"),
-        ("q is None", "layers[1].q must be a Linear"),
-        ("down of another shape", f"layers[1].down must be [{HIDDEN}, {INNER}], not [{HIDDEN + 1}, {HIDDEN}]"),
-        ("mlp_norm, text", "layers[1].mlp_norm must be an array of float32 of one dimension"),
-        ("mlp_norm, longer", f"layers[1].mlp_norm must be [{HIDDEN}]"),
-        ("rope=1", "layers[1].rope must be -1 or the index of a rotation"),
+        ("q is None", "layers[1][1].linears.q must be a Linear"),
+        ("k of another shape", f"layers[1][2].keys must be a value of {KV * HEAD} columns, not {HIDDEN + 1}"),
+        ("down of another shape", f"layers[1][7].linears.down must be [any, {INNER}], not [{HIDDEN + 1}, {HIDDEN}]"),
+        ("up of another shape", f"layers[1][6].up must be [{INNER}, {HIDDEN}], not [{HIDDEN + 1}, {HIDDEN}]"),
+        ("norm, text", "layers[1][8].norm must be an array of float32 of one dimension"),
+        ("norm, longer", f"layers[1][8].norm must be [{HIDDEN}]"),
+        ("rope=1", "layers[1][2].rope must be -1 or the index of a rotation"),
+        ("step 0, step=None", "layers[1][0].step must be the name of a step"),
+        ("an output that none reads", "layers[1] must be of steps that read all values; none reads down"),
+        ("an output that is read twice", "layers[1][9].of must be a value that no other step reads"),
+        ("an input in the place of an output", "layers[1][4].of must be a value of its sort that a step before it makes"),
+        ("a value that is made twice", "layers[1][1].to must be a name that no step of the layer before it has"),
+        ("cache='fp8'", "cache must be fp16 or int8, not 'fp8'"),
         ("a rotation of one part", "ropes[0] must be a tuple of frequencies and a factor"),
         ("a factor that is none", "ropes[0][1] must be a number"),
         ("heads='1'", "shape.heads must be a whole number of 32 bits"),
@@ -783,12 +865,12 @@ USED = "the layer is in use"
 @pytest.mark.parametrize("kind", ADDITIONS)
 def test_a_layer_of_a_model_cannot_be_filled(kind: str, byte_activations: bool) -> None:
     arguments = {**model_arguments(), "byte_activations": byte_activations}
-    layer = arguments["layers"][0]["q"]
-    model = native.library().Model(**arguments)
+    layer = arguments["layers"][0][1]["linears"]["q"]
+    model = Running(native.library().Model(**arguments))
     wanted = [logits_of(model, *tokens) for tokens in ((1,), (1, 2, 3, 4, 5, 6))]
     with pytest.raises(ValueError, match=USED):
         ADDITIONS[kind](layer)
-    model.truncate(0)
+    model.text.truncate(0)
     assert all((logits_of(model, *tokens) == w).all() for tokens, w in zip(((1,), (1, 2, 3, 4, 5, 6)), wanted, strict=True))
     del model, arguments
     gc.collect()
@@ -799,8 +881,8 @@ def test_a_model_that_was_not_made_uses_no_layer() -> None:
     arguments = with_shape(vocabulary=VOCABULARY - 1)
     with pytest.raises(ValueError, match="embedding"):
         native.library().Model(**arguments)
-    for layer in arguments["layers"]:
-        layer["q"].set_bias(f32(HEADS * HEAD))
+    for steps in arguments["layers"]:
+        steps[1]["linears"]["q"].set_bias(f32(HEADS * HEAD))
 
 
 def test_a_layer_cannot_be_filled_while_it_is_multiplied() -> None:
@@ -914,24 +996,26 @@ def test_memory_that_threads_do_not_get_is_said_by_all(path: str, in_bytes: bool
 
 def test_a_model_keeps_what_it_is_made_of() -> None:
     arguments = model_arguments()
-    model = native.library().Model(**arguments)
+    model = Running(native.library().Model(**arguments))
     first = logits_of(model, 1, 2, 3)
-    for layer in arguments["layers"]:
-        for value in layer.values():
-            if isinstance(value, np.ndarray):
-                value[:] = np.nan
-        layer.clear()
+    for steps in arguments["layers"]:
+        for step in steps:
+            for value in step.values():
+                if isinstance(value, np.ndarray):
+                    value[:] = np.nan
+            step.clear()
+        steps.clear()
     arguments.clear()
     gc.collect()
-    model.truncate(0)
+    model.text.truncate(0)
     assert (logits_of(model, 1, 2, 3) == first).all()
 
 
-@pytest.mark.parametrize("byte_cache", [False, True])
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
 @pytest.mark.parametrize("byte_activations", [False, True])
-def test_no_wrong_token_or_buffer_reaches_a_model(byte_cache: bool, byte_activations: bool) -> None:
+def test_no_wrong_token_or_buffer_reaches_a_model(cache: str, byte_activations: bool) -> None:
     library = native.library()
-    model = make_model(byte_cache=byte_cache, byte_activations=byte_activations)
+    model = make_model(cache=cache, byte_activations=byte_activations)
     wanted = logits_of(model, 1, 2, 3)
     how, random = library.Sampling(1.0, 0, 1.0, 0.0, 1.0), library.Random(1)
     to = f32(3, VOCABULARY, value=7.0)
@@ -969,16 +1053,16 @@ def test_no_wrong_token_or_buffer_reaches_a_model(byte_cache: bool, byte_activat
         model.step(i32(1), random, how)
     for wrong in (-1, 4, None, "0", 1.5, *BIG):
         with pytest.raises(REFUSED):
-            model.truncate(wrong)
-    model.truncate(0)
+            model.text.truncate(wrong)
+    model.text.truncate(0)
     assert (logits_of(model, 1, 2, 3) == wanted).all()
 
 
 def test_a_context_is_filled_to_its_end_and_no_further() -> None:
     for path in PATHS:
-        for byte_cache in (False, True):
+        for cache in ("fp16", "int8"):
             for first in (1, 4, 5, CONTEXT - 1, CONTEXT):
-                model = make_model(path=path, byte_cache=byte_cache)
+                model = make_model(path=path, cache=cache)
                 model.forward(np.arange(first, dtype=np.int32), f32(first, VOCABULARY))
                 while model.length < CONTEXT:
                     logits_of(model, model.length)
@@ -990,10 +1074,11 @@ def test_a_context_is_filled_to_its_end_and_no_further() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 0.0])
 def test_a_model_of_numbers_that_are_none_ends(path: str, value: float) -> None:
-    for byte_cache in (False, True):
-        arguments = with_layer(0, input_norm=f32(HIDDEN, value=value), q_norm=f32(HEAD, value=value))
-        arguments |= {"path": path, "byte_cache": byte_cache, "ropes": [(f32(HEAD // 2, value=value), 1.0)]}
-        model = native.library().Model(**arguments)
+    for cache in ("fp16", "int8"):
+        arguments = with_step(0, 0, weight=f32(HIDDEN, value=value))
+        arguments["layers"][0][2]["q_norm"] = f32(HEAD, value=value)
+        arguments |= {"path": path, "cache": cache, "ropes": [(f32(HEAD // 2, value=value), 1.0)]}
+        model = Running(native.library().Model(**arguments))
         how = native.library().Sampling(0.8, 5, 0.9, 0.1, 1.1)
         if value:  # said, and nothing is in the cache behind it
             with pytest.raises(OverflowError, match="beyond the range"):
@@ -1022,6 +1107,21 @@ def test_two_threads_take_turns_at_a_model() -> None:
     for runner in runners:
         runner.join(60)
     assert model.length == 360
+
+
+def test_a_model_takes_its_own_sequences_only() -> None:
+    model, other = make_model(), make_model()
+    how, random, to = native.library().Sampling(1.0, 0, 1.0, 0.0, 1.0), native.library().Random(1), f32(1, VOCABULARY)
+    for wrong in (other.text, make_model(shape={**model_arguments()["shape"], "context": 4}).text, None, 3, model):
+        with pytest.raises(REFUSED):
+            model.model.forward(wrong, i32(1), to)
+        with pytest.raises(REFUSED):
+            model.model.step(wrong, i32(1), how, random)
+    text = model.text
+    del model
+    gc.collect()
+    text.truncate(0)  # a sequence outlives its model
+    assert text.length == 0
 
 
 # ---- layers that were stored ----

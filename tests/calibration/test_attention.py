@@ -50,7 +50,7 @@ class Block(torch.nn.Module):
 
 
 def measure(block: Block, x: torch.Tensor, needs: set[str]) -> Any:
-    observed = block.watched()
+    observed = block.observed()
     capture = Capture(observed, needs, find_roles(lambda: block(x[:1]), observed))
     for text in x.split(1):
         with capture:
@@ -61,7 +61,7 @@ def measure(block: Block, x: torch.Tensor, needs: set[str]) -> Any:
 
 def test_roles_are_found_by_what_moves() -> None:
     block = Block(heads=4)
-    roles = find_roles(lambda: block(draw(1, TOKENS, 6)), block.watched())
+    roles = find_roles(lambda: block(draw(1, TOKENS, 6)), block.observed())
     assert {role: w.name for role, w in roles.items()} == {"query": "q", "key": "k", "value": "v", "output": "o"}
 
 
@@ -150,7 +150,7 @@ def test_scores_are_those_of_torch(kind: str, keys: int) -> None:
 
 def test_a_row_that_pays_nothing_anywhere_is_refused() -> None:
     block, x = Block(), draw(1, TOKENS, 6)
-    observed = block.watched()
+    observed = block.observed()
     capture = Capture(observed, {"gram", "row_gram", "head_gram"}, find_roles(lambda: block(x), observed))
     q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, ROW)).transpose(1, 2) for w in (block.q, block.k, block.v))
     with capture:
@@ -158,7 +158,7 @@ def test_a_row_that_pays_nothing_anywhere_is_refused() -> None:
         nothing = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
         torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=nothing)
     capture.next_batch()
-    with pytest.raises(NumericsError, match="v: the attention over the layer's input holds a NaN"):
+    with pytest.raises(NumericsError, match="v: the attention holds a NaN"):
         capture.finish()
 
 

@@ -118,7 +118,7 @@ def test_unused_and_unwatched_weights() -> None:
 
 def test_wrong_orientation_is_refused() -> None:
     w = draw(IN, IN)
-    with pytest.raises(CalibrationError, match=r"w: .*orientation"), Capture([Observed("w", w)], {"gram"}):
+    with pytest.raises(CalibrationError, match=r"w: .*transposed"), Capture([Observed("w", w)], {"gram"}):
         _ = draw(TOKENS, IN) @ w
 
 

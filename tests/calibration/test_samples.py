@@ -95,7 +95,7 @@ def test_files(tmp_path: Path) -> None:
     [
         ("a.txt", b" \n", "holds no text"),
         ("a.txt", b"ab\xff", "not UTF-8 at byte 2"),
-        ("a.json", b"{}", "not a kind of text"),
+        ("a.json", b"{}", "unknown text"),
         ("a.jsonl", b"\n\n", "holds no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n["text"]', "line 2: must be an object"),
@@ -143,7 +143,7 @@ def test_hub_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(CalibrationError, match="cannot be had from the hub: no network Give") as caught:
+    with pytest.raises(CalibrationError, match="cannot be fetched from the hub: no network Use") as caught:
         read_texts("hf:org/set")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -84,7 +84,7 @@ def test_nothing_goes_while_a_process_works_there(cache: Path) -> None:
     try:
         workshop = cache / "gguf" / f".{other.pid}-abc"
         workshop.mkdir()
-        with pytest.raises(UsageError, match=f"process {other.pid} is making something"):
+        with pytest.raises(UsageError, match=f"process {other.pid} is writing to the cache"):
             clear_cache()
         assert len(kinds()) == 4
     finally:

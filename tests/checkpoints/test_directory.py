@@ -249,9 +249,9 @@ def test_an_index_names_the_shards(root: Path) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "rule"),
     [
-        ({}, "not empty"),
-        ([], "not empty"),
-        (None, "not empty"),
+        ({}, "non-empty object"),
+        ([], "non-empty object"),
+        (None, "non-empty object"),
         ({"a": 1}, "not the name of a safetensors file"),
         ({"a": None}, "not the name of a safetensors file"),
         ({"a": ["s1.safetensors"]}, "not the name of a safetensors file"),
@@ -294,7 +294,7 @@ def test_an_index_beside_another_single_file_is_ambiguous(root: Path) -> None:
     write_weights(root / "s1.safetensors", "a")
     write_weights(root / SINGLE_NAME, "a")
     write_index(root, {"a": "s1.safetensors"})
-    with pytest.raises(CheckpointError, match="remove the one that is stale"):
+    with pytest.raises(CheckpointError, match="remove the stale one"):
         read_index(root)
     write_index(root, {"a": SINGLE_NAME})
     assert read_index(root) == {"a": SINGLE_NAME}

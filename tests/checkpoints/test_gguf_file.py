@@ -23,7 +23,7 @@ from bitpress.cli.reports import told_original, told_ratio
 from bitpress.errors import CheckpointError
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "ĠĠ"]
@@ -201,7 +201,7 @@ def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:
     ("changes", "text"),
     [
         ({"without": "output_norm.weight"}, "holds"),
-        ({"extra": ["rope_freqs.weight"]}, "rope_freqs.weight has no place"),
+        ({"extra": ["rope_freqs.weight"]}, "no key for rope_freqs.weight"),
         ({"extra": ["blk.0.surprise.weight"]}, "holds"),
         ({"layers": 10**9}, "block_count"),
         ({"hidden": 2**20}, "holds"),
@@ -333,11 +333,11 @@ def test_parts_that_do_not_make_a_model(tmp_path: Path, cache: Path) -> None:
     refused(r"m-00002-of-00003\.gguf, m-00003-of-00003\.gguf are not beside it")
     (tmp_path / "away3").rename(third)
     second.write_bytes(third.read_bytes())
-    refused("part of another model")
+    refused("belongs to another model")
     away.rename(second)
     renamed = tmp_path / "other.gguf"
     renamed.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match="is part 1 of 3 of a model, but is not named like it"):
+    with pytest.raises(CheckpointError, match="is part 1 of 3 of a model, but its name does not say so"):
         resolve_model(str(renamed))
     resolve_model(str(second))
 
@@ -352,7 +352,7 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert given.is_quantized
     assert given.text.startswith("GGUF Q8_0, quantized already: Q8_0 ")
     recipe = make_recipe({"weights": "int8-row", "quantizer": "rtn"})
-    plan, _, loader = plan_run(source, recipe)
+    plan, _, loader = plan_run(source, build_method(recipe))
     listening = Listening()
     report = quantize_directory(source, out, recipe, proof=Proof(tokens=0), progress=listening)
     size = report["size"]
@@ -370,7 +370,7 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     told = told_original(report)
     assert "GGUF Q8_0, quantized already" in told
     assert f"{size['ratio']:.2f} times larger" in told
-    assert told_ratio(0.5) == "2.00 times smaller than what was made from it"
+    assert told_ratio(0.5) == "2.00 times smaller than the result"
 
 
 def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:

@@ -160,7 +160,7 @@ def test_an_entry_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_durably(path, serialize({"t": torch.ones(100)}, None))
     entry = read_header(path)[0]["t"]
-    with pytest.raises(CheckpointError, match="are not F32"):
+    with pytest.raises(CheckpointError, match="do not match F32"):
         read_tensor(path, TensorEntry("t", "F32", (99,), entry.start, entry.end))
 
 
@@ -219,7 +219,7 @@ def test_a_stream_holds_one_tensor_without_a_copy() -> None:
         ({"t": torch.zeros(2, device="meta")}, {}, "CPU tensor"),
         ({"t": torch.zeros(2).to_sparse()}, {}, "CPU tensor"),
         ({"t": torch.zeros(2, dtype=torch.complex128)}, {}, "no name"),
-        ({"__metadata__": torch.zeros(2)}, {}, "not a name"),
+        ({"__metadata__": torch.zeros(2)}, {}, "cannot name a tensor"),
         ({"t": torch.zeros(2)}, {"a": 1}, "metadata"),
         ({"t": torch.zeros(2)}, {"a": "\ud800"}, "metadata"),
         ({"t": torch.zeros(2)}, {"a": "x" * 2**24}, "header"),

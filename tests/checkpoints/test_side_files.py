@@ -15,7 +15,7 @@ from bitpress.checkpoints.side_files import CHAT_TEMPLATES, check_listed_name, f
 from bitpress.checkpoints.source import SIDE_FILES
 from bitpress.errors import CheckpointError
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 ROUNDING = {"weights": "int4-g32-zero", "quantizer": "rtn"}
 CARRIED = {
@@ -117,7 +117,7 @@ def test_needed_files_are_not_left_behind_in_silence(tiny_model: Callable[..., P
     (source / "tokenizer_config.json").rename(tmp_path / "away.json")
     (source / "tokenizer_config.json").symlink_to(tmp_path / "away.json")
     with pytest.raises(CheckpointError, match="is a link out of"):
-        plan_run(source, make_recipe(ROUNDING))
+        plan_run(source, build_method(make_recipe(ROUNDING)))
 
 
 def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from bitpress.checkpoints import tokenizer
 from bitpress.checkpoints.tokenizer import check_tokenizer, load_tokenizer
 from bitpress.errors import CheckpointError
 from bitpress.pipeline.quantize import plan_run
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_missing_package_is_named_before_work(
     for check in (
         lambda: check_tokenizer(root),
         lambda: load_tokenizer(root),
-        lambda: plan_run(root, make_recipe({"weights": "int4-g32-zero", "quantizer": "gptq"})),
+        lambda: plan_run(root, build_method(make_recipe({"weights": "int4-g32-zero", "quantizer": "gptq"}))),
     ):
         with pytest.raises(CheckpointError, match=command) as caught:
             check()

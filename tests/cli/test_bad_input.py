@@ -83,7 +83,7 @@ def test_what_is_no_model_is_refused(
 def test_a_model_that_is_quantized_already_is_refused(bitpress: Run, pressed_original: Path, out: Path) -> None:
     done = bitpress("quantize", pressed_original, out, *RTN)
     assert done.code == 3
-    assert "is quantized already (quant_method 'bitpress'); give the original model" in done.error
+    assert "is quantized already (quant_method 'bitpress'); use the original model" in done.error
     assert not out.exists()
 
 
@@ -152,7 +152,7 @@ def test_a_tensor_too_few_and_one_too_many_are_named(bitpress: Run, llama: Path,
         (("--set", "calibration.sample=4"), "Did you mean 'samples'?"),
         (("--set", "calibration.inputs=orig"), "Did you mean 'original'?"),
         (("--set", "quantizer.order=activations"), "Did you mean 'activation'?"),
-        (("--set", "quantizer.steps=10000000000"), "steps of 2 to 10000"),
+        (("--set", "quantizer.steps=10000000000"), "steps from 2 to 10000"),
         (("--set", "weights.bits=4"), "weights: a text is needed"),
         (("--set", "skip=*.v_proj"), "skip: a list is needed"),
         (("--weights", "q4_k_m"), "nearest here: weights int4-g32-zero"),
@@ -178,7 +178,7 @@ def test_a_tensor_too_few_and_one_too_many_are_named(bitpress: Run, llama: Path,
         (("--max-kl", "nan"), "max_kl=nan"),
         (("--max-kl", "-1"), "max_kl=-1"),
         (("--max-kl", "0.1", "--proof-tokens", "0"), "needs the proof"),
-        (("--bits", "4", "--explain", "--quantizer", "gptq"), "--quantizer would make another recipe"),
+        (("--bits", "4", "--explain", "--quantizer", "gptq"), "--quantizer would change that recipe"),
         (("--proof-text", "FOLDER"), "is not a kind of text"),
         (("--recipe", "FOLDER/missing.yaml"), "No such file"),
         (("--recipe", "FOLDER/broken.yaml"), "is not YAML"),

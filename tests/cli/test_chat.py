@@ -16,9 +16,10 @@ import pytest
 import bitpress as package
 from bitpress import native
 from bitpress.cli.conversation import Conversation
+from bitpress.cli.request import Answer
 from bitpress.errors import UsageError
 from bitpress.runtime.native.engine import Engine
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.opening import load_native
 
 pty = pytest.importorskip("pty")
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
@@ -256,7 +257,7 @@ class Echo:
     def line(self) -> str:
         return ""
 
-    def answer(self, prompt: Any, show: Callable[[str], None], *, raw: bool = False) -> dict[str, Any]:
+    def answer(self, prompt: Any, show: Callable[[str], None], *, raw: bool = False) -> Answer:
         self.heard.append([dict(turn) for turn in prompt])
         question = prompt[-1]["content"]
         if question == "refuse":
@@ -266,7 +267,7 @@ class Echo:
         show("x")
         if question == "stop later":
             raise KeyboardInterrupt
-        return {"text": "x", "tokens": 1, "prompt_tokens": 1, "finish": "stop"}
+        return Answer(text="x", tokens=1, prompt_tokens=1, tokens_per_second=1.0, finish="stop")
 
 
 def talk(tokenizer: Any, *lines: str) -> Conversation:

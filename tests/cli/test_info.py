@@ -11,7 +11,7 @@ from bitpress.cli import screen
 from bitpress.cli.reports import describe_directory, show_inspection, show_plan
 from bitpress.pipeline.plan import place_in_block
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 Run = Callable[..., Any]
 RECIPE = {
@@ -41,7 +41,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def test_plan_sums_by_kind_and_by_reason(tiny_model: Callable[..., Path], narrow: Callable[[], str]) -> None:
     model = tiny_model("qwen3_moe", num_hidden_layers=3)
     recipe = make_recipe({"weights": "int4-g16", "quantizer": "rtn", "skip": ["*.layers.1.*.v_proj"]})
-    plan, streamed, _ = plan_run(model, recipe)
+    plan, streamed, _ = plan_run(model, build_method(recipe))
     kinds = {row["kind"]: row for row in plan.kinds()}
     assert {kind: row["count"] for kind, row in kinds.items()} == {
         "self_attn.q_proj": 3,
@@ -105,7 +105,7 @@ def test_inspect_names_every_part_and_the_proof(made: Path, narrow: Callable[[],
     assert f"{figures['kl_mean']:.4f}" in said
     assert "64 tokens of builtin:heldout in 2 windows" in said
     assert f"perplexity {figures['perplexity']:.3f} (original {figures['perplexity_original']:.3f})" in said
-    assert "Made with bitpress" in said
+    assert "Quantized with bitpress" in said
 
 
 def test_without_a_proof_inspect_says_how_to_have_one(pressed_original: Path, narrow: Callable[[], str]) -> None:

@@ -78,7 +78,7 @@ def test_an_unfinished_job_is_no_plain_model(tiny_model: Callable[..., Path], tm
     from bitpress.checkpoints.compressed import JOB_DIRECTORY
 
     (tmp_path / "out" / JOB_DIRECTORY).mkdir(parents=True)
-    assert not plain.is_plain(tmp_path / "out")
+    assert plain.open_plain(tmp_path / "out") is None
     done = bitpress("run", tmp_path / "out", *ASK)
     assert done.code == 3
     assert "run the same quantize command again" in done.error

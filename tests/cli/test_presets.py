@@ -13,7 +13,7 @@ from bitpress.cli.recipe_options import build_recipe
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
 from bitpress.presets import find_preset, preset_names
-from bitpress.recipes import Recipe, make_recipe
+from bitpress.recipes import build_method, load_recipe, make_recipe
 
 CHOICES = [(name, bits) for name in ("fast", "balanced", "best") for bits in (4, 3, 2)]
 
@@ -32,7 +32,7 @@ def test_a_preset_with_more_patience_is_no_worse() -> None:
     for bits in (4, 3, 2):
         fast, balanced, best = (sum(find_preset(name, bits).chosen.kl.values()) for name in ("fast", "balanced", "best"))
         assert best <= balanced <= fast
-    assert not make_recipe(find_preset("fast", 4).recipe).needs()
+    assert not build_method(make_recipe(find_preset("fast", 4).recipe)).needs
     assert preset_names() == ["fast", "balanced", "best"]
 
 
@@ -52,7 +52,7 @@ def test_the_explanation_names_recipe_rule_figures_and_others(tmp_path: Path) ->
     assert f"{preset.chosen.bits:.3f}" in text
     kept = tmp_path / "recipe.yaml"
     kept.write_text(text[text.index("weights:") :])
-    assert Recipe.load(kept) == make_recipe(preset.recipe)
+    assert load_recipe(kept) == make_recipe(preset.recipe)
     code, text = run("--preset", "best", "--bits", "3", "--explain", "--json")
     assert code == 0
     assert json.loads(text)["recipe"] == yaml.safe_load(json.dumps(preset.recipe))
@@ -115,7 +115,7 @@ def test_bits_beside_a_quantizer_are_its_format() -> None:
         (("--recipe", "rtn"), "That is a quantizer: --quantizer rtn"),
         (("--preset", "q4_k_m", "--bits", "4"), "nearest here: weights int4-g32-zero"),
         (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
-        (("--explain",), "give --bits too"),
+        (("--explain",), "--explain needs --bits"),
     ],
 )
 def test_wrong_wishes_are_refused(arguments: tuple[str, ...], wanted: str) -> None:

@@ -16,7 +16,8 @@ from bitpress.comparison.run import compare_recipes
 from bitpress.comparison.variants import Variant, read_candidates
 from bitpress.errors import CheckpointError, FormatError, JobStopped, NumericsError, UsageError
 from bitpress.measure.evaluation import evaluate
-from bitpress.pipeline.blocks import Presser
+from bitpress.models.walk import LoadedBlock
+from bitpress.pipeline.calibration_stream import CalibrationStream, StatisticsVisitor
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.recipes import Calibration
@@ -118,18 +119,18 @@ def test_rows_are_what_eval_says_of_the_pressed_directory(
 
 def test_one_pass_serves_every_recipe_that_follows_the_original(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[str] = []
-    captured, measured = Presser._capture, Presser.measure_
+    captured, measured = CalibrationStream.capture_, StatisticsVisitor.visit_
 
-    def capture(self: Presser, *args: Any, **kwargs: Any) -> Any:
+    def capture(self: CalibrationStream, *args: Any, **kwargs: Any) -> Any:
         passes.append("capture")
         return captured(self, *args, **kwargs)
 
-    def measure(self: Presser, *args: Any, **kwargs: Any) -> Any:
+    def measure(self: StatisticsVisitor, block: LoadedBlock) -> None:
         passes.append("shared")
-        return measured(self, *args, **kwargs)
+        measured(self, block)
 
-    monkeypatch.setattr(Presser, "_capture", capture)
-    monkeypatch.setattr(Presser, "measure_", measure)
+    monkeypatch.setattr(CalibrationStream, "capture_", capture)
+    monkeypatch.setattr(StatisticsVisitor, "visit_", measure)
     done = run("plain", "gptq", "awq", "rotated", "heads")
     assert passes == ["shared", "capture"] * 2, "both blocks once, whatever the recipes"
     assert {row["measured_on"] for row in done["rows"]} == {"output"}, "rounding too is told by the layer's output"
@@ -264,7 +265,7 @@ def test_a_recipe_that_fails_has_a_row_and_stops_nobody(run: Run, monkeypatch: p
     assert (tmp_path / "out" / "capture").is_dir(), "what failed will need it again"
     broken.pop(0)
     _, failed = run("gptq", "plain")["rows"]
-    assert failed["failed"].startswith("IndexError: broken by the test (test_compare.py:")
+    assert failed["failed"].startswith("IndexError: broken by the test (test_run.py:")
     monkeypatch.setattr(GPTQ, "quantize", quantize)
     calls = Calls()
     done = run("gptq", "plain", progress=calls)
@@ -327,4 +328,4 @@ def test_two_candidates_of_one_name_are_refused(
 ) -> None:
     (made,), _ = read_candidates(recipes, [3], only=["plain"])
     with pytest.raises(UsageError, match="a name of its own"):
-        compare_recipes(tiny_model(), tmp_path / "out", [made, Variant("plain", 3, made.recipe)])
+        compare_recipes(tiny_model(), tmp_path / "out", [made, Variant("plain", 3, made.method)])

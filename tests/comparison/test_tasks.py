@@ -17,7 +17,7 @@ from bitpress.comparison.variants import Variant, read_candidates
 from bitpress.errors import JobStopped, NumericsError, UsageError
 from bitpress.measure.multiple_choice import evaluate_tasks
 from bitpress.quantizers.gptq import GPTQ
-from bitpress.recipes import Calibration, Recipe
+from bitpress.recipes import Calibration, Recipe, build_method
 
 RECIPES = """
 plain: {weights: "int{bits}-g16-zero", quantizer: rtn, bits: [3, 2]}
@@ -162,7 +162,7 @@ def test_recipes_that_are_sure_to_be_asked_answer_while_they_are_pressed(
 
 def test_who_is_sure_to_answer() -> None:
     def candidate(name: str, bits: int | None) -> Variant:
-        return Variant(name, bits, Recipe(quantizer={"name": "rtn"}))
+        return Variant(name, bits, build_method(Recipe(quantizer={"name": "rtn"})))
 
     three, two = [candidate("a", 3), candidate("b", 3)], [candidate("c", 2)]
     assert sure_to_answer([*three, *two], 2) == {*three, *two}
@@ -213,12 +213,12 @@ def test_the_best_of_every_width() -> None:
         return {"bits": bits, "bits_per_weight": stored, "kl_mean": kl, "failed": failed}
 
     rows = {
-        Variant("a", 4, Recipe()): row(4, 4.3, 0.2),
-        Variant("b", 4, Recipe()): row(4, 5.1, 0.1),
-        Variant("c", None, Recipe()): row(None, 4.9, 0.15),
-        Variant("d", 2, Recipe()): row(2, 2.3, 3.0),
-        Variant("e", None, Recipe()): row(None, 0.4, 9.0),
-        Variant("f", 4, Recipe()): {"bits": 4, "failed": "broken"},
+        Variant("a", 4, build_method(Recipe())): row(4, 4.3, 0.2),
+        Variant("b", 4, build_method(Recipe())): row(4, 5.1, 0.1),
+        Variant("c", None, build_method(Recipe())): row(None, 4.9, 0.15),
+        Variant("d", 2, build_method(Recipe())): row(2, 2.3, 3.0),
+        Variant("e", None, build_method(Recipe())): row(None, 0.4, 9.0),
+        Variant("f", 4, build_method(Recipe())): {"bits": 4, "failed": "broken"},
     }
     assert [c.name for c in choose_best(rows, 2)] == ["b", "c", "d", "e"]
     assert [c.name for c in choose_best(rows, 9)] == ["b", "c", "a", "d", "e"]

@@ -9,6 +9,7 @@ import pytest
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import BitpressError, UsageError
 from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes import build_method
 
 Write = Callable[[str], Path]
 
@@ -55,7 +56,7 @@ def test_a_recipe_says_what_its_keys_are_at_each_width(write: Write) -> None:
 def test_the_width_goes_into_any_text(write: Write) -> None:
     path = write("a: {quantizer: {name: bitstack, terms: '{bits}'}, weights: binary-tensor, skip: ['*.{bits}.*']}\n")
     (made,), _ = read_candidates(path, [3])
-    assert made.recipe.make_quantizer().terms == 3
+    assert build_method(made.recipe).quantizer.part.terms == 3
     assert made.recipe.skip == ("*.3.*",)
 
 

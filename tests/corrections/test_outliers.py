@@ -10,6 +10,7 @@ from bitpress.errors import UsageError
 from bitpress.formats import parse_format
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import LayerMethod, Named
 
 
 def test_the_largest_magnitudes_are_kept() -> None:
@@ -41,7 +42,9 @@ def test_blocks_without_their_outliers_are_finer() -> None:
     w[::4, 7] *= 20
     fmt = parse_format("int4-g32-zero")
     alone = RTN().quantize(w, None, fmt).weight.dequantize()
-    ours = compress_matrix(w, None, fmt, RTN(), corrections=[Outliers(share=8 / w.numel())]).weight.dequantize()
+    ours = compress_matrix(
+        w, None, LayerMethod(fmt, Named("quantizer", "", RTN()), corrections=tuple([Outliers(share=8 / w.numel())]))
+    ).weight.dequantize()
     assert (w - ours)[::4, :32].norm() < 0.3 * (w - alone)[::4, :32].norm()
 
 

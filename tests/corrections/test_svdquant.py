@@ -6,6 +6,7 @@ from bitpress.corrections.svdquant import SVDQuant
 from bitpress.formats import parse_format
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import LayerMethod, Named
 
 
 def with_strong_directions() -> torch.Tensor:
@@ -16,7 +17,9 @@ def with_strong_directions() -> torch.Tensor:
 
 def test_the_branch_is_the_leading_part_and_the_rest_is_rounded() -> None:
     w, fmt = with_strong_directions(), parse_format("int4-g16")
-    weight = compress_matrix(w, None, fmt, RTN(), corrections=[SVDQuant(rank=3)]).weight
+    weight = compress_matrix(
+        w, None, LayerMethod(fmt, Named("quantizer", "", RTN()), corrections=tuple([SVDQuant(rank=3)]))
+    ).weight
     codes, branch = weight.terms
     u, s, v = torch.linalg.svd(w)
     # As for LoRC: 2^-10 of every component for factors in fp16.
@@ -28,5 +31,10 @@ def test_the_branch_is_the_leading_part_and_the_rest_is_rounded() -> None:
 def test_strong_directions_cost_the_codes_nothing() -> None:
     w, fmt = with_strong_directions(), parse_format("int3-g64")
     alone = (w - RTN().quantize(w, None, fmt).weight.dequantize()).norm()
-    kept = (w - compress_matrix(w, None, fmt, RTN(), corrections=[SVDQuant(rank=3)]).weight.dequantize()).norm()
+    kept = (
+        w
+        - compress_matrix(
+            w, None, LayerMethod(fmt, Named("quantizer", "", RTN()), corrections=tuple([SVDQuant(rank=3)]))
+        ).weight.dequantize()
+    ).norm()
     assert kept < 0.4 * alone

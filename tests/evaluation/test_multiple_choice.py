@@ -118,7 +118,7 @@ def test_a_text_begins_with_what_the_tokenizer_puts_there() -> None:
         [log(".a"), log(".b", "bc")], rel=CLOSE
     )
     assert torch.equal(task(("a", ["b", "c"], 0), begin=[0]).batches[0].tokens[0, :2], torch.tensor([0, 1]))
-    with pytest.raises(UsageError, match="question 1, choice 'a': has no context, and the tokenizer no token"):
+    with pytest.raises(UsageError, match="question 1, choice 'a': has no context, and the tokenizer has no token"):
         task(("", ["a", "bc"], 0))
 
 

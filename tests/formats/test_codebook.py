@@ -221,7 +221,7 @@ def test_a_book_of_three_words_refuses_a_fourth() -> None:
 
 @pytest.mark.parametrize("name", ["aq3x6x4-row", "aq16x2x4-row"])
 def test_too_many_bits_are_refused(name: str) -> None:
-    with pytest.raises(FormatError, match="16 bits at most"):
+    with pytest.raises(FormatError, match="at most 16 bits"):
         parse_format(name)
 
 

@@ -13,7 +13,7 @@ from bitpress.formats import GRIDS, LAYOUTS, MAPS, SCALES, SHORT, TERMS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "formats.md"
-MODULES = [f"bitpress.formats.{module.name}" for module in pkgutil.iter_modules(bitpress.formats.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(bitpress.formats.__path__, "bitpress.formats.")]
 
 
 def test_the_examples_of_the_document_hold() -> None:
@@ -30,7 +30,7 @@ def test_the_examples_of_a_module_hold(name: str) -> None:
 def test_some_modules_have_examples() -> None:
     tried = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
     assert {name for name, count in tried.items() if count} >= {
-        f"bitpress.formats.{m}" for m in ("dense", "layouts", "minifloat")
+        f"bitpress.formats.{m}" for m in ("layouts.dense", "layouts.table", "grids.minifloat")
     }
 
 

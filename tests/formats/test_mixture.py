@@ -71,8 +71,8 @@ def test_the_choice_costs_two_bits_a_block() -> None:
     [
         ((Levels("a", (-1.0, 1.0)),) * 3, "2, 4, 8 or 16 tables"),
         ((Levels("a", (-1.0, 1.0)), Levels("b", (-1.0, 0.0, 1.0))), "one width"),
-        ((Levels("a", (-1.0, float("nan"), 0.0, 1.0)), Levels("b", (-1.0, 0.0, float("nan"), 1.0))), "codes unused"),
-        ((Levels("a", (-1.0, 1.0)), Levels("b", (-1.0, 2.0), usual_scale="fp32")), "scales alike"),
+        ((Levels("a", (-1.0, float("nan"), 0.0, 1.0)), Levels("b", (-1.0, 0.0, float("nan"), 1.0))), "the same invalid codes"),
+        ((Levels("a", (-1.0, 1.0)), Levels("b", (-1.0, 2.0), usual_scale="fp32")), "the same scale store"),
     ],
 )
 def test_tables_that_do_not_go_together_are_refused(tables: tuple[Levels, ...], text: str) -> None:

@@ -110,5 +110,5 @@ def test_a_length_for_each_vector_is_what_directions_need() -> None:
 
 @pytest.mark.parametrize("name", ["pvq1k4-g8", "pvq33k1-row", "pvq8k33-g8", "pvq8k20-g8"])
 def test_what_cannot_be_is_refused(name: str) -> None:
-    with pytest.raises(FormatError, match=r"N is 2 to 32|at most 24"):
+    with pytest.raises(FormatError, match=r"N must be 2 to 32|at most 24"):
         parse_format(name)

@@ -276,7 +276,7 @@ def test_kept_and_the_others_add_up_to_the_weight(axis: str) -> None:
     assert same(kept.dequantize(), torch.where(zeroed, kept.dequantize(), 0.0))
     assert same(kept.dequantize()[index], packed(w[index], "int8-row").dequantize())
     assert (kept.dequantize() + rest - w).abs().max() < w.abs().max() / 200
-    with pytest.raises(FormatError, match="not all among"):
+    with pytest.raises(FormatError, match="are not among"):
         keep(w, torch.tensor([40]), parse_format("int8-row"))
 
 
@@ -644,24 +644,24 @@ def test_blocks_that_end_elsewhere_are_refused() -> None:
     assert sizes.shape == (1, 3)
     assert sizes.sum() == weight.tensors()["term0.codes"].numel()
     for text, moved in (
-        ("do not end where its codes end", [[1, 0, 0]]),
-        ("do not end where its codes end", [[0, 0, -1]]),
+        ("do not cover its codes exactly", [[1, 0, 0]]),
+        ("do not cover its codes exactly", [[0, 0, -1]]),
         ("fewer or more bytes", [[-int(sizes[0, 0]), int(sizes[0, 0]), 0]]),
         ("fewer or more bytes", [[65535, 0, 0]]),
     ):
         with pytest.raises(FormatError, match=text):
             CompressedWeight.build(weight.spec(), changed(weight, "sizes", (sizes + torch.tensor(moved)).clamp(0, 65535)))
     # The bytes add up, but no block's codes fill it: only decoding can tell.
-    with pytest.raises(FormatError, match="does not end where it says"):
+    with pytest.raises(FormatError, match="does not end at its stated length"):
         attempt(weight.spec(), changed(weight, "sizes", sizes + torch.tensor([[1, -1, 0]])))
-    with pytest.raises(FormatError, match="does not end where it says"):
+    with pytest.raises(FormatError, match="does not end at its stated length"):
         attempt(weight.spec(), changed(weight, "sizes", sizes + torch.tensor([[0, -1, 1]])))
 
 
 def test_codes_that_run_over_their_block_are_refused() -> None:
     weight = coded()
     for value in (255, 0):  # the longest and the shortest code again and again
-        with pytest.raises(FormatError, match="does not end where it says"):
+        with pytest.raises(FormatError, match="does not end at its stated length"):
             attempt(weight.spec(), changed(weight, "codes", value, slice(None)))
 
 
@@ -670,6 +670,6 @@ def test_bits_behind_the_end_of_a_block_must_be_zeros() -> None:
     weight = CompressedWeight((dfloat11(w),))
     assert weight.tensors()["term0.codes"].tolist() == [0b01000000]
     for value in (0b01000001, 0b01010000):
-        with pytest.raises(FormatError, match="does not end where it says"):
+        with pytest.raises(FormatError, match="does not end at its stated length"):
             attempt(weight.spec(), changed(weight, "codes", [value]))
     assert attempt(weight.spec(), changed(weight, "codes", [0b10100000])).tolist() == [[2, 1, 2]]

@@ -152,18 +152,18 @@ def test_the_default_works_and_a_broken_run_ends_in_the_same_bytes(name: str, tm
 def test_few_inputs_are_kept_with_the_reason_and_many_are_an_error(tmp_path: Path) -> None:
     from bitpress.errors import FormatError
     from bitpress.pipeline.quantize import plan_run
-    from bitpress.recipes import make_recipe
+    from bitpress.recipes import build_method, make_recipe
 
     LAW["save"](LAW["build"]("gemma3n_text"), tmp_path)
-    plan, _, _ = plan_run(tmp_path, make_recipe({"weights": "int4-g32-zero", "quantizer": {"name": "rtn"}}))
+    plan, _, _ = plan_run(tmp_path, build_method(make_recipe({"weights": "int4-g32-zero", "quantizer": {"name": "rtn"}})))
     coefficients = [name for name in plan.kept if "prediction_coefs" in name]
     assert len(coefficients) == 4
     assert {plan.kept[name] for name in coefficients} == {"fewer inputs (4) than the group (32)"}
     assert not {w.parameter.name for w in plan.weights} & set(coefficients)
     with pytest.raises(FormatError, match=r"in_features=64 is not a multiple of 48"):
-        plan_run(tmp_path, make_recipe({"weights": "int4-g48-zero", "quantizer": {"name": "rtn"}}))
+        plan_run(tmp_path, build_method(make_recipe({"weights": "int4-g48-zero", "quantizer": {"name": "rtn"}})))
     with pytest.raises(FormatError, match=r"every weight has fewer inputs \(\d+\) than the group \(4096\)"):
-        plan_run(tmp_path, make_recipe({"weights": "int4-g4096-zero", "quantizer": {"name": "rtn"}}))
+        plan_run(tmp_path, build_method(make_recipe({"weights": "int4-g4096-zero", "quantizer": {"name": "rtn"}})))
 
 
 def test_the_document_has_every_kind_with_its_outcome() -> None:

@@ -12,6 +12,7 @@ from bitpress.errors import BitpressError, NumericsError
 from bitpress.formats import CompressedWeight, Term, parse_format
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import LayerMethod, Named
 
 FMT = parse_format("int3-g16-zero")
 
@@ -47,8 +48,10 @@ def test_it_splits_or_repairs_a_term_of_the_weights_shape(name: str) -> None:
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_rounding_with_it_is_nearer_to_the_weight(name: str) -> None:
     w, stats = case()
-    alone = compress_matrix(w, stats, FMT, RTN()).weight.dequantize()
-    ours = compress_matrix(w, stats, FMT, RTN(), corrections=[CORRECTIONS[name](**settings(name))]).weight.dequantize()
+    alone = compress_matrix(w, stats, LayerMethod(FMT, Named("quantizer", "", RTN()))).weight.dequantize()
+    ours = compress_matrix(
+        w, stats, LayerMethod(FMT, Named("quantizer", "", RTN()), corrections=tuple([CORRECTIONS[name](**settings(name))]))
+    ).weight.dequantize()
     assert (w - ours).norm() < (w - alone).norm()
 
 
@@ -122,7 +125,9 @@ def test_sick_inputs_end_in_a_weight_no_further_away(name: str, sickness: str) -
     w, _ = case(4)
     x = SICK[sickness](torch.randn(200, 64, generator=torch.Generator().manual_seed(1)))
     stats = Stats(200, x.T @ x / 200, x.abs().mean(0))
-    w_hat = compress_matrix(w, stats, FMT, RTN(), corrections=[CORRECTIONS[name](**settings(name))]).weight.dequantize()
+    w_hat = compress_matrix(
+        w, stats, LayerMethod(FMT, Named("quantizer", "", RTN()), corrections=tuple([CORRECTIONS[name](**settings(name))]))
+    ).weight.dequantize()
     assert torch.isfinite(w_hat).all()
     assert (w_hat - w).norm() <= (RTN().quantize(w, None, FMT).weight.dequantize() - w).norm() * 1.001
 

@@ -20,7 +20,7 @@ from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.models.skeleton import build_config
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 ROUNDING = {"weights": "int4-g32-zero", "quantizer": "rtn"}
 DEEP = "[" * 100 + "]" * 100
@@ -104,13 +104,15 @@ def test_the_copy_loads_in_every_way(odd: Path, published: Path) -> None:
 
 def test_the_layout_is_kept_and_read_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitpress
-    from bitpress.runtime.native.engine import USUAL_HEAD
-    from bitpress.runtime.native.layout_cache import is_prepared, open_prepared
+    from bitpress.runtime.native import assemble
+    from bitpress.runtime.opening import OpenedModel
 
     monkeypatch.setenv("BITPRESS_LAYOUTS", str(tmp_path / "layouts"))
     bitpress.load(published, runtime="native")
-    assert is_prepared(published, USUAL_HEAD)
-    assert open_prepared(published, USUAL_HEAD) is not None
+    model = OpenedModel(published)
+    assert model.has_layout()
+    monkeypatch.setattr(assemble, "lay_out_directory", None)
+    model.load_native()
 
 
 def test_published_settings_are_ours_and_strict(published: Path, tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_types_are_checked_before_work(
     shutil.copytree(tiny_model("llama"), root)
     spoil(root, lambda t: t.update({name: t[name].to(dtype)}))
     with pytest.raises(CheckpointError, match=rf"{name}.* is {shown} \[") as caught:
-        plan_run(root, make_recipe(ROUNDING))
+        plan_run(root, build_method(make_recipe(ROUNDING)))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
 
@@ -203,17 +205,17 @@ def test_experts_are_checked_too(tiny_model: Callable[..., Path], tmp_path: Path
 
     spoil(root, change)
     with pytest.raises(CheckpointError, match=r"experts.* is I8"):
-        plan_run(root, make_recipe(ROUNDING))
+        plan_run(root, build_method(make_recipe(ROUNDING)))
 
 
 def test_tied_copies_may_differ_in_type_but_not_in_value(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     root = tmp_path / "model"
     shutil.copytree(tiny_model("llama", tie_word_embeddings=True, dtype="bfloat16"), root)
     spoil(root, lambda t: t.update({"lm_head.weight": t[EMBEDDING].float()}))
-    plan_run(root, make_recipe(ROUNDING))
+    plan_run(root, build_method(make_recipe(ROUNDING)))
     spoil(root, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(CheckpointError, match="holds other values"):
-        plan_run(root, make_recipe(ROUNDING))
+        plan_run(root, build_method(make_recipe(ROUNDING)))
 
 
 def test_scales_of_another_tool_say_that_the_model_is_quantized(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_scales_of_another_tool_say_that_the_model_is_quantized(tiny_model: Call
     shutil.copytree(tiny_model("llama"), root)
     spoil(root, lambda t: t.update({f"{Q}_scale_inv": torch.ones(1, 1)}))
     with pytest.raises(CheckpointError, match=r"weight_scale_inv.*quantized already"):
-        plan_run(root, make_recipe(ROUNDING))
+        plan_run(root, build_method(make_recipe(ROUNDING)))
 
 
 def test_a_known_model_that_needs_code_says_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -229,10 +231,10 @@ def test_a_known_model_that_needs_code_says_so(tiny_model: Callable[..., Path], 
     shutil.copytree(tiny_model("llama"), root)
     config = json.loads((root / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     (root / "config.json").write_text(json.dumps(config))
-    plan_run(root, make_recipe(ROUNDING))  # the code may be of no consequence
+    plan_run(root, build_method(make_recipe(ROUNDING)))  # the code may be of no consequence
     spoil(root, lambda t: t.update({"model.layers.0.extra.weight": torch.ones(1)}))
     with pytest.raises(CheckpointError, match=r"extra.*code of its own .auto_map., which is never run"):
-        plan_run(root, make_recipe(ROUNDING))
+        plan_run(root, build_method(make_recipe(ROUNDING)))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from bitpress import native
 from bitpress.errors import CheckpointError
 from bitpress.models.skeleton import build_config
 from bitpress.runtime.native import architectures as families
-from bitpress.runtime.native.architectures import FAMILIES, FOLLOWED, LOOKED_FOR, NEUTRAL, OWN, refusal
+from bitpress.runtime.native.architectures import refusal
+from bitpress.runtime.native.architectures.llama import FOLLOWED, LLAMA_FAMILY, LOOKED_FOR, NEUTRAL
 from bitpress.runtime.native.assemble import assemble
 from bitpress.runtime.native.engine import make_engine
+from bitpress.runtime.native.options import EngineOptions
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -200,10 +202,13 @@ def engine_logits(model: Any, config: Any) -> torch.Tensor:
         name: value for name, value in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)
     }
     pressed = SimpleNamespace(
-        plain=plain, tensors={name: (value,) for name, value in plain.items()}, manifest=SimpleNamespace(weights={}), root="."
+        plain=plain,
+        tensors={name: (value,) for name, value in plain.items()},
+        manifest=SimpleNamespace(weights={}, prompt_cost=None),
+        root=".",
     )
     parts = assemble(pressed, config, "keep", lambda text: None)  # type: ignore[arg-type]
-    made = make_engine(parts, activations="none", cache="fp16", context=None, threads=1)
+    made = make_engine(parts, EngineOptions(activations="none", threads=1))
     return made.forward(ids(config).tolist(), "all")
 
 
@@ -260,7 +265,7 @@ def _weights_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitpress.runtime.native.assemble.read_tensor", lambda value: value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILY)
 def test_a_setting_that_is_changed_is_followed_or_refused(family: str) -> None:
     own = [(name, value) for name, default in defaults(family).items() for value in other_values(name, default)]
     # One layer is enough to see that a setting does nothing.
@@ -272,15 +277,15 @@ def test_a_setting_that_is_changed_is_followed_or_refused(family: str) -> None:
     assert sum(verdict == "equal, changed" for verdict in found.values()) >= 25, "settings that matter are what is compared"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILY)
 def test_every_setting_of_the_installed_class_has_an_answer(family: str) -> None:
     """At the locked version none is left to the default answer but those that are refused on purpose."""
     refused = {"is_encoder_decoder", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"}
-    assert defaults(family).keys() >= OWN[family] - {"head_dim"}
-    assert not defaults(family).keys() - FOLLOWED - OWN[family] - NEUTRAL - refused
+    assert defaults(family).keys() >= LLAMA_FAMILY[family].own - {"head_dim"}
+    assert not defaults(family).keys() - FOLLOWED - LLAMA_FAMILY[family].own - NEUTRAL - refused
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILY)
 def test_names_that_shared_code_looks_for_have_an_answer(family: str) -> None:
     """A name that the class does not have can matter only where transformers looks for it while a model is built and run."""
     about_other_things = {
@@ -310,7 +315,7 @@ def test_names_that_shared_code_looks_for_have_an_answer(family: str) -> None:
     assert not unanswered - generation
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILY)
 def test_names_of_other_architectures_are_left_out_as_transformers_leaves_them_out(family: str) -> None:
     others: dict[str, Any] = {}
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

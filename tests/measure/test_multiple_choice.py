@@ -12,6 +12,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.evaluation import read_questions, score_choices
 from bitpress.measure.multiple_choice import Answers, evaluate_tasks, read_tasks, tokenize_tasks
 from bitpress.models.opening import open_streamed
+from bitpress.models.walk import walk
 from bitpress.runtime.hf.loading import load
 
 ROWS = [
@@ -43,10 +44,7 @@ def test_scores_are_those_of_the_whole_model(
     answers = Answers(model, tokenize_tasks({"own": read_questions(str(task_file), 500)}, path, model.model.config))
     model.load_outer_()
     answers.start_()
-    for i in range(len(model.blocks)):
-        model.load_block_(i)
-        answers.step_(i)
-        model.drop_block_(i)
+    walk(model, [answers])
     found = score_choices(answers._scorer("own"), answers.tasks["own"])
     whole = load(path, dtype="fp32") if what == "pressed" else AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -14,7 +14,7 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.plan import make_plan
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Silent
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 LAW = runpy.run_path(str(Path(__file__).resolve().parents[1] / "laws" / "architectures.py"))
 NAMES = ["gemma3n_text", "gemma4_text", "zaya", "glm_moe_dsa"]
@@ -86,8 +86,8 @@ def test_gradients_go_through_shared_keys_and_values(tmp_path: Path) -> None:
     LAW["save"](whole, tmp_path)
     model, _ = open_original(tmp_path, torch.float32)
     model.load_outer_()
-    plan = make_plan(model, make_recipe({"weights": "int4-g16-zero", "quantizer": {"name": "rtn"}}), {})
-    found = measure_sensitivity(model, plan.weights, TOKENS, lambda: None, Silent())
+    plan = make_plan(model, build_method(make_recipe({"weights": "int4-g16-zero", "quantizer": {"name": "rtn"}})), {})
+    found = measure_sensitivity(model, plan.by_block(), TOKENS, lambda: None, Silent())
     expected = {name: torch.zeros_like(value) for name, value in found.items()}
     for text in TOKENS.split(1):
         whole.zero_grad()

@@ -16,7 +16,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.models.linears import list_kept_outside, list_weights
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 # Sizes that coincide: as many experts as anything that a matrix can have rows of; as many as heads, all of them chosen for every token.
 WIDE = {"size": 32, "experts": 32, "chosen": 2}
@@ -164,7 +164,7 @@ def test_every_form_of_experts_is_calibrated_and_read_again(
 
 def test_what_is_kept_says_why(tiny_model: Callable[..., Path]) -> None:
     recipe = make_recipe({"weights": "int8-row", "quantizer": "rtn", "skip": ["*.k_proj", "*.gate"]})
-    plan, _, _ = plan_run(tiny_model("qwen3_moe"), recipe)
+    plan, _, _ = plan_run(tiny_model("qwen3_moe"), build_method(recipe))
     assert {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in plan.kept.items()} == {
         "model.embed_tokens.weight": "embedding",
         "lm_head.weight": "head",
@@ -182,7 +182,7 @@ def test_strict_stops_where_a_product_is_overlooked(tiny_model: Callable[..., Pa
     model = tiny_model("opt", word_embed_proj_dim=16)  # it projects embeddings up and down, outside the blocks
     values = {"weights": "int8-row", "quantizer": "rtn"}
     reason = "a matrix product outside the blocks"
-    plan, _, _ = plan_run(model, make_recipe(values))
+    plan, _, _ = plan_run(model, build_method(make_recipe(values)))
     assert {name for name, why in plan.kept.items() if why == reason} == {
         "model.decoder.project_in.weight",
         "model.decoder.project_out.weight",

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from walking import compress_blocks
 
 from bitpress.calibration import Capture, Observed
 from bitpress.errors import CalibrationError, CheckpointError
@@ -12,9 +13,9 @@ from bitpress.formats import CompressedWeight
 from bitpress.formats.digest import digest
 from bitpress.models.linears import list_weights
 from bitpress.models.opening import open_original
-from bitpress.pipeline.blocks import Presser
+from bitpress.models.walk import Stream
 from bitpress.pipeline.plan import make_plan
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -141,24 +142,22 @@ def test_a_pressed_model_is_the_original_with_decoded_weights(case: tuple[str, P
     name, path, _ = case
     recipe = make_recipe({"weights": "int4-g16-zero", "quantizer": quantizer, "compute": "fp32", "min_expert_tokens": 1})
     model, _ = open_original(path, torch.float32)
-    plan = make_plan(model, recipe, {})
+    plan = make_plan(model, build_method(recipe), {})
     outer = model.load_outer_()
-    presser = Presser(model, recipe, plan.weights)
-    presser.start_(TOKENS, None)
-    values = dict(outer)
-    for i in range(plan.blocks):
-        block = presser.press_(i, last=False)
-        stored = {n: t for n, t in block.tensors.items() if n in model.model.state_dict()}
+    values, stream = dict(outer), Stream(model, [TOKENS])
+    stream.start_()
+    for i, block in enumerate(compress_blocks(model, build_method(recipe), TOKENS, [stream])):
+        record, tensors = block.record(), block.tensors()
+        stored = {n: t for n, t in tensors.items() if n in model.model.state_dict()}
         values |= stored
         for planned in (p for p in plan.weights if p.block == i):
             parameter = planned.parameter
             prefix = parameter.stem + "."
-            own = {n.removeprefix(prefix): t for n, t in block.tensors.items() if n.startswith(prefix) and n not in stored}
-            weight = CompressedWeight.build(block.weights[parameter.name]["spec"], own)
-            assert digest(weight.dequantize()) == block.digests[parameter.name]
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and n not in stored}
+            weight = CompressedWeight.build(record.weights[parameter.name].spec, own)
+            assert digest(weight.dequantize()) == record.digests[parameter.name]
             values[parameter.name] = parameter.restore(weight.dequantize())
-    assert presser.hidden is not None
-    ours = model.logits(TOKENS, presser.hidden)
+    ours = model.logits(TOKENS, stream.states[0])
     other = build(name)
     missing, unexpected = other.load_state_dict(values, strict=False)
     assert not unexpected
@@ -173,15 +172,13 @@ def test_a_layer_that_calibration_never_reached_is_named(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     streamed, _ = open_original(tmp_path, torch.float32)
     recipe = make_recipe({"weights": "int4-g16", "min_expert_tokens": 1000, "compute": "fp32"})
-    presser = Presser(streamed, recipe, make_plan(streamed, recipe, {}).weights)
     streamed.load_outer_()
-    presser.start_(TOKENS, None)
-    rows = presser.press_(0, last=True).rows
-    told = [text for row in rows for text in row["fallbacks"]]
+    rows = compress_blocks(streamed, build_method(recipe), TOKENS)[0].record().rows
+    told = [text for row in rows for text in row.fallbacks]
     assert len(told) == 8  # four experts, two weights each
     assert all("calibration tokens, fewer than 1000" in text for text in told)
     with pytest.raises(CalibrationError, match="no calibration text"):
-        Presser(streamed, recipe, make_plan(streamed, recipe, {}).weights).press_(1, last=True)
+        compress_blocks(streamed, build_method(recipe), None)
 
 
 def test_a_tensor_that_belongs_nowhere_or_is_missing_is_named(tmp_path: Path) -> None:

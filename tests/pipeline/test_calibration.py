@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from walking import compress_blocks, make_compressor
 
 from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, UsageError
 from bitpress.formats import CompressedWeight, Packed
+from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline import quantize
-from bitpress.pipeline.blocks import Presser
+from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.plan import check_room, make_plan
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.pipeline.sensitivity import measure_sensitivity
@@ -21,7 +23,7 @@ from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import make_recipe
+from bitpress.recipes import Method, Named, Recipe, build_method, make_recipe
 
 TOKENS = torch.randint(0, 384, (4, 32), generator=torch.Generator().manual_seed(3))
 
@@ -41,23 +43,20 @@ class Noting:
         return RTN().quantize(w, None, fmt)
 
 
-def set_quantizer(presser: Presser, noting: Noting) -> Noting:
-    presser.weights.quantizer = noting
-    presser.needs = noting.needs
-    return noting
+def noting_method(recipe: Recipe, noting: Noting) -> Method:
+    """Build a recipe with this quantizer in place of its own."""
+    method = build_method(recipe)
+    return replace(method, parts=(*method.of_key("transforms"), Named("quantizer", "noting", noting)))
 
 
 def press(model: Path, needs: set[str], **calibration: Any) -> list[Stats]:
     """Press a tiny model in two bits; give the statistics of its weights in order."""
     values = {"weights": "int2-g16-zero", "quantizer": "gptq", "compute": "fp32", "batch": 2, "calibration": calibration}
     recipe = make_recipe(values)
-    plan, streamed, _ = plan_run(model, recipe)
+    _, streamed, _ = plan_run(model, build_method(recipe))
     streamed.load_outer_()
-    presser = Presser(streamed, recipe, plan.weights)
-    noting = set_quantizer(presser, Noting(needs))
-    presser.start_(TOKENS, None)
-    for i in range(plan.blocks):
-        presser.press_(i, last=i == plan.blocks - 1)
+    noting = Noting(needs)
+    compress_blocks(streamed, noting_method(recipe, noting), TOKENS)
     return noting.seen
 
 
@@ -104,13 +103,10 @@ def test_original_inputs_do_not_depend_on_the_method(tiny_model: Callable[..., P
     coarse = press(tiny_model("opt"), {"gram"}, inputs="original")
     values = {"weights": "int8-g16", "quantizer": "gptq", "compute": "fp32", "batch": 2, "calibration": {"inputs": "original"}}
     recipe = make_recipe(values)
-    plan, streamed, _ = plan_run(tiny_model("opt"), recipe)
+    _, streamed, _ = plan_run(tiny_model("opt"), build_method(recipe))
     streamed.load_outer_()
-    presser = Presser(streamed, recipe, plan.weights)
-    fine = set_quantizer(presser, Noting({"gram"}))
-    presser.start_(TOKENS, None)
-    for i in range(plan.blocks):
-        presser.press_(i, last=i == plan.blocks - 1)
+    fine = Noting({"gram"})
+    compress_blocks(streamed, noting_method(recipe, fine), TOKENS)
     for a, b in zip(coarse, fine.seen, strict=True):
         assert torch.equal(a.need_gram("test"), b.need_gram("test"))
 
@@ -142,20 +138,14 @@ def test_sequential_measures_what_the_finished_model_feeds_its_weights(
     path = tiny_model("llama")
     values = {"weights": "int2-g16-zero", "quantizer": "gptq", "compute": "fp32", "batch": 2}
     recipe = make_recipe({**values, "calibration": {"sequential": sequential}})
-    plan, streamed, _ = plan_run(path, recipe)
+    _, streamed, _ = plan_run(path, build_method(recipe))
     streamed.load_outer_()
-    presser = Presser(streamed, recipe, plan.weights)
-    noting = set_quantizer(presser, Noting({"gram", "cross"}))
-    presser.start_(TOKENS, None)
+    noting = Noting({"gram", "cross"})
     original, finished = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
     names = []
-    for i in range(plan.blocks):
-        block = presser.press_(i, last=i == plan.blocks - 1)
-        for name in block.weights:
-            stem = f"{name.removesuffix('.weight')}."
-            tensors = {leaf.removeprefix(stem): t for leaf, t in block.tensors.items() if leaf.startswith(stem)}
-            weight = CompressedWeight.build(block.weights[name]["spec"], tensors)
-            finished.get_parameter(name).data.copy_(weight.dequantize())
+    for block in compress_blocks(streamed, noting_method(recipe, noting), TOKENS):
+        for name, made in block.parameters.items():
+            finished.get_parameter(name).data.copy_(made.weight.dequantize())
             names.append(name.removeprefix("model.layers.").removesuffix(".weight"))
     before, after = inputs_of(original), inputs_of(finished)
     wrong = []
@@ -188,21 +178,20 @@ def test_sequential_takes_a_pass_for_every_input_and_experts_together(
 ) -> None:
     values = {"weights": "int4-g16", "quantizer": "gptq", "compute": "fp32", "batch": 2, "calibration": {"sequential": True}}
     recipe = make_recipe(values)
-    plan, streamed, _ = plan_run(tiny_model(architecture), recipe)
+    _, streamed, _ = plan_run(tiny_model(architecture), build_method(recipe))
     streamed.load_outer_()
-    presser = Presser(streamed, recipe, plan.weights)
+    compressor = make_compressor(streamed, build_method(recipe), TOKENS)
     made: list[list[list[str]]] = []
-    inner = presser._stages
+    inner = compressor.stream.stages
 
     def noted(i: int, planned: Any) -> Any:
         found = inner(i, planned)
         made.append([[p.parameter.stem.rpartition(".")[2].removesuffix("_proj") for p in stage] for stage in found])
         return found
 
-    monkeypatch.setattr(presser, "_stages", noted)
-    presser.start_(TOKENS, None)
-    presser.press_(0, last=False)
-    assert made == [stages]
+    monkeypatch.setattr(compressor.stream, "stages", noted)
+    walk(streamed, [compressor])
+    assert made[0] == stages
 
 
 def test_sequential_beside_what_needs_a_whole_block_is_refused() -> None:
@@ -223,9 +212,9 @@ def test_sensitivity_is_the_mean_squared_gradient(tiny_model: Callable[..., Path
     from transformers import AutoModelForCausalLM
 
     path = tiny_model(architecture)
-    plan, streamed, _ = plan_run(path, make_recipe({"weights": "int4-row", "compute": "fp32"}))
+    plan, streamed, _ = plan_run(path, build_method(make_recipe({"weights": "int4-row", "compute": "fp32"})))
     streamed.load_outer_()
-    ours = measure_sensitivity(streamed, plan.weights, TOKENS, lambda: None, Silent())
+    ours = measure_sensitivity(streamed, plan.by_block(), TOKENS, lambda: None, Silent())
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager").eval()
     wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for text in TOKENS.split(1):
@@ -273,20 +262,20 @@ def test_a_stopped_run_ends_in_the_same_bytes(
     model = tiny_model("llama", num_hidden_layers=3)
     recipe = gptq_recipe(quantizer=quantizer, weights="int3-g16-zero")
     quantize_directory(model, tmp_path / "whole", recipe, proof=Proof(tokens=0))
-    real, left = Presser.press_, [2]
+    real, left = BlockCompressor.visit_, [2]
 
-    def stop(self: Presser, i: int, *, last: bool) -> Any:
+    def stop(self: BlockCompressor, block: LoadedBlock) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise JobStopped("stopped by a test")
-        return real(self, i, last=last)
+        real(self, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Presser, "press_", stop)
+        patch.setattr(BlockCompressor, "visit_", stop)
         with pytest.raises(JobStopped):
             quantize_directory(model, tmp_path / "stopped", recipe, proof=Proof(tokens=0))
         patch.setattr(quantize, "measure_sensitivity", None)  # what was measured is taken up, not measured again
-        patch.setattr(Presser, "press_", real)
+        patch.setattr(BlockCompressor, "visit_", real)
         quantize_directory(model, tmp_path / "stopped", recipe, proof=Proof(tokens=0))
     for name in [MANIFEST_NAME, *(p.name for p in (tmp_path / "whole").glob("*.safetensors"))]:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
@@ -302,11 +291,11 @@ def test_a_changed_sensitivity_is_refused(
 ) -> None:
     model, recipe, out = tiny_model("llama"), gptq_recipe(quantizer="weighted"), tmp_path / "out"
 
-    def stop(self: Presser, i: int, *, last: bool) -> Any:
+    def stop(self: BlockCompressor, block: LoadedBlock) -> None:
         raise JobStopped("stopped by a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Presser, "press_", stop)
+        patch.setattr(BlockCompressor, "visit_", stop)
         with pytest.raises(JobStopped):
             quantize_directory(model, out, recipe, proof=Proof(tokens=0))
     kept = out / JOB_DIRECTORY / "kept" / "sensitivity.safetensors"
@@ -321,8 +310,8 @@ def test_a_changed_sensitivity_is_refused(
 def test_the_plan_counts_the_backward_pass(
     tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], sensitive: None, tmp_path: Path
 ) -> None:
-    plan, streamed, _ = plan_run(tiny_model("llama"), gptq_recipe(quantizer="weighted"))
-    without = make_plan(streamed, gptq_recipe(), {})
+    plan, streamed, _ = plan_run(tiny_model("llama"), build_method(gptq_recipe(quantizer="weighted")))
+    without = make_plan(streamed, build_method(gptq_recipe()), {})
     weights = sum(w.weights for w in plan.weights)
     assert plan.disk >= without.disk + 4 * weights
     with pytest.raises(MemoryLimitError, match="bytes of memory are needed"):

@@ -18,7 +18,7 @@ from bitpress.pipeline.plan import unmeant_bits
 from bitpress.pipeline.quantize import plan_run
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import Recipe, make_recipe
+from bitpress.recipes import Recipe, build_method, make_recipe
 
 # Formats of groups that fit the tiny models, of which every quantizer serves some.
 FORMATS = (
@@ -36,8 +36,8 @@ FORMATS += ("pvq8k8-g16", "aq2x8x8-row", "int2-g16-zero", "binary-tensor", "kmea
 
 
 def estimate(model: Path, recipe: Recipe) -> float:
-    planned, streamed, _ = plan_run(model, recipe)
-    return estimate_seconds(streamed, recipe, planned.weights)
+    planned, streamed, _ = plan_run(model, build_method(recipe))
+    return estimate_seconds(streamed, build_method(recipe), planned.weights)
 
 
 def natural(model: Path, quantizer: str) -> Recipe:
@@ -46,10 +46,10 @@ def natural(model: Path, quantizer: str) -> Recipe:
         for transforms in ([], ["hadamard"]):
             try:
                 recipe = make_recipe({"weights": name, "quantizer": quantizer, "transforms": transforms})
-                planned, _, _ = plan_run(model, recipe)
+                planned, _, _ = plan_run(model, build_method(recipe))
             except BitpressError:
                 continue
-            if not unmeant_bits(planned, recipe):
+            if not unmeant_bits(planned):
                 return recipe
     raise AssertionError(f"{quantizer} serves none of {FORMATS}")
 
@@ -92,10 +92,10 @@ def test_work_of_known_length_is_foretold(
     model = tiny_model(architecture)
     before = estimate(model, recipe)
     monkeypatch.setattr(RTN, "quantize", slow)
-    planned, streamed, _ = plan_run(model, recipe)
+    planned, streamed, _ = plan_run(model, build_method(recipe))
     # Each weight is rounded twice: as the recipe says, and plainly to compare with.
     wanted = sum(2 * (0.004 + 0.0002 * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in planned.weights)
-    found = estimate_seconds(streamed, recipe, planned.weights) - before
+    found = estimate_seconds(streamed, build_method(recipe), planned.weights) - before
     assert 0.7 * wanted < found < 1.7 * wanted
 
 

@@ -66,7 +66,7 @@ def rewrite(out: Path, change: Any, number: int = 1) -> None:
 def test_a_job_is_taken_up_where_it_was(two_units: Path) -> None:
     job = Job.open(two_units, IDENTITY)
     assert [unit["unit"] for unit in job.units] == ["unit 0", "unit 1"]
-    assert [unit["facts"] for unit in job.units] == [{"i": 0}, {"i": 1}]
+    assert [unit.facts for unit in job.units] == [{"i": 0}, {"i": 1}]
     stored = job.activations()
     assert stored is not None
     assert torch.equal(stored, torch.ones(2, 3))

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from journal_events import kind_of
 
 from bitpress.calibration import builtin_texts
 from bitpress.checkpoints import durable
@@ -25,11 +26,11 @@ from bitpress.pipeline import journal as job
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 
-KILLS = 10
-SEED = 20261
+# Every kind of event that a run has; `journal_events.py` says what they are.
+EVENTS = {"identity", "objects", "activations", "journal torn", "journal", "staged", "outer", "manifest", "cleared"}
 
 DRIVER = """
-import contextlib, json, os, random, signal, sys, time
+import contextlib, json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -39,18 +40,25 @@ import bitpress.pipeline.quantize, bitpress.checkpoints.named, bitpress.cli.repo
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli.app import main
 from bitpress.errors import CheckpointError
+import journal_events
 
 logging.set_verbosity_error()
-folder, command, kills, seed = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-choose = random.Random(seed)
+folder, command = Path(sys.argv[1]), json.loads(sys.argv[2])
 
 
-def start(out):
+def start(out, event="", number=signal.SIGKILL):
+    # Run the command in a process of its own, which sends itself the signal at the event.
     child = os.fork()
     if child:
-        return child
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
     try:
+        def reach(name):
+            with open(folder / "events", "a") as file:
+                file.write(f"{out.name}:{name}\\n")
+            if name == event:
+                os.kill(os.getpid(), number)
+        journal_events.watch(reach)
         code = run(out)
     finally:
         os._exit(code)
@@ -66,10 +74,6 @@ def run(out):
     return 0
 
 
-def end(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def units(out):
     path = out / ".bitpress" / "journal.jsonl"
     return path.read_bytes().count(b"\\n") if path.exists() else 0
@@ -83,37 +87,27 @@ def state(out):
         return "refused"
 
 
-def stop_after(out, wanted, number):
-    # Wait until so many units are committed, then send the signal.
-    child = start(out)
-    while units(out) < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
-        time.sleep(0.002)
-    os.kill(child, number)
-    return end(child)
+def events(out):
+    lines = (folder / "events").read_text().splitlines()
+    return [line.partition(":")[2] for line in lines if line.startswith(f"{out.name}:")]
 
 
-results = {"killed": [], "stopped": []}
+results = {"killed": {}, "stopped": {}}
 run(folder / "warm")  # what is imported late is imported now
-began = time.monotonic()
-results["reference"] = end(start(folder / "reference"))
-whole = time.monotonic() - began
-results["seconds"] = whole
-for i in range(kills):
+results["reference"] = start(folder / "reference")
+results["events"] = events(folder / "reference")
+for i, event in enumerate(journal_events.one_of_each(results["events"])):
+    # Every third run is killed three times: at the event, after one more unit, and beside the weights.
     out, runs = folder / f"killed-{i}", []
-    while True:
-        child = start(out)
-        if len(runs) < 2:  # the first run and its first successor, at moments spread over the length of a run
-            time.sleep(whole * (i + choose.random()) / kills * (1.0 if not runs else 0.5))
-            os.kill(child, signal.SIGKILL)
-        code, left = end(child), units(out)
-        runs.append([code, left, state(out)])
-        if code == 0 or len(runs) > 5:
+    for at in (event, *(["journal 1", "outer 1"] if i % 3 == 1 else []), ""):
+        code = start(out, at)
+        runs.append([at, code, units(out), state(out)])
+        if code == 0:
             break
-    results["killed"].append(runs)
+    results["killed"][event] = runs
 for number in (signal.SIGINT, signal.SIGTERM):
     out = folder / f"stopped-{number.name}"
-    codes = [stop_after(out, 2, number), units(out), state(out), end(start(out)), state(out)]
-    results["stopped"].append(codes)
+    results["stopped"][number.name] = [start(out, "journal 2", number), units(out), state(out), start(out), state(out)]
 print(json.dumps(results))
 """
 
@@ -131,10 +125,11 @@ def runs(
     held_out.write_text(builtin_texts("heldout")["reference"][:20_000], encoding="utf-8")
     command += ["--proof-tokens", "256", "--proof-text", str(held_out)]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder), json.dumps(command), str(KILLS), str(SEED)],
+        [sys.executable, "-c", DRIVER, str(folder), json.dumps(command)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr + (folder / "log").read_text()
@@ -157,46 +152,56 @@ def check_same(out: Path, reference: Path) -> None:
 def test_killed_runs_end_in_the_same_bytes(runs: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = runs
     assert results["reference"] == 0
-    kills = [run for series in results["killed"] for run in series if run[0] == -signal.SIGKILL]
-    assert len(kills) >= KILLS, "too many runs had ended before they were killed"
-    for i, series in enumerate(results["killed"]):
-        assert series[-1][0] == 0, series
-        assert {code for code, _, _ in series} <= {0, -signal.SIGKILL}, series
+    events, killed = results["events"], results["killed"]
+    assert {kind_of(event) for event in killed} == {kind_of(event) for event in events} == EVENTS
+    kills = [run for series in killed.values() for run in series if run[0]]
+    for i, (event, series) in enumerate(killed.items()):
+        (first, code, _, _), (*_, last_code, _, _) = series[0], series[-1]
+        assert (first, code) == (event, -signal.SIGKILL)
+        assert last_code == 0, series
         committed = 0
-        for code, units, state in series:
-            if code != 0 and state == "refused":
+        for _, code, units, state in series:
+            assert code in (0, -signal.SIGKILL), series
+            assert state == "model" or code != 0
+            if state == "refused" and "staged" not in event:
                 assert units >= committed, f"a later run lost a unit that an earlier one had: {series}"
                 committed = units
-            assert state == "model" or code != 0
         check_same(folder / f"killed-{i}", folder / "reference")
-    midway = {units for _, units, state in kills if state == "refused"}
-    assert len(midway) > 1, f"every kill fell on the same unit: {kills}"
     with capsys.disabled():
-        early = sum(state == "model" for _, _, state in kills)
+        early = sum(state == "model" for *_, state in kills)
         print(
-            f"\nF5: {len(kills)} kills (seed {SEED}) over runs of {results['seconds']:.1f} s, {early} of them after the manifest: "
+            f"\nF5: {len(kills)} kills at {len(killed)} kinds of events, {early} of them after the manifest: "
             "0 corrupt, 0 unresumable, 0 units lost, all final files byte-identical"
         )
+
+
+def test_a_unit_is_there_from_its_line_of_the_journal_on(runs: tuple[Path, dict[str, Any]]) -> None:
+    _, results = runs
+    units = {event: series[0][2] for event, series in results["killed"].items()}
+    for event, there in units.items():
+        name, *number = event.split()[:2]
+        if name in ("objects", "activations", "journal"):
+            assert there == int(number[0]) - (event != f"journal {number[0]}"), event
 
 
 def test_a_model_is_none_before_its_manifest(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, results = runs
     reference = content(folder / "reference")
-    for i, series in enumerate(results["killed"]):
-        for code, _, state in series:
-            if code != 0 and state == "model":  # killed between the manifest and the exit: then it is whole
-                assert content(folder / f"killed-{i}") == reference
+    for i, (event, series) in enumerate(results["killed"].items()):
+        assert (series[0][3] == "model") == (event in ("manifest", "cleared")), event
+        if series[0][3] == "model":
+            assert content(folder / f"killed-{i}") == reference
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["SIGINT", "SIGTERM"])
-def test_a_stopped_run_says_so_and_goes_on(runs: tuple[Path, dict[str, Any]], which: int) -> None:
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_says_so_and_goes_on(runs: tuple[Path, dict[str, Any]], which: str) -> None:
     folder, results = runs
     code, units, state, again, state_after = results["stopped"][which]
     assert code == 75
     assert units >= 2
     assert (state, again, state_after) == ("refused", 0, "model")
-    check_same(folder / f"stopped-{['SIGINT', 'SIGTERM'][which]}", folder / "reference")
-    assert f"stopped by {['SIGINT', 'SIGTERM'][which]}" in (folder / "log").read_text()
+    check_same(folder / f"stopped-{which}", folder / "reference")
+    assert f"stopped by {which}" in (folder / "log").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad disks

@@ -14,13 +14,13 @@ from bitpress.errors import UsageError
 from bitpress.models.linears import skipping
 from bitpress.models.opening import open_original
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import NAMED_RECIPES, Recipe
+from bitpress.recipes import NAMED_RECIPES, build_method, load_recipe
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model(architecture)
-    quantize_directory(model, tmp_path / "out", Recipe.load("moqe"), proof=Proof(tokens=0))
+    quantize_directory(model, tmp_path / "out", load_recipe("moqe"), proof=Proof(tokens=0))
     pressed = CompressedCheckpoint.open(tmp_path / "out")
     assert len(pressed.manifest.weights) == 4
     assert all(".experts." in name for name in pressed.manifest.weights)
@@ -38,7 +38,7 @@ def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[...,
 
 def test_a_model_without_experts_leaves_moqe_nothing_to_do(tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match=r"nothing is left to compress: skip \(\*, !\*\.experts\.\*\)"):
-        plan_run(tiny_model("llama"), Recipe.load("moqe"))
+        plan_run(tiny_model("llama"), build_method(load_recipe("moqe")))
 
 
 def test_the_command_line_takes_a_named_recipe_and_other_keys(
@@ -57,11 +57,11 @@ def test_the_command_line_takes_a_named_recipe_and_other_keys(
 
 def test_a_file_of_the_same_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Recipe.load("moqe").weights == "int3-row"
+    assert load_recipe("moqe").weights == "int3-row"
     (tmp_path / "moqe").write_text("weights: int8-row\n")
-    assert Recipe.load("moqe").weights == "int8-row"
+    assert load_recipe("moqe").weights == "int8-row"
     with pytest.raises(UsageError, match=f"one of these names: {', '.join(NAMED_RECIPES)}"):
-        Recipe.load("mooqe")
+        load_recipe("mooqe")
 
 
 def test_the_last_pattern_that_matches_decides() -> None:

@@ -16,7 +16,7 @@ from bitpress.cli.app import app
 from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.pipeline.plan import unmeant_bits
 from bitpress.pipeline.quantize import plan_run
-from bitpress.recipes import Recipe, make_recipe, told_weights
+from bitpress.recipes import build_method, dump_recipe, load_recipe, make_recipe, told_weights
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PROJECTIONS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -65,19 +65,19 @@ def test_each_weight_is_what_its_own_method_makes_of_it(
 
 def test_the_recipe_as_it_is_written_down_is_the_recipe(tmp_path: Path) -> None:
     recipe = make_recipe({"quantizer": "gptq", "overrides": OVERRIDES})
-    assert recipe.needs() == {"gram", "row_gram", "head_gram"}, "of all methods"
-    (tmp_path / "recipe.yaml").write_text(recipe.dump())
-    again = Recipe.load(tmp_path / "recipe.yaml")
-    assert again.resolved() == recipe.resolved()
-    assert recipe.resolved()["overrides"][1]["quantizer"]["rounds"] == 5
-    told = told_weights(recipe.resolved())
+    assert build_method(recipe).needs == {"gram", "row_gram", "head_gram"}, "of all methods"
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert build_method(again).resolved() == build_method(recipe).resolved()
+    assert build_method(recipe).resolved()["overrides"][1]["quantizer"]["rounds"] == 5
+    told = told_weights(build_method(recipe).resolved())
     assert told.startswith("int4-g64-zero; *.v_proj int6-g16 by rtn; *.down_proj by hqq; *.mlp.* int5-g16-zero; ")
     given = {"name": "quip-sharp", "residual": "e8p"}
     spelled = make_recipe(
         {"weights": "e8p-row", "quantizer": "quip_sharp", "overrides": [{"match": "*.v_proj", "quantizer": given}]}
     )
     assert spelled.overrides[0].quantizer == {"name": "quip_sharp", "residual": "e8p"}
-    assert told_weights(spelled.resolved()) == "e8p-row; *.v_proj by quip_sharp (residual e8p)"
+    assert told_weights(build_method(spelled).resolved()) == "e8p-row; *.v_proj by quip_sharp (residual e8p)"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -102,18 +102,18 @@ def test_an_override_that_cannot_be_is_refused(what: str) -> None:
 def test_the_plan_holds_a_weight_to_its_own_method(tiny_model: Callable[..., Path]) -> None:
     override = {"match": "*.v_proj", "weights": "int2-g16-zero", "quantizer": "quip_sharp"}
     with pytest.raises(BitpressError, match=r"quip_sharp.*layers\.0\.self_attn\.v_proj") as caught:
-        plan_run(tiny_model(), make_recipe({"quantizer": "gptq", "weights": "int4-g16", "overrides": [override]}))
+        plan_run(tiny_model(), build_method(make_recipe({"quantizer": "gptq", "weights": "int4-g16", "overrides": [override]})))
     assert "q_proj" not in str(caught.value)
     fine = make_recipe(
         {"quantizer": "rtn", "weights": "int4-g16", "overrides": [{**override, "quantizer": "db_llm", "weights": "int4-g16"}]}
     )
     with pytest.raises(BitpressError, match="db_llm"):
-        plan_run(tiny_model(), fine)
+        plan_run(tiny_model(), build_method(fine))
     meant = make_recipe(
         {"quantizer": "rtn", "weights": "int4-g16", "overrides": [{**override, "quantizer": "comq", "weights": "int8-g16"}]}
     )
-    plan, _, _ = plan_run(tiny_model(), meant)
-    assert unmeant_bits(plan, meant) == ["comq is meant for codes of 2 to 4 bits a weight, and int8-g16 has 8"]
+    plan, _, _ = plan_run(tiny_model(), build_method(meant))
+    assert unmeant_bits(plan) == ["comq is meant for codes of 2 to 4 bits a weight, and int8-g16 has 8"]
 
 
 def test_a_weight_that_is_rounded_needs_no_inputs(tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

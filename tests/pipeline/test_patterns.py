@@ -10,7 +10,7 @@ from bitpress.comparison.run import compare_recipes
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import UsageError
 from bitpress.pipeline.quantize import plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 
 RTN = {"weights": "int4-g16", "quantizer": "rtn"}
 GOOD: list[dict[str, Any]] = [
@@ -45,21 +45,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("keys", GOOD, ids=str)
 def test_what_matches_is_planned(keys: dict[str, Any], tiny_model: Callable[..., Path]) -> None:
-    plan, _, _ = plan_run(tiny_model("llama", tie_word_embeddings=True), make_recipe(RTN | keys))
+    plan, _, _ = plan_run(tiny_model("llama", tie_word_embeddings=True), build_method(make_recipe(RTN | keys)))
     assert plan.weights
 
 
 @pytest.mark.parametrize(("keys", "says"), BAD, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_what_matches_nothing_is_refused(keys: dict[str, Any], says: str, tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match=says) as caught:
-        plan_run(tiny_model("llama", tie_word_embeddings=True), make_recipe(RTN | keys))
+        plan_run(tiny_model("llama", tie_word_embeddings=True), build_method(make_recipe(RTN | keys)))
     assert len(str(caught.value)) <= 3 * 80
 
 
 def test_a_router_is_no_match_of_an_override(tiny_model: Callable[..., Path]) -> None:
     keys = RTN | {"overrides": [{"match": "*.mlp.gate", "weights": "int8-row"}]}
     with pytest.raises(UsageError, match="matches only what stays as it is anyway"):
-        plan_run(tiny_model("qwen3_moe"), make_recipe(keys))
+        plan_run(tiny_model("qwen3_moe"), build_method(make_recipe(keys)))
 
 
 def test_quantize_and_compare_refuse_before_anything_is_written(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

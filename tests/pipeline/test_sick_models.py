@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.errors import NumericsError
 from bitpress.evaluation import distance
-from bitpress.pipeline.blocks import Presser
+from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.quantize import Proof, quantize_directory
 
 State = dict[str, torch.Tensor]
@@ -130,6 +130,6 @@ def test_a_figure_that_is_no_number_publishes_nothing_and_loses_nothing(
             quantize_directory(tiny_model("llama"), tmp_path / "out", recipe, proof=proof)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Presser, "press_", None)  # every block is done already
+        patch.setattr(BlockCompressor, "visit_", None)  # every block is done already
         quantize_directory(tiny_model("llama"), tmp_path / "out", recipe, proof=proof)
     assert (tmp_path / "out" / MANIFEST_NAME).exists()

@@ -111,7 +111,7 @@ def test_a_sick_row_gram_is_named_and_survived() -> None:
     by_row = stats.need("row_gram", "test").clone()
     by_row[1] = -torch.ones(ROW, ROW) * 1e3 + 1001 * torch.eye(ROW)
     outcome = Aespa().quantize(w, dataclasses.replace(stats, row_gram=by_row), parse_format("int4-g16"))
-    assert outcome.fallbacks == ("1 heads' row grams could not be factored; their rows are rounded apart",)
+    assert outcome.fallbacks == ("1 heads' row grams could not be factored; the rows of these heads are rounded independently",)
     plain = Aespa().quantize(w, Stats(200, stats.gram), parse_format("int4-g16")).weight.dequantize()
     # Apart, each row is swept as without heads; codes of the start are kept by the head, not by the row.
     rows, gram = slice(ROW, 2 * ROW), stats.need_gram("test")
@@ -120,7 +120,7 @@ def test_a_sick_row_gram_is_named_and_survived() -> None:
     for sick in (by_row * 0, by_row * 1e30, by_row * 1e-38, by_row * torch.nan, by_row[:, :1] * torch.ones(ROW, 1)):
         outcome = Aespa().quantize(w, dataclasses.replace(stats, row_gram=sick), parse_format("int4-g16"))
         assert torch.isfinite(outcome.weight.dequantize()).all()
-    with pytest.raises(CalibrationError, match="2 heads do not belong to 24 rows"):
+    with pytest.raises(CalibrationError, match="2 heads do not fit a weight of 24 rows"):
         Aespa().quantize(w, dataclasses.replace(stats, row_gram=by_row[:2]), parse_format("int4-g16"))
 
 

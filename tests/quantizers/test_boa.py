@@ -86,8 +86,9 @@ def test_a_sick_row_gram_is_named_and_survived() -> None:
     for sick in (by_row * 0, by_row * 1e30, stats.need("row_gram", "test")[:, :1] * torch.ones(ROW, 1)):
         outcome = BoA().quantize(w, dataclasses.replace(stats, row_gram=sick), parse_format("int4-g16"))
         assert torch.isfinite(outcome.weight.dequantize()).all()
-    with pytest.raises(CalibrationError, match="do not make 24 rows"):
-        BoA().quantize(w, dataclasses.replace(stats, row_gram=by_row[:2]), parse_format("int4-g16"))
+    few = dataclasses.replace(stats, row_gram=by_row[:2], head_gram=stats.need("head_gram", "test")[:2])
+    with pytest.raises(CalibrationError, match="do not fit a weight of 24 rows"):
+        BoA().quantize(w, few, parse_format("int4-g16"))
 
 
 def test_settings_are_checked() -> None:

@@ -82,7 +82,7 @@ def test_without_a_difference_it_is_gptq() -> None:
     assert ours.fallbacks == ()
     unknown = GPTAQ().quantize(w, dataclasses.replace(stats, cross=None), fmt)
     assert torch.equal(unknown.weight.dequantize(), gptq.weight.dequantize())
-    assert "not known" in unknown.fallbacks[0]
+    assert "are unknown" in unknown.fallbacks[0]
 
 
 @pytest.mark.parametrize("factor", [1e6, float("nan")])
@@ -90,7 +90,7 @@ def test_a_cross_that_asks_for_another_weight_is_left_out(factor: float) -> None
     w, _, _, stats = case(2)
     sick = dataclasses.replace(stats, cross=stats.need("cross", "test") * factor)
     outcome = GPTAQ().quantize(w, sick, parse_format("int4-g16"))
-    assert "another weight altogether" in outcome.fallbacks[0]
+    assert "larger than the weight" in outcome.fallbacks[0]
     assert torch.isfinite(outcome.weight.dequantize()).all()
 
 

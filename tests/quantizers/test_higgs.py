@@ -108,7 +108,7 @@ def test_bytes_that_buy_nothing_are_not_spent() -> None:
 
 
 def test_what_cannot_be_chosen_is_an_error() -> None:
-    with pytest.raises(UsageError, match="take 30 bytes, and the budget is 29"):
+    with pytest.raises(UsageError, match="take 30 bytes, more than the budget of 29"):
         choose_bits([[1.0], [1.0]], [[10], [20]], 29)
     with pytest.raises(NumericsError, match="not finite"):
         choose_bits([[float("nan")]], [[10]], 29)

@@ -9,7 +9,7 @@ from bitpress.formats import Packed, Scale, parse_format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mr_gptq import MRGPTQ
 from bitpress.quantizers.quantizer import output_error
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 from bitpress.transforms.basis import into_basis, with_maps
 from bitpress.transforms.hadamard import HadamardBasis
 
@@ -127,4 +127,4 @@ def test_other_formats_and_settings_are_refused() -> None:
 
 def test_its_recipe_rotates_inside_every_block() -> None:
     recipe = make_recipe({"weights": "mxfp4", "quantizer": "mr_gptq"})
-    assert recipe.make_changes() == [("hadamard", HadamardBasis(block="group"))]
+    assert [(p.name, p.part) for p in build_method(recipe).changes] == [("hadamard", HadamardBasis(block="group"))]

@@ -9,7 +9,7 @@ from bitpress.formats import Packed, parse_format
 from bitpress.quantizers.mechanisms.coordinate_descent import RIDGE
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.quip_sharp import QuIPSharp
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 from bitpress.transforms.hadamard import HadamardBasis
 
 DAMP = 0.01
@@ -117,7 +117,15 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 def test_its_recipe_puts_the_papers_basis_before_it() -> None:
     recipe = make_recipe({"weights": "e8p-row", "quantizer": "quip_sharp"})
-    assert [name for name, _ in recipe.make_transforms()] == ["balance", "hadamard"]
-    assert recipe.make_changes()[1][1] == HadamardBasis(outputs=True)
-    assert recipe.resolved()["transforms"][1] == {"name": "hadamard", "block": "row", "outputs": True, "seed": 0}
-    assert make_recipe({"weights": "e8p-row", "quantizer": "quip_sharp", "transforms": []}).make_transforms() == []
+    assert [name for name, _ in [(p.name, p.part) for p in build_method(recipe).of_key("transforms")]] == [
+        "balance",
+        "hadamard",
+    ]
+    assert [(p.name, p.part) for p in build_method(recipe).changes][1][1] == HadamardBasis(outputs=True)
+    assert build_method(recipe).resolved()["transforms"][1] == {"name": "hadamard", "block": "row", "outputs": True, "seed": 0}
+    assert [
+        (p.name, p.part)
+        for p in build_method(make_recipe({"weights": "e8p-row", "quantizer": "quip_sharp", "transforms": []})).of_key(
+            "transforms"
+        )
+    ] == []

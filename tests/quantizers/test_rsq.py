@@ -49,7 +49,7 @@ def test_it_is_gptq_by_the_weighted_gram() -> None:
     assert RSQ.transforms == ("hadamard",)
     alike = RSQ().quantize(w, dataclasses.replace(stats, attention_gram=None), fmt)
     assert torch.equal(alike.weight.dequantize(), GPTQ().quantize(w, stats, fmt).weight.dequantize())
-    assert "all weigh alike" in alike.fallbacks[0]
+    assert "all tokens weigh the same" in alike.fallbacks[0]
 
 
 def test_a_sick_weighted_gram_is_named_and_survived() -> None:

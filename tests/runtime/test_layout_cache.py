@@ -14,10 +14,11 @@ from bitpress import native
 from bitpress.checkpoints.mapped_tree import read_prepared, write_prepared
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import CheckpointError, DiskError
-from bitpress.runtime.native import layout_cache as prepared
+from bitpress.runtime.native import layout_cache
+from bitpress.runtime.native.options import EngineOptions
 from bitpress.runtime.native.plain_tokenizer import PlainTokenizer
+from bitpress.runtime.opening import OpenedModel, load_native
 from bitpress.runtime.prompt import encode_prompt
-from bitpress.runtime.selection import load_native, select_runtime
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 MESSAGES = [
@@ -45,7 +46,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch, directory: Path, **options: Any) -> 
     laid_out = []
     real = assemble.lay_out_directory
     monkeypatch.setattr(assemble, "lay_out_directory", lambda *a, **k: laid_out.append(1) or real(*a, **k))
-    load_native(directory, **options)
+    load_native(directory, EngineOptions.of(options))
     monkeypatch.setattr(assemble, "lay_out_directory", real)
     return not laid_out
 
@@ -101,7 +102,7 @@ def test_the_second_load_maps_and_says_the_same(pressed_dir: Path, folder: Path,
     assert isinstance(second.tokenizer, PlainTokenizer)
     assert second.encode(MESSAGES) == first.encode(MESSAGES)
     assert second.facts == first.facts
-    assert select_runtime(pressed_dir).runtime == "native"
+    assert OpenedModel(pressed_dir).select().runtime == "native"
 
 
 @needs_native
@@ -134,7 +135,7 @@ def test_a_directory_that_changed_is_read_itself(pressed_dir: Path, folder: Path
     (pressed_dir / "away").rename(shard)
     load_native(pressed_dir)
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"left_out": ["more"]}))
-    assert not prepared.is_prepared(pressed_dir, "int8-g64")
+    assert not OpenedModel(pressed_dir).has_layout("int8-g64")
 
 
 @needs_native
@@ -142,7 +143,7 @@ def test_a_full_disk_keeps_nothing_and_loads(pressed_dir: Path, folder: Path, mo
     def full(*_: Any) -> int:
         raise DiskError("no room")
 
-    monkeypatch.setattr(prepared, "write_prepared", full)
+    monkeypatch.setattr(layout_cache, "write_prepared", full)
     assert load_native(pressed_dir).complete("The sky", max_tokens=2).tokens
     assert not kept(folder)
 
@@ -157,11 +158,11 @@ def test_off_keeps_nothing(pressed_dir: Path, folder: Path, monkeypatch: pytest.
 
 @needs_native
 def test_the_oldest_are_forgotten(pressed_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "KEPT", 2)
+    monkeypatch.setattr(layout_cache, "MOST_LAYOUTS", 2)
     for head in ("keep", "int8-row", "int8-g64"):
-        load_native(pressed_dir, head=head)
+        load_native(pressed_dir, EngineOptions(head=head))
     assert len(kept(folder)) == 2
-    assert [prepared.is_prepared(pressed_dir, head) for head in ("keep", "int8-row", "int8-g64")] == [False, True, True]
+    assert [OpenedModel(pressed_dir).has_layout(head) for head in ("keep", "int8-row", "int8-g64")] == [False, True, True]
 
 
 @needs_native
@@ -256,7 +257,7 @@ def test_a_rotated_model_keeps_its_codes_and_its_layout(
     recipe = make_recipe({"weights": "int4-g16", "transforms": ["hadamard"], "quantizer": "rtn"})
     out = tmp_path / "rotated"
     quantize_directory(tiny_model("llama"), out, recipe, proof=Proof(tokens=0))
-    first = load_native(out, activations="none", head="keep")
+    first = load_native(out, EngineOptions(activations="none", head="keep"))
     assert first.facts["expanded"] == []
     tokens = list(range(6, 30))
     with torch.no_grad():
@@ -264,6 +265,6 @@ def test_a_rotated_model_keeps_its_codes_and_its_layout(
     made = first.engine.forward(tokens)[-1]
     assert float((made - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
     assert mapped(monkeypatch, out, activations="none", head="keep")
-    second = load_native(out, activations="none", head="keep")
+    second = load_native(out, EngineOptions(activations="none", head="keep"))
     answers = [text.complete("The sky", max_tokens=12).token_ids for text in (first, second)]
     assert answers[0] == answers[1]

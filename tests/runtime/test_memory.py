@@ -17,7 +17,7 @@ from bitpress.cli.app import main
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats import CompressedWeight
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import make_recipe
+from bitpress.recipes import build_method, make_recipe
 from bitpress.runtime.hf.loading import load
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
@@ -133,12 +133,13 @@ def test_what_cannot_be_is_said_in_one_line(stacked: tuple[Path, Path], pressed_
     source, out = stacked
     least, every = ends(CompressedCheckpoint.open(out))
     with pytest.raises(
-        MemoryLimitError, match=rf"{least - 1:,} bytes are too few; {least:,} at least, and {every:,} for all\.$"
+        MemoryLimitError,
+        match=rf"{least - 1:,} bytes are too few; the model needs {least:,} at least, and {every:,} in full\.$",
     ):
         bitpress.load(out, memory=least - 1)
-    with pytest.raises(UsageError, match="no weight is a stack that can be loaded in part"):
+    with pytest.raises(UsageError, match="no weight can be loaded in part"):
         bitpress.load(pressed_original, memory="1GB")
-    with pytest.raises(UsageError, match="bitpress did not write it"):
+    with pytest.raises(UsageError, match="bitpress did not write this model"):
         bitpress.evaluate(source, source, tokens=64, length=32, memory="1GB")
     with pytest.raises(UsageError, match="cache: only for the runtime native; memory: only for transformers"):
         bitpress.load(out, memory=every, cache="int8")
@@ -163,7 +164,7 @@ def test_figures_of_other_terms_are_refused(errors: Any, stacked: tuple[Path, Pa
 def test_the_plan_counts_every_term(stacked: tuple[Path, Path]) -> None:
     source, out = stacked
     pressed = CompressedCheckpoint.open(out)
-    plan, _, _ = plan_run(source, make_recipe(pressed.manifest.recipe))
+    plan, _, _ = plan_run(source, build_method(make_recipe(pressed.manifest.recipe)))
     terms_alone = [n for names in pressed.stored.values() for n in names if ".term" in n]
     assert plan.compressed_bytes == sum(pressed.tensors[name][1].nbytes for name in terms_alone)
 

@@ -10,7 +10,7 @@ from bitpress import native
 from bitpress.formats import GRIDS
 from bitpress.formats.listing import usual_format
 from bitpress.kernels.native_layout import _has_layout
-from bitpress.runtime.native.architectures import FAMILIES
+from bitpress.runtime.native.architectures import ARCHITECTURES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "native.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -34,4 +34,4 @@ def test_the_lists_of_grids_are_those_of_today() -> None:
 
 def test_the_model_types_are_those_of_today() -> None:
     section = TEXT.split("## What runs")[1].split("\n\n")[1]
-    assert re.findall(r"`(\w+)`", section.split("Everything else")[0])[1:] == list(FAMILIES)
+    assert re.findall(r"`(\w+)`", section.split("Everything else")[0])[1:] == list(ARCHITECTURES)

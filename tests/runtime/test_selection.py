@@ -13,7 +13,7 @@ from bitpress.errors import CheckpointError, KernelUnavailable, UsageError
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_recipe
 from bitpress.runtime.native.text import TextEngine
-from bitpress.runtime.selection import select_runtime
+from bitpress.runtime.opening import OpenedModel
 from bitpress.settings import usable_cores, usable_threads
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
@@ -21,7 +21,7 @@ needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compile
 
 @pytest.fixture(scope="module")
 def gpt2(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("choice") / "gpt2"
+    out = tmp_path_factory.mktemp("selection") / "gpt2"
     recipe = make_recipe({"weights": "int4-g16", "quantizer": {"name": "rtn"}})
     quantize_directory(tiny_model("gpt2"), out, recipe, proof=Proof(tokens=0))
     return out
@@ -32,9 +32,9 @@ def test_auto_is_native_where_that_knows_the_model(pressed_original: Path, gpt2:
     assert isinstance(bitpress.load(pressed_original, runtime="auto"), TextEngine)
     model = bitpress.load(gpt2, runtime="auto")
     assert isinstance(model, torch.nn.Module)
-    choice = select_runtime(gpt2)
-    assert choice.runtime == "transformers"
-    assert "'gpt2' is not among llama" in choice.reason
+    selection = OpenedModel(gpt2).select()
+    assert selection.runtime == "transformers"
+    assert "'gpt2' is not among llama" in selection.reason
 
 
 def test_transformers_is_what_load_gives_unasked(pressed_original: Path) -> None:
@@ -90,17 +90,17 @@ def test_what_the_native_engine_does_not_know(gpt2: Path) -> None:
 def test_a_setting_that_the_engine_does_not_follow_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     recipe = make_recipe({"weights": "int4-g16", "quantizer": {"name": "rtn"}})
     quantize_directory(tiny_model("gemma3", final_logit_softcapping=5.0), tmp_path / "out", recipe, proof=Proof(tokens=0))
-    choice = select_runtime(tmp_path / "out")
-    assert (choice.runtime, choice.reason) == ("transformers", "final_logit_softcapping is 5.0, which is not followed")
+    selection = OpenedModel(tmp_path / "out").select()
+    assert (selection.runtime, selection.reason) == ("transformers", "final_logit_softcapping is 5.0, which is not followed")
     with pytest.raises(KernelUnavailable, match=r"final_logit_softcapping is 5\.0"):
         bitpress.load(tmp_path / "out", runtime="native")
 
 
 def test_without_the_library(pressed_original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITPRESS_NATIVE", "off")
-    choice = select_runtime(pressed_original)
-    assert choice.runtime == "transformers"
-    assert "BITPRESS_NATIVE=off" in choice.reason
+    selection = OpenedModel(pressed_original).select()
+    assert selection.runtime == "transformers"
+    assert "BITPRESS_NATIVE=off" in selection.reason
     with pytest.raises(KernelUnavailable, match="BITPRESS_NATIVE=off"):
         bitpress.load(pressed_original, runtime="native")
 

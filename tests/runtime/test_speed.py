@@ -10,8 +10,10 @@ from bitpress import native
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import UsageError
 from bitpress.runtime.native import speed as speed
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.opening import load_native
 
+ONE = EngineOptions(threads=1)
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
 
@@ -33,8 +35,8 @@ def test_positions_end_at_windows() -> None:
 
 def test_decode(pressed_original: Path) -> None:
     options = {"activations": "none", "cache": "int8", "head": "keep"}
-    facts = speed.bench_decode(pressed_original, context=40, tokens=5, repeats=3, threads=1, **options)
-    engine = load_native(pressed_original, **options).engine
+    facts = speed.bench_decode(pressed_original, EngineOptions.of({"threads": 1, **options}), context=40, tokens=5, repeats=3)
+    engine = load_native(pressed_original, EngineOptions.of(options)).engine
     assert facts["bytes_per_token"] == engine.facts["bytes_per_token"] + 42 * engine.facts["cache_bytes_per_position"]
     rates = facts["tokens_per_second"]
     assert 0 < rates["p10"] <= rates["median"] <= rates["p90"]
@@ -45,7 +47,7 @@ def test_decode(pressed_original: Path) -> None:
 
 
 def test_prefill(pressed_original: Path) -> None:
-    facts = speed.bench_prefill(pressed_original, context=10, tokens=30, repeats=2, threads=1)
+    facts = speed.bench_prefill(pressed_original, ONE, context=10, tokens=30, repeats=2)
     rate = facts["tokens_per_second"]["median"]
     assert facts["teraoperations_per_second"] == pytest.approx(2 * facts["weights_per_token"] * rate / 1e12)
     assert facts["share"] == pytest.approx(facts["teraoperations_per_second"] / facts["machine_teraoperations_per_second"])
@@ -64,10 +66,10 @@ def test_the_clock_sees_what_it_should(pressed_original: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Engine, "read", observed)
     monkeypatch.setattr(speed, "CHUNK", 16)
-    speed.bench_prefill(pressed_original, context=10, tokens=30, repeats=2, threads=1)
+    speed.bench_prefill(pressed_original, ONE, context=10, tokens=30, repeats=2)
     assert seen == [(0, 10), *[(10, 16), (26, 14)] * 3]
     seen.clear()
-    speed.bench_decode(pressed_original, context=20, tokens=4, repeats=2, threads=1)
+    speed.bench_decode(pressed_original, ONE, context=20, tokens=4, repeats=2)
     assert seen == [(0, 16), (16, 4)], "what is before the clock; decoding itself finds the text in the cache"
 
 

@@ -1,129 +1,22 @@
 """Text from tokens: whole characters only, stop strings, end tokens, figures; and the engine that makes it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import bitpress
 from bitpress import native
 from bitpress.errors import CheckpointError, UsageError
-from bitpress.runtime.native.engine import Sampling
-from bitpress.runtime.native.text import Pieces, TextEngine, text_decoder
-from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.detokenizer import text_decoder
+from bitpress.runtime.native.text import TextEngine
+from bitpress.runtime.prompt import check_prompt, encode_prompt, end_tokens
+from bitpress.runtime.sampling import LIMITS, Sampling, SamplingRequest
 
 PROMPT = "The sea was calm, and the"
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
-
-
-def pieces_of(pieces: Pieces, tokens: Sequence[int]) -> Iterator[str]:
-    for token in tokens:
-        yield pieces.add(token)
-        if pieces.stopped:
-            return
-    yield pieces.end()
-
-
-# ---- pieces ----
-
-
-@pytest.fixture(scope="module")
-def by_bytes(tiny_tokenizer: Any) -> Any:
-    return tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def by_fallback() -> Any:
-    """A tokenizer of SentencePiece's kind: words with their space in front, other characters as bytes, all of a run or none."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefghij", *(f"▁{c}" for c in "abcdefghij")]
-    merges = [("▁", c) for c in "abcdefghij"]
-    model = models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<s>")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
-
-# Characters of one to four bytes, more of them than a tokenizer of 384 tokens has; no line breaks, which pieces do not care about.
-TEXT = st.text(st.sampled_from("abc def.é😀中文🇩🇪\u00ad"), max_size=30)
-
-
-@pytest.mark.parametrize("kind", ["by_bytes", "by_fallback"])
-def test_pieces_are_whole_characters_and_together_the_text(kind: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue(kind)
-    decode = text_decoder(tokenizer)
-
-    @given(TEXT)
-    @settings(max_examples=200, deadline=None, derandomize=True)
-    def check(text: str) -> None:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        made = list(pieces_of(Pieces(decode), tokens))
-        assert "".join(made) == decode(tokens)
-        assert not any("\ufffd" in piece for piece in made)
-
-    check()
-    assert len(tokenizer("😀", add_special_tokens=False)["input_ids"]) >= 4, "characters of several tokens are what is tested"
-
-
-def test_text_comes_as_early_as_it_is_settled(by_bytes: Any) -> None:
-    tokens = by_bytes("a😀b", add_special_tokens=False)["input_ids"]
-    made = list(pieces_of(Pieces(text_decoder(by_bytes)), tokens))
-    assert [piece for piece in made if piece] == ["a", "😀", "b"]
-    assert made[0] == "a", "a character that is whole does not wait for the next one"
-
-
-def test_a_character_that_never_ends_shows_as_such(by_bytes: Any) -> None:
-    tokens = by_bytes("a😀", add_special_tokens=False)["input_ids"][:-1]
-    assert list(pieces_of(Pieces(text_decoder(by_bytes)), tokens))[-1] == "\ufffd"
-    tokens += by_bytes("b", add_special_tokens=False)["input_ids"]
-    assert "".join(pieces_of(Pieces(text_decoder(by_bytes)), tokens)) == "a\ufffdb"
-
-
-def test_special_tokens_and_tokens_beyond_the_tokenizer_have_no_text(by_bytes: Any) -> None:
-    a, b = by_bytes("ab", add_special_tokens=False)["input_ids"]
-    made = list(pieces_of(Pieces(text_decoder(by_bytes)), [a, by_bytes.bos_token_id, by_bytes.eos_token_id, 100_000, b]))
-    assert made == ["a", "", "", "", "b", ""]
-
-
-def test_a_space_in_front_is_kept_between_words(by_fallback: Any) -> None:
-    tokens = by_fallback("ab cd", add_special_tokens=False)["input_ids"]
-    tokens.insert(len(tokens) // 2, by_fallback.bos_token_id)
-    assert "".join(pieces_of(Pieces(text_decoder(by_fallback)), tokens)) == "ab cd"
-
-
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_text_ends_before_the_first_stop_string_that_appears(text: str, stop: list[str]) -> None:
-    pieces = Pieces(lambda tokens: "".join(map(chr, tokens)), stop)
-    made, shown = list(pieces_of(pieces, [ord(c) for c in text])), ""
-    ends = [
-        min(text[:n].find(s) for s in stop if s in text[:n]) for n in range(len(text) + 1) if any(s in text[:n] for s in stop)
-    ]
-    expected = text[: ends[0]] if ends else text
-    assert "".join(made) == expected
-    assert pieces.stopped == bool(ends)
-    for piece in made:  # what is shown is never taken back
-        shown += piece
-        assert expected.startswith(shown)
-
-
-def test_text_without_a_beginning_of_a_stop_string_does_not_wait() -> None:
-    pieces = Pieces(lambda tokens: "".join(map(chr, tokens)), ["xyz"])
-    assert [pieces.add(ord(c)) for c in "abxaxyb"] == ["a", "b", "", "xa", "", "", "xyb"]
-
-
-@pytest.mark.parametrize("stop", ["abc", ["a", ""]])
-def test_stop_strings_that_are_none(stop: Any) -> None:
-    with pytest.raises(UsageError, match="not empty"):
-        Pieces(str, stop)
 
 
 # ---- what the model's files say ----
@@ -158,11 +51,11 @@ def test_end_tokens_that_are_none(value: Any) -> None:
 
 def test_the_models_sampling_applies_at_a_temperature_and_gives_way() -> None:
     own = SimpleNamespace(top_k=7, top_p=0.9, min_p=None, repetition_penalty=1.1)
-    assert choose_sampling(own) == Sampling()
-    assert choose_sampling(own, 0.5, 3) == Sampling(0.5, 7, 0.9, 0.0, 1.1, 3)
-    assert choose_sampling(own, 0.5, top_k=0, top_p=None, min_p=0.1) == Sampling(0.5, 0, 0.9, 0.1, 1.1)
-    assert choose_sampling(own, repetition_penalty=1.3) == Sampling(repetition_penalty=1.3)
-    assert choose_sampling(None, 1.0) == Sampling(1.0)
+    assert SamplingRequest().resolve(own) == Sampling()
+    assert SamplingRequest(0.5, 3).resolve(own) == Sampling(0.5, 7, 0.9, 0.0, 1.1, 3)
+    assert SamplingRequest(0.5, top_k=0, top_p=None, min_p=0.1).resolve(own) == Sampling(0.5, 0, 0.9, 0.1, 1.1)
+    assert SamplingRequest(repetition_penalty=1.3).resolve(own) == Sampling(repetition_penalty=1.3)
+    assert SamplingRequest(1.0).resolve(None) == Sampling(1.0)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +72,12 @@ def test_the_models_sampling_applies_at_a_temperature_and_gives_way() -> None:
 )
 def test_sampling_that_cannot_be(settings_: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        choose_sampling(None, **settings_)
+        SamplingRequest(**settings_)
 
 
 def test_sampling_of_the_file_that_cannot_be() -> None:
     with pytest.raises(CheckpointError, match=r"generation_config.json: top_p is 'much'"):
-        choose_sampling(SimpleNamespace(top_p="much"), 1.0)
+        SamplingRequest(1.0).resolve(SimpleNamespace(top_p="much"))
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "repetition_penalty"])
@@ -192,9 +85,9 @@ def test_sampling_of_the_file_that_cannot_be() -> None:
 def test_a_bad_value_of_the_file_stops_nobody_who_gives_another(name: str, bad: Any) -> None:
     own = SimpleNamespace(**{name: bad})
     with pytest.raises(CheckpointError, match=f"generation_config.json: {name} is"):
-        choose_sampling(own, 1.0)
-    assert getattr(choose_sampling(own, 1.0, **{name: 1}), name) == 1
-    assert choose_sampling(own) == Sampling(), "greedy text looks at none of them"
+        SamplingRequest(1.0).resolve(own)
+    assert getattr(SamplingRequest(1.0, **{name: 1}).resolve(own), name) == 1
+    assert SamplingRequest().resolve(own) == Sampling(), "greedy text looks at none of them"
 
 
 def test_prompts(tiny_tokenizer: Any) -> None:
@@ -326,3 +219,24 @@ def test_a_directory_without_a_tokenizer_runs_tokens(
     assert len(list(engine.engine.generate([5, 6, 7], max_tokens=3))) == 3
     with pytest.raises(CheckpointError, match="no tokenizer"):
         engine.complete("a")
+
+
+@needs_native
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_limits_of_sampling_are_those_of_the_library(name: str) -> None:
+    limit, built = LIMITS[name], native.library()
+    usual = Sampling()
+    order = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    assert set(order) == set(LIMITS)
+
+    def takes(value: Any) -> bool:
+        try:
+            built.Sampling(*(value if other == name else getattr(usual, other) for other in order))
+        except ValueError:
+            return False
+        return True
+
+    step = 1 if limit.whole else 0.001
+    ends = [limit.least - step, limit.least, limit.least + step]
+    for value in [*ends, limit.most, limit.most + step] if limit.most <= 1 else ends:
+        assert takes(value) == (limit.refusal(value) is None), value

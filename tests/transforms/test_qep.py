@@ -10,7 +10,7 @@ from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.gptaq import GPTAQ
 from bitpress.quantizers.mechanisms.error_feedback import prepare
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import make_recipe
+from bitpress.recipes import LayerMethod, Named, build_method, make_recipe
 from bitpress.transforms.balance import Balance
 from bitpress.transforms.hadamard import HadamardBasis
 from bitpress.transforms.qep import QEP
@@ -62,11 +62,17 @@ def test_it_is_the_whole_shift_of_gptaq() -> None:
 def test_the_same_target_in_another_basis() -> None:
     w, x, original, stats = case()
     fmt = parse_format("int8-row")
-    plain = compress_matrix(w, stats, fmt, RTN(), targets=[QEP()]).weight.dequantize()
-    turned = compress_matrix(w, stats, fmt, RTN(), [HadamardBasis()], targets=[QEP()]).weight.dequantize()
+    plain = compress_matrix(
+        w, stats, LayerMethod(fmt, Named("quantizer", "", RTN()), targets=tuple([QEP()]))
+    ).weight.dequantize()
+    turned = compress_matrix(
+        w, stats, LayerMethod(fmt, Named("quantizer", "", RTN()), changes=tuple([HadamardBasis()]), targets=tuple([QEP()]))
+    ).weight.dequantize()
     torch.testing.assert_close(turned, plain, rtol=0, atol=0.05)
     assert miss(w, plain, x, original) < miss(w, RTN().quantize(w, stats, fmt).weight.dequantize(), x, original)
-    scaled = compress_matrix(w, stats, fmt, RTN(), [Balance()], targets=[QEP()]).weight.dequantize()
+    scaled = compress_matrix(
+        w, stats, LayerMethod(fmt, Named("quantizer", "", RTN()), changes=tuple([Balance()]), targets=tuple([QEP()]))
+    ).weight.dequantize()
     assert miss(w, scaled, x, original) < miss(w, w, x, original)
 
 
@@ -75,16 +81,20 @@ def test_what_cannot_be_known_leaves_the_weight_and_is_named() -> None:
     for seen in (None, Stats(TOKENS, stats.gram)):
         aimed, fallbacks = QEP().aim(w, seen)
         assert torch.equal(aimed, w)
-        assert fallbacks[0].startswith("the inputs in the uncompressed model are not known")
+        assert fallbacks[0].startswith("the inputs in the uncompressed model are unknown")
     assert stats.cross is not None
     for cross in (stats.cross * 1e6, stats.cross * float("nan")):
         aimed, fallbacks = QEP().aim(w, Stats(TOKENS, stats.gram, cross=cross))
         assert torch.equal(aimed, w)
-        assert "ask for another weight altogether" in fallbacks[0]
+        assert "is larger than the weight" in fallbacks[0]
     with pytest.raises(CalibrationError, match="no calibration statistics"):
         QEP().aim(w, Stats(0, None, cross=stats.cross))
-    named = compress_matrix(w, Stats(TOKENS, stats.gram), parse_format("int4-g16"), RTN(), targets=[QEP()])
-    assert "are not known" in named.fallbacks[0]
+    named = compress_matrix(
+        w,
+        Stats(TOKENS, stats.gram),
+        LayerMethod(parse_format("int4-g16"), Named("quantizer", "", RTN()), targets=tuple([QEP()])),
+    )
+    assert "are unknown" in named.fallbacks[0]
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
@@ -105,5 +115,5 @@ def test_settings_and_inputs_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match=r"calibration\.inputs must be pressed"):
         make_recipe({"transforms": ["qep"], "quantizer": "rtn", "calibration": {"inputs": "original"}})
     recipe = make_recipe({"transforms": ["hadamard", "qep"], "quantizer": "rtn"})
-    assert [name for name, _ in recipe.make_targets()] == ["qep"]
-    assert [name for name, _ in recipe.make_changes()] == ["hadamard"]
+    assert [name for name, _ in [(p.name, p.part) for p in build_method(recipe).of("target")]] == ["qep"]
+    assert [name for name, _ in [(p.name, p.part) for p in build_method(recipe).changes]] == ["hadamard"]

@@ -1,1 +1,1 @@
-"""Which format every layer gets under a budget: numbers only."""
+"""The choice of a format for every layer under a budget: numbers only."""

@@ -1,12 +1,12 @@
-"""Bits layer by layer: of several options a layer, the set with the least total error that fits a budget of bytes.
+"""Bits layer by layer: choose one option per layer so that the total error is least and the bytes fit a budget.
 
 Source   Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem" (HIGGS): the loss
-         rises by a sum over layers, a factor of the layer times the relative squared error of its weight, so the best bits are
-         those of a knapsack, solved by dynamic programming. How the factors are measured is the caller's business.
+         rises by a sum over layers, a factor of the layer times the relative squared error of its weight, so the best bits
+         solve a knapsack, here by dynamic programming. The caller measures the factors.
 Differs  the budget is bytes of whole weights, parameters included, not bits of codes.
-Cost     O(layers * options * units) time. A unit is what all byte counts are multiples of where `units` of it hold the budget, and the
-         choice is then exact; else the budget over `units`, with sizes rounded up to it: the budget is still kept, and at most one
-         unit a layer of it stays unused.
+Cost     O(layers * options * units) time. A unit is the greatest common divisor of all byte counts if `units` of it hold the budget; the choice
+         is then exact. Otherwise it is the budget over `units`, with sizes rounded up: the budget still holds, and at most one unit
+         per layer stays unused.
 """
 
 import math
@@ -22,10 +22,10 @@ __all__ = ["choose_bits"]
 def choose_bits(
     errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int, units: int = 1 << 16
 ) -> tuple[int, ...]:
-    """Give for every layer the option to take.
+    """Return the option to take for every layer.
 
-    `errors[layer][option]` is what an option adds to the loss, `sizes[layer][option]` its bytes. Of choices that are equally good
-    the one with the fewer bytes is given. Raises UsageError where even the smallest options are more than `budget` bytes.
+    `errors[layer][option]` is the increase of the loss, `sizes[layer][option]` the bytes. Of equally good choices, the one with fewer
+    bytes is returned. Raises UsageError if even the smallest options exceed `budget` bytes.
     """
     if not errors or len(errors) != len(sizes) or any(not e or len(e) != len(s) for e, s in zip(errors, sizes, strict=True)):
         raise UsageError("choose_bits: every layer needs an error and a size for each of its options.")
@@ -34,7 +34,7 @@ def choose_bits(
     smallest = [min(layer) for layer in sizes]
     left = budget - sum(smallest)
     if left < 0:
-        raise UsageError(f"choose_bits: the smallest options take {sum(smallest)} bytes, and the budget is {budget}.")
+        raise UsageError(f"choose_bits: the smallest options take {sum(smallest)} bytes, more than the budget of {budget}.")
     extra = [[size - low for size in layer] for layer, low in zip(sizes, smallest, strict=True)]
     left = min(left, sum(max(layer) for layer in extra))
     unit = max(math.gcd(*(e for layer in extra for e in layer)), 1)

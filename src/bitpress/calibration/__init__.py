@@ -1,4 +1,4 @@
-"""Calibration: the text, what is captured of it inside a model, and the statistics that methods ask for."""
+"""Calibration: texts, recording a model's inputs while they run, and the statistics that methods need."""
 
 from bitpress.calibration.attention import Role, find_roles
 from bitpress.calibration.capture import Capture

@@ -1,4 +1,4 @@
-"""Attention as a block does it, seen where torch's `scaled_dot_product_attention` is called, whatever the architecture around it.
+"""The attention of a block, recorded at torch's `scaled_dot_product_attention`, for any architecture around it.
 
 query [batch, heads, tokens, row]      key, value [batch, key heads, tokens, row]; several heads may share a key head
 """
@@ -22,9 +22,9 @@ Role = Literal["query", "key", "value", "output"]
 
 _PARTS: tuple[Role, ...] = ("query", "key", "value")
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-# Scores of all heads that are made at a time: they are used while they are in the cache.
+# Scores of all heads that are computed at a time, so that they are still in the processor's cache when they are used.
 _TOGETHER = 1 << 19
-# How much more the token that attention is drawn to most counts than the one it leaves aside.
+# The weight of the token with the most attention; the token with the least has 1.
 MOST = 3.0
 
 
@@ -37,8 +37,8 @@ class Attention:
     """One call's arguments."""
 
     query: Float[torch.Tensor, "batch heads tokens row"]
-    key: Float[torch.Tensor, "batch keyheads tokens row"]
-    value: Float[torch.Tensor, "batch keyheads tokens row"]
+    key: Float[torch.Tensor, "batch keyheads keys row"]
+    value: Float[torch.Tensor, "batch keyheads keys value_row"]
     mask: torch.Tensor | None
     causal: bool
     scale: float
@@ -52,9 +52,9 @@ class Attention:
         return cls(query, given["key"], given["value"], given.get("attn_mask"), bool(given.get("is_causal")), scale)
 
     def scores(self, sample: int) -> Iterator[Float[torch.Tensor, "heads rows until"]]:
-        """Give what every head pays to tokens (columns) for some tokens (rows) after others: each row sums to 1.
+        """Yield the attention of every head, some rows (tokens) at a time: each row sums to 1.
 
-        Columns end where no row of a causal attention pays any more.
+        Columns (tokens) end after the last one that a row of a causal attention can see.
         """
         key = self.key[sample].float()
         query = self.query[sample].float().unflatten(0, (key.shape[0], -1)) * self.scale  # [key heads, group, tokens, row]
@@ -75,7 +75,7 @@ class Attention:
 
 
 def token_weights(attention: Attention) -> Float[torch.Tensor, "batch tokens"]:
-    """Weigh every token by the attention that all heads and tokens of its text pay it: from 1 to `MOST`, then to a mean of 1."""
+    """Weigh every token by the attention that it gets from all heads and tokens of its text: from 1 to `MOST`, then scaled to a mean of 1."""
     rows = []
     for sample in range(attention.query.shape[0]):
         paid = torch.zeros(attention.key.shape[2])
@@ -89,14 +89,14 @@ def token_weights(attention: Attention) -> Float[torch.Tensor, "batch tokens"]:
 
 
 class HeadCollector:
-    """Sums up, head by head, what a block's only attention makes of errors in its query, key and value weights.
+    """Sums up, head by head, how a block's only attention propagates errors in its query, key and value weights.
 
-        query   row_gram = sum of k k'          by those an error of the scores comes: (dq)'k and q'(dk)
+        query   row_gram = sum of k k'          the error of the scores is (dq)'k and q'(dk)
         key     row_gram = sum of q q'          of the heads that share the key head
         value   row_gram = o' o                 o [hidden, row], the output weight's columns of the head, likewise
                 head_gram = sum of (a x)'(a x)  a [tokens, tokens] the head's scores, x [tokens, in] the value weight's input
 
-    Queries and keys are those that are multiplied with each other: rotary positions are in them.
+    Queries and keys include rotary positions, as they are multiplied with each other.
     """
 
     def __init__(self, weights: Mapping[Role, Observed]) -> None:
@@ -106,7 +106,7 @@ class HeadCollector:
         self._rows = 0
 
     def add(self, attention: Attention, x: Float[torch.Tensor, "*tokens in"]) -> None:
-        """Take in a forward; `x` is the value weight's input."""
+        """Add the attention of one forward; `x` is the value weight's input."""
         query, key = attention.query.float(), attention.key.float()
         self._rows = query.shape[-1]
         key = key[:, :: key.shape[1] // self._heads("key")]
@@ -128,14 +128,14 @@ class HeadCollector:
                 add_gram_(mixed, text, mirrored(own) @ text)
 
     def finish(self, name: str, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Give a weight's row_gram and head_gram; None where it has no such part in the attention."""
+        """Return a weight's row_gram and head_gram; None if it has no such role in the attention."""
         row_gram = self._sums[name, "row_gram"] / tokens if (name, "row_gram") in self._sums else None
         head_gram = None
         if name == self.weights["value"].name and self._mixed is not None:
             head_gram = torch.stack([mirrored(mixed) for mixed in self._mixed]) / tokens
             if not all_finite(head_gram):
                 raise NumericsError(
-                    f"{name}: the attention over the layer's input holds a NaN or an infinity during calibration."
+                    f"{name}: the attention holds a NaN or an infinity during calibration; check the weights, or try another calibration text."
                 )
             output = self.weights["output"].matrix.float()
             parts = output.unflatten(1, (-1, self._rows)).transpose(0, 1)  # [heads, hidden, row]
@@ -151,9 +151,9 @@ class HeadCollector:
 
 
 def find_roles(run: Callable[[], Any], observed: Sequence[Observed]) -> dict[Role, Observed]:
-    """Find which weights make the queries, keys and values of a block's only attention, and which one takes its output.
+    """Find the weights that compute the queries, keys and values of a block's only attention, and the one that reads its output.
 
-    `run` runs the block on a short input. A weight that makes more than one of them, or only a part, has no role.
+    `run` runs the block on a short input. A weight that computes several of them, or only a part of one, has no role.
     """
     plain = _Probe(None)
     with plain:
@@ -179,7 +179,7 @@ def find_roles(run: Callable[[], Any], observed: Sequence[Observed]) -> dict[Rol
 
 
 class _Probe(TorchFunctionMode):
-    """Notes the attention of a forward and the inputs of its products; changes the output of the weight at `address`."""
+    """Records the attention of a forward and the inputs of its products; changes the output of the weight at `address`."""
 
     def __init__(self, address: int | None) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class _Probe(TorchFunctionMode):
         if product is not None:
             self.inputs.append((product[0], product[1].data_ptr()))
             if product[1].data_ptr() == self.address:
-                # Not a multiple: a norm behind the product would take that away again.
+                # Not a multiple: a norm after the product would undo it.
                 out = out + torch.arange(out.shape[-1], dtype=out.dtype).cos()
         if is_attention(func):
             self.seen.append(Attention.of(args, kwargs))

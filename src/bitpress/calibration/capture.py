@@ -1,6 +1,6 @@
-"""Capture: see every product with a weight while a block runs, whatever the architecture calls it.
+"""Capture: record every product with a weight while a block runs, for any architecture.
 
-Products are recognised by the address of the weight. Products that are given the same input share one set of statistics.
+Products are recognised by the address of the weight. Products with the same input share one set of statistics.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ __all__ = ["Capture", "Observed"]
 
 
 class _Left(Exception):
-    """A forward has been left after the last product that it was run for."""
+    """Raised to leave a forward after its last observed product."""
 
 
 class Capture(TorchFunctionMode):
     """Collects statistics of every observed weight while active. Call `next_batch` between forwards, or let `run` do both.
 
-    Where the inputs of the uncompressed model are needed too, its forward goes before, within `original`. `roles` says which
-    weights make the block's attention, for statistics of its heads.
+    If the inputs of the uncompressed model are needed too, run its forward first, inside `original`. `roles` names the weights of the
+    block's attention, for statistics of its heads.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Capture(TorchFunctionMode):
         self._heads = HeadCollector(roles) if roles else None
         self._leader: dict[str, str] = {}
         self._collectors: dict[str, StatsCollector] = {}
-        # Inputs of this forward and the groups that have counted them. Holding an input keeps its memory from being given
-        # to another tensor, which would then look like the same input.
+        # Inputs of this forward and the groups that have counted them. Holding an input keeps its memory from being reused
+        # by another tensor, which would then look like the same input.
         self._seen: dict[tuple[int, tuple[int, int], int], tuple[torch.Tensor, list[str]]] = {}
         self._recording = False
         self._originals: dict[str, torch.Tensor] = {}
         self._attention: list[Attention] = []
         self._attended = False
-        # Products with observed weights in this forward, and in a whole one where that is always the same number.
+        # Products with observed weights in this forward, and in a whole one if that number is constant.
         self._products = 0
         self._products_of_whole: int | None = None
         self._leave_after: int | None = None
@@ -67,10 +67,10 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def run(self, forward: Callable[[], torch.Tensor], *, whole: bool, original: bool = False) -> torch.Tensor | None:
-        """Run a forward, as `original` says of the uncompressed model, and note its inputs.
+        """Run a forward, of the uncompressed model if `original`, and record its inputs.
 
-        Without `whole` a forward is left after its last product with a observed weight, and the result is None, once another has
-        shown which that is.
+        Without `whole`, a forward stops after its last product with an observed weight and the result is None, once an earlier forward
+        has shown which product that is.
         """
         self._products = 0
         needs_all = whole or self._attention_needed or self._heads is not None
@@ -90,7 +90,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        """Note the inputs of a forward of the uncompressed model; the next forward's are compared with them."""
+        """Record the inputs of a forward of the uncompressed model; those of the next forward are compared with them."""
         self._originals.clear()
         self._recording = True
         try:
@@ -107,19 +107,21 @@ class Capture(TorchFunctionMode):
         self._originals.clear()
 
     def groups(self) -> list[list[str]]:
-        """Give the names of weights that shared their input, in the order of first use."""
+        """Return the names of weights that shared their input, in the order of first use."""
         groups: dict[str, list[str]] = {}
         for name, leader in self._leader.items():
             groups.setdefault(leader, []).append(name)
         return list(groups.values())
 
     def finish(self) -> dict[str, Stats]:
-        """Give the statistics by weight; weights that share an input share the object, but for those of heads.
+        """Return the statistics by weight. Weights that share an input share the object, except for statistics of heads.
 
         Unused weights are absent.
         """
         if self._attention_needed and not self._attended and self._leader:
-            raise CalibrationError("the block never calls torch's attention, and this method needs to see it; use another one.")
+            raise CalibrationError(
+                "this method needs the attention of the block, but the block never calls torch's attention; use another method."
+            )
         done = {leader: collector.finish() for leader, collector in self._collectors.items()}
         return {name: self._with_heads(name, done[leader]) for name, leader in self._leader.items()}
 
@@ -132,9 +134,11 @@ class Capture(TorchFunctionMode):
         if observed is None or w.ndim != 2 or x.numel() == 0:
             return
         if (w.stride(axis) == 1) != observed.out_first and min(w.shape) > 1:
-            raise CalibrationError(f"{observed.name}: the weight is used in the other orientation than its module declares.")
+            raise CalibrationError(
+                f"{observed.name}: the model uses the weight transposed, against its module's declaration; leave it out with --skip."
+            )
         if self._recording:
-            # An expert is given other tokens there: nothing to compare token by token.
+            # An expert gets other tokens there, so nothing can be compared token by token.
             if not observed.expert:
                 self._originals[observed.name] = x.clone()
             return
@@ -150,7 +154,7 @@ class Capture(TorchFunctionMode):
                 self._collectors[leader].add_original(x, original)
 
     def _take_attention(self) -> None:
-        """Take in what the attention of the forward that just ended says of tokens and heads."""
+        """Add the token weights and head statistics of the forward that just ended."""
         self._attended = True
         experts = {w.name for w in self._by_address.values() if w.expert}
         if "attention_gram" in self._needs:
@@ -175,6 +179,6 @@ class Capture(TorchFunctionMode):
 
 
 def _routed(x: torch.Tensor) -> torch.Tensor:
-    """Leave out the tokens that were routed elsewhere, whose rows are zero; give the very tensor where there is none."""
+    """Remove the tokens that were routed elsewhere (zero rows); return the tensor itself if there are none."""
     reached = x.any(-1)
     return x if bool(reached.all()) else x[reached]

@@ -1,7 +1,7 @@
-"""Products with a weight, whatever the architecture calls them.
+"""Products with an observed weight, for any architecture.
 
 A weight may be the parameter of a `Linear`, of GPT-2's `Conv1D`, or one slice of a 3-d tensor of experts. All of them end in one
-of a few torch functions with the weight, or a view of it, as an argument, so that is where they are recognised.
+of a few torch functions with the weight, or a view of it, as an argument; they are recognised there.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _FUNCTIONS: dict[Any, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Observed:
-    """A weight to look out for: its name, its 2-d view in memory, whether that is [out, in] or [in, out], whether of an expert."""
+    """An observed weight: its name, its 2-d view in memory, whether that is [out, in] or [in, out], and whether it is an expert's."""
 
     name: str
     view: torch.Tensor
@@ -49,7 +49,7 @@ class Observed:
 
 
 def product_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-    """Give input, weight and the weight's axis that meets the input, where a call is such a product."""
+    """Return input, weight and the weight's axis that meets the input if a call is such a product, else None."""
     if func not in _FUNCTIONS:
         return None
     at_x, at_w, axis = _FUNCTIONS[func]

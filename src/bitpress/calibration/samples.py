@@ -4,10 +4,10 @@
     builtin:heldout:reference     one kind of either
     FILE.txt                      one text in UTF-8
     FILE.jsonl                    a line is an object with `text`, or with `messages` [{"role": ..., "content": ...}]
-    hf:NAME[:CONFIG[:SPLIT]]      a set of the `datasets` package, columns `text` or `messages`, its first 20,000 rows
+    hf:NAME[:CONFIG[:SPLIT]]      a data set of the `datasets` package, columns `text` or `messages`, its first 20,000 rows
 
-The texts of a kind follow one another, with the end-of-text token between them (a blank line where there is none), and are cut
-into windows that do not overlap; which windows are taken is drawn with a seed, as many of every kind as there can be.
+The texts of a kind are joined, with the end-of-text token between them (a blank line if there is none), and cut into windows that do
+not overlap. A seed draws the windows, evenly from every kind as far as possible.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ MAX_FILE_BYTES = 2**30
 MAX_HUB_ROWS = 20_000
 HUB_SECONDS = 10
 PIECE = 2**20  # characters that are tokenized at a time
-SPARE = 4  # a kind that is larger than this many times its share is not tokenized to the end
+SPARE = 4  # a kind larger than this many times its share is not tokenized to the end
 _NO_LIMIT = 10**9  # tokenizers without a context length state something larger
 _TEXTS = Path(__file__).parent / "texts"
 _ROLES = ("calibration", "heldout")
@@ -58,7 +58,7 @@ class Windows:
 
 
 def builtin_texts(role: Role) -> dict[str, str]:
-    """Give the package's own texts by kind; several files of a kind are joined by a blank line."""
+    """Return the package's own texts by kind; several files of a kind are joined by a blank line."""
     if role not in _ROLES:
         raise unknown_name("role of the built-in texts", role, _ROLES)
     parts: dict[str, list[str]] = {}
@@ -69,16 +69,14 @@ def builtin_texts(role: Role) -> dict[str, str]:
 
 
 def read_texts(spec: str) -> list[Document]:
-    """Read the texts that `spec` names, as drawn above. Raises CalibrationError, UsageError for a name in no table."""
+    """Read the texts that `spec` names, as listed above. Raises CalibrationError, and UsageError for an unknown name."""
     if spec == "builtin" or spec.startswith("builtin:"):
         return _read_builtin(spec)
     if spec.startswith("hf:"):
         return _read_hub(spec)
     path = Path(spec)
     if path.suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(
-            f"{spec}: is not a kind of text that is read; builtin, builtin:heldout, a .txt file, a .jsonl file or hf:NAME is."
-        )
+        raise CalibrationError(f"{spec}: unknown text; use builtin, builtin:heldout, a .txt file, a .jsonl file or hf:NAME.")
     text = _read_file(path)
     if path.suffix == ".jsonl":
         return _parse_lines(path, text)
@@ -92,7 +90,7 @@ def sample_windows(
 ) -> Windows:
     """Draw `samples` windows of `length` tokens, in turn from every kind of text that has one left.
 
-    `chat` puts passages of plain text into the user's turn of the chat template; conversations always go through it. Where the
+    `chat` puts passages of plain text into the user's turn of the chat template; conversations always go through it. If the
     tokenizer puts a token before every text, every window begins with it. Raises CalibrationError, UsageError.
     """
     _check_sizes(tokenizer, samples, length)
@@ -116,7 +114,7 @@ def sample_windows(
     if num_windows < samples:
         raise CalibrationError(
             f"the text has {num_tokens} tokens, enough for {num_windows} windows of {length}, but {samples} are needed; "
-            "ask for fewer samples or a shorter length, or give more text."
+            "use fewer samples, a shorter length or more text."
         )
     turns = itertools.zip_longest(*([(kind, window) for window in drawn[kind]] for kind in kinds))
     taken = [pair for turn in turns for pair in turn if pair is not None][:samples]
@@ -144,7 +142,7 @@ def _read_file(path: Path) -> str:
             raise CalibrationError(f"{path}: {'is not a regular file' if path.exists() else 'does not exist'}.")
         num_bytes = path.stat().st_size
         if num_bytes > MAX_FILE_BYTES:
-            raise CalibrationError(f"{path}: {num_bytes} bytes; at most {MAX_FILE_BYTES} are read, give a part of it.")
+            raise CalibrationError(f"{path}: has {num_bytes} bytes, the limit is {MAX_FILE_BYTES}; use a part of it.")
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: is not UTF-8 at byte {error.start}; convert it first.") from error
@@ -169,7 +167,7 @@ def _parse_lines(path: Path, text: str) -> list[Document]:
 
 
 def _document(where: str, kind: str, row: Any) -> Document:
-    """Check one row: exactly one of `text` and `messages`; other keys are not ours."""
+    """Check one row: exactly one of `text` and `messages`; other keys are ignored."""
     if not isinstance(row, dict) or ("text" in row) == ("messages" in row):
         raise CalibrationError(f"{where}: must be an object with either text or messages.")
     if "text" in row:
@@ -202,7 +200,7 @@ def _read_hub(spec: str) -> list[Document]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise CalibrationError(f"{spec}: needs the package datasets; install bitpress[datasets], or give a file.") from error
+        raise CalibrationError(f"{spec}: needs the package datasets; install bitpress[datasets], or use a file.") from error
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -215,7 +213,9 @@ def _read_hub(spec: str) -> list[Document]:
         found = list(itertools.islice(rows, MAX_HUB_ROWS))
     except failures as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CalibrationError(f"{spec}: cannot be had from the hub: {reason} Give a .txt or .jsonl file instead.") from error
+        raise CalibrationError(
+            f"{spec}: cannot be fetched from the hub: {reason} Use a .txt or .jsonl file instead."
+        ) from error
     kept = [
         row for row in found if not isinstance(row.get("text"), str) or row["text"].strip()
     ]  # sets of lines have empty ones
@@ -232,11 +232,11 @@ def _check_sizes(tokenizer: Any, samples: int, length: int) -> None:
         raise UsageError(f"length={length}: a window needs at least 2 tokens.")
     limit = int(min(tokenizer.model_max_length, _NO_LIMIT))
     if limit < _NO_LIMIT and length > limit:
-        raise UsageError(f"length={length}: the model's context is {limit} tokens; ask for at most that.")
+        raise UsageError(f"length={length}: the model's context is {limit} tokens; use at most that.")
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """Give what the tokenizer puts before every text by itself: one token or none."""
+    """Return the tokens that the tokenizer puts before every text: one or none."""
     token = tokenizer.bos_token_id
     return [token] if token is not None and list(tokenizer("a", verbose=False).input_ids[:1]) == [token] else []
 
@@ -268,7 +268,7 @@ def _render(tokenizer: Any, kind: str, messages: Sequence[Message]) -> str:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise CalibrationError(f"{kind}: the tokenizer has no chat template; take plain text, without chat.")
+        raise CalibrationError(f"{kind}: the tokenizer has no chat template; use plain text, without chat.")
     turns = [{"role": role, "content": content} for role, content in messages]
     try:
         with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):

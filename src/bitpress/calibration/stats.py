@@ -1,11 +1,11 @@
-"""What calibration saw at one layer, all in float32. Only what a method asked for is collected.
+"""The statistics of one layer's input, in float32. Only statistics that a method needs are collected.
 
     gram            [in, in]            x.T @ x / tokens
     mean_abs        [in]                mean of |x| over tokens
     cross           [in, in]            (x_original - x).T @ x / tokens; x_original is the same input in the uncompressed model
     attention_gram  [in, in]            the gram of tokens weighted by the attention they are paid, the weights of mean 1
-    row_gram        [heads, row, row]   how errors of a head's output rows multiply in what the attention does next
-    head_gram       [heads, in, in]     the gram of what each head's attention mixes of the inputs; for values
+    row_gram        [heads, row, row]   how errors of a head's output rows multiply in the rest of the attention
+    head_gram       [heads, in, in]     the gram of the inputs as each head's attention mixes them; for value weights
     sensitivity     [out, in]           mean over texts of the squared gradient of the loss
 
 Products of bf16 values are exact in float32 and are added up in float32, a batch of at most a few thousand tokens at a time.
@@ -35,8 +35,8 @@ class Statistic:
     """One kind of statistic.
 
     shape    sizes by name
-    origin   what it is taken from. "input": the layer's input; "original": that and the same input in the uncompressed model;
-             "attention": what the block's attention does; "loss": the gradient of the whole model's loss
+    origin   its source. "input": the layer's input; "original": that and the same input in the uncompressed model;
+             "attention": the block's attention; "loss": the gradient of the whole model's loss
     """
 
     shape: tuple[str, ...]
@@ -55,14 +55,14 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def of_origin(needs: Collection[str], origin: Origin) -> frozenset[str]:
-    """Give those of the named statistics that are taken from `origin`."""
+    """Return the named statistics whose source is `origin`."""
     return frozenset(name for name in needs if STATISTICS[name].origin == origin)
 
 
-# Tokens whose sizes are added up at a time.
+# Tokens whose magnitudes are added up at a time.
 TOKENS_TOGETHER = 256
-# The gram is built from square tiles of its upper triangle: a third of the products less at 3 tiles, near half at many. Smaller ones
-# would leave a product too little to do at once.
+# The gram is built from square tiles of its upper triangle, which saves a third of the products at 3 tiles and near half at many.
+# Smaller tiles would leave too little work per product.
 TILE = 192
 
 
@@ -80,7 +80,7 @@ class Stats:
     sensitivity: Float[torch.Tensor, "out in"] | None = None
 
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
-        """Give the statistics for the input `x * factor` and the weight `w / factor`."""
+        """Return the statistics for the input `x * factor` and the weight `w / factor`."""
 
         def twice(gram: torch.Tensor | None) -> torch.Tensor | None:
             return None if gram is None else gram * factor[:, None] * factor[None, :]
@@ -96,10 +96,10 @@ class Stats:
         )
 
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
-        """Give the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
+        """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 
-        What cannot be known after the change is left out: mean_abs and sensitivity in another basis, and under `rows`
-        everything that belongs to output rows.
+        Statistics that cannot be known after the change are left out: mean_abs and sensitivity in another basis, and under `rows`
+        all statistics of output rows.
         """
         if isinstance(change, Chain):
             stats = self
@@ -127,11 +127,11 @@ class Stats:
         return changed if rows is None else replace(changed, row_gram=None, head_gram=None, sensitivity=None)
 
     def need_gram(self, where: str) -> Float[torch.Tensor, "in in"]:
-        """Give the gram, or raise CalibrationError when nothing was measured."""
+        """Return the gram. Raises CalibrationError if nothing was measured."""
         return self.need("gram", where)
 
     def need(self, name: str, where: str) -> torch.Tensor:
-        """Give a statistic by its name, or raise CalibrationError when it was not measured."""
+        """Return a statistic by its name. Raises CalibrationError if it was not measured."""
         value: torch.Tensor | None = getattr(self, name)
         if value is None or self.tokens == 0:
             raise CalibrationError(f"{where}: no calibration statistics reached this layer.")
@@ -152,7 +152,7 @@ class StatsCollector:
         self._attention: torch.Tensor | None = None
 
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
-        """Take in a batch. Raises NumericsError, naming `where`, when a value is not finite."""
+        """Add a batch. Raises NumericsError, naming `where`, when a value is not finite."""
         x = x.reshape(-1, self.in_features)
         if not all_finite(x):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
@@ -165,12 +165,12 @@ class StatsCollector:
                 with _products_of(x.dtype):
                     add_gram_(self._gram[: self.in_features, : self.in_features], x.float())
         if self._sum_abs is not None:
-            # Of a few tokens in float32, while they are in the cache; all together in float64.
+            # A few tokens in float32 while they are in the processor's cache; the total in float64.
             for some in x.split(TOKENS_TOGETHER):
                 self._sum_abs += some.abs().sum(0, dtype=torch.float32)
 
     def add_original(self, x: Float[torch.Tensor, "*batch in"], original: Float[torch.Tensor, "*batch in"]) -> None:
-        """Take in what the uncompressed model gives this layer where it was given `x`."""
+        """Add a batch with the input of this layer in the uncompressed model, token by token."""
         if self._cross is None:
             self._cross = torch.zeros(native.gram_size(self.in_features), native.gram_size(self.in_features))
         given = x.reshape(-1, self.in_features).contiguous()
@@ -182,7 +182,7 @@ class StatsCollector:
                 self._cross[: self.in_features, : self.in_features].addmm_(difference.float().T, given.float())
 
     def add_weighted(self, x: Float[torch.Tensor, "*batch in"], weight: Float[torch.Tensor, " tokens"]) -> None:
-        """Take in a batch whose tokens have weights."""
+        """Add a batch whose tokens have weights."""
         if self._attention is None:
             self._attention = torch.zeros(self.in_features, self.in_features)
         weighted = x.reshape(-1, self.in_features).float() * weight.sqrt()[:, None]
@@ -210,7 +210,7 @@ def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]
 
 @contextmanager
 def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of values that bf16 holds multiply in it where that is faster; the setting is the process's, so it is put back."""
+    """Multiply float32 values that bf16 holds exactly in bf16 if that is faster; the setting is global, so it is restored."""
     if dtype != torch.bfloat16 or not has_fast_bf16():
         yield
         return

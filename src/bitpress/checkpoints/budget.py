@@ -1,7 +1,7 @@
-"""A model within a budget of bytes: of every stack of terms only so many of the first as the budget has room for.
+"""A model within a budget of bytes: load only the first terms of every stack, as many as the budget has room for.
 
-The manifest holds what every stack loses with its first 1, 2, ... terms; `formats.stack_budget` makes one order of all blocks of them,
-in which a larger budget only ever adds. The bytes counted are those of all tensors that are read, as they are stored.
+The manifest holds the error of every stack with its first 1, 2, ... terms. `formats.stack_budget` puts all terms of the model into one
+order, so that a larger budget only adds terms. The bytes counted are those of all tensors that are read, as stored.
 """
 
 import re
@@ -24,30 +24,28 @@ def parse_bytes(size: int | str) -> int:
     found = _SIZE.fullmatch(str(size).strip())
     count = int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found and not isinstance(size, bool) else 0
     if count < 1:
-        raise UsageError(f"memory={size!r}: it is a number of bytes, for example 60MB, 1.5GB or 64MiB.")
+        raise UsageError(f"memory={size!r}: must be a number of bytes, for example 60MB, 1.5GB or 64MiB.")
     return count
 
 
 def open_within(directory: str | Path, memory: int | str) -> CompressedCheckpoint:
     """Open a directory that bitpress wrote, within a budget. Raises UsageError for any other model."""
     if not is_compressed(directory):
-        raise UsageError(
-            f"{directory}: bitpress did not write it, so no part of its weights can be left out; leave memory out."
-        )
+        raise UsageError(f"{directory}: bitpress did not write this model, so it cannot be loaded in part; leave out memory.")
     return within(CompressedCheckpoint.open(directory), memory)
 
 
 def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:
-    """Give the checkpoint with as many terms of its stacks as fit, the most error taken away for a byte first.
+    """Return the checkpoint with as many terms of its stacks as fit; the terms that remove the most error per byte come first.
 
-    Raises UsageError where no weight is such a stack, MemoryLimitError where even the first terms are too large, CheckpointError for
-    a manifest whose figures are not those of its weights.
+    Raises UsageError if no weight is a stack, MemoryLimitError if even the first terms are too large, and CheckpointError if the
+    manifest's errors do not belong to its weights.
     """
     budget = parse_bytes(memory)
     blocks = {name: _blocks(pressed, name, record) for name, record in pressed.manifest.weights.items() if record.errors}
     if not blocks:
         raise UsageError(
-            f"{pressed.root}: no weight is a stack that can be loaded in part; leave memory out, or press with the quantizer bitstack."
+            f"{pressed.root}: no weight can be loaded in part; leave out memory, or quantize with the quantizer bitstack."
         )
     errors = {name: pressed.manifest.weights[name].errors or [] for name in blocks}
     sizes = {name: [_nbytes(pressed, names) for names in parts] for name, parts in blocks.items()}
@@ -56,7 +54,7 @@ def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckp
     least = always + sum(parts[0] for parts in sizes.values())
     if budget < least:
         raise MemoryLimitError(
-            f"{pressed.root}: {budget:,} bytes are too few; {least:,} at least, and {always + in_stacks:,} for all."
+            f"{pressed.root}: {budget:,} bytes are too few; the model needs {least:,} at least, and {always + in_stacks:,} in full."
         )
     try:
         counts = choose_blocks(errors, sizes, budget - always)
@@ -66,10 +64,12 @@ def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckp
 
 
 def _blocks(pressed: CompressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
-    """Give the tensors of each term of a stack; its maps go with the first."""
+    """Return the tensors of each term of a stack; its maps go with the first."""
     terms = record.spec["terms"]
     if len(terms) != len(record.errors or ()):
-        raise CheckpointError(f"{pressed.root}: {name}: {len(record.errors or ())} errors are not those of {len(terms)} terms.")
+        raise CheckpointError(
+            f"{pressed.root}: {name}: the manifest has {len(record.errors or ())} errors for {len(terms)} terms."
+        )
     stem = record.parameter(name).stem
     parts = [[t for t in pressed.stored[name] if t.startswith(f"{stem}.term{k}.")] for k in range(len(terms))]
     parts[0] += [t for t in pressed.stored[name] if not t.startswith(f"{stem}.term")]

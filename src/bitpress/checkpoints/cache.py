@@ -5,8 +5,8 @@
     <cache>/files/<sha256><suffix>   what was fetched from the Python package index
     <cache>/layouts/*.layout         models as the native engine has laid them out (elsewhere with BITPRESS_LAYOUTS)
 
-Only what bears such a name is listed or removed; anything else that lies there is nobody's business here. A process that is making
-something has a folder `.<process>-...` beside it.
+Only entries with such names are listed or removed; other files in the cache are left alone. A process that is writing an entry has a
+folder `.<process>-...` beside it.
 """
 
 import os
@@ -54,9 +54,9 @@ def list_cache() -> list[CacheEntry]:
 
 
 def clear_cache(names: Collection[str] = ()) -> list[CacheEntry]:
-    """Remove the entries with these names or of these kinds, or all of them; return what was removed.
+    """Remove the entries with these names or of these kinds, or all of them; return the removed entries.
 
-    Raises UsageError for a name that is not there, or while another process is making something in the cache, DiskError.
+    Raises UsageError for an unknown name or while another process writes to the cache, and DiskError.
     """
     entries = list_cache()
     known = {entry.name for entry in entries} | {entry.kind for entry in entries}
@@ -104,7 +104,7 @@ def _told(given: Given) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder of the cache; nothing where the folder is a link, since that leads elsewhere."""
+    """Return the entries of a folder of the cache; none if the folder is a link, since that leads elsewhere."""
     return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
@@ -121,7 +121,7 @@ def _check_idle() -> None:
         for path in _entries(cache_directory() / folder):
             found = _WORKSHOP.fullmatch(path.name)
             if found is not None and _is_running(int(found[1])):
-                raise UsageError(f"{cache_directory()}: process {found[1]} is making something there; wait for it or stop it.")
+                raise UsageError(f"{cache_directory()}: process {found[1]} is writing to the cache; wait for it or stop it.")
 
 
 def _is_running(process: int) -> bool:

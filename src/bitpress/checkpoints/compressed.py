@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SerializerFuncti
 
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
-from bitpress.checkpoints.jsonfile import read_json
+from bitpress.checkpoints.jsonfile import parse_json, read_json
+from bitpress.checkpoints.manifest import JOB_DIRECTORY, MANIFEST_NAME, is_compressed
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
@@ -45,8 +46,6 @@ __all__ = [
     "is_compressed",
 ]
 
-MANIFEST_NAME = "bitpress.json"
-JOB_DIRECTORY = ".bitpress"
 VERSION = 2
 # The version whose weight files have transformers' own names.
 _FIRST = 1
@@ -132,11 +131,6 @@ def config_marks(version: int = VERSION) -> dict[str, Any]:
     return method if version == _FIRST else {**method, "transformers_weights": _NEEDED}
 
 
-def is_compressed(path: str | Path) -> bool:
-    """Whether a directory presents itself as a bitpress model (which does not make it a valid one)."""
-    return (Path(path) / MANIFEST_NAME).exists()
-
-
 @dataclass(frozen=True)
 class CompressedCheckpoint:
     """A directory that has passed every check; content used as an address is checked when a weight is read.
@@ -152,13 +146,16 @@ class CompressedCheckpoint:
     cut: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, *, manifest: Manifest | None = None, verify: bool = True) -> "CompressedCheckpoint":
+    def open(
+        cls, path: str | Path, *, manifest: Manifest | None = None, content: bytes | None = None, verify: bool = True
+    ) -> "CompressedCheckpoint":
         """Open and check a directory: names, sizes, SHA-256 of every file (unless `verify` is off), headers, key set.
 
-        `manifest` stands for a file that is still to be written, so that a job can prove a directory before publishing it.
+        `manifest` stands for a file that is still to be written, so that a job can prove a directory before publishing it; `content`
+        are the manifest's bytes, where they are read already.
         """
         root = open_directory(path)
-        manifest = _read_manifest(root) if manifest is None else manifest
+        manifest = _read_manifest(root, content) if manifest is None else manifest
         paths = {name: _checked_file(root, name, record, verify) for name, record in manifest.files.items()}
         _check_listed(root, manifest)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
@@ -175,6 +172,11 @@ class CompressedCheckpoint:
         stored = _claim(root, manifest, tensors)
         _check_aliases(root, manifest, tensors)
         return cls(root, _checked_config(root, manifest, tensors), manifest, tensors, stored)
+
+    def check_hashes(self) -> None:
+        """Raise CheckpointError unless every file has the SHA-256 of the manifest, as `open` does with `verify`."""
+        for name, record in self.manifest.files.items():
+            _checked_file(self.root, name, record, verify=True)
 
     @property
     def plain(self) -> dict[str, TensorEntry]:
@@ -267,13 +269,14 @@ class CompressedCheckpoint:
         return stored * 8 / count if count else 0.0
 
 
-def _read_manifest(root: Path) -> Manifest:
+def _read_manifest(root: Path, content: bytes | None = None) -> Manifest:
     if not (root / MANIFEST_NAME).exists():
         unfinished = (root / JOB_DIRECTORY).exists()
         hint = "a job here is unfinished: run the same quantize command again" if unfinished else "bitpress did not publish it"
         raise CheckpointError(f"{root}: there is no {MANIFEST_NAME}; {hint}.")
     where = root / MANIFEST_NAME
-    values = read_json(safe_file(root, MANIFEST_NAME))
+    file = safe_file(root, MANIFEST_NAME)
+    values = read_json(file) if content is None else parse_json(content, str(file))
     version = values.get("bitpress") if isinstance(values, dict) else None
     if version not in (_FIRST, VERSION) or isinstance(version, bool):
         raise CheckpointError(f"{where}: version {version!r}; this bitpress reads versions {_FIRST} to {VERSION}.")
@@ -345,7 +348,7 @@ def _check_aliases(root: Path, manifest: Manifest, tensors: Mapping[str, Any]) -
 
 
 def _shared(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Give the parameters that share memory with another one, each with the one of them that is no alias."""
+    """Return the parameters that share memory with another one, each with the one of them that is no alias."""
     groups: dict[int, list[str]] = {}
     for name, value in state.items():
         groups.setdefault(value.untyped_storage()._cdata, []).append(name)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.checkpoints.jsonfile import read_foreign_json, read_json
-from bitpress.checkpoints.safetensors_file import check_tensor_name, read_header
 from bitpress.errors import CheckpointError
 
 __all__ = [
@@ -59,7 +58,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_file_name(where: str, name: Any) -> None:
-    """CheckpointError for a name that is not plain (separator, dot first, control characters) or not allow-listed."""
+    """Raise CheckpointError for a name that is not plain (separator, leading dot, control characters) or not on the allow-list."""
     if not is_plain_name(name):
         raise CheckpointError(f"{where}: {str(name)[:80]!r} is not a plain file name.")
     if name not in ALLOWED_NAMES and not name.endswith(ALLOWED_SUFFIXES):
@@ -68,7 +67,7 @@ def check_file_name(where: str, name: Any) -> None:
 
 
 def safe_file(root: Path, name: str, check_name: Callable[[str, Any], None] = check_file_name) -> Path:
-    """Return `root / name` when the name passes a check (plain and allowed) and leads to a regular file that belongs to `root`."""
+    """Return `root / name` if the name is plain and allowed and leads to a regular file that belongs to `root`."""
     root = open_directory(root)
     check_name(str(root), name)
     path = root / name
@@ -99,10 +98,12 @@ def read_index(root: Path, *, foreign: bool = False) -> dict[str, str]:
         if has_single and SINGLE_NAME not in weight_map.values():
             raise CheckpointError(
                 f"{root}: holds {SINGLE_NAME} and an index of other files, which readers resolve differently; "
-                "remove the one that is stale."
+                "remove the stale one."
             )
         return weight_map
     if has_single:
+        from bitpress.checkpoints.safetensors_file import read_header  # imports torch, which opening a file does without
+
         entries, _ = read_header(safe_file(root, SINGLE_NAME))
         return dict.fromkeys(entries, SINGLE_NAME)
     raise _no_weights(root)
@@ -116,7 +117,9 @@ def _read_weight_map(root: Path, foreign: bool) -> dict[str, str]:
         raise CheckpointError(f"{path}: must be an object with weight_map and, at most, metadata.")
     weight_map = index["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map must be an object from tensor names to file names, and not empty.")
+        raise CheckpointError(f"{path}: weight_map must be a non-empty object that maps tensor names to file names.")
+    from bitpress.checkpoints.safetensors_file import check_tensor_name  # imports torch
+
     for tensor_name, name in weight_map.items():
         check_tensor_name(str(path), tensor_name)
         if not isinstance(name, str) or not name.endswith(".safetensors"):
@@ -156,4 +159,4 @@ def _no_weights(root: Path) -> CheckpointError:
         )
     if gguf:
         return CheckpointError(f"{root}: holds {gguf[0]} but no safetensors file; name the GGUF file itself, or convert it.")
-    return CheckpointError(f"{root}: holds no weights; {SINGLE_NAME}, or shards with {INDEX_NAME}, is needed.")
+    return CheckpointError(f"{root}: holds no weights; {SINGLE_NAME}, or shards with {INDEX_NAME}, are needed.")

@@ -3,9 +3,9 @@
 A new file:  <path>.tmp -> write -> flush -> fsync(file) -> rename -> fsync(directory).
 A journal:   append one line -> fsync(file); fsync(directory) when the file is new. An append that fails is taken back.
 
-Whatever stops a write (a full disk, a bad generator, an interrupt), the partial file is removed. Only a killed process
-leaves `<path>.tmp` behind, and the next write of the same path replaces it. One writer a path: the caller holds the
-lock. Reading is here for the same reason: only regular files are opened, so that a pipe or a device stalls nobody.
+If a write stops (full disk, failing generator, interrupt), the partial file is removed. Only a killed process leaves
+`<path>.tmp` behind, and the next write of the same path replaces it. There is one writer per path: the caller holds the
+lock. Reading is here too: only regular files are opened, so that a pipe or a device cannot block the reader.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_regular(path: Path) -> bytes:
-    """Read a regular file whole. CheckpointError for all else."""
+    """Read a whole regular file. Raises CheckpointError for anything else."""
     with open_regular(path) as (descriptor, num_bytes):
         data = bytearray(num_bytes)
         read_into(path, descriptor, memoryview(data), 0)
@@ -121,7 +121,7 @@ def read_regular(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[int, int]]:
-    """Open a regular file for reading; give its descriptor and its size in bytes. CheckpointError for all else."""
+    """Open a regular file for reading; return its descriptor and its size in bytes. Raises CheckpointError for anything else."""
     try:
         # O_NONBLOCK: opening a pipe without a writer would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -137,7 +137,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def read_into(path: Path, descriptor: int, view: memoryview, start: int) -> None:
-    """Fill `view` with the bytes of the file from `start` on; CheckpointError where the file ends before."""
+    """Fill `view` with the bytes of the file from `start` on. Raises CheckpointError if the file ends early."""
     done = 0
     while done < len(view):  # one call moves at most 0x7ffff000 bytes
         try:
@@ -187,8 +187,8 @@ def _disk_errors(path: Path, num_bytes: int | None) -> Iterator[None]:
     except OSError as error:
         written = "directory not synced" if num_bytes is None else f"write failed after {num_bytes} bytes"
         raise DiskError(
-            f"{path}: {written}: {_reason(error)}. No partial file is kept; "
-            "make room or repair the disk, then the same command goes on from there."
+            f"{path}: {written}: {_reason(error)}. The partial file was removed; "
+            "free space or repair the disk, then run the same command again: it resumes."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """GGUF files as a source: turned into a model directory in bf16, once their header is checked (`gguf_header`).
 
-The values are dequantized by transformers' own reader. What that reader drops in silence is refused here: a parameter that no
-tensor makes, a tensor that makes no parameter (such as factors for rotary frequencies), values that are not finite.
+transformers' own reader dequantizes the values. Cases that this reader drops in silence are refused here: a parameter without a tensor,
+a tensor without a parameter (such as factors for rotary frequencies), and values that are not finite.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from bitpress.errors import CheckpointError, MemoryLimitError
 
 __all__ = ["GgufModel", "load_gguf", "save_directory"]
 
-# tokenizer.ggml.pre: vocabularies whose digits stand alone (transformers' reader splits them like GPT-2), and those like GPT-2.
+# tokenizer.ggml.pre: vocabularies that split digits one by one (transformers' reader treats them like GPT-2), and those like GPT-2.
 _SINGLE_DIGITS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
 _LIKE_GPT2 = frozenset({"default", "gpt-2", "jais", "mpt", "olmo", "phi-2", "trillion"})
 
@@ -41,7 +41,7 @@ class GgufModel:
 def load_gguf(path: Path, say: Callable[[str], None]) -> GgufModel:
     """Load every value of a GGUF file in float32. Raises CheckpointError, MemoryLimitError.
 
-    `say` hears what may matter but stops nothing.
+    `say` receives warnings that do not stop the load.
     """
     header = read_gguf_header(path)
     _check_counts(path, header)
@@ -70,7 +70,7 @@ def save_directory(model: GgufModel, target: Path) -> None:
 
 
 def _widen(target: Path) -> None:
-    """Say the same in the words of transformers 4 too, which other tools read the directory with."""
+    """Repeat the configuration in the keys of transformers 4, which other tools use to read the directory."""
     config = read_config(target)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -89,12 +89,14 @@ def _check_counts(path: Path, header: GgufHeader) -> None:
     """Refuse a number of layers that the tensors cannot fill, before a model is built from it."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise CheckpointError(f"{path}: states no general.architecture; it is not a model.")
+        raise CheckpointError(f"{path}: the header has no general.architecture, so this is not a model.")
     layers = header.metadata.get(f"{architecture}.block_count")
     if type(layers) is not int or not 0 < layers <= len(header.tensors):
-        raise CheckpointError(f"{path}: {architecture}.block_count is {str(layers)[:40]}, with {len(header.tensors)} tensors.")
+        raise CheckpointError(
+            f"{path}: {architecture}.block_count is {str(layers)[:40]}, but the file has {len(header.tensors)} tensors."
+        )
     if "tokenizer.ggml.tokens" not in header.metadata:
-        raise CheckpointError(f"{path}: carries no tokenizer; a complete model is needed.")
+        raise CheckpointError(f"{path}: the file has no tokenizer; use a GGUF file of the complete model.")
 
 
 def _load_config(path: Path) -> Any:
@@ -126,7 +128,7 @@ def _build_empty(config: Any) -> Any:
 
 
 def _check_cover(path: Path, header: GgufHeader, config: Any) -> None:
-    """The values in the file are exactly as many as the model has; and there is memory for them."""
+    """Check that the file has exactly as many values as the model, and that they fit into memory."""
     import psutil
 
     wanted = sum(parameter.numel() for parameter in _build_empty(config).parameters())  # a tied one counts once
@@ -134,9 +136,9 @@ def _check_cover(path: Path, header: GgufHeader, config: Any) -> None:
     found = sum(numels.values()) - (numels.get("output.weight", 0) if config.tie_word_embeddings else 0)
     if found != wanted:
         rope = sorted(name for name in header.tensors if name.startswith("rope_f"))
-        hint = f" {rope[0]} has no place in the configuration that transformers makes." if rope else ""
+        hint = f" transformers' configuration has no key for {rope[0]}." if rope else ""
         raise CheckpointError(
-            f"{path}: holds {found} values, but a {config.model_type} model of its configuration has {wanted}.{hint} "
+            f"{path}: holds {found} values, but its configuration describes a {config.model_type} model with {wanted}.{hint} "
             "Use the model's safetensors files instead."
         )
     needed, available = 10 * wanted, psutil.virtual_memory().available  # float32 twice for a moment, and bf16
@@ -170,7 +172,7 @@ def _load_tokenizer(path: Path, header: GgufHeader, config: Any, say: Callable[[
                 [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
             )
         elif isinstance(splitter, ByteLevel) and split not in _LIKE_GPT2:
-            say(f"{path}: its way to split text, {split!r}, is not known here; GPT-2's is used, some tokens may differ.")
+            say(f"{path}: unknown tokenizer.ggml.pre {split!r}; text is split as for GPT-2, so some tokens may differ.")
     tokenizer.model_max_length = int(getattr(config, "max_position_embeddings", tokenizer.model_max_length))
     for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, not of the model
         tokenizer.init_kwargs.pop(key, None)

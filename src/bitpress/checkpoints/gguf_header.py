@@ -62,7 +62,7 @@ class GgufHeader:
 
 
 def describe_given(headers: Sequence[GgufHeader]) -> Given:
-    """Say what the file of one header, or the parts of several, are to the one who gave them."""
+    """Describe the converted file, or its parts, for the report."""
     from gguf import GGMLQuantizationType, LlamaFileType
 
     types: dict[str, int] = {}
@@ -92,9 +92,9 @@ class _Cursor:
     def take(self, length: int) -> bytes:
         stop = self.at + length
         if stop > self.num_bytes:
-            raise self.fail(f"ends inside its header: byte {stop} is needed, the file has {self.num_bytes}; copy it again.")
+            raise self.fail(f"is cut short: the header needs byte {stop}, the file has {self.num_bytes}; copy it again.")
         if stop > _MAX_HEADER:
-            raise self.fail(f"a header of more than {_MAX_HEADER} bytes is not read.")
+            raise self.fail(f"the header is larger than {_MAX_HEADER} bytes, the limit.")
         if stop > len(self._data):
             start = len(self._data)
             part = bytearray(min(max(stop - start, _HEADER_STEP), self.num_bytes - start))
@@ -123,7 +123,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind not in _SCALARS:
-            raise self.fail(f"metadata of the unknown type {kind} before byte {self.at}.")
+            raise self.fail(f"unknown metadata type {kind} before byte {self.at}.")
         return self.number(_SCALARS[kind])
 
     def _skip_array(self) -> int:
@@ -134,7 +134,7 @@ class _Cursor:
             for _ in range(count):
                 self.string()
         else:
-            raise self.fail(f"an array of type {kind} and {count} entries in the metadata is not read.")
+            raise self.fail(f"the metadata has an array of type {kind} with {count} entries, which is not supported.")
         return int(count)
 
 
@@ -143,13 +143,15 @@ def read_gguf_header(path: Path) -> GgufHeader:
     with open_regular(path) as (descriptor, num_bytes):
         cursor = _Cursor(path, descriptor, num_bytes)
         if num_bytes < 24 or cursor.take(4) != b"GGUF":
-            raise cursor.fail("is not a GGUF file: it does not begin with the four letters GGUF and a header.")
+            raise cursor.fail("is not a GGUF file: it does not begin with the letters GGUF and a header.")
         version = cursor.number("I")
         if version not in (2, 3):
-            raise cursor.fail(f"GGUF version {version}; little-endian files of version 2 or 3 are read.")
+            raise cursor.fail(f"unsupported GGUF version {version}; versions 2 and 3, little-endian, are supported.")
         num_tensors, num_pairs = cursor.number("Q"), cursor.number("Q")
         if num_tensors > MAX_COUNT or num_pairs > MAX_COUNT:
-            raise cursor.fail(f"states {num_tensors} tensors and {num_pairs} metadata pairs; at most {MAX_COUNT} are read.")
+            raise cursor.fail(
+                f"the header claims {num_tensors} tensors and {num_pairs} metadata pairs; the limit is {MAX_COUNT} each."
+            )
         metadata: dict[str, Any] = {}
         spans: dict[str, tuple[int, int]] = {}
         for _ in range(num_pairs):
@@ -179,7 +181,7 @@ def _read_tensors(cursor: _Cursor, num_tensors: int, metadata: Mapping[str, Any]
         shape = [cursor.number("Q") for _ in range(dimensions)] if dimensions <= MAX_DIMENSIONS else []
         kind, offset = cursor.number("I"), cursor.number("Q")
         if name in tensors or not shape or min(shape) < 1 or kind not in sizes:
-            raise cursor.fail(f"tensor {name[:80]!r}: given twice, without a shape, or of the unknown type {kind}.")
+            raise cursor.fail(f"tensor {name[:80]!r}: is given twice, has no shape, or has the unknown type {kind}.")
         block, block_bytes = sizes[kind]
         if shape[0] % block or offset % alignment:
             raise cursor.fail(f"tensor {name[:80]!r}: rows of {shape[0]} at offset {offset} do not fit blocks of {block}.")

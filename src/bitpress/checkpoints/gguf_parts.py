@@ -3,7 +3,7 @@
     model-00001-of-00003.gguf    split.no 0, split.count 3, split.tensors.count; all other metadata, and the first tensors or none
     model-00002-of-00003.gguf    split.no 1, the same counts; further tensors
 
-All parts are read as one model, whichever of them is named; where one file is needed, they are joined as they are.
+All parts are read as one model, whichever part you name. They are joined, unchanged, when one file is needed.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _COPIED = 2**24
 
 
 def find_parts(path: Path) -> tuple[tuple[Path, GgufHeader], ...]:
-    """Find all files of the model that a GGUF file is, or is a part of, with their headers. Raises CheckpointError."""
+    """Return all files of the model that a GGUF file belongs to, with their headers. Raises CheckpointError."""
     header = read_gguf_header(path)
     count = header.metadata.get("split.count", 0)
     if not isinstance(count, int) or count < 2:
@@ -34,7 +34,7 @@ def find_parts(path: Path) -> tuple[tuple[Path, GgufHeader], ...]:
     if named is None or type(number) is not int or (int(named[2]), int(named[3])) != (number + 1, count):
         shown = number + 1 if type(number) is int else "one"
         raise CheckpointError(
-            f"{path}: is part {shown} of {count} of a model, but is not named like it; "
+            f"{path}: is part {shown} of {count} of a model, but its name does not say so; "
             f"name the parts NAME-00001-of-{count:05d}.gguf and so on, in one folder."
         )
     paths = [path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
@@ -92,15 +92,17 @@ def _check(parts: Sequence[tuple[Path, GgufHeader]], count: int) -> None:
         stated = tuple(header.metadata.get(f"split.{key}") for key in ("no", "count", "tensors.count"))
         if stated != (i, count, total):
             raise CheckpointError(
-                f"{path}: states split.no, split.count and split.tensors.count {stated}, where {(i, count, total)} is needed; "
-                "it is a part of another model."
+                f"{path}: has split.no, split.count and split.tensors.count {stated}, but this place needs {(i, count, total)}; "
+                "it belongs to another model."
             )
         for name in header.tensors:
             if name in seen:
-                raise CheckpointError(f"{path}: holds {name[:80]!r}, which is in {seen[name].name} already.")
+                raise CheckpointError(f"{path}: holds {name[:80]!r}, which {seen[name].name} also holds.")
             seen[name] = path
     if len(seen) != total:
-        raise CheckpointError(f"{parts[0][0]}: the {count} parts hold {len(seen)} tensors, and split.tensors.count is {total}.")
+        raise CheckpointError(
+            f"{parts[0][0]}: the {count} parts hold {len(seen)} tensors, but split.tensors.count is {total}; a part is wrong or damaged."
+        )
 
 
 def _copy(path: Path, start: int, stop: int, out: BinaryIO) -> None:

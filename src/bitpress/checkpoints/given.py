@@ -1,6 +1,6 @@
-"""What a model directory in the cache was converted from: the file that the user gave, its bytes, and how it stores its tensors.
+"""The file from which a model directory in the cache was converted: its name, its bytes, and how it stores its tensors.
 
-`origin.json` in such a directory says so. In any other directory a file of that name is one of the model's own.
+It is recorded in `origin.json` of that directory. In any other directory, a file of that name belongs to the model.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 class Given:
     """A converted file, or several parts of one.
 
-    file_type   what it says it is, such as Q4_K_M
+    file_type   the type that its header names, such as Q4_K_M
     types       bytes of its tensors by their type, the largest first
     """
 
@@ -50,7 +50,7 @@ class Given:
 
 
 def read_given(root: Path) -> Given | None:
-    """Read what a directory of the cache was converted from; None where that is not known, or `root` is no such directory."""
+    """Return the file from which a directory of the cache was converted; None if unknown, or if `root` is not in the cache."""
     if not is_in_cache(root) or not (root / ORIGIN).is_file():
         return None
     try:

@@ -1,12 +1,12 @@
 """JSON, strict for the files that bitpress writes and liberal for those of other tools; neither exhausts the reader.
 
 Strict (`read_json`, `parse_json`): one meaning a file, whoever reads it. Refused: more than 16 MiB, bytes that are not UTF-8,
-nesting deeper than 32, a key given twice, NaN and infinities (also as a number too large for a double), integers of more than 20
+nesting deeper than 32, a repeated key, NaN and infinities (also as a number too large for a double), integers of more than 20
 digits, lone surrogates. What is written is canonical: keys sorted, one space of indent, a newline at the end, so that equal values
 are equal bytes.
 
 Liberal (`read_foreign_json`, `parse_foreign_json`): whatever Python's own reader accepts, since that is what transformers writes and
-reads with: NaN and infinities, integers of any length (10**30 is transformers' way to say "unknown"), a key given twice (the last
+reads with: NaN and infinities, integers of any length (10**30 is transformers' way to say "unknown"), a repeated key (the last
 counts), lone surrogates; and a byte order mark, which some editors write. Refused: more than 64 MiB, bytes that are not UTF-8,
 nesting deeper than 128.
 """
@@ -33,6 +33,7 @@ __all__ = [
     "parse_json",
     "read_foreign_json",
     "read_json",
+    "read_json_bytes",
     "write_json_bytes",
 ]
 
@@ -50,17 +51,17 @@ _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, foreign_values: bool = False) -> Any:
-    """Read and parse a regular file that bitpress wrote; CheckpointError says which rule it breaks."""
-    return parse_json(_read(path, max_bytes), str(path), max_bytes, foreign_values=foreign_values)
+    """Read and parse a regular file that bitpress wrote. Raises CheckpointError that names the broken rule."""
+    return parse_json(read_json_bytes(path, max_bytes), str(path), max_bytes, foreign_values=foreign_values)
 
 
 def read_foreign_json(path: Path) -> Any:
-    """Read and parse a regular file that another tool wrote; CheckpointError says why it cannot be read."""
-    return parse_foreign_json(_read(path, MAX_FOREIGN_JSON_BYTES), str(path))
+    """Read and parse a regular file that another tool wrote. Raises CheckpointError with the reason."""
+    return parse_foreign_json(read_json_bytes(path, MAX_FOREIGN_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES, *, foreign_values: bool = False) -> Any:
-    """Parse strict JSON; `where` begins every message. The integer `-0` is read as -0.0: it is no count or offset.
+    """Parse strict JSON; `where` begins every message. The integer `-0` is read as -0.0, since it cannot be a count or an offset.
 
     `foreign_values` allows for what bitpress copies out of a file of another tool: long integers, half surrogate pairs, deep nesting.
     """
@@ -80,7 +81,7 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES, *, fore
 
     def integer(text: str) -> int | float:
         if len(text.lstrip("-")) > most_digits:
-            fail(f"an integer of {len(text.lstrip('-'))} digits; at most {most_digits} are read.")
+            fail(f"an integer has {len(text.lstrip('-'))} digits; the limit is {most_digits}.")
         return -0.0 if text == "-0" else int(text)
 
     def real(text: str) -> float:
@@ -114,11 +115,12 @@ def parse_foreign_json(data: bytes, where: str) -> Any:
 
 
 def write_json_bytes(value: Any) -> bytes:
-    """Return the canonical UTF-8 bytes of a JSON value; ValueError or TypeError for what is none."""
+    """Return the canonical UTF-8 bytes of a JSON value. Raises ValueError or TypeError for any other value."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def read_json_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most so many bytes. Raises CheckpointError."""
     with open_regular(path) as (descriptor, num_bytes):
         _check_size(num_bytes, str(path), max_bytes)  # before the allocation
         data = bytearray(num_bytes)
@@ -141,18 +143,18 @@ def _reader_errors(where: str) -> Iterator[None]:
 
 def _check_size(num_bytes: int, where: str, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        raise CheckpointError(f"{where}: JSON of {num_bytes} bytes; at most {max_bytes} are read.")
+        raise CheckpointError(f"{where}: the JSON has {num_bytes} bytes; at most {max_bytes} are read.")
 
 
 def _check_depth(data: bytes, where: str, deepest: int) -> None:
     """Refuse deep nesting before the parser recurses, in time linear in the bytes.
 
-    Escapes go first, then whatever stands between quotes, then all but brackets. The parser stops at an escape outside
-    a string and at a bracket that closes nothing, so that neither can hide a depth from it.
+    Escapes are removed first, then quoted strings, then everything but brackets. The parser stops at an escape outside
+    a string and at a bracket that closes nothing, so neither can hide a depth.
     """
     depth = 0
     outside = _STRING.sub(b"", _ESCAPE.sub(b"", data) if b"\\" in data else data)
     for bracket in outside.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > deepest:
-            raise CheckpointError(f"{where}: JSON nested deeper than {deepest}.")
+            raise CheckpointError(f"{where}: the JSON is nested deeper than {deepest} levels, the limit.")

@@ -1,11 +1,11 @@
-"""A tree of values and arrays in one file that is mapped, not read: what the native engine needs of a model, laid out already.
+"""A tree of values and arrays in one memory-mapped file: a model in the native engine's layout.
 
     bytes 0..15     "bitpress-layout\\n"
     bytes 16..23    length of the JSON that follows, little-endian
     JSON            {"tree": ..., "arrays": [{"dtype", "shape", "offset", "sha256"}]}; an array stands in the tree as {"$array": index}
     arrays          each at a multiple of 64 bytes behind the JSON, little-endian, C order
 
-Nothing here imports torch, so that a program which only runs a model starts at once.
+Nothing here imports torch, so that a program that only runs a model starts at once.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ __all__ = ["read_prepared", "write_prepared"]
 
 MAGIC = b"bitpress-layout\n"
 ALIGNED = 64
-# The last array is followed by zeros, so that a vector which begins inside it may end behind it.
+# Zeros behind the last array, so that a vector load that begins inside it may end behind it.
 TAIL = 4096
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
-DEEPEST = 32
+REBUILT = "delete the file, it will be rebuilt"
 
 
 def write_prepared(path: Path, tree: Any) -> int:
-    """Write a tree of dictionaries, lists, plain values and numpy arrays; give its bytes. Raises DiskError."""
+    """Write a tree of dictionaries, lists, plain values and numpy arrays; return its size in bytes. Raises DiskError."""
     arrays: list[np.ndarray] = []
     plain = _take_out(tree, arrays)
     entries, offset = [], 0
@@ -63,27 +63,27 @@ def write_prepared(path: Path, tree: Any) -> int:
 def read_prepared(path: Path, *, verify: bool = True, threads: int = 1) -> Any:
     """Map a file that `write_prepared` wrote; arrays are read-only views of it. `verify` compares every array's SHA-256.
 
-    Raises CheckpointError for a file that is not what it should be.
+    Raises CheckpointError for a damaged file or a file of another kind.
     """
     with open_regular(path) as (descriptor, size):
         if size < len(MAGIC) + 8 + TAIL:
-            raise CheckpointError(f"{path}: is cut short; remove it.")
+            raise CheckpointError(f"{path}: the cached layout is cut short; {REBUILT}.")
         mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
     length = int.from_bytes(mapped[len(MAGIC) : len(MAGIC) + 8], "little")
     start = len(MAGIC) + 8
     if mapped[: len(MAGIC)] != MAGIC or length > size - start - TAIL:
-        raise CheckpointError(f"{path}: is no layout of bitpress, or cut short; remove it.")
+        raise CheckpointError(f"{path}: this is no cached layout of bitpress, or it is cut short; {REBUILT}.")
     header = parse_json(mapped[start : start + length], str(path))
     if not isinstance(header, dict) or set(header) != {"tree", "arrays"} or not isinstance(header["arrays"], list):
-        raise CheckpointError(f"{path}: has a header that is none; remove it.")
+        raise CheckpointError(f"{path}: the cached layout has an invalid header; {REBUILT}.")
     first = _aligned(start + length)
     whole = np.frombuffer(mapped, np.uint8)
     arrays = [_view(path, whole[first : size - TAIL], entry) for entry in header["arrays"]]
     if verify:
-        with ThreadPoolExecutor(max(threads, 1)) as pool:  # hashing gives the interpreter's lock back
+        with ThreadPoolExecutor(max(threads, 1)) as pool:  # hashing releases the interpreter's lock
             same = pool.map(lambda array, entry: _sha256(array) == entry["sha256"], arrays, header["arrays"])
             if not all(same):
-                raise CheckpointError(f"{path}: holds other bytes than were written; remove it.")
+                raise CheckpointError(f"{path}: the cached layout is damaged, its SHA-256 differs; {REBUILT}.")
     return _put_back(path, header["tree"], arrays)
 
 
@@ -112,7 +112,7 @@ def _put_back(path: Path, value: Any, arrays: list[np.ndarray]) -> Any:
         if set(value) == {"$array"}:
             index = value["$array"]
             if type(index) is not int or not 0 <= index < len(arrays):
-                raise CheckpointError(f"{path}: names an array that is not there; remove it.")
+                raise CheckpointError(f"{path}: the cached layout refers to an array that it does not hold; {REBUILT}.")
             return arrays[index]
         return {key: _put_back(path, part, arrays) for key, part in value.items()}
     return [_put_back(path, part, arrays) for part in value] if isinstance(value, list) else value
@@ -120,14 +120,14 @@ def _put_back(path: Path, value: Any, arrays: list[np.ndarray]) -> Any:
 
 def _view(path: Path, data: np.ndarray, entry: Any) -> np.ndarray:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "offset", "sha256"} or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: describes an array in a way that is none; remove it.")
+        raise CheckpointError(f"{path}: the cached layout has an invalid array entry; {REBUILT}.")
     shape, offset = entry["shape"], entry["offset"]
     if not isinstance(shape, list) or any(type(d) is not int or d < 0 for d in (*shape, offset)) or offset % ALIGNED:
-        raise CheckpointError(f"{path}: describes an array in a way that is none; remove it.")
+        raise CheckpointError(f"{path}: the cached layout has an invalid array entry; {REBUILT}.")
     dtype = np.dtype(entry["dtype"])
     size = dtype.itemsize
     for d in shape:
         size *= d
     if offset + size > len(data):
-        raise CheckpointError(f"{path}: is cut short; remove it.")
+        raise CheckpointError(f"{path}: the cached layout is cut short; {REBUILT}.")
     return data[offset : offset + size].view(dtype).reshape(shape)

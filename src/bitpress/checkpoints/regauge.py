@@ -1,4 +1,4 @@
-"""Re-gauging: give a Llama model other weights that compute the same function, so that they lie on no grid.
+"""Re-gauging: replace the weights of a Llama model by others that compute the same function and lie on no grid.
 
     attention input  s [hidden]         norm weight / s, columns of q, k, v * s
     MLP input        s [hidden]         norm weight / s, columns of gate, up * s

@@ -1,4 +1,4 @@
-"""The safetensors file, read with every check before a byte is used, and written as a stream.
+"""The safetensors file: every check before a byte is used, and writing as a stream.
 
     byte 0      n: length of the header, unsigned 64 bits, little endian        here at most 16 MiB
     byte 8      header: n bytes of JSON in UTF-8, '{' first, spaces at the end as padding
@@ -99,7 +99,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Read and check the header; return the entries in the order of their data, and the metadata."""
     with open_regular(path) as (descriptor, num_bytes):
         if num_bytes < 8:
-            raise CheckpointError(f"{path}: {num_bytes} bytes are too few for a safetensors file; the least is 10.")
+            raise CheckpointError(
+                f"{path}: has {num_bytes} bytes, fewer than the 10 of the smallest safetensors file; copy it again."
+            )
         prefix = bytearray(8)
         read_into(path, descriptor, memoryview(prefix), 0)
         header_bytes = int.from_bytes(prefix, "little")
@@ -123,7 +125,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 def read_tensor(path: Path, entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
     """Read one tensor, or a contiguous range `rows` of its first dimension, into fresh memory."""
     if entry.nbytes != entry.numel * entry.torch_dtype.itemsize:
-        raise CheckpointError(f"{path}: {entry.name}: {entry.nbytes} bytes are not {entry.dtype} {list(entry.shape)}.")
+        raise CheckpointError(f"{path}: {entry.name}: {entry.nbytes} bytes do not match {entry.dtype} {list(entry.shape)}.")
     shape, start, num_bytes = entry.shape, entry.start, entry.nbytes
     if rows is not None:
         first, stop = _checked_rows(entry, rows)
@@ -141,16 +143,16 @@ def read_tensor(path: Path, entry: TensorEntry, rows: slice | None = None) -> to
             raise MemoryLimitError(f"{path}: {entry.name}: no memory for {num_bytes} bytes.") from error
         read_into(path, descriptor, buffer.numpy().data, start)
     if entry.dtype == "BOOL" and num_bytes and int(buffer.max()) > 1:
-        raise CheckpointError(f"{path}: {entry.name}: a boolean is neither 0 nor 1.")
+        raise CheckpointError(f"{path}: {entry.name}: a boolean byte is neither 0 nor 1.")
     return buffer.view(entry.torch_dtype).reshape(shape)
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """Check everything now, then give the bytes of the file piece by piece, one tensor at a time, for `write_durably`.
+    """Check everything now, then yield the bytes of the file, one tensor at a time, for `write_durably`.
 
     Equal tensors and metadata give equal bytes. Larger dtypes come first, then names in order, and the header is padded
-    to 8 bytes, so that every tensor is aligned. UsageError for what the format does not hold,
-    CheckpointError for a name that `read_header` would refuse.
+    to 8 bytes, so that every tensor is aligned. Raises UsageError for values that the format cannot
+    hold, and CheckpointError for a name that `read_header` would refuse.
     """
     checked_metadata = _storable_metadata(metadata or {})
     for name, tensor in tensors.items():
@@ -167,14 +169,14 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
-        raise UsageError(f"safetensors: a header of {len(text)} bytes; at most {MAX_HEADER_BYTES}: use more shards.")
+        raise UsageError(f"safetensors: the header has {len(text)} bytes, the limit is {MAX_HEADER_BYTES}; use more shards.")
     return _stream(len(text).to_bytes(8, "little") + text, [tensors[name] for name in names])
 
 
 def check_tensor_name(where: str, name: str) -> None:
-    """CheckpointError for a tensor name that is empty, too long or holds control characters or half a surrogate pair."""
+    """Raise CheckpointError for a tensor name that is empty, too long, or has control characters or half a surrogate pair."""
     if not 0 < len(name) <= MAX_NAME_LENGTH:
-        raise CheckpointError(f"{where}: a tensor name of {len(name)} characters; 1 to {MAX_NAME_LENGTH} are allowed.")
+        raise CheckpointError(f"{where}: a tensor name has {len(name)} characters; 1 to {MAX_NAME_LENGTH} are allowed.")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         raise CheckpointError(f"{where}: the tensor name {name!r} holds control characters or half a surrogate pair.")
 
@@ -201,7 +203,7 @@ def _checked_entry(path: Path, name: str, fields: Any, data_start: int) -> Tenso
         raise CheckpointError(f"{where}: an entry must have exactly dtype, shape and data_offsets.")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{where}: dtype {str(dtype)[:40]!r} is not known; known: {', '.join(TORCH_DTYPES)}.")
+        raise CheckpointError(f"{where}: dtype {str(dtype)[:40]!r} is unknown; known: {', '.join(TORCH_DTYPES)}.")
     if not isinstance(shape, list) or not _is_shape(shape):
         raise CheckpointError(f"{where}: shape must be at most {MAX_DIMENSIONS} integers from 1 to 2**31-1.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_within(value, 0, 2**63) for value in offsets):
@@ -209,7 +211,7 @@ def _checked_entry(path: Path, name: str, fields: Any, data_start: int) -> Tenso
     begin, end = offsets
     needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if end - begin != needed:
-        raise CheckpointError(f"{where}: data_offsets give {end - begin} bytes, but {dtype} {shape} needs {needed}.")
+        raise CheckpointError(f"{where}: data_offsets span {end - begin} bytes, but {dtype} {shape} needs {needed}.")
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
@@ -255,7 +257,7 @@ def _storable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 def _check_storable(name: str, tensor: torch.Tensor) -> None:
     check_tensor_name("safetensors", name)
     if name == _METADATA:
-        raise UsageError(f"safetensors: {_METADATA} is not a name for a tensor.")
+        raise UsageError(f"safetensors: {_METADATA} is reserved and cannot name a tensor.")
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         raise UsageError(f"{name}: a dense CPU tensor is needed, got {tensor.layout} on {tensor.device}.")
     if tensor.dtype not in _NAMES_OF_DTYPES:

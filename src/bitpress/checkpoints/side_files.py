@@ -1,8 +1,8 @@
-"""Side files: what lies beside the weights of a model and goes with it, such as tokenizers, processors, chat templates, licences.
+"""Side files: the files beside the weights that go with a model, such as tokenizers, processors, chat templates and licences.
 
-Carried over by default is every regular file of the directory itself, and the templates in `additional_chat_templates/`. Left behind,
-and named with the reason, is what may run as code, what holds weights, what another file of the published directory is called like, and
-what is larger than a side file is. A side file that is carried over is hashed; whether anything opens it, its reader decides.
+Every regular file of the directory is carried over, and the templates in `additional_chat_templates/`. Files are left behind, with a
+reason, if they may run as code, hold weights, have the name of a file that bitpress writes, or are too large. A side file that is
+carried over is hashed; only its reader opens it.
 """
 
 import codecs
@@ -22,6 +22,7 @@ from bitpress.checkpoints.directory import (
     safe_file,
 )
 from bitpress.checkpoints.durable import open_regular, read_into, read_regular
+from bitpress.checkpoints.manifest import MANIFEST_NAME
 from bitpress.errors import CheckpointError
 
 __all__ = [
@@ -64,8 +65,8 @@ _REFUSED_STARTS = (
 _OWN = "a published directory has its own file of this name"
 _REPLACED = frozenset({"config.json", "model.safetensors.index.json"})
 _RESERVED = {
-    **dict.fromkeys(("bitpress.json", "report.json", "readme.md"), _OWN),
-    "adapter_config.json": "it belongs to an adapter, which transformers would then look for",
+    **dict.fromkeys((MANIFEST_NAME, "report.json", "readme.md"), _OWN),
+    "adapter_config.json": "transformers would look for the adapter that it describes",
     **dict.fromkeys(("quantize_config.json", "quantization_config.json", "hf_quant_config.json"), "it describes other weights"),
 }
 
@@ -91,9 +92,9 @@ class SideFiles:
 
 
 def find_side_files(root: Path, own: Collection[str], needed: Collection[str]) -> SideFiles:
-    """Sort all that lies in the directory of a model, except its configuration and its `own` files, such as the weights.
+    """Sort the files of a model directory, except its configuration and its `own` files, such as the weights.
 
-    One of the `needed` that cannot be carried over (a link out of the directory, a pipe) is a CheckpointError, any other is left behind.
+    Raises CheckpointError if a `needed` file cannot be carried over (a link out of the directory, a pipe). Any other file is left behind.
     """
     root = open_directory(root)
     carried: dict[str, Path] = {}
@@ -114,7 +115,7 @@ def find_side_files(root: Path, own: Collection[str], needed: Collection[str]) -
 
 
 def check_listed_name(where: str, name: str) -> None:
-    """CheckpointError for a name that no manifest may list: not plain (but for a chat template's), or of a kind that is left behind."""
+    """Raise CheckpointError for a name that no manifest may list: not plain (chat templates excepted), or of a kind that is left behind."""
     folder, slash, leaf = name.partition("/")
     if slash and folder == CHAT_TEMPLATES and leaf.endswith(".jinja") and is_plain_name(leaf):
         return
@@ -128,7 +129,7 @@ def check_listed_name(where: str, name: str) -> None:
 
 
 def listed_file(root: Path, name: str) -> Path:
-    """Return the path of a file that a manifest lists: a regular one that belongs to `root`, whose name may be listed."""
+    """Return the path of a file that a manifest lists. Raises CheckpointError unless it is a regular file of `root` with an allowed name."""
     root = open_directory(root)
     check_listed_name(str(root), name)
     if "/" in name:
@@ -137,7 +138,7 @@ def listed_file(root: Path, name: str) -> Path:
 
 
 def read_side_file(path: Path) -> bytes:
-    """Read a side file as it is published: unchanged, but for a byte order mark before JSON, which no reader of models accepts."""
+    """Read a side file as it is published: unchanged, without a byte order mark before JSON, which no reader of models accepts."""
     data = read_regular(path)
     return data.removeprefix(codecs.BOM_UTF8) if path.suffix == ".json" else data
 
@@ -155,7 +156,7 @@ def _list(root: Path) -> Iterator[str]:
 
 
 def _refusal(root: Path, name: str, total: int, count: int) -> str | None:
-    """Say why a file is left behind, or None for one that is carried over."""
+    """Return the reason why a file is left behind, or None if it is carried over."""
     if (root / name).is_dir():
         return "it is a folder"
     if (why := _refusal_of_name(name)) is not None:
@@ -179,13 +180,13 @@ def _refusal_of_name(name: str) -> str | None:
     if not is_plain_name(leaf):
         return "its name begins with a dot" if leaf.startswith(".") else "its name is not plain"
     if name != leaf and not leaf.endswith(".jinja"):
-        return "it is no chat template"
+        return "it is not a chat template"
     if name.casefold() in _RESERVED:
         return _RESERVED[name.casefold()]
     if name.casefold() in _REPLACED:
         return _OWN
     if name.casefold().endswith(".index.json"):
-        return "it is the index of other weights"
+        return "it is the index of weights in another format"
     return _REFUSED_SUFFIXES.get(Path(leaf).suffix.casefold())
 
 

@@ -34,7 +34,7 @@ __all__ = [
 # Keys of a configuration that say how many blocks a model has, and how wide it is.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "head_dim")
-# Of a configuration that the tensors do not bear out, this much is believed all the same: blocks may share their weights.
+# A size in the configuration may exceed what the tensors show by this factor: blocks may share their weights.
 _MOST_BLOCKS, _MOST_TIMES = 4096, 64
 
 # Files beside the weights that transformers opens by their names; others are carried over too (`side_files`).
@@ -58,7 +58,7 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
     """Read config.json as transformers does: an object that names its model_type. Raises CheckpointError.
 
-    One that is not `foreign` was written by `encode_config`.
+    `foreign` says that another tool wrote it; otherwise `encode_config` did.
     """
     path = safe_file(root, "config.json")
     config = decode_floats(read_foreign_json(path) if foreign else read_json(path, foreign_values=True))
@@ -73,7 +73,7 @@ def encode_config(config: Mapping[str, Any]) -> bytes:
 
 
 def decode_floats(value: Any) -> Any:
-    """Turn what stands for infinities and NaN in a configuration into those numbers."""
+    """Turn the placeholders for infinities and NaN in a configuration into numbers."""
     if isinstance(value, dict):
         if value.keys() == {_FLOAT} and isinstance(value[_FLOAT], str):
             return _FLOATS.get(value[_FLOAT], value)
@@ -82,7 +82,7 @@ def decode_floats(value: Any) -> Any:
 
 
 def encode_floats(value: Any) -> Any:
-    """Turn infinities and NaN into what stands for them in a configuration."""
+    """Turn infinities and NaN into their placeholders in a configuration."""
     if isinstance(value, float) and not math.isfinite(value):
         return {_FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ class SourceCheckpoint:
         if config.get("quantization_config") is not None:
             quantization = config["quantization_config"]
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); give the original model.")
+            raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); use the original model.")
         index = read_index(root, foreign=True)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
         for file in sorted(set(index.values())):
@@ -114,13 +114,13 @@ class SourceCheckpoint:
             entries, _ = read_header(target)
             for name, entry in entries.items():
                 if index.get(name) != file:
-                    raise CheckpointError(f"{target}: holds {name!r}, which the index does not place there.")
+                    raise CheckpointError(f"{target}: holds {name!r}, but the index places it in another file.")
                 tensors[name] = (target, entry)
         _check_sizes(root, config, tensors)
         missing = sorted(set(index) - set(tensors))
         if missing:
             raise CheckpointError(
-                f"{root}: the index names {len(missing)} tensors that no file holds, the first is {missing[0]!r}."
+                f"{root}: the index names {len(missing)} tensors that no file holds, first {missing[0]!r}; complete the download."
             )
         return cls(root, config, tensors)
 
@@ -131,7 +131,7 @@ class SourceCheckpoint:
 
     @property
     def given(self) -> Given | None:
-        """What the directory was converted from, where that is a file that the user gave or a named model's."""
+        """Return the file from which the directory was converted, if it was."""
         return read_given(self.root)
 
     @property
@@ -144,13 +144,13 @@ class SourceCheckpoint:
         return {file.name: hash_file(file) for file in files}
 
     def side_files(self) -> SideFiles:
-        """Find what goes with the model (tokenizer, chat templates, processors, licence, ...), and what is left behind."""
+        """Find the files that go with the model (tokenizer, chat templates, processors, licence, ...), and those left behind."""
         own = {file.name for file, _ in self.tensors.values()} | ({ORIGIN} if is_in_cache(self.root) else set())
         return find_side_files(self.root, own, SIDE_FILES)
 
 
 def _check_sizes(root: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorEntry]]) -> None:
-    """Refuse sizes that no tensor bears out, before modules are made that would take all time or all memory."""
+    """Raise CheckpointError for sizes that no tensor has, before modules of that size exhaust time or memory."""
     widest = max((max(entry.shape, default=1) for _, entry in tensors.values()), default=1)
     limits = dict.fromkeys(DEPTHS, max(len(tensors), _MOST_BLOCKS)) | dict.fromkeys(
         (*WIDTHS, "vocab_size"), _MOST_TIMES * widest
@@ -160,5 +160,5 @@ def _check_sizes(root: Path, config: Mapping[str, Any], tensors: Mapping[str, tu
             value = part.get(key) if isinstance(part, dict) else None
             if isinstance(value, (int, float)) and value > limit:
                 raise CheckpointError(
-                    f"{root / 'config.json'}: {key} is {value:.6g}, which no tensor of the checkpoint bears out."
+                    f"{root / 'config.json'}: {key} is {value:.6g}, but no tensor of the checkpoint is that large; the configuration is wrong."
                 )

@@ -30,7 +30,7 @@ _VOCABULARIES = (
     "tiktoken.model",
 )
 _OPENED = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-# What transformers needs to read a vocabulary: a SentencePiece model is a protocol buffer whose first field is a piece.
+# The packages that transformers needs to read a vocabulary; a SentencePiece model is a protocol buffer whose first field is a piece.
 _SENTENCEPIECE = (b"\n", ("sentencepiece", "google.protobuf"), "pip install sentencepiece protobuf")
 _TIKTOKEN = (b"", ("tiktoken",), "pip install tiktoken")
 
@@ -46,7 +46,7 @@ def load_tokenizer(root: Path) -> Any:
 
 
 def check_tokenizer(root: Path) -> None:
-    """Raise CheckpointError for a directory without a tokenizer, or with one that needs code or a package that is not here."""
+    """Raise CheckpointError for a directory without a tokenizer, or whose tokenizer needs code or a missing package."""
     root = open_directory(root)
     present = _openable(root)
     if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in present):
@@ -61,7 +61,7 @@ def check_tokenizer(root: Path) -> None:
 
 
 def _openable(root: Path) -> list[str]:
-    """Name the files that transformers may open for a tokenizer; a link out of the directory is a CheckpointError."""
+    """Return the files that transformers may open for a tokenizer. Raises CheckpointError for a link out of the directory."""
     try:
         names = sorted(os.listdir(root))
         templates = sorted(os.listdir(root / CHAT_TEMPLATES)) if (root / CHAT_TEMPLATES).is_dir() else []
@@ -83,9 +83,7 @@ def _check_packages(root: Path, name: str) -> None:
         read_into(path, descriptor, memoryview(start), 0)
     _, packages, command = _SENTENCEPIECE if bytes(start) == _SENTENCEPIECE[0] else _TIKTOKEN
     if not all(_is_here(package) for package in packages):
-        raise CheckpointError(
-            f"{root}: its tokenizer is {name}, without a {_FAST}, and what reads that is not installed: {command}."
-        )
+        raise CheckpointError(f"{root}: the tokenizer is {name} without a {_FAST}; to read it, run: {command}.")
 
 
 def _is_here(package: str) -> bool:
@@ -107,12 +105,14 @@ def _refuse_code(root: Path, name: str) -> None:
     # A model that transformers knows may name code for others; a tokenizer that needs it cannot be had without.
     is_known = name == "tokenizer_config.json" or values.get("model_type") in CONFIG_MAPPING
     if not is_known or not isinstance(code, dict) or "AutoTokenizer" in code:
-        raise CheckpointError(f"{root / name}: the tokenizer comes as code (auto_map), which is never run.")
+        raise CheckpointError(
+            f"{root / name}: the tokenizer comes as code of the checkpoint (auto_map), which bitpress never runs."
+        )
 
 
 @contextlib.contextmanager
 def _without_marks(root: Path) -> Iterator[Path]:
-    """A directory like `root` whose JSON has no byte order marks, which transformers does not read: `root` itself, or a copy."""
+    """Yield a directory whose JSON has no byte order marks (transformers does not read them): `root` itself, or a copy."""
     names = [name for name in _openable(root) if name.endswith(".json")]
     if not any(_begins_with_mark(root / name) for name in names):
         yield root
@@ -135,7 +135,7 @@ def _begins_with_mark(path: Path) -> bool:
 
 @contextlib.contextmanager
 def reader_errors(what: str) -> Iterator[None]:
-    """Turn what transformers and tokenizers raise for a file that they cannot read into a CheckpointError."""
+    """Turn the errors of transformers and tokenizers for an unreadable file into a CheckpointError."""
     try:
         yield
     except BitpressError:

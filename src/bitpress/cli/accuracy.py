@@ -1,4 +1,4 @@
-"""What zero-shot accuracy looks like: the names of tasks, a line for each, and cells for a table of recipes."""
+"""Zero-shot accuracy on the screen: the names of tasks, a line for each, and cells for a table of recipes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def parse_tasks(text: str | None) -> list[str]:
 
 
 def heading(task: str) -> str:
-    """Give what a task is called at the head of a column: its name, or that of its file."""
+    """Return the heading of a task's column: its name, or that of its file."""
     return task.rpartition("/")[2]
 
 
 def percent(figures: Row, key: str) -> str:
-    """Say a share with its standard error."""
+    """Return a share in per cent with its standard error."""
     width = figures[f"{key}_stderr"]
     return f"{100 * figures[key]:.1f}" + ("" if width is None else f" ± {100 * width:.1f}")
 
@@ -34,7 +34,7 @@ def accuracy_line(figures: Row) -> str:
 
 
 def accuracy_rows(figures: Row) -> dict[str, str]:
-    """Give the lines of `eval` for tasks, the original's beside where that answered too."""
+    """Return the lines of `eval` for tasks, with the original's figures where it was measured too."""
     rows = {}
     for name, own in figures.get("tasks", {}).items():
         original = figures.get("tasks_original", {}).get(name)
@@ -44,9 +44,9 @@ def accuracy_rows(figures: Row) -> dict[str, str]:
 
 
 def by_recipe(answers: Sequence[Row]) -> dict[tuple[Any, Any], dict[str, Row]]:
-    """Give what was answered by (name, bits) of the recipe and then by task; (None, None) is the original."""
-    found: dict[tuple[Any, Any], dict[str, Row]] = {}
+    """Return the rows by (name, bits) of the recipe and then by task; (None, None) is the original."""
+    rows: dict[tuple[Any, Any], dict[str, Row]] = {}
     for row in answers:
         if not row["failed"]:
-            found.setdefault((row["name"], row["bits"]), {})[row["task"]] = row
-    return found
+            rows.setdefault((row["name"], row["bits"]), {})[row["task"]] = row
+    return rows

@@ -1,7 +1,7 @@
 """The commands.
 
-Exit codes: 0 done, 1 some recipes of a comparison failed or an error that nobody foresaw, 2 usage, 3 bad model file, 4 disk, 5 memory, 6 numeric gate, 75 stopped and
-resumable.
+Exit codes: 0 done, 1 some recipes of a comparison failed, or an unexpected error, 2 usage, 3 bad model file, 4 disk, 5 memory,
+6 numeric gate, 75 stopped and resumable.
 """
 
 import sys
@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli import cache
-from bitpress.cli import info as looking
+from bitpress.cli import cache, compare_command, info, run
 from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
     Cache,
     CalibrationText,
-    Context,
     Documents,
     Head,
     Json,
@@ -34,10 +32,11 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    refuse_idle,
 )
 from bitpress.cli.recipe_options import build_recipe, explain_preset
-from bitpress.cli.screen import Screen, begin_output, err, out, print_json
-from bitpress.errors import BitpressError, UsageError
+from bitpress.cli.screen import Screen, begin_output, out, print_json
+from bitpress.runtime.native.options import EngineOptions
 from bitpress.settings import share_cores, use_large_pages
 from bitpress.version import __version__
 
@@ -48,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Press a pretrained language model into few bits, prove what that cost, and run it.",
+    help="Quantize a pretrained language model to few bits, measure what that costs, and run it.",
     epilog="Begin with: bitpress quantize smollm2-135m out/smollm2-4bit --bits 4, and then bitpress run out/smollm2-4bit",
 )
 _state = {"debug": False}
@@ -74,7 +73,7 @@ def options(
 def quantize(
     model: Model,
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory to make. The same command resumes a stopped run.")
+        Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")
     ],
     weights: Weights = None,
     quantizer: QuantizerName = None,
@@ -89,13 +88,15 @@ def quantize(
     skip: Skip = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
-    proof_tokens: Annotated[int, typer.Option(help="Held-out tokens of the final comparison; 0 leaves it out.")] = 8192,
-    proof_text: Annotated[str, typer.Option(help="Held-out text of the final comparison.")] = "builtin:heldout",
-    max_kl: Annotated[float | None, typer.Option(help="Publish nothing beyond this KL divergence (exit 6).")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what the preset takes and why, and stop.")] = False,
+    proof_tokens: Annotated[int, typer.Option(help="Evaluation tokens of the final comparison; 0 leaves it out.")] = 8192,
+    proof_text: Annotated[str, typer.Option(help="Evaluation text of the final comparison.")] = "builtin:heldout",
+    max_kl: Annotated[float | None, typer.Option(help="Publish nothing above this KL divergence (exit 6).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model, prove what that cost, and publish it."""
+    """Quantize a model, measure what that cost, and publish it."""
     if explain:
         explain_preset(
             recipe, preset, bits, as_json, {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
@@ -104,14 +105,16 @@ def quantize(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
+    from bitpress.recipes import build_method
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen.note)
-        if not made.needs() and any(v is not None for v in (calibration, samples, length, seed)):
+        method = build_method(made)
+        if not method.needs and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
-                f"{made.quantizer_name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
+                f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
         report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
     if as_json:
@@ -134,27 +137,29 @@ def plan(
     length: Length = None,
     seed: Seed = None,
     skip: Skip = None,
-    whole: Annotated[bool, typer.Option("--all", help="List every weight, not every kind of weight.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what quantize would do: formats, bytes, bits, memory, disk, time. Nothing is written."""
+    """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
+    from bitpress.recipes import build_method
 
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
-    if made.needs() and not made.calibration.text.startswith("hf:"):
-        read_texts(made.calibration.text)  # as quantize would; a set of the hub is not fetched for a plan
+    method = build_method(made)
+    if method.needs and not made.calibration.text.startswith("hf:"):
+        read_texts(made.calibration.text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
-        planned, streamed, _ = plan_run(resolve_model(model, screen.note), made)
-        seconds = estimate_seconds(streamed, made, planned.weights)
-        for text in unmeant_bits(planned, made):
+        planned, streamed, _ = plan_run(resolve_model(model, screen.note), method)
+        seconds = estimate_seconds(streamed, method, planned.weights)
+        for text in unmeant_bits(planned):
             screen.note(f"{text}.")
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": made.resolved()})
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
     else:
         show_plan(planned, seconds, whole=whole)
 
@@ -174,7 +179,7 @@ def evaluate(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Measure through native, transformers, or auto: what run takes; else the decoded weights in float32."
+            help="Measure the runtime native, transformers or auto (which run would use); else the decoded weights in float32."
         ),
     ] = None,
     activations: Activations = None,
@@ -182,20 +187,24 @@ def evaluate(
     head: Head = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out text: its perplexity, with --against its distance from the original, with --tasks its answers."""
+    """Measure a model on evaluation text: its perplexity, its distance from the original (--against), its accuracy (--tasks)."""
     from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
+    from bitpress.evaluation.tasks import check_task
     from bitpress.measure.evaluation import evaluate as measure
     from bitpress.measure.evaluation import evaluate_alone
     from bitpress.measure.multiple_choice import evaluate_tasks
 
     names = parse_tasks(tasks)
-    _refuse_idle(context, "--against", against is None, ("runtime",))
-    _refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
-    _refuse_idle(context, "--tasks", not names, ("documents",))
+    for name in names:
+        check_task(name)
+    engine = EngineOptions.of({"activations": activations, "cache": cache, "head": head})
+    refuse_idle(context, "--against", against is None, ("runtime",))
+    refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
+    refuse_idle(context, "--tasks", not names, ("documents",))
     with Screen() as screen:
         given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen.note)
         original = None if against is None else resolve_model(against, screen.note)
@@ -205,8 +214,7 @@ def evaluate(
         if original is None:
             figures |= evaluate_alone(given, **how, progress=screen)
         else:
-            through: dict[str, Any] = {"runtime": runtime, "activations": activations, "cache": cache, "head": head}
-            figures |= measure(given, original, **how, **through, progress=screen)
+            figures |= measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
         if names:
             figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
             if original is not None:
@@ -217,170 +225,10 @@ def evaluate(
         figures_table(figures, accuracy_rows(figures))
 
 
-@app.command(epilog='Example: bitpress run out/smollm2-4bit --prompt "What is a Hadamard matrix?"')
-def run(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or any other model as it is.")],
-    prompt: Annotated[str | None, typer.Option(help="What to answer; without it, a chat on the terminal.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. May be given again.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among the k most likely tokens; 0: among all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the fewest with this probability together.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Leave out those less likely than this part of the most likely.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: less of what has been said.")] = None,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    runtime: Annotated[
-        str, typer.Option(help="auto, native or transformers; auto is native where that knows the model.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
-    activations: Activations = None,
-    cache: Cache = None,
-    head: Head = None,
-    context: Context = None,
-    packed: Annotated[
-        bool, typer.Option("--packed", help="transformers: keep the codes in memory, not the decoded weights.")
-    ] = False,
-    memory: Memory = None,
-    as_json: Json = False,
-) -> None:
-    """Generate text with a compressed model, or with any other as it is.
-
-    Where the model's generation_config.json has sampling settings, they apply at a temperature above 0, unless given here.
-    """
-    from bitpress.cli.chat import answer_once, chat
-    from bitpress.cli.plain import find_model
-    from bitpress.cli.request import Asked
-
-    if as_json and prompt is None:
-        raise UsageError("--json needs a --prompt.")
-    if prompt is None and raw:
-        raise UsageError("--raw needs a --prompt.")
-    native = {"activations": activations, "cache": cache, "head": head, "context": context}
-    asked = Asked(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=tuple(stop or ()),
-        sampling={"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
-        runtime=runtime,
-        packed=packed,
-        memory=memory,
-        threads=threads,
-        native={name: value for name, value in native.items() if value is not None},
-    )
-    directory = find_model(model)
-    if prompt is None:
-        chat(directory, asked)
-        return
-    answer = answer_once(directory, prompt, asked, raw=raw, stream=not as_json)
-    if as_json:
-        print_json(answer)
-        return
-    read = answer.get("prefill_tokens_per_second")
-    before = "" if read is None else f"{answer['prompt_tokens']} tokens read, {read:.1f} tokens/s; "
-    err.print(f"[dim]{before}{answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s[/dim]")
-
-
-@app.command(epilog="Example: bitpress compare smollm2-135m out/methods --recipes recipes.yaml --bits 4,3,2")
-def compare(
-    context: typer.Context,
-    model: Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory of the results. The same command goes on there.")
-    ],
-    recipes: Annotated[Path, typer.Option(help="YAML file of recipes by name, or a directory of recipe files.")],
-    bits: Annotated[str, typer.Option(help="Widths that take the place of {bits} in a recipe.")] = "4,3,2",
-    only: Annotated[list[str] | None, typer.Option(help="Recipes to run, e.g. 'gptq*'. May be given again.")] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="Held-out text; two built-in kinds if not given. May be given again."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of every held-out text.")] = 32768,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(metavar="original|pressed", help="What blocks are calibrated on; original is run once for all recipes."),
-    ] = None,
-    compute: Annotated[str, typer.Option(metavar="auto|bf16|fp32", help="Arithmetic of calibration and measuring.")] = "auto",
-    tasks: Tasks = None,
-    documents: Documents = 500,
-    best: Annotated[int, typer.Option(min=1, help="Recipes of every width that answer the tasks, the best by KL.")] = 3,
-    keep: Annotated[bool, typer.Option("--keep", help="Publish what every recipe makes in OUT/models.")] = False,
-    forget_capture: Annotated[bool, typer.Option("--forget-capture", help="Remove OUT/capture when all is done.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure many recipes on one model, where everything but the recipe is the same.
-
-    A recipe without inputs of its own is calibrated on what the original's blocks give, which one pass collects for all. Exits 1
-    when a recipe failed; the others are done all the same.
-    """
-    from bitpress.checkpoints.named import resolve_model
-    from bitpress.cli.accuracy import parse_tasks
-    from bitpress.cli.compare import Board, parse_texts, parse_widths, show_comparison, write_page
-    from bitpress.comparison.run import HELDOUT, compare_recipes
-    from bitpress.comparison.variants import read_candidates
-    from bitpress.recipes import make_recipe
-
-    given = {"text": calibration, "samples": samples, "length": length, "seed": seed, "inputs": inputs}
-    given = {key: value for key, value in given.items() if value is not None}
-    shared = make_recipe({"compute": compute, "calibration": {"inputs": "original", **given}}).calibration
-    candidates, notes = read_candidates(recipes, parse_widths(bits), given, compute=compute, only=only or ())
-    texts, names = parse_texts(text, HELDOUT), parse_tasks(tasks)
-    _refuse_idle(context, "--tasks", not names, ("documents", "best"))
-    with Board(len(candidates), list(texts), names) as board:
-        for note in notes:
-            board.note(note)
-        done = compare_recipes(
-            resolve_model(model, board.note),
-            output,
-            candidates,
-            texts,
-            shared=shared,
-            tokens=tokens,
-            length=shared.length,
-            tasks=names,
-            documents=documents,
-            best=best,
-            keep=keep,
-            forget_capture=forget_capture,
-            progress=board,
-            note_row=board.row,
-        )
-    done["model"] = model
-    write_page(done, output)
-    failed = [row for row in done["rows"] if row["failed"]]
-    wrong = None
-    if failed:
-        those = ", ".join(dict.fromkeys(row["name"] for row in failed))
-        wrong = f"{len(failed)} of {len(done['rows'])} recipes failed: {those}; their rows say why."
-    elif any(row["failed"] for row in done["answers"]):
-        wrong = "some recipes have no answers to the tasks; their rows say why."
-    error = {} if wrong is None else {"error": {"code": 1, "kind": "BitpressError", "message": wrong}}
-    print_json(done | error) if as_json else show_comparison(done, output)
-    if wrong is not None:
-        raise BitpressError(wrong)
-
-
-app.add_typer(looking.app)
+app.add_typer(run.app)
+app.add_typer(compare_command.app)
+app.add_typer(info.app)
 app.add_typer(cache.app)
-
-
-def _refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:
-    """Refuse options that were given and do nothing without another."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if is_missing and source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{name} needs {needed}.")
 
 
 def main() -> None:

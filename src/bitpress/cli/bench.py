@@ -1,4 +1,4 @@
-"""How the figures of `bitpress bench` look."""
+"""The figures of `bitpress bench` on the screen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ ACTIVATIONS = {"int8": "8 bits", "mixed": "8 bits, prompts in float", "none": "f
 
 
 def show_speed(facts: Mapping[str, Any]) -> None:
-    """Print what was measured, beside the speed of the machine."""
+    """Print the figures beside the speed of the machine."""
     rates = facts["tokens_per_second"]
     behind = f" behind {facts['context']:,}" if facts["context"] else ""
     expanded = ", ".join(facts["expanded"])
@@ -33,6 +33,10 @@ def show_speed(facts: Mapping[str, Any]) -> None:
         ("tokens/s", f"{rates['median']:.1f} (p10 {rates['p10']:.1f}, p90 {rates['p90']:.1f})"),
         *speed,
         ("code path", f"{facts['path']}, {facts['threads']} threads"),
+        (
+            "weights",
+            f"{facts['bits_in_memory']:.2f} bits in memory, {facts['bits_stored']:.2f} stored, in the blocks' linear layers",
+        ),
         ("activations", f"{ACTIVATIONS[facts['activations']]}{apart}"),
         ("cache", facts["cache"]),
         ("head", facts["head"]),

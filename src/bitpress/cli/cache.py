@@ -1,4 +1,4 @@
-"""`bitpress cache`: what is kept on this machine, and removing it."""
+"""`bitpress cache`: list or remove the files that bitpress cached on this machine."""
 
 from typing import Annotated
 
@@ -19,12 +19,12 @@ app = typer.Typer()
 def cache(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="With --clear: entries or kinds to remove; all if not given."),
+        typer.Argument(metavar="[NAME]...", help="With --clear: entries or kinds to remove; without names, all."),
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove what is named, or all of it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the named entries, or all.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List what was fetched, converted and laid out on this machine, or remove it. Models that you made are never here."""
+    """List or remove what was downloaded, converted or laid out on this machine. Models that you quantized are never in the cache."""
     from bitpress.checkpoints.cache import clear_cache, list_cache
 
     if names and not clear:

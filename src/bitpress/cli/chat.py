@@ -1,39 +1,38 @@
-"""Answers on the terminal: one prompt, or a chat, by the native engine or by transformers."""
+"""Answers on the terminal, to one prompt or in a chat, by the native engine or by transformers."""
 
 from pathlib import Path
 from typing import Any
 
 from bitpress.cli.conversation import Conversation, Printed, Show, Speaker, say, say_what_cut
-from bitpress.cli.plain import check_options, is_plain
-from bitpress.cli.request import Asked, threads_text
+from bitpress.cli.plain import check_options, open_plain
+from bitpress.cli.request import Answer, Request, threads_text
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.engine import USUAL_HEAD
-from bitpress.runtime.native.layout_cache import is_prepared
-from bitpress.runtime.native.text import Pieces, TextEngine
-from bitpress.runtime.prompt import choose_sampling
-from bitpress.runtime.selection import load_native, select_runtime
+from bitpress.runtime.native.text import TextEngine
+from bitpress.runtime.opening import OpenedModel
 from bitpress.settings import layout_directory
 
 __all__ = ["answer_once", "chat"]
 
 
-def answer_once(directory: Path, prompt: str, asked: Asked, *, raw: bool = False, stream: bool = True) -> dict[str, Any]:
-    """Answer one prompt; the text goes to standard output while it is made when `stream` is set."""
+def answer_once(
+    directory: Path, prompt: str, request: Request, *, raw: bool = False, stream: bool = True
+) -> tuple[Answer, dict[str, Any]]:
+    """Answer one prompt, on standard output too with `stream`; return the answer and the facts of what ran."""
     if not prompt:
         raise UsageError("the prompt is empty.")
-    speaker = _open(directory, asked)
+    speaker = _open(directory, request)
     with Printed(stream) as printed:
         answer = speaker.answer(prompt, printed.show, raw=raw)
     if stream:
         say_what_cut(answer, "")
-    return {**answer, **speaker.facts}
+    return answer, speaker.facts
 
 
-def chat(directory: Path, asked: Asked) -> None:
+def chat(directory: Path, request: Request) -> None:
     """Talk until the end of input, /exit, or Ctrl-C where nothing is typed; Ctrl-C during an answer stops only that."""
-    speaker = _open(directory, asked)
+    speaker = _open(directory, request)
     if speaker.tokenizer.chat_template is None:
         raise CheckpointError(f"{directory}: the tokenizer has no chat template; use --prompt with --raw.")
     reader = open_reader()
@@ -42,49 +41,45 @@ def chat(directory: Path, asked: Asked) -> None:
     Conversation(speaker, reader).run()
 
 
-def _open(directory: Path, asked: Asked) -> Speaker:
-    """Load the model in the runtime that fits, and say which one and why. What is wrong is said before anything slow happens."""
-    Pieces(str, asked.stop)
-    choose_sampling(None, asked.temperature, asked.seed, **asked.sampling)
+def _open(directory: Path, request: Request) -> Speaker:
+    """Load the model in the runtime that fits it, and print which one and why. Errors are raised before anything slow happens."""
     speaker: Speaker
-    native_options = tuple(f"--{name}" for name in asked.native)
-    transformers_options = ("--packed",) * asked.packed + ("--memory",) * (asked.memory is not None)
-    if is_plain(directory):
-        from bitpress.cli.chat_transformers import Transformers
+    native_options, transformers_options = request.native_options, request.transformers_options
+    if (source := open_plain(directory)) is not None:
+        from bitpress.cli.chat_transformers import speak_plain
 
-        check_options(directory, asked.runtime, native_options + transformers_options)
-        speaker = Transformers(directory, asked, "the model is not compressed", plain=True)
+        check_options(directory, request.runtime, native_options + transformers_options)
+        speaker = speak_plain(source, request)
         say(speaker.line())
         return speaker
-    head = asked.native.get("head", USUAL_HEAD)
-    known = is_prepared(directory, head)
-    if not known:
-        from bitpress.checkpoints.compressed import CompressedCheckpoint
+    model, head = OpenedModel(directory), request.engine.head_format
+    had_layout = model.has_layout(head)
+    if not had_layout:
         from bitpress.formats import parse_format
 
         if head != "keep":
             parse_format(head)
-        CompressedCheckpoint.open(directory, verify=False)
-    choice = select_runtime(directory, asked.runtime, native=native_options, transformers=transformers_options, head=head)
-    if choice.runtime == "native":
-        speaker = _Native(load_native(directory, threads=asked.threads, **asked.native), asked)
+        _ = model.checkpoint  # a directory that is broken is reported before an option that does not suit it
+    selection = model.select(request.runtime, native=native_options, transformers=transformers_options, head=head)
+    if selection.runtime == "native":
+        speaker = _Native(model.load_native(request.engine), request)
     else:
-        from bitpress.cli.chat_transformers import Transformers
+        from bitpress.cli.chat_transformers import speak_compressed
 
-        speaker = Transformers(directory, asked, choice.reason)
+        speaker = speak_compressed(model, request, selection.reason)
     say(speaker.line())
-    if not known and is_prepared(directory, head):
-        say(f"laid out for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off keeps nothing")
+    if not had_layout and model.has_layout(head):
+        say(f"cached the layout for the next start in {layout_directory()}; BITPRESS_LAYOUTS=off caches none")
     return speaker
 
 
 class _Native:
-    def __init__(self, engine: TextEngine, asked: Asked) -> None:
+    def __init__(self, engine: TextEngine, request: Request) -> None:
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.facts = engine.facts
-        self._asked = asked
-        self._sampling = engine.sampling(asked.temperature, asked.seed, **asked.sampling)
+        self._request = request
+        self._sampling = request.sampling.resolve(engine.generation)
 
     def line(self) -> str:
         f = self.facts
@@ -97,17 +92,18 @@ class _Native:
         parts = [f"native ({f['path']})", threads_text(f["threads"]), activations, *cache, f"head {f['head']}", *expanded]
         return ", ".join(parts)
 
-    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]:
-        asked = self._asked
-        stream = self.engine.stream(prompt, max_tokens=asked.max_tokens, sampling=self._sampling, stop=asked.stop, raw=raw)
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> Answer:
+        stream = self.engine.stream(
+            prompt, max_tokens=self._request.max_tokens, sampling=self._sampling, stop=self._request.stop, raw=raw
+        )
         for piece in stream:
             show(piece)
-        made = stream.result
-        return {
-            "text": made.text,
-            "tokens": made.tokens,
-            "prompt_tokens": made.prompt_tokens,
-            "tokens_per_second": made.tokens_per_second,
-            "prefill_tokens_per_second": made.prefill_tokens_per_second,
-            "finish": made.finish,
-        }
+        result = stream.result
+        return Answer(
+            text=result.text,
+            tokens=result.tokens,
+            prompt_tokens=result.prompt_tokens,
+            tokens_per_second=result.tokens_per_second,
+            finish=result.finish,
+            prefill_tokens_per_second=result.prefill_tokens_per_second,
+        )

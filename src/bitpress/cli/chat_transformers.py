@@ -1,52 +1,66 @@
-"""Answers by transformers, for what the native engine does not run."""
+"""Answers by transformers, for models that the native engine does not run."""
 
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
 
+from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.conversation import Show
 from bitpress.cli.plain import load_plain
-from bitpress.cli.request import Asked, threads_text
+from bitpress.cli.request import Answer, Request, threads_text
 from bitpress.cli.screen import size
-from bitpress.runtime.hf.loading import load
+from bitpress.runtime.detokenizer import Detokenizer, text_decoder
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.text import Pieces, text_decoder
-from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.opening import OpenedModel
+from bitpress.runtime.prompt import check_prompt, encode_prompt, end_tokens
 
-__all__ = ["Transformers"]
+__all__ = ["Transformers", "speak_compressed", "speak_plain"]
+
+
+def speak_plain(source: SourceCheckpoint, request: Request) -> "Transformers":
+    """Load a model that is not compressed."""
+    _use_threads(request)
+    model = load_plain(source)
+    weights = f"as stored, {str(model.dtype).removeprefix('torch.')}"
+    return Transformers(model, load_tokenizer(source.root), request, reason="the model is not compressed", weights=weights)
+
+
+def speak_compressed(opened: OpenedModel, request: Request, reason: str) -> "Transformers":
+    """Load a directory that bitpress wrote; `reason` says why transformers runs it."""
+    _use_threads(request)
+    weights: Literal["packed", "decoded"] = "packed" if request.packed or request.memory is not None else "decoded"
+    model = opened.load_transformers(weights=weights, memory=request.memory)
+    return Transformers(model, load_tokenizer(opened.directory), request, reason=reason, weights=weights)
+
+
+def _use_threads(request: Request) -> None:
+    if request.engine.threads is not None:
+        torch.set_num_threads(request.engine.threads)
 
 
 class Transformers:
-    """A model of transformers that answers."""
+    """A model of transformers that answers. `weights` says how its weights are held."""
 
-    def __init__(self, directory: Path, asked: Asked, reason: str, *, plain: bool = False) -> None:
-        if asked.threads is not None:
-            torch.set_num_threads(asked.threads)
-        packed = asked.packed or asked.memory is not None
-        if plain:
-            self.model = load_plain(directory)
-        else:
-            self.model = load(directory, weights="packed" if packed else "decoded", memory=asked.memory)
-        stored = str(self.model.dtype).removeprefix("torch.")
-        self.tokenizer = load_tokenizer(directory)
+    def __init__(self, model: Any, tokenizer: Any, request: Request, *, reason: str, weights: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
         self.facts: dict[str, Any] = {
             "runtime": "transformers",
             "reason": reason,
-            "weights": f"as stored, {stored}" if plain else "packed" if packed else "decoded",
+            "weights": weights,
             "threads": torch.get_num_threads(),
         }
-        if asked.memory is not None:
+        if request.memory is not None:
             self.facts["weight_bytes"] = _held_bytes(self.model)
-        self._asked = asked
+        self._request = request
         own = self.model.generation_config
-        self._sampling = choose_sampling(own, asked.temperature, asked.seed, **asked.sampling)
+        self._sampling = request.sampling.resolve(own)
         self._ends = end_tokens(own, self.model.config, self.tokenizer)
-        # `generate` adds what the model's own settings have and ours do not say (beams, n-grams, suppressed tokens), some of which it
-        # cannot do while text is shown as it is made. Both runtimes follow the same ones: those above.
+        # `generate` would add settings of the model's own that we do not have (beams, n-grams, suppressed tokens), some of which do not
+        # work while text is shown as it is generated. Both runtimes follow the same settings, those above.
         self.model.generation_config = GenerationConfig()
 
     def line(self) -> str:
@@ -54,12 +68,12 @@ class Transformers:
         weights = f"weights {self.facts['weights']}{held}"
         return f"transformers: {self.facts['reason']}; {weights}, {threads_text(self.facts['threads'])}"
 
-    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]:
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> Answer:
         tokens = encode_prompt(self.tokenizer, prompt, raw=raw)
         config = self.model.config
         room = check_prompt(tokens, config, getattr(config.get_text_config(), "max_position_embeddings", None))
         ends = self._ends
-        heard = _Heard(Pieces(text_decoder(self.tokenizer), self._asked.stop), ends, show)
+        streamer = _Streamer(Detokenizer(text_decoder(self.tokenizer), self._request.stop), ends, show)
         ids = torch.tensor([tokens])
         torch.manual_seed(self._sampling.seed)
         start = time.perf_counter()
@@ -67,18 +81,18 @@ class Transformers:
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=self._settings(ends, min(self._asked.max_tokens, room)),
-                streamer=heard,
-                stopping_criteria=[heard.has_stopped],
+                generation_config=self._settings(ends, min(self._request.max_tokens, room)),
+                streamer=streamer,
+                stopping_criteria=[streamer.has_stopped],
             )
         seconds = time.perf_counter() - start
-        return {
-            "text": "".join(heard.text),
-            "tokens": heard.count,
-            "prompt_tokens": len(tokens),
-            "tokens_per_second": heard.count / seconds,
-            "finish": "stop" if heard.ended else "length" if heard.count >= self._asked.max_tokens else "context",
-        }
+        return Answer(
+            text="".join(streamer.text),
+            tokens=streamer.count,
+            prompt_tokens=len(tokens),
+            tokens_per_second=streamer.count / seconds,
+            finish="stop" if streamer.ended else "length" if streamer.count >= self._request.max_tokens else "context",
+        )
 
     def _settings(self, ends: tuple[int, ...], max_tokens: int) -> Any:
         pad, how = self.tokenizer.pad_token_id, self._sampling
@@ -90,25 +104,25 @@ class Transformers:
         }
         if how.temperature == 0:
             return GenerationConfig(**settings, do_sample=False)
-        # Every one of them is set: transformers takes what is not from its own defaults, such as a top_k of 50.
+        # All of them are set: for others transformers uses its own defaults, such as a top_k of 50.
         sampling = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": how.min_p}
         return GenerationConfig(**settings, **sampling, do_sample=True)
 
 
 def _held_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and kept buffers, shared memory once."""
+    """Return the bytes of all parameters and persistent buffers; shared memory counts once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-class _Heard:
-    """Takes tokens from transformers' `generate` one by one, and tells it when a stop string has appeared."""
+class _Streamer:
+    """Takes tokens from transformers' `generate` one by one, and stops it when a stop string has appeared."""
 
-    def __init__(self, pieces: Pieces, ends: tuple[int, ...], show: Show) -> None:
+    def __init__(self, detokenizer: Detokenizer, ends: tuple[int, ...], show: Show) -> None:
         self.text: list[str] = []
         self.count = 0
         self.ended = False
-        self._pieces, self._ends, self._show = pieces, ends, show
+        self._detokenizer, self._ends, self._show = detokenizer, ends, show
         self._seen_prompt = False
 
     def put(self, tokens: torch.Tensor) -> None:
@@ -116,19 +130,19 @@ class _Heard:
             self._seen_prompt = True
             return
         for token in tokens.reshape(-1).tolist():
-            if token in self._ends or self._pieces.stopped:
+            if token in self._ends or self._detokenizer.stopped:
                 self.ended = True
                 return
             self.count += 1
-            self._say(self._pieces.add(token))
-            self.ended = self._pieces.stopped
+            self._say(self._detokenizer.add(token))
+            self.ended = self._detokenizer.stopped
 
     def end(self) -> None:
-        self._say(self._pieces.end())
-        self.ended = self.ended or self._pieces.stopped
+        self._say(self._detokenizer.end())
+        self.ended = self.ended or self._detokenizer.stopped
 
     def has_stopped(self, tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((tokens.shape[0],), self._pieces.stopped)
+        return torch.full((tokens.shape[0],), self._detokenizer.stopped)
 
     def _say(self, piece: str) -> None:
         self.text.append(piece)

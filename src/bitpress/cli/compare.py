@@ -1,4 +1,4 @@
-"""What a comparison looks like: a table that fills while recipes are measured, and a page with the picture at the end."""
+"""A comparison on the screen: a table that fills while recipes are measured, and a page with the picture at the end."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def parse_texts(given: Sequence[str] | None, default: Mapping[str, str]) -> dict
 
 
 class Board:
-    """Shows rows as they are done and what is under way: one live table on a terminal, a line each in a log."""
+    """Shows finished rows and the work in progress: one live table on a terminal, a line each in a log."""
 
     def __init__(self, total: int, texts: Sequence[str], tasks: Sequence[str] = ()) -> None:
         self.total, self.texts, self.tasks = total, texts, tasks
@@ -98,7 +98,7 @@ class Board:
 
 
 def told(row: Row, texts: Sequence[str]) -> str:
-    """Say a row in one line."""
+    """Return a row as one line."""
     if row["failed"]:
         return f"{label(row)}: failed: {row['failed']}"
     distances = ", ".join(f"{name} {_distance(row['texts'][name])}" for name in texts)
@@ -107,7 +107,7 @@ def told(row: Row, texts: Sequence[str]) -> str:
 
 
 def told_answers(row: Row) -> str:
-    """Say a row of a task in one line."""
+    """Return a row of a task as one line."""
     who = "original" if row["name"] is None else label(row)
     if row["failed"]:
         return f"{who}, {row['task']}: failed: {row['failed']}"
@@ -119,7 +119,7 @@ def label(row: Row) -> str:
 
 
 def ordered(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Put rows in groups of like widths, the best first, and those that failed last; mark the front and where a group opens."""
+    """Sort rows into groups of equal widths, the best first and failed ones last; mark the front and the first row of each group."""
     best = front(rows)
 
     def group(row: Row) -> int:
@@ -135,7 +135,7 @@ def ordered(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def comparison_lines(
     rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = (), answers: Sequence[Row] = ()
 ) -> list[tuple[str, ...]]:
-    """Give the lines of the table; what is on the front has a star."""
+    """Return the lines of the table; rows on the front have a star."""
     lines = []
     answered = by_recipe(answers)
     for row in ordered(rows):
@@ -150,7 +150,7 @@ def columns(texts: Sequence[str], tasks: Sequence[str] = ()) -> list[str]:
 
 
 def show_comparison(done: Mapping[str, Any], directory: Path) -> None:
-    """Print the table, what it was measured on, every failure, and where the rest is."""
+    """Print the table, the texts it was measured on, every failure, and where the files are."""
     names, tasks = list(done["texts"]), list(done["tasks"])
     heads = columns(names, tasks)
     table("", heads, comparison_lines(done["rows"], names, tasks, done["answers"]), right=range(1, len(heads)))
@@ -174,7 +174,7 @@ def show_comparison(done: Mapping[str, Any], directory: Path) -> None:
         if row["failed"]:
             out.print(told_answers(row), markup=False)
     out.print(
-        f"{directory / 'compare.html'} has it all with the picture, {directory / 'results.jsonl'} the rows.", markup=False
+        f"{directory / 'compare.html'} has all of it with the picture, {directory / 'results.jsonl'} the rows.", markup=False
     )
 
 
@@ -239,7 +239,7 @@ def _cells(
 
 
 def _perplexity(value: float | str | None) -> str:
-    """Say a perplexity; rows of before have null for an infinite one."""
+    """Return a perplexity as text; older rows have null for an infinite one."""
     return shown("inf" if value is None else value, "{:.2f}" if value is None or float(value) < 10000 else "{:.2e}")
 
 

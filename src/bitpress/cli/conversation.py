@@ -1,4 +1,4 @@
-"""A chat: turns and answers, commands that begin with a slash, and an answer that can be stopped."""
+"""A chat: turns, answers that can be stopped, and commands that begin with a slash."""
 
 import sys
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from rich.markup import escape
 
+from bitpress.cli.request import Answer
 from bitpress.cli.screen import err
 from bitpress.cli.terminal import Reader
 from bitpress.errors import UsageError, unknown_name
@@ -25,18 +26,18 @@ KEYS = "Ctrl-C stops an answer. Ctrl-D ends the chat. Arrow keys go through what
 
 
 class Speaker(Protocol):
-    """A model that answers. `facts` says what runs, and `answer` gives the text and its figures."""
+    """A model that answers. `facts` says what runs; `answer` shows the text while it is generated."""
 
     tokenizer: Any
     facts: dict[str, Any]
 
     def line(self) -> str: ...
 
-    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> dict[str, Any]: ...
+    def answer(self, prompt: Prompt, show: Show, *, raw: bool = False) -> Answer: ...
 
 
 class Printed:
-    """Prints pieces of text as they come, and ends their line however they end; `text` is all of them."""
+    """Prints pieces of text as they come, and ends the line even after an error; `text` is all of them."""
 
     def __init__(self, wanted: bool) -> None:
         self.text = ""
@@ -62,16 +63,16 @@ def say(text: str) -> None:
     err.print(text, style="dim", markup=False, soft_wrap=True)
 
 
-def say_what_cut(answer: dict[str, Any], then: str) -> None:
-    """Say that an answer was cut, where it was, and what to do."""
-    if answer["finish"] == "length":
-        say(f"cut at {answer['tokens']} tokens: --max-tokens allows more{then}.")
-    elif answer["finish"] == "context":
-        say(f"cut: the model's context is full, {answer['prompt_tokens']} tokens were read and {answer['tokens']} written.")
+def say_what_cut(answer: Answer, then: str) -> None:
+    """Say why an answer was cut, if it was, and what to do."""
+    if answer.finish == "length":
+        say(f"cut at {answer.tokens} tokens: --max-tokens allows more{then}.")
+    elif answer.finish == "context":
+        say(f"cut: the model's context is full, {answer.prompt_tokens} tokens were read and {answer.tokens} written.")
 
 
 class Conversation:
-    """What has been said, and with whom."""
+    """The turns so far, the model that answers and the reader of new turns."""
 
     def __init__(self, speaker: Speaker, reader: Reader) -> None:
         self.system: str | None = None
@@ -82,7 +83,7 @@ class Conversation:
     def run(self) -> None:
         """Talk until there are no more turns, or /exit.
 
-        What is wrong with a turn is said on a terminal, and the conversation goes on without it. Raises UsageError where nobody is there.
+        On a terminal an error in a turn is shown, and the conversation goes on without that turn. Elsewhere it raises UsageError.
         """
         while (line := self._reader.read()) is not None:
             text = line.strip()
@@ -116,8 +117,8 @@ class Conversation:
         if answer is None:
             say("stopped; the conversation goes on from here.")
             return
-        say_what_cut(answer, ", or ask it to go on" if answer["finish"] == "length" else "")
-        if answer["finish"] == "context":
+        say_what_cut(answer, ", or ask it to go on" if answer.finish == "length" else "")
+        if answer.finish == "context":
             say("/clear begins a new conversation.")
 
     def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -129,7 +130,7 @@ class Conversation:
             unknown = unknown_name("command", name, COMMANDS)
             raise UsageError(f"{unknown} Begin with // to send a text that begins with /.")
         if text and name != "/system":
-            raise UsageError(f"{name} takes nothing behind it.")
+            raise UsageError(f"{name} takes no text after it.")
         if name == "/help":
             for command, meaning in COMMANDS.items():
                 say(f"{command:8} {meaning}")

@@ -19,15 +19,15 @@ from bitpress.exhaustion import first_line, is_out_of_memory
 
 __all__ = ["check_arguments", "explain", "fail", "interrupted", "wants_json"]
 
-# Options that say themselves what is wrong with an empty value.
+# Options that have a message of their own for an empty value.
 HEARD_ELSEWHERE = ("--prompt", "--set", "--stop", "--memory", "--tasks")
 
-# The root of what typer itself raises about the command line, whichever copy of click this version of typer has.
+# The root of typer's own errors about the command line, whichever copy of click this version of typer has.
 _COMMAND_LINE: type[Any] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
 
 
 def fail(error: BaseException, *, debug: bool, arguments: list[str]) -> NoReturn:
-    """Say what went wrong, and exit with its code."""
+    """Print the error in one line, and exit with its code."""
     if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help itself
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
@@ -46,22 +46,22 @@ def interrupted() -> KeyboardInterrupt:
 
 
 def wants_json(arguments: list[str]) -> bool:
-    """Say whether a command line asks for JSON, even one that cannot be read whole."""
+    """Say whether a command line asks for JSON, even one that cannot be parsed."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in own
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Raise UsageError for an empty word, which as a path would be the directory one is in."""
+    """Raise UsageError for an empty word, which as a path would be the current directory."""
     for before, word in zip(["", *arguments], arguments, strict=False):
         if word == "" and before not in HEARD_ELSEWHERE:
             if before.startswith("-"):
-                raise UsageError(f"{before}: its value is empty; give one, or leave {before} out.")
+                raise UsageError(f"{before}: its value is empty; write one, or leave {before} out.")
             raise UsageError("an argument is empty; is a variable of the shell not set?")
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Return the one line that says what went wrong, and the exit code."""
+    """Return the error as one line, and the exit code."""
     if isinstance(error, BitpressError):
         return _one_line(str(error)), error.exit_code
     if isinstance(error, _COMMAND_LINE):
@@ -72,7 +72,7 @@ def explain(error: BaseException) -> tuple[str, int]:
                 "out of memory: there is not enough to load the program; give it more, about 1 GB of address space at least.",
                 5,
             )
-        reason = first_line(error) or "no more could be had"
+        reason = first_line(error) or "an allocation failed"
         return f"out of memory: {reason}. Use fewer or shorter samples, or a smaller batch (--set batch=1).", 5
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -91,7 +91,7 @@ def _one_line(text: str) -> str:
 
 
 def _of_command_line(error: Any) -> str:
-    """Say what is wrong with the words of a command, what was meant, and what a right one looks like."""
+    """Return an error of the command line with the nearest correct word and an example."""
     context = getattr(error, "ctx", None)
     if context is None:
         return str(error.format_message())
@@ -125,7 +125,7 @@ def _of_command_line(error: Any) -> str:
     return f"{where}: {message} {epilog}".strip()
 
 
-# What typer says of a value, in the words of click or of pydantic, and what is needed instead.
+# Messages of typer about a value, in the words of click or pydantic, and ours for them.
 _NEEDED = (
     (re.compile(r"valid integer|is not a valid int"), "a whole number is needed"),
     (re.compile(r"valid number|is not a valid float"), "a number is needed"),

@@ -1,11 +1,11 @@
-"""The commands that show or time what is there and change nothing."""
+"""The commands that show or time something, and change nothing."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bitpress.cli.options import Activations, Cache, Directory, Head, Json
+from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads
 from bitpress.cli.screen import Screen, out, print_json
 from bitpress.errors import UsageError
 
@@ -18,36 +18,36 @@ app = typer.Typer()
 def bench(
     what: Annotated[str, typer.Argument(metavar="decode|prefill", help="One token after the other, or a prompt at once.")],
     directory: Directory,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="As many as are usable, if not given.")] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache beforehand.")] = 0,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repeat: 64 for decode, 512 for prefill.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
+    threads: Threads = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens that are in the cache before the clock starts.")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a repetition: 64 for decode, 512 for prefill.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
     activations: Activations = None,
     cache: Cache = None,
     head: Head = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the native engine's speed on a model, beside what the machine could do."""
+    """Measure the native engine's speed on a model, beside the speed of the machine."""
     from bitpress.cli.bench import show_speed
     from bitpress.errors import unknown_name
+    from bitpress.runtime.native.options import EngineOptions
     from bitpress.runtime.native.speed import bench_decode, bench_prefill
 
     if what not in ("decode", "prefill"):
         raise unknown_name("measurement", what, ("decode", "prefill"))
-    options: dict[str, Any] = {"tokens": tokens, "activations": activations, "cache": cache, "head": head}
-    options = {name: value for name, value in options.items() if value is not None}
-    measure = bench_decode if what == "decode" else bench_prefill
-    facts = measure(directory, context=context, repeats=repeats, threads=threads, **options)
+    options = EngineOptions.of({"activations": activations, "cache": cache, "head": head, "threads": threads})
+    measure, usual = (bench_decode, 64) if what == "decode" else (bench_prefill, 512)
+    facts = measure(directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats)
     print_json(facts) if as_json else show_speed(facts)
 
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
 def inspect(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
-    machine: Annotated[bool, typer.Option("--machine", help="Say what this machine offers instead.")] = False,
+    machine: Annotated[bool, typer.Option("--machine", help="Describe this machine instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a compressed model holds, or what the machine can do."""
+    """Describe a compressed model, or this machine."""
     from bitpress.cli.reports import describe_directory, describe_machine, show_inspection, show_machine
 
     if machine == (directory is not None):
@@ -62,7 +62,7 @@ def inspect(
 
 @app.command(epilog="Example: bitpress verify out/smollm2-4bit")
 def verify(directory: Directory, as_json: Json = False) -> None:
-    """Hash every file again and check every tensor, its content included."""
+    """Hash every file again and check every tensor with its content."""
     from bitpress.cli.reports import verify_directory
 
     facts = verify_directory(directory)
@@ -76,7 +76,7 @@ def verify(directory: Directory, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: bitpress methods gptq")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method alone, with all its settings.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show only this method, with all its settings.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the quantizers, transforms and corrections with their settings."""
@@ -100,13 +100,13 @@ def formats(
         typer.Option(metavar="MODEL", help="Measure bits and error on a model's weights and on known distributions."),
     ] = None,
     names: Annotated[
-        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to measure; by default one of every grid.")
+        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to measure; by default one for every grid.")
     ] = None,
     whole: Annotated[bool, typer.Option("--all", help="Measure all weights, not a sample of a million.")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw error against bits as a .png or .svg.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the number formats with what they cost, or measure what they lose."""
+    """List the number formats with their bits, or measure their errors."""
     from bitpress.cli.reports import show_formats
     from bitpress.formats.listing import describe_tables
 
@@ -133,7 +133,7 @@ def formats(
 
 @app.command(epilog="Example: bitpress models")
 def models(as_json: Json = False) -> None:
-    """List the models that can be had by name."""
+    """List the models that have a name."""
     from bitpress.checkpoints.named import describe_models
     from bitpress.cli.reports import show_models
 

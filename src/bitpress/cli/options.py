@@ -1,9 +1,13 @@
-"""Options and arguments that several commands take."""
+"""Options and arguments of the commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from bitpress.errors import UsageError
+from bitpress.runtime.native.options import MOST_THREADS
+from bitpress.runtime.sampling import LIMITS
 
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
 Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
@@ -26,21 +30,86 @@ Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
 Activations = Annotated[
     str | None,
     typer.Option(
-        metavar="int8|mixed|none", help="native: inputs of products in 8 bits or in float; mixed: those of prompts in float."
+        metavar="int8|mixed|none", help="native: inputs of products in 8 bits or in float; mixed: float in prompts only."
     ),
 ]
-Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the kept keys and values.")]
+Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the stored keys and values.")]
 Head = Annotated[
     str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")
 ]
-Context = Annotated[int | None, typer.Option(min=2, help="native: tokens that there must be room for.")]
-Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Read only so much of a model that bitstack made, e.g. 60MB.")]
+Context = Annotated[int | None, typer.Option(min=2, help="native: tokens to make room for.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Read only so much of a model quantized by bitstack, e.g. 60MB.")
+]
 Skip = Annotated[
     list[str] | None,
-    typer.Option(help="Weights to leave alone, e.g. '*.down_proj'; '!*.experts.*' takes back. May be given again."),
+    typer.Option(help="Weights not to quantize, e.g. '*.down_proj'; '!*.experts.*' makes an exception. May be repeated."),
 ]
 Tasks = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="Multiple-choice tasks: arc-easy,piqa,... or FILE.jsonl, separated by commas."),
 ]
-Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, the first ones.")]
+Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, from the first.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="By default as many as the process may use.")]
+
+# Of `run`.
+Prompt = Annotated[str | None, typer.Option(help="Text to answer; without it, a chat on the terminal.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. May be repeated.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+Temperature = Annotated[float, typer.Option(min=LIMITS["temperature"].least, help="0 picks the most likely token.")]
+TopK = Annotated[
+    int | None, typer.Option(min=int(LIMITS["top_k"].least), help="Choose among the k most likely tokens; 0: among all.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=LIMITS["top_p"].least, max=LIMITS["top_p"].most, help="Choose among the fewest with this probability together."
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        min=LIMITS["min_p"].least,
+        max=LIMITS["min_p"].most,
+        help="Leave out tokens less likely than this share of the most likely one.",
+    ),
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, tokens that appeared before become less likely.")]
+SamplingSeed = Annotated[int, typer.Option(help="For temperatures above 0.")]
+Runtime = Annotated[str, typer.Option(help="auto, native or transformers; auto is native where the engine knows the model.")]
+Packed = Annotated[bool, typer.Option("--packed", help="transformers: hold the codes in memory, not the decoded weights.")]
+
+# Of `compare`.
+Results = Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the results. The same command goes on there.")]
+Recipes = Annotated[Path, typer.Option(help="YAML file of recipes by name, or a directory of recipe files.")]
+Widths = Annotated[str, typer.Option(help="Widths that take the place of {bits} in a recipe.")]
+Only = Annotated[list[str] | None, typer.Option(help="Recipes to run, e.g. 'gptq*'. May be repeated.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=SOURCE", help="Evaluation text; by default two built-in kinds. May be repeated."),
+]
+TextTokens = Annotated[int, typer.Option(min=2, help="Tokens of every evaluation text.")]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="original|pressed", help="Inputs that blocks are calibrated on; the original is run once for all recipes."
+    ),
+]
+Compute = Annotated[str, typer.Option(metavar="auto|bf16|fp32", help="Arithmetic of calibration and measuring.")]
+Best = Annotated[int, typer.Option(min=1, help="Recipes of every width that answer the tasks, the best by KL.")]
+Keep = Annotated[bool, typer.Option("--keep", help="Publish the model of every recipe in OUT/models.")]
+ForgetCapture = Annotated[bool, typer.Option("--forget-capture", help="Remove OUT/capture when all is done.")]
+
+
+def chosen(**values: Any) -> dict[str, Any]:
+    """Return the options that have a value."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:
+    """Raise UsageError for options in use that have no effect without another one."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if is_missing and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name} needs {needed}.")

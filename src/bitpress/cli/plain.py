@@ -1,43 +1,43 @@
-"""Models that are not compressed, for `run`: in the type that they are stored in, by transformers."""
+"""Models that are not compressed, for `run`: transformers runs them in the type that they are stored in."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bitpress.checkpoints.manifest import JOB_DIRECTORY, is_compressed
 from bitpress.cli.screen import err
 from bitpress.errors import CheckpointError, UsageError, unknown_name
 from bitpress.exhaustion import is_out_of_memory
-from bitpress.runtime.native.layout_cache import MANIFEST
 from bitpress.runtime.selection import RUNTIMES
 
-__all__ = ["check_options", "find_model", "is_plain", "load_plain"]
+if TYPE_CHECKING:
+    from bitpress.checkpoints.source import SourceCheckpoint
+
+__all__ = ["check_options", "find_model", "load_plain", "open_plain"]
 
 
 def find_model(model: str) -> Path:
-    """Return the directory of a model that may be compressed or not, made first where it is a .gguf file or has a name."""
+    """Return the directory of a model, compressed or not; a .gguf file or a named model is converted or fetched first."""
     if not model:
-        raise UsageError("the model has no name; give a directory, a .gguf file or a named model (`bitpress models`).")
-    if (Path(model) / MANIFEST).exists():
+        raise UsageError("the model has no name; write a directory, a .gguf file or a named model (`bitpress models`).")
+    if is_compressed(model):
         return Path(model)
-    from bitpress.checkpoints.named import resolve_model  # not needed where the answer should come at once
+    from bitpress.checkpoints.named import resolve_model  # not needed for a directory of bitpress, which should answer at once
 
     return resolve_model(model, lambda line: err.print(line, markup=False, soft_wrap=True))
 
 
-def is_plain(directory: Path) -> bool:
-    """Say whether a directory holds an original: neither what bitpress published nor a job of its that is not done."""
-    if (directory / MANIFEST).exists():
-        return False
-    from bitpress.checkpoints.compressed import JOB_DIRECTORY  # imports torch, which a layout that is kept does without
+def open_plain(directory: Path) -> "SourceCheckpoint | None":
+    """Open a model that is not compressed; None for a directory that bitpress published, or whose job is not done."""
+    if is_compressed(directory) or (directory / JOB_DIRECTORY).exists():
+        return None
+    # These import torch, which a start from a cached layout does without.
     from bitpress.checkpoints.directory import open_directory
     from bitpress.checkpoints.source import SourceCheckpoint, read_config
 
-    if (directory / JOB_DIRECTORY).exists():
-        return False
     quantization = read_config(open_directory(directory)).get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "bitpress":
-        return False  # its manifest is missing, which the error is about
-    SourceCheckpoint.open(directory)
-    return True
+        return None  # its manifest is missing, which the error is about
+    return SourceCheckpoint.open(directory)
 
 
 def check_options(directory: Path, runtime: str, only_compressed: tuple[str, ...]) -> None:
@@ -52,15 +52,14 @@ def check_options(directory: Path, runtime: str, only_compressed: tuple[str, ...
         )
 
 
-def load_plain(directory: Path) -> Any:
-    """Load a model of transformers in the type that its file has. Raises CheckpointError; code in the directory is never run."""
+def load_plain(source: "SourceCheckpoint") -> Any:
+    """Load a model of transformers in the type of its file. Raises CheckpointError; code in the directory is never run."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from bitpress.checkpoints.source import SourceCheckpoint
     from bitpress.models.skeleton import build_config
 
-    source = SourceCheckpoint.open(directory)
+    directory = source.root
     build_config(source.config)
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

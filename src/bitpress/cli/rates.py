@@ -1,4 +1,4 @@
-"""What measured formats look like as a table: one line a format, the better of its clippings, gaps to the bound on every source."""
+"""Measured formats on the screen: one line a format, the better of its clippings, gaps to the bound on every source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ COLUMNS = ("format", "bits", "error", "minmax", "mse", "model", *SOURCES)
 
 
 def rate_lines(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Give the lines of the table under `COLUMNS`: error and dB on the model, then dB below the bound on every source."""
+    """Return the lines of the table under `COLUMNS`: error and dB on the model, then dB below the bound on every source."""
     snr = {(r["format"], r["clip"]): _decibel(r, "snr_db") for r in measured["rows"] if r["source"] == "model"}
     by_source = {source: best_rows(measured, source) for source in ("model", *SOURCES)}
     lines = []
@@ -24,7 +24,7 @@ def rate_lines(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def show_rates(measured: Mapping[str, Any]) -> None:
-    """Print the table, what was measured, and what was refused."""
+    """Print the table, the weights that were measured, and the formats that were refused."""
     table("", COLUMNS, rate_lines(measured), right=range(1, len(COLUMNS)))
     out.print(
         f"\n{measured['model']}: {measured['weights']:,} of {measured['weights_of_model']:,} weights in {measured['matrices']} matrices.\n"

@@ -1,10 +1,11 @@
-"""The recipe that the options of a command say: a file or a preset first, then single options, then --set."""
+"""The recipe of a command's options: a file or a preset first, then single options, then --set."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress.cli.options import chosen
 from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
@@ -29,7 +30,7 @@ def build_recipe(
 ) -> "Recipe":
     """Build the recipe. Raises UsageError, FormatError."""
     from bitpress.presets import preset_keys, preset_names
-    from bitpress.recipes import Recipe, make_recipe
+    from bitpress.recipes import load_recipe, make_recipe
 
     said = {pair.partition("=")[0].strip() for pair in sets or ()}
     values = preset_keys(
@@ -43,14 +44,12 @@ def build_recipe(
     if file is not None:
         if file.name.lower() in preset_names() and not file.exists():
             raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
-        values = Recipe.load(file).model_dump(exclude_unset=True)
+        values = load_recipe(file).model_dump(exclude_unset=True)
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:
         values["quantizer"] = {"name": quantizer}
-    given: dict[str, Any] = {"text": text, "samples": samples, "length": length, "seed": seed}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given:
+    if given := chosen(text=text, samples=samples, length=length, seed=seed):
         values["calibration"] = {**values.get("calibration", {}), **given}
     if skip:
         values["skip"] = [*values.get("skip", ()), *skip]
@@ -60,17 +59,15 @@ def build_recipe(
 def explain_preset(
     file: Path | None, preset: str | None, bits: int | None, as_json: bool, others: Mapping[str, Any] | None = None
 ) -> None:
-    """Print what a preset takes, and why. `others` are options by name that make another recipe: refused where they have a value."""
+    """Print a preset's recipe and the reason for it. Raises UsageError where `others`, options by name that change the recipe, have a value."""
     from bitpress.cli.reports import show_preset
     from bitpress.presets import DEFAULT_PRESET, find_preset, preset_keys
 
     if idle := [name for name, value in (others or {}).items() if value]:
-        raise UsageError(f"--explain says what a preset takes; {', '.join(idle)} would make another recipe: leave it out.")
+        raise UsageError(f"--explain prints the recipe of a preset; {', '.join(idle)} would change that recipe: leave it out.")
     preset_keys(preset, bits, beside_recipe=file is not None, option="--{}".format)
     if bits is None:
-        raise UsageError(
-            "--explain says why a preset takes its recipe: give --bits too, and --preset for another than balanced."
-        )
+        raise UsageError("--explain needs --bits, and --preset for another preset than balanced.")
     found = find_preset(preset or DEFAULT_PRESET, bits)
     if as_json:
         print_json(dataclasses.asdict(found))

@@ -1,4 +1,4 @@
-"""What the smaller commands gather and print."""
+"""The reports of the smaller commands: gathered and printed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -70,15 +70,15 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
 
 
 def told_original(report: Mapping[str, Any]) -> str:
-    """Say how large what the user gave is beside what was published, and what it was."""
+    """Return the size of the original as the user has it, beside what was published, and its kind."""
     sizes, given = report["size"], report.get("given")
     told = f"{size(sizes['bytes_original'])}, {told_ratio(sizes['ratio'])}"
     return told if given is None else f"{told}; {given['text']} ({size(sizes['bytes_converted'])} in 16 bits)"
 
 
 def told_ratio(ratio: float) -> str:
-    """Say how an original's bytes stand to those of what was made from it: `2.00 times larger`."""
-    return f"{ratio:.2f} times larger" if ratio >= 1 else f"{1 / ratio:.2f} times smaller than what was made from it"
+    """Return the ratio of the original's bytes to the published ones in words: `2.00 times larger`."""
+    return f"{ratio:.2f} times larger" if ratio >= 1 else f"{1 / ratio:.2f} times smaller than the result"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -86,7 +86,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def show_preset(preset: Preset) -> None:
-    """Print what a preset takes, its figures, and what it was chosen over."""
+    """Print a preset's recipe, its figures, and the recipes that measured worse."""
     out.print(f"[bold]{preset.name}, {preset.bits} bits:[/bold] {escape(preset.chosen.name)}")
     out.print(f"rule: {escape(preset.rule)}")
     out.print(f"measured on: {escape(preset.bench)}")
@@ -134,7 +134,7 @@ def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
     totals = {
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight",
         "kept as stored": size(plan.kept_bytes),
-        "published": f"about {size(plan.published_bytes)}, with all that goes with the model",
+        "published": f"about {size(plan.published_bytes)}, with the files beside the weights",
         "original": f"{size(plan.given_bytes)}, {told_ratio(plan.given_bytes / plan.published_bytes)}",
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
@@ -145,7 +145,7 @@ def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
 
 
 def describe_directory(directory: Path) -> dict[str, Any]:
-    """Gather what a published model holds, from its manifest and headers (hashes are not checked again)."""
+    """Describe a published model by its manifest and headers (hashes are not checked again)."""
     pressed = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
     for name, record in pressed.manifest.weights.items():
@@ -174,7 +174,7 @@ def describe_directory(directory: Path) -> dict[str, Any]:
 
 
 def _proof_of(directory: Path) -> dict[str, Any] | None:
-    """Return what the report says of the model's distance from the original; None without a report or a proof in it."""
+    """Return the distance from the original in the report; None without a report or an evaluation in it."""
     try:
         report = read_json(safe_file(directory, "report.json"))
     except CheckpointError:
@@ -201,13 +201,13 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
         out.print("\n[bold]Proof[/bold]")
         figures_table({key: value for key, value in proof.items() if key not in ("bits_per_weight", "bytes")}, {})
     versions = facts["job"]["versions"] if isinstance(facts["job"], dict) else {}
-    out.print("\nMade with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
+    out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
 
 
 def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Say every part of a resolved recipe, each in a line with its settings."""
+    """Return a line for every part of a resolved recipe, with its settings."""
 
     def part(of: Mapping[str, Any]) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in of.items() if key != "name")
@@ -225,7 +225,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Gather what decides how fast things run here."""
+    """Describe what the speed on this machine depends on."""
     import torch
 
     from bitpress import native
@@ -302,7 +302,7 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print methods: a line each, with everything there is to know where the screen has room for it."""
+    """Print a line for each method, with needs, paper and settings on a wide screen."""
     wide = out.width >= 140
     lines = []
     for row in rows:
@@ -314,7 +314,7 @@ def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_method(row: Mapping[str, Any]) -> None:
-    """Print everything there is to know of one method."""
+    """Print one method in full."""
     facts = {
         "what it does": row["summary"],
         "bits it is meant for": _bits_of(row),
@@ -334,7 +334,7 @@ def _bits_of(row: Mapping[str, Any]) -> str:
 
 
 def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print every table that a format's name is made of."""
+    """Print every table that a part of a format's name comes from."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
@@ -345,7 +345,7 @@ def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = [(escape(r["name"]), r["about"]) for r in kinds["family"]]
     table("\nFamilies without a row for each member", ("pattern", "what it is"), lines)
     lines = [(r["name"], f"{r['bits_per_scale']:.2f}", "yes" if r["rows_apart"] else "no", r["about"]) for r in kinds["scale"]]
-    table("\nHow scales are kept", ("name", "bits a scale", "rows apart", "what it is"), lines, right=(1,))
+    table("\nFormats of scales", ("name", "bits a scale", "rows apart", "what it is"), lines, right=(1,))
     fits = {r["name"]: [g["usual"].split("-")[0] for g in kinds["grid"] if r["name"] in g["layouts"]] for r in kinds["layout"]}
     lines = [(r["name"], f"{len(fits[r['name']])} of {len(kinds['grid'])} grids", r["about"]) for r in kinds["layout"]]
     table("\nLayouts of codes", ("name", "takes", "what it is"), lines)

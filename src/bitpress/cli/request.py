@@ -1,27 +1,56 @@
-"""What is asked of a model on the terminal."""
+"""What a user asks of a model on the terminal, and what comes back."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-__all__ = ["Asked", "threads_text"]
+from bitpress.runtime.detokenizer import check_stop
+from bitpress.runtime.native.options import USUAL, EngineOptions
+from bitpress.runtime.sampling import SamplingRequest
+
+__all__ = ["Answer", "Request", "threads_text"]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the options of `bitpress run` say. `native` holds those that only the native engine has."""
+class Request:
+    """The options of `bitpress run`. Of `engine`, transformers follows `threads` alone. Raises UsageError for stop strings that are none."""
 
     max_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
+    sampling: SamplingRequest = field(default_factory=SamplingRequest)
     stop: tuple[str, ...] = ()
-    sampling: dict[str, float | None] = field(default_factory=dict)
     runtime: str = "auto"
     packed: bool = False
     memory: str | None = None
-    threads: int | None = None
-    native: dict[str, Any] = field(default_factory=dict)
+    engine: EngineOptions = USUAL
+
+    def __post_init__(self) -> None:
+        check_stop(self.stop)
+
+    @property
+    def native_options(self) -> tuple[str, ...]:
+        """Name the options in use that only the native engine has."""
+        return tuple(f"--{name}" for name in self.engine.chosen() if name != "threads")
+
+    @property
+    def transformers_options(self) -> tuple[str, ...]:
+        """Name the options in use that only transformers has."""
+        return ("--packed",) * self.packed + ("--memory",) * (self.memory is not None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its figures. `finish` says why it ended; transformers does not measure the speed of reading the prompt."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    tokens_per_second: float
+    finish: Literal["stop", "length", "context"]
+    prefill_tokens_per_second: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def threads_text(count: int) -> str:
-    """Say how many threads there are."""
+    """1 -> '1 thread', 2 -> '2 threads'."""
     return f"{count} thread{'s' * (count != 1)}"

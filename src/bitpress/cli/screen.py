@@ -1,4 +1,4 @@
-"""How runs and results look: a progress bar with an ETA on a terminal, plain lines in a log, JSON for machines."""
+"""Runs and results on the screen: a progress bar with an ETA on a terminal, plain lines in a log, JSON for machines."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ _state = {"printed": False}
 
 
 class Screen:
-    """Shows progress on standard error: a bar where that is a terminal, else a line when it is worth one."""
+    """Shows progress on standard error: a bar on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -77,19 +77,19 @@ class Screen:
 
 
 def print_json(value: Any) -> None:
-    """Print for machines, on standard output and nothing else there. Raises NumericsError for a figure that is no number."""
+    """Print JSON on standard output, which then holds nothing else. Raises NumericsError for a figure that is no number."""
     text = json.dumps(written(value, "the result"), indent=1, ensure_ascii=False, allow_nan=False)
     _state["printed"] = True
     sys.stdout.write(text + "\n")
 
 
 def has_printed_json() -> bool:
-    """Say whether the command has had its say already, so that an error after it may not follow on standard output."""
+    """Say whether the command has printed its JSON already, so that no error may follow on standard output."""
     return _state["printed"]
 
 
 def begin_output() -> None:
-    """Forget what an earlier command of this process printed."""
+    """Reset the record of printed JSON, for another command in the same process."""
     _state["printed"] = False
 
 
@@ -121,7 +121,7 @@ def duration(seconds: float) -> str:
 
 
 def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
-    """Print the figures of a proof and whatever else belongs beside them. Raises NumericsError for one that is no number."""
+    """Print the figures of an evaluation, and other rows below them. Raises NumericsError for a figure that is no number."""
     figures = written(figures, "the result")
 
     def pair(mean: str, width: str, factor: float, form: str) -> str:
@@ -156,7 +156,7 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
 
 
 def _runtime_rows(runtime: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Say through which runtime was measured, or what its own distance is beside that of the weights."""
+    """Return the lines about the runtime: its name, or its own distance beside that of the weights."""
     if runtime is None:
         return []
     settings = ", ".join(f"{key} {value}" for key, value in runtime["settings"].items())
@@ -164,9 +164,9 @@ def _runtime_rows(runtime: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if "unmeasured" in runtime:
         return [("runtime", f"{name}, not measured: {runtime['unmeasured']}")]
     if "kl_mean" not in runtime:
-        return [("through the runtime", name)]
+        return [("measured through", name)]
     agrees = f"{100 * runtime['top1_agreement']:.2f} % the same token"
     return [
-        ("as the runtime gives it", f"KL {shown(runtime['kl_mean'], '{:.4f}')}, {agrees}; {runtime['tokens']:,} tokens"),
+        ("logits of the runtime", f"KL {shown(runtime['kl_mean'], '{:.4f}')}, {agrees}; {runtime['tokens']:,} tokens"),
         ("runtime", name),
     ]

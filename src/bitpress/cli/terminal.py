@@ -1,4 +1,4 @@
-"""Where the turns of a chat come from: a terminal with arrow keys, history and pasted text of several lines, or lines of standard input."""
+"""The turns of a chat: from a terminal with arrow keys, history and pasted text of several lines, or from lines of standard input."""
 
 import sys
 from typing import Protocol
@@ -9,7 +9,7 @@ __all__ = ["Reader", "open_reader"]
 
 
 class Reader(Protocol):
-    """Returns one turn after the other. `interactive` says that somebody sits there, who can mend what was wrong."""
+    """Returns one turn after the other. `interactive` says that a person is there, who can correct an error."""
 
     interactive: bool
 
@@ -17,12 +17,12 @@ class Reader(Protocol):
 
 
 def open_reader() -> Reader:
-    """Return what reads turns here."""
+    """Return the reader for this process: a terminal where there is one."""
     return _Terminal() if sys.stdin.isatty() and sys.stderr.isatty() else _Lines()
 
 
 class _Lines:
-    """Standard input that is no terminal: every line is a turn."""
+    """Standard input without a terminal: every line is a turn."""
 
     interactive = False
 
@@ -34,7 +34,7 @@ class _Lines:
 
 
 class _Terminal:
-    """A terminal. Text that is pasted is one turn, however many lines it has; Ctrl-C clears what is typed, and ends where nothing is."""
+    """A terminal. Pasted text is one turn, however many lines it has; Ctrl-C clears the line, and ends the chat on an empty one."""
 
     interactive = True
 

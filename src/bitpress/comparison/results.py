@@ -76,7 +76,7 @@ class Results:
         self.rows.append(json.loads(line))
 
     def find(self, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give the newest row that has all of these values, if there is one."""
+        """Return the newest row that has all of these values, if there is one."""
         wanted = json.loads(json.dumps(wanted))
         return next((row for row in reversed(self.rows) if wanted.items() <= row.items()), None)
 

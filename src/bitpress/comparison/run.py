@@ -18,7 +18,7 @@ from bitpress.calibration import read_texts
 from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.comparison.results import Results
-from bitpress.comparison.session import Comparison, Walks, attempt, capture, drawn, known_of, make_presser, noting
+from bitpress.comparison.session import Comparison, Timed, attempt, capture, drawn, known_of, make_compressor, noting
 from bitpress.comparison.statistics_cache import StatisticsCache, forget
 from bitpress.comparison.tasks import choose_best, keys_of, measure_tasks, sure_to_answer, task_rows
 from bitpress.comparison.variants import Variant
@@ -29,13 +29,14 @@ from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
 from bitpress.measure.windows import calibration_windows, load_windows
 from bitpress.models.opening import open_original
 from bitpress.models.skeleton import check_tokens
+from bitpress.models.walk import walk
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room, make_plan
-from bitpress.pipeline.quantize import Proof, finish_job, shard_name
-from bitpress.pipeline.weights import PressedBlock
+from bitpress.pipeline.quantize import Clock, Committer, Proof, finish_job, shard_name
+from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.progress import Progress, Silent
-from bitpress.recipes import Calibration, Recipe, told_weights
+from bitpress.recipes import Calibration, Method, told_weights
 from bitpress.stopping import stoppable
 
 __all__ = ["HELDOUT", "compare_recipes"]
@@ -66,8 +67,8 @@ def compare_recipes(
     texts       held-out texts by name; `tokens` of each are taken in windows of `length`
     shared      the calibration of recipes that share one pass over the original
     tasks       multiple-choice tasks, by name or from files, that the original and the `best` recipes of every width answer at
-                the end, by the first `documents` questions of each. They are pressed again for that, but where no more than
-                `best` recipes have the same width: all of those answer, and do so while they are pressed
+                the end, by the first `documents` questions of each. The best are quantized a second time for scoring; if a bit
+                width has at most `best` recipes, they are scored in the first pass
     keep        publish what every recipe makes in OUT/models
     note_row    hears every row: what is there already first, then each as soon as it is done
 
@@ -82,7 +83,7 @@ def compare_recipes(
     if tasks:
         made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model.model.config)
     for candidate, plan in made.plans.items():
-        if made.tokens(candidate.recipe) is not None or keep:
+        if made.tokens(candidate.method) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
     dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
     source = made.loader.source.hashes()
@@ -127,17 +128,17 @@ def _prepare(
         raise UsageError(f"texts need 2 tokens or more in windows of 2 or more, got {tokens} and {length}.")
     for name, text in texts.items():
         read_texts(text)
-        seen = next((c for c in candidates if c.recipe.needs() and c.recipe.calibration.text == text), None)
+        seen = next((c for c in candidates if c.method.needs and c.recipe.calibration.text == text), None)
         if seen is not None:
             raise UsageError(
                 f"{name}: {text} is the calibration text of {seen.name}; the distance needs a text that it never saw."
             )
-    model, loader = open_original(path, candidates[0].recipe.compute_dtype())
+    model, loader = open_original(path, candidates[0].method.compute)
     stored = loader.stored_bytes(model.model.state_dict())
     plans = {}
     for c in candidates:
         try:
-            plans[c] = make_plan(model, c.recipe, stored)
+            plans[c] = make_plan(model, c.method, stored)
         except BitpressError as error:
             raise type(error)(f"{c.label}: {error}") from error
     limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length
@@ -147,7 +148,7 @@ def _prepare(
     }
     for windows in heldout.values():
         check_tokens(windows.tokens, model.model.config, str(path))
-    wanted = {drawn(c.recipe.calibration) for c in candidates if c.recipe.needs()}
+    wanted = {drawn(c.recipe.calibration) for c in candidates if c.method.needs}
     calibration = {c: calibration_windows(c, path, model.model.config) for c in sorted(wanted, key=str)}
     tokens_of = {name: windows.tokens for name, windows in heldout.items()}
     hashes = {name: windows.sha256 for name, windows in heldout.items()}
@@ -189,7 +190,7 @@ def _run(
             check_stop()
             keys = keys_of(made, c) if c in early else {}
             asked = [task for task, key in keys.items() if results.find(key) is None]
-            work = functools.partial(_press, made, captured, c, asked, results.out if keep else None, source, check_stop)
+            work = functools.partial(_compress, made, captured, c, asked, results.out if keep else None, source, check_stop)
             found = attempt(made, work)
             answered = found.pop("answers", {})
             results.add(known_of(made, c) | found)
@@ -207,88 +208,84 @@ def _measure_floor(made: Comparison, captured: StatisticsCache, check_stop: Call
     return measure_noise(made.path, made.model, made.texts, captured.states(), noting(made, check_stop))
 
 
-def _press(
+def _compress(
     made: Comparison,
-    captured: StatisticsCache,
+    cached: StatisticsCache,
     c: Variant,
     tasks: Sequence[str],
     keep: Path | None,
     source: Mapping[str, str],
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
+    """Quantize the model by a variant while the evaluation texts walk along, and return the row's figures."""
     started, cpu = time.perf_counter(), time.process_time()
-    model, plan, recipe = made.model, made.plans[c], c.recipe
-    heldout, answers = EvaluationText(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
-    walks = Walks((heldout.step_, answers.step_))
-    presser = make_presser(made, captured, c, walks.step_, check_stop)
-    heldout.start_()
+    model, plan = made.model, made.plans[c]
+    texts, answers = EvaluationText(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
+    judges = Timed((texts, answers))
+    compressor = make_compressor(made, cached, c, check_stop)
+    texts.start_()
     answers.start_()
     job = None if keep is None else _open_job(made, c, keep, source)
     try:
         made.progress.begin(c.label, plan.blocks)
-        rows: list[dict[str, Any]] = []
-        for i in range(plan.blocks):
-            check_stop()
-            block = presser.press_(i, last=i == plan.blocks - 1)
-            rows += block.rows
-            if job is not None:
-                _keep_block(job, made, plan, i, block)
-            made.progress.advance(model.block_name(i), error=block.error)
-        pressed = time.perf_counter() - started - walks.seconds
-        pressed_cpu = time.process_time() - cpu - walks.cpu_seconds
+        committer = Committer(job, compressor, plan.blocks + 1, made.progress, resumable=False)
+        walk(model, [compressor, judges, committer], check_stop=check_stop)
+        seconds = time.perf_counter() - started - judges.seconds
+        seconds_cpu = time.process_time() - cpu - judges.cpu_seconds
         # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.
         made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()) + count_batches(answers.tasks))
         note = noting(made, check_stop)
-        figures = distances((model, captured.states()), (model, heldout.states), made.texts, note)
+        figures = distances((model, cached.states()), (model, texts.states), made.texts, note)
         answered = answers.accuracies(note)
-        measured = time.perf_counter() - started - pressed
+        measured = time.perf_counter() - started - seconds
         if job is not None:
             job.settle()
-            clock = (started, pressed)
-            finish_job(
-                job,
-                made.loader,
-                made.path,
-                plan,
-                recipe,
-                made.tokens(recipe),
-                Proof(tokens=0),
-                made.progress,
-                check_stop,
-                clock,
-            )
+            _publish(made, job, c, check_stop, Clock(started, seconds))
     finally:
         if job is not None:
             job.close()
-    error = _mean([row["error"] for row in rows])
-    if not math.isfinite(error):
-        raise NumericsError("the error of the layers is beyond the range of numbers.")
-    fallbacks = [text for row in rows for text in row["fallbacks"]]
-    nbytes, weights = sum(row["bytes"] for row in rows), sum(w.weights for w in plan.weights)
     return {
-        "weights": told_weights(recipe.resolved()),
-        "bits_per_weight": nbytes * 8 / weights,
-        "bytes": nbytes,
+        **_summary(c.method, plan, committer.rows),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
-        "error": error,
-        "error_rounded": _mean([row["error_rounded"] for row in rows]),
-        "measured_on": "weight" if any(row["measured_on"] == "weight" for row in rows) else "output",
-        "inputs": recipe.calibration.inputs if recipe.needs() else None,
-        "seconds_pressing": round(pressed, 2),
-        "seconds_pressing_cpu": round(pressed_cpu, 2),
+        "seconds_pressing": round(seconds, 2),
+        "seconds_pressing_cpu": round(seconds_cpu, 2),
         "seconds_measuring": round(measured, 2),
-        "seconds_capture": _seconds_of_capture(made, captured, recipe),
-        "fallbacks": len(fallbacks),
-        "first_fallback": fallbacks[0] if fallbacks else None,
+        "seconds_capture": _seconds_of_capture(made, cached, c.method),
         "answers": answered,
     }
 
 
-def _seconds_of_capture(made: Comparison, captured: StatisticsCache, recipe: Recipe) -> float | None:
+def _publish(made: Comparison, job: Job, c: Variant, check_stop: Callable[[], None], clock: Clock) -> None:
+    method, plan = c.method, made.plans[c]
+    windows, proof = made.tokens(method), Proof(tokens=0)
+    finish_job(job, made.loader, made.path, plan, method, windows, proof, made.progress, check_stop, clock)
+
+
+def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, Any]:
+    """Sum the layers' rows up. Raises NumericsError where their mean error is not finite."""
+    error = _mean([row.error for row in rows])
+    if not math.isfinite(error):
+        raise NumericsError("the error of the layers is beyond the range of numbers.")
+    fallbacks = [text for row in rows for text in row.fallbacks]
+    nbytes, weights = sum(row.bytes for row in rows), sum(w.weights for w in plan.weights)
+    return {
+        "weights": told_weights(method.resolved()),
+        "bits_per_weight": nbytes * 8 / weights,
+        "bytes": nbytes,
+        "error": error,
+        "error_rounded": _mean([row.error_rounded for row in rows]),
+        "measured_on": "weight" if any(row.measured_on == "weight" for row in rows) else "output",
+        "inputs": method.recipe.calibration.inputs if method.needs else None,
+        "fallbacks": len(fallbacks),
+        "first_fallback": fallbacks[0] if fallbacks else None,
+    }
+
+
+def _seconds_of_capture(made: Comparison, captured: StatisticsCache, method: Method) -> float | None:
     """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its pressing."""
-    if not recipe.needs() or not made.shares(recipe):
+    if not method.needs or not made.shares(method):
         return 0.0
     return None if captured.seconds is None else round(captured.seconds, 2)
 
@@ -299,8 +296,8 @@ def _folder(out: Path, c: Variant) -> Path:
 
 
 def _identity(made: Comparison, c: Variant, source: Mapping[str, str]) -> dict[str, Any]:
-    windows = made.tokens(c.recipe)
-    return identify(source, None if windows is None else windows.sha256, c.recipe)
+    windows = made.tokens(c.method)
+    return identify(source, None if windows is None else windows.sha256, c.method)
 
 
 def _is_kept(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> bool:
@@ -318,12 +315,8 @@ def _open_job(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]
         shutil.rmtree(folder)  # of a recipe that has changed, or of a run that was stopped
     job = Job.open(folder, _identity(made, c, source))
     total = len(made.model.blocks) + 1
-    job.commit("outer", shard_name(0, total), made.outer, {"weights": {}, "digests": {}, "rows": []}, None)
+    job.commit("outer", shard_name(0, total), made.outer, BlockRecord().dump(), None)
     return job
-
-
-def _keep_block(job: Job, made: Comparison, plan: Plan, i: int, block: PressedBlock) -> None:
-    job.commit_behind(made.model.block_name(i), shard_name(i + 1, plan.blocks + 1), block.tensors, block.facts(), None)
 
 
 def _mean(values: Sequence[float]) -> float:

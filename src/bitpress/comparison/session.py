@@ -1,6 +1,7 @@
 """What the recipes of a comparison share while they run: the model, the texts, the pass over the original, and how a row is known."""
 
 import datetime
+import functools
 import hashlib
 import inspect
 import time
@@ -20,15 +21,17 @@ from bitpress.evaluation import Task
 from bitpress.memory import peak_bytes, release, reset_peak
 from bitpress.models.opening import OriginalLoader
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.blocks import Presser
+from bitpress.models.walk import LoadedBlock, Visitor
+from bitpress.pipeline.blocks import BlockCompressor
+from bitpress.pipeline.calibration_stream import CalibrationStream, Measured
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.identity import recorded
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress
-from bitpress.recipes import Calibration, Recipe
+from bitpress.recipes import Calibration, Method, Recipe
 
-__all__ = ["Comparison", "Walks", "attempt", "capture", "drawn", "known_of", "make_presser", "noting"]
+__all__ = ["Comparison", "Timed", "attempt", "capture", "drawn", "known_of", "make_compressor", "noting"]
 
 # A method that is being written may break in any of these ways; the other recipes are not to suffer from that.
 FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -50,31 +53,32 @@ class Comparison:
     progress: Progress
     outer: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def tokens(self, recipe: Recipe) -> Windows | None:
-        return self.windows[drawn(recipe.calibration)] if recipe.needs() else None
+    def tokens(self, method: Method) -> Windows | None:
+        return self.windows[drawn(method.recipe.calibration)] if method.needs else None
 
-    def shares(self, recipe: Recipe) -> bool:
-        """Whether the pass over the original serves a recipe: it calibrates just so, or needs nothing."""
-        return not recipe.needs() or (recipe.calibration == self.shared and recipe.batch == _batch())
+    def shares(self, method: Method) -> bool:
+        """Whether the pass over the original serves a method: it calibrates just so, or needs nothing."""
+        recipe = method.recipe
+        return not method.needs or (recipe.calibration == self.shared and recipe.batch == _batch())
 
     def needs(self) -> frozenset[str]:
         """Statistics to collect of the original; with any, the gram, by which every recipe's error is told."""
-        found: frozenset[str] = frozenset().union(*(c.recipe.needs() for c in self.plans if self.shares(c.recipe)))
+        found: frozenset[str] = frozenset().union(*(c.method.needs for c in self.plans if self.shares(c.method)))
         return found | {"gram"} if found else found
 
 
 @dataclass
-class Walks:
-    """What walks through a model while its blocks are made, and the time that takes: on the clock, and of all threads together."""
+class Timed:
+    """Visitors that look at compressed blocks, as one, and the time that takes: on the clock, and of all threads together."""
 
-    steps: Sequence[Callable[[int], None]]
+    visitors: Sequence[Visitor]
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def step_(self, i: int) -> None:
+    def visit_(self, block: LoadedBlock) -> None:
         started, cpu = time.perf_counter(), time.process_time()
-        for step_ in self.steps:
-            step_(i)
+        for visitor in self.visitors:
+            visitor.visit_(block)
         self.seconds += time.perf_counter() - started
         self.cpu_seconds += time.process_time() - cpu
 
@@ -83,9 +87,8 @@ def capture(made: Comparison, where: Path, identity: Mapping[str, Any], check_st
     needs = made.needs()
     windows = made.windows[drawn(made.shared)] if needs else None
     wanted = {**identity, "calibration": None if windows is None else windows.sha256, "batch": _batch()}
-    recipe = Recipe(quantizer={"name": "rtn"}, calibration=made.shared)
     tokens = None if windows is None else windows.tokens
-    return capture_original(where, wanted, made.model, made.texts, recipe, tokens, needs, check_stop, made.progress)
+    return capture_original(where, wanted, made.model, made.texts, tokens, needs, _batch(), check_stop, made.progress)
 
 
 def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -109,32 +112,31 @@ def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, A
     return {"failed": None, **found, "peak_memory_bytes": peak_bytes(), "threads": torch.get_num_threads(), "finished": now}
 
 
-def make_presser(
-    made: Comparison, captured: StatisticsCache, c: Variant, visit: Callable[[int], None], check_stop: Callable[[], None]
-) -> Presser:
-    """Make a presser that takes what the pass over the original has seen, or where that is not for this recipe runs its own windows."""
-    model, plan, recipe = made.model, made.plans[c], c.recipe
-    needs = recipe.needs()
-    felt = of_origin(needs, "loss")
-    windows = made.tokens(recipe)
+def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check_stop: Callable[[], None]) -> BlockCompressor:
+    """Make a compressor that takes what the pass over the original has measured, or where that does not serve, runs its own windows."""
+    model, plan, method = made.model, made.plans[c], c.method
+    felt = of_origin(method.needs, "loss")
+    windows = made.tokens(method)
     sensitivity = None
-    if felt and felt <= captured.needs and windows is made.windows.get(drawn(made.shared)):
-        sensitivity = captured.sensitivity
+    if felt and felt <= cached.needs and windows is made.windows.get(drawn(made.shared)):
+        sensitivity = cached.sensitivity
     elif felt and windows is not None:
-        sensitivity = measure_sensitivity(model, plan.weights, windows.tokens, check_stop, made.progress).__getitem__
-    if made.shares(recipe) and captured.needs:
+        sensitivity = measure_sensitivity(model, plan.by_block(), windows.tokens, check_stop, made.progress).__getitem__
+    stream = CalibrationStream(
+        model,
+        method.needs,
+        batch=method.recipe.batch,
+        follows_original=method.recipe.calibration.inputs == "original",
+        check_stop=check_stop,
+    )
+    measured: Callable[[int], Measured] | None = None
+    if made.shares(method) and cached.needs:
         shared = made.windows[drawn(made.shared)].tokens
         model.embed(shared[:1, :PROBE_LENGTH])  # the model learns what it passes to its blocks for inputs of the probe's shape
-
-        def measured(i: int) -> Any:
-            return captured.measured(i, needs)
-
-        return Presser(
-            model, recipe, plan.weights, check_stop=check_stop, sensitivity=sensitivity, measured=measured, visit=visit
-        )
-    presser = Presser(model, recipe, plan.weights, check_stop=check_stop, sensitivity=sensitivity, visit=visit)
-    presser.start_(None if windows is None else windows.tokens, None)
-    return presser
+        measured = functools.partial(cached.measured, needs=method.needs)
+    else:
+        stream.start_(None if windows is None else windows.tokens, None)
+    return BlockCompressor(stream, method, plan.weights, sensitivity=sensitivity, measured=measured, looked_at=True)
 
 
 def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str, Any]:
@@ -142,17 +144,17 @@ def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str,
     known: dict[str, Any] = {"kind": "recipe", "name": c.name, "bits": c.bits}
     if failed:
         return known
-    windows = made.tokens(c.recipe)
+    windows = made.tokens(c.method)
     calibration = None if windows is None else windows.sha256
-    return {**known, "recipe": recorded(c.recipe), "code": _code(c.recipe), "calibration": calibration, "failed": None}
+    return {**known, "recipe": recorded(c.method), "code": _code(c.method), "calibration": calibration, "failed": None}
 
 
-def _code(recipe: Recipe) -> str:
+def _code(method: Method) -> str:
     """Hash the files of the recipe's own parts: a method that has been worked on is measured again."""
-    parts = [*recipe.make_quantizers(), *(part for _, part in (*recipe.make_transforms(), *recipe.make_corrections()))]
     digest = hashlib.sha256()
-    for part in parts:
-        source = inspect.getsourcefile(type(part))
+    quantizers = [named for named in method.every_part if named.kind == "quantizer"]
+    for named in (*quantizers, *(named for named in method.parts if named.kind != "quantizer")):
+        source = inspect.getsourcefile(type(named.part))
         digest.update(b"" if source is None else Path(source).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration import STATISTICS, Stats, of_origin
 from bitpress.checkpoints.compressed import JOB_DIRECTORY
@@ -22,13 +23,11 @@ from bitpress.errors import CheckpointError
 from bitpress.measure.evaluation_text import EvaluationText
 from bitpress.models.linears import list_weights
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.blocks import Measured, Presser
-from bitpress.pipeline.channel_scaling import PROBE_LENGTH
+from bitpress.models.walk import LoadedBlock, walk
+from bitpress.pipeline.calibration_stream import CalibrationStream, Measured, StatisticsVisitor
 from bitpress.pipeline.journal import Job
-from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress
-from bitpress.recipes import Recipe
 
 __all__ = ["StatisticsCache", "capture_original"]
 
@@ -42,13 +41,13 @@ class StatisticsCache:
         self.job, self.needs, self._names = job, needs, names
 
     def states(self) -> dict[str, Float[torch.Tensor, "windows length hidden"]]:
-        """Give every text's states after the last block."""
+        """Return every text's states after the last block."""
         read = self._reader(0)
         return {name: read(f"text{k}") for k, name in enumerate(self._names)}
 
     def measured(self, i: int, needs: Collection[str]) -> Measured:
-        """Give what calibration saw of a block: the statistics named, and the gram."""
-        facts, read = self.job.units[i + 1]["facts"], self._reader(i + 1)
+        """Return what calibration saw of a block: the statistics named, and the gram."""
+        facts, read = self.job.units[i + 1].facts, self._reader(i + 1)
         tensors: dict[str, torch.Tensor] = {}
         stats = {}
         for weight, entry in facts["stats"].items():
@@ -64,8 +63,9 @@ class StatisticsCache:
     @property
     def seconds(self) -> float | None:
         """What collecting the statistics took; None where an earlier version did it."""
-        taken = [unit["facts"].get("seconds") for unit in self.job.units]
-        return None if None in taken else math.fsum(taken)
+        if any(unit.facts.get("seconds") is None for unit in self.job.units):
+            return None
+        return math.fsum(unit.facts["seconds"] for unit in self.job.units)
 
     @property
     def sensitivity(self) -> Callable[[str], torch.Tensor]:
@@ -75,7 +75,7 @@ class StatisticsCache:
         self.job.close()
 
     def _reader(self, unit: int) -> Callable[[str], torch.Tensor]:
-        path = self.job.root / "objects" / self.job.units[unit]["shard"]
+        path = self.job.root / "objects" / self.job.units[unit].shard
         entries, _ = read_header(path)
         return lambda name: read_tensor(path, entries[name])
 
@@ -85,17 +85,16 @@ def capture_original(
     identity: Mapping[str, Any],
     model: StreamedModel,
     texts: Mapping[str, Int[torch.Tensor, "windows length"]],
-    recipe: Recipe,
     tokens: Int[torch.Tensor, "samples length"] | None,
     needs: Collection[str],
+    batch: int,
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> StatisticsCache:
     """Run the texts, and the calibration windows where statistics are needed, through the uncompressed model.
 
-    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `recipe` says how
-    the windows go through a block, and is to need nothing itself. The model's outer parts must be loaded. Raises what capturing and a
-    job raise.
+    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `batch` windows
+    go through a block together. The model's outer parts must be loaded. Raises what capturing and a job raise.
     """
     wanted = {**identity, "needs": sorted(needs)}
     there = _begun(where)
@@ -103,9 +102,9 @@ def capture_original(
     try:
         collected = frozenset(map(str, job.identity["needs"]))
         if not job.units:
-            _first_unit(job, model, texts, recipe, tokens, collected, check_stop, progress)
+            _first_unit(job, model, texts, tokens, collected, check_stop, progress)
         if tokens is not None:
-            _block_units(job, model, recipe, tokens, collected, check_stop, progress)
+            _block_units(job, model, tokens, collected, batch, check_stop, progress)
     except BaseException:
         job.close()
         raise
@@ -119,7 +118,7 @@ def forget(where: Path) -> None:
 
 
 def _begun(where: Path) -> dict[str, Any] | None:
-    """Give the identity of the pass that has been begun in a directory, if there is one."""
+    """Return the identity of the pass that has been begun in a directory, if there is one."""
     path = where / JOB_DIRECTORY / "job.json"
     try:
         known = read_json(path) if path.exists() else None
@@ -139,69 +138,66 @@ def _first_unit(
     job: Job,
     model: StreamedModel,
     texts: Mapping[str, torch.Tensor],
-    recipe: Recipe,
     tokens: torch.Tensor | None,
     needs: frozenset[str],
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> None:
-    facts: dict[str, Any] = {"seconds": 0.0}
-    started = time.perf_counter()
+    kept, started, seconds = None, time.perf_counter(), 0.0
     if of_origin(needs, "loss") and tokens is not None:
-        found = measure_sensitivity(model, _every_weight(model, recipe), tokens, check_stop, progress)
-        facts["kept"] = job.keep(SENSITIVITY, found)
-        del found
-        facts["seconds"] = time.perf_counter() - started
-    heldout = EvaluationText(model, texts)
-    heldout.start_()
-    progress.begin("original on the held-out texts", len(model.blocks))
-    for i in range(len(model.blocks)):
-        check_stop()
-        model.load_block_(i)
-        heldout.step_(i)
-        model.drop_block_(i)
-        progress.advance(model.block_name(i))
-    states = {f"text{k}": value for k, value in enumerate(heldout.states.values())}
+        weights = [list_weights(model, i, ())[0] for i in range(len(model.blocks))]
+        kept = job.keep(SENSITIVITY, measure_sensitivity(model, weights, tokens, check_stop, progress))
+        seconds = time.perf_counter() - started
+    evaluated = EvaluationText(model, texts)
+    evaluated.start_()
+    progress.begin("original on the evaluation texts", len(model.blocks))
+    walk(model, [evaluated], check_stop=check_stop, note=progress.advance)
+    states = {f"text{k}": value for k, value in enumerate(evaluated.states.values())}
+    facts = {"seconds": seconds} | ({} if kept is None else {"kept": kept})
     job.commit("texts", "texts.safetensors", states, facts, None)
 
 
 def _block_units(
     job: Job,
     model: StreamedModel,
-    recipe: Recipe,
     tokens: torch.Tensor,
     needs: frozenset[str],
+    batch: int,
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> None:
     total, done = len(model.blocks), len(job.units) - 1
     if done == total:
         return
-    presser = Presser(model, recipe, (), check_stop=check_stop, before_advance=job.settle)
-    presser.start_(tokens, job.activations())
-    model.embed(tokens[:1, :PROBE_LENGTH])
+    stream = CalibrationStream(
+        model, needs, batch=batch, follows_original=True, check_stop=check_stop, before_advance=job.settle
+    )
+    stream.start_(tokens, job.activations())
     progress.begin("statistics of the original", total, done)
-    for i in range(done, total):
-        check_stop()
-        last, started = i == total - 1, time.perf_counter()
-        found = presser.measure_(i, needs, last=last)
-        tensors, facts = _packed(found)
-        facts["seconds"] = time.perf_counter() - started
-        job.commit_behind(model.block_name(i), f"block-{i:05d}.safetensors", tensors, facts, None if last else presser.state)
-        progress.advance(model.block_name(i))
+    collected = StatisticsVisitor(stream)
+    walk(model, [collected, _Commit(job, collected)], first=done, check_stop=check_stop, note=progress.advance)
     job.settle()
 
 
-def _every_weight(model: StreamedModel, recipe: Recipe) -> list[PlannedWeight]:
-    found = []
-    for i in range(len(model.blocks)):
-        weights, _ = list_weights(model, i, ())
-        found += [PlannedWeight(parameter, recipe.format_for(parameter.stem), i) for parameter in weights]
-    return found
+class _Commit:
+    """A visitor that hands the statistics of every block to the journal."""
+
+    def __init__(self, job: Job, collected: StatisticsVisitor) -> None:
+        self.job, self.collected = job, collected
+        self._started = time.perf_counter()
+
+    def visit_(self, block: LoadedBlock) -> None:
+        found = self.collected.found
+        assert found is not None
+        tensors, facts = _packed(found)
+        facts["seconds"] = time.perf_counter() - self._started
+        shard = f"block-{block.index:05d}.safetensors"
+        self.job.commit_behind(block.name, shard, tensors, facts, None if block.last else self.collected.stream.state)
+        self._started = time.perf_counter()
 
 
 def _packed(found: Measured) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Give a block's tensors, each once, and what says whose they are."""
+    """Return a block's tensors, each once, and what says whose they are."""
     tensors: dict[str, torch.Tensor] = {"probe": found.probe}
     names: dict[int, str] = {}
     facts: dict[str, Any] = {}

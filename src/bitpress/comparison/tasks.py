@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bitpress.comparison.results import Results
-from bitpress.comparison.session import Comparison, attempt, capture, known_of, make_presser, noting
+from bitpress.comparison.session import Comparison, attempt, capture, known_of, make_compressor, noting
 from bitpress.comparison.statistics_cache import StatisticsCache
 from bitpress.comparison.variants import Variant
 from bitpress.evaluation import hash_questions
 from bitpress.measure.multiple_choice import Answers, count_batches
+from bitpress.models.walk import walk
 
 __all__ = ["choose_best", "keys_of", "measure_tasks", "sure_to_answer", "task_rows", "width_of"]
 
@@ -23,19 +24,19 @@ Row = Mapping[str, Any]
 
 
 def width_of(row: Row) -> int:
-    """Give the width that a recipe's row is grouped under: the one it was made for, or the whole bits that it stores."""
+    """Return the width that a recipe's row is grouped under: the one it was made for, or the whole bits that it stores."""
     return int(row["bits"] or max(math.floor(row["bits_per_weight"]), 1))
 
 
 def choose_best(rows: Mapping[Variant, Row], best: int) -> list[Variant]:
-    """Give the `best` recipes of every width by their KL, of those that did not fail; widths from the most bits down."""
+    """Return the `best` recipes of every width by their KL, of those that did not fail; widths from the most bits down."""
     fine = sorted((c for c, row in rows.items() if not row["failed"]), key=lambda c: float(rows[c]["kl_mean"]))
     widths = sorted({width_of(rows[c]) for c in fine}, reverse=True)
     return [c for width in widths for c in [c for c in fine if width_of(rows[c]) == width][:best]]
 
 
 def sure_to_answer(candidates: Sequence[Variant], best: int) -> frozenset[Variant]:
-    """Give those that are among the `best` of their width whatever is measured, as there are no more."""
+    """Return those that are among the `best` of their width whatever is measured, as there are no more."""
     if any(c.bits is None for c in candidates):
         return frozenset()  # its width is known when it has been pressed, and may be anyone's
     count = Counter(c.bits for c in candidates)
@@ -43,14 +44,14 @@ def sure_to_answer(candidates: Sequence[Variant], best: int) -> frozenset[Varian
 
 
 def keys_of(made: Comparison, c: Variant | None) -> dict[str, dict[str, Any]]:
-    """Give what the rows of a recipe, or of the original, say for every task of what they are about."""
+    """Return what the rows of a recipe, or of the original, say for every task of what they are about."""
     known = {"name": None, "bits": None, "failed": None} if c is None else known_of(made, c)
     hashes = {name: hash_questions(task.questions) for name, task in made.tasks.items()}
     return {task: {**known, "kind": "tasks", "task": task, "documents_sha256": sha} for task, sha in hashes.items()}
 
 
 def task_rows(keys: Mapping[str, Row], figures: Mapping[str, Row], found: Row) -> list[dict[str, Any]]:
-    """Give the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
+    """Return the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
     shared = {key: found[key] for key in ("failed", "peak_memory_bytes", "threads", "finished")}
     return [{**keys[task], **shared, **told} for task, told in figures.items()]
 
@@ -63,7 +64,7 @@ def measure_tasks(
     check_stop: Callable[[], None],
     note_row: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Give a row for every task and the original (its name is None), then every recipe chosen; measure what has none yet."""
+    """Return a row for every task and the original (its name is None), then every recipe chosen; measure what has none yet."""
     captured: StatisticsCache | None = None
     rows: list[dict[str, Any]] = []
     try:
@@ -91,25 +92,17 @@ def measure_tasks(
 def _answer(
     made: Comparison, captured: StatisticsCache | None, c: Variant | None, tasks: Sequence[str], check_stop: Callable[[], None]
 ) -> dict[str, Any]:
-    """Give what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
+    """Return what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
     model = made.model
     answers = Answers(model, {name: made.tasks[name] for name in tasks})
     label = "original" if c is None else c.label
 
     def work() -> dict[str, Any]:
         total = len(model.blocks)
-        presser = None if c is None or captured is None else make_presser(made, captured, c, answers.step_, check_stop)
+        compressor = [] if c is None or captured is None else [make_compressor(made, captured, c, check_stop)]
         answers.start_()
         made.progress.begin(f"{label}: {', '.join(tasks)}", total)
-        for i in range(total):
-            check_stop()
-            if presser is None:
-                model.load_block_(i)
-                answers.step_(i)
-                model.drop_block_(i)
-            else:
-                presser.press_(i, last=i == total - 1)
-            made.progress.advance(model.block_name(i))
+        walk(model, [*compressor, answers], check_stop=check_stop, note=made.progress.advance)
         # A stage of its own: some questions take another time than a block, and the end is foretold from the units that are done.
         made.progress.begin(f"{label}, answering", count_batches(answers.tasks))
         return {"tasks": answers.accuracies(noting(made, check_stop))}

@@ -18,9 +18,9 @@ from typing import Any
 from bitpress.calibration.stats import of_origin
 from bitpress.errors import BitpressError, UsageError
 from bitpress.faults import read_yaml
-from bitpress.parts import spelled
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import DEFAULT_QUANTIZER, Recipe, make_recipe
+from bitpress.recipes import DEFAULT_QUANTIZER, Method, Recipe, build_method, make_recipe, spelled
+from bitpress.recipes.method import compute_dtype
 
 __all__ = ["Variant", "read_candidates"]
 
@@ -34,7 +34,11 @@ class Variant:
 
     name: str
     bits: int | None
-    recipe: Recipe
+    method: Method
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.method.recipe
 
     @property
     def label(self) -> str:
@@ -69,10 +73,10 @@ def read_candidates(
             left_out.append(f"{name} at {', '.join(map(str, unmeant))}")
         for width in chosen:
             try:
-                recipe, follows = _build(_at(given, width), calibration or {}, compute)
+                method, follows = _build(_at(given, width), calibration or {}, compute)
             except BitpressError as error:
                 raise type(error)(f"{path}: {name}{'' if width is None else f' at {width} bits'}: {error}") from error
-            made.append(Variant(name, width, recipe))
+            made.append(Variant(name, width, method))
             if follows and name not in both:
                 both.append(name)
     if not made:
@@ -147,7 +151,7 @@ def _mentions(value: Any) -> bool:
 
 
 def _at(values: Mapping[str, Any], width: int | None) -> dict[str, Any]:
-    """Give the keys that a recipe has at a width."""
+    """Return the keys that a recipe has at a width."""
     own = values.get("bits")
     keys = {key: value for key, value in values.items() if key != "bits"}
     filled: dict[str, Any] = _fill(keys | own[width] if isinstance(own, dict) else keys, width)
@@ -164,19 +168,19 @@ def _fill(value: Any, width: int | None) -> Any:
     return value.replace(PLACE, str(width)) if isinstance(value, str) else value
 
 
-def _build(values: Mapping[str, Any], shared: Mapping[str, Any], compute: str) -> tuple[Recipe, bool]:
+def _build(values: Mapping[str, Any], shared: Mapping[str, Any], compute: str) -> tuple[Method, bool]:
     """Build a recipe; say also whether it follows the compressed model only because its method has to."""
     own = values.get("calibration")
     calibration = {**shared, **(own if isinstance(own, dict) else {})}
     if own is not None and not isinstance(own, dict):
-        return make_recipe(values), False  # which says what a calibration is
+        return build_method(make_recipe(values)), False  # which says what a calibration is
     said = isinstance(own, dict) and "inputs" in own
     # On the compressed model's inputs every method can run; what it needs says whether it must.
-    first = make_recipe({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}})
-    must = bool(of_origin(first.needs(), "original")) or first.calibration.sequential
+    first = build_method(make_recipe({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}}))
+    must = bool(of_origin(first.needs, "original")) or first.recipe.calibration.sequential
     if not said:
         calibration["inputs"] = "pressed" if must else calibration.get("inputs", "original")
-    recipe = make_recipe({"compute": compute, **values, "calibration": calibration})
-    if recipe.compute_dtype() != Recipe.model_validate({"compute": compute}).compute_dtype():
-        raise UsageError(f"compute: {recipe.compute} is not what all are compared in; leave it out and give --compute.")
-    return recipe, must and not said and shared.get("inputs") != "pressed"
+    method = build_method(make_recipe({"compute": compute, **values, "calibration": calibration}))
+    if method.compute != compute_dtype(compute):
+        raise UsageError(f"compute: {method.recipe.compute} is not what all are compared in; leave it out and give --compute.")
+    return method, must and not said and shared.get("inputs") != "pressed"

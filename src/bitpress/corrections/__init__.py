@@ -1,4 +1,4 @@
-"""Corrections: terms beside a quantizer's codes, taken out of the weight before or added for their error after."""
+"""Corrections: terms beside a quantizer's codes, taken out of the weight before quantization or added for the error after it."""
 
 from bitpress.corrections.correction import Correction
 from bitpress.corrections.table import CORRECTIONS

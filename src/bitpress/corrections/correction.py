@@ -1,7 +1,7 @@
-"""What every correction is: hyper-parameters in the constructor, one weight with its statistics in the verbs.
+"""The protocol of corrections: hyper-parameters in the constructor, one weight with its statistics in the verbs.
 
-A correction takes a term out of the weight before the quantizer sees it (`split`), or adds one for what the codes have left
-(`repair`); None where it does not do that. Like a quantizer it is pure.
+A correction takes a term out of the weight before it is quantized (`split`), or adds one for the error of the codes (`repair`); a verb
+that it does not use returns None. Like a quantizer it is pure.
 """
 
 from typing import ClassVar, Protocol
@@ -21,8 +21,8 @@ class Correction(Protocol):
     needs   names from `calibration.stats.STATISTICS`
     paper   row of the paper in the catalogue of methods
 
-    `stats` None stands for an input that nothing is known of (an expert without tokens): every channel then counts alike.
-    Both verbs raise CalibrationError for statistics without what `needs` asks for, NumericsError for a weight that is not finite.
+    `stats` is None if nothing is known of the input (an expert without tokens); every channel then counts alike.
+    Both verbs raise CalibrationError if a statistic of `needs` is missing, and NumericsError for a weight that is not finite.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -30,13 +30,13 @@ class Correction(Protocol):
     paper: ClassVar[str]
 
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
-        """Give the bytes stored for `parts` weights of a shape. Raises FormatError for a shape that cannot have such a term."""
+        """Return the bytes stored for `parts` weights of a shape. Raises FormatError for a shape that cannot have such a term."""
         ...
 
     def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> Term | None:
-        """Give the term that the quantizer is not to see; it gets the weight less this term."""
+        """Return the term to take out; the quantizer gets the weight minus this term."""
         ...
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> Term | None:
-        """Give the term to add to `weight`, which has no maps, so that it comes nearer to `w`."""
+        """Return the term to add to `weight`, which has no maps, to bring it nearer to `w`."""
         ...

@@ -1,12 +1,12 @@
-"""LoRC: a low-rank term for the error that rounding has left in a weight.
+"""LoRC: a low-rank term for the rounding error of a weight.
 
 Source   Yao et al. 2023, "ZeroQuant-V2: Exploring Post-training Quantization in LLMs from Comprehensive Study to Low Rank
-         Compensation" (the abstract is what could be read).
+         Compensation" (only the abstract could be read).
 Differs  the singular values all stand in the second factor (`formats.terms.low_rank` says why).
 Needs    nothing.                   Cost  O(out * in * min(out, in)) time; rank * (out + in) numbers stored.
 Update   w_hat += a b,  a b = argmin over matrices of the rank of |w - w_hat - a b|^2
-Fails    NumericsError when the weight is not finite or a factor is beyond the range of its type. It looks at the weight alone: after
-         a quantizer that shapes its error by the gram (GPTQ), the output can get worse; use lqer there.
+Fails    NumericsError when the weight is not finite or a factor is beyond the range of its type. It minimises the
+         weight's error alone: after a quantizer that shapes its error by the gram (GPTQ), the output can get worse; use lqer there.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from bitpress.formats import CompressedWeight, LowRank
 
 __all__ = ["LQER", "input_scale"]
 
-# A channel that is almost never used would otherwise get a factor of 1 / 0.
+# A channel that is almost never used would otherwise get a factor near 1 / 0.
 SMALLEST = 1e-4
 
 
@@ -42,7 +42,7 @@ class LQER:
     def __post_init__(self) -> None:
         check_factors(self.rank, self.dtype)
         if self.scale not in ("mean_abs", "rms"):
-            raise UsageError(f"scale={self.scale!r}: it is 'mean_abs' or 'rms'.")
+            raise UsageError(f"scale={self.scale!r}: must be 'mean_abs' or 'rms'.")
 
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
         return factor_bytes(self.rank, self.dtype, shape, parts)
@@ -57,7 +57,7 @@ class LQER:
 
 
 def input_scale(stats: Stats, kind: str) -> Float[torch.Tensor, " in"]:
-    """Give the magnitude of every input channel relative to the largest one, none smaller than 1e-4."""
+    """Return the magnitude of every input channel relative to the largest one, at least 1e-4."""
     gram = stats.need_gram("lqer")
     magnitude = gram.diagonal().clamp(min=0).sqrt() if kind == "rms" or stats.mean_abs is None else stats.mean_abs.float()
     largest = magnitude.max()

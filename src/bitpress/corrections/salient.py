@@ -1,9 +1,9 @@
 """Salient weights: those that the layer's output depends on most, kept apart in half precision.
 
 Source   Kim et al. 2023, "SqueezeLLM: Dense-and-Sparse Quantization": the sensitive values of its sparse part.
-Differs  sensitivity is w^2 times the mean square of its input, the output's energy that goes through the weight, where the paper has
-         the diagonal of the loss's Fisher information; a share of all weights of a matrix; any quantizer for the rest, which sees zeros
-         in their places.
+Differs  sensitivity is w^2 times the mean square of its input (the energy of the output through this weight), where the paper has
+         the diagonal of the loss's Fisher information; a share of all weights of a matrix; any quantizer for the rest, with zeros in
+         their places.
 Needs    gram [in, in] float32.     Cost  O(out * in) time; 32 bits a weight kept and 32 a row stored (`formats.terms.sparse`).
 Update   w_hat = sparse + Q(w - sparse),  sparse = the `share` of weights of largest w^2 gram[j, j]
 Fails    CalibrationError when no token reached the layer; NumericsError when a weight is not finite or is beyond the range of fp16.

@@ -2,8 +2,8 @@
 
 Source   Li et al. 2024, "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models"; the branch as in the
          authors' public code (deepcompressor, `lowrank.py`, without its iterations).
-Differs  every weight has a branch of its own, where the public code lets weights of one input share the first factor; the smoothing
-         before it is a transform of the recipe, not a part of this.
+Differs  every weight has its own branch, where weights of one input share the first factor in the public code; the smoothing before
+         it is a transform of the recipe.
 Needs    nothing.                   Cost  O(out * in * min(out, in)) time; rank * (out + in) numbers stored.
 Update   w = a b + rest,  a b = the nearest matrix of the rank;  w_hat = a b + Q(rest)
 Fails    NumericsError when the weight is not finite or a factor is beyond the range of its type.

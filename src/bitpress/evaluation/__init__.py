@@ -1,5 +1,5 @@
-"""Evaluation: the distance of one model from another and its accuracy on multiple-choice questions, over functions from tokens to logits
-that know nothing of quantization; and the rate and distortion of number formats on given matrices."""
+"""Evaluation: the distance between two models and the accuracy on multiple-choice questions, over functions from tokens to logits; and
+the rate and distortion of number formats on matrices. Nothing here knows of quantization."""
 
 from bitpress.evaluation.distance import Distance, measure_distance
 from bitpress.evaluation.multiple_choice import Accuracy, Question, Task, lay_out, measure_accuracy, score_choices

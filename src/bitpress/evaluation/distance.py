@@ -1,6 +1,6 @@
 """Distance of one language model from another: KL divergence, agreement, perplexity, over functions from tokens to logits.
 
-    KL at a position    sum_v p(v) (log p(v) - log q(v)), p the original's and q the candidate's distribution, in nats
+    KL at a position    sum_v p(v) (log p(v) - log q(v)), p the original's and q the compressed model's distribution, in nats
     agreement           share of positions where both name the same most likely token
     perplexity          exp of the mean negative log-likelihood of the next token inside a window
 
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 from bitpress.errors import NumericsError, UsageError
@@ -21,13 +22,13 @@ __all__ = ["Distance", "Perplexity", "measure_distance", "measure_perplexity"]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
-# Positions compared at once in torch; 16 x 49,152 floats are 3 MB, so that what is made on the way stays in the cache.
+# Positions compared at once in torch; 16 x 49,152 floats are 3 MB, so that intermediate results stay in the processor's cache.
 ROWS = 16
 
 
 @dataclass(frozen=True)
 class Distance:
-    """What `measure_distance` saw. `kl_ci95` and `top1_ci95` are half widths."""
+    """The result of `measure_distance`. `kl_ci95` and `top1_ci95` are half widths."""
 
     kl_mean: float
     kl_ci95: float
@@ -45,7 +46,7 @@ def measure_distance(
     windows: Int[torch.Tensor, "windows length"],
     note: Callable[[int], None] = lambda done: None,
 ) -> Distance:
-    """Compare two models on windows of tokens; each function takes `[1, length]` and gives `[1, length, vocabulary]`.
+    """Compare two models on windows of tokens; each function maps `[1, length]` to `[1, length, vocabulary]`.
 
     Raises NumericsError when a logit is not finite, UsageError for windows of fewer than 2 tokens.
     """
@@ -78,7 +79,7 @@ def measure_distance(
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `measure_perplexity` saw. `perplexity_low` and `perplexity_high` are the ends of the 95 % interval."""
+    """The result of `measure_perplexity`. `perplexity_low` and `perplexity_high` are the ends of the 95 % interval."""
 
     perplexity: float
     perplexity_low: float
@@ -127,14 +128,14 @@ def _compare(
         figures, bad = compare_rows(p, q, following)
     if bad:
         raise NumericsError(f"the logits of {'the original' if bad & 1 else 'the compressed model'} are not finite.")
-    # KL is never negative; rounding can make a position -1e-9, which the mean should keep, not clip.
+    # KL is never negative; rounding can make a position -1e-9, which the mean keeps, unclipped.
     return [math.fsum(column) for column in figures.tolist()]
 
 
 def compare_rows(
     p: Float[torch.Tensor, "rows vocabulary"], q: Float[torch.Tensor, "rows vocabulary"], following: Int[torch.Tensor, " rows"]
 ) -> tuple[Float[torch.Tensor, "4 rows"], int]:
-    """Give what `native.compare_rows` gives, in torch."""
+    """Return the result of `native.compare_rows`, computed in torch."""
     figures, bad = [], 0
     for p_rows, q_rows, tokens in zip(p.split(ROWS), q.split(ROWS), following.split(ROWS), strict=True):
         log_p, log_q = torch.log_softmax(p_rows.float(), -1), torch.log_softmax(q_rows.float(), -1)
@@ -156,7 +157,7 @@ def _exp(value: float) -> float:
 
 
 def _half_width(values: list[float]) -> float:
-    """Half the 95 % interval of the mean; infinite for a single window."""
+    """Return half the 95 % interval of the mean; infinite for a single window."""
     n = len(values)
     if n < 2:
         return math.inf
@@ -166,7 +167,7 @@ def _half_width(values: list[float]) -> float:
 
 
 def _student_t95(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t (table to 10 degrees, then the Cornish-Fisher expansion: below 0.1 % off)."""
+    """Return the two-sided 95 % quantile of Student's t (table to 10 degrees, then the Cornish-Fisher expansion: below 0.1 % off)."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     if freedom <= len(table):
         return table[freedom - 1]

@@ -6,11 +6,10 @@
     standard error       of a share p of n questions: sqrt(p (1 - p) / (n - 1))
 
 Source   lm-evaluation-harness, `_encode_pair`, `_loglikelihood_tokens` and the results of `multiple_choice`: context and choice are
-         tokenized together, white space at the context's end goes with the choice, what is beyond the model's context is cut on the left.
-Differs  where the begin of a choice joins the context's last token, that token is scored; the harness would read the context's
-         tokens as they are without the choice, and lose the characters that joined. A choice whose tokens another one of the
-         question goes through has no row of its own.
-Cost     rows of like lengths are padded on the right to one batch; a causal model's earlier positions do not see that.
+         tokenized together, white space at the context's end goes with the choice; inputs longer than the context are truncated from the left.
+Differs  if the start of a choice joins the last token of the context, that token is scored; the harness tokenizes the context
+         without the choice and loses the joined characters. A choice whose tokens are a prefix of another choice's shares its row.
+Cost     rows of like lengths are padded on the right to one batch; earlier positions of a causal model do not see the padding.
 """
 
 import math
@@ -18,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError, UsageError
 
@@ -53,7 +53,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, the flat positions that foretell tokens of choices, those tokens, and the number of the choice of each."""
+    """Rows of tokens, the flat positions that predict tokens of choices, those tokens, and the index of the choice of each."""
 
     tokens: Int[torch.Tensor, "rows length"]
     at: Int[torch.Tensor, " scored"]
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions, and the batches that all their choices together come to; choices are numbered through all questions."""
+    """Questions, and the batches of all their choices; choices are numbered through all questions."""
 
     questions: tuple[Question, ...]
     batches: tuple[Batch, ...]
@@ -80,7 +80,7 @@ class Accuracy:
 
 @dataclass
 class _Row:
-    """What a model is to read, and (position, token, number of the choice) for every token that it is to foretell there."""
+    """The tokens that a model reads, and (position, token, index of the choice) for every token that it has to predict."""
 
     tokens: list[int]
     scored: list[tuple[int, int, int]]
@@ -96,10 +96,10 @@ def lay_out(
 ) -> Task:
     """Tokenize questions and lay their choices out in batches.
 
-    encode    gives a text's tokens and nothing else
-    begin     what the tokenizer puts before every text
-    first     the token that an empty context is read as, where `begin` has none
-    limit     the model's context; what is longer loses its begin
+    encode    returns the tokens of a text, without special tokens
+    begin     the tokens that the tokenizer puts before every text
+    first     the token for an empty context if `begin` is empty
+    limit     the model's context; longer inputs are truncated from the left
 
     Raises UsageError for no questions, and for a choice that cannot be scored.
     """
@@ -128,7 +128,7 @@ def lay_out(
 
 
 def score_choices(logits: LogitsAt, task: Task, note: Callable[[int], None] = lambda done: None) -> list[list[float]]:
-    """Give the log-likelihood of every choice of every question. `logits` is called once for each batch, in order.
+    """Return the log-likelihood of every choice of every question. `logits` is called once for each batch, in order.
 
     Raises NumericsError when a probability is not finite.
     """
@@ -136,7 +136,7 @@ def score_choices(logits: LogitsAt, task: Task, note: Callable[[int], None] = la
     for done, batch in enumerate(task.batches, start=1):
         found = _log_probabilities(logits(batch.tokens, batch.at), batch.targets)
         if not bool(torch.isfinite(found).all()):
-            raise NumericsError("the logits are not finite.")
+            raise NumericsError("the logits of the model are not finite.")
         scores.index_add_(0, batch.owners, found)
         note(done)
     return [part.tolist() for part in scores.split([len(question.choices) for question in task.questions])]
@@ -153,15 +153,15 @@ def measure_accuracy(logits: LogitsAt, task: Task, note: Callable[[int], None] =
 
 
 def _cut(known: Sequence[int], whole: list[int], first: int | None, limit: int | None, where: str) -> tuple[list[int], int]:
-    """Give what is kept of the tokens of context and choice, and where in them the choice begins."""
+    """Return the tokens of context and choice, truncated from the left, and the position at which the choice begins."""
     start = next((k for k, (a, b) in enumerate(zip(known, whole, strict=False)) if a != b), min(len(known), len(whole)))
     if start == len(whole):
-        raise UsageError(f"{where}: adds no token to its context.")
+        raise UsageError(f"{where}: adds no token to its context; use a longer choice.")
     if start == 0:
         if first is None:
-            raise UsageError(f"{where}: has no context, and the tokenizer no token to begin a text with.")
+            raise UsageError(f"{where}: has no context, and the tokenizer has no token to begin a text with; add a context.")
         whole, start = [first, *whole], 1
-    dropped = 0 if limit is None else max(len(whole) - limit - 1, 0)  # the last token is foretold, not read
+    dropped = 0 if limit is None else max(len(whole) - limit - 1, 0)  # the last token is predicted, not read
     if start - dropped < 1:
         raise UsageError(f"{where}: has {len(whole) - start} tokens, too many for a model with a context of {limit}.")
     return whole[dropped:], start - dropped

@@ -1,4 +1,4 @@
-"""Rate and distortion of number formats: bits that a format stores, and what it loses, on given matrices.
+"""Rate and distortion of number formats on matrices: stored bits and error.
 
     bits      bytes of everything stored for the matrices, times 8, over their weights
     error     sum of (w_hat - w)^2 over sum of w^2, both over all matrices
@@ -6,8 +6,8 @@
     gap_db    20 log10(2) * bits - snr_db: how far below the Gaussian bound, 6.02 dB being worth a bit
 
 The bound is the rate-distortion function of independent Gaussian numbers of variance 1, D(R) = 2^(-2R): no code of R bits a weight
-loses less. Of all sources of one variance the Gaussian is the hardest, so on other data a format may lie above it (a negative gap):
-where blocks differ in size and their scales say so, or where weights lie on a grid already.
+has less error. Of all sources of one variance the Gaussian is the hardest. On other data a format may be better than the bound (a
+negative gap): if blocks differ in size and their scales follow, or if weights lie on a grid already.
 """
 
 import math
@@ -53,7 +53,7 @@ class Rate:
         return DB_PER_BIT * self.bits_per_weight - self.snr_db
 
     def as_dict(self) -> dict[str, Any]:
-        """Give every figure; None where nothing is lost and a ratio has no value."""
+        """Return every figure; None for a ratio without a value, if nothing is lost."""
         lossless = self.error == 0
         return {
             "format": self.format,
@@ -85,10 +85,10 @@ def measure_rates(
     clips: Mapping[str, Sequence[float]],
     note: Callable[[str, str], None] = lambda matrix, fmt: None,
 ) -> tuple[list[Rate], dict[str, str]]:
-    """Round every matrix to the nearest codes of every format, pack it, and give rows and what was refused with its reason.
+    """Round every matrix to the nearest codes of every format, pack it, and return the rows, and the refused formats with a reason.
 
     `clips` names the ratios that a fit tries on each block's range (`Format.fit`). A grid that learns its levels is measured with the
-    first of them alone: shrinking the range means nothing to it. `note` hears of each finished pair.
+    first ratio alone, since it has no range to shrink. `note` is called after each finished pair.
     """
     sums: dict[tuple[str, str], _Sums] = {}
     refused: dict[str, str] = {}
@@ -131,12 +131,12 @@ def draw_source(name: str, shape: tuple[int, int], seed: int = 0) -> Float[torch
 
 
 def _learns(fmt: Format) -> bool:
-    """Say whether a fit minimizes the squared error by itself: where levels, or several scales a block, are found together."""
+    """Return whether a fit minimizes the squared error by itself: if it finds levels, or several scales per block, together."""
     return any(p.kind == "value" or p.shape for p in fmt.grid.params)
 
 
 def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float]) -> tuple[float, int]:
-    """Give the squared error and the bytes stored. What was packed is what is decoded, so a lossy layout would show."""
+    """Return the squared error and the stored bytes. The packed bytes are decoded, so a lossy layout would show."""
     params = fmt.fit(w, shrink=ratios)
     packed = Packed.pack(fmt, fmt.encode(w, params), params)
     lost = packed.dequantize().sub_(w).double().square_().sum()
@@ -144,7 +144,7 @@ def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float
 
 
 def best_rows(measured: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
-    """Give the row of every format on one source, of its clippings the one that loses less, in the order of stored bits."""
+    """Return the row of every format on one source with its better clipping, in the order of stored bits."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in measured["rows"]:
         if row["source"] == source and (row["format"] not in best or row["error"] < best[row["format"]]["error"]):

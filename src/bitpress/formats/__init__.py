@@ -1,4 +1,4 @@
-"""Number formats: grids, blocks, bit layouts, packed terms and the weights made of them. No I/O, no model."""
+"""Number formats: grids, blocks, bit layouts, packed terms, and weights as sums of terms. No I/O, no model."""
 
 from bitpress.formats.activation import ActivationFormat
 from bitpress.formats.block import Block

@@ -1,6 +1,6 @@
-"""BitStack: a weight as a stack of signs times low-rank magnitudes, each made of what those before leave over.
+"""BitStack: a weight as a stack of terms (signs times low-rank magnitudes), each approximating the residual of the earlier ones.
 
-The term is `formats.terms.sign_low_rank`, where the source stands. A prefix of the terms is the same weight in fewer bits.
+The term is `formats.terms.sign_low_rank`, which names the source. A prefix of the terms is the same weight in fewer bits.
 """
 
 import torch
@@ -21,15 +21,15 @@ def bit_stack(
     scale: Float[torch.Tensor, " in"] | None = None,
     dtype: str = "fp16",
 ) -> CompressedWeight:
-    """Give `count` terms of about one bit a weight each.
+    """Return `count` terms of about one bit per weight each.
 
-    Inputs with a large `scale` (in the paper, how large calibration saw them) are approximated more closely: the terms
-    are those of `w * scale`, behind an input map of 1 / scale. Raises FormatError for a count below 1 or a scale that is not positive.
+    Inputs with a large `scale` (in the paper, their size in calibration) are approximated more closely: the terms
+    approximate `w * scale`, and the input map is 1 / scale. Raises FormatError for a count below 1 or a scale that is not positive.
     """
     if count < 1:
-        raise FormatError(f"a stack has {count} terms; it needs at least 1.")
+        raise FormatError(f"a stack of {count} terms was asked for; at least 1 is needed.")
     if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise FormatError("a scale of an input is not a positive number.")
+        raise FormatError("the scale of an input is not positive.")
     rest = w.float() if scale is None else w.float() * scale.float()
     if not bool(torch.isfinite(rest).all()):
         raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
@@ -41,9 +41,9 @@ def bit_stack(
 
 
 def shorten(weight: CompressedWeight, count: int) -> CompressedWeight:
-    """Give a stacked weight by its first `count` terms, sharing memory. Raises FormatError when it has no such prefix."""
+    """Return a stacked weight with its first `count` terms only, sharing memory. Raises FormatError if it has no such prefix."""
     if not all(isinstance(term, SignLowRank) for term in weight.terms):
-        raise FormatError("only a weight that is a stack of signs and magnitudes can be cut; this one has other terms.")
+        raise FormatError("only a stack of signs and magnitudes can be cut to fewer terms; this weight has other terms.")
     if not 1 <= count <= len(weight.terms):
-        raise FormatError(f"{count} terms are not some of the stack's {len(weight.terms)}.")
+        raise FormatError(f"cannot cut a stack of {len(weight.terms)} terms to {count}; use 1 to {len(weight.terms)}.")
     return CompressedWeight(weight.terms[:count], weight.input_map, weight.output_map)

@@ -23,7 +23,7 @@ class Block:
 
     @classmethod
     def parse(cls, text: str) -> "Block | None":
-        """Read a block's name; None when the text is not one."""
+        """Return the block of a name, or None if the text is not a block's name."""
         if text == "row":
             return cls(1, "all")
         if text == "tensor":
@@ -41,7 +41,7 @@ class Block:
         return f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}"
 
     def resolve(self, shape: tuple[int, int], span: int = 1) -> tuple[int, int]:
-        """Give the block in rows and columns of a weight `[out, in]`.
+        """Return the block in rows and columns of a weight `[out, in]`.
 
         Raises FormatError, with blocks that would fit, when the block does not divide the weight.
         """
@@ -55,11 +55,11 @@ class Block:
         if out_features % rows:
             raise FormatError(f"out_features={out_features} is not a multiple of {rows}; use a block of 1 row.")
         if cols % span:
-            raise FormatError(f"a block of {cols} columns does not hold whole codes of {span} weights.")
+            raise FormatError(f"a block of {cols} columns is not a multiple of the {span} weights of a code.")
         return rows, cols
 
 
 def fitting(in_features: int, span: int = 1) -> str:
-    """Name the group sizes of 16 to 256 that divide `in_features`, and the row."""
+    """Return the names of the blocks that fit: groups of 16 to 256 columns that divide `in_features`, and the row."""
     sizes = [n for n in (256, 192, 128, 96, 64, 48, 32, 16) if in_features % n == 0 and n % span == 0]
     return ", ".join([f"g{n}" for n in sizes] + ["row"])

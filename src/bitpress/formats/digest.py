@@ -9,5 +9,5 @@ __all__ = ["digest"]
 
 
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
-    """SHA-256 of a decoded weight's float32 values, to be compared after the file has been read again."""
+    """Return the SHA-256 of a decoded weight's float32 values, to compare after the file is read again."""
     return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()

@@ -1,18 +1,19 @@
-"""Fake quantization: what a tensor is after encoding and decoding, with a gradient that training can use.
+"""Fake quantization: encode and decode a tensor, with a gradient for training.
 
     forward     decode(encode(x)), exactly
     backward    the straight-through rule: 1 where x lies inside the range of its block's levels, 0 where it is clipped
 
-The range reaches half a step beyond the outermost levels, where a value still rounds as any other would: for integers that is where
-the code is not clamped. So nothing is clipped by the scale's own rounding in a dynamic scale that clips nothing. A grid that codes
-several values together has no such range, and its gradient is 1 everywhere. Parameters get no gradient.
+The range reaches half a step beyond the outermost levels, where a value still rounds without clamping. A dynamic scale that clips
+nothing therefore stays without clipping after its own rounding. A grid that codes several values together has no such range; its
+gradient is 1 everywhere. Parameters get no gradient.
 """
 
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Format
@@ -22,21 +23,19 @@ from bitpress.formats.layouts.dense import code_dtype
 
 __all__ = ["fake_quantize"]
 
-# Levels that are decoded at a time to find the ends of every block: 16 MB.
+# Number of levels decoded at a time to find the ends of every block: 16 MB.
 DECODED_TOGETHER = 1 << 22
 
 
-def fake_quantize(
-    x: Float[torch.Tensor, "*rows cols"], fmt: Format, params: Params | None = None
-) -> Float[torch.Tensor, "*rows cols"]:
-    """Give x as a reader of `fmt` would see it, in the type of x.
+def fake_quantize(x: Float[torch.Tensor, "*shape"], fmt: Format, params: Params | None = None) -> Float[torch.Tensor, "*shape"]:
+    """Return x after encoding and decoding in `fmt`, in the type of x.
 
-    Rows are tokens (or output channels), whatever the dimensions before the last. Without `params` they are fitted to x: one scale a
-    token for `row`, one a group for `gN`. Given ones stay as they are, as `fmt.fit` gave them for as many rows: a `tensor` block
-    serves any number. Raises NumericsError where x is not finite, FormatError where the block does not fit.
+    All dimensions but the last are rows: tokens or output channels. Without `params`, parameters are fitted to x: one scale per token
+    for `row`, one per group for `gN`. `params` must come from `fmt.fit` for the same number of rows; a `tensor` block serves any number.
+    Raises NumericsError if x is not finite, FormatError if the block does not fit.
     """
     if x.ndim == 0:
-        raise FormatError("a single number has no columns to quantize; give it a dimension.")
+        raise FormatError("a tensor without dimensions has no columns to quantize; add a dimension.")
     if x.numel() == 0:
         return x.clone()
     flat = x.detach().reshape(-1, x.shape[-1]).float()
@@ -86,13 +85,13 @@ def _inside(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) ->
 
 @cache
 def _outer_codes(grid: Grid) -> Int[torch.Tensor, " codes"] | None:
-    """Give codes among which are the two lowest and the two highest levels of any block; None where levels have no order."""
+    """Return codes that include the two lowest and the two highest levels of any block; None if levels have no order."""
     if grid.span > 1:
         return None
     if isinstance(grid, EvenlySpaced):
         chosen = sorted({0, min(1, grid.top), max(grid.top - 1, 0), grid.top})
     elif isinstance(grid, Levels):
-        # Of two zeros the first: they are one level.
+        # Two zeros are one level: keep the first.
         by_level = {level: code for code, level in reversed(list(enumerate(grid.levels))) if level == level}
         ordered = sorted(by_level)
         chosen = sorted({by_level[level] for level in (*ordered[:2], *ordered[-2:])})

@@ -1,8 +1,8 @@
-"""A number format: a grid, the block that shares its parameters, how the scales are kept and how the codes are laid out.
+"""A number format: a grid, the block that shares its parameters, the scale store and the layout of the codes.
 
-Parameters are tensors `[block rows, block cols, *shape]`, or `shape` for those of the whole weight. `fit` returns them already
-rounded to what the file will hold, so that what `encode` decides and what a reader decodes are the same numbers. Beside a scale
-may stand what many scales share, under `<name>_<part>`: only `Packed` looks at those.
+Parameters are tensors `[block rows, block cols, *shape]`, or `shape` for those of the whole weight. `fit` returns them rounded to the
+values that the file will hold, so `encode` and a reader use the same numbers. Values that many scales share are under `<name>_<part>`;
+only `Packed` reads those.
 """
 
 import math
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.finite import all_finite
@@ -22,7 +23,7 @@ from bitpress.formats.scales import SCALES, ScaleStore
 
 __all__ = ["Format"]
 
-# Weights that a clipping search works on at a time: half a megabyte.
+# Number of weights that a clipping search handles at a time: half a megabyte.
 SEARCHED_TOGETHER = 1 << 17
 
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -41,7 +42,7 @@ class Format:
         if self.scale not in SCALES:
             raise unknown_name("scale type", self.scale, SCALES)
         if self.scale != self.grid.usual_scale and not any(p.kind == "scale" for p in self.grid.params):
-            raise FormatError(f"{self.grid.name} has no scales; leave {self.scale} out.")
+            raise FormatError(f"{self.grid.name} has no scales; leave out {self.scale}.")
         if self.layout not in LAYOUTS:
             raise unknown_name("layout", self.layout, LAYOUTS)
         reason = self.codes_layout.refuses(self.grid.code_bits, self.grid.num_codes)
@@ -50,7 +51,7 @@ class Format:
 
     @property
     def name(self) -> str:
-        """The canonical name, `int4-g64-zero`; `parse_format(name)` gives the format back."""
+        """The canonical name, `int4-g64-zero`; `parse_format(name)` returns this format."""
         parts = [self.grid.name, self.block.name]
         parts += ["zero"] if any(p.name == "zero" for p in self.grid.params) else []
         parts += [self.scale] if self.scale != self.grid.usual_scale else []
@@ -67,17 +68,17 @@ class Format:
 
     @property
     def rows_apart(self) -> bool:
-        """Whether rows of blocks share nothing, so that a weight can be cut and joined between them."""
+        """Whether rows of blocks share no parameters, so that a weight can be cut and joined between them."""
         shared = any(p.scope == "tensor" for p in self.grid.params) or self.store.shared_by_rows()
         return self.block.rows != "all" and not shared
 
     def block_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """How many blocks a weight `[out, in]` has along each axis. Raises FormatError when they do not fit."""
+        """Return the number of blocks of a weight `[out, in]` along each axis. Raises FormatError if they do not fit."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         return shape[0] // rows, shape[1] // cols
 
     def expected(self, shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that a packed weight of this shape stores."""
+        """Return dtype and shape of every tensor that a packed weight of this shape stores."""
         down, across = self.block_grid(shape)
         codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
         tensors: Expected = {"codes": (torch.uint8, (shape[0], codes))}
@@ -92,7 +93,7 @@ class Format:
         return tensors
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes that a weight of this shape takes, parameters included."""
+        """Return the bytes of a weight of this shape, parameters included."""
         return sum(dtype.itemsize * math.prod(dims) for dtype, dims in self.expected(shape).values())
 
     def fit(
@@ -104,17 +105,17 @@ class Format:
     ) -> Params:
         """Choose parameters for every block.
 
-        Every ratio in `shrink` is tried as a factor on the block's range, and the one with the smallest squared error
-        (weighted by `importance`, per input or per weight) is kept: (1.0,) is plain min-max. `shared` are parameters of an earlier
-        fit of this weight, whose parts that many blocks share (codebooks, scales of scales) stay as they are. Raises NumericsError
-        when the weight is not finite or a scale does not fit the storage type.
+        Every ratio in `shrink` is tried as a factor on the block's range; the one with the smallest squared error (weighted by
+        `importance`, per input or per weight) wins. (1.0,) is plain min-max. `shared` are parameters of an earlier fit of this
+        weight; the parts that many blocks share (codebooks, scales of scales) are taken from it unchanged. Raises NumericsError
+        if the weight is not finite or a scale does not fit the storage type.
         """
         if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
         grid = self.block_grid((w.shape[0], w.shape[1]))
         blocks = self.to_blocks(w.float())
         weights = None if importance is None else self.to_blocks(importance.float().expand(w.shape))
-        # A few blocks at a time: the search reads them once for every ratio, and they should still be in the cache.
+        # A few blocks at a time: the search reads them once per ratio, and they should stay in the processor's cache.
         tied = any(p.scope == "tensor" for p in self.grid.params)
         whole = {} if shared is None else self._whole(shared)
         size = len(blocks) if tied and shared is None else max(SEARCHED_TOGETHER // blocks.shape[1], 1)
@@ -144,14 +145,14 @@ class Format:
         importance: Float[torch.Tensor, " cols"] | None = None,
         shrink: Sequence[float] = (1.0,),
     ) -> Params:
-        """Give `params` with the blocks that begin at `column` fitted anew to `w`; what is shared stays as it is."""
+        """Return `params` with the blocks that begin at `column` fitted again to `w`; shared values do not change."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across, total = column // cols, shape[1] // cols
         here = dict(params)
         for p in self.grid.params:
             if p.kind == "scale":
                 for part, t in self._known_outer(params)[p.name].items():
-                    if t.ndim == 2 and t.shape[1] > 1:  # shared along no whole row: one for each scale
+                    if t.ndim == 2 and t.shape[1] > 1:  # not shared along a whole row: one for each scale
                         width = t.shape[1] // total
                         here[shared_name(p.name, part)] = t[:, across * width : (across + 1) * width]
         fitted = Format(self.grid, Block(rows, cols), self.scale, self.layout).fit(w, importance, shrink, shared=here)
@@ -163,17 +164,17 @@ class Format:
         return changed
 
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
-        """Give the nearest code of every weight under given parameters."""
+        """Return the nearest code of every weight under `params`."""
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
         return self._from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "out codes"], params: Params) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32: `(codes - zero) * scale` for integers."""
+        """Return the weights in float32: `(codes - zero) * scale` for integers."""
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
         return self._from_blocks(values, codes.shape[0])
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
-        """Give the parameters that hold at column `start`, one row each: `[out, 1, *shape]`, for loops over columns."""
+        """Return the parameters of column `start` for every row: `[out, 1, *shape]`, for loops over columns."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across = start // cols
         at_column = {}
@@ -186,7 +187,7 @@ class Format:
         return at_column
 
     def choose(self, better: torch.Tensor, trial: Params, best: Params) -> dict[str, torch.Tensor]:
-        """Give the trial's parameters in the blocks where `better` holds, and `best` elsewhere and for what blocks share."""
+        """Return the parameters of `trial` in the blocks where `better` holds, and those of `best` elsewhere and for shared values."""
         chosen = dict(best)
         for p in self.grid.params:
             if p.scope == "block":
@@ -194,7 +195,7 @@ class Format:
         return chosen
 
     def stored(self, params: Params) -> Params:
-        """Give parameters that a method chose itself as a file will hold them, with what scales share."""
+        """Return parameters that a method chose itself, rounded as stored, with the values that scales share."""
         grid = next(params[p.name].shape[:2] for p in self.grid.params if p.scope == "block")
         outer = {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()}
         rounded = self._rounded(self.per_block(params), self._outer_by_block(outer, (grid[0], grid[1])))
@@ -210,7 +211,7 @@ class Format:
         whole: Params,
     ) -> Params:
         best = self._rounded(self._fitted(blocks * shrink[0], weights, whole), outer)
-        # A grid without scales learns its levels: it has no range to shrink, and would learn them again for every ratio.
+        # A grid without scales learns its levels: it has no range to shrink, and would repeat the same fit for every ratio.
         if len(shrink) > 1 and self._scales():
             whole = self._whole(best)
             best_error = self._error(blocks, weights, best)
@@ -229,17 +230,17 @@ class Format:
         shrink: Sequence[float],
         outer: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> Params | None:
-        """Let the grid search all blocks at once, where it can."""
+        """Let the grid search all blocks at once if it can; None otherwise."""
         if not isinstance(self.grid, OwnSearch):
             return None
         return self.grid.search(blocks, weights, shrink, self.store, outer["scale"])
 
     def _whole(self, params: Params) -> Params:
-        """Give the parameters of the whole weight alone."""
+        """Return only the parameters of the whole weight."""
         return {p.name: params[p.name] for p in self.grid.params if p.scope == "tensor"}
 
     def _fitted(self, blocks: torch.Tensor, weights: torch.Tensor | None, whole: Params) -> Params:
-        """Fit all parameters, or, where those of the whole weight are known, the others."""
+        """Fit all parameters, or only those of blocks if those of the whole weight are known."""
         if not whole:
             return self.grid.fit(blocks, weights)
         assert isinstance(self.grid, SharedParams), f"{self.grid.name} has parameters of the whole weight and no fit_blocks"
@@ -268,7 +269,7 @@ class Format:
     def _outer(
         self, blocks: torch.Tensor, weights: torch.Tensor | None, pieces: Sequence[slice], grid: tuple[int, int]
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """Choose what scales share from those that clip nothing."""
+        """Choose the shared values of the scales from scales that clip nothing."""
         if len(self.store.expected(1, 1)) == 1:
             return {p.name: {} for p in self._scales()}
         fitted = [self.grid.fit(blocks[piece], None if weights is None else weights[piece]) for piece in pieces]
@@ -281,7 +282,7 @@ class Format:
     def _outer_by_block(
         self, outer: Mapping[str, Mapping[str, torch.Tensor]], grid: tuple[int, int]
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """Give what scales share as `[blocks, 1, *shape]`, beside the scales as a grid makes them."""
+        """Return the shared values of scales as `[blocks, 1, *shape]`, in the same order as the grid's scales."""
         by_block: dict[str, dict[str, torch.Tensor]] = {}
         for p in self._scales():
             width = grid[1] * math.prod(p.shape)
@@ -289,7 +290,7 @@ class Format:
         return by_block
 
     def per_block(self, params: Params) -> Params:
-        """Give parameters as a grid takes them beside blocks: `[blocks, 1, *shape]`, or `shape` for the whole weight."""
+        """Return parameters in the grid's shape: `[blocks, 1, *shape]`, or `shape` for the whole weight."""
         return {
             p.name: params[p.name].reshape(-1, 1, *p.shape) if p.scope == "block" else params[p.name] for p in self.grid.params
         }
@@ -316,5 +317,5 @@ class Format:
 
 
 def shared_name(param: str, part: str) -> str:
-    """Name what is stored for a parameter: its own tensor, or a part that many of its values share."""
+    """Return the name of a stored tensor of a parameter: its own, or a part that many values share."""
     return f"{param}_{part}" if part else param

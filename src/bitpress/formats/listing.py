@@ -12,16 +12,16 @@ from bitpress.formats.table import GRIDS, PATTERNS, SHORT, describe_formats, fin
 
 __all__ = ["describe_tables", "usual_format", "usual_formats"]
 
-# A large linear of a model of some billion weights: what formats are compared on where there is no model.
+# A large linear layer of a model of some billion weights, for comparing formats without a model.
 SHAPE = (4096, 4096)
 
 
 def usual_format(grid: Grid, block: str = "") -> Format:
-    """Give a grid the block that its row of the table says or its kind is mostly used with, and the tightest layout.
+    """Return the usual format of a grid: the block of its table row or of its kind, and the tightest layout.
 
-    tensor   where the whole weight shares every parameter
-    row      where levels are learned or a code stands for several weights: tables and small blocks would cost more than codes
-    g64      everything else
+    tensor   if the whole weight shares every parameter
+    row      if levels are learned or a code stands for several weights: tables and small blocks would cost more than codes
+    g64      otherwise
     """
     if {p.scope for p in grid.params} == {"tensor"}:
         usual = "tensor"
@@ -37,7 +37,7 @@ def usual_format(grid: Grid, block: str = "") -> Format:
 
 
 def usual_formats() -> list[Format]:
-    """Give one format a grid of the table, a second one where there is a variant with a zero point, and the named formats."""
+    """Return one format per grid of the table, a second one if it has a variant with a zero point, and the named formats."""
     formats: dict[str, Format] = {}
     for name, row in GRIDS.items():
         fmt = parse_format(name) if name in SHORT else usual_format(row.grid, row.block)
@@ -51,7 +51,7 @@ def usual_formats() -> list[Format]:
 
 
 def describe_tables() -> list[dict[str, object]]:
-    """List everything that a format's name can be made of; `kind` is grid, family, scale, layout, lossless or short."""
+    """Return all parts of format names; `kind` is grid, family, scale, layout, lossless or short."""
     rows: list[dict[str, object]] = []
     for entry in describe_formats():
         head = str(entry["name"]).split("-")[0]
@@ -87,7 +87,7 @@ def describe_tables() -> list[dict[str, object]]:
 
 
 def _stored(param: StoredParam, fmt: Format) -> str:
-    """Say how a parameter is kept: `scale fp16`, `zero 4 bits`, `levels fp16 x 16`."""
+    """Return how a parameter is stored: `scale fp16`, `zero 4 bits`, `levels fp16 x 16`."""
     how = {"scale": fmt.scale, "value": "fp16", "code": f"{param.bits} bit{'s' * (param.bits > 1)}"}[param.kind]
     many = f" x {math.prod(param.shape)}" if param.shape else ""
     return f"{param.name} {how}{many}" + (" in all" if param.scope == "tensor" else "")

@@ -1,4 +1,4 @@
-"""Formats that keep every bit: named like number formats, made without a grid, and never a quantizer's business."""
+"""Lossless formats: named like number formats, but without a grid, and not used by quantizers."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Lossless:
 
     name: str
     about: str
-    # What it usually comes to; real weights decide. SmolLM2 takes 10.67.
+    # A usual value, which depends on the weights; SmolLM2 takes 10.67.
     usual_bits: float
 
     def block_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -31,7 +31,7 @@ class Lossless:
         return round(shape[0] * shape[1] * self.usual_bits / 8)
 
     def encode(self, w: Float[torch.Tensor, "out in"]) -> DFloat11:
-        """Encode a weight. Raises FormatError when it is not exactly one of bfloat16."""
+        """Encode a weight. Raises FormatError unless all its values are exactly bfloat16."""
         bits = w.to(torch.bfloat16)
         if not torch.equal(bits.to(w.dtype), w):
             raise FormatError(
@@ -51,7 +51,7 @@ def find_format(name: str) -> AnyFormat:
 
 
 def read_format(name: str) -> AnyFormat:
-    """Read a name that a person wrote, whatever its case. Raises UsageError or FormatError."""
+    """Read a format's name in upper or lower case. Raises UsageError or FormatError."""
     if not name.strip():
-        raise FormatError("the number format has no name; use for example int4-g64-zero.")
+        raise FormatError("the name of the number format is empty; use for example int4-g64-zero.")
     return find_format(name.strip().lower() if name.strip().lower() in LOSSLESS else spell_format(name))

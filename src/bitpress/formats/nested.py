@@ -2,11 +2,11 @@
 
 Source   "Nearly Lossless Adaptive Bit Switching" (Double Rounding): lower widths are rounded from the stored integers of the highest.
          Bipolar integers as in Ma et al. 2024, "Efficient Arbitrary Precision Acceleration for Large Language Models on GPU Tensor Cores".
-Differs  with bipolar integers the second rounding is no arithmetic: the nearest level of the narrow grid is the code's upper bits.
+Differs  with bipolar integers the second rounding needs no arithmetic: the upper bits of the code are the nearest level of the narrow grid.
 Needs    a weight of `bipolar8` in the layout `nested`.
 
     code c of 8 bits stands for 2 c - 255. With c = 16 h + l, the 4-bit code h stands for 16 (2 h - 15) in the same units, and
-    2 c - 255 - 16 (2 h - 15) = 2 l - 15, which is less than the 16 that lie half-way to the next level. For 2 bits likewise, with
+    2 c - 255 - 16 (2 h - 15) = 2 l - 15, which is less than 16, half the way to the next level. For 2 bits likewise, with
     64 (2 h - 3), 2 l - 63 and 64.
 """
 
@@ -22,15 +22,15 @@ __all__ = ["narrow"]
 
 
 def narrow(packed: Packed, bits: int) -> Packed:
-    """Give the weight of 4 or 2 bits that is nearest to this one of 8, its scales 16 or 64 times as large.
+    """Return the nearest weight of 4 or 2 bits, with scales 16 or 64 times as large.
 
-    Raises FormatError for other grids, layouts and widths, NumericsError where such a scale cannot be stored.
+    Raises FormatError for other grids, layouts and bits, and NumericsError if such a scale cannot be stored.
     """
     fmt = packed.format
     if fmt.grid.name != "bipolar8" or fmt.layout != "nested":
         raise FormatError(f"{fmt.name} cannot be narrowed; store the weight as bipolar8-{fmt.block.name}-nested.")
     if bits not in (4, 2):
-        raise FormatError(f"a weight of 8 bits narrows to 4 or 2 bits, not to {bits}.")
+        raise FormatError(f"a weight of 8 bits can be narrowed to 4 or 2 bits, not to {bits}.")
     count = packed.shape[1]
     plane = row_bytes(count, 2)
     codes = packed.tensors["codes"][:, :plane].contiguous()
@@ -41,15 +41,15 @@ def narrow(packed: Packed, bits: int) -> Packed:
 
 
 def _scales_times(packed: Packed, factor: int) -> dict[str, torch.Tensor]:
-    """Give the stored scales times a power of two, exactly."""
+    """Return the stored scales times a power of two, exactly."""
     store = packed.format.store
     scales = {name: t for name, t in packed.tensors.items() if name != "codes"}
     floats = [name for name, t in scales.items() if t.is_floating_point()]
     if not floats:
-        # Scales that are exponents alone.
+        # Scales that are exponents only.
         stored = {"": scales["scale"]}
         return {"scale": store.pack(store.unpack(stored, scales["scale"].shape[1]) * factor, {})[""]}
-    # Codes of scales stand below floats that they share, or there are no codes: the floats carry the factor.
+    # Scales stored as codes share floats, and these carry the factor; without codes, the floats are the scales.
     for name in floats:
         scales[name] = scales[name] * factor
         if not bool(torch.isfinite(scales[name]).all()):

@@ -1,9 +1,9 @@
-"""OneBit: the signs of a weight between a factor for every output and one for every input.
+"""OneBit: the signs of a weight, times a factor for every output and one for every input.
 
 Source   Xu et al. 2024, "OneBit: Towards Extremely Low-bit Large Language Models": the weight is sign(w) times the best matrix of
          rank one of |w|, by a singular value decomposition or a non-negative factorization of rank one (its public code).
-Differs  the two meet: the first singular vectors of a matrix without negative numbers have none either. They are found by least
-         squares in turn, which also takes importance. The paper trains all three parts afterwards.
+Differs  the two agree, since the first singular vectors of a non-negative matrix are non-negative. They are computed by alternating
+         least squares, which also allows for importance. The paper trains all three parts afterwards.
 Needs    importance per input or per weight, or nothing.
 Cost     O(out * in) a step. 1 bit a weight and 4 bytes for every output and every input: 1.016 bits for 4096 x 4096 (1.008 in the
          paper, whose factors are float16). The signs are `binary-tensor` with the scale 1: 2 bytes more.
@@ -26,7 +26,7 @@ STEPS = 50
 
 
 def one_bit(w: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "*rows in"] | None = None) -> CompressedWeight:
-    """Give the signs of `w` between two scale maps. Raises NumericsError when the weight is not finite."""
+    """Return the signs of `w` with an input and an output scale map. Raises NumericsError when the weight is not finite."""
     if not bool(torch.isfinite(w).all()):
         raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
     out, inner = factors(w.float().abs(), None if importance is None else importance.float().expand(w.shape))
@@ -38,7 +38,7 @@ def one_bit(w: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "*
 def factors(
     magnitude: Float[torch.Tensor, "out in"], importance: Float[torch.Tensor, "out in"] | None = None
 ) -> tuple[Float[torch.Tensor, " out"], Float[torch.Tensor, " in"]]:
-    """Give the vectors of equal length whose outer product is nearest to `magnitude`, where it has importance."""
+    """Return the vectors of equal length whose outer product is nearest to `magnitude`, weighted by importance."""
     weighted = magnitude if importance is None else magnitude * importance
     inner = magnitude.mean(0)
     out = torch.zeros_like(magnitude[:, 0])
@@ -55,5 +55,5 @@ def factors(
 
 
 def _divide(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-    """Divide; nothing over nothing is nothing."""
+    """Divide; 0 / 0 is 0."""
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)

@@ -1,11 +1,11 @@
-"""Whether a format's stores can hold the size of a weight: what is too small for them becomes zero, or something far too large.
+"""Whether a format can store the size of a weight: scales too small for the store become zero, or far too large.
 
-    wanted   the scale of a block: its largest weight, times what the grid makes of a block whose largest weight is 1
-    kept     that scale as the store rounds it
-    lost     a row of which more than 1/16 of the energy is in blocks whose kept scale is off by more than the store's coarseness
+    wanted   the scale of a block: its largest weight times the grid's scale for a block whose largest weight is 1
+    kept     that scale, rounded by the store
+    lost     a row with more than 1/16 of its energy in blocks whose kept scale is off by more than the store's coarseness
 
-A grid without scales keeps its levels as float16; an eighth of a block's largest weight stands for them. Rows smaller than 2^-40 of
-the largest one (channels that training has let decay) are rounding errors of the matrix that they stand in, and are left out.
+A grid without scales stores its levels as float16; an eighth of a block's largest weight is tested instead. Rows smaller than 2^-40
+of the largest one (channels that decayed in training) are rounding errors of their matrix and are left out.
 """
 
 from dataclasses import replace
@@ -19,22 +19,22 @@ from bitpress.formats.scales import SCALES
 
 __all__ = ["changed_rows", "lost_rows", "widened"]
 
-# The smallest levels that matter, beside the largest weight.
+# The smallest levels that matter, relative to the largest weight.
 LEVEL = 1 / 8
-# Of the energy of a row.
+# Share of the energy of a row.
 SHARE = 1 / 16
-# Of the energy of the largest row: 2^-40 of its length.
+# Share of the energy of the largest row: 2^-40 of its length.
 SMALLEST = 2.0**-80
 
 
 def lost_rows(w: Float[torch.Tensor, "out in"], fmt: Format) -> Bool[torch.Tensor, " out"]:
-    """Say which rows of a finite weight lose their size in this format."""
+    """Return a mask of the rows of a finite weight that lose their size in this format."""
     rows, _ = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     largest = w.abs().max()
     none = torch.zeros(w.shape[0], dtype=torch.bool)
     if not float(largest):
         return none
-    # Beside the largest weight: squares of the smallest and of the largest float32 are no longer float32.
+    # Relative to the largest weight: squares of the smallest and the largest float32 values are out of the range of float32.
     blocks = fmt.to_blocks(w.float() / largest)
     grid = fmt.block_grid((w.shape[0], w.shape[1]))
     size, energy = blocks.abs().amax(-1).view(grid), blocks.square().sum(-1).view(grid)
@@ -46,7 +46,7 @@ def lost_rows(w: Float[torch.Tensor, "out in"], fmt: Format) -> Bool[torch.Tenso
     wanted = size * unit * largest
     try:
         kept = store.round(wanted, store.outer(wanted))
-    except NumericsError:  # beyond the range; which rows they are, only their sizes say
+    except NumericsError:  # beyond the range; only the sizes of the rows tell which
         return ~none
     off = (kept - wanted).abs() > store.coarseness * wanted
     whole = energy.sum(1)
@@ -57,9 +57,9 @@ def lost_rows(w: Float[torch.Tensor, "out in"], fmt: Format) -> Bool[torch.Tenso
 def changed_rows(
     w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], fmt: Format
 ) -> Bool[torch.Tensor, " out"]:
-    """Say which rows of a compressed weight are not of their size: a factor of 4 away, which no choice of codes explains.
+    """Return a mask of the rows of a compressed weight whose size is off by a factor of 4, which no choice of codes explains.
 
-    Rows of one block are looked at together: a small one beside a large one is what the block makes of it.
+    Rows of one block are judged together: a small row beside a large one may change its size inside the block.
     """
     rows, _ = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     largest = torch.maximum(w.abs().max(), w_hat.abs().max())
@@ -71,6 +71,6 @@ def changed_rows(
 
 
 def widened(fmt: Format) -> Format | None:
-    """Return the format with its scales in float32, the store of the widest range; None where it has no scales, or has them so."""
+    """Return the format with scales in float32, the store of the widest range; None if it has no scales or already stores float32."""
     has_scales = any(p.kind == "scale" for p in fmt.grid.params)
     return replace(fmt, scale="fp32") if has_scales and fmt.scale != "fp32" else None

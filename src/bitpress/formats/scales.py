@@ -1,8 +1,8 @@
-"""How scales are kept: a float each, a power of two each, or small codes under a larger scale that many of them share.
+"""Scale stores: a float per scale, a power of two per scale, or small codes under a larger scale that many of them share.
 
 A store rounds a scale to what it can hold before anything is encoded with it, so the numbers that a quantizer decides by are the
-numbers that a reader decodes. What many scales share (`outer`) is chosen once, from the scales that clip nothing; a search for better
-scales then moves inside it.
+numbers that a reader decodes. Values that many scales share (`outer`) are chosen once, from scales that clip nothing; a search for
+better scales then keeps them fixed.
 
     name    one scale            shared                                as in
     fp16    float16              -                                     (the default)
@@ -34,35 +34,35 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class ScaleStore(Protocol):
-    """Rounds scales `[down, across]` and keeps them. The tensor named "" is the scales' own; the others are shared ones."""
+    """Rounds scales `[down, across]` and stores them. The tensor named "" holds the scales; the others hold shared values."""
 
     def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
-        """Choose what scales share, so that all of these fit; every value broadcasts against them."""
+        """Choose the shared values so that all these scales fit; every value broadcasts against them."""
         ...
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        """Give the nearest scale that can be stored. Raises NumericsError when one is out of range."""
+        """Return the nearest scales that can be stored. Raises NumericsError if one is out of range."""
         ...
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
-        """Give the tensors of a file; `scale` has been rounded."""
+        """Return the tensors of a file; `scale` is rounded already."""
         ...
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        """Give the scales in float32."""
+        """Return the scales in float32."""
         ...
 
     def expected(self, down: int, across: int) -> Shapes:
-        """Give dtype and shape of every tensor of a file."""
+        """Return dtype and shape of every tensor of a file."""
         ...
 
     def shared_by_rows(self) -> bool:
-        """Say whether scales of different rows share something, so that rows cannot be taken apart."""
+        """Return whether scales of different rows share values, so that rows cannot be separated."""
         ...
 
     @property
     def coarseness(self) -> float:
-        """The part of itself by which a scale within the store's range may change; beyond that the range is lost (`reach`)."""
+        """The relative change of a scale by rounding inside the store's range; a larger change means that it is out of range (`reach`)."""
         ...
 
 
@@ -120,7 +120,7 @@ class PowerOfTwo:
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         if bool((stored[""] == 255).any()):
-            raise FormatError("an e8m0 scale is 255, which is not a number.")
+            raise FormatError("an e8m0 scale is 255 (NaN); the file is damaged.")
         return _power_of_two(stored[""].to(torch.int32) - 127)
 
     def expected(self, down: int, across: int) -> Shapes:
@@ -138,7 +138,7 @@ class PowerOfTwo:
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError("a scale is not finite.")
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
-        # Nearest in the ratio: up from sqrt(1/2) of the next power on. An exact power has mantissa 0.5 and stays.
+        # Nearest by ratio: round up from sqrt(1/2) of the next power. An exact power has mantissa 0.5 and stays.
         nearest = torch.where(mantissa > math.sqrt(0.5), exponent, exponent - 1)
         nearest = torch.where(scale > 0, nearest, -127)
         if bool((nearest > 127).any()):
@@ -147,7 +147,7 @@ class PowerOfTwo:
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Give 2^exponent in float32, exact also where that is a denormal number."""
+    """Return 2^exponent in float32, exact for denormal numbers too."""
     return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device), exponent).float()
 
 
@@ -192,7 +192,7 @@ class MicroFloat:
 
 @dataclass(frozen=True)
 class IntegerCodes:
-    """An unsigned integer a scale, times one float32 for every row of blocks: weights of 4 bits inside a product in 8."""
+    """An unsigned integer per scale, times one float32 per row of blocks: 4-bit weights inside an 8-bit product."""
 
     bits: int
 
@@ -234,11 +234,11 @@ class IntegerCodes:
 
 @dataclass(frozen=True)
 class RowShifts:
-    """A code k of 4 bits a scale, 2^-k times one float32 for every row of blocks; the last code is a scale of 0.
+    """A 4-bit code k per scale: 2^-k times one float32 per row of blocks; the last code is a scale of 0.
 
-    Source   Wu et al. 2023, "ZeroQuant-FP", the second constraint on scales: those of a row differ by powers of two, so that weights
-             of 4 bits become numbers of 8 by a shift.
-    Differs  the power nearest in the ratio; scales more than 2^14 below their row's largest are raised to that.
+    Source   Wu et al. 2023, "ZeroQuant-FP", the second constraint on scales: those of a row differ by powers of two, so that a shift
+             turns 4-bit weights into 8-bit numbers.
+    Differs  the nearest power by ratio; scales more than 2^14 below their row's largest are raised to that limit.
     """
 
     bits: int = 4
@@ -280,13 +280,13 @@ class RowShifts:
 
     def _decoded(self, codes: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         scale = row * _power_of_two(-codes.to(torch.int32))
-        # A row that is not a number must show even where no scale uses it.
+        # A NaN row factor must be found even if no scale uses it.
         return torch.where((codes == self._none) & torch.isfinite(row), 0.0, scale)
 
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Scales less their mean, in blocks of 256 over the tensor, as codes of the 8-bit dynamic map times the block's largest.
+    """Scales minus their mean, in blocks of 256 over the tensor, as codes of the 8-bit dynamic map times the block's largest.
 
     Source   Dettmers et al. 2023, "QLoRA", double quantization; the map is that of bitsandbytes' dynamic quantization.
     """
@@ -333,7 +333,7 @@ class DoubleQuantized:
 
 @cache
 def dynamic_map() -> Float[torch.Tensor, " 256"]:
-    """Give the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
+    """Return the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
     levels: list[float] = [0.0, 1.0]
     for decade in range(7):
         count = 2**decade + 1

@@ -1,12 +1,12 @@
-"""How many blocks of every stacked weight to load, so that a model fits a budget of bytes.
+"""The number of blocks of every stacked weight to load, so that a model fits a budget of bytes.
 
-A weight of several terms (`formats.bit_stack`) is a smaller one by its first terms alone. All blocks of a model beyond the first of
-every weight stand in one order, and a budget loads as long a prefix of it as fits: a larger budget only ever adds blocks.
+The first terms of a weight of several terms (`formats.bit_stack`) are the same weight in fewer bytes. All blocks of a model beyond the
+first of every weight have one order, and a budget loads the longest prefix that fits: a larger budget only adds blocks.
 
 Source   Wang et al. 2024, "BitStack: Fine-Grained Size Control for Compressed Large Language Models in Variable Memory Environments",
-         and its public code: every weight keeps its first block, the others are sorted by what they bring.
-Differs  blocks are sorted by what they bring for each byte, whatever their level; the paper adds the second block of all weights before
-         the third of any. What a block brings is for the caller to measure: the paper takes the perplexity with one block more.
+         and its public code: every weight keeps its first block, the others are sorted by their benefit.
+Differs  blocks are sorted by their benefit per byte, at any level; the paper adds the second block of all weights before the third of
+         any. The caller measures the benefit of a block; the paper takes the perplexity with one more block.
 Cost     O(blocks * log(blocks)).
 """
 
@@ -22,10 +22,10 @@ Bytes = Mapping[str, Sequence[int]]
 
 
 def choose_blocks(errors: Errors, nbytes: Bytes, budget: int) -> dict[str, int]:
-    """Give for every weight how many of its blocks to load, at least one, so that all of them take `budget` bytes or fewer.
+    """Return the number of blocks of every weight to load, at least one, so that together they take at most `budget` bytes.
 
-    errors[name][k] is what the model loses while this weight has k + 1 blocks, nbytes[name][k] the size of its block k. Raises
-    MemoryLimitError when the first blocks alone are too large, UsageError when the figures do not belong together.
+    errors[name][k] is the error of the model while this weight has k + 1 blocks, nbytes[name][k] the size of its block k. Raises
+    MemoryLimitError if the first blocks alone are too large, and UsageError if the figures do not match.
     """
     order = sort_blocks(errors, nbytes)
     counts = dict.fromkeys(errors, 1)
@@ -41,26 +41,26 @@ def choose_blocks(errors: Errors, nbytes: Bytes, budget: int) -> dict[str, int]:
 
 
 def sort_blocks(errors: Errors, nbytes: Bytes) -> list[str]:
-    """Give the names of the weights in the order in which they get one block more, the most error taken away for a byte first.
+    """Return the names of the weights in the order in which they get one more block: the most error removed per byte first.
 
-    Blocks after which the error only grows are left out. A block that brings little stands with a later one of its weight that
-    brings much, for it cannot be loaded without it.
+    Blocks after which the error only grows are left out. A block of little benefit is placed with a later block of its weight of
+    large benefit, which cannot be loaded without it.
     """
     steps: list[tuple[float, int, str, int]] = []
     for place, (name, losses) in enumerate(errors.items()):
         sizes = nbytes.get(name, ())
         if not losses or len(losses) != len(sizes) or min(sizes) < 1 or not all(map(math.isfinite, losses)):
             raise UsageError(
-                f"{name}: {len(losses)} errors and {len(sizes)} sizes; it needs a finite error and a size a block."
+                f"{name}: {len(losses)} errors and {len(sizes)} sizes; every block needs a finite error and a size."
             )
         steps += [(-gain, place, name, count) for gain, count in _slopes(losses, sizes) if gain > 0]
     if set(nbytes) != set(errors):
-        raise UsageError(f"sizes are given of weights without errors: {', '.join(sorted(set(nbytes) - set(errors)))}.")
+        raise UsageError(f"there are sizes of weights without errors: {', '.join(sorted(set(nbytes) - set(errors)))}.")
     return [name for _, _, name, count in sorted(steps) for _ in range(count)]
 
 
 def _slopes(losses: Sequence[float], sizes: Sequence[int]) -> list[tuple[float, int]]:
-    """Give error taken away for a byte and number of blocks, falling: the lower convex hull of error over bytes."""
+    """Return removed error per byte and number of blocks, falling: the lower convex hull of error over bytes."""
     steps: list[tuple[float, int, int]] = []
     for before, after, size in zip(losses, losses[1:], sizes[1:], strict=False):
         step = (before - after, size, 1)

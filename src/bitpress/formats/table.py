@@ -1,4 +1,4 @@
-"""The table of number formats: names to grids, and the one place where a format's name is read.
+"""The table of number formats: names to grids, and the parser of format names.
 
 int4-g64-zero-bf16    grid, block, then in any order: `zero`, how scales are kept (`formats.scales`), a layout (`formats.layouts.table`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
@@ -52,11 +52,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Row:
-    """A grid of the table and what is said of it.
+    """A grid of the table and its description.
 
-    zero      the same grid with a stored zero point, where there is such a thing
-    nearest   whether `encode` always finds the nearest of all codes; a search that may miss it says so here
-    block     the block that it is mostly used with, where `formats.listing` could not tell from the grid
+    zero      the same grid with a stored zero point, if it has one
+    nearest   whether `encode` always finds the nearest of all codes; False for an approximate search
+    block     its usual block, if `formats.listing` cannot derive that from the grid
     """
 
     grid: Grid
@@ -69,10 +69,10 @@ class Row:
 def _minifloat(
     x: int, y: int, bias: int | None = None, specials: Specials | None = None, name: str = "", rule: Rule = "absmax"
 ) -> Levels:
-    """Make a minifloat grid; without `specials` those that OCP gives this type."""
+    """Return a minifloat grid; `specials` defaults to OCP's for this type."""
     ocp: dict[tuple[int, int], Specials] = {(4, 3): "fn", (5, 2): "ieee"}
     levels = minifloat_levels(x, y, bias, specials or ocp.get((x, y), "finite"))
-    # The scale of a grid that reaches far above 1 lies far below the weights, where fp16 has few digits left.
+    # A grid with levels far above 1 has scales far below the weights, where fp16 has few digits left.
     top = max(level for level in levels if not math.isnan(level))
     return Levels(name or f"e{x}m{y}", levels, rule, "fp16" if top <= 1024 else "fp32")
 
@@ -146,7 +146,7 @@ GRIDS: dict[str, Row] = {
     "olive4": Row(OutlierPair(), "OliVe: pairs of 4-bit integers, or an outlier and a zero"),
 }
 
-# Families with too many members for a row each: a pattern, what it looks like, and what makes the grid of a match.
+# Families with too many members for a row each: a pattern, its description, and a function from a match to a grid.
 PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ...] = (
     (
         re.compile(r"e([1-7])m([0-6])(?:b(0|[1-9][0-9]?))?(i?)"),
@@ -183,18 +183,18 @@ SHORT: dict[str, str] = {
 
 
 def is_grid(name: str) -> bool:
-    """Say whether a grid has this name."""
+    """Return whether a grid has this name."""
     return name in GRIDS or any(pattern.fullmatch(name) for pattern, _, _ in PATTERNS)
 
 
 def spell_format(name: str) -> str:
-    """Return a format's name as the tables spell it where only its case, or `_` for `-`, is another: INT4_G64 is int4-g64."""
+    """Return a format's name as the tables spell it if only its case, or `_` for `-`, differs: INT4_G64 is int4-g64."""
     spelled = name.strip().lower().replace("_", "-")
     return spelled if spelled in SHORT or is_grid(spelled.split("-")[0]) else name
 
 
 def find_row(name: str) -> Row:
-    """Give the row of a grid's name, one made for it where the name is of a family."""
+    """Return the row of a grid's name; for a member of a family the row is made."""
     if name in GRIDS:
         return GRIDS[name]
     for pattern, _, make in PATTERNS:
@@ -206,12 +206,12 @@ def find_row(name: str) -> Row:
 
 
 def find_grid(name: str, zero: bool = False) -> Grid:
-    """Give the grid of a name. Raises UsageError or FormatError."""
+    """Return the grid of a name. Raises UsageError or FormatError."""
     row = find_row(name)
     if not zero:
         return row.grid
     if row.zero is None:
-        raise FormatError(f"{name} has no variant with a zero point; leave `zero` out.")
+        raise FormatError(f"{name} has no variant with a zero point; leave out `zero`.")
     return row.zero
 
 
@@ -234,14 +234,14 @@ def parse_format(name: str) -> Format:
     scales = [flag for flag in flags if flag in SCALES]
     layouts = [flag for flag in flags if flag in LAYOUTS]
     if len(flags) != len(set(flags)) or len(scales) > 1 or len(layouts) > 1:
-        raise FormatError(f"{name!r} says a thing twice; the order is grid-block[-zero][-scale][-layout].")
+        raise FormatError(f"{name!r} repeats a part; the order is grid-block[-zero][-scale][-layout].")
     if "zero" in flags:
         grid = find_grid(head, zero=True)
     return Format(grid, block, *(scales or [grid.usual_scale]), *(layouts or ["dense"]))
 
 
 def describe_formats() -> list[dict[str, object]]:
-    """List every grid with what it costs in blocks of 64 and of a row of 4,096, for people and for machines."""
+    """Return every grid with its bits in blocks of 64 and in rows of 4,096, for people and for machines."""
     rows: list[dict[str, object]] = []
     for name, row in GRIDS.items():
         for zero, grid in ((False, row.grid), (True, row.zero)):

@@ -1,10 +1,10 @@
-"""CompressedWeight: a sum of terms seen through an input map and an output map.
+"""CompressedWeight: a sum of terms between an input map and an output map.
 
     w_hat = T_out (sum of dequantized terms) T_in
 
 A term is anything with the verbs of `Term` and a row of the table `TERMS`: packed codes, low-rank pairs, sparse outliers.
-The specification (JSON) and the tensors together are the whole weight; `expected` says from the specification alone which
-tensors there must be, so that a reader can check a file before it looks at a byte of its data.
+The specification (JSON) and the tensors together are the whole weight. `expected` derives the tensors from the specification alone,
+so that a reader can check a file before it reads any data.
 """
 
 import math
@@ -27,8 +27,8 @@ from bitpress.formats.terms.sparse import Sparse
 
 __all__ = ["TERMS", "CompressedWeight", "Term"]
 
-# What a weight decodes to is bounded by what is stored for it: beyond a million weights at least 1/64 bit each. A thin product
-# or an empty term of a small file would otherwise ask for any amount of memory.
+# The decoded size is bounded by the stored size: beyond a million weights, at least 1/64 bit each. Otherwise a thin product or an
+# empty term of a small file could ask for any amount of memory.
 SMALL = 1 << 20
 WEIGHTS_A_BIT = 64
 
@@ -45,34 +45,34 @@ class Term(Protocol):
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32."""
+        """Return the weights in float32."""
         ...
 
     def spec(self) -> dict[str, Any]:
-        """Give what beside the shape and the tensors makes the term, as JSON."""
+        """Return the JSON fields that, with shape and tensors, define the term."""
         ...
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
+        """Return dtype and shape of every tensor of a specification. Raises FormatError or UsageError for a bad specification."""
         ...
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Put a term together from tensors that are the expected ones; `check` has still to look at what they hold."""
+        """Return a term of tensors whose names, dtypes and shapes were checked; `check` must still check their content."""
         ...
 
     def check(self) -> None:
-        """Raise FormatError when the content is not that of such a term, above all where it is used as an address."""
+        """Raise FormatError if the content is invalid for this term, above all content used as an address."""
         ...
 
     def row_slice(self, start: int, stop: int) -> Self:
-        """Give some rows as a term of their own. Raises FormatError where rows cannot be taken apart."""
+        """Return some rows as a separate term. Raises FormatError if the rows cannot be separated."""
         ...
 
     @classmethod
     def stack_rows(cls, terms: Sequence[Self]) -> Self:
-        """Put terms below each other. Raises FormatError where they are too different."""
+        """Stack terms along the rows. Raises FormatError if they are too different."""
         ...
 
 
@@ -98,7 +98,7 @@ class CompressedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored: codes, parameters, maps."""
+        """The bytes of all stored tensors: codes, parameters, maps."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
@@ -106,7 +106,7 @@ class CompressedWeight:
         return self.nbytes * 8 / (self.shape[0] * self.shape[1])
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weight in float32, maps included."""
+        """Return the weight in float32, maps included."""
         w = self.terms[0].dequantize()
         for term in self.terms[1:]:
             w = w + term.dequantize()
@@ -117,7 +117,7 @@ class CompressedWeight:
         return w
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything stored, by name: `term0.codes`, `term0.scale`, `in.scale`, `out.order`."""
+        """Return all stored tensors by name: `term0.codes`, `term0.scale`, `in.scale`, `out.order`."""
         stored = {f"term{i}.{name}": t for i, term in enumerate(self.terms) for name, t in term.tensors.items()}
         for side, change in (("in", self.input_map), ("out", self.output_map)):
             if change is not None:
@@ -134,7 +134,7 @@ class CompressedWeight:
 
     @staticmethod
     def expected(spec: Mapping[str, Any]) -> Expected:
-        """Give dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError."""
+        """Return dtype and shape of every tensor of a specification. Raises FormatError or UsageError."""
         shape = _shape(spec)
         tensors: Expected = {}
         for i, entry in enumerate(spec["terms"]):
@@ -146,12 +146,14 @@ class CompressedWeight:
                 tensors |= {f"{side}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
         stored, weights = sum(dtype.itemsize * math.prod(dims) for dtype, dims in tensors.values()), shape[0] * shape[1]
         if weights > SMALL and stored * 8 * WEIGHTS_A_BIT < weights:
-            raise FormatError(f"{stored} bytes are too few for {list(shape)}: less than 1/{WEIGHTS_A_BIT} bit a weight.")
+            raise FormatError(
+                f"{stored} bytes are too few for a weight of shape {list(shape)}: less than 1/{WEIGHTS_A_BIT} bit per weight."
+            )
         return tensors
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "CompressedWeight":
-        """Put a weight together and check it: the exact key set, dtypes, shapes, and content used as an address."""
+        """Return a weight after checks: the exact set of names, dtypes, shapes, and content used as an address."""
         expected = cls.expected(spec)
         if set(expected) != set(tensors):
             raise FormatError(f"tensors {sorted(tensors)} where {sorted(expected)} are needed.")
@@ -179,14 +181,14 @@ class CompressedWeight:
         return weight
 
     def row_slice(self, start: int, stop: int) -> "CompressedWeight":
-        """Give some rows as a weight of their own (one expert of a stack), sharing memory."""
+        """Return some rows as a separate weight (one expert of a stack), sharing memory."""
         if self.output_map is not None:
-            raise FormatError("rows of a weight with an output map cannot be taken apart.")
+            raise FormatError("rows of a weight with an output map cannot be separated.")
         return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), self.input_map)
 
     @staticmethod
     def stack_rows(weights: Sequence["CompressedWeight"]) -> "CompressedWeight":
-        """Put weights without maps and with the same kinds of terms below each other (the experts of a stack)."""
+        """Stack weights along the rows (experts); they must have no maps and the same kinds of terms."""
         if any(w.input_map is not None or w.output_map is not None for w in weights):
             raise FormatError("only weights without maps can be stacked.")
         kinds = [type(term) for term in weights[0].terms]
@@ -208,7 +210,7 @@ def _shape(spec: Mapping[str, Any]) -> tuple[int, int]:
         raise FormatError("a weight is specified by shape, terms, input_map and output_map, no more and no less.")
     shape = spec["shape"]
     if not isinstance(shape, list) or len(shape) != 2 or any(type(d) is not int or not 0 < d < 2**31 for d in shape):
-        raise FormatError(f"shape {shape!r} is not two whole numbers of 1 to 2^31 - 1.")
+        raise FormatError(f"shape {shape!r} is not two whole numbers from 1 to 2^31 - 1.")
     if not isinstance(spec["terms"], list) or not spec["terms"]:
         raise FormatError("a weight needs a list of at least one term.")
     return shape[0], shape[1]

@@ -38,6 +38,8 @@ __all__ = ["NativeLayout", "lay_out", "lay_out_matrix", "reason_to_expand"]
 
 # Bytes that approximate levels lie between these, so that no product of two bytes leaves the range of its sum.
 BYTE_REACH = 127
+# Scales that are stored as they are read. Those that share something with others (s4, s6, s8, p2row, dq) are read as fp32.
+PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OFFSET = 128
 
 
@@ -239,7 +241,7 @@ def _plan_planes(grid: Planes) -> list[_Codes]:
 
 
 def _plan_even(grid: Levels) -> list[_Codes]:
-    """Levels that are whole multiples of a step become bytes: those of bipolar5, mxint8, e2m3 and the like."""
+    """Levels that are whole multiples of a step become whole numbers in as few bits as hold them: bipolar5, mxint8, e2m3 and the like."""
     if grid.code_bits > 8:
         return []
     real = torch.tensor([0.0 if level != level else level for level in grid.levels], dtype=torch.float64)
@@ -247,7 +249,9 @@ def _plan_even(grid: Levels) -> list[_Codes]:
     for divisor in (1, 2, 3):
         whole = real / (step / divisor)
         if bool((whole == whole.round()).all()) and whole.min() >= -OFFSET and whole.max() <= BYTE_REACH:
-            return [_Codes(8, _through((whole + OFFSET).to(torch.uint8)), gain=step / divisor, zero=OFFSET)]
+            zero = max(0, -int(whole.min()))
+            bits = (int(whole.max()) + zero).bit_length()
+            return [_Codes(bits, _through((whole + zero).to(torch.uint8)), gain=step / divisor, zero=zero)]
     return []
 
 
@@ -309,19 +313,17 @@ def _native_scales(term: Packed, params: Params, plane: int | None) -> tuple[str
     """Give the kind, the values `[down, across]` and a common factor of a term's scales: as stored where native code reads that."""
     fmt = term.format
     if plane is not None:
-        return "fp32", params["scale"][..., plane].contiguous(), 1.0
+        scales = params["scale"][..., plane]
+        return (fmt.scale, scales.to(PLAIN[fmt.scale]), 1.0) if fmt.scale in PLAIN else ("fp32", scales.contiguous(), 1.0)
     down, across = fmt.block_grid(term.shape)
-    if fmt.scale in ("fp16", "bf16", "fp32"):
+    if fmt.scale in PLAIN:
         return fmt.scale, term.tensors["scale"].reshape(down, across), 1.0
     if fmt.scale == "e8m0":
         stored = term.tensors["scale"].reshape(down, across)
         if int(stored.min()) > 0:  # 2^-127 is no normal float
             return "e8m0", stored, 1.0
     if fmt.scale == "fp8":
-        outer = [t for name, t in term.tensors.items() if name.startswith("scale_")]
-        stored = term.tensors["scale"].reshape(down, across)
-        if len(outer) == 1 and outer[0].numel() == 1 and stored.dtype == torch.float8_e4m3fn:
-            return "fp8", stored, float(outer[0])
+        return "fp8", term.tensors["scale"].reshape(down, across), float(term.tensors["scale_tensor"])
     return "fp32", params["scale"].reshape(down, across).contiguous(), 1.0
 
 

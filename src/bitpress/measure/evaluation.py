@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.samples import Windows
 from bitpress.checkpoints.budget import open_within
@@ -21,12 +21,13 @@ from bitpress.evaluation.distance import measure_perplexity
 from bitpress.formats.digest import digest
 from bitpress.measure.runtimes import Runtime, choose_opened, native_runtime, opening, transformers_runtime
 from bitpress.measure.windows import load_windows
-from bitpress.memory import release
 from bitpress.models.opening import open_streamed
 from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import Stream, walk
 from bitpress.progress import Progress, Silent
-from bitpress.runtime.selection import select_runtime
+from bitpress.runtime.native.options import USUAL, EngineOptions
+from bitpress.runtime.opening import OpenedModel
 
 __all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "evaluation_windows", "measure_runtime"]
 
@@ -36,38 +37,13 @@ BATCH = 4
 RUNTIME_TOKENS = 2048
 
 
-class _Prepared:
-    """A model whose hidden states after the last block are known for every window; gives logits one window at a time."""
-
-    def __init__(self, model: StreamedModel, windows: torch.Tensor, progress: Progress) -> None:
-        self.model = model
-        self.seconds = 0.0
-        model.load_outer_()
-        start = time.perf_counter()
-        self.hidden = torch.cat([model.embed(batch) for batch in windows.split(BATCH)])
-        self.seconds += time.perf_counter() - start
-        for i in range(len(model.blocks)):
-            model.load_block_(i)
-            start = time.perf_counter()
-            for a in range(0, windows.shape[0], BATCH):
-                self.hidden[a : a + BATCH] = model.run_block(i, self.hidden[a : a + BATCH])
-            self.seconds += time.perf_counter() - start
-            model.drop_block_(i)
-            release()
-            progress.advance(model.block_name(i))
-        self._next = 0
-
-    def again(self) -> "_Prepared":
-        """Begin with the first window anew."""
-        self._next = 0
-        return self
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        start = time.perf_counter()
-        i, self._next = self._next, self._next + 1
-        logits = self.model.logits(tokens, self.hidden[i : i + 1])
-        self.seconds += time.perf_counter() - start
-        return logits
+def _prepared(model: StreamedModel, windows: torch.Tensor, progress: Progress) -> Stream:
+    """Run windows through a model, one block in memory at a time; its outer parts stay loaded for the logits."""
+    model.load_outer_()
+    stream = Stream(model, windows.split(BATCH))
+    stream.start_()
+    walk(model, [stream], note=progress.advance)
+    return stream
 
 
 def compare(
@@ -79,12 +55,12 @@ def compare(
     """Measure a candidate against an original on given windows. Raises NumericsError when logits are not finite."""
     progress = progress or Silent()
     progress.begin("evaluating", 2 * len(original.blocks))
-    return _compare(_Prepared(original, windows, progress), _Prepared(candidate, windows, progress), windows, progress)
+    return _compare(_prepared(original, windows, progress), _prepared(candidate, windows, progress), windows, progress)
 
 
-def _compare(p: _Prepared, q: _Prepared, windows: torch.Tensor, progress: Progress) -> dict[str, Any]:
+def _compare(p: Stream, q: Stream, windows: torch.Tensor, progress: Progress) -> dict[str, Any]:
     progress.begin("evaluating, logits", windows.shape[0])  # a window takes another time than a block
-    distance = measure_distance(p, q, windows, lambda done: progress.advance(f"window {done}"))
+    distance = measure_distance(p.scorer(), q.scorer(), windows, lambda done: progress.advance(f"window {done}"))
     return {**dataclasses.asdict(distance), "tokens_per_second": windows.numel() / q.seconds}
 
 
@@ -100,9 +76,7 @@ def evaluate(
     pressed: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     runtime: str | None = None,
-    activations: str | None = None,
-    cache: str | None = None,
-    head: str | None = None,
+    engine: EngineOptions = USUAL,
     with_runtime: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -113,7 +87,7 @@ def evaluate(
     With `memory`, a model of stacks is read only so far (`checkpoints.budget`), and bits and bytes are those of what is read.
     runtime         measure what this runtime gives ("native", "transformers", "auto": the one that `run` chooses) in place of the
                     decoded weights in float32
-    activations, cache, head    of the native engine, as in `bitpress.load`
+    engine          options of the native engine
     with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS
     Raises CheckpointError, CalibrationError, NumericsError, UsageError, KernelUnavailable, MemoryLimitError.
     """
@@ -123,17 +97,17 @@ def evaluate(
         pressed = open_within(directory, memory)
     if pressed is None and is_compressed(directory):
         pressed = CompressedCheckpoint.open(directory)
-    chosen = _open_runtime(directory, pressed, runtime, {"activations": activations, "cache": cache, "head": head})
+    chosen = _open_runtime(directory, pressed, runtime, engine)
     original = open_streamed(against, dtype)
     candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, pressed)
     windows = evaluation_windows(text, against, original.model.config, tokens=tokens, length=length, seed=seed)
     check_tokens(windows.tokens, candidate.model.config, str(directory))
     progress.begin("evaluating", (1 if chosen is not None and chosen.engine is not None else 2) * len(original.blocks))
-    p = _Prepared(original, windows.tokens, progress)
+    p = _prepared(original, windows.tokens, progress)
     if chosen is not None and chosen.engine is not None:
         figures = _through_engine(p, chosen, windows.tokens)
     else:
-        q = _Prepared(candidate, windows.tokens, progress)
+        q = _prepared(candidate, windows.tokens, progress)
         figures = _compare(p, q, windows.tokens, progress)
         if with_runtime and pressed is not None:
             first = windows.tokens[: max(RUNTIME_TOKENS // windows.tokens.shape[1], 1)]
@@ -180,9 +154,9 @@ def evaluate_alone(
     model = open_streamed(directory, dtype, pressed)
     windows = evaluation_windows(text, directory, model.model.config, tokens=tokens, length=length, seed=seed)
     progress.begin("evaluating", len(model.blocks))
-    prepared = _Prepared(model, windows.tokens, progress)
+    prepared = _prepared(model, windows.tokens, progress)
     progress.begin("evaluating, logits", windows.tokens.shape[0])
-    seen = measure_perplexity(prepared, windows.tokens, lambda done: progress.advance(f"window {done}"))
+    seen = measure_perplexity(prepared.scorer(), windows.tokens, lambda done: progress.advance(f"window {done}"))
     figures = {**dataclasses.asdict(seen), "tokens_per_second": windows.tokens.numel() / prepared.seconds}
     if seen.windows == 1:
         figures |= {"perplexity_low": None, "perplexity_high": None}
@@ -191,22 +165,21 @@ def evaluate_alone(
 
 
 def _open_runtime(
-    directory: Path, pressed: CompressedCheckpoint | None, runtime: str | None, given: Mapping[str, Any]
+    directory: Path, pressed: CompressedCheckpoint | None, runtime: str | None, options: EngineOptions
 ) -> Runtime | None:
-    options = {name: value for name, value in given.items() if value is not None}
     if runtime is None:
-        if options:
-            raise UsageError(f"{', '.join(options)}: of a runtime; name the runtime native.")
+        if options.chosen():
+            raise UsageError(f"{', '.join(options.chosen())}: of a runtime; name the runtime native.")
         return None
     if pressed is None:
         raise UsageError(f"{directory}: bitpress did not write it, so it has no runtime here; leave the runtime out.")
     if pressed.cut and runtime != "transformers":
         raise UsageError("a model of stacks is read in part by the runtime transformers only; name it, or leave memory out.")
-    choice = select_runtime(directory, runtime, native=options.keys())
-    return native_runtime(pressed, **options) if choice.runtime == "native" else transformers_runtime(pressed)
+    selection = OpenedModel.of(pressed).select(runtime, native=options.chosen(), head=options.head_format)
+    return native_runtime(pressed, options) if selection.runtime == "native" else transformers_runtime(pressed)
 
 
-def _through_engine(p: _Prepared, runtime: Runtime, windows: torch.Tensor) -> dict[str, Any]:
+def _through_engine(p: Stream, runtime: Runtime, windows: torch.Tensor) -> dict[str, Any]:
     seconds = 0.0
 
     def timed(tokens: torch.Tensor) -> torch.Tensor:
@@ -216,12 +189,12 @@ def _through_engine(p: _Prepared, runtime: Runtime, windows: torch.Tensor) -> di
         seconds += time.perf_counter() - start
         return logits
 
-    distance = measure_distance(p, timed, windows)
+    distance = measure_distance(p.scorer(), timed, windows)
     return {**dataclasses.asdict(distance), "tokens_per_second": windows.numel() / seconds}
 
 
 def measure_runtime(
-    p: _Prepared, q: _Prepared, pressed: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
+    p: Stream, q: Stream, pressed: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
 ) -> dict[str, Any]:
     """Measure the runtime that `run` would choose for a directory, with its defaults: name, settings and distance.
 
@@ -238,12 +211,12 @@ def measure_runtime(
         if runtime.engine is not None:
             candidate: Any = runtime.logits
         elif runtime.dtype == q.model.dtype:
-            candidate = q.again()
+            candidate = q.scorer()
         else:
             assert runtime.dtype is not None
             progress.begin("evaluating, as loaded", len(q.model.blocks))
-            candidate = _Prepared(open_streamed(pressed.root, runtime.dtype, pressed), windows, progress)
-        distance = measure_distance(p.again(), candidate, windows)
+            candidate = _prepared(open_streamed(pressed.root, runtime.dtype, pressed), windows, progress).scorer()
+        distance = measure_distance(p.scorer(), candidate, windows)
     return {"name": name, "settings": dict(runtime.settings), **dataclasses.asdict(distance)}
 
 

@@ -1,16 +1,18 @@
-"""Held-out texts on their way through a model, block by block, and how far one model's end is from another's."""
+"""Evaluation texts on their way through a model, block by block, and how far one model's end is from another's."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.evaluation import measure_distance
 from bitpress.figures import written
 from bitpress.measure.evaluation import BATCH
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import LoadedBlock, Stream
 
 __all__ = ["EvaluationText", "distances"]
 
@@ -18,22 +20,23 @@ States = Mapping[str, Float[torch.Tensor, "windows length hidden"]]
 
 
 class EvaluationText:
-    """The hidden states of every text; `step_` moves them past a block that is loaded."""
+    """A stream for every text; a visitor that moves all of them past a block."""
 
     def __init__(self, model: StreamedModel, windows: Mapping[str, Int[torch.Tensor, "windows length"]]) -> None:
-        self.model, self.windows = model, windows
-        self.states: dict[str, torch.Tensor] = {}
+        self.streams = {name: Stream(model, tokens.split(BATCH)) for name, tokens in windows.items()}
 
     def start_(self) -> None:
-        self.states = {
-            name: torch.cat([self.model.embed(batch) for batch in windows.split(BATCH)])
-            for name, windows in self.windows.items()
-        }
+        for stream in self.streams.values():
+            stream.start_()
 
-    def step_(self, i: int) -> None:
-        for states in self.states.values():
-            for batch in states.split(BATCH):  # views: each is overwritten by what the block makes of it
-                batch.copy_(self.model.run_block(i, batch))
+    def visit_(self, block: LoadedBlock) -> None:
+        for stream in self.streams.values():
+            stream.visit_(block)
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """Return the hidden states of every text."""
+        return {name: torch.cat(stream.states) for name, stream in self.streams.items()}
 
 
 def distances(
@@ -59,6 +62,6 @@ def distances(
 
 
 def _scorer(model: StreamedModel, states: States, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Give the logits of one window after the other."""
+    """Return the logits of one window after the other."""
     left = iter(states[name].split(1))
     return lambda tokens: model.logits(tokens, next(left))

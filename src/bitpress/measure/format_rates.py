@@ -136,7 +136,7 @@ def sample(found: Sequence[Matrix], budget: int) -> list[Matrix]:
 
 
 def _fitting(fmt: Format, chosen: Sequence[Matrix]) -> Format:
-    """Give the format, in another block where its own does not divide every matrix: all are compared on the same weights."""
+    """Return the format, in another block where its own does not divide every matrix: all are compared on the same weights."""
     for block in (fmt.block, Block(1, 64), Block(1, 32)):
         if isinstance(block.cols, int) and block.cols % fmt.grid.span:
             continue

@@ -13,12 +13,12 @@ from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
 from bitpress.evaluation import Question, Task, lay_out, measure_accuracy, read_questions
 from bitpress.figures import written
-from bitpress.memory import release
 from bitpress.models.opening import open_streamed
 from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import LoadedBlock, Stream, walk
 from bitpress.progress import Progress, Silent
-from bitpress.recipes import Recipe
+from bitpress.recipes.method import compute_dtype
 
 __all__ = ["DOCUMENTS", "Answers", "count_batches", "evaluate_tasks", "read_tasks", "tokenize_tasks"]
 
@@ -55,22 +55,22 @@ def tokenize_tasks(tasks: Mapping[str, Sequence[Question]], path: Path, config: 
 
 
 class Answers:
-    """The hidden states of every batch of every task; `step_` moves them past a block that is loaded."""
+    """A stream for the batches of every task; a visitor that moves all of them past a block."""
 
     def __init__(self, model: StreamedModel, tasks: Mapping[str, Task]) -> None:
         self.model, self.tasks = model, tasks
-        self.states: dict[str, list[torch.Tensor]] = {}
+        self.streams = {name: Stream(model, [batch.tokens for batch in task.batches]) for name, task in tasks.items()}
 
     def start_(self) -> None:
-        self.states = {name: [self.model.embed(batch.tokens) for batch in task.batches] for name, task in self.tasks.items()}
+        for stream in self.streams.values():
+            stream.start_()
 
-    def step_(self, i: int) -> None:
-        for states in self.states.values():
-            for k, state in enumerate(states):
-                states[k] = self.model.run_block(i, state)
+    def visit_(self, block: LoadedBlock) -> None:
+        for stream in self.streams.values():
+            stream.visit_(block)
 
     def accuracies(self, note: Callable[[str], None] = lambda unit: None) -> dict[str, dict[str, Any]]:
-        """Give the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
+        """Return the figures of every task after the last block; the model's outer parts must be loaded. Raises NumericsError.
 
         They are as they are written (`bitpress.figures`): the standard error of a single question is None.
         """
@@ -85,8 +85,8 @@ class Answers:
         return found
 
     def _scorer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Give the logits of one batch after the other; what follows the last block sees every position alone."""
-        left = iter(self.states[name])
+        """Return the logits of one batch after the other; what follows the last block sees every position alone."""
+        left = iter(self.streams[name].states)
 
         def logits(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             hidden = next(left).flatten(0, 1)[at, None]
@@ -114,17 +114,12 @@ def evaluate_tasks(
     questions = read_tasks(tasks, documents, progress.note)
     if pressed is None and is_compressed(directory):
         pressed = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype or Recipe().compute_dtype(), pressed)
+    model = open_streamed(directory, dtype or compute_dtype("auto"), pressed)
     answers = Answers(model, tokenize_tasks(questions, directory, model.model.config))
     progress.begin(f"reading {', '.join(tasks)}", len(model.blocks))
     model.load_outer_()
     answers.start_()
-    for i in range(len(model.blocks)):
-        model.load_block_(i)
-        answers.step_(i)
-        model.drop_block_(i)
-        release()
-        progress.advance(model.block_name(i))
+    walk(model, [answers], note=progress.advance)
     # A stage of its own: a batch takes another time than a block, and the end is foretold from the units that are done.
     progress.begin(f"answering {', '.join(tasks)}", count_batches(answers.tasks))
     return answers.accuracies(progress.advance)

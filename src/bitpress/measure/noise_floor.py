@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.measure.evaluation_text import EvaluationText, States, distances
 from bitpress.models.opening import open_original
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import walk
 
 __all__ = ["FLOOR_WINDOWS", "measure_noise"]
 
@@ -25,7 +26,7 @@ def measure_noise(
     states: States,
     note: Callable[[str], None] = lambda unit: None,
 ) -> dict[str, Any]:
-    """Give the row of kind "floor": distances on the first windows of every text, from the states after `model`'s last block.
+    """Return the row of kind "floor": distances on the first windows of every text, from the states after `model`'s last block.
 
     `note` hears of every block and window. Raises what opening a model and measuring a distance raise.
     """
@@ -34,11 +35,7 @@ def measure_noise(
     exact.load_outer_()
     heldout = EvaluationText(exact, some)
     heldout.start_()
-    for i in range(len(exact.blocks)):
-        exact.load_block_(i)
-        heldout.step_(i)
-        exact.drop_block_(i)
-        note(exact.block_name(i))
+    walk(exact, [heldout], note=note)
     seen = {name: value[:FLOOR_WINDOWS] for name, value in states.items()}
     figures = distances((exact, heldout.states), (model, seen), some, note)
     kl = math.fsum(f["kl_mean"] for f in figures.values()) / len(figures)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError
@@ -27,6 +27,7 @@ from bitpress.recipes import Calibration
 from bitpress.runtime.hf.loading import default_dtype, fill_, open_skeleton
 from bitpress.runtime.native.assemble import lay_out_directory, load_engine, refuses_directory
 from bitpress.runtime.native.engine import MOST_PROMPT_COST, Engine, make_engine
+from bitpress.runtime.native.options import USUAL, Activations, EngineOptions
 
 __all__ = [
     "Runtime",
@@ -68,11 +69,11 @@ def choose_opened(pressed: CompressedCheckpoint) -> str:
     return "transformers" if refuses_directory(pressed) is not None else "native"
 
 
-def native_runtime(pressed: CompressedCheckpoint, **options: Any) -> Runtime:
-    """Open a directory in the native engine; options are those of `load_engine`. Raises MemoryLimitError before it takes what is not free."""
+def native_runtime(pressed: CompressedCheckpoint, options: EngineOptions = USUAL) -> Runtime:
+    """Open a directory in the native engine. Raises MemoryLimitError before it takes what is not free."""
     _check_room(pressed)
     try:
-        engine = load_engine(pressed, **options)
+        engine = load_engine(pressed, options)
     except MemoryError as error:
         raise MemoryLimitError(
             f"{pressed.root}: there is no memory to open the native engine; make room and try again."
@@ -104,11 +105,11 @@ def measure_prompt_cost(
         except MemoryLimitError as error:
             progress.note(str(error))
             return None
-        parts, _, _ = lay_out_directory(pressed, "keep", context=length)
+        parts, _, _ = lay_out_directory(pressed, EngineOptions(head="keep", context=length))
         path = next((name for name in code_paths() if name != "amx"), None)
 
-        def logits(activations: str) -> Logits:
-            engine = make_engine(parts, activations=activations, cache="fp16", context=length, threads=None, path=path)
+        def logits(activations: Activations) -> Logits:
+            engine = make_engine(parts, EngineOptions(activations, context=length), where=pressed.root, path=path)
             return Runtime("native", {}, engine=engine).logits
 
         cost = measure_distance(logits("none"), logits("int8"), windows[:PROMPTS, :length]).kl_mean

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 from torch.overrides import TorchFunctionMode
 
 from bitpress.errors import CheckpointError

@@ -28,7 +28,7 @@ class OriginalLoader:
         return self.names.load(self._read, prefix, exclude)
 
     def stored_bytes(self, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Give the bytes of every parameter and buffer of the model's state as the source stores it."""
+        """Return the bytes of every parameter and buffer of the model's state as the source stores it."""
         held = {name: self.source.tensors[source][1].nbytes for name, source in self.names.plain.items()}
         wanted = {name: value for name, value in state.items() if name not in self.names.aliases}
         return {name: held.get(name, value.numel() * value.element_size()) for name, value in wanted.items()}

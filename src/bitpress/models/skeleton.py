@@ -78,7 +78,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 def set_parameter_(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a parameter or a buffer its value, or take its memory away by a value on `meta`."""
+    """Return a parameter or a buffer its value, or take its memory away by a value on `meta`."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf in owner._parameters:

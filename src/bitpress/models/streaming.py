@@ -11,7 +11,8 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import CheckpointError
 from bitpress.models.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins
@@ -25,7 +26,7 @@ class ParameterLoader(Protocol):
     """Where parameters come from: an original checkpoint, or a compressed one decoded on the way."""
 
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
-        """Give every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
+        """Return every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
         ...
 
 
@@ -68,7 +69,7 @@ class StreamedModel:
         return tensors
 
     def drop_outer_(self) -> None:
-        """Give the memory of everything outside the blocks back."""
+        """Return the memory of everything outside the blocks back."""
         for name, value in list(self.model.named_parameters()):
             if not name.startswith(f"{self.stack}."):
                 set_parameter_(self.model, name, torch.empty_like(value, device="meta"))
@@ -85,7 +86,7 @@ class StreamedModel:
             set_parameter_(self.model, name, value.to(self.dtype) if value.is_floating_point() else value)
 
     def drop_block_(self, i: int) -> None:
-        """Give the block's memory back."""
+        """Return the block's memory back."""
         for name, value in list(self.blocks[i].named_parameters()):
             set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
 
@@ -97,7 +98,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length hidden"]:
-        """Give the first block's input, and note what the model passes to every block for this shape."""
+        """Return the first block's input, and note what the model passes to every block for this shape."""
         shape = (tokens.shape[0], tokens.shape[1])
         self._look_()
         if self._carried is None and shape not in self._arguments:
@@ -138,13 +139,13 @@ class StreamedModel:
     def logits(
         self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
     ) -> Float[torch.Tensor, "batch length vocabulary"]:
-        """Give the logits that follow from the last block's output."""
+        """Return the logits that follow from the last block's output."""
         return self._logits(tokens, hidden)
 
     def loss_gradient(
         self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
     ) -> Float[torch.Tensor, "batch length hidden"]:
-        """Give the gradient of the mean next-token loss by the last block's output."""
+        """Return the gradient of the mean next-token loss by the last block's output."""
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             logits = self._logits(tokens, leaf)[:, :-1].flatten(0, 1).float()

@@ -8,19 +8,17 @@
 Channel factors come before, by group of weights (`rescale`). A quantizer may bring maps of its own: repairs then go between them.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 
 from bitpress.calibration import Stats
-from bitpress.corrections.correction import Correction
 from bitpress.errors import CalibrationError, FormatError
 from bitpress.formats import CompressedWeight, Format, Term
-from bitpress.quantizers.quantizer import Outcome, Quantizer
-from bitpress.transforms.basis import BasisChange, Maps, into_basis, with_maps
-from bitpress.transforms.target import Target
+from bitpress.quantizers.quantizer import Outcome
+from bitpress.recipes import LayerMethod
+from bitpress.transforms.basis import Maps, into_basis, with_maps
 
 __all__ = ["compress_matrix"]
 
@@ -28,20 +26,18 @@ __all__ = ["compress_matrix"]
 def compress_matrix(
     w: Float[torch.Tensor, "out in"],
     stats: Stats | None,
-    fmt: Format,
-    quantizer: Quantizer,
-    changes: Sequence[BasisChange] = (),
-    corrections: Sequence[Correction] = (),
-    targets: Sequence[Target] = (),
+    method: LayerMethod,
 ) -> Outcome:
-    """Compress a weight. Raises what the parts raise.
+    """Compress a weight in a number format. Raises what the parts raise.
 
     Raises also FormatError for a split beside a quantizer that keeps maps, and CalibrationError for statistics that the quantizer needs
     and a change of basis has made unknown.
     """
+    fmt, quantizer, corrections = method.format, method.quantizer.part, method.corrections
+    assert isinstance(fmt, Format)
     around: list[Maps] = []
     measured = stats
-    for change in changes:
+    for change in method.changes:
         maps = change.plan(w, stats, fmt)
         w, stats = _into(w, stats, maps)
         around.append(maps)
@@ -51,7 +47,7 @@ def compress_matrix(
             f"{lost[0]} is not known after a change of basis, and this quantizer needs it; use one or the other."
         )
     fallbacks: tuple[str, ...] = ()
-    for target in targets:
+    for target in method.targets:
         w, taken = target.aim(w, stats)
         fallbacks += taken
     terms: list[Term] = []

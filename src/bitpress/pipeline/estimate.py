@@ -20,9 +20,9 @@ from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.plan import PlannedWeight
-from bitpress.pipeline.weights import PressedBlock, WeightPresser
+from bitpress.pipeline.weights import WeightCompressor
 from bitpress.quantizers.quantizer import Quantizer
-from bitpress.recipes import Recipe
+from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["estimate_seconds"]
@@ -38,30 +38,30 @@ BESIDE_PRODUCTS = 1.25
 STAGES = 1.3
 
 
-def estimate_seconds(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
-    """Give the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
-    seconds = _pressing(model, recipe, weights)
-    needs = recipe.needs()
+def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
+    """Return the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
+    seconds = _pressing(model, method, weights)
+    needs = method.needs
     if not needs:
         return seconds
-    tokens = recipe.calibration.samples * recipe.calibration.length
+    tokens = method.recipe.calibration.samples * method.recipe.calibration.length
     text = model.model.config.get_text_config()
     active = getattr(text, "num_experts_per_tok", None)
     heads = getattr(text, "num_key_value_heads", None) or 1
-    reading = BESIDE_PRODUCTS * sum(_product_seconds(w, recipe.compute_dtype(), active) for w in weights) / TOKENS
+    reading = BESIDE_PRODUCTS * sum(_product_seconds(w, method.compute, active) for w in weights) / TOKENS
     inputs = {(w.block, w.parameter.stem.rpartition(".")[0], w.parameter.shape[1], w.parameter.experts) for w in weights}
     known: dict[int, float] = {}
     summing = 0.0
     for _, _, cols, experts in inputs:
         if cols not in known:
-            known[cols] = _summing_seconds(needs, cols, heads, recipe.compute_dtype()) / TOKENS
+            known[cols] = _summing_seconds(needs, cols, heads, method.compute) / TOKENS
         summing += known[cols] * (min(active or experts, experts) if experts else 1)
-    return seconds + tokens * (reading * _passes(recipe) + summing)
+    return seconds + tokens * (reading * _passes(method) + summing)
 
 
-def _passes(recipe: Recipe) -> float:
+def _passes(method: Method) -> float:
     """How often the calibration text goes through the blocks."""
-    needs, calibration = recipe.needs(), recipe.calibration
+    needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 if of_origin(needs, "loss") else 0.0
     if calibration.inputs == "original":
         return backward + 1
@@ -102,18 +102,15 @@ def _summing_seconds(needs: Collection[str], cols: int, heads: int, dtype: torch
     return _timed(work) * (cols / some) ** 2
 
 
-def _pressing(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight]) -> float:
-    presser = WeightPresser(recipe)
-    searches = [search for _, search in recipe.make_searches()]
-    kinds: dict[tuple[int, AnyFormat, Quantizer | None, int | None], list[PlannedWeight]] = {}
+def _pressing(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
+    compressor = WeightCompressor(method)
+    kinds: dict[tuple[int, AnyFormat, Named[Quantizer], int | None], list[PlannedWeight]] = {}
     for w in weights:
-        own = recipe.quantizer_for(w.parameter.stem)
-        quantizer = None if own is None else own[1]
-        kinds.setdefault((w.parameter.shape[1], w.format, quantizer, _of_heads(model, w)), []).append(w)
+        kinds.setdefault((w.parameter.shape[1], w.format, w.method.quantizer, _of_heads(model, w)), []).append(w)
     total = 0.0
     for (*_, head), alike in kinds.items():
         cols, rows = alike[0].parameter.shape[1], max(w.parameter.shape[0] for w in alike)
-        seconds_of = functools.partial(_sample_seconds, presser, searches, alike[0], recipe.needs(), head)
+        seconds_of = functools.partial(_sample_seconds, compressor, method.searches, alike[0], method.needs, head)
         some = _columns(alike[0], min(rows, ROWS))
         try:
             once, row = _of_rows(lambda n: seconds_of(n, some), rows)  # noqa: B023 (called at once)
@@ -121,13 +118,13 @@ def _pressing(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWei
             some, once, row = cols, 0.0, seconds_of(alike[0].parameter.shape[0], cols) / alike[0].parameter.shape[0]
         # A solve with a gram is of the third order in columns and its use in a row of the second; without a gram all is of the first.
         wider = cols / some
-        once, row = (once * wider**3, row * wider**2) if recipe.needs() else (once * wider, row * wider)
+        once, row = (once * wider**3, row * wider**2) if method.needs else (once * wider, row * wider)
         total += sum((once + row * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in alike)
     return total
 
 
 def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, float]:
-    """Give what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
+    """Return what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
     most = min(rows, 2 * ROWS)
     many = seconds_of(most)
     while many < ENOUGH and most < rows:
@@ -139,7 +136,7 @@ def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, floa
 
 
 def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
-    """Give the rows of a head where a weight has the shape of one that makes queries, keys or values."""
+    """Return the rows of a head where a weight has the shape of one that makes queries, keys or values."""
     text = model.model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not heads or planned.parameter.experts or planned.parameter.shape[1] != hidden:
@@ -162,7 +159,7 @@ def _columns(planned: PlannedWeight, rows: int) -> int:
 
 
 def _sample_seconds(
-    presser: WeightPresser,
+    compressor: WeightCompressor,
     searches: Sequence[ScaleSearch],
     planned: PlannedWeight,
     needs: Collection[str],
@@ -179,7 +176,7 @@ def _sample_seconds(
         if isinstance(planned.format, Format) and stats:
             for search in searches:
                 search.plan([w], stats[parameter.stem], planned.format)
-        presser.press_into(PressedBlock({}), replace(planned, parameter=parameter), w, stats, None)
+        compressor.compress(replace(planned, parameter=parameter), w, stats, None)
 
     return _timed(work)
 

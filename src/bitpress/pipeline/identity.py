@@ -8,26 +8,26 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.compressed import VERSION
-from bitpress.recipes import Recipe
+from bitpress.recipes import Method
 from bitpress.version import __version__
 
 __all__ = ["identify", "recorded", "versions"]
 
 
-def identify(source: Mapping[str, str], calibration: str | None, recipe: Recipe) -> dict[str, Any]:
+def identify(source: Mapping[str, str], calibration: str | None, method: Method) -> dict[str, Any]:
     """Return the identity of a pressed model from the hashes of the source's files and of the calibration tokens."""
     return {
         "source": dict(source),
         "calibration": calibration,
-        "recipe": recorded(recipe),
+        "recipe": recorded(method),
         "versions": versions(),
         "directory": VERSION,
     }
 
 
-def recorded(recipe: Recipe) -> dict[str, Any]:
-    """Give the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
-    resolved = recipe.resolved()
+def recorded(method: Method) -> dict[str, Any]:
+    """Return the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
+    resolved = method.resolved()
     text = resolved["calibration"]["text"]
     if not text.startswith(("builtin", "hf:")):
         resolved["calibration"]["text"] = Path(text).name

@@ -40,17 +40,17 @@ from bitpress.checkpoints.safetensors_file import read_header, read_tensor, seri
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
 
-__all__ = ["Job", "check_vacant", "differences"]
+__all__ = ["Job", "Unit", "check_vacant", "differences"]
 
 
-class _After(BaseModel):
+class After(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     file: str
     sha256: str
 
 
-class _Unit(BaseModel):
-    """A line of the journal."""
+class Unit(BaseModel):
+    """A unit of work that is done, as a line of the journal holds it; `facts` are the job's own record of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     unit: str
@@ -58,7 +58,7 @@ class _Unit(BaseModel):
     bytes: int
     sha256: str
     facts: dict[str, Any]
-    after: _After | None
+    after: After | None
 
 
 class Job:
@@ -68,7 +68,7 @@ class Job:
         self.out = out
         self.root = out / JOB_DIRECTORY
         self.identity = dict(identity)
-        self.units: list[dict[str, Any]] = []
+        self.units: list[Unit] = []
         self._lock: int | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "bitpress-journal")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -153,16 +153,17 @@ class Job:
     ) -> None:
         """Make a unit durable. When this returns, the unit survives a kill."""
         size, digest = write_durably(self.root / "objects" / shard, serialize(tensors, {"format": "pt"}))
-        line: dict[str, Any] = {"unit": unit, "shard": shard, "bytes": size, "sha256": digest, "facts": facts, "after": None}
+        after = None
         if activations is not None:
             name = f"{len(self.units):05d}.safetensors"
-            _, after = write_durably(self.root / "activations" / name, serialize({"hidden": activations}, None))
-            line["after"] = {"file": name, "sha256": after}
-        payload = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+            _, left = write_durably(self.root / "activations" / name, serialize({"hidden": activations}, None))
+            after = After(file=name, sha256=left)
+        line = Unit(unit=unit, shard=shard, bytes=size, sha256=digest, facts=dict(facts), after=after)
+        payload = json.dumps(line.model_dump(), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
         append_durably(self.root / "journal.jsonl", b"%08x " % zlib.crc32(payload) + payload + b"\n")
         self.units.append(line)
         for old in (self.root / "activations").iterdir():
-            if line["after"] is None or old.name != line["after"]["file"]:
+            if after is None or old.name != after.file:
                 old.unlink()
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -173,13 +174,13 @@ class Job:
         return {name: digest}
 
     def kept(self, name: str) -> Callable[[str], torch.Tensor]:
-        """Give a reader of the tensors kept under `name`."""
+        """Return a reader of the tensors kept under `name`."""
         path = self.root / "kept" / name
         entries, _ = read_header(path)
         return lambda tensor: read_tensor(path, entries[tensor])
 
     def _check_kept(self) -> None:
-        listed = self.units[0]["facts"].get("kept", {}) if self.units else {}
+        listed = self.units[0].facts.get("kept") or {} if self.units else {}
         if not isinstance(listed, dict):
             raise CheckpointError(f"{self.root / 'journal.jsonl'}:1: is not a unit of work; start again with --force.")
         for name, digest in listed.items():
@@ -189,16 +190,16 @@ class Job:
                 raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
 
     def activations(self) -> torch.Tensor | None:
-        """Give what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        """Return what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
         path = self._find_activations()
         return None if path is None else read_tensor(path, read_header(path)[0]["hidden"])
 
     def _find_activations(self) -> Path | None:
-        after = self.units[-1]["after"] if self.units else None
+        after = self.units[-1].after if self.units else None
         if after is None:
             return None
-        path: Path = self.root / "activations" / after["file"]
-        if not path.exists() or hash_file(path) != after["sha256"]:
+        path: Path = self.root / "activations" / after.file
+        if not path.exists() or hash_file(path) != after.sha256:
             raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
         return path
 
@@ -211,9 +212,9 @@ class Job:
 
     def stage(self, files: Mapping[str, bytes]) -> None:
         """Put weight files and `files` in place without a manifest; may be done again after a kill."""
-        self._retire_previous({unit["shard"] for unit in self.units} | set(files))
+        self._retire_previous({unit.shard for unit in self.units} | set(files))
         for unit in self.units:
-            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            made, final = self.root / "objects" / unit.shard, self.out / unit.shard
             if made.exists():
                 with _disk_errors(final):
                     os.replace(made, final)
@@ -287,22 +288,22 @@ class Job:
                 file.truncate(len(data) - len(torn))
                 os.fsync(file.fileno())
         for unit in self.units:
-            made, final = self.root / "objects" / unit["shard"], self.out / unit["shard"]
+            made, final = self.root / "objects" / unit.shard, self.out / unit.shard
             present = made if made.exists() else final
-            if not present.exists() or hash_file(present) != unit["sha256"]:
+            if not present.exists() or hash_file(present) != unit.sha256:
                 raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
 
 
-def _checked_unit(where: str, payload: bytes) -> dict[str, Any]:
+def _checked_unit(where: str, payload: bytes) -> Unit:
     """Read a line of the journal; its names become paths, so they are checked like those of any other file."""
     values = parse_json(payload, where)
     try:
-        unit = _Unit.model_validate(values)
+        unit = Unit.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"{where}: is not a unit of work; start again with --force.") from error
     for name in (unit.shard, unit.after.file if unit.after else unit.shard):
         check_file_name(where, name)
-    return unit.model_dump()
+    return unit
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.patterns import check_patterns
-from bitpress.quantizers.own_bytes import own_bytes
-from bitpress.quantizers.quantizer import Quantizer, check_served
-from bitpress.recipes import Recipe
+from bitpress.quantizers.quantizer import check_served
+from bitpress.recipes import LayerMethod, Method
 
 __all__ = [
     "Plan",
@@ -48,16 +48,25 @@ _BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """`beside`: the bytes of the recipe's corrections, and of what its quantizer stores otherwise than its format says."""
+    """A weight with its parts; `nbytes` is what the quantizer's terms and the corrections' take (maps are not counted)."""
 
     parameter: WeightParameter
-    format: AnyFormat
+    method: LayerMethod
     block: int
-    beside: int = 0
 
     @property
+    def format(self) -> AnyFormat:
+        return self.method.format
+
+    @cached_property
     def nbytes(self) -> int:
-        return self.format.nbytes(self.parameter.stacked_shape) + self.beside
+        shape, parts, fmt = self.parameter.shape, max(self.parameter.experts, 1), self.format
+        own = (
+            self.method.quantizer.part.stored_bytes(fmt, shape, parts)
+            if isinstance(fmt, Format)
+            else fmt.nbytes(self.parameter.stacked_shape)
+        )
+        return own + sum(part.nbytes(shape, parts) for part in self.method.corrections)
 
     @property
     def weights(self) -> int:
@@ -77,7 +86,7 @@ class PlannedWeight:
 class Plan:
     """Every weight with its format, what is kept, and totals.
 
-    Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`own_bytes`), and for
+    Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`Quantizer.stored_bytes`), and for
     maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
 
     given   what the user gave, where that was converted first
@@ -109,6 +118,10 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return self.compressed_bytes * 8 / max(sum(w.weights for w in self.weights), 1)
+
+    def by_block(self) -> list[list[WeightParameter]]:
+        """Return the parameters to compress of every block."""
+        return [[w.parameter for w in self.weights if w.block == i] for i in range(self.blocks)]
 
     def kinds(self) -> list[dict[str, Any]]:
         """Sum the weights that have the same place in a block, the same shape and the same format."""
@@ -150,18 +163,19 @@ class Plan:
         }
 
 
-def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> Plan:
+def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> Plan:
     """Plan a run. `stored` gives the bytes of every parameter as the source stores it.
 
     Raises CheckpointError for a model that cannot be run block by block, FormatError that names every weight whose shape its format
     or a correction does not fit, or whose maps could not be kept.
     """
+    recipe = method.recipe
     width = model.width  # which finds out whether the model can be run block by block
     weights: list[PlannedWeight] = []
     kept = list_kept_outside(model, recipe.skip)
     for i in range(len(model.blocks)):
         found, others = list_weights(model, i, recipe.skip)
-        weights += [PlannedWeight(p, recipe.format_for(p.stem), i) for p in found]
+        weights += [PlannedWeight(p, method.for_layer(p.stem), i) for p in found]
         kept |= others
     narrow = {w.parameter.name: reason for w in weights if (reason := _too_narrow(w)) is not None}
     weights = [w for w in weights if w.parameter.name not in narrow]
@@ -172,11 +186,10 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
     check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict())
     _check_shapes(weights)
-    _check_parts(weights, recipe)
-    weights = [replace(w, beside=_bytes_beside(w, recipe)) for w in weights]
+    _check_parts(weights, method)
     compressed = {w.parameter.name for w in weights}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
-    hidden = _activation_bytes(recipe, width * model.dtype.itemsize)
+    hidden = _activation_bytes(method, width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
     return Plan(
         weights=tuple(weights),
@@ -187,8 +200,8 @@ def make_plan(model: StreamedModel, recipe: Recipe, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small; twice the activations, since the new ones are written before the old ones go.
-        disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(recipe, weights) + 32 * 2**20,
-        peak_memory=_peak_memory(model, recipe, weights, stored, hidden),
+        disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
+        peak_memory=_peak_memory(model, method, weights, stored, hidden),
     )
 
 
@@ -263,13 +276,12 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
     _refuse(wrong, "Choose another block, override these layers or skip them.")
 
 
-def unmeant_bits(plan: Plan, recipe: Recipe) -> list[str]:
+def unmeant_bits(plan: Plan) -> list[str]:
     """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
     found: dict[str, None] = {}
     for planned in plan.weights:
         if isinstance(planned.format, Format):
-            name, quantizer = _quantizer_of(planned, recipe)
-            least, most = quantizer.bits
+            name, (least, most) = planned.method.quantizer.name, planned.method.quantizer.part.bits
             value = planned.format.grid.code_bits / planned.format.grid.span
             if not math.floor(least) <= value <= math.ceil(most):
                 meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
@@ -282,46 +294,34 @@ def overlooked_products(plan: Plan) -> list[str]:
     return [f"{_shorten(names)}: {reason}, left uncompressed" for reason, names in overlooked(plan.kept).items()]
 
 
-def _quantizer_of(planned: PlannedWeight, recipe: Recipe) -> tuple[str, Quantizer]:
-    return recipe.quantizer_for(planned.parameter.stem) or (recipe.quantizer_name, recipe.make_quantizer())
-
-
-def _check_parts(weights: Sequence[PlannedWeight], recipe: Recipe) -> None:
+def _check_parts(weights: Sequence[PlannedWeight], method: Method) -> None:
     wrong: dict[str, list[str]] = {}
-    changes = ", ".join(name for name, _ in recipe.make_changes())
+    changes = ", ".join(named.name for named in method.changes)
     for planned in weights:
         parameter = planned.parameter
-        method, quantizer = _quantizer_of(planned, recipe)
+        name, quantizer = planned.method.quantizer.name, planned.method.quantizer.part
         if changes and parameter.experts:
             wrong.setdefault(f"{changes}: the maps of experts cannot be stacked.", []).append(parameter.stem)
-        if parameter.experts and getattr(quantizer, "keeps_map", False):
-            wrong.setdefault(f"{method}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
+        if parameter.experts and quantizer.keeps_map:
+            wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
                 parameter.stem
             )
         if isinstance(planned.format, Format):
             try:
-                check_served(method, getattr(quantizer, "serves", ("*",)), planned.format)
+                check_served(name, quantizer.serves, planned.format)
             except FormatError as error:
                 wrong.setdefault(str(error), []).append(parameter.stem)
             else:
                 try:
-                    own_bytes(quantizer, planned.format, parameter.shape)
+                    quantizer.stored_bytes(planned.format, parameter.shape)
                 except BitpressError as error:
-                    wrong.setdefault(f"{method}: {error}", []).append(parameter.stem)
-        for name, correction in recipe.make_corrections():
+                    wrong.setdefault(f"{name}: {error}", []).append(parameter.stem)
+        for named in method.corrections:
             try:
-                correction.nbytes(parameter.shape)
+                named.part.nbytes(parameter.shape)
             except BitpressError as error:
-                wrong.setdefault(f"{name}: {error}", []).append(parameter.stem)
+                wrong.setdefault(f"{named.name}: {error}", []).append(parameter.stem)
     _refuse(wrong, "Use other settings, leave it out or skip these layers.")
-
-
-def _bytes_beside(planned: PlannedWeight, recipe: Recipe) -> int:
-    shape, parts = planned.parameter.shape, max(planned.parameter.experts, 1)
-    own = (
-        own_bytes(_quantizer_of(planned, recipe)[1], planned.format, shape, parts) if isinstance(planned.format, Format) else 0
-    )
-    return own + sum(part.nbytes(shape, parts) for _, part in recipe.make_corrections())
 
 
 def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
@@ -336,15 +336,15 @@ def _shorten(names: Sequence[str]) -> str:
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
-def _activation_bytes(recipe: Recipe, of_token: int) -> int:
-    if not recipe.needs():
+def _activation_bytes(method: Method, of_token: int) -> int:
+    if not method.needs:
         return 0
-    streams = 2 if of_origin(recipe.needs(), "original") else 1
-    return streams * recipe.calibration.samples * recipe.calibration.length * of_token
+    streams, calibration = 2 if of_origin(method.needs, "original") else 1, method.recipe.calibration
+    return streams * calibration.samples * calibration.length * of_token
 
 
 def _peak_memory(
-    model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
+    model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
 ) -> int:
     """Estimate: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
     prefix = f"{model.stack}."
@@ -352,43 +352,43 @@ def _peak_memory(
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
     # Four copies in float32; low-rank corrections take an error apart in float64.
-    bytes_a_weight = 4 * 4 + (2 * 8 if recipe.corrections else 0)
+    bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)
     largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * bytes_a_weight
     # The proof computes in float32: two models' outer parts, a block as stored and as computed with, two windows of logits.
     outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
     logits: int = 512 * model.model.config.get_text_config().vocab_size * 4
     proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * logits
-    if not recipe.needs():
+    if not method.needs:
         return max(BASE_BYTES + outer + block + largest, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
-    grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, recipe))
+    grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = recipe.batch * recipe.calibration.length
+    tokens = method.recipe.batch * method.recipe.calibration.length
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
     pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
-    return max(pressing, BASE_BYTES + outer + _backward_bytes(model, recipe, weights), proof)
+    return max(pressing, BASE_BYTES + outer + _backward_bytes(model, method, weights), proof)
 
 
-def _squares(model: StreamedModel, recipe: Recipe) -> int:
+def _squares(model: StreamedModel, method: Method) -> int:
     """How many statistics of the size of a gram are held for each input."""
     heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 1
-    shapes = [STATISTICS[name].shape for name in recipe.needs()]
+    shapes = [STATISTICS[name].shape for name in method.needs]
     return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
 
 
-def _kept_statistics(recipe: Recipe, weights: Sequence[PlannedWeight]) -> int:
+def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
     """Bytes of what is measured before the first block and kept for a resumed run."""
-    return 4 * sum(w.weights for w in weights) * len(of_origin(recipe.needs(), "loss"))
+    return 4 * sum(w.weights for w in weights) * len(of_origin(method.needs, "loss"))
 
 
-def _backward_bytes(model: StreamedModel, recipe: Recipe, weights: Sequence[PlannedWeight]) -> int:
+def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
     """Estimate: the whole model, a sum of squares beside it, and for one text the states between blocks, a block's way back and
     the loss over the vocabulary."""
-    if not of_origin(recipe.needs(), "loss"):
+    if not of_origin(method.needs, "loss"):
         return 0
-    text, length = model.model.config.get_text_config(), recipe.calibration.length
-    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(recipe, weights)
+    text, length = model.model.config.get_text_config(), method.recipe.calibration.length
+    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(method, weights)
     states = len(model.blocks) * length * text.hidden_size * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
     back = sum(w.weights * 8 + length * sum(w.parameter.shape) * 8 for w in first)

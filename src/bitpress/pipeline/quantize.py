@@ -4,14 +4,15 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitpress import native
+from bitpress.calibration.samples import Windows
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.compressed import (
     JOB_DIRECTORY,
@@ -21,7 +22,6 @@ from bitpress.checkpoints.compressed import (
     CompressedCheckpoint,
     FileRecord,
     Manifest,
-    WeightRecord,
     config_marks,
 )
 from bitpress.checkpoints.directory import safe_file
@@ -36,20 +36,35 @@ from bitpress.measure.windows import calibration_windows
 from bitpress.memory import peak_bytes, release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.blocks import Presser
+from bitpress.models.walk import LoadedBlock, walk
+from bitpress.pipeline.blocks import BlockCompressor
+from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant, differences
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
+from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.pipeline.report import make_card, make_report
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress, Silent
-from bitpress.recipes import Recipe
-from bitpress.runtime.prompt import GENERATION, read_generation_file
+from bitpress.recipes import Method, Recipe, build_method
+from bitpress.runtime.prompt import read_generation_file
+from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Clock", "Committer", "Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
+
+
+SENSITIVITY = "sensitivity.safetensors"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a run began (`time.perf_counter`), and the seconds that compressing took."""
+
+    started: float
+    compressing: float
 
 
 class Proof:
@@ -69,11 +84,11 @@ class Proof:
         self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
 
 
-def plan_run(model: Path, recipe: Recipe) -> tuple[Plan, StreamedModel, OriginalLoader]:
+def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
-    streamed, loader = open_original(model, recipe.compute_dtype())
-    plan = make_plan(streamed, recipe, loader.stored_bytes(streamed.model.state_dict()))
-    if recipe.needs():
+    streamed, loader = open_original(model, method.compute)
+    plan = make_plan(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
+    if method.needs:
         check_tokenizer(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
@@ -100,16 +115,17 @@ def quantize_directory(
     progress, proof = progress or Silent(), proof or Proof()
     started = time.perf_counter()
     check_vacant(out)
-    plan, streamed, loader = plan_run(model, recipe)
+    method = build_method(recipe)
+    plan, streamed, loader = plan_run(model, method)
     check_memory(plan)
-    if proof.tokens and recipe.needs() and proof.text == recipe.calibration.text:
+    if proof.tokens and method.needs and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
         evaluation_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
     windows = None
-    if recipe.needs():
+    if method.needs:
         windows = calibration_windows(recipe.calibration, model, streamed.model.config)
-    identity = identify(loader.source.hashes(), None if windows is None else windows.sha256, recipe)
+    identity = identify(loader.source.hashes(), None if windows is None else windows.sha256, method)
     finished = _finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -118,11 +134,11 @@ def quantize_directory(
         if strict:
             raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")
         progress.note(f"{text}.")
-    for text in unmeant_bits(plan, recipe):
+    for text in unmeant_bits(plan):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")
-    if (reason := recipe.no_default_scales()) is not None:
+    if (reason := method.no_default_scales()) is not None:
         progress.note(f"{reason}; name a quantizer to choose.")
     if plan.given is not None and plan.published_bytes > plan.given_bytes:
         progress.note(
@@ -134,64 +150,81 @@ def quantize_directory(
     job = Job.open(out, identity, force=force)
     try:
         with stoppable() as check_stop:
-            seconds = _press(job, plan, streamed, recipe, windows, strict, check_stop, progress)
-            return finish_job(job, loader, model, plan, recipe, windows, proof, progress, check_stop, (started, seconds))
+            seconds = _compress(job, plan, streamed, method, windows, strict, check_stop, progress)
+            return finish_job(job, loader, model, plan, method, windows, proof, progress, check_stop, Clock(started, seconds))
     finally:
         job.close()
 
 
-def _press(
+class Committer:
+    """A visitor that takes every compressed block's rows, and hands the block to the journal where there is one.
+
+    `resumable`: with the hidden states that feed the next block.
+    """
+
+    def __init__(
+        self, job: Job | None, compressor: BlockCompressor, total: int, progress: Progress, *, resumable: bool = True
+    ) -> None:
+        self.job, self.compressor, self.total, self.progress, self.resumable = job, compressor, total, progress, resumable
+        self.rows: list[LayerRow] = []
+
+    def visit_(self, block: LoadedBlock) -> None:
+        made = self.compressor.made
+        record = made.record()
+        self.rows += record.rows
+        if self.job is not None:
+            after = self.compressor.stream.state if self.resumable and not block.last else None
+            shard = shard_name(block.index + 1, self.total)
+            self.job.commit_behind(block.name, shard, made.tensors(), record.dump(), after)
+        self.progress.advance(block.name, error=record.error)
+
+
+def _compress(
     job: Job,
     plan: Plan,
     model: StreamedModel,
-    recipe: Recipe,
-    windows: Any,
+    method: Method,
+    windows: Windows | None,
     strict: bool,
-    check_stop: Any,
+    check_stop: Callable[[], None],
     progress: Progress,
 ) -> float:
-    """Do the units that the journal lacks; give the seconds that took."""
+    """Do the units that the journal lacks; return the seconds that took."""
     started = time.perf_counter()
     total = plan.blocks + 1
     if len(job.units) == total:
         return 0.0
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
+    tokens = None if windows is None else windows.tokens
     outer = model.load_outer_()
-    # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
-    facts: dict[str, Any] = {"weights": {}, "digests": {}, "rows": []}
+    kept: dict[str, str] | None = None
     sensitivity = None
-    if of_origin(recipe.needs(), "loss"):
+    if of_origin(method.needs, "loss"):
         if not job.units:
-            found = measure_sensitivity(model, plan.weights, windows.tokens, check_stop, progress)
-            facts["kept"] = job.keep("sensitivity.safetensors", found)
-            del found
-        sensitivity = job.kept("sensitivity.safetensors")
-    presser = Presser(
+            assert tokens is not None
+            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), tokens, check_stop, progress))
+        sensitivity = job.kept(SENSITIVITY)
+    # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
+    stream = CalibrationStream(
         model,
-        recipe,
-        plan.weights,
-        strict=strict,
+        method.needs,
+        batch=method.recipe.batch,
+        follows_original=method.recipe.calibration.inputs == "original",
         check_stop=check_stop,
         before_advance=job.settle,
-        sensitivity=sensitivity,
     )
-    progress.begin("pressing", total, len(job.units))
+    progress.begin("quantizing", total, len(job.units))
     if job.units:
-        progress.note(f"resuming after {job.units[-1]['unit']}")
-    presser.start_(None if windows is None else windows.tokens, job.activations())
+        progress.note(f"resuming after {job.units[-1].unit}")
+    stream.start_(tokens, job.activations())
     done = len(job.units)
     if not done:
-        job.commit("outer", shard_name(0, total), outer, facts, presser.state)
+        job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
         progress.advance("outer")
     del outer
-    for i in range(max(done - 1, 0), plan.blocks):
-        check_stop()
-        last = i == plan.blocks - 1
-        block = presser.press_(i, last=last)
-        after = None if last else presser.state
-        job.commit_behind(model.block_name(i), shard_name(i + 1, total), block.tensors, block.facts(), after)
-        progress.advance(model.block_name(i), error=block.error)
+    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, sensitivity=sensitivity)
+    walk(model, [compressor, Committer(job, compressor, total, progress)], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
     model.drop_outer_()
     return time.perf_counter() - started
@@ -202,22 +235,22 @@ def finish_job(
     loader: OriginalLoader,
     model: Path,
     plan: Plan,
-    recipe: Recipe,
-    windows: Any,
+    method: Method,
+    windows: Windows | None,
     proof: Proof,
     progress: Progress,
-    check_stop: Any,
-    clock: tuple[float, float],
+    check_stop: Callable[[], None],
+    clock: Clock,
 ) -> dict[str, Any]:
-    """Stage what a job holds, reload and prove it, write the report, publish. `clock`: when it began, and seconds of pressing."""
+    """Stage what a job holds, reload and prove it, write the report, publish."""
     release()
     facts = _gather(job)
     side = loader.source.side_files()
     files = _side_files(loader, side)
-    manifest = _manifest(job, loader, recipe, files, facts)
+    manifest = _manifest(job, loader, method, files, facts)
     job.stage(files)
     pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
-    check_reloaded(pressed, facts["digests"], check_stop)
+    check_reloaded(pressed, facts.digests, check_stop)
     check_loads(pressed, check_stop)
     if windows is not None or proof.tokens:
         prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
@@ -240,7 +273,7 @@ def finish_job(
     check_stop()
     report = make_report(
         figures,
-        facts["rows"],
+        facts.rows,
         plan,
         job.identity,
         calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
@@ -249,8 +282,8 @@ def finish_job(
         left_out=list(loader.names.left_out),
         left_behind=side.left,
         timing={
-            "seconds": round(time.perf_counter() - clock[0], 2),
-            "seconds_pressing": round(clock[1], 2),
+            "seconds": round(time.perf_counter() - clock.started, 2),
+            "seconds_pressing": round(clock.compressing, 2),
             "peak_memory_bytes": peak_bytes(),
             "threads": torch.get_num_threads(),
             "native": sorted(native.features()) if native.available() else None,
@@ -274,13 +307,9 @@ def shard_name(i: int, total: int) -> str:
     return OUTER_NAME if i == 0 else f"bitpress-{i:05d}-of-{total - 1:05d}.safetensors"
 
 
-def _gather(job: Job) -> dict[str, Any]:
-    gathered: dict[str, Any] = {"weights": {}, "digests": {}, "rows": []}
-    for unit in job.units:
-        gathered["weights"] |= unit["facts"]["weights"]
-        gathered["digests"] |= unit["facts"]["digests"]
-        gathered["rows"] += unit["facts"]["rows"]
-    return gathered
+def _gather(job: Job) -> BlockRecord:
+    journal = str(job.root / "journal.jsonl")
+    return BlockRecord.merge(BlockRecord.read(f"{journal}:{n}", unit.facts) for n, unit in enumerate(job.units, 1))
 
 
 def _side_files(loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
@@ -292,27 +321,25 @@ def _side_files(loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
     return files
 
 
-def _manifest(
-    job: Job, loader: OriginalLoader, recipe: Recipe, files: Mapping[str, bytes], facts: Mapping[str, Any]
-) -> Manifest:
+def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[str, bytes], facts: BlockRecord) -> Manifest:
     import hashlib
 
-    records = {u["shard"]: FileRecord(bytes=u["bytes"], sha256=u["sha256"]) for u in job.units}
+    records = {u.shard: FileRecord(bytes=u.bytes, sha256=u.sha256) for u in job.units}
     for name, content in files.items():
         records[name] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     return Manifest(
         bitpress=VERSION,
         files=records,
-        weights={name: WeightRecord(**record) for name, record in facts["weights"].items()},
+        weights=facts.weights,
         aliases=dict(loader.names.aliases),
         left_out=list(loader.names.left_out),
-        recipe=recorded(recipe),
+        recipe=recorded(method),
         job=job.identity,
     )
 
 
 def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
-    """Give the report of a model that is published in `out` already, if it is this one."""
+    """Return the report of a model that is published in `out` already, if it is this one."""
     if not (out / MANIFEST_NAME).exists():
         return None
     known = _known_job(out) if force else CompressedCheckpoint.open(out).manifest.job
@@ -334,7 +361,7 @@ def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, 
 
 
 def _known_job(out: Path) -> Any:
-    """Give the identity of a model that may be replaced, whatever state its manifest is in."""
+    """Return the identity of a model that may be replaced, whatever state its manifest is in."""
     try:
         manifest = read_json(out / MANIFEST_NAME)
     except CheckpointError:

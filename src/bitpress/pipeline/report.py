@@ -9,13 +9,14 @@ from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import shown, written
 from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
+from bitpress.pipeline.records import LayerRow
 
 __all__ = ["make_card", "make_report"]
 
 
 def make_report(
     figures: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[LayerRow],
     plan: Plan,
     identity: Mapping[str, Any],
     *,
@@ -32,9 +33,9 @@ def make_report(
     the original, and sizes are compared with it.
     """
     original_bytes = source_bytes if given is None else given.nbytes
-    fallbacks = [{"weight": row["name"], "what": text} for row in rows for text in row["fallbacks"]]
-    notes = [{"weight": row["name"], "what": text} for row in rows for text in row["notes"]]
-    reached = sum(1 for row in rows if row["calibrated"])
+    fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
+    notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
+    reached = sum(1 for row in rows if row.calibrated)
     return {
         "figures": written(figures, "the proof"),
         "size": {
@@ -53,7 +54,7 @@ def make_report(
         "given": None if given is None else {**given.as_dict(), "text": given.text},
         "left_out": list(left_out),
         "left_behind": [{"file": item.file, "why": item.why} for item in left_behind],
-        "layers": [dict(row) for row in rows],
+        "layers": [row.model_dump() for row in rows],
         "run": dict(timing),
         "job": dict(identity),
     }

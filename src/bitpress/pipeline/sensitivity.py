@@ -6,11 +6,11 @@ The whole model is held at once; of a text only the states between blocks are ke
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
+from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import NumericsError
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.plan import PlannedWeight
 from bitpress.progress import Progress
 
 __all__ = ["measure_sensitivity"]
@@ -18,19 +18,19 @@ __all__ = ["measure_sensitivity"]
 
 def measure_sensitivity(
     model: StreamedModel,
-    planned: Sequence[PlannedWeight],
+    weights: Sequence[Sequence[WeightParameter]],
     tokens: Int[torch.Tensor, "samples length"],
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Give the sensitivity of every planned parameter by its name, in its own shape, float32.
+    """Return the sensitivity of the parameters of every block by their names, in its own shape, float32.
 
     The model's outer parts must be loaded. Raises NumericsError when a gradient is not finite.
     """
-    names = [[p.parameter.name for p in planned if p.block == i] for i in range(len(model.blocks))]
+    names = [[p.name for p in block] for block in weights]
     for i in range(len(model.blocks)):
         model.load_block_(i)
-    total = {p.parameter.name: torch.zeros(p.parameter.parameter_shape) for p in planned}
+    total = {p.name: torch.zeros(p.parameter_shape) for block in weights for p in block}
     progress.begin("sensitivity", len(tokens))
     for text in tokens.split(1):
         check_stop()

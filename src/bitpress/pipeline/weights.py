@@ -1,16 +1,17 @@
-"""Press one weight: compose the recipe's parts on each of its matrices, say what was lost, and note what is stored."""
+"""One weight compressed: compose the method's parts on each of its matrices, measure what was lost, and say what is stored."""
 
 import contextlib
 import fnmatch
 import math
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
 from bitpress.calibration import Stats
+from bitpress.checkpoints.compressed import WeightRecord
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.finite import all_finite
@@ -20,110 +21,130 @@ from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.plan import PlannedWeight
-from bitpress.quantizers.quantizer import Outcome, Quantizer, output_errors
+from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.quantizers.quantizer import Outcome, output_errors
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import Recipe
+from bitpress.recipes import LayerMethod, Method, Named
 
-__all__ = ["PressedBlock", "WeightPresser"]
+__all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
+
+
+@dataclass(frozen=True)
+class CompressedParameter:
+    """A parameter that is compressed, all of its experts below each other, the hash of what it decodes to, and what is told of it."""
+
+    parameter: WeightParameter
+    weight: CompressedWeight
+    digest: str
+    record: WeightRecord
+    row: LayerRow
 
 
 @dataclass
-class PressedBlock:
-    """What one block became: tensors to store, and facts for the journal."""
+class CompressedBlock:
+    """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are."""
 
-    tensors: dict[str, torch.Tensor]
-    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    parameters: dict[str, CompressedParameter] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
-        return {"weights": self.weights, "digests": self.digests, "rows": self.rows}
+    def put_(self, compressed: CompressedParameter) -> None:
+        """Record a parameter, in place of an earlier result for it."""
+        self.parameters[compressed.parameter.name] = compressed
 
-    @property
-    def error(self) -> float:
-        """Mean relative error of the block's weights."""
-        return math.fsum(row["error"] for row in self.rows) / max(len(self.rows), 1)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what is stored, by the names in the file."""
+        stored = {
+            f"{made.parameter.stem}.{leaf}": tensor
+            for made in self.parameters.values()
+            for leaf, tensor in made.weight.tensors().items()
+        }
+        return stored | self.kept
+
+    def record(self) -> BlockRecord:
+        made = self.parameters
+        return BlockRecord(
+            weights={name: p.record for name, p in made.items()},
+            digests={name: p.digest for name, p in made.items()},
+            rows=[p.row for p in made.values()],
+        )
 
 
 @dataclass(frozen=True)
 class _Matrix:
     """What one matrix became.
 
+    decoded     what it decodes to, where that is known already
     errors      relative squared errors, plainly rounded and as compressed; of the layer's output where `on_output`
     calibrated  whether what calibration saw decided, with nothing given up
     """
 
     outcome: Outcome
+    decoded: torch.Tensor | None = None
     errors: tuple[float, float] = (0.0, 0.0)
     on_output: bool = False
     calibrated: bool = False
 
 
-class WeightPresser:
-    """Holds a recipe's parts. Statistics may be there that a weight's own do not need: they serve to say what its error is."""
+class WeightCompressor:
+    """Compresses parameters by a method. Statistics may be there that a weight's own parts do not need: its error is measured with them."""
 
-    def __init__(self, recipe: Recipe, *, strict: bool = False) -> None:
-        self.recipe, self.strict = recipe, strict
-        self.quantizer = recipe.make_quantizer()
-        self.changes = [change for _, change in recipe.make_changes()]
-        self.targets = [target for _, target in recipe.make_targets()]
-        self.corrections = [correction for _, correction in recipe.make_corrections()]
-        parts: list[Any] = [part for _, part in (*recipe.make_transforms(), *recipe.make_corrections())]
-        self.shared_needs: frozenset[str] = frozenset().union(*(part.needs for part in parts))
+    def __init__(self, method: Method, *, strict: bool = False) -> None:
+        self.method, self.strict = method, strict
 
-    def press_into(
+    def compress(
         self,
-        block: PressedBlock,
         planned: PlannedWeight,
         original: torch.Tensor,
         stats: Mapping[str, Stats],
         scales: Rescaled | None,
-    ) -> torch.Tensor:
-        """Compress a parameter, all of its experts one by one; note it in `block`; give it back decoded.
+    ) -> tuple[CompressedParameter, torch.Tensor]:
+        """Compress a parameter, all of its experts one by one; return it, and what it decodes to in its own shape. Changes nothing given.
 
         `stats` holds what calibration saw, by the names of its matrices; `scales` what searches rescaled.
         """
+        started = time.perf_counter()
         parameter = planned.parameter
         named = list(zip(parameter.parts(), parameter.matrices(original), strict=True))
-        fmt, lost = self._in_range(parameter, [w for _, w in named], planned.format)
-        pressed = [self._press_matrix(name, parameter, w, stats.get(name), fmt, scales) for name, w in named]
-        outcomes = [p.outcome for p in pressed]
+        fmt, lost = self._in_range(planned.method, [w for _, w in named])
+        parts = replace(planned.method, format=fmt)
+        matrices = [self._compress_matrix(name, parameter, w, stats.get(name), parts, scales) for name, w in named]
+        outcomes = [m.outcome for m in matrices]
         weight = CompressedWeight.stack_rows([o.weight for o in outcomes]) if parameter.experts else outcomes[0].weight
-        w_hat = weight.dequantize()
-        if not all_finite(w_hat):
+        known = None if parameter.experts else matrices[0].decoded
+        decoded = weight.dequantize() if known is None else known
+        if not all_finite(decoded):
             raise NumericsError(f"{parameter.stem}: the compressed weight is not finite.")
         fallbacks = [*lost, *(text for o in outcomes for text in o.fallbacks)]
         if fallbacks and self.strict:
             raise NumericsError(f"{parameter.stem}: {fallbacks[0]} (an error because of --strict).")
-        block.tensors |= {f"{parameter.stem}.{leaf}": t for leaf, t in weight.tensors().items()}
-        record = {"spec": weight.spec(), "transposed": parameter.transposed, "experts": parameter.experts}
-        if parameter.flat:
-            record["flat"] = True
-        if (by_terms := _errors_by_terms(outcomes, len(weight.terms))) is not None:
-            record["errors"] = by_terms
-        block.weights[parameter.name] = record
-        block.digests[parameter.name] = digest(w_hat)
-        tokens = [stats[name].tokens if name in stats else 0 for name, _ in named]
-        block.rows.append(
-            {
-                **replace(planned, format=fmt).row(),
-                "bytes": weight.nbytes,
-                "bits_per_weight": weight.bits_per_weight,
-                "error_rounded": _mean([p.errors[0] for p in pressed]),
-                "error": _mean([p.errors[1] for p in pressed]),
-                "measured_on": "output" if any(p.on_output for p in pressed) else "weight",
-                "calibrated": all(p.calibrated for p in pressed),
-                "tokens": tokens if parameter.experts else tokens[0],
-                "notes": _dead_inputs(stats[name] for name, _ in named if name in stats),
-                "fallbacks": fallbacks,
-            }
+        record = WeightRecord(
+            spec=weight.spec(),
+            transposed=parameter.transposed,
+            experts=parameter.experts,
+            errors=_errors_by_terms(outcomes, len(weight.terms)),
+            flat=parameter.flat,
         )
-        return parameter.restore(w_hat)
+        tokens = [stats[name].tokens if name in stats else 0 for name, _ in named]
+        row = LayerRow(
+            name=parameter.stem,
+            shape=list(parameter.parameter_shape),
+            format=fmt.name,
+            bytes=weight.nbytes,
+            bits_per_weight=weight.bits_per_weight,
+            error_rounded=_mean([m.errors[0] for m in matrices]),
+            error=_mean([m.errors[1] for m in matrices]),
+            measured_on="output" if any(m.on_output for m in matrices) else "weight",
+            calibrated=all(m.calibrated for m in matrices),
+            tokens=tokens if parameter.experts else tokens[0],
+            notes=_dead_inputs(stats[name] for name, _ in named if name in stats),
+            fallbacks=fallbacks,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
-    def _in_range(
-        self, parameter: WeightParameter, matrices: Sequence[torch.Tensor], fmt: AnyFormat
-    ) -> tuple[AnyFormat, tuple[str, ...]]:
+    def _in_range(self, parts: LayerMethod, matrices: Sequence[torch.Tensor]) -> tuple[AnyFormat, tuple[str, ...]]:
         """Return a format that holds a weight of this size, the same for all experts, and the fallback that it is, if it is one."""
+        fmt = parts.format
         if isinstance(fmt, Lossless):
             return fmt, ()
         lost = sum(int(lost_rows(w, fmt).sum()) for w in matrices)
@@ -132,77 +153,70 @@ class WeightPresser:
         rows, wide = sum(w.shape[0] for w in matrices), widened(fmt)
         if wide is None:
             return fmt, (f"{lost} of {rows} rows are out of the range of {fmt.name} and lose their size",)
-        served = getattr(self._quantizer_of(parameter), "serves", ("*",))
-        if not any(fnmatch.fnmatchcase(wide.name, pattern) for pattern in served):
+        if not any(fnmatch.fnmatchcase(wide.name, pattern) for pattern in parts.quantizer.part.serves):
             return fmt, ()  # the quantizer may keep the weight in a way of its own: what comes out is looked at
         return wide, (f"scales are stored as fp32, for {lost} of {rows} rows are out of the range of {fmt.scale}",)
 
-    def _press_matrix(
+    def _compress_matrix(
         self,
         name: str,
         parameter: WeightParameter,
         w: Float[torch.Tensor, "out in"],
         stats: Stats | None,
-        fmt: AnyFormat,
+        parts: LayerMethod,
         scales: Rescaled | None,
     ) -> _Matrix:
         """Compress one matrix.
 
         `w` has a rescaled weight's columns multiplied by their factor already; `stats` are of the input as it was.
         """
+        fmt = parts.format
         if isinstance(fmt, Lossless):
             with _named(name):
                 return _Matrix(Outcome(CompressedWeight((fmt.encode(w),))))
-        quantizer = self._quantizer_of(parameter)
-        factor = None if scales is None else scales.factors.get(name)
-        needs = quantizer.needs | self.shared_needs
+        needs = parts.quantizer.part.needs | self.method.shared_needs
         scarce = self._scarce(name, parameter, stats, needs)
         if scarce is not None:
             # Experts of one stack have the same kinds of terms: this one goes the same way, as if its channels were all alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
-            if not quantizer.needs <= {"gram", "mean_abs"}:
-                quantizer = RTN(clip="mse")
+            known = parts.quantizer.part.needs <= {"gram", "mean_abs"}
+            quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
+            parts = LayerMethod(fmt, quantizer, corrections=parts.corrections)
             with _named(name):
-                outcome = compress_matrix(w, alike, fmt, quantizer, corrections=self.corrections)
+                outcome = compress_matrix(w, alike, parts)
             outcome = replace(outcome, fallbacks=(scarce,))
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
-                outcome = compress_matrix(w, _needed(seen, needs), fmt, quantizer, self.changes, self.corrections, self.targets)
+                outcome = compress_matrix(w, _needed(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
-        unscaled, w_hat = w, outcome.weight.dequantize()
-        changed = int(changed_rows(w, w_hat, fmt).sum())
+        decoded = outcome.weight.dequantize()
+        changed = int(changed_rows(w, decoded, fmt).sum())
         if changed:
             text = f"{changed} of {w.shape[0]} rows lost their size: this recipe cannot hold them in {fmt.name}"
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, text))
+        unscaled, w_hat, factor = w, decoded, None if scales is None else scales.factors.get(name)
+        stored: torch.Tensor | None = decoded
         if factor is not None and scales is not None:
-            unscaled, w_hat = w / factor, w_hat / factor
+            unscaled, w_hat = w / factor, decoded / factor
             if name in scales.unfolded:
-                weight = outcome.weight
-                divide = Scale((1 / factor).contiguous())
-                mapped = CompressedWeight(weight.terms, chain(divide, weight.input_map), weight.output_map)
-                text = "no producer takes the input's scale; it is applied at run time"
-                outcome = replace(outcome, weight=mapped, fallbacks=(*outcome.fallbacks, text))
+                outcome, stored = _divided(outcome, factor), None
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        alone = quantizer == RTN() and not self.changes and not self.corrections and not self.targets
+        alone = parts.quantizer.part == RTN() and not (self.method.changes or parts.corrections or self.method.of("target"))
         with _named(name):
             plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
-        return _Matrix(outcome, (before, after), usable is not None and usable.gram is not None, calibrated)
-
-    def _quantizer_of(self, parameter: WeightParameter) -> Quantizer:
-        other = self.recipe.quantizer_for(parameter.stem)
-        return self.quantizer if other is None else other[1]
+        return _Matrix(outcome, stored, (before, after), usable is not None and usable.gram is not None, calibrated)
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without a token."""
         if not needs:
             return None
         tokens = stats.tokens if stats is not None else 0
-        if parameter.experts and tokens < max(self.recipe.min_expert_tokens, 1):
-            return f"{name} saw {tokens} calibration tokens, fewer than {self.recipe.min_expert_tokens}; rounded without statistics"
+        if parameter.experts and tokens < max(self.method.recipe.min_expert_tokens, 1):
+            return f"{name} saw {tokens} calibration tokens, fewer than {self.method.recipe.min_expert_tokens}; rounded without statistics"
         if stats is None:
             raise CalibrationError(f"{name}: calibration never reached this layer; skip it with --skip or quantize with rtn.")
         if stats.gram is not None and not all_finite(stats.gram):
@@ -211,6 +225,15 @@ class WeightPresser:
         if alive is not None and not bool(alive.any()):
             return "every calibration input of this layer was zero; rounded without statistics"
         return None
+
+
+def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:
+    """Put the division of the input before the weight, where no producer takes it."""
+    weight = outcome.weight
+    divide = Scale((1 / factor).contiguous())
+    mapped = CompressedWeight(weight.terms, chain(divide, weight.input_map), weight.output_map)
+    text = "no producer takes the input's scale; it is applied at run time"
+    return replace(outcome, weight=mapped, fallbacks=(*outcome.fallbacks, text))
 
 
 @contextlib.contextmanager

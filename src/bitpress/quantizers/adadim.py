@@ -1,12 +1,12 @@
-"""AdaDim: groups along the inputs or along the outputs, whichever of the two leaves the layer's output more exact.
+"""AdaDim: groups along the inputs or along the outputs, whichever gives the smaller error of the layer's output.
 
 Source   Heo et al. 2023, "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large Language
          Models"; on rounding and on GPTQ as in the authors' public code (`rtn_ada.py`, `gptq_ada.py`).
-Differs  the error is that of the layer's own output, exact through the gram, where the code runs the attention or the MLP on samples;
-         on GPTQ both ways are rounded in full, where the code asks plain rounding which way to go.
-Needs    gram [in, in] float32.     Cost  twice that of what it rounds with.
+Differs  the error is the layer's own output error, exact through the gram, where the code runs the attention or the MLP on samples;
+         with GPTQ both directions are rounded in full, where the code decides by plain rounding.
+Needs    gram [in, in] float32.     Cost  twice that of the method it rounds with.
 Update   blocks [r, c] or [c, r], by  argmin  tr((w - w_hat) gram (w - w_hat)')
-Fails    as what it rounds with. Where the turned block does not divide the weight, the given one is used.
+Fails    as the method it rounds with. If the turned block does not divide the weight, the block of the format is used.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Block, Format
 from bitpress.quantizers.gptq import GPTQ
-from bitpress.quantizers.quantizer import Outcome, output_errors
+from bitpress.quantizers.quantizer import Outcome, Quantizer, output_errors
 from bitpress.quantizers.rtn import RTN
 
 __all__ = ["AdaDim"]
 
 
 @dataclass(frozen=True)
-class AdaDim:
+class AdaDim(Quantizer):
     rounding: Literal["gptq", "nearest"] = "gptq"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -37,7 +37,7 @@ class AdaDim:
 
     def __post_init__(self) -> None:
         if self.rounding not in ("gptq", "nearest"):
-            raise UsageError(f"rounding={self.rounding!r}: it is 'gptq' or 'nearest'.")
+            raise UsageError(f"rounding={self.rounding!r}: must be 'gptq' or 'nearest'.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("adadim")
@@ -50,7 +50,7 @@ class AdaDim:
 
 
 def ways(fmt: Format, shape: tuple[int, int]) -> list[Format]:
-    """Give the format, and the same with its block turned where that fits the weight and is another."""
+    """Return the format, and the same format with its block turned if that differs and divides the weight."""
     rows, cols = fmt.block.resolve(shape, fmt.grid.span)
     if fmt.block.rows == "all":
         return [fmt]

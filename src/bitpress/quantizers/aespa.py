@@ -1,17 +1,17 @@
-"""aespa: each weight of the attention by what its errors do to the scores or to the mixed values, by coordinate descent.
+"""aespa: coordinate descent on the error of the attention scores (query, key) or of the mixed values (value).
 
-Source   Kim et al. 2024, "Towards Next-Level Post-Training Quantization of Hyper-Scale Transformers", and its public code: the errors
-         that are minimised, the start from error feedback by columns, values by the inputs that their head's attention mixes.
-Differs  codes are chosen by sweeps of coordinate descent (`Descent`), a row of all heads at a time, where the paper learns by 2000
-         steps of gradient descent which weights to round up; they may end any number of levels from where they began. Parameters are
-         fitted before, weighted by the gram's diagonal, without the factors of channels (Z-Fold) that its code folds into norms. Keys
-         and queries are taken with their rotary positions; its code turns their grams back and averages over positions.
+Source   Kim et al. 2024, "Towards Next-Level Post-Training Quantization of Hyper-Scale Transformers", and its public code: the
+         objectives, the start from error feedback by columns, and values weighted by the inputs that their head's attention mixes.
+Differs  sweeps of coordinate descent (`Descent`) choose the codes, one row of all heads at a time, where the paper learns by 2000 steps
+         of gradient descent which weights to round up; a code may move by any number of levels. Parameters are fitted before, weighted
+         by the gram's diagonal, without the channel factors (Z-Fold) that its code folds into norms. Keys and queries include their
+         rotary positions; its code rotates their grams back and averages over positions.
 Needs    gram [in, in]; for queries and keys row_gram [heads, row, row]; for values head_gram [heads, in, in]; float32.
 Cost     O(in^3 + sweeps * out * in^2) time, in^3 times the heads for values; O(in^2) memory.
 Update   query, key   sum over heads of tr(R E G E'), E = w - w_hat; row r with the others given by a sweep towards
                       w[r] + sum over s of R[r, s] / R[r, r] E[s]
          value        sum over heads of tr(E G_head E')       others   tr(E G E')
-Fails    as GPTQ, whose codes it starts from; a row_gram that cannot be factored leaves its head's rows apart: a named fallback.
+Fails    as GPTQ, whose codes it starts from; if a row_gram cannot be factored, the rows of its head are independent: a named fallback.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Block, CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["Aespa"]
 
 
 @dataclass(frozen=True)
-class Aespa:
+class Aespa(Quantizer):
     sweeps: int = 6
     relax_every: int = 2
     damp: float = 0.01
@@ -53,11 +53,11 @@ class Aespa:
         check_feedback(self.order, self.damp, self.damp_limit, LAZY)
         if self.sweeps < 1 or self.relax_every < 0 or self.relax_every == 1:
             raise UsageError(
-                f"sweeps of 1 or more and relax_every of 0 (never) or 2 and more, got {self.sweeps}, {self.relax_every}."
+                f"sweeps must be 1 or more and relax_every 0 (never) or 2 or more, got {self.sweeps}, {self.relax_every}."
             )
 
     def relaxed(self, sweep: int) -> bool:
-        """Say whether a sweep, counted from 0, rounds nothing."""
+        """Return whether a sweep, counted from 0, rounds nothing."""
         return self.relax_every > 0 and sweep % self.relax_every == 1 and sweep < self.sweeps - 2
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
@@ -69,14 +69,14 @@ class Aespa:
         grams = gram[None] if own is None else own
         heads = len(grams) if by_row is None else len(by_row)
         if w.shape[0] % heads or (by_row is not None and heads * by_row.shape[1] != w.shape[0]):
-            raise CalibrationError(f"aespa: statistics of {heads} heads do not belong to {w.shape[0]} rows.")
+            raise CalibrationError(f"aespa: statistics of {heads} heads do not fit a weight of {w.shape[0]} rows.")
         fallbacks: list[str] = []
         couplings = None if by_row is None else self._couplings(by_row, fallbacks)
         feedbacks = [prepare(g, self.order, fmt.grid.span, self.damp, self.damp_limit) for g in grams]
         fallbacks += dict.fromkeys(text for feedback in feedbacks for text in feedback.fallbacks)
         importance = torch.stack([f.importance for f in feedbacks]).repeat_interleave(w.shape[0] // len(grams), 0)
         params = fmt.fit(w, importance, shrink_ratios(self.clip, self.steps, self.smallest))
-        # From here on a row is a block of its own: rows are visited apart.
+        # From here on every row is its own block, since rows are visited separately.
         alone = Format(fmt.grid, Block(1, fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[1]), fmt.scale, fmt.layout)
         pieces, gains = [], []
         for rows, g, feedback in zip(torch.arange(w.shape[0]).chunk(len(grams)), grams, feedbacks, strict=True):
@@ -98,7 +98,7 @@ class Aespa:
         descent: Descent,
         couplings: Float[torch.Tensor, "heads row row"] | None,
     ) -> tuple[torch.Tensor, float]:
-        """Sweep from codes; give those after, where a head's error (without couplings: a row's) became less, and the part saved."""
+        """Sweep from `codes`; return the new codes of heads (without couplings: rows) whose error fell, and the share of error removed."""
         heads, height = (len(w), 1) if couplings is None else couplings.shape[:2]
         visits = [torch.arange(len(w))] if couplings is None else [torch.arange(heads) * height + r for r in range(height)]
         picked = [_of_rows(fmt, params, rows, w) for rows in visits]
@@ -123,24 +123,26 @@ class Aespa:
         return torch.where(better[:, None], codes, first), float(1 - kept / before.sum()) if before.sum() > 0 else 0.0
 
     def _couplings(self, by_row: Float[torch.Tensor, "heads row row"], fallbacks: list[str]) -> torch.Tensor:
-        """Give the row grams damped, in the scale of their mean diagonal; the identity where one cannot be used."""
+        """Return the damped row grams, divided by their mean diagonal; the identity for one that cannot be factored."""
         one = torch.eye(by_row.shape[1])
         mean = by_row.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         damped = by_row / mean + self.damp * one
         failed = torch.linalg.cholesky_ex(torch.where(torch.isfinite(damped), damped, -one)).info != 0
         if failed.any():
-            fallbacks.append(f"{int(failed.sum())} heads' row grams could not be factored; their rows are rounded apart")
+            fallbacks.append(
+                f"{int(failed.sum())} heads' row grams could not be factored; the rows of these heads are rounded independently"
+            )
         return torch.where(failed[:, None, None], one, damped)
 
 
 def _of_rows(fmt: Format, params: Params, rows: torch.Tensor, w: torch.Tensor) -> Params:
-    """Give the parameters of some rows, each in blocks of its own."""
+    """Return the parameters of some rows, each row in its own blocks."""
     height = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[0]
     return {p.name: params[p.name][rows // height] if p.scope == "block" else params[p.name] for p in fmt.grid.params}
 
 
 def _errors(difference: torch.Tensor, descent: Descent, couplings: torch.Tensor | None) -> torch.Tensor:
-    """Give the error of every head, or without couplings of every row."""
+    """Return the error of every head, or of every row without couplings."""
     if couplings is None:
         return descent.errors(difference)
     split = difference.unflatten(0, couplings.shape[:2])

@@ -1,9 +1,9 @@
-"""Aligned groups: a few groups of channels in 4 bits among those in 2, the same ones in every row, so that memory stays aligned.
+"""Mixed groups: a few groups of channels in 4 bits, the others in 2, the same in every row, so that memory stays aligned.
 
-Source   Li et al. 2023, "Enabling Fast 2-bit LLM on GPUs: Memory Alignment and Asynchronous Dequantization", of which the abstracts
-         of two versions were seen: 4 bits for a small share of the groups, those of larger range; later, of larger Hessian and range.
-Differs  a group of channels is chosen for all rows together and kept as columns, the alignment that a term here has; the columns in 4
-         bits are rounded first and their error is fed to the others, as in GPTQ; scales are kept as the format says.
+Source   Li et al. 2023, "Enabling Fast 2-bit LLM on GPUs: Memory Alignment and Asynchronous Dequantization", known here from
+         the abstracts of two versions: 4 bits for the small share of groups with the largest range; later, the largest Hessian and range.
+Differs  a group of channels is chosen for all rows together and stored as columns; the columns in 4 bits are rounded first and
+         their error is fed to the others, as in GPTQ; scales are stored as the format says.
 Needs    gram [in, in] float32.     Cost  as GPTQ.
 Update   score(g) = mean_j(1 / U[j, j]^2) * sum over rows range(w[row, g])^2;  the `share` of largest score in 4 bits
 Fails    as GPTQ; FormatError for a format without groups of columns.
@@ -20,14 +20,15 @@ from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, Format, Kept, Packed, find_row
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.mechanisms.storage import column_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["AlignedGroups"]
 
 
 @dataclass(frozen=True)
-class AlignedGroups:
+class AlignedGroups(Quantizer):
     share: float = 0.1
     damp: float = 0.01
     steps: int = 20
@@ -48,7 +49,13 @@ class AlignedGroups:
         shrink_ratios("mse", self.steps, self.smallest)
         check_feedback("activation", self.damp, self.damp_limit, self.lazy)
         if not 0 <= self.share <= 1:
-            raise UsageError(f"share={self.share}: it is 0 to 1.")
+            raise UsageError(f"share={self.share}: must be 0 to 1.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        cols = fmt.block.resolve(shape)[1]
+        across = shape[1] // cols
+        count = min(round(self.share * across) or 1, across - 1) if 0 < self.share < 1 else round(self.share * across)
+        return column_bytes(twice_as_wide(fmt), fmt, count * cols, shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("aligned_groups", self.serves, fmt)
@@ -57,7 +64,7 @@ class AlignedGroups:
         wide = twice_as_wide(fmt)
         first = prepare(gram, "activation", 1, self.damp, self.damp_limit)
         chosen = self.choose(w, first, fmt)
-        # The chosen columns first, both parts by falling energy; the factor belongs to that order.
+        # The chosen columns first, both parts by falling energy; the factor is in that order.
         order = torch.cat([first.order[chosen[first.order]], first.order[~chosen[first.order]]])
         feedback = prepare(gram[order][:, order], "natural", 1, self.damp, self.damp_limit)
         terms = self._round(w, first.importance, feedback.factor, order, chosen, (wide, fmt))
@@ -65,7 +72,7 @@ class AlignedGroups:
         return Outcome(CompressedWeight(terms), feedback.fallbacks, figures)
 
     def choose(self, w: Float[torch.Tensor, "out in"], feedback: Feedback, fmt: Format) -> Bool[torch.Tensor, " in"]:
-        """Mark the columns of the groups that are worth 4 bits."""
+        """Return a mask of the columns of the groups that get 4 bits."""
         tiles = in_blocks(w, fmt)
         spread = (tiles.amax((1, 3)) - tiles.amin((1, 3))).square().sum(0)  # [across]
         across, cols = tiles.shape[2], tiles.shape[3]
@@ -95,13 +102,13 @@ class AlignedGroups:
             stop = start + count
             part = open_[:, mask].contiguous()
             columns = Columns(fmt, part, importance[mask], ratios, static=True)
-            # Where each of the part's columns stands among them: a part is closed up.
+            # The position of each column of the part among the part's columns.
             place = (mask.cumsum(0) - 1)[order[start:stop]]
             columns.round_(place, None if factor is None else factor[start:stop, start:stop].contiguous(), self.lazy)
             packed = Packed.pack(fmt, columns.codes, columns.params)
             terms.append(packed if count == len(mask) else Kept.place(packed, "columns", mask))
             if factor is not None and stop < len(order):
-                # What the rounding of a part leaves over is E U for its own triangle of U; E goes on to the other columns.
+                # The error left by rounding a part is E U for its own triangle of U; E is fed to the other columns.
                 left = (part - packed.dequantize())[:, place]
                 errors = torch.linalg.solve_triangular(factor[start:stop, start:stop], left, upper=True, left=False)
                 open_ = w.clone()
@@ -111,10 +118,10 @@ class AlignedGroups:
 
 
 def twice_as_wide(fmt: Format) -> Format:
-    """Give the format of 4 bits that has the same kind of grid."""
+    """Return the format of 4 bits with the same kind of grid."""
     name = fmt.grid.name.replace("2", "4")
     row = find_row(name)
     grid = row.zero if any(p.name == "zero" for p in fmt.grid.params) else row.grid
     if grid is None:
-        raise FormatError(f"{name} has no variant with a zero point; leave `zero` out.")
+        raise FormatError(f"{name} has no variant with a zero point; leave out `zero`.")
     return Format(grid, fmt.block, fmt.scale, fmt.layout)

@@ -1,13 +1,13 @@
-"""AQLM, before its fine-tuning: sums of learned codewords, codes and words in turn the best for the layer's output.
+"""AQLM, without its fine-tuning: sums of learned codewords; codes and words are optimised in turn for the layer's output.
 
 Source   Egiazarian et al. 2024, "Extreme Compression of Large Language Models via Additive Quantization", and its public code
-         (`aq.py`, `beam_search_xtx.py`, `aq_engine.py`): books begun by k-means on what the books before them left over, then
-         words, scales and codes in turn until a round gains less than `tolerance`.
-Differs  the first codes are chosen with error feedback. The beam holds sums for one group of weights at a time, all others given,
-         where the paper's holds whole rows; a code that the beam does not better stays. Words are the least squares solution by
-         conjugate gradients and scales are solved for, where the paper takes steps of Adam.
+         (`aq.py`, `beam_search_xtx.py`, `aq_engine.py`): each book starts by k-means on the residual of the books before it;
+         then words, scales and codes in turn until a round gains less than `tolerance`.
+Differs  the first codes are chosen with error feedback. The beam holds sums for one group of weights at a time, the others fixed,
+         where the paper's holds whole rows; a code stays unless the beam improves it. Words are the least squares solution by
+         conjugate gradients and scales are solved for, where the paper uses Adam.
 Needs    gram [in, in] float32.     Cost  every round as GPTQ, (steps + 2) * out * in^2, and a beam search for every code.
-Update   codes:   argmin |(t - s sum_m words[m, code_m]) R|^2,  R R' = gram[k, k],  t the best for group k while all others stand still
+Update   codes:   argmin |(t - s sum_m words[m, code_m]) R|^2,  R R' = gram[k, k],  t the best value of group k with all others fixed
          words:   gradient = sum over the groups with that code  s (w - w_hat) gram[:, k];  scales as in `row_scales`
 Fails    as GPTQ; FormatError for formats without learned words.
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
@@ -29,19 +30,19 @@ from bitpress.quantizers.mechanisms.coordinate_descent import Descent, prepare_d
 from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.groups import metric_roots, walk
 from bitpress.quantizers.mechanisms.row_scales import solve_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["AQLM"]
 
-# Vectors for each word, and rounds, of the k-means that the books begin with.
+# Vectors per word, and rounds, of the k-means that starts the books.
 VECTORS_PER_WORD = 64
 FIRST_ROUNDS = 16
-# Of the first squared gradient: steps beyond would follow rounding errors, also where books may trade a constant.
+# Share of the first squared gradient: smaller steps would follow rounding errors, also where books can trade a constant.
 SETTLED = 1e-8
 
 
 @dataclass(frozen=True)
-class AQLM:
+class AQLM(Quantizer):
     rounds: int = 6
     beam: int = 16
     steps: int = 12
@@ -102,7 +103,7 @@ class AQLM:
         params: Params,
         before: Int[torch.Tensor, "out groups"] | None = None,
     ) -> Int[torch.Tensor, "out groups"]:
-        """Choose every code, each error fed to those behind it."""
+        """Choose every code in order; each error is fed to the codes after it."""
         shape, grid = (w.shape[0], w.shape[1]), fmt.grid
         books = _books(params)
         bits = grid.code_bits // len(books)
@@ -127,7 +128,7 @@ class AQLM:
         return codes.T.contiguous()
 
     def _learned(self, w: torch.Tensor, codes: torch.Tensor, params: Params, descent: Descent, fmt: Format) -> Params:
-        """Give better words and scales for the codes."""
+        """Return improved words and scales for the codes."""
         words = solve_words(w, codes, params, descent.gram, fmt, self.steps)
         trial = fmt.stored({**params, "words": words.view_as(params["words"])})
         before, after = (float(descent.errors(fmt.decode(codes, p) - w).sum()) for p in (params, trial))
@@ -137,9 +138,9 @@ class AQLM:
 
 
 def first_books(w: Float[torch.Tensor, "out in"], fmt: Format) -> Params:
-    """Scale every block to a root mean square of 1, and cluster what the books before leave of its vectors.
+    """Scale every block to a root mean square of 1, and cluster the residual of the earlier books.
 
-    All weigh the same: clusters weighted by the gram's diagonal ended 5% worse, measured on attention weights of a small model.
+    All vectors weigh the same: weights by the gram's diagonal ended 5% worse, measured on attention weights of a small model.
     """
     if not bool(torch.isfinite(w).all()):
         raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
@@ -205,6 +206,6 @@ def solve_words(
 
 
 def _books(params: Params) -> Float[torch.Tensor, "books count span"]:
-    """Give the words of all books; a single learned book is one of one."""
+    """Return the words of all books, with an axis for books even if there is one."""
     words = params["words"]
     return words if words.ndim == 3 else words[None]

@@ -1,4 +1,4 @@
-"""AWQ's rounding: clip every block of weights where that makes its part of the output more exact, then round to nearest.
+"""AWQ's rounding: clip every block of weights if that reduces the error of its partial output, then round to nearest.
 
 Source   Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"; the clipping search
          as in the authors' public code (`auto_clip.py`). The paper's scaling is the transform `awq-scale`, done before.
@@ -7,7 +7,7 @@ Differs  the squared error of a block's partial output is exact through its diag
 Needs    gram [in, in] float32.     Cost  O(steps * out * in * block columns) time, O(out * in) memory.
 Update   limit = argmin over ratios of  sum over the block's rows  d gram[g, g] d',
          d = Q(w; fitted to clamp(w, ratio * max |w|)) - w
-Fails    CalibrationError when no token reached the layer. Ratio 1 is tried first: never worse than no clipping by that error.
+Fails    CalibrationError when no token reached the layer. Ratio 1 is tried first, so the error is never worse than without clipping.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["AWQ"]
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(Quantizer):
     steps: int = 10
     smallest: float = 0.5
 
@@ -47,7 +47,7 @@ class AWQ:
         error = partial_errors(w, best, fmt, tiles)
         clipped = torch.zeros_like(error, dtype=torch.bool)
         for ratio in shrink_ratios("mse", self.steps, self.smallest)[1:]:
-            # What belongs to the whole weight (a codebook) stays as first fitted: blocks must be able to choose apart.
+            # Parameters of the whole weight (a codebook) stay as first fitted, so that blocks can choose independently.
             trial = fmt.fit(w.clamp(-limit * ratio, limit * ratio), shared=best)
             trial_error = partial_errors(w, trial, fmt, tiles)
             better = trial_error < error
@@ -59,7 +59,7 @@ class AWQ:
 
 
 def block_limits(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tensor, "out in"]:
-    """Give for every weight the largest magnitude of its block."""
+    """Return the largest magnitude of the block of every weight."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     down, across = w.shape[0] // rows, w.shape[1] // cols
     largest = w.abs().reshape(down, rows, across, cols).amax((1, 3), keepdim=True)
@@ -67,7 +67,7 @@ def block_limits(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.T
 
 
 def diagonal_tiles(gram: Float[torch.Tensor, "in in"], cols: int) -> Float[torch.Tensor, "across cols cols"]:
-    """Give the square tiles of `cols` channels along the gram's diagonal."""
+    """Return the square tiles of `cols` channels along the gram's diagonal."""
     across = gram.shape[0] // cols
     return gram.reshape(across, cols, across, cols).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
@@ -75,7 +75,7 @@ def diagonal_tiles(gram: Float[torch.Tensor, "in in"], cols: int) -> Float[torch
 def partial_errors(
     w: Float[torch.Tensor, "out in"], params: Params, fmt: Format, tiles: Float[torch.Tensor, "across cols cols"]
 ) -> Float[torch.Tensor, "down across"]:
-    """Give the squared error of every block's partial output under given parameters."""
+    """Return the squared error of every block's partial output under `params`."""
     across, cols = tiles.shape[0], tiles.shape[1]
     difference = fmt.decode(fmt.encode(w, params), params).sub_(w)
     parts = difference.reshape(w.shape[0], across, cols).transpose(0, 1)  # [across, out, cols]

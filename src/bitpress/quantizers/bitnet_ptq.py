@@ -1,9 +1,9 @@
-"""BitNet's rounding after training: -1, 0 or 1 times the mean magnitude, or times the median.
+"""BitNet's rounding, applied after training: -1, 0 or 1 times the mean or the median magnitude.
 
 Source   Nielsen and Schneider-Kamp 2024, "BitNet b1.58 Reloaded: State-of-the-art Performance Also on Smaller Networks": the median in
          place of the mean magnitude of BitNet b1.58; rounding as in the authors' public layer.
-Differs  they train with this rounding in the forward pass; here a trained weight is rounded once, which is a yardstick for ternary
-         methods and the start of such a training. Any block may have its own scale; theirs is one for the weight.
+Differs  they train with this rounding in the forward pass; here a trained weight is rounded once, a baseline for ternary methods and
+         a start for such training. Any block may have its own scale; theirs has one per weight.
 Needs    nothing.                   Cost  O(out * in), a sort of every block for the median.
 Update   scale = mean |w| or median |w| of the block;  w_hat = clamp(round(w / scale), -1, 1) * scale
 Fails    NumericsError when a weight is not finite. A block whose median is 0 has the scale 0.
@@ -18,13 +18,13 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["BitNetPTQ"]
 
 
 @dataclass(frozen=True)
-class BitNetPTQ:
+class BitNetPTQ(Quantizer):
     measure: Literal["mean", "median"] = "mean"
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -36,7 +36,7 @@ class BitNetPTQ:
 
     def __post_init__(self) -> None:
         if self.measure not in ("mean", "median"):
-            raise UsageError(f"measure={self.measure!r}: it is 'mean' or 'median'.")
+            raise UsageError(f"measure={self.measure!r}: must be 'mean' or 'median'.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("bitnet_ptq", self.serves, fmt)

@@ -1,16 +1,16 @@
-"""BoA: GPTQ with attention-aware Hessians: errors are fed back across a head's rows as well as across columns.
+"""BoA: GPTQ with attention-aware Hessians: errors are fed back across the rows of a head as well as across columns.
 
-Source   Kim et al. 2024, "Attention-aware Post-training Quantization without Backpropagation" (BoA). Its text was seen only in
-         part; the order of rows inside columns follows public code of its successor (TurboBoA).
-Differs  `rows` rows of each head are rounded together (the paper takes one after the other) with the feedback of columns in
-         between; parameters are static and fitted before; queries and keys are taken with their rotary positions; row and
-         column statistics multiply, as the paper relaxes them.
+Source   Kim et al. 2024, "Attention-aware Post-training Quantization without Backpropagation" (BoA). Only a part of
+         its text was seen; the order of rows inside columns follows public code of its successor (TurboBoA).
+Differs  `rows` rows of each head are rounded together (one by one in the paper), with feedback across columns in between;
+         parameters are static and fitted before; queries and keys include their rotary positions; row and column statistics
+         multiply, as in the paper's relaxation.
 Needs    gram [in, in]; row_gram [heads, row, row]; for values head_gram [heads, in, in]; float32.
-Cost     row / rows passes of GPTQ for the weights that make an attention, times the heads for values; one pass for all others.
+Cost     row / rows passes of GPTQ for query, key and value weights, times the heads for values; one pass for all others.
 Update   w[h, r2:] -= V[r1:r2, r2:]' V[r1:r2, r1:r2]'^-1 (w[h, r1:r2] - q[h, r1:r2]),  V = upper Cholesky factor of inv(row_gram),
          after columns as in GPTQ with U of the gram, or of the head's own
-Fails    as GPTQ; a row_gram that cannot be factored leaves its head without feedback across rows: a named fallback. A weight that
-         makes no attention by itself (fused projections, experts, feed-forward layers) is rounded as by GPTQ.
+Fails    as GPTQ; if a row_gram cannot be factored, its head has no feedback across rows: a named fallback. Weights without a role in the
+         attention of their own (fused projections, experts, feed-forward layers) are rounded by GPTQ.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["BoA", "attention_error"]
 
 
 @dataclass(frozen=True)
-class BoA:
+class BoA(Quantizer):
     rows: int = 16
     damp: float = 0.01
     order: Order = "activation"
@@ -51,7 +51,7 @@ class BoA:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.rows < 1:
-            raise UsageError(f"rows={self.rows}: at least 1 row of a head is rounded at a time.")
+            raise UsageError(f"rows={self.rows}: must be 1 or more.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         stats = stats or Stats(0)
@@ -68,7 +68,9 @@ class BoA:
             return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": 0.0})
         heads, row = by_row.shape[0], by_row.shape[1]
         if heads * row != w.shape[0] or heads % len(grams):
-            raise CalibrationError(f"boa: {heads} heads of {row} rows with {len(grams)} grams do not make {w.shape[0]} rows.")
+            raise CalibrationError(
+                f"boa: {heads} heads of {row} rows with {len(grams)} grams do not fit a weight of {w.shape[0]} rows."
+            )
         across = [prepare(g, "natural", 1, self.damp, self.damp_limit).factor for g in by_row]
         if any(factor is None for factor in across):
             fallbacks.append(
@@ -87,7 +89,7 @@ class BoA:
         return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": float(heads)})
 
     def _round(self, w: torch.Tensor, fmt: Format, params: Params, feedbacks: Sequence[Feedback]) -> torch.Tensor:
-        """Round by columns with the feedback of each head's own gram, or of the one that all share."""
+        """Round by columns with feedback by each head's own gram, or by the shared one."""
         codes = torch.empty(0)
         height = w.shape[0] // len(feedbacks)
         for i, feedback in enumerate(feedbacks):
@@ -99,7 +101,7 @@ class BoA:
 
 
 def attention_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats) -> float:
-    """Give the relative squared error of what a block's attention makes of a weight: sum over heads of tr(R D G D') / tr(R w G w')."""
+    """Return the relative squared error of a weight as the attention propagates it: sum over heads of tr(R D G D') / tr(R w G w')."""
     by_row = torch.ones(w.shape[0], 1, 1) if stats.row_gram is None else stats.row_gram
     grams = stats.need_gram("attention")[None] if stats.head_gram is None else stats.head_gram
     grams = grams.repeat_interleave(by_row.shape[0] // len(grams), 0) if len(grams) > 1 else grams

@@ -2,22 +2,23 @@
 
 Source   Zhang et al. 2024, "COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization"; the start from the weights
          themselves and the greedy order as in the authors' public code (`quant.py`), where scales stay as they were fitted.
-Differs  one order for all rows, by what a column's weights cost on average (on a block of SmolLM2 every row in its own order took 8
-         times as long for the same error within 1%); sweeps are those of `Descent`; scales are updated block by block after each
-         sweep, by the minimum along that coordinate, where they help as they are stored; zero points stay, fitted by a clipping search
-         weighted by the gram's diagonal; `damp` of its mean is part of the error. Levels may be any grid's, times a scale. Of the
-         text only the abstract was at hand. start="gptq" is none of the paper's.
+Differs  one order for all rows, by the average cost of a column's weights (on a block of SmolLM2 an order per row took 8 times as
+         long for the same error within 1%); sweeps are those of `Descent`; scales are updated block by block after each sweep, to
+         the minimum along that coordinate, if the stored scale reduces the error; zero points stay as fitted by a clipping search
+         weighted by the gram's diagonal; `damp` times the mean diagonal is part of the error. Any grid whose levels are times a
+         scale works. Only the abstract of the text was seen. start="gptq" is not in the paper.
 Needs    gram [in, in] float32.     Cost  O(sweeps * out * in^2 + in^3) time, O(in^2) memory.
 Update   w_hat[:, j] = Q(w_hat[:, j] + (w - w_hat) gram[:, j] / gram[j, j]), j by sum of |w[:, j]| * sqrt(gram[j, j]), then
          scale += (w - w_hat) gram q' / (q gram q'),  q the levels of a block before scaling, 0 elsewhere
-Fails    CalibrationError when no token reached the layer. Where the end is worse than the start, the start is kept: a fallback.
+Fails    CalibrationError when no token reached the layer. If the end is worse than the start, the start is kept: a fallback.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
@@ -25,7 +26,7 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, prepare
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["COMQ", "fit_scales", "greedy_order"]
@@ -34,7 +35,7 @@ DAMP_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
-class COMQ:
+class COMQ(Quantizer):
     sweeps: int = 5
     start: Literal["weight", "gptq"] = "weight"
     damp: float = 0.01
@@ -51,9 +52,9 @@ class COMQ:
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
         if self.start not in ("weight", "gptq"):
-            raise UsageError(f"start={self.start!r}: it is 'weight' or 'gptq'.")
+            raise UsageError(f"start={self.start!r}: must be 'weight' or 'gptq'.")
         if self.sweeps < 1 or not 0 < self.damp <= DAMP_LIMIT:
-            raise UsageError(f"sweeps >= 1 and 0 < damp <= {DAMP_LIMIT:g} are needed, got {self.sweeps}, {self.damp}.")
+            raise UsageError(f"sweeps must be 1 or more and 0 < damp <= {DAMP_LIMIT:g}, got {self.sweeps}, {self.damp}.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("comq")
@@ -86,7 +87,7 @@ class COMQ:
 
 
 def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"], span: int) -> Int[torch.Tensor, " in"]:
-    """Give the columns by what their weights add to the output, the largest first, whole codes of `span` columns together."""
+    """Return the columns by the size of their contribution to the output, the largest first; the `span` columns of a code stay together."""
     cost = (w.abs().mean(0) * gram.diagonal().clamp(min=0).sqrt()).view(-1, span).sum(-1)
     return (torch.argsort(cost, descending=True, stable=True)[:, None] * span + torch.arange(span)).reshape(-1)
 
@@ -94,9 +95,9 @@ def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in
 def fit_scales(
     w: Float[torch.Tensor, "out in"], codes: Int[torch.Tensor, "out codes"], descent: Descent, fmt: Format, params: Params
 ) -> Params:
-    """Give the parameters with every block's scale best for the codes, one column of blocks after another.
+    """Return the parameters with the best scale of every block for the codes, one column of blocks after another.
 
-    Only single scales, and only where a scale as it is stored lessens the error.
+    Only for formats with single scales; a scale changes only if its stored value reduces the error.
     """
     if not any(p.kind == "scale" and p.shape == () for p in fmt.grid.params):
         return params

@@ -1,24 +1,25 @@
-"""decoupleQ: codes and the numbers that turn them into weights, found in turn: the one by error feedback, the other by least squares.
+"""decoupleQ: alternate between codes (by error feedback) and scales and zero points (by least squares).
 
 Source   Guo et al. 2024, "decoupleQ: Towards 2-bit Post-Training Uniform Quantization via decoupling Parameters into Integer and
-         Floating Points", eq. 6-8 and 11-12, alg. 1-2; whole zero points, rows that keep what was better and the ladder of damping
+         Floating Points", eq. 6-8 and 11-12, alg. 1-2; integer zero points, rows that keep their best state and the damping steps
          as in the authors' public code (`quant.py`, `moq_quant.py`).
-Differs  only the first stage, one weight at a time: training scales and norms on a block's output is a tuner's work. Codes by the
-         paper's second approximation (GPTQ's columns) and then by `sweeps` of coordinate descent (`Descent`), which the paper has not;
-         sweeps=0 for its own way. Its first approximation (projected gradients) is left out. Zero points are rounded to the codes
-         that a format has for them, scales are positive and as stored; scales are solved for a second time under those zero points.
-         Without a stored zero point only scales are solved for.
+Differs  only the first stage, one weight at a time, without training scales and norms on a block's output. Codes by the paper's
+         second approximation (GPTQ's columns), then by `sweeps` of coordinate descent (`Descent`), which the paper lacks (sweeps=0
+         for the paper's way). Its first approximation (projected gradients) is left out. Zero points are rounded to the codes of the
+         format, scales are positive and rounded as stored; scales are solved for again under these zero points. Without a stored
+         zero point only scales are solved for.
 Needs    gram [in, in] float32.     Cost  O(rounds * (sweeps + 2) * out * in^2 + in^3) time, O(in^2) memory.
 Update   codes = argmin under (scale, offset), then  (scale, offset) = argmin of
          (codes * scale + offset - w) gram (codes * scale + offset - w)',  all groups of a row together;  zero = -offset / scale
-Fails    as GPTQ. Systems are damped by 1e-6 of their diagonal; a row for which a step is no better keeps what it has.
+Fails    as GPTQ. Systems are damped by 1e-6 of their diagonal; a row keeps its state if a step does not improve it.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
@@ -26,7 +27,7 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["DecoupleQ", "solve_affine"]
@@ -37,7 +38,7 @@ TOGETHER = 1 << 24
 
 
 @dataclass(frozen=True)
-class DecoupleQ:
+class DecoupleQ(Quantizer):
     rounds: int = 4
     sweeps: int = 2
     damp: float = 0.01
@@ -58,7 +59,7 @@ class DecoupleQ:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, LAZY)
         if self.rounds < 1 or self.sweeps < 0:
-            raise UsageError(f"rounds >= 1 and sweeps >= 0 are needed, got {self.rounds}, {self.sweeps}.")
+            raise UsageError(f"rounds must be 1 or more and sweeps 0 or more, got {self.rounds}, {self.sweeps}.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("decoupleq", self.serves, fmt)
@@ -89,9 +90,9 @@ class DecoupleQ:
 def solve_affine(
     w: Float[torch.Tensor, "out in"], codes: Int[torch.Tensor, "out in"], descent: Descent, fmt: Format, params: Params
 ) -> Params:
-    """Give the parameters with the scales, and the zero points where they are stored, that are best for the codes.
+    """Return the parameters with the best scales, and the best zero points if stored, for the codes.
 
-    All blocks of a row of blocks are solved for together; it keeps what it has where that is no worse once rounded as stored.
+    All blocks of a row are solved for together. A row keeps its parameters unless the new ones, rounded as stored, are better.
     """
     ones = torch.ones_like(params["scale"])
     if "zero" in params:
@@ -104,8 +105,8 @@ def solve_affine(
 
 def _solve(
     w: Float[torch.Tensor, "out in"], levels: Float[torch.Tensor, "out in"], gram: torch.Tensor, fmt: Format, *, offsets: bool
-) -> tuple[Float[torch.Tensor, "down across"], Float[torch.Tensor, "down across"]]:
-    """Give scales, and offsets where asked for, with the least (levels * scale + offset - w) gram (levels * scale + offset - w)'."""
+) -> tuple[Float[torch.Tensor, "down across"], Float[torch.Tensor, "down offsets"]]:
+    """Return the scales, and the offsets if `offsets`, with the least (levels * scale + offset - w) gram (levels * scale + offset - w)'."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     across = w.shape[1] // cols
     unknowns = across * (2 if offsets else 1)
@@ -140,7 +141,7 @@ def _better(
     params: Params,
     changes: dict[str, torch.Tensor],
 ) -> Params:
-    """Give the parameters with the changes in those rows of blocks where they lessen the error as they are stored."""
+    """Return the parameters, changed in the rows of blocks whose stored error falls."""
     scale = stored_scales(fmt, params, changes["scale"])
     trial = {**params, **changes, "scale": scale}
     errors = [descent.errors(w - fmt.decode(codes, p)).view(len(scale), -1).sum(1) for p in (trial, params)]

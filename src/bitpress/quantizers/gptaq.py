@@ -1,15 +1,15 @@
-"""GPTAQ: round as GPTQ does, towards what the layer gives in the uncompressed model rather than for its own inputs.
+"""GPTAQ: GPTQ that aims at the layer's outputs in the uncompressed model instead of those for its own inputs.
 
 Source   Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration"; the update and the
          strength of 0.25 as in the authors' public code.
-Differs  the term of the asymmetry is that of the weights as they were, not as the feedback has left them, so that it becomes a
-         shift before a plain pass; target="whole" shifts every column by all of it, which is the least-squares answer to the
-         paper's objective, where the paper shifts a column by what the columns before it ask for; a block is measured once,
-         so that the asymmetry is that of the block's input; groups are static.
+Differs  the asymmetry term uses the original weights, not those changed by feedback, so that it becomes a shift before a plain
+         pass; target="whole" shifts every column by the whole term, the least-squares solution of the paper's objective, where
+         the paper shifts a column by the part of the columns before it; a block is measured once, so that the asymmetry is
+         that of the block's input; groups are static.
 Needs    gram, cross [in, in] float32.     Cost  that of GPTQ and O(out * in^2 + in^3) time, O(in^2) memory.
 Update   w += strength * w @ P,  P = triu(cross @ U', 1) @ U  or  cross @ U' @ U;  U and then each column as in GPTQ
-Fails    as GPTQ. Where cross was not measured (experts), or where it asks for a change as large as the weight, the shift is left
-         out: a named fallback.
+Fails    as GPTQ. If cross was not measured (experts), or if the shift is as large as the weight, the shift is left out: a named
+         fallback.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["GPTAQ"]
 
 
 @dataclass(frozen=True)
-class GPTAQ:
+class GPTAQ(Quantizer):
     strength: float = 0.25
     target: Literal["order", "whole"] = "order"
     damp: float = 0.01
@@ -50,9 +50,9 @@ class GPTAQ:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.target not in ("order", "whole"):
-            raise UsageError(f"target={self.target!r}: it is 'order' or 'whole'.")
+            raise UsageError(f"target={self.target!r}: must be 'order' or 'whole'.")
         if not 0 <= self.strength <= 1:
-            raise UsageError(f"strength={self.strength}: it is between 0 and 1.")
+            raise UsageError(f"strength={self.strength}: must be between 0 and 1.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         stats = stats or Stats(0)
@@ -61,16 +61,16 @@ class GPTAQ:
         w = w.float()
         change = 0.0
         if stats.cross is None:
-            fallbacks.append("the inputs in the uncompressed model are not known; rounded for the layer's own")
+            fallbacks.append(
+                "the inputs in the uncompressed model are unknown; the GPTAQ correction was skipped for this layer"
+            )
         elif feedback.factor is not None:
             shift = self._shift(w, stats.cross, feedback, feedback.factor)
             change = float(shift.norm() / w.norm().clamp(min=torch.finfo(torch.float32).tiny))
             if change < 1:
                 w = w + shift
             else:
-                fallbacks.append(
-                    "the inputs in the uncompressed model ask for another weight altogether; rounded for the layer's own"
-                )
+                fallbacks.append("the GPTAQ correction is larger than the weight; it was skipped for this layer")
         columns = Columns(fmt, w, feedback.importance, shrink_ratios(self.clip, self.steps, self.smallest), static=True)
         columns.round_(feedback.order, feedback.factor, self.lazy)
         weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params),))
@@ -84,7 +84,7 @@ class GPTAQ:
         factor: Float[torch.Tensor, "in in"],
     ) -> Float[torch.Tensor, "out in"]:
         order = feedback.order
-        # A channel that was always zero here answers for nothing.
+        # A channel that was always zero here has no part in the error.
         cross = torch.where(feedback.dead, 0.0, cross)[order][:, order]
         asked = cross @ factor.T
         if self.target == "order":

@@ -2,13 +2,13 @@
 
 Source   Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"; activation
          order and static groups as in the authors' public code.
-Differs  columns in lazily updated batches, rows in parallel; a grid of span k rounds k columns at a time; the parameters of a
-         group are weighted in their clipping search by the diagonal of the gram; order="activation" with groups="running"
+Differs  columns in lazily updated batches, rows in parallel; a grid of span k rounds k columns at a time; the clipping search of
+         a group's parameters is weighted by the diagonal of the gram; order="activation" with groups="running"
          forms groups in the permuted order and keeps the permutation as the weight's input map.
 Needs    gram [in, in] float32.     Cost  O(out * in^2 + in^3) time, O(in^2) memory.
 Update   w[:, j+1:] -= (w[:, j] - q_j) / U[j, j] * U[j, j+1:],  U = upper Cholesky factor of inv(gram + damp * mean_diag * I)
-Fails    a gram that cannot be factored is damped tenfold more, up to `damp_limit`, and then rounded without feedback: a named
-         fallback. Input channels that were always 0 keep their weights rounded plainly.
+Fails    if the gram cannot be factored, damping rises tenfold up to `damp_limit`; after that, rounding goes without feedback: a
+         named fallback. Weights of input channels that were always 0 are rounded to nearest.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Permutation
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["GPTQ"]
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
     groups: Literal["static", "running"] = "static"
@@ -48,7 +48,7 @@ class GPTQ:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.groups not in ("static", "running"):
-            raise UsageError(f"groups={self.groups!r}: it is 'static' or 'running'.")
+            raise UsageError(f"groups={self.groups!r}: must be 'static' or 'running'.")
 
     @property
     def keeps_map(self) -> bool:

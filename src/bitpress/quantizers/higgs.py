@@ -1,4 +1,4 @@
-"""HIGGS: after a random Hadamard rotation weights are nearly normal, so round them to the grid that is best for normal numbers.
+"""HIGGS: after a random Hadamard rotation weights are nearly normal, so round them to the optimal grid for normal numbers.
 
 Source   Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem"; the scale as in
          the authors' public code in transformers (`integrations/higgs.py`). The rotation is the transform `hadamard`, done before;
@@ -18,14 +18,14 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["HIGGS"]
 
 
 @dataclass(frozen=True)
-class HIGGS:
+class HIGGS(Quantizer):
     clip: Literal["minmax", "mse"] = "minmax"
     steps: int = 20
     smallest: float = 0.75
@@ -46,6 +46,6 @@ class HIGGS:
         params = fmt.fit(w, shrink=shrink_ratios(self.clip, self.steps, self.smallest))
         codes = fmt.encode(w, params)
         energy = float(w.square().sum())
-        # What the linearity theorem asks of a layer: the squared error of its weight over its square.
+        # The layer's figure in the linearity theorem: the squared error of its weight over its square.
         error = float((fmt.decode(codes, params) - w).square().sum()) / energy if energy > 0 else 0.0
         return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), figures={"relative_error": error})

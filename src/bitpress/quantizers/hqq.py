@@ -1,11 +1,11 @@
-"""HQQ: move the levels of every block so that the weights' error is small in a norm that forgives outliers; no data.
+"""HQQ: fit the levels of every block for a small weight error in a norm that is insensitive to outliers; no data.
 
 Source   Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml.github.io); the loop and its
          settings as in the authors' public code (`optimize_weights_proximal_legacy`).
-Differs  zero points are the whole codes that a format has for them, not floats: moving those alone changes next to nothing, so scales,
-         which HQQ leaves alone, are solved for too; the best parameters met are kept block by block, by the norm that is minimised,
-         where the original stops when the mean error of the whole weight grows; min-max of a block takes in 0. With the original's
-         beta an error below 0.17 shrinks to nothing, so that most weights take no part in the shrinking: plain least squares.
+Differs  zero points are integer codes of the format, not floats. Moving them alone has little effect, so scales, which HQQ leaves
+         fixed, are solved for too. The best parameters are kept block by block, by the minimised norm, where the original stops when
+         the mean error of the whole weight grows. The range of a block includes 0. With the original's beta an error below 0.17
+         shrinks to nothing, so most weights get plain least squares.
 Needs    nothing.                   Cost  O(rounds * out * in) time.
 Update   rest = shrink(w - w_hat),  shrink(x) = sign(x) max(|x| - |x|^(norm - 1) / beta, 0);  beta *= growth
          scale = sum (w - rest) q / sum q^2,  q = codes - zero;   zero = mean(codes - (w - rest) / scale);   sums over a block
@@ -22,13 +22,13 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.scales import stored_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["HQQ", "shrink"]
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Quantizer):
     rounds: int = 20
     norm: float = 0.7
     beta: float = 10.0
@@ -44,7 +44,7 @@ class HQQ:
     def __post_init__(self) -> None:
         if self.rounds < 1 or not 0 < self.norm <= 1 or not self.beta > 0 or not self.growth >= 1:
             raise UsageError(
-                "rounds >= 1, 0 < norm <= 1, beta > 0 and growth >= 1 are needed, "
+                "rounds must be 1 or more, 0 < norm <= 1, beta > 0 and growth >= 1, "
                 f"got {self.rounds}, {self.norm}, {self.beta}, {self.growth}."
             )
 
@@ -67,7 +67,7 @@ class HQQ:
         return Outcome(weight, figures={"moved": float(moved.float().mean())})
 
     def step(self, w: Float[torch.Tensor, "out in"], fmt: Format, params: Params, beta: float) -> Params:
-        """Give the parameters best for the codes that `params` imply, outliers aside."""
+        """Return the best parameters for the codes under `params`, with outliers discounted."""
         codes = fmt.encode(w, params)
         target = w - shrink(w - fmt.decode(codes, params), beta, self.norm)
         levels = fmt.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
@@ -81,12 +81,12 @@ class HQQ:
         return {**params, "zero": mean.round_().clamp_(0, fmt.grid.num_codes - 1)}
 
     def errors(self, w: Float[torch.Tensor, "out in"], fmt: Format, params: Params) -> Float[torch.Tensor, "down across"]:
-        """Give every block's sum of |error|^norm."""
+        """Return every block's sum of |error|^norm."""
         return block_sums((w - fmt.decode(fmt.encode(w, params), params)).abs_().pow_(self.norm), fmt)
 
 
 def shrink(x: torch.Tensor, beta: float, norm: float) -> torch.Tensor:
-    """Give the (approximate) minimum over e of  |e|^norm + beta / 2 (e - x)^2  up to constants: large values less a little."""
+    """Return the (approximate) minimum over e of  |e|^norm + beta / 2 (e - x)^2  up to constants: large values reduced a little."""
     return x.sign() * (x.abs() - x.abs().pow(norm - 1) / beta).clamp_(min=0)
 
 

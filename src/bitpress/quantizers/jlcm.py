@@ -1,12 +1,13 @@
-"""JLCM, its beginning: rows in groups of like distribution, a codebook (or a scale) for every group, no index of groups.
+"""JLCM, its first step: rows grouped by similar distribution, a codebook (or a scale) per group, no index of groups.
 
-Source   Yvinec et al. 2023, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and Mappings", of which the
-         abstract was seen: neurons are re-ordered so that those of like distribution stand together and share a codebook.
-Differs  the joint learning of codebooks and mappings by gradients is left out; rows are alike when their root mean squares are; groups
-         are equally large; the order is kept as the weight's output map, 32 bits a row, where the paper's goes into the network.
+Source   Yvinec et al. 2023, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and Mappings", known here
+         from its abstract: neurons are re-ordered so that those of similar distribution are adjacent and share a codebook.
+Differs  the joint learning of codebooks and mappings by gradients is left out; rows are similar if their root mean squares are;
+         groups are equally large; the order is stored as the weight's output map, 32 bits per row, where the paper's is folded into
+         the network.
 Needs    nothing.                   Cost  one fit of the format.
 Update   order = argsort(rms of rows);  one block of parameters for every out / groups rows of w[order]
-Fails    FormatError where the groups do not divide the rows.
+Fails    FormatError if the groups do not divide the rows.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import Block, CompressedWeight, Format, Packed, Permutation
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["JLCM"]
 
 
 @dataclass(frozen=True)
-class JLCM:
+class JLCM(Quantizer):
     groups: int = 8
     steps: int = 20
     smallest: float = 0.3
@@ -36,12 +37,15 @@ class JLCM:
     summary: ClassVar[str] = "rows re-ordered into groups of like distribution, a codebook or scale for each"
     paper: ClassVar[str] = "P268"
     bits: ClassVar[tuple[float, float]] = (2, 4)
-    keeps_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios("mse", self.steps, self.smallest)
         if self.groups < 1:
-            raise UsageError(f"groups={self.groups}: it must be 1 or more.")
+            raise UsageError(f"groups={self.groups}: must be 1 or more.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return True
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("jlcm", self.serves, fmt)

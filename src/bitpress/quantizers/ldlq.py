@@ -2,15 +2,15 @@
 
 Source   Chee et al. 2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees"; greedy passes and their order as in the
          authors' public code (`vector_balance.py`: ldlq, ldlqRG). The incoherent basis is the transform `orthogonal`, done before.
-Differs  the update is run in GPTQ's form, which the paper proves to be the same: natural order and nearest rounding are GPTQ's
-         codes to the last bit. Columns go from first to last, where the public code goes from last to first. Scales are those of the
-         format, with a clipping search, where QuIP takes 2.4 root mean squares of the whole weight; a row keeps the best of its
-         passes. LDLQ-RG is order="activation", passes=10.
-Needs    gram [in, in] float32.     Cost  as GPTQ; every pass costs about as much again.
+Differs  the update has GPTQ's form, which the paper proves to be equivalent: natural order and nearest rounding give GPTQ's codes
+         to the last bit. Columns go from first to last, in the public code from last to first. Scales are those of the format,
+         with a clipping search, where QuIP takes 2.4 root mean squares of the whole weight; a row keeps the best of its passes.
+         LDLQ-RG is order="activation", passes=10.
+Needs    gram [in, in] float32.     Cost  as GPTQ; every greedy pass costs about the same again.
 Update   q_k = Q(w_k + (w - w_hat)[:, :k] U[:k, k]),   gram = (U + I) D (U + I)',  U strictly upper triangular
          stochastic:  Q(v) is either neighbouring level, v on average;   pass:  q_k = Q(w_hat_k + (w - w_hat) gram[:, k] / gram[k, k])
-Fails    as GPTQ; a weight that feedback makes worse is rounded without it, a named fallback; FormatError for stochastic rounding
-         to levels that are not evenly spaced.
+Fails    as GPTQ; if feedback makes the error larger, the weight is rounded without it: a named fallback; FormatError for stochastic
+         rounding to levels that are not evenly spaced.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["LDLQ"]
 
 
 @dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Quantizer):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     passes: int = 0
     order: Order = "natural"
@@ -53,16 +53,18 @@ class LDLQ:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.rounding not in ("nearest", "stochastic"):
-            raise UsageError(f"rounding={self.rounding!r}: it is 'nearest' or 'stochastic'.")
+            raise UsageError(f"rounding={self.rounding!r}: must be 'nearest' or 'stochastic'.")
         if self.passes < 0 or (self.passes and self.rounding == "stochastic"):
-            raise UsageError(f"passes={self.passes}: 0 or more are needed, and greedy passes undo stochastic rounding.")
+            raise UsageError(
+                f"passes={self.passes}: must be 0 or more, and 0 with stochastic rounding, which greedy passes would undo."
+            )
         if not 0 <= self.seed < 1 << 32:
-            raise UsageError(f"seed={self.seed}: it is a whole number of 0 to 2^32 - 1.")
+            raise UsageError(f"seed={self.seed}: must be an integer from 0 to 2^32 - 1.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         if self.rounding == "stochastic" and not isinstance(fmt.grid, EvenlySpaced):
             raise FormatError(
-                f"ldlq: stochastic rounding needs evenly spaced levels, which {fmt.name} has not; use intN or nearest."
+                f"ldlq: stochastic rounding needs evenly spaced levels, which {fmt.name} lacks; use an int format or rounding=nearest."
             )
         gram = (stats or Stats(0)).need_gram("ldlq")
         w = w.float()
@@ -77,7 +79,7 @@ class LDLQ:
         if self.rounding == "nearest" and _error(w - fmt.decode(rounded, params), gram) < _error(
             w - fmt.decode(codes, params), gram
         ):
-            # Below two bits feedback may run away: what it adds is then beyond the outermost level.
+            # Below two bits feedback may diverge: the weights then lie beyond the outermost level.
             codes, fallbacks = rounded, (*fallbacks, "feedback made the error larger; rounded without it")
         if self.passes:
             codes, figures["moved"] = self._greedy(w, gram, feedback.order, fmt, params, codes)
@@ -86,7 +88,7 @@ class LDLQ:
     def _greedy(
         self, w: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, fmt: Format, params: Params, codes: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
-        """Visit the codes again until nothing changes; give the best of every row, and the part of the codes that moved."""
+        """Visit the codes again until nothing changes; return the best codes of every row, and the share of codes that moved."""
         descent = prepare_descent(gram, order, fmt.grid.span, self.damp)
         best, current = codes, codes
         w_hat = fmt.decode(codes, params)

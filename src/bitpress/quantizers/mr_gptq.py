@@ -3,11 +3,11 @@
 Source   Egiazarian et al. 2025, "Bridging the Gap Between Promise and Performance for Microscaling FP4 Quantization" (its abstract);
          scale search, static scales and activation order as in the authors' public code (FP-Quant, `gptq.py`, `quantizer.py`).
          The rotation is the transform `hadamard` with block: group, done before.
-Differs  errors of the search are squared and weighted by the gram's diagonal, where the code takes the power 2.4 of plain ones.
-         Ranges are tried from half to 13/8 of the full one, not from a fifth to the full one: with the largest weight of a block at 4
-         instead of 6 the gap between the two is not in use. Powers of two are tried one up and one down. The code multiplies
-         all scales of MXFP4 by a constant 4/3; `row_factors` gives every row the best of so many factors from 1 to 2, a float32 a
-         row as output map (1, the default: none, plain MXFP4). Signs are random in the rotation.
+Differs  the scale search weighs squared errors by the gram's diagonal, where the code takes the power 2.4 of plain errors. It tries
+         ranges from 1/2 to 13/8 of the full one, not from 1/5 to 1: a block whose largest weight is at 4 instead of 6 does not use
+         the gap between the two. For powers of two it tries one up and one down. The code multiplies all scales of MXFP4 by a
+         constant 4/3; here `row_factors` is the number of factors from 1 to 2 that are tried for every row, stored as an output map
+         of one float32 per row (1, the default: no map, plain MXFP4). Signs in the rotation are random.
 Needs    gram [in, in] float32.     Cost  as GPTQ.
 Update   factor, scale = argmin of sum gram[j, j] (w - Q(w / factor; scale) * factor)^2;  then GPTQ's, columns by falling gram[j, j]
 Fails    as GPTQ; FormatError for other formats.
@@ -23,17 +23,17 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Scale
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["MRGPTQ"]
 
-# Of a block's range, the full one first.
+# Fractions of a block's range, the full one first.
 RATIOS = (1.0, *(1 + i / 16 for i in range(-8, 11) if i))
 POWERS = (1.0, 2.0, 0.5)
 
 
 @dataclass(frozen=True)
-class MRGPTQ:
+class MRGPTQ(Quantizer):
     row_factors: int = 1
     damp: float = 0.01
     order: Order = "activation"
@@ -50,7 +50,7 @@ class MRGPTQ:
     def __post_init__(self) -> None:
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if not 1 <= self.row_factors <= 64:
-            raise UsageError(f"row_factors={self.row_factors}: it is 1 (none) to 64.")
+            raise UsageError(f"row_factors={self.row_factors}: must be 1 (none) to 64.")
 
     @property
     def keeps_map(self) -> bool:
@@ -74,7 +74,7 @@ class MRGPTQ:
     def _row_factor(
         self, w: torch.Tensor, fmt: Format, importance: torch.Tensor, ratios: tuple[float, ...]
     ) -> Float[torch.Tensor, " out"]:
-        """Give every row the factor from 1 to 2 under which its rounding errs least."""
+        """Return the factor from 1 to 2 with the least rounding error for every row."""
         best = torch.ones(w.shape[0])
         least = torch.full((w.shape[0],), torch.inf)
         for i in range(self.row_factors):

@@ -1,14 +1,14 @@
-"""PB-LLM: a few salient weights kept apart in high precision, all the others in one bit, rounded with error feedback.
+"""PB-LLM: a few salient weights stored apart in half precision, the others in one bit, rounded with error feedback.
 
 Source   Shang et al. 2023, "PB-LLM: Partially Binarized Large Language Models", its part after training; saliency, the order of work
          and the feedback as in the authors' public code (`gptq_pb/gptq.py`).
-Differs  salient weights are float16 in a sparse term, 32 bits each with their place, where the paper counts 8 bits and a mask of one
-         bit for every weight: so `salient` is 2% and not 10% of the weights. The others have scales but no mean of their own (the
-         code's xnor), and the scale is that of the others alone, where the code averages over the holes too; weighted by the gram's
-         diagonal, by block of the format and not by row. Any format can take the place of the one bit.
+Differs  salient weights are float16 in a sparse term, 32 bits each with their position, where the paper counts 8 bits and a mask of
+         one bit per weight; `salient` is therefore 2% instead of 10% of the weights. The others have scales but no mean (the code's
+         xnor). A scale averages the other weights only, where the code also averages over the gaps; it is weighted by the gram's
+         diagonal, and belongs to a block of the format instead of a row. Any format can replace the one bit.
 Needs    gram [in, in] float32.     Cost  as GPTQ; 4 bytes a salient weight.
-Update   saliency = w^2 / U[j, j]^2, or |w|;  the `salient` part of the weights with the largest keep what their codes lack, after
-         the feedback of all columns before; the error that is fed back has none of theirs in it
+Update   saliency = w^2 / U[j, j]^2, or |w|;  the share `salient` of the weights with the largest saliency stores the remainder of its
+         codes, after the feedback of all earlier columns; their errors are not fed back
 Fails    as GPTQ. NumericsError when a salient weight is beyond the range of float16.
 """
 
@@ -25,14 +25,15 @@ from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import without
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["PBLLM"]
 
 
 @dataclass(frozen=True)
-class PBLLM:
+class PBLLM(Quantizer):
     salient: float = 0.02
     measure: Literal["hessian", "magnitude"] = "hessian"
     damp: float = 0.01
@@ -52,9 +53,12 @@ class PBLLM:
         shrink_ratios("mse", self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if not 0 <= self.salient < 1:
-            raise UsageError(f"salient={self.salient}: it is a part of the weights, 0 or more and less than 1.")
+            raise UsageError(f"salient={self.salient}: must be a share of the weights, 0 or more and below 1.")
         if self.measure not in ("hessian", "magnitude"):
-            raise UsageError(f"measure={self.measure!r}: it is 'hessian' or 'magnitude'.")
+            raise UsageError(f"measure={self.measure!r}: must be 'hessian' or 'magnitude'.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(int(self.salient * math.prod(shape)), shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("pb_llm")
@@ -75,7 +79,7 @@ class PBLLM:
         return Outcome(weight, feedback.fallbacks, figures)
 
     def salient_weights(self, w: Float[torch.Tensor, "out in"], feedback: Feedback) -> Bool[torch.Tensor, "out in"]:
-        """Choose the `salient` part of all weights, the first of equals."""
+        """Return a mask of the share `salient` of all weights; the first of equals is taken."""
         saliency = w.abs() if self.measure == "magnitude" else w.square() * feedback.cost()
         count = int(self.salient * w.numel())
         chosen = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)

@@ -1,16 +1,16 @@
-"""PTQ1.61: input channels of large activations in 4 bits, all others in one, whose factors are fitted to the layer's output.
+"""PTQ1.61: input channels of large activations in 4 bits, all others in one bit with factors fitted to the layer's output.
 
 Source   Zhao et al. 2025, "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language
          Models", and its public code (`quantize/blockptq.py`, `models/int_llama_layer.py`): the fifth of the channels with the largest
          activations, min-max 4 bits for them, signs with a factor for every row and one for every column elsewhere.
-Differs  the factors are fitted in turn by least squares to the output of this weight, where the paper trains them through a block of the
-         network with the cosine of the outputs in its loss (a tuner's part). Signs are of the weight, not of the weight less its row's
-         mean. An input's size is the root of its mean square, where the code takes the largest value. The 4 bits are fitted with
-         clipping. The paper's preprocessing, which trains the weights towards rows of one size, is a method of its own and left out.
+Differs  row and column factors alternate by least squares on the output of this weight, where the paper trains them through a block
+         with the cosine of the outputs in its loss. Signs are those of the weight, not of the weight minus its row mean. An input's
+         size is its root mean square, where the code takes the largest value. The 4-bit columns are fitted with clipping. The paper's
+         preprocessing, which trains the weights towards rows of equal size, is left out.
 Needs    gram [in, in] float32.     Cost  O(steps * (out * in^2 + in^3)).
 Update   w_hat[:, j] = a_i s_ij r_j;  a_i = <t_i, v_i> / <v_i, v_i>, v = s r, products by the gram;
          r = (gram o (a s)' (a s) + ridge I)^-1 (diag((a s)' t gram) + ridge 1),  t = w less the kept columns
-Fails    where the factors do not bring the output nearer, plain signs are given. Inputs that were always 0 have the factor 1.
+Fails    if the factors do not reduce the output error, plain signs are used: a fallback. Inputs that were always 0 have the factor 1.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,18 @@ from jaxtyping import Bool, Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Kept, Packed, Scale, Term, parse_format
-from bitpress.quantizers.quantizer import Outcome, check_served, output_errors
+from bitpress.quantizers.mechanisms.storage import column_bytes, term_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served, output_errors
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["PTQ161"]
 
-# A column's factor stays between these: beyond them it would say that the column was rounded wrongly, not scaled wrongly.
+# Limits of a column's factor: a factor beyond them would mean wrong signs, not a wrong scale.
 SMALLEST, LARGEST = 1 / 16, 16.0
 
 
 @dataclass(frozen=True)
-class PTQ161:
+class PTQ161(Quantizer):
     salient: float = 0.2
     high: str = "int4-row-zero"
     steps: int = 10
@@ -43,15 +44,26 @@ class PTQ161:
     summary: ClassVar[str] = "input channels of large activations in 4 bits, the others binary with fitted factors"
     paper: ClassVar[str] = "P432"
     bits: ClassVar[tuple[float, float]] = (1, 2)
-    keeps_map: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("binary-row*", "binary-g*")
 
     def __post_init__(self) -> None:
         parse_format(self.high)
         if not 0 <= self.salient < 1:
-            raise UsageError(f"salient={self.salient}: it is a part of the input channels, 0 or more and less than 1.")
+            raise UsageError(f"salient={self.salient}: must be a share of the input channels, 0 or more and below 1.")
         if self.steps < 0 or not self.damp > 0:
-            raise UsageError(f"steps >= 0 and damp > 0 are needed, got {self.steps}, {self.damp}.")
+            raise UsageError(f"steps must be 0 or more and damp above 0, got {self.steps}, {self.damp}.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return True
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        width = shape[1]
+        cols = 1 if fmt.block.cols == "all" else fmt.block.resolve(shape)[1]
+        others = max((width - round(self.salient * width)) // cols * cols, cols)
+        if others == width:  # even without salient columns the binary ones are kept columns, with a mask
+            return term_bytes("kept", shape, parts, axis="columns", count=width, format=fmt.name)
+        return column_bytes(parse_format(self.high), fmt, width - others, shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("ptq161", self.serves, fmt)
@@ -71,12 +83,14 @@ class PTQ161:
         candidates.append(_put_together(kept, fmt, signs * a[:, None], rest, r if self.steps > 1 else None))
         errors = output_errors(w, [c.dequantize() for c in candidates], stats)
         better = errors[1] <= errors[0]
-        fallbacks = () if better else ("the fitted factors did not bring the output nearer; signs have the mean magnitude",)
+        fallbacks = (
+            () if better else ("the fitted factors did not reduce the output error; signs with the mean magnitude are used",)
+        )
         figures = {"salient": float(salient.float().mean()), "error_without_factors": errors[0]}
         return Outcome(candidates[1] if better else candidates[0], fallbacks, figures)
 
     def salient_channels(self, energy: Float[torch.Tensor, " in"], fmt: Format) -> Bool[torch.Tensor, " in"]:
-        """Choose the channels of most energy, as many more than `salient` as leave whole blocks to the others."""
+        """Return a mask of the channels of most energy: the share `salient`, rounded up so that the others fill whole blocks."""
         width = energy.numel()
         cols = 1 if fmt.block.cols == "all" else fmt.block.resolve((1, width))[1]
         others = max((width - round(self.salient * width)) // cols * cols, cols)
@@ -116,7 +130,7 @@ def _put_together(
     rest: Bool[torch.Tensor, " in"],
     r: Float[torch.Tensor, " n"] | None,
 ) -> CompressedWeight:
-    """Pack signs times magnitudes, which a fit finds again, beside the kept columns and behind the factors of the columns."""
+    """Pack signs times magnitudes (a fit recovers both) with the kept columns, and the column factors as the input map."""
     params = fmt.fit(values)
     binary = Kept.place(Packed.pack(fmt, fmt.encode(values, params), params), "columns", rest)
     terms: tuple[Term, ...] = (binary,) if kept is None else (kept, binary)

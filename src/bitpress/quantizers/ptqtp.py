@@ -1,11 +1,11 @@
 """PTQTP: a weight as two planes of -1, 0 and 1, each with a scale in every block, by progressive approximation.
 
 Source   Xiao et al. 2025, "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models"; its code is not public, so
-         its algorithm is known here from summaries of the paper: both planes start at the signs, scales by ridge regression that
-         adapts to the condition, digits by trying all nine pairs, at most 50 times.
-Differs  where the paper lets the ridge grow while the condition is above its limit, it is the least one that keeps to the limit.
-         The nine pairs are nine sums in order, the nearest of which is found by search. A block where the format's own fit, which
-         goes the same way from other starts, is nearer keeps that one. Blocks of any shape; the paper has rows of 128 columns.
+         its algorithm is taken from summaries of the paper: both planes start at the signs, scales by ridge regression that
+         adapts to the condition number, digits by trying all nine pairs, at most 50 times.
+Differs  the ridge is the smallest that keeps the condition number at its limit, where the paper raises it step by step. The nine
+         pairs are nine sorted sums, and a search finds the nearest. A block keeps the format's own fit (the same loop from other
+         starts) if that is nearer. Blocks have any shape; the paper has rows of 128 columns.
 Needs    nothing.                   Cost  one sort of the weights.
 Update   scales = (D'D + ridge I)^-1 D'w,  D = both planes of a block;  digits = argmin over pairs of |w - a d_1 - b d_2|
 Fails    NumericsError when a weight is not finite.
@@ -22,13 +22,13 @@ from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.table import find_grid
 from bitpress.quantizers.mechanisms.two_planes import best_planes, by_block, pairs_of
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["PTQTP"]
 
 
 @dataclass(frozen=True)
-class PTQTP:
+class PTQTP(Quantizer):
     steps: int = 50
     condition: float = 1e6
 
@@ -37,16 +37,19 @@ class PTQTP:
     summary: ClassVar[str] = "two ternary planes, scales by ridge regression and digits by search in turn"
     paper: ClassVar[str] = "P385"
     bits: ClassVar[tuple[float, float]] = (3.17, 4)
-    # One term of both planes, or a term for each of them: 4 bits a weight, or with `base3` twice 1.6.
+    # One term for both planes, or one term each: 4 bits per weight, or twice 1.6 with `base3`.
     serves: ClassVar[tuple[str, ...]] = ("trits2-*", "ternary-*")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.condition > 1:
-            raise UsageError(f"steps >= 1 and condition > 1 are needed, got {self.steps}, {self.condition}.")
+            raise UsageError(f"steps must be 1 or more and condition above 1, got {self.steps}, {self.condition}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) * (1 if fmt.grid.num_codes == 9 else 2)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("ptqtp", self.serves, fmt)
-        # Both planes at the signs: ridge regression gives each half of the mean magnitude.
+        # Both planes start at the signs: ridge regression gives each half of the mean magnitude.
         half = by_block(w, fmt).abs().mean(1, keepdim=True) / 2
         planes = fmt if fmt.grid.num_codes == 9 else Format(find_grid("trits2"), fmt.block, fmt.scale)
         outcome = best_planes(w, planes, [half.expand(-1, 2)], self.steps, self.condition)
@@ -54,7 +57,7 @@ class PTQTP:
 
 
 def _apart(weight: CompressedWeight, fmt: Format) -> CompressedWeight:
-    """Give two terms of one plane each for a term of two planes."""
+    """Return two terms of one plane each for a term of two planes."""
     both = weight.terms[0]
     assert isinstance(both, Packed)
     codes, params = both.unpack()

@@ -1,22 +1,23 @@
-"""PVQ: directions of pyramid vector quantization and their lengths, both chosen for the layer's output.
+"""PVQ: pyramid vector quantization, directions and lengths chosen for the layer's output.
 
 Source   van der Ouderaa et al. 2024, "Pyramid Vector Quantization for LLMs": groups of weights as a point of the pyramid and a
-         quantized length, after a Hadamard rotation (the transform `hadamard`), with the Hessian in place of the plain error. Only
-         its abstract and summaries were seen: how the Hessian enters is this file's own.
-Differs  error feedback from group to group as GPTQ's; a direction begins at the nearest one, then pulses move from number to number
-         as long as the cost after feedback falls; all lengths of a row are solved for together at the end. Lengths are kept by the
-         format's store of scales (6 bits by default), not by quantiles of a beta distribution.
+         quantized length, after a Hadamard rotation (the transform `hadamard`), with the Hessian instead of the plain error. Only its
+         abstract and summaries were seen; the use of the Hessian is this file's own.
+Differs  error feedback from group to group as in GPTQ; a direction starts at the nearest point, then pulses move between positions
+         as long as the cost after feedback falls; all lengths of a row are solved for together at the end. Lengths are stored by the
+         format's scale store (6 bits by default), not as quantiles of a beta distribution.
 Needs    gram [in, in] float32.     Cost  as GPTQ, and moves * 2 * N^2 candidates for every N weights; O(out * in^2) for the lengths.
 Update   cost(p) = min over s  |(w_k - s p) inv(U[k, k])|^2,  or at the s of a block that holds several directions
          lengths:  s = inv(V gram V') V gram w',  V [groups, in] the directions of a row
-Fails    as GPTQ; FormatError for codes that are not a pyramid's. A row keeps its lengths where the solution is no better.
+Fails    as GPTQ; FormatError for grids that are not pyramids. A row keeps its lengths unless the solution is better.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
@@ -26,13 +27,13 @@ from bitpress.formats.layouts.dense import code_dtype
 from bitpress.quantizers.mechanisms.error_feedback import Feedback, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.groups import metric_roots, walk
 from bitpress.quantizers.mechanisms.row_scales import solve_scales
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["PVQ", "move_pulses"]
 
 
 @dataclass(frozen=True)
-class PVQ:
+class PVQ(Quantizer):
     moves: int = 4
     lengths: bool = True
     damp: float = 0.01
@@ -50,7 +51,7 @@ class PVQ:
     def __post_init__(self) -> None:
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.moves < 0:
-            raise UsageError(f"moves={self.moves}: it is 0 or more.")
+            raise UsageError(f"moves={self.moves}: must be 0 or more.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("pvq", self.serves, fmt)
@@ -65,7 +66,7 @@ class PVQ:
         return Outcome(weight, feedback.fallbacks, {"damp": feedback.damp or 0.0})
 
     def _walk(self, w: torch.Tensor, feedback: Feedback, fmt: Format) -> tuple[torch.Tensor, Params]:
-        """Choose direction after direction, each error fed to those behind it."""
+        """Choose the directions in order; each error is fed to the directions after it."""
         grid, shape = fmt.grid, (w.shape[0], w.shape[1])
         assert isinstance(grid, Pyramid)
         own_length = fmt.block.resolve(shape, grid.span) == (1, grid.span)
@@ -98,7 +99,7 @@ def move_pulses(
 ) -> Int[torch.Tensor, "out n"]:
     """Move up to `moves` pulses of every point, each time the best one, as long as the cost falls.
 
-    The cost is that of the point's direction, brought to the length `scale` (the best one for None), by `metric`.
+    The cost of a point's direction, scaled to the length `scale` (None: the best one), is measured by `metric`.
     """
     eye = torch.eye(len(metric))
     pull = target @ metric
@@ -109,7 +110,7 @@ def move_pulses(
         energy = (p * image).sum(1)
         best = _gain(along, energy, square, scale)
         chosen = torch.full_like(best, -1, dtype=torch.int64)
-        # A pulse is taken from number i and put on number j with either sign, wherever j does not have the other one.
+        # A pulse moves from position i to position j with either sign, unless j has the opposite sign.
         for k, put in enumerate((1.0, -1.0)):
             gains = _gain(
                 _pairs(along, -sign * pull, put * pull),
@@ -121,7 +122,7 @@ def move_pulses(
             rest = p[:, None, :] - sign[:, :, None] * eye
             gains = gains.masked_fill((sign == 0)[:, :, None] | (rest * put < 0), -torch.inf).flatten(1)
             top, place = gains.max(1)
-            # By more than rounding, so that no pulse goes to and fro.
+            # By more than rounding, so that no pulse oscillates.
             better = top > best + 1e-6 * best.abs()
             best, chosen = torch.where(better, top, best), torch.where(better, place * 2 + k, chosen)
         moved = (chosen >= 0).nonzero()[:, 0]
@@ -135,12 +136,12 @@ def move_pulses(
 
 
 def _pairs(whole: torch.Tensor, taken: torch.Tensor, given: torch.Tensor) -> Float[torch.Tensor, "out n n"]:
-    """Give whole + taken_i + given_j."""
+    """Return whole + taken_i + given_j."""
     return whole[:, None, None] + taken[:, :, None] + given[:, None, :]
 
 
 def _gain(along: torch.Tensor, energy: torch.Tensor, square: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Give how much a direction takes off the cost of no weight at all: from target metric p', p metric p' and p p'."""
+    """Return by how much a direction reduces the cost of a zero weight, from target metric p', p metric p' and p p'."""
     if scale is None:
         return along.clamp(min=0).square() / energy
     length = scale.reshape(-1, *(1 for _ in along.shape[1:])) / square.sqrt()
@@ -148,6 +149,6 @@ def _gain(along: torch.Tensor, energy: torch.Tensor, square: torch.Tensor, scale
 
 
 def _length(target: torch.Tensor, unit: torch.Tensor, metric: torch.Tensor) -> Float[torch.Tensor, "out 1"]:
-    """Give the lengths of least cost."""
+    """Return the lengths of least cost."""
     image = unit @ metric
     return ((target * image).sum(1, keepdim=True) / (unit * image).sum(1, keepdim=True)).clamp(min=0)

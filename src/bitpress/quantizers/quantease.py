@@ -1,10 +1,10 @@
-"""QuantEase: give every code in turn the level that is best with all others given, over and over; outliers may stand apart.
+"""QuantEase: coordinate descent; set each code to its best level with all others fixed, in many sweeps; optional outliers.
 
 Source   Behdin et al. 2023, "QuantEase: Optimization-based Quantization for Language Models"; relaxed sweeps, the start from GPTQ's
          codes and the order of columns as in the authors' public code (`quantease.py`, `gptq_quantease.py`, `quantease_outlier.py`).
-Differs  a sweep is a triangular solve and one pass of error feedback (`Descent`); start="gptq" is the default, with 10 sweeps, and
-         start="weight" the paper's own, with 30 in the public code; every third sweep rounds nothing, never the last two; a row keeps
-         its start where sweeps made it worse; parameters are fitted once, weighted by the gram's diagonal; `damp` is part of the
+Differs  a sweep is a triangular solve and one pass of error feedback (`Descent`); start="gptq" with 10 sweeps is the default,
+         start="weight" is the paper's (30 sweeps in the public code); every third sweep rounds nothing, except the last two; a row
+         keeps its start if sweeps made it worse; parameters are fitted once, weighted by the gram's diagonal; `damp` is part of the
          error. Outliers are single weights, not whole columns; their step is 1 / the largest eigenvalue, twice the public code's.
 Needs    gram [in, in] float32.     Cost  O(sweeps * out * in^2 + in^3) time, O(in^2) memory; 4 bytes an outlier.
 Update   w_hat[:, j] = Q(w_hat[:, j] + (w - w_hat) gram[:, j] / gram[j, j]);
@@ -12,6 +12,7 @@ Update   w_hat[:, j] = Q(w_hat[:, j] + (w - w_hat) gram[:, j] / gram[j, j]);
 Fails    as GPTQ, whose codes it starts from; sweeps themselves need no factorization.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +25,8 @@ from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["QuantEase", "largest_eigenvalue", "moved_outliers"]
@@ -33,7 +35,7 @@ POWER_STEPS = 50
 
 
 @dataclass(frozen=True)
-class QuantEase:
+class QuantEase(Quantizer):
     sweeps: int = 10
     start: Literal["gptq", "weight"] = "gptq"
     relax_every: int = 3
@@ -55,17 +57,21 @@ class QuantEase:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, LAZY)
         if self.start not in ("gptq", "weight"):
-            raise UsageError(f"start={self.start!r}: it is 'gptq' or 'weight'.")
+            raise UsageError(f"start={self.start!r}: must be 'gptq' or 'weight'.")
         if self.sweeps < 1 or self.relax_every < 0 or self.relax_every == 1:
             raise UsageError(
-                f"sweeps of 1 or more and relax_every of 0 (never) or 2 and more, got {self.sweeps}, {self.relax_every}."
+                f"sweeps must be 1 or more and relax_every 0 (never) or 2 or more, got {self.sweeps}, {self.relax_every}."
             )
         if not 0 <= self.outliers <= 0.5:
-            raise UsageError(f"outliers={self.outliers}: it is the part of the weights kept apart, 0 to 0.5.")
+            raise UsageError(f"outliers={self.outliers}: must be a share of the weights, 0 to 0.5.")
 
     def relaxed(self, sweep: int) -> bool:
-        """Say whether a sweep, counted from 0, rounds nothing."""
+        """Return whether a sweep, counted from 0, rounds nothing."""
         return self.relax_every > 0 and sweep % self.relax_every == 1 and sweep < self.sweeps - 2
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        count = round(self.outliers * math.prod(shape))
+        return fmt.nbytes((shape[0] * parts, shape[1])) + (sparse_bytes(count, shape, parts) if count else 0)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("quantease")
@@ -102,12 +108,12 @@ class QuantEase:
 def moved_outliers(
     apart: Float[torch.Tensor, "out in"], rest: Float[torch.Tensor, "out in"], gram: torch.Tensor, step: float, count: int
 ) -> Float[torch.Tensor, "out in"]:
-    """Move the outliers down the gradient of what they leave of `rest`, and keep the largest."""
+    """Move the outliers down the gradient of the remaining error, and keep the largest."""
     return _largest(apart + step * ((rest - apart) @ gram), count)
 
 
 def largest_eigenvalue(gram: Float[torch.Tensor, "in in"]) -> float:
-    """Give the largest eigenvalue of a gram, from below, by power iteration."""
+    """Return a lower estimate of the largest eigenvalue of a gram, by power iteration."""
     vector = torch.ones(gram.shape[0])
     for _ in range(POWER_STEPS):
         vector = torch.nn.functional.normalize(gram @ vector, dim=0)
@@ -115,7 +121,7 @@ def largest_eigenvalue(gram: Float[torch.Tensor, "in in"]) -> float:
 
 
 def _largest(w: Float[torch.Tensor, "out in"], count: int) -> Float[torch.Tensor, "out in"]:
-    """Keep the `count` largest weights, as fp16 holds them, and zeros elsewhere."""
+    """Return the `count` largest weights, rounded to fp16, with zeros elsewhere."""
     kept = torch.zeros_like(w)
     at = w.abs().flatten().topk(count).indices
     kept.view(-1)[at] = w.flatten()[at].half().float()

@@ -34,17 +34,16 @@ class Outcome:
 
 
 class Quantizer(Protocol):
-    """One paper's way to choose codes.
+    """One paper's way to choose codes. A quantizer inherits this protocol and its defaults.
 
     needs          names from `calibration.stats.STATISTICS`
     transforms     the transforms that the paper puts before it, by name or as in a recipe with their settings; a recipe may say otherwise
     paper          row of the paper in the catalogue of methods, or what it is a yardstick of
     bits           the least and the most bits of the codes, a weight, that it is meant for
-    serves         patterns of the names of formats that it can choose codes for; a method without it serves every format
-    keeps_map      whether it gives weights with a map of their own, which cannot be stacked; a method without it gives none
-    least_squares  whether it lessens the squared error of the layer's output (of the weight, where it needs no statistics), so that
-                   it is never worse than rounding to nearest; a method without it does. One with other ends (stochastic rounding,
-                   which is right on average) says False, and may be up to `LOOSE` times as far away
+    serves         patterns of the names of formats that it can choose codes for
+    least_squares  whether it lowers the squared error of the layer's output (of the weight, where it needs no statistics), so that
+                   it is never worse than rounding to nearest. One with other aims (stochastic rounding, which is right on average)
+                   says False, and may be up to `LOOSE` times as far away
 
     `tests/laws/test_quantizers.py` holds every row of the table to these declarations.
     """
@@ -54,6 +53,21 @@ class Quantizer(Protocol):
     summary: ClassVar[str]
     paper: ClassVar[str]
     bits: ClassVar[tuple[float, float]]
+    serves: ClassVar[tuple[str, ...]] = ("*",)
+    least_squares: ClassVar[bool] = True
+
+    @property
+    def keeps_map(self) -> bool:
+        """Whether its weights have a map of their own, which cannot be stacked."""
+        return False
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        """Return the bytes of the terms that it makes in a format, for `parts` stacked weights of a shape [out, in].
+
+        Exact where settings and shapes decide it; where the weights do, what the settings aim at. Maps are not counted. Raises
+        FormatError and UsageError for terms that the shape does not have.
+        """
+        return fmt.nbytes((shape[0] * parts, shape[1]))
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         """Compress a weight. `stats` holds what `needs` asks for. Raises FormatError, CalibrationError, NumericsError."""
@@ -67,7 +81,7 @@ def check_served(method: str, serves: Sequence[str], fmt: Format) -> None:
 
 
 def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None) -> float:
-    """Give the relative squared error of the layer's output, or of its weight where there is no gram.
+    """Return the relative squared error of the layer's output, or of its weight where there is no gram.
 
     sum((w - w_hat) gram (w - w_hat)') / sum(w gram w')
     """
@@ -77,7 +91,7 @@ def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "o
 def output_errors(
     w: Float[torch.Tensor, "out in"], candidates: Sequence[Float[torch.Tensor, "out in"]], stats: Stats | None
 ) -> list[float]:
-    """Give `output_error` of several candidates; what they share is computed once. Always finite."""
+    """Return `output_error` of several candidates; what they share is computed once. Always finite."""
     gram = None if stats is None else stats.gram
     whole = _energy(w, gram)
     found = [_energy(w - w_hat, gram) for w_hat in candidates]

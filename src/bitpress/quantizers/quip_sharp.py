@@ -1,17 +1,17 @@
-"""QuIP#, before its fine-tuning: eight weights at a time as a point of the E8 lattice, errors fed back, then swept again.
+"""QuIP#, without its fine-tuning: eight weights at a time as a point of the E8 lattice, with error feedback, then more sweeps.
 
 Source   Tseng et al. 2024, "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks": BlockLDLQ and
          the books; scales, damping and the sweeps after BlockLDLQ as in the authors' public code (`lib/algo/quip.py`). The balance of
          channels (its `rescale_WH`) and the random Hadamard rotation of both sides are transforms, done before.
-Differs  a scale for every block of the format (rows by `e8p-row`), where the code has one for the whole matrix, and with such scales
-         weights of root mean square 1.03 instead of 0.9 for one book and 0.93 instead of 1.03 for two of 2 bits (8% less error on
-         a small model); every row keeps the best of its sweeps, as a sweep may make it worse; 2 sweeps instead of 10; the second
-         book is a term of its own.
+Differs  every block of the format has a scale (rows with `e8p-row`), where the code has one per matrix. With such scales the weights
+         have a root mean square of 1.03 instead of 0.9 for one book, and 0.93 instead of 1.03 for two books of 2 bits (8% less error
+         on a small model). Every row keeps the best of its sweeps, since a sweep may make it worse; 2 sweeps instead of 10; the
+         second book is a separate term.
 Needs    gram [in, in] float32.     Cost  as GPTQ for every sweep, and a search of the lattice for every code.
 Update   block column k:  q_k = Q(w_k + (w - w_hat)[:, earlier] A[earlier, k]),   A from the block factor of the gram
          sweep:           q_k = Q(w_hat_k + (w - w_hat) gram[:, k] inv(gram[k, k]))
-         residual:        Q(v) = Q1(v) + Q2(v - Q1(v)),   Q2 the book that `residual` names: 1 bit (e81b) or 2 bits (e8p) more
-Fails    as GPTQ; FormatError for codes that are not e8p.
+         residual:        Q(v) = Q1(v) + Q2(v - Q1(v)),   Q2 the book named by `residual`: 1 bit (e81b) or 2 bits (e8p) more
+Fails    as GPTQ; FormatError for other grids than e8p.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from bitpress.formats.grids.lattice import E8P, E81B, Lattice
 from bitpress.formats.layouts.dense import code_dtype
 from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["QuIPSharp"]
 
@@ -40,8 +40,8 @@ BOOKS: dict[str, tuple[Lattice | None, float, float]] = {
 
 
 @dataclass(frozen=True)
-class QuIPSharp:
-    """`rms` is the root mean square that weights are brought to before they are rounded; None is that of the books."""
+class QuIPSharp(Quantizer):
+    """`rms` is the root mean square to which weights are scaled before rounding; None: the value for the books."""
 
     residual: Literal["none", "e81b", "e8p"] = "none"
     rms: float | None = None
@@ -61,9 +61,15 @@ class QuIPSharp:
     def __post_init__(self) -> None:
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if self.residual not in BOOKS:
-            raise UsageError(f"residual={self.residual!r}: it is one of {', '.join(BOOKS)}.")
+            raise UsageError(f"residual={self.residual!r}: must be one of {', '.join(BOOKS)}.")
         if self.sweeps < 0 or (self.rms is not None and not self.rms > 0):
-            raise UsageError(f"sweeps of 0 or more and rms above 0 are needed, got {self.sweeps}, {self.rms}.")
+            raise UsageError(f"sweeps must be 0 or more and rms above 0, got {self.sweeps}, {self.rms}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        book = BOOKS[self.residual][0]
+        stacked = (shape[0] * parts, shape[1])
+        second = 0 if book is None else Format(book, fmt.block, fmt.scale).nbytes(stacked)
+        return fmt.nbytes(stacked) + second
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("quip_sharp", self.serves, fmt)
@@ -97,7 +103,7 @@ class QuIPSharp:
 
 
 class _Rest:
-    """What the second book keeps of the error of the first."""
+    """Encodes the error of the first book with the second."""
 
     def __init__(self, fmt: Format, w: Float[torch.Tensor, "out in"]) -> None:
         self.fmt, self.params, self.shape = fmt, fmt.fit(w), (w.shape[0], w.shape[1])

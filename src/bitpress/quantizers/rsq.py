@@ -1,4 +1,4 @@
-"""RSQ: rotate, weigh tokens by the attention they are paid, then round as GPTQ does.
+"""RSQ: rotate, weigh tokens by the attention that they get, then round as GPTQ does.
 
 Source   Sung et al. 2025, "RSQ: Learning from Important Tokens Leads to Better Quantized LLMs"; attention concentration, weights
          from 1 to 3 with a mean of 1 in each text, for all layers of the block, as in the authors' public code.
@@ -6,7 +6,7 @@ Differs  the rotation is the transform `hadamard`, a change of each weight's own
          a layer's error is reported on all tokens alike.
 Needs    gram, attention_gram [in, in] float32.     Cost  that of GPTQ.
 Update   as GPTQ's, with attention_gram = sum of r_t x_t x_t' / tokens in the place of the gram
-Fails    as GPTQ. Where tokens have no weight of their own (experts), the gram serves: a named fallback.
+Fails    as GPTQ. If tokens have no weights (experts), the plain gram is used: a named fallback.
 """
 
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from bitpress.calibration.stats import Stats
 from bitpress.formats import Format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mechanisms.error_feedback import Order
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 
 __all__ = ["RSQ"]
 
 
 @dataclass(frozen=True)
-class RSQ:
+class RSQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
     clip: Literal["minmax", "mse"] = "mse"
@@ -50,7 +50,9 @@ class RSQ:
         outcome = self._rounder().quantize(w, replace(stats, gram=gram if weighted is None else weighted), fmt)
         if weighted is not None:
             return outcome
-        return replace(outcome, fallbacks=(*outcome.fallbacks, "the tokens' attention is not known; all weigh alike"))
+        return replace(
+            outcome, fallbacks=(*outcome.fallbacks, "the attention of the tokens is unknown; all tokens weigh the same")
+        )
 
     def _rounder(self) -> GPTQ:
         return GPTQ(

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 
 __all__ = ["RTN", "shrink_ratios"]
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Quantizer):
     clip: Literal["minmax", "mse"] = "minmax"
     steps: int = 20
     smallest: float = 0.5
@@ -42,11 +42,11 @@ class RTN:
 
 
 def shrink_ratios(clip: str, steps: int, smallest: float) -> tuple[float, ...]:
-    """Give the factors on a block's range that a clipping search tries, the full range first."""
+    """Return the fractions of a block's range that a clipping search tries, the full range first."""
     if clip not in ("minmax", "mse"):
-        raise UsageError(f"clip={clip!r}: it is 'minmax' or 'mse'.")
+        raise UsageError(f"clip={clip!r}: must be 'minmax' or 'mse'.")
     if not 2 <= steps <= 10_000 or not 0 < smallest < 1:
-        raise UsageError(f"clipping needs steps of 2 to 10000 and 0 < smallest < 1, got steps={steps}, smallest={smallest}.")
+        raise UsageError(f"clip=mse needs steps from 2 to 10000 and 0 < smallest < 1, got steps={steps}, smallest={smallest}.")
     if clip == "minmax":
         return (1.0,)
     return tuple(1.0 - (1.0 - smallest) * i / (steps - 1) for i in range(steps))

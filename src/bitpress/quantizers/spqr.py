@@ -1,16 +1,18 @@
-"""SpQR: GPTQ with small groups, and the weights whose rounding costs most kept beside the codes in half precision.
+"""SpQR: GPTQ with small groups, and the weights that are costliest to round stored apart in half precision.
 
 Source   Dettmers et al. 2023, "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression"; the measure of
          outliers, the leave-one-out fit and the threshold as in the authors' public code (`spqr_engine.py`).
-Differs  groups are fitted before the first column is rounded; only the two ends of a group are left out in turn, as no other weight
-         moves its range; clipping is searched as in GPTQ, by that cost; codes of outliers stay the nearest ones, and what they lack is kept; at most about `most` of the weights
-         are outliers, whatever the threshold says; the quantized scales are the format's (int3-g16-zero-s4), zeros are whole codes.
+Differs  groups are fitted before the first column is rounded; only the two ends of a group are left out in turn, since no other weight
+         changes its range; the clipping search is GPTQ's, with that cost; codes of outliers stay the nearest ones, and their remainder
+         is stored; at most about `most` of the weights are outliers, whatever the threshold; the quantized scales are the format's
+         (int3-g16-zero-s4), zeros are integer codes.
 Needs    gram [in, in] float32.     Cost  as GPTQ, and four fits; 4 bytes an outlier.
-Update   cost(r, j) = (w - Q(w))^2 / U[j, j]^2;  outlier where cost > threshold * mean_j(var(w[:, j]) / U[j, j]^2);  the error
-         that is fed back has none of the outliers' in it
+Update   cost(r, j) = (w - Q(w))^2 / U[j, j]^2;  outlier where cost > threshold * mean_j(var(w[:, j]) / U[j, j]^2);  the errors
+         of outliers are not fed back
 Fails    as GPTQ.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,14 +25,15 @@ from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks, without
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["SpQR"]
 
 
 @dataclass(frozen=True)
-class SpQR:
+class SpQR(Quantizer):
     threshold: float = 0.2
     most: float = 0.005
     damp: float = 0.01
@@ -50,7 +53,10 @@ class SpQR:
         shrink_ratios("mse", self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
         if not self.threshold > 0 or not 0 <= self.most < 1:
-            raise UsageError(f"threshold > 0 and 0 <= most < 1 are needed, got {self.threshold}, {self.most}.")
+            raise UsageError(f"threshold must be above 0 and 0 <= most < 1, got {self.threshold}, {self.most}.")
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(round(self.most * math.prod(shape)), shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("spqr")
@@ -72,7 +78,7 @@ class SpQR:
         return Outcome(weight, feedback.fallbacks, figures)
 
     def limit(self, usefulness: torch.Tensor, w: torch.Tensor, cost: torch.Tensor) -> float:
-        """Give the cost from which on a weight is an outlier."""
+        """Return the cost above which a weight is an outlier."""
         usual = self.threshold * float((w.var(0, correction=0) * cost).mean())
         count = int(self.most * w.numel())
         return max(usual, float(usefulness.flatten().topk(count + 1).values[-1]))
@@ -81,9 +87,9 @@ class SpQR:
 def leave_one_out(
     w: Float[torch.Tensor, "out in"], cost: Float[torch.Tensor, " in"], fmt: Format
 ) -> Float[torch.Tensor, "out in"]:
-    """Give how much less a weight's block costs when the weight is kept apart.
+    """Return by how much the cost of a block falls when one weight is stored apart.
 
-    For most weights that is what the weight itself costs; without the least or the largest of a block the range is smaller too.
+    For most weights that is the weight's own cost; without the smallest or the largest weight, the range shrinks too.
     """
     params = fmt.fit(w)
     own = _costs(w, cost, fmt, params)
@@ -100,7 +106,7 @@ def leave_one_out(
 
 
 def _first(mask: Bool[torch.Tensor, "down rows across cols"]) -> Bool[torch.Tensor, "down rows across cols"]:
-    """Keep the first of equals of every block."""
+    """Keep only the first of equal entries of every block."""
     down, rows, across, cols = mask.shape
     flat = mask.transpose(1, 2).reshape(down * across, rows * cols)
     first = torch.zeros_like(flat).scatter_(1, flat.float().argmax(1, keepdim=True), True)

@@ -1,16 +1,17 @@
-"""SqueezeLLM: for every row a table of levels by k-means, a weight counting as much as the loss feels it; few weights kept apart.
+"""SqueezeLLM: a table of levels per row by k-means, weighted by the sensitivity of the loss; few weights stored apart.
 
 Source   Kim et al. 2023, "SqueezeLLM: Dense-and-Sparse Quantization"; the order of steps as in the authors' public code
          (`outliers.py`, `nuq.py`): the most sensitive weights, then the largest ones are taken out, then levels are learned.
-Differs  exactly `outliers` of the weights are the largest, where the code has a multiple of the quartiles' distance for each layer
-         until a share of the whole model is reached; k-means starts from good cuts (`formats.grids.kmeans`); what a kept weight's code
-         lacks is kept; importance="gram" takes the squares of the inputs in place of the squared gradients.
+Differs  exactly the share `outliers` of the weights is stored apart as the largest, where the code uses a multiple of the quartiles'
+         distance per layer up to a share of the model; k-means starts from good cuts (`formats.grids.kmeans`); the remainder of an
+         outlier's code is stored; importance="gram" takes the squares of the inputs instead of the squared gradients.
 Needs    sensitivity [out, in], the mean squared gradient of the loss; or the diagonal of gram [in, in].
 Cost     O(out * in * log(in)) time; 4 bytes a weight kept apart.
 Update   levels = argmin sum_j sensitivity_j (w_j - nearest level)^2, weights kept apart left out
-Fails    CalibrationError without the statistic; a row whose weights are felt nowhere is clustered with equal weights.
+Fails    CalibrationError without the statistic; a row without any sensitivity is clustered with equal weights.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,13 +22,14 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.quantizers.mechanisms.outliers import with_outliers
-from bitpress.quantizers.quantizer import Outcome, check_served
+from bitpress.quantizers.mechanisms.storage import sparse_bytes
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["SqueezeLLM"]
 
 
 @dataclass(frozen=True)
-class SqueezeLLM:
+class SqueezeLLM(Quantizer):
     sensitive: float = 0.0005
     outliers: float = 0.0045
     importance: Literal["gradient", "gram"] = "gradient"
@@ -41,12 +43,16 @@ class SqueezeLLM:
 
     def __post_init__(self) -> None:
         if self.importance not in ("gradient", "gram"):
-            raise UsageError(f"importance={self.importance!r}: it is 'gradient' or 'gram'.")
+            raise UsageError(f"importance={self.importance!r}: must be 'gradient' or 'gram'.")
         if not (0 <= self.sensitive < 1 and 0 <= self.outliers < 1):
-            raise UsageError(f"shares of 0 to less than 1 are needed, got {self.sensitive}, {self.outliers}.")
+            raise UsageError(f"sensitive and outliers must be 0 or more and below 1, got {self.sensitive}, {self.outliers}.")
         if self.importance == "gram":
-            # Gradients take a backward pass through the whole model: nobody measures them for nothing.
+            # Gradients need a backward pass through the whole model, so they are measured only if used.
             object.__setattr__(self, "needs", frozenset({"gram"}))
+
+    def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
+        count = int(self.sensitive * math.prod(shape)) + int(self.outliers * math.prod(shape))
+        return fmt.nbytes((shape[0] * parts, shape[1])) + (sparse_bytes(count, shape, parts) if count else 0)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         check_served("squeezellm", self.serves, fmt)
@@ -64,7 +70,7 @@ class SqueezeLLM:
 
 
 def largest(values: Float[torch.Tensor, "out in"], share: float) -> torch.Tensor:
-    """Mark a share of all values, the largest; nothing of what is 0."""
+    """Return a mask of the largest `share` of values; zeros are never selected."""
     flat = values.reshape(-1)
     marked = torch.zeros_like(flat, dtype=torch.bool)
     marked[flat.topk(int(share * flat.numel())).indices] = True

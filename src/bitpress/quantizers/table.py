@@ -1,7 +1,5 @@
 """The table of quantizers, one file and one line each."""
 
-from typing import Any
-
 from bitpress.quantizers.adadim import AdaDim
 from bitpress.quantizers.aespa import Aespa
 from bitpress.quantizers.aligned_groups import AlignedGroups
@@ -26,6 +24,7 @@ from bitpress.quantizers.ptq161 import PTQ161
 from bitpress.quantizers.ptqtp import PTQTP
 from bitpress.quantizers.pvq import PVQ
 from bitpress.quantizers.quantease import QuantEase
+from bitpress.quantizers.quantizer import Quantizer
 from bitpress.quantizers.quip_sharp import QuIPSharp
 from bitpress.quantizers.rsq import RSQ
 from bitpress.quantizers.rtn import RTN
@@ -34,7 +33,7 @@ from bitpress.quantizers.squeezellm import SqueezeLLM
 
 __all__ = ["QUANTIZERS"]
 
-QUANTIZERS: dict[str, type[Any]] = {
+QUANTIZERS: dict[str, type[Quantizer]] = {
     "rtn": RTN,
     "gptq": GPTQ,
     "awq": AWQ,

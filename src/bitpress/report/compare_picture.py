@@ -1,6 +1,6 @@
 """The picture of a comparison, as SVG: KL divergence on a logarithmic axis against stored bits, and the front that no recipe beats.
 
-Lengths are in pixels; widths of words are estimated, since a picture without a renderer knows no font.
+Lengths are in pixels; widths of words are estimated, since no font is known here.
 """
 
 import math
@@ -10,13 +10,13 @@ from typing import Any
 
 __all__ = ["draw_comparison", "front"]
 
-# Recipes get these in turn: colors dark enough to read a word in, and marks; seven and eight, so that a pair comes again late.
+# Recipes get these in turn: colors dark enough for text, and marks; seven and eight, so that a pair repeats late.
 COLORS = ("#1f5fa8", "#b8211e", "#1c7a2c", "#6b3fa0", "#b35a00", "#0b7f8c", "#444444")
 MARKS = ("circle", "square", "up", "diamond", "down", "plus", "cross", "star")
 LEFT, TOP, WIDTH, LEAST_HEIGHT = 64, 44, 760, 520
 LINE, LEGEND, LETTER, BOLD = 17, 250, 6.1, 6.8
 INK, FAINT = "#222222", "#dddddd"
-# With more names than this a look for each tells nothing any more: all recipes get one, and all other packages another.
+# With more names than this, all recipes share one look and all other packages another.
 CROWD = 24
 CROWD_LOOKS = {"recipe": ("#1f5fa8", "circle"), "peer": ("#b35a00", "square")}
 FRONTS = {"recipe": "#f0c040", "peer": "#c8c8c8"}
@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Give the rows that no other one equals in KL with as few bits, from few bits to many."""
+    """Return the rows that no other row equals in KL at as few bits, from few bits to many."""
     found: list[Row] = []
     best = math.inf
     for row in sorted(_measured(rows), key=lambda r: (r["bits_per_weight"], r["kl_mean"])):
@@ -37,9 +37,9 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_comparison(rows: Sequence[Row], title: str) -> str:
-    """Draw the rows that have a distance above zero; without any, a picture that says so.
+    """Draw the rows that have a distance above zero; if there are none, draw a picture that says so.
 
-    Rows of kind "peer" are of other packages, and have a front of their own.
+    Rows of kind "peer" belong to other packages and have a front of their own.
     """
     shown = [row for row in _measured(rows) if row["kl_mean"] > 0]
     names = list(dict.fromkeys(str(row["name"]) for row in shown))
@@ -77,7 +77,7 @@ def draw_comparison(rows: Sequence[Row], title: str) -> str:
 
 
 class _Axes:
-    """Where a pair of bits and KL is in the picture."""
+    """Maps bits and KL to coordinates in the picture."""
 
     def __init__(self, rows: Sequence[Row], height: float) -> None:
         bits = [row["bits_per_weight"] for row in rows]
@@ -109,17 +109,17 @@ class _Axes:
         parts.append(f'<path d="M{LEFT} {TOP}V{bottom}H{LEFT + WIDTH}" stroke="{INK}" fill="none"/>')
         middle = TOP + self.height / 2
         parts.append(
-            f'<text x="{LEFT + WIDTH / 2}" y="{bottom + 42}" text-anchor="middle">bits a weight, all stored bytes counted</text>'
+            f'<text x="{LEFT + WIDTH / 2}" y="{bottom + 42}" text-anchor="middle">bits per weight, all stored bytes counted</text>'
         )
         parts.append(
             f'<text x="16" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 16 {middle:.0f})">'
-            "KL from the original, nats a token, mean over the texts</text>"
+            "KL from the original, nats per token, mean over the texts</text>"
         )
         return parts
 
 
 def _ticks(bottom: float, top: float) -> list[tuple[float, bool]]:
-    """Give 1 to 9 of every power of ten between two logarithms; those with a name are few enough to be read."""
+    """Return 1 to 9 of every power of ten between two logarithms, and whether each gets a label."""
     values = [d * 10.0**e for e in range(math.floor(bottom), math.ceil(top) + 1) for d in range(1, 10)]
     values = [v for v in values if bottom <= math.log10(v) <= top]
     kept = (1, 2, 5) if top - bottom < 2.5 else (1,) if top - bottom > 5 else (1, 3)
@@ -141,7 +141,7 @@ def _front_line(axes: _Axes, rows: Sequence[Row], color: str) -> list[str]:
 
 
 def _series(axes: _Axes, rows: Sequence[Row], color: str, mark: str, opacity: float) -> list[str]:
-    """Draw one recipe at all its widths: a thin line, whiskers of the 95 % intervals, marks that tell their figures."""
+    """Draw one recipe at all its bits: a thin line, whiskers for the 95 % intervals, and marks with their figures as titles."""
     rows = sorted(rows, key=lambda row: row["bits_per_weight"])
     places = [(axes.x(row["bits_per_weight"]), axes.y(row["kl_mean"])) for row in rows]
     parts = []
@@ -183,7 +183,7 @@ def _mark(x: float, y: float, mark: str, color: str, told: str = "") -> str:
 
 
 def _labels(axes: _Axes, rows: Sequence[Row], looks: Mapping[str, tuple[str, str]], legend: Box) -> list[str]:
-    """Write names beside points where they cover nothing: the fronts choose first, and who finds no room has only the legend."""
+    """Write names beside points where they cover nothing: the fronts first; a name without room is left to the legend."""
     best = [row for kind in FRONTS for row in front([row for row in rows if _kind(row) == kind])]
     places = [(axes.x(row["bits_per_weight"]), axes.y(row["kl_mean"])) for row in rows]
     taken: list[Box] = [legend, *((x - 5, y - 5, x + 5, y + 5) for x, y in places)]

@@ -1,6 +1,6 @@
-"""The picture of measured formats: signal-to-noise ratio against stored bits, and below it how far each is from the bound.
+"""The picture of measured formats: signal-to-noise ratio against stored bits, and below it the distance of each from the bound.
 
-matplotlib is an extra (`bench`), so it is asked for when a picture is.
+matplotlib is an extra (`bench`), so it is imported only for a picture.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from bitpress.formats import SHORT
 __all__ = ["check_picture", "draw_rates", "family_of"]
 
 SUFFIXES = (".png", ".svg")
-# Families get these in turn: colors dark enough to read a word in, and marks; seven and eight, so that a pair comes again late.
+# Families get these in turn: colors dark enough for text, and marks; seven and eight, so that a pair repeats late.
 COLORS = ("#1f5fa8", "#b8211e", "#1c7a2c", "#6b3fa0", "#b35a00", "#0b7f8c", "#444444")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # The lower picture shows formats that are at most so many dB worse than the best; what is below is counted.
@@ -27,9 +27,9 @@ SHORTER = {full: short for short, full in SHORT.items()}
 
 
 def check_picture(target: Path) -> None:
-    """Raise UsageError, before hours of work, when a picture could not be drawn."""
+    """Raise UsageError, before hours of work, if a picture cannot be drawn."""
     if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{target}: a picture is a .png or .svg file.")
+        raise UsageError(f"{target}: a picture must be a .png or .svg file.")
     if not target.parent.is_dir():
         raise UsageError(f"{target}: the folder {target.parent} does not exist.")
     if importlib.util.find_spec("matplotlib") is None:
@@ -37,7 +37,7 @@ def check_picture(target: Path) -> None:
 
 
 def family_of(name: str) -> str:
-    """Say whose color a format takes: `int4-g64-zero` is of int, `e2m1-g64` of eXmY, `mxfp6e3m2-g32` of mxfp."""
+    """Return the family whose color a format gets: `int4-g64-zero` is of int, `e2m1-g64` of eXmY, `mxfp6e3m2-g32` of mxfp."""
     head = name.split("-")[0]
     own = re.match(r"[a-z]\d|[a-z]+", head)  # e8p and e81b are of e8
     return "eXmY" if re.match(r"e\d+m\d+", head) else own[0] if own else head
@@ -74,8 +74,8 @@ def draw_rates(measured: Mapping[str, Any], target: Path) -> None:
         lower.set_ylabel("dB above the bound; 0 is the best that any code can do on independent Gaussian numbers")
         below = len(rows) - len(shown)
         lower.set_xlabel(
-            f"bits a weight, from stored bytes; {COMMON[1:]} where a label names no block"
-            + (f"; {below} formats lie below the lower picture" if below else "")
+            f"bits per weight, from stored bytes; {COMMON[1:]} where a label names no block"
+            + (f"; {below} formats are below the range of the lower picture" if below else "")
         )
         lower.set_ylim(min(-row["gap_db"] for row in shown) - 0.4, max(best, 0) + 0.4)
         for axes in (upper, lower):
@@ -96,7 +96,7 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _frontier(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Give the formats that none of fewer bits equals; `rows` come in the order of bits."""
+    """Return the formats that no format of fewer bits equals; `rows` are in the order of bits."""
     found, best = set(), float("-inf")
     for row in rows:
         if row["snr_db"] > best:
@@ -113,7 +113,7 @@ def _label(
     sign: int,
     looks: Mapping[str, tuple[str, str]],
 ) -> None:
-    """Write names beside points where they cover nothing: the best formats choose first, and who finds no room has no name."""
+    """Write names beside points where they cover nothing: the best formats first; a name without room is left out."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     frontier = _frontier(rows)

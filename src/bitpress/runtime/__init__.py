@@ -6,7 +6,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> object:
     # transformers takes seconds to import; only who loads a model pays for it.
     if name == "load":
-        from bitpress.runtime.selection import load
+        from bitpress.runtime.opening import load
 
         return load
     raise AttributeError(name)

@@ -1,7 +1,7 @@
-"""A conversation as other programs write it: every turn is checked and made plain before a chat template sees it.
+"""Conversations as other programs write them: every turn is checked and copied into plain values before a chat template reads it.
 
-Templates know what content as parts, tool calls, results of tools and reasoning mean, so these are passed on as they are. A key whose
-value is null is left out, as transformers leaves it out: a template would write the word "None".
+Content as parts, tool calls, results of tools and reasoning are for templates to interpret, and are passed on as they are. A key whose
+value is null is left out, as in transformers: a template would write the word "None".
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ __all__ = ["Prompt", "is_odd", "read_messages", "read_tools", "turn"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-# Parts of content that a model of text can take; what the others hold (images, sound, files) it cannot.
+# Parts of content that a text model takes; others hold images, sound or files.
 TEXT_PARTS = ("text", "thinking", "reasoning")
-# Names that a turn's reasoning has with one provider or another; templates read the first or the second.
+# Names of a turn's reasoning with different providers; templates read the first or the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 DEEPEST = 32
 
@@ -23,14 +23,14 @@ DEEPEST = 32
 def read_messages(prompt: Prompt) -> list[dict[str, Any]]:
     """Return a prompt as a list of turns in plain values.
 
-    Raises UsageError that names the turn for what is no turn, holds more than text, or is not valid UTF-8.
+    Raises UsageError, which names the turn, for a value that is no turn, for content other than text, and for invalid UTF-8.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError("the prompt is empty.")
         return [_plain({"role": "user", "content": prompt}, "the prompt")]
     if isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Sequence):
-        raise UsageError(f"the prompt is a {type(prompt).__name__}; give a text, or a list of messages with role and content.")
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a text, or a list of messages with role and content.")
     if not prompt:
         raise UsageError("the prompt is empty.")
     messages = [_read_turn(message, index) for index, message in enumerate(prompt)]
@@ -54,7 +54,7 @@ def turn(messages: Sequence[Mapping[str, Any]], index: int) -> str:
 
 
 def is_odd(message: Mapping[str, Any]) -> bool:
-    """Say whether a turn's content is something else than one text: not every template takes that."""
+    """Say whether a turn's content is anything but one text, which not every template takes."""
     return not isinstance(message.get("content"), str)
 
 
@@ -68,7 +68,7 @@ def _read_turn(message: Any, index: int) -> dict[str, Any]:
         raise UsageError(f"{where} has no role; it is user, assistant, system, or another that the chat template knows.")
     where = f"{where} ({role})"
     if "content" not in made and role != "assistant":
-        raise UsageError(f"{where} has no content; give a text, '' where there is none.")
+        raise UsageError(f"{where} has no content; write a text, which may be ''.")
     if "content" in made:
         _check_content(made["content"], role, where)
     reasoning = next((made[key] for key in REASONING if key in made), None)
@@ -77,7 +77,7 @@ def _read_turn(message: Any, index: int) -> dict[str, Any]:
 
 def _check_content(content: Any, role: str, where: str) -> None:
     if isinstance(content, str) or (isinstance(content, dict) and role not in ("user", "assistant", "system", "developer")):
-        return  # what a tool gives back may be an object
+        return  # the result of a tool may be an object
     if not isinstance(content, list):
         raise UsageError(f"{where}: content is a {type(content).__name__}; it is a text, a list of parts, or null.")
     for part in content:
@@ -91,7 +91,7 @@ def _check_content(content: Any, role: str, where: str) -> None:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a value of JSON's types. Raises UsageError for any other, and for text that is not valid UTF-8."""
+    """Copy a value of JSON's types. Raises UsageError for any other type, and for text that is not valid UTF-8."""
     if depth > DEEPEST:
         raise UsageError(f"{where}: nested deeper than {DEEPEST}.")
     if isinstance(value, str):

@@ -10,12 +10,10 @@ from typing import Any
 from bitpress.errors import BitpressError, CheckpointError, UsageError
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 from bitpress.runtime.messages import Prompt, is_odd, read_messages, read_tools, turn
-from bitpress.runtime.native.engine import Sampling
+from bitpress.runtime.sampling import GENERATION
 
 __all__ = [
-    "GENERATION",
     "check_prompt",
-    "choose_sampling",
     "encode_prompt",
     "end_tokens",
     "read_generation",
@@ -23,9 +21,7 @@ __all__ = [
 ]
 
 TEMPLATE_CHARACTERS = 2**22
-GENERATION = "generation_config.json"
-_MODEL_SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
-# Stands for one turn's content while it is looked for in what a template writes.
+# Stands for one turn's content, to find it in the text that a template writes.
 _MARK = "\ufdd0turn\ufdd1"
 
 
@@ -34,15 +30,15 @@ def encode_prompt(
 ) -> list[int]:
     """Return the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
 
-    `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for text that is none and for messages
+    `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for an invalid prompt and for messages
     that the template does not take, CheckpointError for a template that fails.
     """
     messages, described = read_messages(prompt), read_tools(tools)
     if raw or tokenizer.chat_template is None:
         if len(messages) > 1:
-            raise UsageError("several messages need the chat template; give one text.")
+            raise UsageError("several messages need the chat template; pass one text.")
         if is_odd(messages[0]) or described:
-            raise UsageError("content as parts, and tools, need the chat template; give one text.")
+            raise UsageError("content as parts, and tools, need the chat template; pass one text.")
         return [int(token) for token in tokenizer(messages[0]["content"])["input_ids"]]
     if described and "tools" not in str(tokenizer.chat_template):
         raise UsageError("the model's chat template does not know tools; leave them out.")
@@ -51,7 +47,7 @@ def encode_prompt(
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    """Return what the template makes of messages; an odd turn that it does not take is named."""
+    """Return the template's text for messages. Raises an error that names the turn where one with content as parts is not taken."""
     import jinja2
 
     odd = [index for index, message in enumerate(messages) if is_odd(message)]
@@ -98,25 +94,25 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str,
     except MemoryError as error:
         raise CheckpointError("the chat template needs too much memory; use --raw.") from error
     if not isinstance(text, str) or len(text) > TEMPLATE_CHARACTERS:
-        raise CheckpointError(f"the chat template gives more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
+        raise CheckpointError(f"the chat template returns more than {TEMPLATE_CHARACTERS:,} characters; use --raw.")
     return text
 
 
 def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int:
-    """Give how many tokens may follow a prompt; refuse one that is empty, too long or not of the model's vocabulary."""
+    """Return how many tokens may follow a prompt. Raises for a prompt that is empty, too long or outside the model's vocabulary."""
     if not tokens:
         raise UsageError("the prompt has no tokens.")
     vocabulary = config.get_text_config().vocab_size
     if max(tokens) >= vocabulary:
         raise CheckpointError(
-            f"this directory: its tokenizer gives token {max(tokens)}, but the model has only {vocabulary}; "
+            f"the tokenizer of this directory returns token {max(tokens)}, but the model has only {vocabulary}; "
             "they do not belong together."
         )
     if context is None:
         return 2**31
     if len(tokens) >= context:
         own = getattr(config.get_text_config(), "max_position_embeddings", None)
-        hint = f" Its own limit is {own}: give a larger context." if own is not None and own > context else ""
+        hint = f" Its own limit is {own}: set a larger context." if own is not None and own > context else ""
         raise UsageError(
             f"the prompt has {len(tokens)} tokens; the model's context is {context}, and the answer needs room in it.{hint}"
         )
@@ -149,7 +145,7 @@ def read_generation_file(path: Path) -> Any:
 
 
 def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    """Give the tokens that end a text: those of the generation settings, else of the configuration, else of the tokenizer."""
+    """Return the tokens that end a text: those of the generation settings, else of the configuration, else of the tokenizer."""
     for owner in (generation, config.get_text_config(), tokenizer):
         given = getattr(owner, "eos_token_id", None)
         if given is None:
@@ -159,36 +155,3 @@ def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int
             raise CheckpointError(f"eos_token_id is {given!r}; it must be a token or a list of tokens.")
         return tuple(tokens)
     return ()
-
-
-def choose_sampling(generation: Any, temperature: float = 0.0, seed: int = 0, **given: float | None) -> Sampling:
-    """Give the settings of an answer: the model's own where there is a temperature, each replaced by what is given for it.
-
-    Raises UsageError for a value that cannot be, or that would have no effect without a temperature.
-    """
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    chosen: dict[str, Any] = {}
-    if temperature > 0:
-        own = {name: getattr(generation, name, None) for name in _MODEL_SETTINGS}
-        chosen = {name: value for name, value in own.items() if value is not None and name not in changes}
-    elif idle := [name for name in changes if name != "repetition_penalty"]:
-        raise UsageError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0.")
-    for values, where, error in ((chosen, f"{GENERATION}: ", CheckpointError), (changes, "", UsageError)):
-        for name, value in values.items():
-            if (reason := _refusal(name, value)) is not None:
-                raise error(f"{where}{name} is {value!r}; {reason}.")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"temperature is {temperature!r}; it must not be negative.")
-    return Sampling(**{**chosen, **changes, "temperature": temperature, "seed": seed})
-
-
-def _refusal(name: str, value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "it must be a number"
-    if name == "top_k":
-        return None if isinstance(value, int) and 0 <= value < 2**31 else "it must be a whole number, 0 or more"
-    if name == "top_p":
-        return None if 0 < value <= 1 else "it must be above 0 and at most 1"
-    if name == "min_p":
-        return None if 0 <= value <= 1 else "it must be 0 to 1"
-    return None if 0 < value < float("inf") else "it must be above 0"

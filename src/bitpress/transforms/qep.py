@@ -46,7 +46,7 @@ class QEP:
     ) -> tuple[Float[torch.Tensor, "out in"], tuple[str, ...]]:
         w = w.float()
         if stats is None or stats.cross is None:
-            return w, ("the inputs in the uncompressed model are not known; the weight itself is aimed at",)
+            return w, ("the inputs in the uncompressed model are unknown; the QEP correction was skipped for this layer",)
         gram = need_gram(stats, "qep")
         size = gram.diagonal().mean()
         if not size > 0:
@@ -54,5 +54,5 @@ class QEP:
         factor, failed = torch.linalg.cholesky_ex(gram / size + self.damp * torch.eye(gram.shape[0]))
         shift = self.strength * torch.cholesky_solve((w @ (stats.cross / size)).T, factor).T
         if failed or not shift.norm() < w.norm():  # also where something is not finite
-            return w, ("the inputs in the uncompressed model ask for another weight altogether; the weight itself is aimed at",)
+            return w, ("the QEP correction is larger than the weight; it was skipped for this layer",)
         return w + shift, ()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats import Format
 from bitpress.transforms.sites import Sites
@@ -38,7 +39,7 @@ class ScaleSearch(Protocol):
     needs      names of the statistics that `plan` reads
     sites      where the factors apply: at the input of layers, folded or online
     paper      row of the paper in the catalogue of methods
-    run_time   whether inputs that the network makes in no way that could take the division are divided at run time, or left alone
+    run_time   if no earlier layer can absorb the inverse scale: apply it at run time (True) or leave the input unscaled (False)
     """
 
     needs: ClassVar[frozenset[str]]

@@ -3,18 +3,19 @@
     w_hat = (words[0, code_0] + words[1, code_1] + ...) * scale        code = code_0 + code_1 << bits + code_2 << 2 bits ...
 
 Source   Egiazarian et al. 2024, "Extreme Compression of Large Language Models via Additive Quantization" (AQLM), and its public code:
-         books begun by k-means on what the books before them left over, then codes and words updated in turn.
-Differs  the error is that of the weights, weighted by importance, not that of the layer's output: a grid knows no gram. Words are
-         learned with a beam search as in AQLM, but the codes of `encode` are the nearest of all sums: codes have at most 16 bits in
-         all, so the sums can be listed. Words are solved for in closed form given the codes, where AQLM takes steps of Adam; a little ridge toward the words before keeps
-         what the sums leave open (books may trade a constant). Scales are the root mean square of the block and are not learned.
+         each book starts by k-means on the residual of the books before it, then codes and words are updated in turn.
+Differs  the objective is the weights' error, weighted by importance, not the layer's output error: a grid has no gram. Words are
+         learned with a beam search as in AQLM, but `encode` takes the nearest of all sums: codes have at most 16 bits in all, so the
+         sums can be listed. Words are solved for in closed form for fixed codes, where AQLM uses Adam; a small ridge toward the
+         previous words settles what the sums leave open (books can trade a constant). Scales are the root mean square of the block.
 Cost     books * 2^bits * span float16 numbers a weight; an encode is a search among 2^(books * bits) words of `span` numbers.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 from bitpress.errors import FormatError
@@ -47,7 +48,9 @@ class AdditiveBook:
 
     def __post_init__(self) -> None:
         if self.books < 2 or self.bits < 1 or self.books * self.bits > 16 or not 2 <= self.span <= 16:
-            raise FormatError(f"{self.name}: additive books are 2 or more, with 16 bits at most in all, for 2 to 16 weights.")
+            raise FormatError(
+                f"{self.name}: an additive grid needs 2 or more books, at most 16 bits in all, and 2 to 16 weights per code."
+            )
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ class AdditiveBook:
         return StoredParam("scale", "scale"), StoredParam("words", "value", scope="tensor", shape=shape)
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Take the root mean square for a scale, and learn the words from an even sample of the vectors."""
+        """Set scales to the root mean square, and learn the words from an even sample of the vectors."""
         scale = root_mean_square(blocks)
         vectors, weights = training_vectors(blocks, scale, importance, self.span, self.books << self.bits)
         return {"scale": scale, "words": self._learned(vectors, weights)}
@@ -75,7 +78,7 @@ class AdditiveBook:
     def fit_blocks(
         self, blocks: Float[torch.Tensor, "blocks n"], whole: Params, importance: torch.Tensor | None = None
     ) -> Params:
-        """Take the root mean square for a scale."""
+        """Set scales to the root mean square."""
         return {"scale": root_mean_square(blocks)}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
@@ -95,10 +98,10 @@ class AdditiveBook:
         return values.mul_(params["scale"])
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Every code is a sum of words."""
+        """Accept every code: each is a sum of words."""
 
     def _split(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        """Give the code in every book."""
+        """Return the code in every book."""
         return [(codes >> (self.bits * book)) & ((1 << self.bits) - 1) for book in range(self.books)]
 
     def _sums(self, words: Float[torch.Tensor, "books count span"]) -> Float[torch.Tensor, "all span"]:
@@ -129,7 +132,7 @@ class AdditiveBook:
         codes: Int[torch.Tensor, "books n"],
         words: Float[torch.Tensor, "books count span"],
     ) -> Float[torch.Tensor, "books count span"]:
-        """Give the words with the least weighted squared error for these codes."""
+        """Return the words with the least weighted squared error for these codes."""
         count = 1 << self.bits
         left = vectors - sum(words[book][codes[book]] for book in range(self.books))
         change = torch.empty(self.books * count, self.span, dtype=torch.float64, device=words.device)
@@ -152,7 +155,7 @@ class AdditiveBook:
 def beam_search(
     vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "books count span"], width: int = BEAM
 ) -> Int[torch.Tensor, "books n"]:
-    """Give codes whose words add up to nearly each vector: book by book, the `width` best beginnings of a sum are kept."""
+    """Return codes whose words add up to nearly each vector: book by book, the `width` best beginnings of a sum are kept."""
     if searched_natively(vectors, words.shape[1]):
         return native.beam_search(vectors, words, width)
     kept = width if len(words) > 2 else 1  # beginnings that are scored against a whole book, but for the last one

@@ -1,11 +1,11 @@
-"""BitMoD: 3- and 4-bit floats whose second zero becomes one more value, and every block says which.
+"""BitMoD: 3- and 4-bit floats whose second zero is one more value, chosen per block.
 
     w_hat = table[which][code] * scale
 
     bitmod3   code: sign, two bits of magnitude m      0 1 2 4 for m = 0 to 3                          code 4: 3, -3, 6, -6
     bitmod4   code: sign, three bits of magnitude m    0 0.5 1 1.5 2 3 4 6 for m = 0 to 7 (e2m1)       code 8: 5, -5, 8, -8
 
-Where the sign bit stands alone, which would be a second zero, stands one of four values, by which = 0 to 3.
+The code with only the sign bit, otherwise a second zero, is one of four values, chosen by which = 0 to 3.
 
 Source   Chen et al. 2024, "BitMoD: Bit-serial Mixture-of-Datatype LLM Acceleration", and its public code: the four tables and the
          choice by squared error.
@@ -27,7 +27,7 @@ _SPECIAL: dict[int, tuple[float, ...]] = {3: (3, -3, 6, -6), 4: (5, -5, 8, -8)}
 
 
 def bitmod(bits: int) -> Mixture:
-    """Give the mixture of 3 or 4 bits; codes are a sign bit above the magnitude, and minus zero is the special value."""
+    """Return the mixture of 3 or 4 bits; codes are a sign bit above the magnitude, and minus zero is the special value."""
     magnitudes = _MAGNITUDES[bits]
     negative = tuple(-value for value in magnitudes[1:])
     tables = (Levels(f"bitmod{bits}", (*magnitudes, special, *negative)) for special in _SPECIAL[bits])

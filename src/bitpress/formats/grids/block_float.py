@@ -25,12 +25,12 @@ __all__ = ["signed_magnitudes", "twos_complement"]
 
 
 def signed_magnitudes(bits: int) -> tuple[float, ...]:
-    """Give the levels of a sign bit above `bits` - 1 bits of magnitude."""
+    """Return the levels of a sign bit above `bits` - 1 bits of magnitude."""
     magnitudes = [float(m) for m in range(1 << (bits - 1))]
     return (*magnitudes, *(-m for m in magnitudes))
 
 
 def twos_complement(bits: int) -> tuple[float, ...]:
-    """Give the levels of a two's complement number with two places before the binary point, the sign among them."""
+    """Return the levels of a two's complement number with two places before the binary point, the sign among them."""
     half = 1 << (bits - 1)
     return tuple((code - 2 * half if code >= half else code) / (half / 2) for code in range(2 * half))

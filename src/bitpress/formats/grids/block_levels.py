@@ -1,13 +1,14 @@
-"""Levels that every block has for itself: the nearest of them, and what a fit must know of a block to choose them.
+"""Levels of a block's own: the nearest of them, and the sums that a fit needs to choose them.
 
-`SortedBlocks` sorts the weights of every block once and keeps running sums. What falls between two boundaries on the line is then
-two look-ups, whatever the length of the block, so the iterations of a fit cost nothing beside the sort.
+`SortedBlocks` sorts the weights of every block once and keeps running sums. The sum between two boundaries is then two look-ups for
+any length of block, so the iterations of a fit cost little beside the sort.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.layouts.dense import code_dtype
 
@@ -15,7 +16,7 @@ __all__ = ["Cells", "SortedBlocks", "level_of", "nearest_sorted", "nearest_unsor
 
 
 def boundaries(levels: Float[torch.Tensor, "... levels"]) -> Float[torch.Tensor, "... levels_less_one"]:
-    """Give the middles between neighbours of rising levels; a level itself always lies above the middle below it."""
+    """Return the midpoints between neighbouring rising levels; a level is always above the midpoint below it."""
     below_upper = torch.nextafter(levels[..., 1:], torch.full_like(levels[..., 1:], -torch.inf))
     return torch.minimum((levels[..., 1:] + levels[..., :-1]) / 2, below_upper)
 
@@ -23,21 +24,21 @@ def boundaries(levels: Float[torch.Tensor, "... levels"]) -> Float[torch.Tensor,
 def nearest_sorted(
     values: Float[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"], bits: int
 ) -> Int[torch.Tensor, "... n"]:
-    """Give the place of the nearest of a block's rising levels, the lower one in the middle of two."""
+    """Return the index of the nearest of a block's rising levels; a midpoint goes to the lower one."""
     return _ranks(values, levels[..., 0, :]).to(code_dtype(bits))
 
 
 def nearest_unsorted(
     values: Float[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"], bits: int
 ) -> Int[torch.Tensor, "... n"]:
-    """Give the place of the nearest of a block's levels, which stand in any order."""
+    """Return the index of the nearest of a block's levels, which may be in any order."""
     rising, order = levels[..., 0, :].sort(dim=-1, stable=True)
     order = order.to(code_dtype(bits)).expand(*values.shape[:-1], order.shape[-1])
     return torch.gather(order, -1, _ranks(values, rising).long())
 
 
 def level_of(codes: Int[torch.Tensor, "... n"], levels: Float[torch.Tensor, "... 1 levels"]) -> Float[torch.Tensor, "... n"]:
-    """Give the level of every code."""
+    """Return the level of every code."""
     own = levels[..., 0, :].expand(*codes.shape[:-1], levels.shape[-1])
     return torch.gather(own, -1, codes.long())
 
@@ -49,7 +50,7 @@ def _ranks(values: torch.Tensor, rising: torch.Tensor) -> Int[torch.Tensor, "...
 
 @dataclass(frozen=True)
 class Cells:
-    """What lies in each cell of the line, `[blocks, cells]` in float64: importance, and importance times weight."""
+    """Sums per cell, `[blocks, cells]` in float64: importance, and importance times weight."""
 
     importance: Float[torch.Tensor, "blocks cells"]
     moment: Float[torch.Tensor, "blocks cells"]
@@ -67,7 +68,7 @@ class SortedBlocks:
 
     @classmethod
     def of(cls, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> "SortedBlocks":
-        """Sort; in a block where nothing has any importance, everything counts alike."""
+        """Sort the blocks; in a block without any importance all weights count the same."""
         values, order = blocks.sort(dim=-1)
         if importance is None:
             weights = torch.ones_like(values)
@@ -78,23 +79,23 @@ class SortedBlocks:
         return cls(values, weights, _running(weights.double()), _running(moment), _running(moment * values))
 
     def cells(self, levels: Float[torch.Tensor, "blocks levels"]) -> Cells:
-        """Add up what is nearest to each of some rising levels."""
+        """Sum the weights nearest to each of some rising levels."""
         inner = torch.searchsorted(self.values, boundaries(levels).contiguous(), right=True)
         first, last = torch.zeros_like(inner[:, :1]), torch.full_like(inner[:, :1], self.values.shape[1])
         edges = torch.cat([first, inner, last], dim=-1)
         return Cells(self.importance.gather(-1, edges).diff(dim=-1), self.moment.gather(-1, edges).diff(dim=-1))
 
     def error(self, levels: Float[torch.Tensor, "blocks levels"], cells: Cells) -> Float[torch.Tensor, "blocks 1"]:
-        """Give the weighted squared error with every weight at the level of its cell."""
+        """Return the weighted squared error if every weight takes the level of its cell."""
         levels = levels.double()
         return self.square[:, -1:] + ((levels * cells.importance - 2 * cells.moment) * levels).sum(-1, keepdim=True)
 
     def edges(self, count: int, even: float) -> Int[torch.Tensor, "blocks edges"]:
-        """Give where `count` runs of neighbours begin and end, or every weight alone where there are no more than that.
+        """Return the edges of `count` runs of neighbouring weights, or of single weights if there are at most `count`.
 
-        Runs are equal in the integral of the cube root of the density, by which many levels are best spaced; a part `even` of them
-        follows the number of weights instead. Where neighbours lie a gap apart, the density is importance / gap, and its cube root
-        over the gap importance^(1/3) gap^(2/3).
+        Runs have equal integrals of the cube root of the density, the best spacing for many levels; a share `even` of them follows the
+        number of weights instead. For neighbours a gap apart the density is importance / gap, and the integral of its cube root over
+        the gap is importance^(1/3) gap^(2/3).
         """
         blocks, n = self.values.shape
         if n <= count:

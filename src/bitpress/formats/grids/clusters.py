@@ -1,34 +1,34 @@
-"""Clusters: k-means with weights, the same words from the same vectors every time.
+"""Clusters: weighted k-means, deterministic.
 
 Source   Lloyd 1982, the two alternating steps; Arthur and Vassilvitskii 2007, "k-means++", seeds drawn with weight * distance^2.
-Differs  the draws are those of systematic sampling, evenly spaced points on the cumulative weights, instead of random ones, and a
-         round draws a quarter as many seeds as there are already: 45 rounds for 65,536 seeds, and no random state to keep. An empty
-         cluster takes the vector with the largest error.
+Differs  draws are systematic (evenly spaced points on the cumulative weights) instead of random, and a round draws a quarter as many
+         seeds as exist: 45 rounds for 65,536 seeds, and no random state. An empty cluster takes the vector with the largest error.
 Cost     O(n * count * span) a round, by `formats.grids.nearest`.
 """
 
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.grids.nearest import nearest
 
 __all__ = ["cluster", "spread_sample"]
 
-# A squared distance this far below the square of the vector is rounding, not distance.
+# A squared distance this small relative to the squared vector is rounding error.
 ROUNDING = 1e-6
-# Clusters are settled when at most one vector in so many changes sides in a round.
+# Clusters have converged when at most one vector in this many changes its cluster in a round.
 SETTLED = 1000
 
 
 def cluster(
     vectors: Float[torch.Tensor, "n span"], weights: Float[torch.Tensor, "n per"], count: int, rounds: int
 ) -> Float[torch.Tensor, "count span"]:
-    """Give `count` words that stand for the vectors with little squared error, each number of a vector weighted.
+    """Return `count` words that represent the vectors with a small weighted squared error.
 
-    `weights` are one a vector or one a number; they weigh the means, not the search, as no reader of the words will know them. Fewer
-    vectors than words are their own words, repeated.
+    `weights` has one entry per vector or per number; they weigh the means, not the search, since a reader does not know them. If there
+    are fewer vectors than words, the vectors are repeated as words.
     """
     if len(vectors) <= count:
         return vectors[torch.arange(count, device=vectors.device) % len(vectors)].clone()
@@ -44,7 +44,7 @@ def cluster(
 
 
 def spread_sample(n: int, most: int) -> Int[torch.Tensor, " sample"]:
-    """Give at most `most` numbers below n, spread evenly whatever the period of what they index."""
+    """Return at most `most` numbers below n, spread evenly without a period."""
     step = max(round(n * (math.sqrt(5) - 1) / 2), 1)
     while math.gcd(step, n) > 1:
         step += 1

@@ -5,7 +5,7 @@
 The scale is the root mean square of the block, so that words are made for weights of variance 1 and blocks of different size share
 them. A `FixedBook` is a constant of the grid; a `LearnedBook` is clustered from the weight itself and stored with it once, as float16.
 
-Words are learned by weighted k-means (`formats.grids.clusters`), an error weighing its importance times the square of the scale.
+Words are learned by weighted k-means (`formats.grids.clusters`); an error weighs its importance times the square of the scale.
 
 Cost     a learned book takes 2^bits * span float16 numbers a weight: 2 KiB for vq8x4, 1 MiB for vq16x8.
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.clusters import cluster, spread_sample
@@ -25,8 +26,8 @@ from bitpress.formats.layouts.dense import code_dtype
 
 __all__ = ["FixedBook", "LearnedBook", "look_up", "scaled_vectors", "training_vectors"]
 
-# Vectors that words are learned from, at least and for each word; rounds of learning, at least and at most; and the scores that
-# those in between may take.
+# Training vectors, at least and per word; rounds of learning, at least and at most; and the number of scores that the rounds in
+# between may compute.
 VECTORS = 1 << 15
 VECTORS_PER_WORD = 32
 FEW_ROUNDS, MANY_ROUNDS = 12, 100
@@ -38,13 +39,13 @@ class FixedBook:
     """A table of words `[count, span]` for weights of variance 1."""
 
     name: str
-    # Left out of the hash, which every look-up of the cached table takes; equality compares it.
+    # Not part of the hash, which every look-up of the cached table computes; equality compares it.
     words: tuple[tuple[float, ...], ...] = field(repr=False, hash=False)
     usual_scale: str = "fp16"
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.words) <= 1 << 16 or len({len(word) for word in self.words}) != 1:
-            raise FormatError(f"{self.name}: a book holds 2 to 65,536 words of one length.")
+            raise FormatError(f"{self.name}: a book must hold 2 to 65,536 words of one length.")
 
     @property
     def code_bits(self) -> int:
@@ -63,7 +64,7 @@ class FixedBook:
         return (StoredParam("scale", "scale"),)
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Take the root mean square for a scale (`importance` has no say in that)."""
+        """Set scales to the root mean square (`importance` is ignored)."""
         return {"scale": root_mean_square(blocks)}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
@@ -75,9 +76,9 @@ class FixedBook:
         return look_up(_table(self, codes.device), codes).mul_(params["scale"])
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code stands for no word."""
+        """Raise FormatError for a code without a word."""
         if bool((codes.int() >= len(self.words)).any()):
-            raise FormatError(f"{self.name}: a code is {int(codes.max())}, where there are {len(self.words)} words.")
+            raise FormatError(f"{self.name}: a code is {int(codes.max())}, but there are only {len(self.words)} words.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LearnedBook:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 16 or not 2 <= self.span <= 16:
-            raise FormatError(f"{self.name}: learned books have codes of 1 to 16 bits for 2 to 16 weights.")
+            raise FormatError(f"{self.name}: a learned book needs codes of 1 to 16 bits for 2 to 16 weights.")
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ class LearnedBook:
         return StoredParam("scale", "scale"), StoredParam("words", "value", scope="tensor", shape=(1 << self.bits, self.span))
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Take the root mean square for a scale, and learn the words from an even sample of the vectors."""
+        """Set scales to the root mean square, and learn the words from an even sample of the vectors."""
         scale = root_mean_square(blocks)
         vectors, weights = training_vectors(blocks, scale, importance, self.span, 1 << self.bits)
         rounds = min(max(SCORES // (len(vectors) << self.bits), FEW_ROUNDS), MANY_ROUNDS)
@@ -118,7 +119,7 @@ class LearnedBook:
     def fit_blocks(
         self, blocks: Float[torch.Tensor, "blocks n"], whole: Params, importance: torch.Tensor | None = None
     ) -> Params:
-        """Take the root mean square for a scale."""
+        """Set scales to the root mean square."""
         return {"scale": root_mean_square(blocks)}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
@@ -129,20 +130,20 @@ class LearnedBook:
         return look_up(params["words"], codes).mul_(params["scale"])
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Every code is a word."""
+        """Accept every code: each is a word."""
 
 
 def scaled_vectors(values: Float[torch.Tensor, "... n"], scale: torch.Tensor, span: int) -> Float[torch.Tensor, "vectors span"]:
-    """Give the vectors of `span` weights in units of their scale; a scale of 0 marks a block of zeros and divides as 1."""
+    """Return the vectors of `span` weights divided by their scale; a scale of 0 (a block of zeros) divides as 1."""
     return (values / torch.where(scale == 0, 1.0, scale)).reshape(-1, span)
 
 
 def training_vectors(
     blocks: Float[torch.Tensor, "blocks n"], scale: torch.Tensor, importance: torch.Tensor | None, span: int, words: int
 ) -> tuple[Float[torch.Tensor, "sample span"], Float[torch.Tensor, "sample per"]]:
-    """Give an even sample of the scaled vectors, enough for so many words, and what an error in them weighs.
+    """Return an even sample of the scaled vectors, enough for `words` words, and the weight of an error in them.
 
-    That is the importance times the square of the scale, one a vector or, where there is an importance, one a number.
+    The weight is the importance times the square of the scale: one per vector, or one per number if there is an importance.
     """
     at = spread_sample(blocks.numel() // span, max(VECTORS, VECTORS_PER_WORD * words)).to(blocks.device)
     top = scale.max()
@@ -155,7 +156,7 @@ def training_vectors(
 
 
 def look_up(words: Float[torch.Tensor, "count span"], codes: Int[torch.Tensor, "... codes"]) -> Float[torch.Tensor, "... n"]:
-    """Give the words of codes side by side, in a tensor of their own."""
+    """Return the words of codes side by side, in a new tensor."""
     return words.index_select(0, codes.reshape(-1).int()).reshape(*codes.shape[:-1], -1)
 
 

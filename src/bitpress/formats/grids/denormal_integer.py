@@ -5,7 +5,7 @@
 
 Source   Lee et al. 2023, "Enhancing Computation Efficiency in Large Language Models through Weight and Activation Quantization" (dINT):
          two codes are taken from the integer's range for special values of half a step.
-Differs  which two codes is chosen here, the last ones. Without a stored zero point the levels are -(2^(bits-1) - 1) .. 2^(bits-1) - 2
+Differs  the two codes are our choice, the last ones. Without a stored zero point the levels are -(2^(bits-1) - 1) .. 2^(bits-1) - 2
          times the scale: one more below zero than above, as for integers.
 
 Worked example, 4 bits: -7 .. 6 by codes 0 .. 13, then -0.5 and 0.5.
@@ -14,7 +14,8 @@ Worked example, 4 bits: -7 .. 6 by codes 0 .. 13, then -0.5 and 0.5.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
@@ -29,7 +30,7 @@ class DenormalInteger:
 
     def __post_init__(self) -> None:
         if not 3 <= self.bits <= 8:
-            raise FormatError(f"dint{self.bits}: integers with denormals have 3 to 8 bits.")
+            raise FormatError(f"dint{self.bits}: an integer with denormals needs 3 to 8 bits.")
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class DenormalInteger:
 
     @property
     def steps(self) -> int:
-        """Steps from the lowest to the highest whole level, which is also the code of the latter."""
+        """Steps from the lowest to the highest integer level; also the code of the highest."""
         return (1 << self.bits) - 3
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
@@ -77,7 +78,7 @@ class DenormalInteger:
         scaled = values / torch.where(scale == 0, 1.0, scale)
         zero = self._zero_of(params)
         codes = scaled.round().add_(zero).clamp_(0, self.steps)
-        # Distances decide, not a range around half a step: with zero at an end, the half may be the nearest to all that lies beyond.
+        # Compare distances, not a range around half a step: with zero at an end, the half may be nearest to all values beyond.
         halves = scaled.abs().sub_(0.5).abs_() < (codes - zero).sub_(scaled).abs_()
         half_codes = (scaled > 0).to(torch.uint8).add_(self.steps + 1)
         return torch.where(halves, half_codes, codes.to(torch.uint8))
@@ -88,7 +89,7 @@ class DenormalInteger:
         return codes.to(torch.float32).sub_(offset).mul_(params["scale"])
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Every code is a level."""
+        """Accept every code: each is a level."""
 
     def _zero_of(self, params: Params) -> torch.Tensor | float:
         return params["zero"].to(torch.float32) if self.zero else float(self.steps - self.steps // 2)

@@ -1,11 +1,11 @@
-"""Gaussian grids: the levels, and the points of the plane, that stand for normal weights with the least mean squared error.
+"""Gaussian grids: the levels, and the points of the plane, with the least mean squared error for normal weights.
 
 Source   Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem" (HIGGS): after a
          Hadamard rotation weights are close to normal, so the grid best for a normal distribution is best for them. Levels: Max 1960,
          "Quantizing for Minimum Distortion"; those of 2, 3 and 4 bits are the ones of HIGGS's public code to the last float32 digit.
-Differs  the points are our own, of Lloyd's iteration from many beginnings; a test compares their error with that of the published
-         ones. The rotation is a map of the weight, not a part of the grid, and the scale is that of any block, where the public code
-         takes one for each rotated group.
+Differs  the points are our own, from Lloyd's iteration with many starts; a test compares their error with that of the published
+         ones. The rotation is a map of the weight, not part of the grid, and any block can have a scale, where the public code has
+         one per rotated group.
 Needs    gaussian_grids.json, made by scripts/build_gaussian_grids.py.
 """
 
@@ -18,13 +18,13 @@ __all__ = ["gaussian_levels", "gaussian_points"]
 
 
 def gaussian_levels(bits: int) -> tuple[float, ...]:
-    """Give the 2^bits levels, rising; bits from 2 to 8."""
+    """Return the 2^bits levels, rising; bits from 2 to 8."""
     upper = _grids()["levels"][str(bits)]
     return (*(-level for level in reversed(upper)), *upper)
 
 
 def gaussian_points(bits: int) -> tuple[tuple[float, float], ...]:
-    """Give the 2^bits points of the plane, for weights in pairs; bits is 4, 6 or 8."""
+    """Return the 2^bits points of the plane, for weights in pairs; bits is 4, 6 or 8."""
     return tuple((x, y) for x, y in _grids()["points"][str(bits)])
 
 

@@ -1,12 +1,12 @@
 """Gaussian mixture: the levels of a block are the means of a mixture of Gaussians fitted to it, one of them exactly zero.
 
 Source   Dong et al. 2021, "Finding the Task-Optimal Low-Bit Sub-Distribution in Deep Neural Networks" (DGMS), and its public code:
-         means, shares and widths begin as those of k-means; the mean nearest to zero is set to zero and stays; what a weight has of
-         every component is softmax(posterior / 0.01). A layer is one mixture there: the block `tensor`.
+         means, shares and widths start as those of k-means; the mean nearest to zero is fixed at zero; the share of a component in a
+         weight is softmax(posterior / 0.01). A layer has one mixture there: the block `tensor`.
 Differs  after training the paper's mixture follows the loss of the task; here, without training, it is fitted to the weights alone by
          expectation and maximization with those sharpened posteriors. A weight takes the nearest mean instead of the likeliest one,
-         so that no shares and widths are stored. A block of more than 256 weights is fitted by the means of 256 runs of its
-         sorted weights.
+         so no shares and widths are stored. A block of more than 256 weights is fitted by the means of 256 runs of its sorted
+         weights.
 Needs    nothing; importance counts as that many weights.
 Cost     O(min(n, 256) * 2^bits) a step and block, and 2 bytes times 2^bits a block.
 
@@ -16,7 +16,8 @@ Cost     O(min(n, 256) * 2^bits) a step and block, and 2 bytes times 2^bits a bl
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.block_levels import SortedBlocks, level_of, nearest_sorted
@@ -28,7 +29,7 @@ __all__ = ["GaussianMixture"]
 STEPS = 10
 TEMPERATURE = 0.01
 RUNS = 256
-# Components times runs that one step looks at together: 32 MB in float32.
+# Components times runs in one step: 32 MB in float32.
 TOGETHER = 1 << 23
 
 
@@ -38,7 +39,7 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
-            raise FormatError(f"{self.name}: tables of levels have 1 to 8 bits.")
+            raise FormatError(f"{self.name}: a table of levels needs 1 to 8 bits.")
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class GaussianMixture:
 
     @property
     def usual_scale(self) -> str:
-        """No scale is stored; this is what a format without another word has."""
+        """The scale type of a format that names none; no scale is stored."""
         return "fp16"
 
     @property
@@ -79,7 +80,7 @@ class GaussianMixture:
         return level_of(codes, params["levels"])
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Every code stands for a level."""
+        """Accept every code: each is a level."""
 
 
 def _means(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks levels"]:
@@ -88,7 +89,7 @@ def _means(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks leve
     zero = torch.zeros_like(means, dtype=torch.bool).scatter_(-1, means.abs().argmin(-1, keepdim=True), True)
     means = means.masked_fill(zero, 0.0)
     belonging = torch.nn.functional.one_hot(nearest_sorted(points, means[:, None], 8).long(), count).float()
-    # A component of a single value would end as a spike of no width: none is narrower than a thousandth of the block's spread.
+    # A component of a single value would become a spike of zero width, so the least width is a thousandth of the block's spread.
     spread = ((points.square() * mass).sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)).sqrt()
     narrowest = (spread * 1e-3).clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(STEPS + 1):
@@ -108,8 +109,8 @@ def _means(blocks: SortedBlocks, count: int) -> Float[torch.Tensor, "blocks leve
 
 
 def _runs(blocks: SortedBlocks) -> tuple[Float[torch.Tensor, "blocks runs"], Float[torch.Tensor, "blocks runs"]]:
-    """Give the means of runs of the sorted weights and what they count for together, 1 a weight on the average."""
-    # Half the runs follow the number of weights and half the cube root of their density, so that the few at the ends stay apart.
+    """Return the means of runs of the sorted weights, and their total weights, 1 per weight on average."""
+    # Half the runs follow the number of weights and half the cube root of their density, so that the few extreme weights stay separate.
     edges = blocks.edges(RUNS, 0.5)
     mass = blocks.importance.gather(-1, edges).diff(dim=-1)
     mean = blocks.moment.gather(-1, edges).diff(dim=-1) / mass.clamp(min=torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""What a code means: the protocol that every grid of levels follows.
+"""The meaning of a code: the protocol of all grids.
 
 A grid knows nothing of matrices, files or models. It sees weights as `[..., n]` and its parameters as tensors that broadcast
 against `[..., n // span]` codes (one of shape `s` as `[..., 1, *s]`, one of the whole weight as `s`), so the same three verbs serve a
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.scales import Outer, ScaleStore
 from bitpress.native import LevelTable
@@ -23,12 +24,12 @@ Params = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StoredParam:
-    """How one parameter of a grid is kept in a file.
+    """How one parameter of a grid is stored in a file.
 
-    kind    "scale": a float, kept as the format keeps its scales; "value": a float16, whatever the format says (levels, codewords);
+    kind    "scale": a float, stored by the format's scale store; "value": always a float16 (levels, codewords);
             "code": an unsigned integer of `bits` bits, packed like the codes.
     scope   "block": one for every block; "tensor": one for the whole weight (a codebook).
-    shape   of one of them: () for a number, (16,) for sixteen levels. Codes are single numbers.
+    shape   of one parameter: () for a number, (16,) for sixteen levels. Codes are single numbers.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Grid(Protocol):
 
     @property
     def num_codes(self) -> int:
-        """How many codes stand for something: at most 2^code_bits."""
+        """The number of valid codes: at most 2^code_bits."""
         ...
 
     @property
@@ -62,12 +63,12 @@ class Grid(Protocol):
 
     @property
     def usual_scale(self) -> str:
-        """How scales are kept when a format's name does not say."""
+        """The scale store of a format that names none."""
         ...
 
     @property
     def params(self) -> tuple[StoredParam, ...]:
-        """What is stored beside the codes, in the order of the file."""
+        """The parameters stored with the codes, in the order of the file."""
         ...
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
@@ -75,21 +76,21 @@ class Grid(Protocol):
         ...
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
-        """Give the nearest code of every `span` weights, uint8 up to 8 bits and int32 beyond."""
+        """Return the nearest code of every `span` weights, uint8 up to 8 bits and int32 beyond."""
         ...
 
     def decode(self, codes: Int[torch.Tensor, "... codes"], params: Params) -> Float[torch.Tensor, "... n"]:
-        """Give the weights that codes stand for, in float32."""
+        """Return the weights of codes, in float32."""
         ...
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code stands for nothing. Asked only where `num_codes` is less than 2^code_bits."""
+        """Raise FormatError for an invalid code. Called only if `num_codes` is less than 2^code_bits."""
         ...
 
 
 @runtime_checkable
 class SharedParams(Protocol):
-    """What a grid with parameters of the whole weight (a codebook) offers besides: the rest of a fit, those being known."""
+    """A grid with parameters of the whole weight (a codebook): it can fit the others if those are known."""
 
     def fit_blocks(
         self, blocks: Float[torch.Tensor, "blocks n"], whole: Params, importance: torch.Tensor | None = None
@@ -100,7 +101,7 @@ class SharedParams(Protocol):
 
 @runtime_checkable
 class OwnSearch(Protocol):
-    """What a grid offers that searches clipping faster than `Format` does, to the same end."""
+    """A grid with its own clipping search: faster than `Format`'s, with the same result."""
 
     def search(
         self,
@@ -110,16 +111,16 @@ class OwnSearch(Protocol):
         store: ScaleStore,
         outer: Outer,
     ) -> Params | None:
-        """Choose parameters as `Format.fit` says, scales rounded by `store`, whose shared values `outer` holds for every block.
+        """Choose parameters as `Format.fit` does. `store` rounds the scales; `outer` holds its shared values for every block.
 
-        None where the grid cannot serve, or a scale is out of range.
+        Return None if the grid does not support the request, or a scale is out of range.
         """
         ...
 
 
 @runtime_checkable
 class EvenlySpaced(Protocol):
-    """A grid of span 1 whose levels are `(code - zero) * scale`, codes 0 to `top`: native loops round to it themselves.
+    """A grid of span 1 whose levels are `(code - zero) * scale`, codes 0 to `top`; native loops implement its rounding.
 
     A code is `round(value / scale) + zero`, halves to even, clamped; a scale of 0 divides as 1.
     """
@@ -128,15 +129,15 @@ class EvenlySpaced(Protocol):
     def top(self) -> int: ...
 
     def zero_of(self, params: Params) -> torch.Tensor | float:
-        """Give the zero point in code units."""
+        """Return the zero point in code units."""
         ...
 
 
 @runtime_checkable
 class Tabled(Protocol):
-    """A grid of span 1 whose levels are those of a table times the scale: native loops round to it themselves."""
+    """A grid of span 1 whose levels are a table times the scale; native loops implement its rounding."""
 
     @property
     def table(self) -> LevelTable | None:
-        """Give the table; None where it is too long for them."""
+        """Return the table, or None if it is too long for native loops."""
         ...

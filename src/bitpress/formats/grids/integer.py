@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 from bitpress.errors import FormatError
@@ -27,7 +28,7 @@ class Integer:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
-            raise FormatError(f"int{self.bits}: integer formats have 1 to 8 bits.")
+            raise FormatError(f"int{self.bits}: an integer format needs 1 to 8 bits.")
         if self.bits == 1 and not self.zero:
             raise FormatError("int1: one bit without a zero point has no positive level; use int1-...-zero or binary.")
 
@@ -62,7 +63,7 @@ class Integer:
         return (1 << self.bits) - 1
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Choose the smallest scale that clips nothing (`importance` has no say in that).
+        """Choose the smallest scale that clips nothing (`importance` is ignored).
 
         A block of zeros gets scale 0, which decodes to exact zeros.
         """
@@ -112,4 +113,4 @@ class Integer:
         return params["zero"].to(torch.float32) if self.zero else float(1 << (self.bits - 1))
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Every code is an integer."""
+        """Accept every code: each is a level."""

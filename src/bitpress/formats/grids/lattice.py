@@ -2,20 +2,20 @@
 
 Source   Tseng et al. 2024, "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks"; codewords, their
          order and the scale of e8p are those of the authors' public code (quip-sharp, lib/codebook).
-Differs  nearest codeword by sorting, exact as the matrix product there; QuIP#'s 3 and 4 bits are not formats here but sums of two
-         terms, e8p + e81b and e8p + e8p, the second fitted to what the first leaves over.
-Cost     e8p: 36 candidates for either shift in place of 65,536.
+Differs  the nearest codeword is found by sorting, exactly, where the code uses a matrix product; QuIP#'s 3 and 4 bits are sums of two
+         terms here, e8p + e81b and e8p + e8p, the second fitted to the residual of the first.
+Cost     e8p: 36 candidates per shift instead of 65,536.
 
     e8p    code = row << 8 | signs        codeword = (magnitudes[row] with signs) + 1/4, or - 1/4 where `signs` has an odd number of ones
 
 The 256 rows of magnitudes are the 227 vectors of {1/2, 3/2, 5/2}^8 with squared norm at most 10, sorted, and 29 of the 56 with squared
-norm 12. All codewords less their shift have an even sum, so seven signs are free and the eighth bit says the shift: bit SIGN_BIT[i] is
+norm 12. All codewords less their shift have an even sum, so seven signs are free and the eighth bit gives the shift: bit SIGN_BIT[i] is
 the sign of weight i, but bit 7 is turned over for a row of odd sum, and bit 0 for the shift of - 1/4.
 
     e81b   code = place in the list       the 241 points of E8 with squared norm at most 2, then 15 of the 16 points +-2 e_i
 
-A scale is the block's root mean square over the one that a codebook is made for: 1.03 for e8p, as published, and 0.6 for e81b, which
-has the least error both on Gaussian weights and on what e8p leaves over (the 2.04 published for the latter comes to 0.61).
+A scale is the block's root mean square divided by that of the codebook's design: 1.03 for e8p, as published, and 0.6 for e81b, which
+has the least error both on Gaussian weights and on the residual of e8p (the published 2.04 for the residual amounts to 0.61).
 """
 
 import itertools
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats.grids.grid import Params, StoredParam
 from bitpress.formats.layouts.dense import code_dtype
@@ -34,12 +35,12 @@ __all__ = ["E8P", "E81B", "Lattice"]
 # Vectors searched at a time: some 20 MB of temporaries.
 TOGETHER = 1 << 15
 
-# The 29 rows of squared norm 12, a bit for each weight: bit i is set where magnitude i is 3/2 and not 1/2.
+# The 29 rows of squared norm 12, one bit per weight: bit i is set if magnitude i is 3/2, not 1/2.
 NORM12 = (
     *(0xF1, 0xF2, 0xF4, 0xF8, 0x37, 0x57, 0x67, 0x97, 0xA7, 0xC7, 0x3B, 0x5B, 0x6B, 0x9B, 0xAB),
     *(0xCB, 0x3D, 0x5D, 0x6D, 0x9D, 0xAD, 0xCE, 0x3E, 0x5E, 0x6E, 0x9E, 0xAE, 0xEC, 0x73),
 )
-# Magnitudes of the other rows, each for all its orders.
+# Magnitudes of the other rows, each representing all its permutations.
 SHAPES = (
     *((1.5,) * many + (0.5,) * (8 - many) for many in range(5)),
     (2.5, *(0.5,) * 7),
@@ -50,9 +51,9 @@ SIGN_BIT = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class Lattice:
-    """A fixed list of vectors of eight, `codewords(device)`, and what finds the nearest of them, `nearest(vectors)`.
+    """A fixed list of vectors of eight, `codewords(device)`, and the search for the nearest, `nearest(vectors)`.
 
-    rms    the root mean square of the weights that the list is made for.
+    rms    the root mean square of weights for which the list is designed.
     """
 
     name: str
@@ -78,8 +79,8 @@ class Lattice:
         return (StoredParam("scale", "scale"),)
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Bring every block to the root mean square of the codebook (`importance` has no say in that); zeros get 0."""
-        # Over the largest magnitude, so that no square is too small or too large for float32.
+        """Scale every block to the root mean square of the codebook (`importance` is ignored); a block of zeros gets 0."""
+        # Divided by the largest magnitude, so that no square is out of the range of float32.
         top = blocks.abs().amax(-1, keepdim=True)
         mean_square = (blocks / torch.where(top == 0, 1.0, top)).square().mean(-1, keepdim=True)
         return {"scale": top * mean_square.sqrt() / self.rms}
@@ -95,7 +96,7 @@ class Lattice:
         return values.reshape(*codes.shape[:-1], codes.shape[-1] * 8) * params["scale"]
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Accept every code: each stands for a vector."""
+        """Accept every code: each is a vector."""
 
 
 @cache
@@ -111,7 +112,7 @@ def _e8p_codewords(device: torch.device) -> Float[torch.Tensor, "65536 8"]:
 
 @cache
 def _rows(device: torch.device) -> Float[torch.Tensor, "256 8"]:
-    """Give the magnitudes in the order of their codes."""
+    """Return the magnitudes in the order of their codes."""
     short = [row for row in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(m * m for m in row) <= 10]
     padded = [tuple(1.5 if mask >> i & 1 else 0.5 for i in range(8)) for mask in NORM12]
     return torch.tensor(short + padded, device=device)
@@ -119,9 +120,9 @@ def _rows(device: torch.device) -> Float[torch.Tensor, "256 8"]:
 
 @cache
 def _candidates(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Give shapes [7, 8]; rows of norm 12 [29, 8]; where those are 1/2 [29, 3]; squared norms and odd sums of all 36; row of a pattern.
+    """Return shapes [7, 8]; rows of norm 12 [29, 8]; where those are 1/2 [29, 3]; squared norms and odd sums of all 36; row of a pattern.
 
-    A pattern is a number of eight digits to the base of 3, the first one highest: 0, 1, 2 for 1/2, 3/2, 5/2.
+    A pattern is a base-3 number of eight digits, the first one highest: 0, 1, 2 for 1/2, 3/2, 5/2.
     """
     shapes, padded = torch.tensor(SHAPES, device=device), _rows(device)[-len(NORM12) :]
     halves = (padded == 0.5).nonzero()[:, 1].view(len(NORM12), 3)
@@ -137,12 +138,12 @@ def _pattern(magnitudes: Float[torch.Tensor, "n 8"]) -> Int[torch.Tensor, " n"]:
 
 
 def _nearest_e8p(vectors: Float[torch.Tensor, "n 8"]) -> Int[torch.Tensor, " n"]:
-    """Give the nearest code of every vector.
+    """Return the nearest code of every vector.
 
     For a shift and magnitudes p the best signs are those of u = vector - shift, at a squared distance of |u|^2 + |p|^2 - 2 <|u|, p>.
-    If they break the parity, one sign has to turn, which adds 4 |u_i| p_i. Among all orders of one shape the best puts the largest
-    magnitude on the largest |u_i|, and the sign to turn is then that of the smallest |u_i|, where p_i = 1/2. A row of norm 12 stands
-    for its own order alone; turning a 3/2 there is never best, as -3/2 less far from u is 1/2, which keeps the parity and is in the list.
+    If they break the parity, one sign must flip, which adds 4 |u_i| p_i. Of all permutations of one shape, the best puts the largest
+    magnitude on the largest |u_i|; the sign to flip is then that of the smallest |u_i|, where p_i = 1/2. A row of norm 12 represents
+    its own order only. Flipping a 3/2 there is never best: 1/2 is nearer to u than -3/2, keeps the parity, and is in the list.
     """
     shapes, padded, halves, norms, odd_sum, row_of = _candidates(vectors.device)
     u = torch.stack([vectors - 0.25, vectors + 0.25])  # [2, n, 8]

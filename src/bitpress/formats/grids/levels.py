@@ -2,17 +2,17 @@
 
     w_hat = levels[code] * scale
 
-A code whose level is NaN stands for nothing: it is never chosen, and refused in a file. Between two levels the nearer one is taken;
-in the middle the one whose code is even, which is round-half-to-even for minifloats. A table with a negative zero gives it to
-negative values that round to zero, as casts in hardware do.
+A code whose level is NaN is invalid: it is never chosen, and refused in a file. A value takes the nearest level, and at a midpoint the
+level with the even code, which is round-half-to-even for minifloats. In a table with a negative zero, negative values that round to
+zero become negative zero, as in hardware casts.
 
 How `fit` chooses the scale of a block (`rule`):
 
     absmax    the smallest that clips nothing
-    mean      the mean magnitude over the mean positive level: the least squared error of signs, the choice of ternary networks
-    median    the median magnitude in place of the mean
-    rms       the root mean square: for levels made for weights of variance 1
-    ocp       2^(floor(log2(largest magnitude)) - floor(log2(largest level))), as OCP MX has it; what lies beyond is clipped
+    mean      the mean magnitude over the mean positive level: least squares for signs, the usual choice for ternary networks
+    median    the median magnitude instead of the mean
+    rms       the root mean square: for levels designed for weights of variance 1
+    ocp       2^(floor(log2(largest magnitude)) - floor(log2(largest level))), as in OCP MX; larger values are clipped
 """
 
 import math
@@ -22,7 +22,8 @@ from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 from bitpress.errors import FormatError
@@ -32,7 +33,7 @@ from bitpress.formats.scales import Outer, ScaleStore
 
 __all__ = ["Levels", "Rule", "root_mean_square"]
 
-# Blocks whose scales are tried together: as many numbers for every ratio tried.
+# Number of blocks whose scales are tried together; each ratio needs that many numbers.
 SEARCHED_TOGETHER = 1 << 16
 
 Rule = Literal["absmax", "mean", "median", "rms", "ocp"]
@@ -48,7 +49,7 @@ class Levels:
     def __post_init__(self) -> None:
         real = [level for level in self.levels if not math.isnan(level)]
         if len(real) < 2 or any(math.isinf(level) for level in real) or max(real) <= 0 or len(self.levels) > 1 << 16:
-            raise FormatError(f"{self.name}: a grid needs 2 to 65,536 finite levels, one of them positive.")
+            raise FormatError(f"{self.name}: a grid needs 2 to 65,536 finite levels, at least one of them positive.")
 
     @property
     def num_codes(self) -> int:
@@ -74,7 +75,7 @@ class Levels:
             high = blocks.amax(-1, keepdim=True).clamp(min=0.0)
             low = -blocks.amin(-1, keepdim=True).clamp(max=0.0)
             if self.rule == "absmax":
-                # A grid without negative levels cannot be asked to reach them.
+                # A grid without negative levels cannot reach negative weights.
                 return {"scale": torch.maximum(high / top, low / bottom) if bottom > 0 else high / top}
             exponent = torch.frexp(torch.maximum(high, low))[1] - 1 - math.floor(math.log2(top))
             scale = torch.ldexp(torch.ones_like(high, dtype=torch.float64), exponent).float()
@@ -102,7 +103,7 @@ class Levels:
         store: ScaleStore,
         outer: Outer,
     ) -> Params | None:
-        """See `OwnSearch`. None for rules that ask for more of a block than its range, which is read once for all ratios."""
+        """See `OwnSearch`. Return None for rules that need more of a block than its range."""
         table = self.table
         if table is None or self.rule not in ("absmax", "ocp") or blocks.device.type != "cpu" or not native.available():
             return None
@@ -134,11 +135,11 @@ class Levels:
         return _level_table(self.levels, codes.device)[codes.int()] * params["scale"]
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code stands for no level."""
+        """Raise FormatError for a code without a level."""
         if bool((codes.int() >= len(self.levels)).any()):
-            raise FormatError(f"{self.name}: a code is {int(codes.max())}, where there are {len(self.levels)} levels.")
+            raise FormatError(f"{self.name}: a code is {int(codes.max())}, but there are only {len(self.levels)} levels.")
         if not bool(torch.isfinite(_level_table(self.levels, codes.device)[codes.int()]).all()):
-            raise FormatError(f"{self.name}: a code stands for no number.")
+            raise FormatError(f"{self.name}: a code stands for NaN; the file is damaged.")
 
     @property
     def _positive_mean(self) -> float:
@@ -147,7 +148,7 @@ class Levels:
 
 
 def root_mean_square(blocks: Float[torch.Tensor, "blocks n"]) -> Float[torch.Tensor, "blocks 1"]:
-    """Give the root mean square of every block, through its largest magnitude so that no square is lost."""
+    """Return the root mean square of every block, scaled by its largest magnitude to avoid overflow and underflow."""
     largest = blocks.abs().amax(-1, keepdim=True)
     return (blocks / torch.where(largest > 0, largest, 1.0)).square_().mean(-1, keepdim=True).sqrt_().mul_(largest)
 
@@ -159,7 +160,7 @@ def _level_table(levels: tuple[float, ...], device: torch.device) -> torch.Tenso
 
 @cache
 def _byte_table(levels: tuple[float, ...]) -> torch.Tensor:
-    """The levels of all 256 bytes; NaN where there is none."""
+    """Return the levels of all 256 bytes, NaN for bytes without a level."""
     return torch.tensor((*levels, *(math.nan for _ in range(256 - len(levels)))), dtype=torch.float32)
 
 
@@ -174,9 +175,9 @@ def _native_table(levels: tuple[float, ...]) -> native.LevelTable:
 def _search_tables(
     levels: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int] | None]:
-    """Give the boundaries between neighbouring levels, the code on each side, and the codes of zero and negative zero.
+    """Return the boundaries between neighbouring levels, the code on each side, and the codes of zero and negative zero.
 
-    `bucketize` puts a value on a boundary below it, so where the upper level has the even code the boundary is one float lower.
+    `bucketize` puts a value at a boundary into the lower bin, so a boundary below an even code is one float lower.
     """
     table: dict[float, int] = {}
     zero, negative_zero = None, None

@@ -1,9 +1,9 @@
-"""Minifloats: a sign, x exponent bits, y mantissa bits, 3 to 8 bits in all, by any bias, with or without infinities and NaN.
+"""Minifloats: a sign, x exponent bits, y mantissa bits, 3 to 8 bits in all, with any bias, with or without infinities and NaN.
 
     code      s eeee mmm                          sign in the highest bit
     value     (-1)^s * 2^(e - bias) * (1 + m / 2^y)     for e > 0
               (-1)^s * 2^(1 - bias) * m / 2^y           for e = 0
-    bias      2^(x - 1) - 1, or the one that the name gives: `e4m3b11`
+    bias      2^(x - 1) - 1, or the one in the name: `e4m3b11`
 
     specials  finite   every code is a number                                  e2m1, e3m2, e2m3 of OCP MX
               fn       the largest magnitude is NaN, no infinities             e4m3 of OCP (largest 448)
@@ -28,13 +28,13 @@ Specials = Literal["finite", "fn", "ieee"]
 def minifloat_levels(
     exponent_bits: int, mantissa_bits: int, bias: int | None = None, specials: Specials = "finite"
 ) -> tuple[float, ...]:
-    """Give the value of every code; NaN for codes that are infinities or not numbers. Raises FormatError."""
+    """Return the value of every code; NaN for codes that are infinities or not numbers. Raises FormatError."""
     x, y = exponent_bits, mantissa_bits
     if x < 1 or y < 0 or not 3 <= 1 + x + y <= 8:
-        raise FormatError(f"e{x}m{y}: minifloats have 3 to 8 bits: a sign, 1 or more of exponent, 0 or more of mantissa.")
+        raise FormatError(f"e{x}m{y}: a minifloat needs 3 to 8 bits: a sign, 1 or more exponent bits, 0 or more mantissa bits.")
     bias = (1 << (x - 1)) - 1 if bias is None else bias
     if not 0 <= bias <= 64:
-        raise FormatError(f"e{x}m{y}b{bias}: a bias is 0 to 64; the block's scale does the rest.")
+        raise FormatError(f"e{x}m{y}b{bias}: a bias is 0 to 64; the block's scale covers other ranges.")
     magnitudes = []
     for e in range(1 << x):
         for m in range(1 << y):

@@ -1,11 +1,11 @@
-"""Mixture: every block picks the one of a few tables of levels that serves it best, and says which beside its scale.
+"""Mixture: every block picks the best of a few tables of levels, and stores the choice beside its scale.
 
     w_hat = tables[which][code] * scale
 
-Every table is a grid of its own (`Levels`) that fits its own scale; the one with the smallest squared error, weighted by importance,
-is kept, the first of equals. All tables have codes of the same width, with the same codes unused, so that a code stands for
-something whatever its block chose. `which` takes log2(len(tables)) bits a block; their number is a power of two, so that no stored
-`which` points beyond them. A scale store that rounds coarsely rounds after the choice.
+Every table is a grid (`Levels`) that fits its own scale; the one with the smallest squared error, weighted by importance, wins (the
+first of equals). All tables have codes of the same width and the same invalid codes, so the validity of a code does not depend on its
+block. `which` takes log2(len(tables)) bits per block; the number of tables is a power of two, so every stored `which` is valid. A
+coarse scale store rounds after the choice.
 """
 
 import math
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
@@ -30,11 +31,13 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if len(self.tables) not in (2, 4, 8, 16):
-            raise FormatError(f"{self.name}: a mixture has 2, 4, 8 or 16 tables, not {len(self.tables)}; repeat one to fill.")
+            raise FormatError(
+                f"{self.name}: a mixture needs 2, 4, 8 or 16 tables, not {len(self.tables)}; repeat one to fill up."
+            )
         if len({(table.code_bits, _unused(table)) for table in self.tables}) > 1:
-            raise FormatError(f"{self.name}: the tables of a mixture have codes of one width, and the same codes unused.")
+            raise FormatError(f"{self.name}: the tables of a mixture must have codes of one width and the same invalid codes.")
         if len({table.usual_scale for table in self.tables}) > 1:
-            raise FormatError(f"{self.name}: the tables of a mixture keep their scales alike.")
+            raise FormatError(f"{self.name}: the tables of a mixture must have the same scale store.")
 
     @property
     def code_bits(self) -> int:
@@ -85,7 +88,7 @@ class Mixture:
         return joined[codes.int() + (params["which"].int() << self.code_bits)] * params["scale"]
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code stands for no level; the tables agree on which do."""
+        """Raise FormatError for an invalid code; all tables have the same invalid codes."""
         self.tables[0].check(codes)
 
 
@@ -96,6 +99,6 @@ def _unused(table: Levels) -> frozenset[int]:
 
 @cache
 def _joined(tables: tuple[Levels, ...], device: torch.device) -> Float[torch.Tensor, " levels"]:
-    """Give the levels of all tables, one table after the other, each filled up to 2^code_bits."""
+    """Return the levels of all tables, one table after the other, each filled up to 2^code_bits."""
     rows = [[*table.levels, *[math.nan] * ((1 << table.code_bits) - len(table.levels))] for table in tables]
     return torch.tensor(rows, dtype=torch.float32, device=device).flatten()

@@ -2,18 +2,19 @@
 
     argmin |x - c|^2  =  argmax  x.c - |c|^2 / 2        one matrix product, with the halved squares as one more column
 
-Every word is scored. Cutting large books into cells and skipping those that the triangle inequality rules out leaves 4% of the scores
-for 65,536 words of 8 numbers, but picking them out takes as long as computing all: tried and left out.
+Every word is scored. Cutting large books into cells and skipping cells by the triangle inequality leaves 4% of the scores for 65,536
+words of 8 numbers, but selecting them takes as long as computing all: tried and left out.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress import native
 
 __all__ = ["nearest", "searched_natively"]
 
-# Books of which native code scores every word for one vector after the other; a product of matrices is faster for larger ones.
+# Up to this size, native code scores all words vector by vector; for larger books a matrix product is faster.
 NATIVE_WORDS = 1 << 10
 # Words scored at a time, and scores: 2 MiB, so that the reductions read them from the cache.
 WORDS_TOGETHER = 1 << 12
@@ -21,12 +22,12 @@ SCORES_TOGETHER = 1 << 19
 
 
 def searched_natively(vectors: torch.Tensor, count: int) -> bool:
-    """Say whether `native.beam_search` takes these vectors and books of `count` words."""
+    """Return whether `native.beam_search` takes these vectors and books of `count` words."""
     return vectors.device.type == "cpu" and vectors.dtype == torch.float32 and count <= NATIVE_WORDS and native.available()
 
 
 def nearest(vectors: Float[torch.Tensor, "n span"], words: Float[torch.Tensor, "count span"]) -> Int[torch.Tensor, " n"]:
-    """Give the index of the nearest word of every vector, in int64.
+    """Return the index of the nearest word of every vector, in int64.
 
     `max` and `argmax` take ten times as long as `amax`, which is vectorized: the best group of words is found by its largest score,
     and the best word of that group alone.

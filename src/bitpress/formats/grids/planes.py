@@ -1,4 +1,4 @@
-"""Planes: a weight is a sum of planes of small digits, each plane with a scale of its own in every block.
+"""Planes: a weight is a sum of planes of small digits, with one scale per plane and block.
 
     w_hat = sum_k scale_k * digit_k          code = i_0 + n_0 (i_1 + n_1 (i_2 + ...)), digit k the i_k-th of the n_k below
 
@@ -8,14 +8,14 @@
 
 Source   Chen et al. 2024, "DB-LLM: Accurate Dual-Binarization for Efficient LLMs": two planes of 0 and 1, scales 2 s and -s to
          begin with; and Xiao et al. 2025, "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models": scales by
-         ridge regression, every weight the best of nine pairs of trits, in turn. Neither's code is public: the first is known here
+         ridge regression, every weight the best of nine pairs of trits, in turn. The code of neither is public: the first is taken
          from a summary, the second from reimplementations that follow its algorithm step by step.
-Differs  one fit for all of them: from a few starts (greedy signs of what is left; place values, as of an integer, under four
-         clippings) scales by least squares and digits by the nearest sum in turn, and per block the best scales met. PTQTP starts
-         both planes at the signs with scales of 1 and adapts its ridge to the condition; DB-LLM learns its scales by training.
-         Scales are never negative: where a plane's digits come in both signs nothing is lost.
+Differs  one fit for all: from a few starts (greedy signs of the residual; place values, as in an integer, under four clippings),
+         scales by least squares and digits by the nearest sum alternate, and each block takes its best scales. PTQTP starts both
+         planes at the signs with scales of 1 and adapts its ridge to the condition number; DB-LLM trains its scales. Scales are
+         never negative, without loss for planes whose digits have both signs.
 Needs    nothing; importance weighs both steps.
-Cost     one sort of the weights; n scales a block. Weights are assigned by the sums in order, so no sum is ever missed.
+Cost     one sort of the weights; n scales per block. Weights are assigned by sorted sums, so the nearest sum is exact.
 """
 
 import itertools
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.block_levels import Cells, SortedBlocks, level_of, nearest_unsorted
@@ -32,11 +33,11 @@ from bitpress.formats.grids.grid import Params, StoredParam
 
 __all__ = ["Planes"]
 
-# Steps from every start, and from the best of their ends.
+# Steps from every start, and from the best of the results.
 FIRST_STEPS = 10
 STEPS = 20
 CLIPPINGS = (1.0, 0.75, 0.5, 0.3)
-# Of the mean diagonal of the normal equations: planes of equal digits share a scale instead of making it infinite.
+# Share of the mean diagonal of the normal equations: planes of equal digits share a scale instead of an infinite one.
 RIDGE = 1e-6
 
 
@@ -47,7 +48,7 @@ class Planes:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.digits) <= 4 or any(len(set(plane)) < 2 or len(plane) > 3 for plane in self.digits):
-            raise FormatError(f"{self.name}: 2 to 4 planes of 2 or 3 digits each.")
+            raise FormatError(f"{self.name}: planes need 2 to 4 planes of 2 or 3 digits each.")
 
     @property
     def num_codes(self) -> int:
@@ -87,12 +88,12 @@ class Planes:
         return level_of(codes, self._sums(params["scale"]))
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code stands for no digits."""
+        """Raise FormatError for a code without digits."""
         if bool((codes >= self.num_codes).any()):
-            raise FormatError(f"{self.name}: a code is {int(codes.max())}, where there are {self.num_codes} sums.")
+            raise FormatError(f"{self.name}: a code is {int(codes.max())}, but there are only {self.num_codes} sums.")
 
     def _sums(self, scale: Float[torch.Tensor, "*any planes"]) -> Float[torch.Tensor, "*any codes"]:
-        # Added plane by plane, not by a matrix product: sums of equal digits must be equal to the last bit wherever they are made.
+        # Added plane by plane, not by a matrix product: sums of equal digits must always be equal to the last bit.
         terms = scale[..., None, :] * _digits(self.digits, scale.device)
         total = terms[..., 0]
         for plane in range(1, len(self.digits)):
@@ -119,7 +120,7 @@ class Planes:
     def _alternate(
         self, blocks: SortedBlocks, scale: Float[torch.Tensor, "blocks planes"], steps: int
     ) -> tuple[Float[torch.Tensor, "blocks planes"], Float[torch.Tensor, "blocks 1"]]:
-        """Improve digits and scales in turn; give the best scales met and their squared error."""
+        """Improve digits and scales in turn; return the best scales and their squared error."""
         best, smallest = scale, torch.full_like(blocks.square[:, :1], math.inf)
         for _ in range(steps):
             rising, order = self._sums(scale).sort(dim=-1)
@@ -134,7 +135,7 @@ class Planes:
         return best, smallest
 
     def _least_squares(self, cells: Cells, order: Int[torch.Tensor, "blocks codes"]) -> Float[torch.Tensor, "blocks planes"]:
-        """Give the best scales for the digits that the nearest sums have."""
+        """Return the best scales for the digits of the nearest sums."""
         count, digits = len(self.digits), _digits(self.digits, order.device).double()
         products = (digits[:, :, None] * digits[:, None, :]).flatten(1)
         by_code = torch.zeros_like(cells.importance)
@@ -149,6 +150,6 @@ class Planes:
 
 @cache
 def _digits(planes: tuple[tuple[int, ...], ...], device: torch.device) -> Float[torch.Tensor, "codes planes"]:
-    """Give the digits of every code."""
+    """Return the digits of every code."""
     codes = [combination[::-1] for combination in itertools.product(*reversed(planes))]
     return torch.tensor(codes, dtype=torch.float32, device=device)

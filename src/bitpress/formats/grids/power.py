@@ -1,12 +1,12 @@
-"""Power functions: integers raised to an exponent that every block chooses, from evenly spaced to dense around zero.
+"""Power functions: integers raised to an exponent chosen per block, from evenly spaced to dense around zero.
 
     w_hat = sign(q) * (|q| / 2^(bits-1))^p * scale          q = code - 2^(bits-1), p = EXPONENTS[which]
 
 Source   Yvinec et al. 2023, "NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search": weights are quantized evenly
-         after sign(w) |w|^a, the maps that keep products products; here p = 1/a.
-Differs  a is searched per block (`tensor` gives the one exponent of a layer) in a list of eight and by the squared error of the
-         weights, where the paper learns it. The nearest level is taken in w, where rounding sign(w) |w|^a would pick the nearest there.
-         Powers that a product can be taken in are not the aim: codes are decoded before they are multiplied.
+         after sign(w) |w|^a, the maps that preserve products; here p = 1/a.
+Differs  a is searched per block (with `tensor`, per layer) in a list of eight by the squared error of the weights, where the paper
+         learns it. The nearest level is taken in w, not in sign(w) |w|^a. Products of powers are not used: codes are decoded before
+         they are multiplied.
 Cost     fit tries all eight.
 
 The first exponent is 1, which is intN.
@@ -27,7 +27,7 @@ EXPONENTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75)
 
 
 def power(bits: int) -> Mixture:
-    """Give the grid of this width."""
+    """Return the grid of `bits` bits."""
     half = 1 << (bits - 1)
     tables = (
         Levels(f"pow{bits}", tuple(math.copysign((abs(q) / half) ** p, q) for q in range(-half, half))) for p in EXPONENTS

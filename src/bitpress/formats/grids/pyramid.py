@@ -1,16 +1,16 @@
-"""Pyramid vector quantization: N weights as a direction through an integer point whose magnitudes add up to K, and a length.
+"""Pyramid vector quantization: N weights as a length and the direction of an integer point whose magnitudes sum to K.
 
     w_hat = p / |p|_2 * scale          p in Z^N with |p_1| + ... + |p_N| = K; the block's scale is the length
 
 Source   Fischer 1986, "A Pyramid Vector Quantizer", for the points and their numbers; van der Ouderaa et al. 2024, "Pyramid Vector
          Quantization for LLMs", for directions and lengths of weights.
 Differs  the nearest direction is found exactly, without rounding and correcting. The scale is not the length of the weights but their
-         projection on the chosen directions, which has the least squared error. Lengths are kept by any store of scales (6 bits by
-         default), not by the quantizer that the later paper derives for them.
-Needs    blocks of N weights (`pvq8k5-g8`) for a length each. Vectors that share a scale share a length: right for their mean only.
+         projection on the chosen directions, which has the least squared error. Any scale store holds the lengths (6 bits by
+         default), not the quantizer that the later paper derives for them.
+Needs    blocks of N weights (`pvq8k5-g8`) for a length per vector. Vectors that share a scale share a length, right only on average.
 Cost     encode: as many candidates as K has partitions into at most N parts, 7 for N = 8, K = 5.
 
-Points are counted by N(l, k) = N(l-1, k) + N(l-1, k-1) + N(l, k-1), and a code is a place in the list of all of them, sorted by the
+Points are counted by N(l, k) = N(l-1, k) + N(l-1, k-1) + N(l, k-1), and a code is an index into the list of all points, sorted by the
 first number, then the second, ... in the order 0, 1, -1, 2, -2, ...: for N = 3 and K = 2 there are 18,
 
     >>> import torch
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
@@ -33,7 +34,7 @@ __all__ = ["Pyramid"]
 
 # Numbers in the largest temporary of one step.
 TOGETHER = 1 << 22
-# Up to so many points, decoding reads a list of them, made when it is first asked for, in place of counting.
+# Up to this many points, decoding reads a cached list instead of counting.
 LISTED = 1 << 16
 
 
@@ -44,9 +45,11 @@ class Pyramid:
 
     def __post_init__(self) -> None:
         if not (2 <= self.dim <= 32 and 1 <= self.pulses <= 32):
-            raise FormatError(f"{self.name}: N is 2 to 32 and K is 1 to 32.")
+            raise FormatError(f"{self.name}: N must be 2 to 32 and K 1 to 32.")
         if self.code_bits > 24:
-            raise FormatError(f"{self.name}: its {self.num_codes:,} points need {self.code_bits} bits; a code has at most 24.")
+            raise FormatError(
+                f"{self.name}: its {self.num_codes:,} points need {self.code_bits} bits, but a code has at most 24."
+            )
 
     @property
     def name(self) -> str:
@@ -73,7 +76,7 @@ class Pyramid:
         return (StoredParam("scale", "scale"),)
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
-        """Choose the scale of the least squared error; which directions are nearest does not depend on it. Zeros get 0."""
+        """Choose the scale of least squared error; the nearest directions do not depend on it. A block of zeros gets 0."""
         directions = torch.cat([self.directions(points) for points in self._nearest(blocks)]).reshape(blocks.shape)
         along = blocks * directions  # never negative: a direction has the signs of its weights
         scale = along.sum(-1, keepdim=True) / (blocks.shape[-1] // self.dim)
@@ -84,7 +87,7 @@ class Pyramid:
         return {"scale": scale}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... codes"]:
-        # All codewords of a block have one length, so the nearest is the one of the nearest direction, whatever the scale.
+        # All codewords of a block have one length, so the nearest one has the nearest direction at any scale.
         codes = torch.cat([self._codes(points) for points in self._nearest(values)])
         return codes.to(code_dtype(self.code_bits)).reshape(*values.shape[:-1], values.shape[-1] // self.dim)
 
@@ -97,12 +100,12 @@ class Pyramid:
         return values.reshape(*codes.shape[:-1], codes.shape[-1] * self.dim) * params["scale"]
 
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
-        """Raise FormatError when a code lies beyond the last point."""
+        """Raise FormatError for a code beyond the last point."""
         if bool((codes.int() >= self.num_codes).any()):
-            raise FormatError(f"{self.name}: a code is {int(codes.max())}, where there are {self.num_codes} points.")
+            raise FormatError(f"{self.name}: a code is {int(codes.max())}, but there are only {self.num_codes} points.")
 
     def points(self, codes: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, "n dim"]:
-        """Give the integer points that codes stand for."""
+        """Return the integer points of codes."""
         counts, starts = _tables(self.dim, self.pulses, codes.device)
         rest = codes.to(torch.int32)
         left = torch.full_like(rest, self.pulses)
@@ -131,10 +134,10 @@ class Pyramid:
         return codes
 
     def _nearest(self, values: Float[torch.Tensor, "... n"]) -> Iterator[Int[torch.Tensor, "n dim"]]:
-        """Give the point of the nearest direction for every vector, some vectors at a time.
+        """Yield the point of the nearest direction for every vector, some vectors at a time.
 
-        Among all orders of the same magnitudes the one of the largest inner product has them in the order of the vector's. So one
-        candidate for every partition of K is enough.
+        Of all permutations of the same magnitudes, the one sorted like the vector has the largest inner product. One candidate per
+        partition of K is therefore enough.
         """
         shapes = _partitions(self.dim, self.pulses, values.device)
         lengths = shapes.square().sum(-1).sqrt()
@@ -146,7 +149,7 @@ class Pyramid:
 
     @staticmethod
     def directions(points: Int[torch.Tensor, "n dim"]) -> Float[torch.Tensor, "n dim"]:
-        """Give points brought to the length 1."""
+        """Return points scaled to length 1."""
         real = points.float()
         return real / real.square().sum(-1, keepdim=True).sqrt()
 
@@ -158,7 +161,7 @@ def _listed(grid: Pyramid, device: torch.device) -> Float[torch.Tensor, "points 
 
 @cache
 def _counts(dim: int, pulses: int) -> list[list[int]]:
-    """Give N(l, k) for l up to `dim` and k up to `pulses`."""
+    """Return N(l, k) for l up to `dim` and k up to `pulses`."""
     table = [[1] + [0] * pulses]
     for _ in range(dim):
         row = [1]
@@ -170,9 +173,9 @@ def _counts(dim: int, pulses: int) -> list[list[int]]:
 
 @cache
 def _tables(dim: int, pulses: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give N(l, k) [dim, pulses + 1], and the place of the first vector of l + 1 numbers that begins with size a [dim, k, a].
+    """Return N(l, k) [dim, pulses + 1], and the index of the first vector of l + 1 numbers that begins with magnitude a [dim, k, a].
 
-    Beyond a = k, where there is none, stands the number of all of them.
+    For a > k, where there is none, the entry is the number of all vectors.
     """
     counts = _counts(dim, pulses)
     starts = torch.zeros(dim, pulses + 1, pulses + 1, dtype=torch.int64)
@@ -188,7 +191,7 @@ def _tables(dim: int, pulses: int, device: torch.device) -> tuple[torch.Tensor, 
 
 @cache
 def _partitions(dim: int, pulses: int, device: torch.device) -> Float[torch.Tensor, "partitions dim"]:
-    """Give every way to write K as at most N whole numbers, largest first."""
+    """Yield every way to write K as at most N whole numbers, largest first."""
 
     def split(total: int, parts: int, largest: int) -> Iterator[tuple[int, ...]]:
         if parts == 0 or total == 0:

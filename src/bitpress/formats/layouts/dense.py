@@ -17,7 +17,8 @@ Codes are uint8 up to 8 bits and int32 beyond.
 """
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer as Int
+from jaxtyping import UInt8
 
 from bitpress import native
 
@@ -25,7 +26,7 @@ __all__ = ["code_dtype", "pack", "row_bytes", "unpack"]
 
 
 def code_dtype(bits: int) -> torch.dtype:
-    """Give the type that unpacked codes of this width have."""
+    """Return the type of unpacked codes of this width."""
     return torch.uint8 if bits <= 8 else torch.int32
 
 
@@ -49,7 +50,7 @@ def pack(codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tenso
         for i in range(1, 8 // bits):
             joined |= fields[..., i] << (bits * i)
         return joined
-    # Eight codes fill exactly `bits` bytes, so one 64-bit word carries them whatever the width.
+    # Eight codes fill exactly `bits` bytes, so one 64-bit word holds them at any width.
     padded = torch.nn.functional.pad(codes, (0, -count % 8)).view(rows, -1, 8)
     words = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
@@ -59,7 +60,7 @@ def pack(codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tenso
 
 
 def unpack(packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
-    """Give back the first `count` codes of every row."""
+    """Return the first `count` codes of every row."""
     rows = packed.shape[0]
     if bits == 8:
         return packed[:, :count].contiguous()

@@ -18,7 +18,8 @@ Worked example: the codes 2, 0, 1, 2, 2 of three levels are the byte 2 + 9 + 54 
 from typing import Protocol
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer as Int
+from jaxtyping import UInt8
 
 from bitpress.errors import FormatError
 from bitpress.formats.layouts import dense as dense
@@ -28,7 +29,7 @@ __all__ = ["LAYOUTS", "Base3", "Dense", "Layout", "Nested", "Split"]
 
 class Layout(Protocol):
     def refuses(self, bits: int, num_codes: int) -> str | None:
-        """Say in a few words why codes of this kind cannot be laid out so, or None."""
+        """Return why this layout cannot hold codes of this kind, or None if it can."""
         ...
 
     def row_bytes(self, count: int, bits: int) -> int:
@@ -38,7 +39,7 @@ class Layout(Protocol):
     def pack(self, codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tensor, "rows bytes"]: ...
 
     def unpack(self, packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
-        """Give the codes. Raises FormatError for bytes that no codes give."""
+        """Return the codes. Raises FormatError for invalid bytes."""
         ...
 
 
@@ -76,7 +77,7 @@ class Base3:
 
     def unpack(self, packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
         if bool((packed > 242).any()):
-            raise FormatError("a byte above 242 holds no five codes of three levels.")
+            raise FormatError("a byte above 242 is not five codes of three levels; the file is damaged.")
         # Every byte's five codes from a table of 243 rows: one read instead of five divisions.
         values = torch.arange(243, device=packed.device)
         table = torch.stack([values.div(3**i, rounding_mode="floor") % 3 for i in range(5)], dim=-1).to(torch.uint8)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.format import Expected
@@ -24,15 +25,15 @@ class Map(Protocol):
     kind: ClassVar[str]
 
     def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        """Give T x."""
+        """Return T x."""
         ...
 
     def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        """Give T' x; the rows of `w T` are T' times the rows of `w`."""
+        """Return T' x; the rows of `w T` are T' times the rows of `w`."""
         ...
 
     def dual(self) -> "Map":
-        """Give the map T^-T, by which the rows of a weight change where its inputs change by T; T itself for a rotation."""
+        """Return the map T^-T for the rows of a weight whose inputs are mapped by T; T itself for a rotation."""
         ...
 
     def spec(self) -> dict[str, Any]: ...
@@ -40,13 +41,13 @@ class Map(Protocol):
     def tensors(self) -> dict[str, torch.Tensor]: ...
 
     def check(self) -> None:
-        """Raise FormatError when the stored content is not a map of this kind."""
+        """Raise FormatError if the stored content is invalid for this kind of map."""
         ...
 
 
 def _no_settings(spec: Mapping[str, Any]) -> None:
     if spec:
-        raise FormatError(f"this map has no settings, got {sorted(spec)}.")
+        raise FormatError(f"this kind of map has no settings, but the file has {sorted(spec)}.")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Put channel `order[i]` in place `i`."""
+    """Move channel `order[i]` to position `i`."""
 
     order: Int[torch.Tensor, " n"]
     kind: ClassVar[str] = "permutation"
@@ -117,7 +118,7 @@ class Permutation:
         return cls(tensors["order"])
 
     def check(self) -> None:
-        # The order becomes an address: anything but every channel once is refused before a gather sees it.
+        # The order is used as an address: anything but every channel exactly once is refused before a gather reads it.
         if not torch.equal(torch.sort(self.order).values.long(), torch.arange(self.order.numel())):
             raise FormatError("a permutation map does not hold every channel exactly once.")
 
@@ -156,7 +157,7 @@ class Chain:
         tensors: Expected = {}
         for i, part in enumerate(parts):
             if isinstance(part, Mapping) and part.get("kind") == "chain":
-                raise FormatError("a chain does not hold another chain.")
+                raise FormatError("a chain must not contain another chain.")
             kind, rest = split_kind(part, "map", MAPS)
             tensors |= {f"{i}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
         return tensors
@@ -185,7 +186,7 @@ MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] |
 
 
 def chain(*maps: Map | None) -> Map | None:
-    """Put maps one after the other, the first one first; None stands for no change."""
+    """Return the composition of maps, the first one applied first; None is the identity."""
     parts: list[Map] = []
     for change in maps:
         parts += change.maps if isinstance(change, Chain) else [] if change is None else [change]
@@ -193,7 +194,7 @@ def chain(*maps: Map | None) -> Map | None:
 
 
 def split_kind(entry: Any, noun: str, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Take a specification apart into its kind, which must be in `table`, and the rest."""
+    """Split a specification into its kind, which must be in `table`, and the rest."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str):
         raise FormatError(f"a {noun} needs a kind.")
     kind = entry["kind"]

@@ -1,4 +1,4 @@
-"""Rotations: orthogonal maps that are products of small factors, so that no square matrix of the whole width is ever stored.
+"""Rotations: orthogonal maps that are products of small factors, so that no square matrix of the whole width is stored.
 
     Hadamard     T = (I ⊗ C ⊗ W) diag(signs) / sqrt(block)     blocks of `core` * 2^m values; C of order `core`, W the Walsh matrix
     Kronecker    T = left ⊗ right                              two orthogonal matrices of orders a and b, a * b = n
@@ -28,9 +28,9 @@ from bitpress.formats.layouts import dense as dense
 
 __all__ = ["Hadamard", "Kronecker", "core_of", "hadamard_matrix"]
 
-# The largest dense factor: what a file may ask to be multiplied with every vector.
+# The largest dense factor that a file may ask for.
 LARGEST = 1024
-# Rows of a product with a factor may differ from unit length by this much: float32 factors keep a hundredth of it.
+# Tolerance on unit length of the rows of a factor; float32 factors are a hundred times more exact.
 ORTHOGONAL = 1e-4
 
 _TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
@@ -48,7 +48,7 @@ class Hadamard:
 
     @classmethod
     def random(cls, size: int, block: int, generator: torch.Generator) -> "Hadamard":
-        """Draw the signs. Raises FormatError for a block that does not divide the size or has no matrix."""
+        """Draw random signs. Raises FormatError for a block that does not divide the size or has no matrix."""
         spec = {"size": size, "block": block, "core": core_of(block)}
         cls.expected(spec, size)
         flips = torch.randint(0, 2, (1, size), generator=generator, dtype=torch.uint8)
@@ -72,14 +72,12 @@ class Hadamard:
     @staticmethod
     def expected(spec: Mapping[str, Any], size: int) -> Expected:
         if set(spec) != {"size", "block", "core"} or any(type(v) is not int or v < 1 for v in spec.values()):
-            raise FormatError(
-                f"a hadamard map is specified by size, block and core, whole numbers of 1 or more, not by {spec}."
-            )
+            raise FormatError(f"a hadamard map needs size, block and core, integers of 1 or more, got {spec}.")
         block, core = spec["block"], spec["core"]
         if spec["size"] != size or size % block or block % core or not _is_power_of_two(block // core) or core > LARGEST:
             raise FormatError(
                 f"a hadamard map of {spec['size']} in blocks of {block} = {core} * 2^m does not fit a width of {size}; "
-                f"the block divides the width, and the core is {LARGEST} or less."
+                f"the block must divide the width, and the core must be at most {LARGEST}."
             )
         return {"signs": (torch.uint8, (dense.row_bytes(size, 1),))}
 
@@ -89,10 +87,10 @@ class Hadamard:
 
     def check(self) -> None:
         if self.size % 8 and int(self.signs[-1]) >> self.size % 8:
-            raise FormatError("a hadamard map has signs beyond its width.")
+            raise FormatError("a hadamard map has signs beyond its width; the file is damaged.")
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Float[torch.Tensor, " n"]:
-        """Give the signs as ones and minus ones."""
+        """Return the signs as ones and minus ones."""
         return 1 - 2 * dense.unpack(self.signs[None], 1, self.size)[0].to(dtype)
 
     def _mix(self, x: Float[torch.Tensor, "... n"], *, transposed: bool) -> Float[torch.Tensor, "... n"]:
@@ -135,12 +133,10 @@ class Kronecker:
     def expected(spec: Mapping[str, Any], size: int) -> Expected:
         a = spec.get("left")
         if set(spec) != {"left"} or type(a) is not int or a < 1 or size % a:
-            raise FormatError(
-                f"a kronecker map is specified by the order `left`, which divides the width {size}, not by {spec}."
-            )
+            raise FormatError(f"a kronecker map needs the order `left`, a divisor of the width {size}, got {spec}.")
         b = size // a
         if max(a, b) > LARGEST:
-            raise FormatError(f"a kronecker map of {a} by {b}: no factor is above {LARGEST}; use a hadamard map.")
+            raise FormatError(f"a kronecker map of {a} by {b} has a factor above {LARGEST}; use a hadamard map.")
         return {"left": (torch.float32, (a, a)), "right": (torch.float32, (b, b))}
 
     @classmethod
@@ -158,7 +154,7 @@ class Kronecker:
 
 
 def core_of(block: int) -> int:
-    """Give the order of the dense factor of a block: 1 for a power of two, else the smallest Hadamard order, else the odd part."""
+    """Return the order of the dense factor of a block: 1 for a power of two, else the smallest Hadamard order, else the odd part."""
     odd = block // (block & -block)
     orders = [odd << shift for shift in range((block // odd).bit_length()) if odd << shift <= LARGEST]
     return next((order for order in orders if _paley_prime(order)), odd) if odd > 1 else 1
@@ -166,7 +162,7 @@ def core_of(block: int) -> int:
 
 @lru_cache(maxsize=16)
 def hadamard_matrix(order: int) -> Float[torch.Tensor, "order order"]:
-    """Give a matrix with h h' = order * I: of ones and minus ones where Paley or Sylvester has one, else Hartley's."""
+    """Return a matrix with h h' = order * I: of ones and minus ones where Paley or Sylvester has one, else Hartley's."""
     if _is_power_of_two(order):
         h = torch.ones(1, 1)
         while len(h) < order:
@@ -191,7 +187,7 @@ def hadamard_matrix(order: int) -> Float[torch.Tensor, "order order"]:
 
 
 def _paley_prime(order: int) -> int:
-    """Give the prime q of Paley's first (order = q + 1, q = 3 mod 4) or second construction (2 q + 2, q = 1 mod 4), or 0."""
+    """Return the prime q of Paley's first (order = q + 1, q = 3 mod 4) or second construction (2 q + 2, q = 1 mod 4), or 0."""
     if order % 4 == 0:
         if (order - 1) % 4 == 3 and _is_prime(order - 1):
             return order - 1
@@ -209,7 +205,7 @@ def _is_power_of_two(n: int) -> bool:
 
 
 def _walsh_factors(size: int) -> list[torch.Tensor]:
-    """Give matrices of orders up to 64 whose Kronecker product is the Walsh matrix: few large products beat many small steps."""
+    """Return matrices of orders up to 64 whose Kronecker product is the Walsh matrix: few large products beat many small steps."""
     factors = []
     while size > 1:
         order = min(size, 64)
@@ -219,7 +215,7 @@ def _walsh_factors(size: int) -> list[torch.Tensor]:
 
 
 def _multiply(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
-    """Give (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
+    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
     rows = x.shape[0]
     for factor in reversed(factors):
         order = factor.shape[0]

@@ -1,1 +1,1 @@
-"""Terms: what a compressed weight is a sum of."""
+"""Terms: the summands of a compressed weight."""

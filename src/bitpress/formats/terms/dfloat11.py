@@ -5,9 +5,9 @@
     sizes    uint16 [parts, blocks]  bytes of every block of 1,024 exponents of the part, row after row; the last may be shorter
     codes    uint8  [bytes]          the blocks' codes, most significant bit first; a block ends with fewer than 8 zero bits
 
-The code is the canonical one of its lengths: shorter codes first, among equal lengths smaller exponents first, each code the
-one before plus one. It is complete, so every bit string decodes to something; where there is one exponent alone, its neighbor
-has a code too.
+The code is the canonical one of its lengths: shorter codes first, among equal lengths smaller exponents first, each code is
+the previous one plus one. It is complete, so every bit string decodes; if only one exponent occurs, its neighbor gets a code
+too.
 
 Worked example: the exponents 126, 125, 126, 127 with codes of 1, 2, 1 and 2 bits are 0, 10, 0, 11: the byte 01001100.
 
@@ -18,10 +18,10 @@ Worked example: the exponents 126, 125, 126, 127 with codes of 1, 2, 1 and 2 bit
 
 Source   Zhang et al. 2025, "70% Size, 100% Accuracy: Lossless LLM Compression for Efficient GPU Inference via Dynamic-Length
          Float", section 2.3: a Huffman code over the exponents, signs and mantissas as they are.
-Differs  every block begins at a byte and says its length, 0.02 bits a weight, where the paper finds its way into one long
-         stream by offsets of 5 bits for every 8 bytes, 0.2 bits a weight, and a first pass that counts. Codes are limited to 12
+Differs  every block begins at a byte and stores its length, 0.02 bits per weight, where the paper indexes one long stream by
+         offsets of 5 bits per 8 bytes, 0.2 bits per weight, and a first pass that counts. Codes are limited to 12
          bits (the paper's reach 32 and take a hierarchy of tables), so one table of 4,096 entries decodes them; with about
-         40 exponents in use that costs next to nothing. No exponent is set aside as a mark: NaNs and infinities come back too.
+         40 exponents in use the loss is negligible. No exponent is reserved: NaNs and infinities are restored too.
 Cost     one step a place in a block, all blocks at once: 1,024 steps however large the weight.
 Fails    FormatError when the weight is not bfloat16, and when a block does not end where it says (found while decoding).
 """
@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
@@ -42,7 +43,7 @@ __all__ = ["DFloat11", "dfloat11"]
 BLOCK = 1024
 LONGEST = 12
 _TABLE = 1 << LONGEST
-# Blocks that are worked on at a time: a step of the decoder should have many, the encoder's numbers should stay in the cache.
+# Blocks handled at a time: many for each step of the decoder, yet few enough for the encoder's numbers to stay in the cache.
 _DECODED_TOGETHER = 1 << 12
 _ENCODED_TOGETHER = 1 << 8
 
@@ -56,11 +57,11 @@ class DFloat11:
     kind: ClassVar[str] = "dfloat11"
 
     def decode(self) -> BFloat16[torch.Tensor, "out in"]:
-        """Give the weights as they were. Raises FormatError when the codes of a block do not fill it exactly."""
+        """Return the weights as they were. Raises FormatError when the codes of a block do not fill it exactly."""
         return self._bits().to(torch.int16).view(torch.bfloat16)
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, NaNs with their payload."""
+        """Return the weights in float32, NaNs with their payload."""
         return self._bits().bitwise_left_shift_(16).view(torch.float32)
 
     def spec(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class DFloat11:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("dfloat11", spec, {"bytes"}, {"parts"})
         parts, weights = read_parts(spec, shape[0]), shape[0] * shape[1]
         blocks = _blocks(weights // parts)
@@ -93,12 +94,12 @@ class DFloat11:
             raise FormatError("the lengths of a dfloat11 term are not those of a complete prefix code.")
         sizes, weights = self.tensors["sizes"].to(torch.int64), self._weights_of_blocks()
         if bool((sizes < _bytes(weights)).any()) or bool((sizes > _bytes(weights * LONGEST)).any()):
-            raise FormatError("a block of a dfloat11 term has fewer or more bytes than its weights can take.")
+            raise FormatError("a block of a dfloat11 term has fewer or more bytes than its weights can need.")
         if int(sizes.sum()) != self.tensors["codes"].numel():
-            raise FormatError("the blocks of a dfloat11 term do not end where its codes end.")
+            raise FormatError("the blocks of a dfloat11 term do not cover its codes exactly.")
 
     def row_slice(self, start: int, stop: int) -> "DFloat11":
-        """Give rows `start` to `stop`, whole parts of a stack: codes are not cut."""
+        """Return rows `start` to `stop`, whole parts of a stack: codes are not cut."""
         first, last = covered(self.shape[0], self.parts, start, stop)
         height = self.shape[0] // self.parts
         if start != first * height or stop != last * height:
@@ -132,7 +133,7 @@ class DFloat11:
         return weights
 
     def _bits(self) -> Int[torch.Tensor, "out in"]:
-        """Give every weight's 16 bits, in int32."""
+        """Return every weight's 16 bits, in int32."""
         raw = self.tensors["raw"].to(torch.int32)
         exponents = self._exponents().view(self.shape).to(torch.int32)
         return exponents.bitwise_left_shift_(7).bitwise_or_(raw & 0x7F).bitwise_or_((raw & 0x80).bitwise_left_shift_(8))
@@ -154,10 +155,10 @@ class DFloat11:
         return torch.cat(found)
 
 
-def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
-    """Code a weight without any loss. Raises FormatError when it is not of bfloat16."""
+def dfloat11(w: Float[torch.Tensor, "out in"]) -> DFloat11:
+    """Encode a weight without loss. Raises FormatError if it is not bfloat16."""
     if w.dtype != torch.bfloat16:
-        raise FormatError(f"dfloat11 keeps bfloat16 as it is; this weight is {w.dtype}.")
+        raise FormatError(f"dfloat11 needs bfloat16 weights; this weight is {w.dtype}.")
     bits = w.contiguous().view(torch.int16).to(torch.int32)
     exponents = ((bits >> 7) & 0xFF).to(torch.uint8).reshape(-1)
     raw = ((bits & 0x7F) | ((bits >> 8) & 0x80)).to(torch.uint8)
@@ -177,8 +178,8 @@ def dfloat11(w: BFloat16[torch.Tensor, "out in"]) -> DFloat11:
     return DFloat11((w.shape[0], w.shape[1]), tensors)
 
 
-def _code_lengths(counts: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
-    """Give the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
+def _code_lengths(counts: Int[torch.Tensor, " symbols"]) -> Int[torch.Tensor, " symbols"]:
+    """Return the lengths of the best prefix code of at most 12 bits, by package-merge (Larmore and Hirschberg 1990)."""
     used = counts.nonzero()[:, 0]
     if len(used) == 1:  # one code alone would leave the code incomplete
         used = torch.stack([used[0], (used[0] + 1) % len(counts)])
@@ -205,17 +206,17 @@ def _bytes(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _shares(lengths: Int[torch.Tensor, "*parts 256"]) -> Int[torch.Tensor, "*parts 256"]:
-    """Give the entries of the table that begin with each symbol's code: all 4,096 together where the code is complete."""
+    """Return the number of table entries that begin with each symbol's code; 4,096 in total for a complete code."""
     return torch.where(lengths > 0, _TABLE >> lengths, 0)
 
 
 def _in_order(lengths: Int[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 256"]:
-    """Give the symbols in the order of their codes; those without a code come first and take no room."""
+    """Return the symbols in the order of their codes; those without a code come first and take no room."""
     return torch.argsort(lengths, stable=True)
 
 
 def _table(lengths: UInt8[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 4096"]:
-    """Give, for the next 12 bits, the symbol that they begin with, and above its 8 bits the length of its code."""
+    """Return the table of the next 12 bits: the symbol that they begin with, and above its 8 bits the length of its code."""
     lengths = lengths.to(torch.int64)
     order = _in_order(lengths)
     entries = order | (lengths[order] << 8)
@@ -225,7 +226,7 @@ def _table(lengths: UInt8[torch.Tensor, " 256"]) -> Int[torch.Tensor, " 4096"]:
 def _encode(
     exponents: UInt8[torch.Tensor, " weights"], lengths: Int[torch.Tensor, " 256"]
 ) -> tuple[UInt8[torch.Tensor, " bytes"], Int[torch.Tensor, " blocks"]]:
-    """Give the codes of some blocks, and the bytes of each."""
+    """Return the codes of some blocks, and the bytes of each."""
     order = _in_order(lengths)
     ends = _shares(lengths)[order].cumsum(0)
     first = torch.zeros_like(ends)
@@ -253,9 +254,9 @@ def _decode(
     base: Int[torch.Tensor, " blocks"],
     tables: Int[torch.Tensor, " entries"],
 ) -> UInt8[torch.Tensor, "blocks steps"]:
-    """Decode blocks side by side, one symbol of each a step; a short one goes on behind its end, where nobody looks."""
-    # What would be decoded at every bit, so that a step is one look and one addition. No block reads further than 1,024 codes
-    # of 12 bits from where it begins, and no code beyond the third byte from its own.
+    """Decode blocks in parallel, one symbol of each per step; a short block runs past its end, and the extra symbols are ignored."""
+    # The symbol at every bit position, so that a step is one look-up and one addition. No block reads beyond 1,024 codes of 12 bits
+    # from its start, and no code beyond the third byte from its own.
     far = torch.nn.functional.pad(codes, (0, BLOCK * LONGEST // 8 + 3)).to(torch.int32)
     words = (far[:-2] << 16) | (far[1:-1] << 8) | far[2:]
     table = torch.nn.functional.pad(base.to(torch.int32).repeat_interleave(sizes), (0, len(words) - len(codes)))
@@ -278,5 +279,5 @@ def _decode(
     left = (ends * 8).to(torch.int32) - stop
     inside = bool(((left >= 0) & (left < 8)).all())
     if not inside or bool((far[ends - 1] & ((1 << left) - 1)).any()):
-        raise FormatError("a block of a dfloat11 term does not end where it says; the codes are damaged.")
+        raise FormatError("a block of a dfloat11 term does not end at its stated length; the codes are damaged.")
     return found.bitwise_and_(0xFF).to(torch.uint8).T.contiguous()

@@ -1,14 +1,13 @@
-"""Kept: some columns or rows of a weight in a number format of their own, chosen by a one-dimensional mask; zero elsewhere.
+"""Kept: some columns or rows of a weight in a separate number format, chosen by a one-dimensional mask; zero elsewhere.
 
     mask    uint8 [parts, ceil(in / 8)] or [1, ceil(out / 8)]     one bit a column or row, the first one least significant
-    kept.*  a packed weight [out, count] or [count, in]           the kept ones, closed up, in their order
+    kept.*  a packed weight [out, count] or [count, in]           the kept ones, without gaps, in order
 
 Source   Zhao et al. 2025, "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization ...": salient input
          channels in 4 bits, the others binary, for 0.0002 bits a weight of mask (here 1 / out: 0.00024 at 4,096 rows).
-Differs  rows too. Bits, not a list of indices: every set has one way to be written, and from one column in sixteen on it is
-         the shorter one. Terms add up: either the other term has a level at zero and holds zeros here (`keep_columns` gives
-         the weight to be packed), or it is a `Kept` of the other columns, for binary codes have no zero, and columns that
-         are not there cost nothing.
+Differs  rows too. A bit mask instead of a list of indices: every set has one encoding, and from one column in sixteen on it is
+         shorter. Terms add up: either the other term has a level at zero and holds zeros here (`keep_columns` returns the weight
+         to pack), or it is a `Kept` of the other columns, since binary codes have no zero and absent columns cost nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected, Format
@@ -32,7 +32,7 @@ Axis = Literal["columns", "rows"]
 
 @dataclass(frozen=True)
 class Kept:
-    """`count` columns (of every part of a stack) or rows; without any there are no tensors, for a file holds no empty ones."""
+    """`count` columns (of every part of a stack) or rows; with a count of 0 there are no tensors, since a file holds no empty ones."""
 
     format: Format
     axis: Axis
@@ -45,7 +45,7 @@ class Kept:
 
     @classmethod
     def place(cls, packed: Packed, axis: Axis, chosen: Bool[torch.Tensor, " n"]) -> "Kept":
-        """Put packed columns or rows where `chosen` holds, in a weight that is zero elsewhere."""
+        """Return packed columns or rows at the places of `chosen`, in a weight that is zero elsewhere."""
         count, n = int(chosen.sum()), chosen.shape[0]
         assert packed.parts == 1
         assert packed.shape[1 if axis == "columns" else 0] == count
@@ -54,17 +54,17 @@ class Kept:
 
     @property
     def packed(self) -> Packed:
-        """The kept columns or rows, closed up. Only where there are some."""
+        """The kept columns or rows, without gaps. Only if there are any."""
         own = {n.removeprefix("kept."): t for n, t in self.tensors.items() if n.startswith("kept.")}
         shape = (self.shape[0], self.count) if self.axis == "columns" else (self.count, self.shape[1])
         return Packed.build(_packed_spec(self.format, self.parts), shape, own)
 
     def chosen(self) -> Bool[torch.Tensor, "parts n"]:
-        """Say which columns (of every part) or rows are kept. Only where there are some."""
+        """Return a mask of the kept columns (of every part) or rows. Only if there are any."""
         return _unpack(self.tensors["mask"], self.shape[1 if self.axis == "columns" else 0])
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, zero where nothing is kept."""
+        """Return the weights in float32, zero outside of the kept columns or rows."""
         if not self.count:
             return torch.zeros(self.shape)
         values, chosen = self.packed.dequantize(), self.chosen()
@@ -80,14 +80,14 @@ class Kept:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("kept", spec, {"axis", "count", "format"}, {"parts"})
         fmt, parts = parse_format(read_name(spec, "format")), read_parts(spec, shape[0])
         if spec["axis"] not in ("columns", "rows"):
             raise FormatError(f"axis is {spec['axis']!r}; it must be columns or rows.")
         by_columns = spec["axis"] == "columns"
         if parts > 1 and not by_columns:
-            raise FormatError("kept rows have one mask and no parts.")
+            raise FormatError("kept rows have one mask, so they cannot have parts.")
         n = shape[1] if by_columns else shape[0]
         count = read_whole(spec, "count", 0, n)
         if not count:
@@ -113,7 +113,7 @@ class Kept:
         self.packed.check()
 
     def row_slice(self, start: int, stop: int) -> "Kept":
-        """Give rows `start` to `stop`: where columns are kept, some rows of one part or whole parts."""
+        """Return rows `start` to `stop`: for kept columns, some rows of one part or whole parts."""
         shape = (stop - start, self.shape[1])
         first, last = covered(self.shape[0], self.parts, start, stop)
         if not self.count:
@@ -128,7 +128,7 @@ class Kept:
 
     @classmethod
     def stack_rows(cls, terms: Sequence["Kept"]) -> "Kept":
-        """Put terms of one format, shape, axis and count below each other."""
+        """Stack terms of one format, shape, axis and count along the rows."""
         first = terms[0]
         key = (first.format, first.axis, first.shape, first.count, first.parts)
         if any((t.format, t.axis, t.shape, t.count, t.parts) != key for t in terms):
@@ -149,14 +149,14 @@ class Kept:
 def keep_columns(
     w: Float[torch.Tensor, "out in"], columns: Int[torch.Tensor, " count"], fmt: Format
 ) -> tuple[Kept, Float[torch.Tensor, "out in"]]:
-    """Round some columns to a format; give them as a term, and a copy of the weight in which they are zero."""
+    """Round some columns to a format; return them as a term, and a copy of the weight in which they are zero."""
     return _keep(w, "columns", columns, fmt)
 
 
 def keep_rows(
     w: Float[torch.Tensor, "out in"], rows: Int[torch.Tensor, " count"], fmt: Format
 ) -> tuple[Kept, Float[torch.Tensor, "out in"]]:
-    """Round some rows to a format; give them as a term, and a copy of the weight in which they are zero."""
+    """Round some rows to a format; return them as a term, and a copy of the weight in which they are zero."""
     return _keep(w, "rows", rows, fmt)
 
 
@@ -164,7 +164,7 @@ def _keep(w: torch.Tensor, axis: Axis, indices: torch.Tensor, fmt: Format) -> tu
     dim = 1 if axis == "columns" else 0
     n = w.shape[dim]
     if bool(((indices < 0) | (indices >= n)).any()):
-        raise FormatError(f"the {axis} to be kept are not all among the {n} of the weight.")
+        raise FormatError(f"some of the {axis} to keep are not among the {n} of the weight.")
     chosen = torch.zeros(n, dtype=torch.bool, device=w.device)
     chosen[indices.long()] = True
     rest = w.clone()

@@ -1,9 +1,9 @@
-"""LowRank: a product of two thin factors, beside packed codes what is left of their error.
+"""LowRank: a product of two thin factors, for example the error of packed codes.
 
     w_hat = a b          a [out, rank]    b [rank, in]          (b [parts * rank, in] for a stack: every part its own pair)
 
 Source   The term of LQER, of ZeroQuant-V2's low-rank compensation and of SVDQuant. The nearest matrix of a rank is the
-         truncated singular value decomposition; a method that weighs errors otherwise gives its own factors to `LowRank.store`.
+         truncated singular value decomposition; a method with other weights of errors passes its own factors to `LowRank.store`.
 Differs  the singular values all go into `b`: the columns of `a` then have length 1, a row of `a` holds numbers of one size, and
          8 bits cost every component the same small part of itself. A split by square roots would drown the weak ones in
          each row.
@@ -44,7 +44,7 @@ class LowRank:
 
     @classmethod
     def store(cls, a: Float[torch.Tensor, "out rank"], b: Float[torch.Tensor, "rank in"], dtype: str = "fp16") -> "LowRank":
-        """Keep two factors, rounded to their type."""
+        """Return a term of two factors, rounded to their type."""
         shape, rank = (a.shape[0], b.shape[1]), a.shape[1]
         cls.expected({"rank": rank, "dtype": dtype}, shape)
         if dtype == "fp16" and any(_vanishes(factor) for factor in (a, b)):
@@ -54,7 +54,7 @@ class LowRank:
             if dtype in _PLAIN:
                 tensors[name] = factor.to(_PLAIN[dtype]).clone(memory_format=torch.contiguous_format)
                 if not bool(torch.isfinite(tensors[name]).all()):
-                    raise NumericsError(f"a factor of a low-rank term is not finite in {dtype}; use bf16.")
+                    raise NumericsError(f"a factor of a low-rank term is out of the range of {dtype}; use bf16.")
             else:
                 fmt = parse_format(dtype)
                 params = fmt.fit(factor)
@@ -63,13 +63,13 @@ class LowRank:
         return cls(shape, rank, dtype, tensors)
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the product in float32."""
+        """Return the product in float32."""
         a, b = self.factors()
         each = a.reshape(self.parts, -1, self.rank) @ b.reshape(self.parts, self.rank, -1)
         return each.reshape(self.shape)
 
-    def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "parts*rank in"]]:
-        """Give both factors in float32."""
+    def factors(self) -> tuple[Float[torch.Tensor, "out rank"], Float[torch.Tensor, "{self.parts}*rank in"]]:
+        """Return both factors in float32."""
         a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
         return a, b
 
@@ -78,7 +78,7 @@ class LowRank:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("low_rank", spec, {"rank", "dtype"}, {"parts"})
         dtype, parts = read_name(spec, "dtype"), read_parts(spec, shape[0])
         rank = read_whole(spec, "rank", 1, shape[1])  # some rows of a term may be fewer than its rank
@@ -103,7 +103,7 @@ class LowRank:
                 raise FormatError(f"the factor {name} of a low-rank term holds a NaN or an infinity.")
 
     def row_slice(self, start: int, stop: int) -> "LowRank":
-        """Give rows `start` to `stop`: some of one part, or whole parts."""
+        """Return rows `start` to `stop`: some of one part, or whole parts."""
         first, last = covered(self.shape[0], self.parts, start, stop)
         rows = {"a": (start, stop), "b": (first * self.rank, last * self.rank)}
         tensors: dict[str, torch.Tensor] = {}
@@ -117,7 +117,7 @@ class LowRank:
 
     @classmethod
     def stack_rows(cls, terms: Sequence["LowRank"]) -> "LowRank":
-        """Put terms of one shape, rank and type below each other; each keeps its own pair."""
+        """Stack terms of one shape, rank and type along the rows; each keeps its own pair."""
         first = terms[0]
         if any((t.shape, t.rank, t.dtype, t.parts) != (first.shape, first.rank, first.dtype, first.parts) for t in terms):
             raise FormatError("only low-rank terms of one shape, one rank and one type can be stacked.")
@@ -135,7 +135,7 @@ class LowRank:
 
 
 def _vanishes(factor: torch.Tensor) -> bool:
-    """Say whether float16 is too coarse for a factor as small as this one: more than 1/256 of its energy would be lost."""
+    """Return whether float16 is too coarse for a small factor: more than 1/256 of its energy would be lost."""
     largest = factor.abs().max()
     if not float(largest) or float(largest) > torch.finfo(torch.float16).max:
         return False
@@ -144,7 +144,7 @@ def _vanishes(factor: torch.Tensor) -> bool:
 
 
 def low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "fp16") -> LowRank:
-    """Give the nearest matrix of a rank to `residual`, by truncated singular value decomposition.
+    """Return the nearest matrix of a rank to `residual`, by truncated singular value decomposition.
 
     Raises NumericsError when the residual is not finite or a factor does not fit its type, FormatError for a rank that
     the shape does not have.
@@ -152,7 +152,9 @@ def low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "f
     if not bool(torch.isfinite(residual).all()):
         raise NumericsError("the residual holds a NaN or an infinity.")
     if not 1 <= rank <= min(residual.shape):
-        raise FormatError(f"rank is {rank!r}; a weight {list(residual.shape)} has 1 to {min(residual.shape)}.")
+        raise FormatError(
+            f"rank is {rank!r}, but must be 1 to {min(residual.shape)} for a weight of shape {list(residual.shape)}."
+        )
     LowRank.expected({"rank": rank, "dtype": dtype}, (residual.shape[0], residual.shape[1]))  # before the long part
     u, s, v = torch.linalg.svd(residual.float(), full_matrices=False)
     return LowRank.store(u[:, :rank], s[:rank, None] * v[:rank], dtype)

@@ -1,7 +1,7 @@
 """Packed: one term of codes, with the parameters that give them meaning. Data only.
 
-A weight may be several weights below each other (the experts of a stack) that share nothing: `parts` of equal height. Where a format
-ties rows together, each part has its own parameters, one part's tensors after the other's.
+A weight may be several weights stacked along the rows (experts) that share nothing: `parts` of equal height. If the format ties rows
+together, each part has its own parameters, one part's tensors after the other's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected, Format, shared_name
@@ -32,7 +33,7 @@ class Packed:
 
     @classmethod
     def pack(cls, fmt: Format, codes: Int[torch.Tensor, "out codes"], params: Params) -> "Packed":
-        """Pack codes and the parameters that `fmt.fit` gave."""
+        """Pack codes and parameters from `fmt.fit`."""
         shape = (codes.shape[0], codes.shape[1] * fmt.grid.span)
         down, _ = fmt.block_grid(shape)
         stored = {"codes": fmt.codes_layout.pack(codes, fmt.grid.code_bits)}
@@ -48,7 +49,7 @@ class Packed:
         return cls(fmt, shape, stored)
 
     def unpack(self) -> tuple[Int[torch.Tensor, "out codes"], Params]:
-        """Give the codes, and the parameters `[block rows, block cols, *shape]` in float32. Only of a weight of one part."""
+        """Return the codes, and the parameters `[block rows, block cols, *shape]` in float32. Only for a weight of one part."""
         return self.unpack_codes(), self.unpack_params()
 
     def unpack_codes(self) -> Int[torch.Tensor, "out codes"]:
@@ -74,7 +75,7 @@ class Packed:
         return params
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32."""
+        """Return the weights in float32."""
         if self.parts > 1:
             return torch.cat([part.dequantize() for part in self._apart()])
         return self.format.decode(*self.unpack())
@@ -84,9 +85,9 @@ class Packed:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
-            raise FormatError(f"a packed term is specified by its format's name and its parts, not by {sorted(spec)}.")
+            raise FormatError(f"a packed term needs the name of its format and its parts, got {sorted(spec)}.")
         parts = read_parts(spec, shape[0])
         one = parse_format(spec["format"]).expected((shape[0] // parts, shape[1]))
         return {name: (dtype, (dims[0] * parts, *dims[1:])) for name, (dtype, dims) in one.items()}
@@ -96,7 +97,7 @@ class Packed:
         return cls(parse_format(spec["format"]), shape, tensors, read_parts(spec, shape[0]))
 
     def check(self) -> None:
-        """Raise FormatError when a stored parameter is not finite, or a code or a byte stands for nothing."""
+        """Raise FormatError if a stored parameter is not finite, or a code or a byte is invalid."""
         for part in self._apart():
             for name, value in part.unpack_params().items():
                 if not bool(torch.isfinite(value).all()):
@@ -106,7 +107,7 @@ class Packed:
             grid.check(self.unpack_codes())
 
     def row_slice(self, start: int, stop: int) -> "Packed":
-        """Give rows `start` to `stop` as a term of their own, sharing memory; both must lie between blocks and parts."""
+        """Return rows `start` to `stop` as a separate term, sharing memory; both must be at the edges of blocks and parts."""
         check_rows(self.shape[0], start, stop)
         height = self.shape[0] // self.parts
         if self.format.rows_apart:
@@ -122,7 +123,7 @@ class Packed:
 
     @classmethod
     def stack_rows(cls, terms: Sequence["Packed"]) -> "Packed":
-        """Put terms of one format and shape below each other."""
+        """Stack terms of one format and shape along the rows."""
         first = terms[0]
         if any(t.format != first.format or t.shape != first.shape for t in terms):
             raise FormatError("only terms of one format and one shape can be stacked.")

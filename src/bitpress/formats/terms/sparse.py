@@ -1,15 +1,15 @@
 """Sparse: single weights in half precision, in compressed rows (CSR), beside packed codes for all the others.
 
-    row_start  int32  [out + 1]   how many weights stand in the rows before; the first is 0, the last is `count`
+    row_start  int32  [out + 1]   number of weights in the rows before; the first is 0, the last is `count`
     column     uint16 [count]     their columns, rising within a row (int32 where in_features is beyond 65,536)
-    value      fp16   [count]     what they add to the other terms
+    value      fp16   [count]     the values added to the other terms
 
 Worked example: [[0, 2, 0], [0, 0, 0], [1, 0, 3]] is row_start 0 1 1 3, column 1 0 2, value 2 1 3.
 
 Source   Dettmers et al. 2023, "SpQR: A Sparse-Quantized Representation ...", section 4.2: a 16-bit value and a 16-bit column
          for every outlier, and a 32-bit running count for every row: 32 bits an outlier and a little more.
-Differs  nothing says what the codes below an outlier are: with codes kept in place (as SpQR does), the value is what they lack;
-         with the outliers set to zero before the codes are chosen, it is the whole weight.
+Differs  the codes below an outlier are free: with codes in place (as in SpQR), the value is their remainder; with the outliers
+         set to zero before the codes are chosen, it is the whole weight.
 Fails    NumericsError when an outlier is beyond the range of fp16.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Expected
@@ -43,7 +43,7 @@ class Sparse:
         return self.tensors["value"].numel() if "value" in self.tensors else 0
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
-        """Give the weights in float32, zero where nothing stands."""
+        """Return the weights in float32, zero where nothing stands."""
         start = self.tensors["row_start"].long()
         w = torch.zeros(self.shape, dtype=torch.float32, device=start.device)
         if self.count:
@@ -56,7 +56,7 @@ class Sparse:
 
     @staticmethod
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
-        """Give dtype and shape of every tensor that this specification implies."""
+        """Return dtype and shape of every tensor that this specification implies."""
         check_keys("sparse", spec, {"count"})
         count = read_whole(spec, "count", 0, min(shape[0] * shape[1], _LARGEST_COUNT))
         tensors: Expected = {"row_start": (torch.int32, (shape[0] + 1,))}
@@ -86,7 +86,7 @@ class Sparse:
             raise FormatError("a value of a sparse term is a NaN or an infinity.")
 
     def row_slice(self, start: int, stop: int) -> "Sparse":
-        """Give rows `start` to `stop` as a term of their own."""
+        """Return rows `start` to `stop` as a separate term."""
         check_rows(self.shape[0], start, stop)
         row_start = self.tensors["row_start"][start : stop + 1]
         begin, end = int(row_start[0]), int(row_start[-1])
@@ -97,12 +97,12 @@ class Sparse:
 
     @classmethod
     def stack_rows(cls, terms: Sequence["Sparse"]) -> "Sparse":
-        """Put terms of one width below each other."""
+        """Stack terms of one width along the rows."""
         width, total = terms[0].shape[1], sum(t.count for t in terms)
         if any(t.shape[1] != width for t in terms):
             raise FormatError("only sparse terms of one width can be stacked.")
         if total > _LARGEST_COUNT:
-            raise FormatError(f"{total} sparse weights are more than one term can count; stack fewer.")
+            raise FormatError(f"{total} sparse weights are more than one term can hold; stack fewer.")
         starts, before = [torch.zeros_like(terms[0].tensors["row_start"][:1])], 0
         for term in terms:
             starts.append(term.tensors["row_start"][1:] + before)
@@ -116,15 +116,15 @@ class Sparse:
         return cls((sum(t.shape[0] for t in terms), width), joined)
 
 
-def sparse(w: Float[torch.Tensor, "out in"], mask: Bool[torch.Tensor, "out in"]) -> Sparse:
-    """Keep the weights where `mask` holds. Raises NumericsError when one of them is not finite in fp16."""
+def sparse(w: Float[torch.Tensor, "out in"], mask: Shaped[torch.Tensor, "out in"]) -> Sparse:
+    """Return a term of the weights under `mask`. Raises NumericsError if one of them is not finite in fp16."""
     if mask.dtype != torch.bool or mask.shape != w.shape:
         raise FormatError(f"the mask is {mask.dtype} {list(mask.shape)}; it must be bool {list(w.shape)}.")
     value = w[mask].to(torch.float16)
     if not bool(torch.isfinite(value).all()):
-        raise NumericsError("a weight to be kept apart is not finite in fp16.")
+        raise NumericsError("a sparse weight is not finite in fp16.")
     if value.numel() > _LARGEST_COUNT:
-        raise FormatError(f"{value.numel()} sparse weights are more than one term can count.")
+        raise FormatError(f"{value.numel()} sparse weights are more than one term can hold.")
     size = mask.sum(1)
     row_start = torch.cat([torch.zeros_like(size[:1]), size.cumsum(0)]).to(torch.int32)
     tensors = {"row_start": row_start}

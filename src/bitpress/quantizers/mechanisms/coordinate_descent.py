@@ -1,38 +1,39 @@
-"""Coordinate descent over the codes of a weight: what every method shares that rounds each code with all others given.
+"""Coordinate descent over the codes of a weight, shared by the methods that set each code with all others fixed.
 
     error = sum over rows of (w - w_hat) gram (w - w_hat)'
 
-A sweep visits each code once, in a given order, and gives it the level nearest to what is best while all others stand still. Done one
-after another that reads the gram once a column. Here a whole sweep without rounding is one triangular solve, and rounding feeds its
-errors forward through the inverse of the same triangle, as GPTQ does through its own, in lazily updated batches (`Columns`):
+A sweep visits each code once, in order, and sets it to the level nearest to the best value with all others fixed. Done code by code,
+this reads the gram once per column. Here a whole sweep without rounding is one triangular solve, and rounding feeds its errors forward
+through the inverse of the same triangle, as GPTQ does with its own, in lazily updated batches (`Columns`):
 
     gram = D + L + L'         in the order of the visits, D its diagonal (in blocks of a code's columns)
     without rounding          w_hat += (D + L)^-1 gram (w - w_hat)
     with rounding             later columns -= error of this one * factor[this, later],      factor = ((D + L)^-1 D)'
 
-The triangle belongs to the gram alone: one serves all sweeps. It needs no damping, for D + L is at least as far from singular as D.
+The triangle depends on the gram alone, so all sweeps share one. It needs no damping: D + L is at least as far from singular as D.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.formats import Format, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns
 
 __all__ = ["Descent", "prepare_descent"]
 
-# Of a diagonal block's mean, for codes of several weights: their block may be singular.
+# Damping, a share of a diagonal block's mean: for codes of several weights the block may be singular.
 RIDGE = 1e-4
 LAZY = 128
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What a gram says of sweeps.
+    """The part of a sweep that depends on the gram alone.
 
-    gram        in the scale of its mean diagonal; a channel that was always zero stands alone, with a diagonal of 1
+    gram        divided by its mean diagonal; a channel that was always zero is isolated, with a diagonal of 1
     order       columns in the order of the visits
     inverse     D^-1 in that order
     triangle    D^-1 (D + L)
@@ -46,24 +47,24 @@ class Descent:
     factor: Float[torch.Tensor, "in in"]
 
     def errors(self, difference: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, " out"]:
-        """Give the squared output error of every row, in the scale of the gram's mean diagonal."""
+        """Return the squared output error of every row, divided by the gram's mean diagonal."""
         return (difference @ self.gram).mul_(difference).sum(1)
 
     def relax(self, w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
-        """Visit every column once, from `w_hat`, and round nothing."""
+        """Return the weight after one sweep from `w_hat` without rounding."""
         codes, span, _ = self.inverse.shape
         pull = ((w - w_hat) @ self.gram)[:, self.order].T.reshape(codes, span, -1)
         pull = torch.bmm(self.inverse, pull).reshape(codes * span, -1)
         step = torch.linalg.solve_triangular(self.triangle, pull, upper=False, unitriangular=True)
         relaxed = w_hat.clone()
         relaxed[:, self.order] += step.T
-        # A gram that is not positive may lead anywhere.
+        # A gram that is not positive definite may diverge.
         return torch.where(torch.isfinite(relaxed), relaxed, w_hat)
 
     def sweep(
         self, w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], fmt: Format, params: Params
     ) -> Int[torch.Tensor, "out codes"]:
-        """Visit every code once, from `w_hat`, and give the codes chosen under `params`."""
+        """Return the codes after one sweep from `w_hat` under `params`."""
         columns = Columns(fmt, self.relax(w, w_hat), self.gram.diagonal(), (1.0,), static=True, params=params)
         columns.round_(self.order, self.factor, LAZY)
         return columns.codes
@@ -72,7 +73,7 @@ class Descent:
 def prepare_descent(
     gram: Float[torch.Tensor, "in in"], order: Int[torch.Tensor, " in"], span: int = 1, damp: float = 0.0
 ) -> Descent:
-    """Prepare sweeps over codes of `span` columns in `order`; `damp` times its mean is added to the gram's diagonal."""
+    """Prepare sweeps over codes of `span` columns in `order`; `damp` times the mean of the gram's diagonal is added to it."""
     dead = gram.diagonal() <= 0
     h = torch.where(dead | dead[:, None], 0.0, gram)
     h = h / (h.diagonal()[~dead].mean() if not dead.all() else 1.0)

@@ -1,8 +1,9 @@
-"""Error feedback, column by column: what every method shares that rounds as GPTQ does.
+"""Error feedback, column by column, shared by the methods that round as GPTQ does.
 
     w[:, j+1:] -= (w[:, j] - q_j) / U[j, j] * U[j, j+1:],  U = upper Cholesky factor of inv(gram + damp * mean_diag * I)
 
-`prepare` gives the order and the factor from a gram, however sick, and names what it had to do; `Columns` is one pass over a weight.
+`prepare` returns the order and the factor for any gram, even an ill-conditioned one, and names its fallbacks; `Columns` is one pass over
+a weight.
 """
 
 from collections.abc import Callable
@@ -21,22 +22,22 @@ from bitpress.formats.layouts.dense import code_dtype
 __all__ = ["Columns", "Feedback", "Order", "check_feedback", "prepare"]
 
 Order = Literal["activation", "natural"]
-# What of a column's rounding error [out, span] is stored beside the codes, so that none of it is fed back.
+# Maps a column's rounding error [out, span] to the part that is stored beside the codes and therefore not fed back.
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
-# What a column's weights [out, span] become, given their parameters, before they are rounded to nearest.
+# Maps a column's weights [out, span] and parameters to the values that are rounded to nearest.
 Dither = Callable[[torch.Tensor, Params], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a gram says of rounding.
+    """The order and the factor of error feedback for one gram.
 
     order       columns in the order of rounding
-    factor      U in that order; None where the gram could not be factored
-    damp        the damping that it took
+    factor      U in that order; None if the gram could not be factored
+    damp        the damping that was needed
     dead        channels that were always 0
     importance  the gram's diagonal, its mean for dead channels
-    fallbacks   what had to be done for a sick gram
+    fallbacks   what was given up for an ill-conditioned gram
     """
 
     order: torch.Tensor
@@ -47,7 +48,7 @@ class Feedback:
     fallbacks: tuple[str, ...]
 
     def cost(self) -> Float[torch.Tensor, " in"]:
-        """Give what the square of an error in each column costs once later columns have made up for it; 0 for dead channels."""
+        """Return the cost of a unit squared error in each column after later columns have compensated for it; 0 for dead channels."""
         cost = self.importance.clone()
         if self.factor is not None:
             cost[self.order] = self.factor.diagonal().square().reciprocal()
@@ -55,17 +56,17 @@ class Feedback:
 
 
 def check_feedback(order: str, damp: float, damp_limit: float, lazy: int) -> None:
-    """Raise UsageError for settings that mean nothing."""
+    """Raise UsageError for invalid settings."""
     if order not in ("activation", "natural"):
-        raise UsageError(f"order={order!r}: it is 'activation' or 'natural'.")
+        raise UsageError(f"order={order!r}: must be 'activation' or 'natural'.")
     if not 0 < damp <= damp_limit or lazy < 1:
-        raise UsageError(f"0 < damp <= damp_limit and lazy >= 1 are needed, got {damp}, {damp_limit}, {lazy}.")
+        raise UsageError(f"damp must be above 0 and at most damp_limit, and lazy 1 or more; got {damp}, {damp_limit}, {lazy}.")
 
 
 def prepare(gram: Float[torch.Tensor, "in in"], order: str, span: int, damp: float, damp_limit: float) -> Feedback:
-    """Order the columns and factor the gram, damped tenfold more each time it fails, up to `damp_limit`.
+    """Order the columns and factor the gram; each failure raises the damping tenfold, up to `damp_limit`.
 
-    Channels that were always 0 stand alone, with a diagonal of 1: nothing is fed to them or from them. That is no fallback.
+    Channels that were always 0 are isolated, with a diagonal of 1: nothing is fed to them or from them. That is no fallback.
     """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
@@ -83,7 +84,7 @@ def prepare(gram: Float[torch.Tensor, "in in"], order: str, span: int, damp: flo
 def _factor(
     gram: Float[torch.Tensor, "in in"], dead: torch.Tensor, order: torch.Tensor, damp: float, damp_limit: float
 ) -> tuple[Float[torch.Tensor, "in in"] | None, float | None]:
-    """Factor the inverse in `order`, climbing the damping ladder; (None, None) when even the top does not do."""
+    """Factor the inverse in `order` with rising damping; return (None, None) if even the largest fails."""
     h = gram[order][:, order]
     h.diagonal()[dead[order]] = 1.0
     mean = float(h.diagonal().mean())
@@ -102,7 +103,7 @@ def _factor(
 
 
 def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor:
-    """Give the columns in the order of rounding, whole codes of `span` columns together."""
+    """Return the columns in the order of rounding; the `span` columns of a code stay together."""
     if order == "natural":
         return torch.arange(diagonal.numel())
     energy = diagonal.view(-1, span).sum(-1)
@@ -111,10 +112,10 @@ def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor
 
 
 class Columns:
-    """The state of one pass over the columns: weights still open, codes chosen, parameters fitted.
+    """The state of one pass over the columns: weights not yet rounded, codes, parameters.
 
     Weights are held transposed, [in, out]: a column of the matrix is then a contiguous row, and feedback writes contiguous rows.
-    Errors larger than `least`, as they are after all feedback, stay in `kept` in half precision, and what is left of them is fed on.
+    Errors larger than `least` after all feedback are stored in `kept` in half precision, and only their remainder is fed on.
     """
 
     def __init__(
@@ -144,8 +145,8 @@ class Columns:
         return self._codes.T.contiguous()
 
     def round_(self, order: torch.Tensor, factor: torch.Tensor | None, lazy: int) -> None:
-        """Round all columns in `order`; `factor` is in that order too. Without a factor nothing is fed back."""
-        # Whole codes, and where groups are fitted on the way one group: a fit must see weights with all feedback in.
+        """Round all columns in `order`; `factor` has the same order. Without a factor nothing is fed back."""
+        # Whole codes, and a whole group if groups are fitted on the way: a fit must see weights after all feedback.
         lazy = self.block_cols if not self.static else -(-lazy // self.fmt.grid.span) * self.fmt.grid.span
         w = self.w.T[order].contiguous()
         at = order.tolist()
@@ -169,7 +170,7 @@ class Columns:
                 w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
     def _round_part(self, part: torch.Tensor, at: list[int], factor: torch.Tensor) -> torch.Tensor:
-        """Round columns one code after another, each error fed to those behind it; give the errors. The reference."""
+        """Round columns one code after another, each error fed to the later ones; return the errors. The reference."""
         span = self.fmt.grid.span
         errors = torch.empty_like(part)
         for i in range(0, len(at), span):
@@ -189,7 +190,7 @@ class Columns:
     def _round_natively(
         self, part: torch.Tensor, at: list[int], factor: torch.Tensor, levels: EvenlySpaced | native.LevelTable
     ) -> torch.Tensor:
-        """Do what `_round_part` does in one native call."""
+        """Do the work of `_round_part` in one native call."""
         here = torch.tensor(at)
         used, group = torch.unique(here // self.block_cols, return_inverse=True)
         params = [self._column_params(int(a) * self.block_cols) for a in used]
@@ -215,7 +216,7 @@ class Columns:
             self._left_over(part[i : i + self.fmt.grid.span].T, at[i])
 
     def _left_over(self, values: torch.Tensor, column: int) -> torch.Tensor:
-        """Round, and give the error less what of it is kept."""
+        """Round, and return the error minus the stored part."""
         difference = values - self._round(values, column)
         if self.kept is not None and self.least is not None:
             here, own = slice(column, column + self.fmt.grid.span), difference.T
@@ -236,7 +237,7 @@ class Columns:
         return self._at_block[across]
 
     def _refit(self, column: int, group: Float[torch.Tensor, "out cols"]) -> None:
-        """Fit the group that begins at `column` to the weights as the feedback has left them."""
+        """Fit the group that begins at `column` to the weights after feedback."""
         importance = self.importance[column : column + self.block_cols]
         self.params = self.fmt.refit(self.params, self.shape, column, group, importance, self.ratios)
         self._at_block.pop(column // self.block_cols, None)

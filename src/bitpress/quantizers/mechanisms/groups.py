@@ -1,17 +1,17 @@
-"""Error feedback from group to group of columns, for methods that choose a whole group's values themselves.
+"""Error feedback from group to group of columns, for methods that choose the values of a whole group themselves.
 
-What `Columns` does for the codes of a format, with the choice left to the caller: a search under the group's own metric, or with
-parameters made on the way.
+Like `Columns`, but the caller chooses: by a search under the group's own metric, or with parameters computed on the way.
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 __all__ = ["metric_roots", "walk"]
 
-# From what a group should be [out, span], its place in the order and its first column, to what it becomes [out, span].
+# Maps the target of a group [out, span], its place in the order and its first column to its rounded values [out, span].
 Choose = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
@@ -23,7 +23,7 @@ def walk(
     lazy: int,
     choose: Choose,
 ) -> None:
-    """Visit groups of `span` columns in `order`; each error goes to the groups after it through `factor`, in that order too."""
+    """Visit groups of `span` columns in `order`; `factor`, in the same order, feeds each error to the later groups."""
     at = order.tolist()
     lazy = -(-lazy // span) * span
     left = w.T[order].contiguous()  # [in, out]: a column is a contiguous row
@@ -44,7 +44,7 @@ def walk(
 
 
 def metric_roots(factor: Float[torch.Tensor, "in in"] | None, size: int, span: int) -> Float[torch.Tensor, "groups span span"]:
-    """Give R of every group in the order of the factor: |difference R|^2 is what its error costs once later groups made up for it."""
+    """Return R of every group in the factor's order: |difference R|^2 is the cost of its error after later groups have compensated."""
     if factor is None:
         return torch.eye(span).repeat(size // span, 1, 1)
     own = torch.stack([factor[i : i + span, i : i + span] for i in range(0, size, span)])

@@ -1,4 +1,4 @@
-"""Outliers: weights that are kept apart, and what the blocks that they were in are fitted to then."""
+"""Outliers: weights that are stored apart, and the values to which their blocks are then fitted."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +10,7 @@ __all__ = ["in_blocks", "with_outliers", "without"]
 
 
 def without(w: Float[torch.Tensor, "out in"], mask: Bool[torch.Tensor, "out in"], fmt: Format) -> torch.Tensor:
-    """Put the mean of a block's other weights in place of those where `mask` holds; 0 where there are no others."""
+    """Replace the weights under `mask` by the mean of the other weights of their block, or by 0 if there are none."""
     tiles, others = in_blocks(w, fmt), in_blocks((~mask).float(), fmt)
     mean = (tiles * others).sum((1, 3), keepdim=True) / others.sum((1, 3), keepdim=True).clamp(min=1)
     return torch.where(mask, mean.expand(tiles.shape).reshape(w.shape), w)
@@ -24,7 +24,7 @@ def in_blocks(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tens
 def with_outliers(
     w: Float[torch.Tensor, "out in"], outliers: Bool[torch.Tensor, "out in"], fmt: Format, params: Params
 ) -> CompressedWeight:
-    """Round, and keep beside the codes what those of outliers lack."""
+    """Round, and store the remainder of the outliers beside the codes."""
     packed = Packed.pack(fmt, fmt.encode(w, params), params)
     if not outliers.any():
         return CompressedWeight((packed,))

@@ -1,10 +1,11 @@
-"""The scales of a row that are best together: least squares of the layer's output, the codes being given.
+"""The jointly best scales of a row: least squares of the layer's output for fixed codes.
 
 s = inv(V gram V') V gram w'        V [blocks, in] the row's values before scaling, one block a row
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
@@ -12,9 +13,9 @@ from bitpress.formats.format import shared_name
 
 __all__ = ["solve_scales"]
 
-# Numbers in the systems of equations of some rows.
+# Numbers in the systems of equations that are solved together.
 TOGETHER = 1 << 24
-# Of its mean diagonal, so that a row's equations have a solution.
+# Share of the mean diagonal that is added, so that a row's equations have a solution.
 RIDGE = 1e-6
 
 
@@ -25,9 +26,9 @@ def solve_scales(
     gram: Float[torch.Tensor, "in in"],
     fmt: Format,
 ) -> Params:
-    """Give `params` with the best scales of every row, where as they are stored they lessen the row's error.
+    """Return `params` with the best scales of every row whose error falls with the stored scales.
 
-    For blocks of one row with a single scale; what scales share stays as it is, and a scale below zero becomes 0.
+    For blocks of one row with a single scale. Parameters shared by scales do not change, and a negative scale becomes 0.
     """
     across = params["scale"].shape[1]
     cols = w.shape[1] // across
@@ -50,7 +51,7 @@ def solve_scales(
     outer = {part: params[shared_name("scale", part)] for part in fmt.store.expected(1, 1) if part}
     try:
         trial = {**params, "scale": fmt.store.round(scale, outer)}
-    except NumericsError:  # beyond what a scale can be
+    except NumericsError:  # beyond the range of a scale
         return params
     before, after = (fmt.decode(codes, p).sub_(w) for p in (params, trial))
     better = ((after @ gram).mul_(after).sum(1) < (before @ gram).mul_(before).sum(1))[:, None]

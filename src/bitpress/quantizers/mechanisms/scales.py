@@ -11,9 +11,9 @@ __all__ = ["stored_scales"]
 
 
 def stored_scales(fmt: Format, params: Params, scale: Float[torch.Tensor, "down across"]) -> Float[torch.Tensor, "down across"]:
-    """Round scales to what can be stored beside what they share in `params`; those of `params` where that cannot be.
+    """Round scales to storable values, given the parameters that they share; return those of `params` if that is impossible.
 
-    A scale must be finite and above 0. Where any is beyond the range of the store, all stay.
+    A scale must be finite and above 0. If one is beyond the range of the store, all scales of `params` are returned.
     """
     old = params["scale"]
     outer = {part: params[shared_name("scale", part)] for part in fmt.store.expected(1, 1) if part}

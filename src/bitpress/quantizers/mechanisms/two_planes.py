@@ -1,8 +1,8 @@
-"""Two planes of digits, a scale each, from the weight alone: digits and scales in turn, each the best for the other.
+"""Two planes of digits with a scale each, from the weight alone: digits and scales alternate, each optimal for the other.
 
     w_hat = a d_1 + b d_2          digits d_1, d_2 weight by weight, scales a, b for every block
 
-What DB-LLM and PTQTP share; their starts differ. Blocks are sorted once: which weights are nearest to which sum is then a look-up.
+DB-LLM and PTQTP share this loop; their starts differ. Blocks are sorted once, so the nearest sum of each weight is a look-up.
 """
 
 import math
@@ -18,7 +18,7 @@ from bitpress.quantizers.quantizer import Outcome
 
 __all__ = ["best_planes", "by_block", "pairs_of", "ridge_scales", "settle"]
 
-# Scales that move less than this part of themselves have settled; float16 holds 2^-11.
+# Scales that change by less than this share have converged; float16 resolves 2^-11.
 SETTLED = 1e-4
 
 
@@ -29,9 +29,9 @@ def best_planes(
     steps: int,
     condition: float,
 ) -> Outcome:
-    """Go from every start, and give every block the nearest of the ends and of the format's own fit.
+    """Run from every start; every block gets the nearest of the results and of the format's own fit.
 
-    The figure `improved` is the part of the blocks where an end is nearer than that fit.
+    The figure `improved` is the share of blocks for which a result is nearer than that fit.
     """
     fitted = fmt.fit(w)["scale"]
     blocks = SortedBlocks.of(by_block(w, fmt))
@@ -54,7 +54,7 @@ def settle(
     steps: int,
     condition: float,
 ) -> tuple[Float[torch.Tensor, "blocks 2"], Float[torch.Tensor, "blocks 1"]]:
-    """Choose digits for the scales and scales for the digits in turn until the scales stay; give the best met and its error."""
+    """Alternate digits and scales until the scales converge; return the best scales and their error."""
     best, smallest = scale, torch.full_like(blocks.square[:, :1], math.inf)
     for _ in range(steps):
         error, count, moment = _look_up(blocks, pairs, scale)
@@ -73,9 +73,9 @@ def ridge_scales(
     pairs: Float[torch.Tensor, "codes 2"],
     condition: float,
 ) -> Float[torch.Tensor, "blocks 2"]:
-    """Give the best scales by ridge regression, from how many weights have each pair of digits and what they add up to.
+    """Return the best scales by ridge regression, from the count and the sum of the weights of each pair of digits.
 
-    The ridge is the least that keeps the condition of the two normal equations at `condition`: none where the planes differ.
+    The ridge is the smallest that keeps the condition number of the normal equations at `condition`; zero if the planes differ enough.
     """
     first, second = pairs.double().unbind(1)
     aa, ab, bb = count @ first.square(), count @ (first * second), count @ second.square()
@@ -85,20 +85,20 @@ def ridge_scales(
     ridge = torch.where(middle > 0, ridge, 1.0)
     aa, bb = aa + ridge, bb + ridge
     scale = torch.stack([bb * aw - ab * bw, aa * bw - ab * aw], 1) / (aa * bb - ab.square())[:, None]
-    # Digits of both signs take a scale's sign; a plane of one sign has no use for a negative scale.
+    # Digits of both signs absorb a scale's sign; a plane of one sign cannot use a negative scale.
     mirrored = (pairs > 0).any(0) & (pairs < 0).any(0)
     return torch.where(mirrored, scale.abs(), scale.clamp(min=0.0)).float()
 
 
 def pairs_of(fmt: Format) -> Float[torch.Tensor, "codes 2"]:
-    """Give the two digits of every code of a format of two planes."""
+    """Return the two digits of every code of a two-plane format."""
     assert isinstance(fmt.grid, Planes)
     first, second = fmt.grid.digits
     return torch.tensor([(a, b) for b in second for a in first], dtype=torch.float32)
 
 
 def by_block(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tensor, "blocks n"]:
-    """Give the weights of every block, blocks in the order of their parameters."""
+    """Return the weights of every block, blocks in the order of their parameters."""
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]))
     tiles = w.float().reshape(w.shape[0] // rows, rows, w.shape[1] // cols, cols)
     return tiles.transpose(1, 2).reshape(-1, rows * cols)
@@ -107,7 +107,7 @@ def by_block(w: Float[torch.Tensor, "out in"], fmt: Format) -> Float[torch.Tenso
 def _look_up(
     blocks: SortedBlocks, pairs: Float[torch.Tensor, "codes 2"], scale: Float[torch.Tensor, "blocks 2"]
 ) -> tuple[Float[torch.Tensor, "blocks 1"], Float[torch.Tensor, "blocks codes"], Float[torch.Tensor, "blocks codes"]]:
-    """Give every weight its nearest sum: the squared error, and for every pair how many weights have it and what they add up to."""
+    """Assign every weight to its nearest sum; return the squared error, and count and sum of the weights of every pair."""
     sums = scale[:, :1] * pairs[:, 0] + scale[:, 1:] * pairs[:, 1]
     rising, order = sums.sort(dim=-1, stable=True)
     cells = blocks.cells(rising)

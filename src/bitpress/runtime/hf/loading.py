@@ -14,7 +14,7 @@ from bitpress.models.skeleton import build_config, build_skeleton, set_parameter
 from bitpress.runtime.hf.layers import refuse_saving, replace_
 from bitpress.runtime.prompt import read_generation
 
-__all__ = ["default_dtype", "fill_", "load", "open_skeleton", "train_"]
+__all__ = ["check_options", "default_dtype", "fill_", "load", "load_opened", "open_skeleton", "train_"]
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,15 +40,33 @@ def load(
     Raises CheckpointError when anything in the directory is not as its manifest says and for "decoded" where inputs are rounded,
     MemoryLimitError for too little memory.
     """
+    check_options(weights, dtype)
+    pressed = CompressedCheckpoint.open(directory, verify=verify)
+    return load_opened(pressed, build_config(pressed.config), weights=weights, dtype=dtype, memory=memory, note=note)
+
+
+def check_options(weights: str, dtype: str) -> None:
+    """Raise UsageError for an option that `load` does not have."""
     if weights not in ("decoded", "packed"):
         raise UsageError(f"weights={weights!r}: it is 'decoded' or 'packed'.")
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r}: it is one of {', '.join(DTYPES)}.")
-    pressed = CompressedCheckpoint.open(directory, verify=verify)
+
+
+def load_opened(
+    pressed: CompressedCheckpoint,
+    config: Any,
+    *,
+    weights: Literal["decoded", "packed"],
+    dtype: Literal["auto", "bf16", "fp16", "fp32"],
+    memory: int | str | None,
+    note: Callable[[str], None],
+) -> Any:
+    """Load a checkpoint that is open already, whose configuration is built; the options are those of `load`."""
     if memory is not None:
         pressed = within(pressed, memory)
-    chosen = DTYPES[dtype] or default_dtype(pressed)
-    model = open_skeleton(pressed, chosen)
+    chosen = DTYPES[dtype] or default_dtype(pressed, config)
+    model = open_skeleton(pressed, chosen, config)
     fill_(model, pressed, chosen, packed=weights == "packed", note=note)
     model.tie_weights(recompute_mapping=False)
     generation = read_generation(pressed)
@@ -67,9 +85,9 @@ def train_(model: torch.nn.Module) -> None:
         parameter.requires_grad_(parameter.is_floating_point())
 
 
-def open_skeleton(pressed: CompressedCheckpoint, dtype: torch.dtype) -> Any:
+def open_skeleton(pressed: CompressedCheckpoint, dtype: torch.dtype, config: Any = None) -> Any:
     """Build the model of a directory without its weights, and check every name and shape. Raises CheckpointError."""
-    config = build_config(pressed.config)
+    config = build_config(pressed.config) if config is None else config
     config.name_or_path = str(pressed.root)
     model = build_skeleton(config, dtype)
     pressed.check_fits(model.state_dict())
@@ -103,13 +121,14 @@ def fill_(
         note(name)
 
 
-def default_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
+def default_dtype(pressed: CompressedCheckpoint, config: Any = None) -> torch.dtype:
     """Return the type that a model computes in unless another one is asked for: the original's."""
-    return getattr(build_config(pressed.config), "dtype", None) or _stored_dtype(pressed)
+    config = build_config(pressed.config) if config is None else config
+    return getattr(config, "dtype", None) or _stored_dtype(pressed)
 
 
 def _stored_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
-    """Give the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
+    """Return the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
     sizes: dict[torch.dtype, int] = {}
     for entry in pressed.plain.values():
         if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):

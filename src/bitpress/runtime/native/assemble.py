@@ -1,8 +1,9 @@
 """Loading into the native engine: read a pressed directory, lay its weights out, round an output head that is not compressed."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,16 @@ import torch
 from bitpress import native
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
-from bitpress.errors import CheckpointError, FormatError, KernelUnavailable, UsageError
+from bitpress.errors import CheckpointError, FormatError, KernelUnavailable
 from bitpress.formats import CompressedWeight
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.packed import Packed
 from bitpress.kernels.native_layout import NativeLayout, lay_out, lay_out_matrix
 from bitpress.models.skeleton import build_config, build_skeleton
-from bitpress.runtime.native.architectures import Layout, describe, refusal
-from bitpress.runtime.native.engine import USUAL_HEAD, Activations, Engine, Parts, check_options, make_engine, wanted_context
+from bitpress.runtime.native.architectures.steps import NativeStep, Step, make_step
+from bitpress.runtime.native.architectures.table import ARCHITECTURES, describe, refusal
+from bitpress.runtime.native.engine import Bits, Engine, Parts, make_engine, wanted_context
+from bitpress.runtime.native.options import USUAL, USUAL_HEAD, EngineOptions
 from bitpress.runtime.prompt import read_generation
 
 __all__ = ["assemble", "lay_out_directory", "load_engine", "refuses", "refuses_directory"]
@@ -37,102 +40,62 @@ def refuses(config: Any) -> str | None:
     return refusal(config)
 
 
-def refuses_directory(pressed: CompressedCheckpoint) -> str | None:
-    """Say why the native engine cannot run a directory here, or None."""
+def refuses_directory(pressed: CompressedCheckpoint, config: Any = None) -> str | None:
+    """Return why the native engine cannot run a directory here, or None. `config` is its configuration, where it is built already."""
     rounded = next((name for name, record in pressed.manifest.weights.items() if record.input is not None), None)
     if rounded is not None:
         return f"the input of {rounded} is rounded as its layer says, which the engine does not do"
-    return refuses(build_config(pressed.config))
+    return refuses(build_config(pressed.config) if config is None else config)
 
 
 def load_engine(
     directory: str | Path | CompressedCheckpoint,
+    options: EngineOptions = USUAL,
     *,
-    activations: Activations | None = None,
-    cache: Literal["fp16", "int8"] = "fp16",
-    head: str = USUAL_HEAD,
-    context: int | None = None,
-    threads: int | None = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Load a directory that bitpress wrote, opened already or not, into the native engine.
 
-    activations  as in `bitpress.load`
-    cache        type of the kept keys and values
-    head         format to round an uncompressed output head to ("keep": its 16 bits); a tied embedding keeps its 16 bits
-    context      tokens that there must be room for; the model's own limit, or 32,768, where not given
-    threads      as many as the process may use, where not given
-
+    A tied embedding keeps its 16 bits, whatever format the output head is rounded to.
     Raises KernelUnavailable for an architecture that the engine does not know, CheckpointError as `load` does.
     """
-    check_options(activations, cache, threads)
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    parts, _, _ = lay_out_directory(pressed, head, context=context, note=note)
-    try:
-        return make_engine(parts, activations=activations, cache=cache, context=context, threads=threads)
-    except UsageError:  # which is a ValueError too
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{pressed.root}: {error}.") from error
+    parts, _, _ = lay_out_directory(pressed, options, note=note)
+    return make_engine(parts, options, where=pressed.root)
 
 
 def lay_out_directory(
     directory: str | Path | CompressedCheckpoint,
-    head: str = USUAL_HEAD,
+    options: EngineOptions = USUAL,
     *,
-    context: int | None = None,
+    config: Any = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Parts, Any, int]:
-    """Read a directory and lay its weights out; give the parts, the model's generation settings and the bytes of its files.
+    """Read a directory and lay its weights out; return the parts, the model's generation settings and the bytes of its files.
 
-    Raises as `load_engine` does.
+    `config` is transformers' configuration of the directory, where it is built already. Raises as `load_engine` does.
     """
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    config = build_config(pressed.config)
-    if (reason := refuses_directory(pressed)) is not None:
+    config = build_config(pressed.config) if config is None else config
+    if (reason := refuses_directory(pressed, config)) is not None:
         raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
-    wanted_context(describe(config), context)
+    wanted_context(describe(config), options.context)
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
-    return assemble(pressed, config, head, note), read_generation(pressed), pressed.nbytes
+    return assemble(pressed, config, options.head_format, note), read_generation(pressed), pressed.nbytes
 
 
 def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callable[[str], None]) -> Parts:
     """Read a directory of a configuration that `refuses` has nothing against, and lay its weights out."""
-    reader, layout = _Reader(pressed, note), describe(config)
-    layers: list[dict[str, Any]] = []
-    linears: list[NativeLayout] = []
-    family = layout.family
-    for index in range(layout.layers):
-        stem = f"model.layers.{index}"
-        named = {
-            **{part: reader.linear(f"{stem}.self_attn.{part}_proj") for part in ("q", "k", "v", "o")},
-            **{part: reader.linear(f"{stem}.mlp.{part}_proj") for part in ("gate", "up", "down")},
-        }
-        linears += named.values()
-        behind = "post_attention_layernorm"
-        mlp_norm = "pre_feedforward_layernorm" if family.out_norms else behind
-
-        def norm(name: str, wanted: bool = True, stem: str = stem) -> np.ndarray | None:
-            return reader.norm(f"{stem}.{name}.weight", layout) if wanted else None
-
-        layers.append(
-            {
-                **{part: made.linear for part, made in named.items()},
-                "input_norm": norm("input_layernorm"),
-                "mlp_norm": norm(mlp_norm),
-                "attention_out_norm": norm(behind, family.out_norms),
-                "mlp_out_norm": norm("post_feedforward_layernorm", family.out_norms),
-                "q_norm": norm("self_attn.q_norm", family.head_norms),
-                "k_norm": norm("self_attn.k_norm", family.head_norms),
-                "rope": layout.rope[index],
-                "window": layout.window[index],
-            }
-        )
-    table = reader.weight("model.embed_tokens.weight")
-    top = table if layout.tied else reader.weight("lm_head.weight")
-    final_norm = reader.norm("model.norm.weight", layout)
+    layout, architecture = describe(config), ARCHITECTURES[config.model_type]
+    reader, names = _Reader(pressed, architecture.norm_offset(), note), architecture.names()
+    layers = [reader.layer(names.layer.format(index), architecture.layer(layout, index)) for index in range(layout.layers)]
+    inside = _bits(reader.linears)
+    layer_bytes = sum(made.nbytes for made, _ in reader.linears)
+    table = reader.weight(names.embedding)
+    top = table if layout.tied else reader.weight(names.head)
+    final_norm = reader.norm(names.final_norm)
     if isinstance(top, CompressedWeight):
         head_format = "as stored"
     elif head == "keep":
@@ -151,7 +114,8 @@ def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callab
         head=made_head.linear,
         head_format=head_format,
         expanded=sorted(set(reader.expanded)),
-        bytes_per_token=sum(strips.nbytes for strips in (*linears, made_head)),
+        bytes_per_token=layer_bytes + made_head.nbytes,
+        bits=inside,
         prompt_cost=pressed.manifest.prompt_cost,
     )
 
@@ -159,10 +123,13 @@ def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callab
 class _Reader:
     """Reads parameters by name and lays linear layers out; remembers what had to be expanded."""
 
-    def __init__(self, pressed: CompressedCheckpoint, note: Callable[[str], None]) -> None:
+    def __init__(self, pressed: CompressedCheckpoint, norm_offset: float, note: Callable[[str], None]) -> None:
         self.pressed = pressed
+        self.norm_offset = norm_offset
         self.note = note
         self.expanded: list[str] = []
+        # Every linear layer of a step, with its bytes in the file.
+        self.linears: list[tuple[NativeLayout, int]] = []
 
     def has(self, name: str) -> bool:
         return name in self.pressed.plain or name in self.pressed.manifest.weights
@@ -172,9 +139,15 @@ class _Reader:
             raise CheckpointError(f"{self.pressed.root}: lacks {name!r}.")
         return read_tensor(*self.pressed.tensors[name])
 
-    def norm(self, name: str, layout: Layout) -> np.ndarray:
+    def layer(self, stem: str, steps: list[Step]) -> list[NativeStep]:
+        return [
+            make_step(step, lambda name: self.linear(f"{stem}.{name}").linear, lambda name: self.norm(f"{stem}.{name}.weight"))
+            for step in steps
+        ]
+
+    def norm(self, name: str) -> np.ndarray:
         weight = self.plain(name).float()
-        return (weight + 1.0 if layout.family.one_plus else weight).contiguous().numpy()
+        return (weight + self.norm_offset if self.norm_offset else weight).contiguous().numpy()
 
     def weight(self, name: str) -> CompressedWeight | torch.Tensor:
         return self.pressed.read_weight(name) if name in self.pressed.manifest.weights else self.plain(name)
@@ -182,7 +155,9 @@ class _Reader:
     def linear(self, stem: str) -> NativeLayout:
         weight = self.weight(f"{stem}.weight")
         bias = self.plain(f"{stem}.bias") if self.has(f"{stem}.bias") else None
-        return self.strips(stem, weight, bias)
+        made = self.strips(stem, weight, bias)
+        self.linears.append((made, weight.nbytes + (0 if bias is None else bias.nbytes)))
+        return made
 
     def strips(self, stem: str, weight: CompressedWeight | torch.Tensor, bias: torch.Tensor | None = None) -> NativeLayout:
         try:
@@ -192,6 +167,13 @@ class _Reader:
         self.expanded += made.expanded
         self.note(stem)
         return made
+
+
+def _bits(linears: list[tuple[NativeLayout, int]]) -> Bits:
+    weights = sum(math.prod(made.shape) for made, _ in linears)
+    return Bits(
+        stored=8 * sum(stored for _, stored in linears) / weights, memory=8 * sum(made.nbytes for made, _ in linears) / weights
+    )
 
 
 def _head(w: torch.Tensor, name: str, final_norm: np.ndarray) -> tuple[CompressedWeight | torch.Tensor, str]:

@@ -13,65 +13,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bitpress.errors import NumericsError, UsageError
+from bitpress.errors import CheckpointError, NumericsError, UsageError
 from bitpress.library import chosen_path, library
-from bitpress.runtime.native.architectures import Layout
+from bitpress.runtime.native.architectures.layout import Layout
+from bitpress.runtime.native.architectures.steps import NativeStep
+from bitpress.runtime.native.options import MOST_THREADS, EngineOptions
+from bitpress.runtime.sampling import Sampling
 from bitpress.settings import usable_threads
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
 
-__all__ = ["USUAL_HEAD", "Engine", "Parts", "Sampling", "check_options", "make_engine", "wanted_context"]
+__all__ = ["Bits", "Engine", "Parts", "make_engine", "wanted_context"]
 
-Activations = Literal["int8", "mixed", "none"]
-ACTIVATIONS = get_args(Activations)
 # Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
 MOST_PROMPT_COST = 0.002
-CACHES = {"fp16": False, "int8": True}
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
-MOST_THREADS = 1024
-USUAL_HEAD = "int8-g64"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the repetition penalty first, then temperature, top-k, top-p and min-p in turn.
-
-    temperature         0 takes the most likely token
-    top_k               keep the k most likely; 0 keeps all
-    top_p               keep the fewest that have this probability together
-    min_p               keep those at least this part as likely as the most likely
-    repetition_penalty  divide (multiply, if negative) the logit of every token that has been before
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
 
 
 class Engine:
-    """A model in native memory with its cache. One engine serves one text at a time; several can live in one process."""
+    """A model in native memory and one text. `sequence` gives another text on the same model; several engines can live in one process."""
 
     def __init__(self, model: Any, config: Any, layout: Layout, facts: dict[str, Any]) -> None:
         self._model = model
+        self._sequence = model.sequence()
         self.config = config
         self.layout = layout
         self.facts = facts
         self._cached = np.empty(layout.context, np.int32)  # the first `length` are the tokens in the cache
 
+    def sequence(self) -> Engine:
+        """Return an engine with a text of its own on the same model: the weights and threads are shared, the cache is not."""
+        return Engine(self._model, self.config, self.layout, self.facts)
+
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return int(self._model.length)
+        return int(self._sequence.length)
 
     @property
     def context(self) -> int:
@@ -84,13 +68,13 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the text."""
-        self._model.truncate(0)
+        self._sequence.truncate(0)
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise UsageError(f"a cache of {self.length} tokens cannot be cut to a length of {length}.")
-        self._model.truncate(length)
+        self._sequence.truncate(length)
 
     def forward(
         self, tokens: Sequence[int] | np.ndarray, logits: Literal["none", "last", "all"] = "last"
@@ -115,7 +99,7 @@ class Engine:
         values = np.empty((rows, self.layout.vocabulary), np.float32)
         self._remember(given)
         with self._range():
-            self._model.forward(given, values)
+            self._model.forward(self._sequence, given, values)
         return values
 
     def generate(
@@ -127,7 +111,7 @@ class Engine:
         stop: Sequence[int] = (),
         chunk: int = 512,
     ) -> Iterator[int]:
-        """Give token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
+        """Yield token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
 
         The text so far is kept in the cache: the next call begins behind what the two texts have in common.
         """
@@ -147,7 +131,7 @@ class Engine:
         for _ in range(min(max_tokens, self.context - len(given))):
             self._remember(fresh)
             with self._range():
-                token = int(self._model.step(fresh, native_how, random))
+                token = int(self._model.step(self._sequence, fresh, native_how, random))
             if token in stop:
                 return
             yield token
@@ -193,61 +177,61 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Bits a weight: those of the file, and those that native code reads."""
+
+    stored: float
+    memory: float
+
+
+@dataclass(frozen=True)
 class Parts:
     """A model as the engine takes it: its layout, its layers in native memory, and what loading has to say.
 
     config           what a configuration says of tokens: `vocab_size`, `eos_token_id`, `max_position_embeddings`
-    layers           by layer, the arguments of the native model: linear layers, norms, rotation and window
+    layers           by layer, its steps with their weights
     embedding, head  the same object where they are tied
     bytes_per_token  those of every weight that a token is multiplied with
+    bits             a weight of the layers' linear layers: as stored, and in native memory
     prompt_cost      nats a token that 8-bit inputs cost in prompts, where a directory says that it is much
     """
 
     config: Any
     layout: Layout
-    layers: list[dict[str, Any]]
+    layers: list[list[NativeStep]]
     final_norm: np.ndarray
     embedding: Any
     head: Any
     head_format: str
     expanded: list[str]
     bytes_per_token: int
+    bits: Bits
     prompt_cost: float | None = None
 
 
-def check_options(activations: str | None, cache: str, threads: int | None) -> None:
-    """Raise UsageError for an option that no engine has."""
-    if activations is not None and activations not in ACTIVATIONS:
-        raise UsageError(f"activations={activations!r}: it is 'int8', 'mixed' or 'none'.")
-    if cache not in CACHES:
-        raise UsageError(f"cache={cache!r}: it is 'fp16' or 'int8'.")
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"threads={threads}: it is 1 to {MOST_THREADS}.")
-
-
 def wanted_context(layout: Layout, context: int | None) -> int:
-    """Give the context to make room for. Raises UsageError for one that the model does not have."""
+    """Return the context to make room for. Raises UsageError for one that the model does not have."""
     wanted = min(layout.context, USUAL_CONTEXT) if context is None else context
     if not 1 <= wanted <= layout.context:
         raise UsageError(f"context={wanted}: the model's own is {layout.context}.")
     return wanted
 
 
-def make_engine(
-    parts: Parts, *, activations: str | None, cache: str, context: int | None, threads: int | None, path: str | None = None
-) -> Engine:
-    """Put an engine together; without `path`, on the best code path. Raises UsageError, and ValueError for parts that do not fit together."""
-    check_options(activations, cache, threads)
+def make_engine(parts: Parts, options: EngineOptions, *, where: object = "the model", path: str | None = None) -> Engine:
+    """Put an engine together; without `path`, on the best code path.
+
+    Raises UsageError, and CheckpointError, which begins with `where`, for parts that do not fit together.
+    """
+    activations = options.activations
     if activations is None:
         activations = "mixed" if (parts.prompt_cost or 0.0) > MOST_PROMPT_COST else "int8"
-    layout, used = parts.layout, threads or min(usable_threads(), MOST_THREADS)
-    wanted = wanted_context(layout, context)
+    layout, used = parts.layout, options.threads or min(usable_threads(), MOST_THREADS)
+    wanted = wanted_context(layout, options.context)
     shape = {
         "hidden": layout.hidden,
         "heads": layout.heads,
         "kv_heads": layout.kv_heads,
         "head": layout.head,
-        "intermediate": layout.intermediate,
         "vocabulary": layout.vocabulary,
         "context": wanted,
         "eps": layout.eps,
@@ -257,28 +241,34 @@ def make_engine(
         "final_norm": parts.final_norm,
     }
     ropes = [(rotation.frequencies, rotation.factor) for rotation in layout.rotations]
-    model = library().Model(
-        shape,
-        parts.layers,
-        ropes,
-        parts.embedding,
-        parts.head,
-        threads=used,
-        byte_activations=activations != "none",
-        float_prompts=activations == "mixed",
-        byte_cache=CACHES[cache],
-        path=path or chosen_path(),
-    )
+    code_path = path or chosen_path()
+    try:
+        model = library().Model(
+            shape,
+            parts.layers,
+            ropes,
+            parts.embedding,
+            parts.head,
+            threads=used,
+            byte_activations=activations != "none",
+            float_prompts=activations == "mixed",
+            cache=options.cache_type,
+            path=code_path,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}.") from error
     facts = {
         "runtime": "native",
         "path": model.path,
         "threads": used,
         "activations": activations,
         "prompt_cost": parts.prompt_cost,
-        "cache": cache,
+        "cache": options.cache_type,
         "head": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
+        "bits_stored": parts.bits.stored,
+        "bits_in_memory": parts.bits.memory,
         "cache_bytes_per_position": model.cache_bytes_per_position,
     }
     return Engine(model, parts.config, replace(layout, context=wanted), facts)

@@ -1,8 +1,9 @@
-"""Layouts that are kept: the second time a model is opened, its weights are mapped from a file as the engine reads them.
+"""Cached layouts: the second time a model is opened, its weights are mapped from a file as the engine reads them.
 
-A model is laid out once (`runtime.native.assemble`), which takes torch and seconds. What comes of it goes into the user's cache folder under
-the SHA-256 of the model's manifest (which holds that of every file), the head's format and the layout's version; with it goes what a
-text needs: the tokenizer as `tokenizers` writes it, the chat template, the sampling settings. Nothing here imports torch.
+A model is laid out once (`runtime.native.assemble`), which needs torch and takes seconds. The result goes into the user's cache folder
+under the SHA-256 of the model's manifest (which holds that of every file), the head's format and the layout's version. Beside the
+weights it holds what text needs: the tokenizer as `tokenizers` writes it, the chat template, the sampling settings. Nothing here
+imports torch.
 """
 
 import contextlib
@@ -15,28 +16,37 @@ from typing import Any
 
 import numpy as np
 
-from bitpress.checkpoints.durable import read_regular
 from bitpress.checkpoints.jsonfile import parse_json
+from bitpress.checkpoints.manifest import MANIFEST_NAME
 from bitpress.checkpoints.mapped_tree import read_prepared, write_prepared
 from bitpress.errors import BitpressError, CheckpointError, DiskError
-from bitpress.library import VERSION, available, library
-from bitpress.runtime.native.architectures import RULES, Family, Layout, Rotation
-from bitpress.runtime.native.engine import Parts
+from bitpress.library import VERSION, library
+from bitpress.runtime.native.architectures.layout import Layout, Rotation
+from bitpress.runtime.native.architectures.steps import map_linears
+from bitpress.runtime.native.architectures.table import RULES
+from bitpress.runtime.native.engine import Bits, Parts
 from bitpress.runtime.native.plain_tokenizer import PlainTokenizer
 from bitpress.settings import layout_directory, usable_cores
 from bitpress.version import __version__
 
-__all__ = ["PlainConfig", "Prepared", "is_prepared", "keep_prepared", "open_prepared", "prepared_path"]
+__all__ = [
+    "CachedLayout",
+    "PlainConfig",
+    "hash_manifest",
+    "is_complete",
+    "layout_path",
+    "read_layout",
+    "write_layout",
+]
 
-MANIFEST = "bitpress.json"
-# The newest ones are kept, and those that were used last.
-KEPT = 8
+# Layouts in the cache folder; those that were written or used last stay.
+MOST_LAYOUTS = 8
 _SETTINGS = ("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """What a configuration says of tokens."""
+    """The part of a configuration that generating text needs."""
 
     vocab_size: int
     max_position_embeddings: int
@@ -47,8 +57,8 @@ class PlainConfig:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model that is laid out. `tokenizer` is None where transformers has to make it."""
+class CachedLayout:
+    """A model that is laid out. `tokenizer` is None where transformers has to build it."""
 
     parts: Parts
     tokenizer: PlainTokenizer | None
@@ -56,48 +66,45 @@ class Prepared:
     file_bytes: int
 
 
-def prepared_path(directory: str | Path, head: str) -> Path | None:
-    """Give where the layout of a directory is or will be kept; None where none is, or the directory has no readable manifest."""
+def hash_manifest(manifest: bytes) -> str:
+    """Return the SHA-256 of a manifest, which holds that of every file: what a layout is made of."""
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def layout_path(manifest_hash: str, head: str) -> Path | None:
+    """Return where the layout of a model with a head of this format is or will be cached; None where nothing is cached."""
     folder = layout_directory()
     if folder is None:
         return None
-    try:
-        manifest = read_regular(Path(directory) / MANIFEST)
-    except CheckpointError:
-        return None
-    key = f"{__version__} {VERSION} {RULES} {head} {hashlib.sha256(manifest).hexdigest()}"
+    key = f"{__version__} {VERSION} {RULES} {head} {manifest_hash}"
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.layout"
 
 
-def is_prepared(directory: str | Path, head: str) -> bool:
-    """Say whether there is a kept layout of a directory whose files are all there still, and a library to run it."""
-    path = prepared_path(directory, head)
-    return path is not None and path.is_file() and available() and _complete(Path(directory))
+def is_complete(directory: Path, manifest: bytes) -> bool:
+    """Say whether every file of the manifest is there in its size; its content was checked when it was laid out."""
+    try:
+        files = parse_json(manifest, str(directory / MANIFEST_NAME))["files"]
+        return all((directory / name).stat().st_size == record["bytes"] for name, record in files.items())
+    except (BitpressError, OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
-def open_prepared(directory: str | Path, head: str, *, verify: bool = True) -> Prepared | None:
-    """Map the kept layout of a directory whose files are all there still; None where there is none, or it is broken."""
-    path = prepared_path(directory, head)
-    if path is None or not is_prepared(directory, head):
-        return None
+def read_layout(path: Path, *, verify: bool = True) -> CachedLayout | None:
+    """Map a cached layout; one that is broken is removed, and None returned: it is only a copy, and can be built again."""
     try:
         tree = read_prepared(path, verify=verify, threads=usable_cores())
-        prepared = _from_tree(tree)
+        layout = _from_tree(tree)
     except (CheckpointError, KeyError, TypeError, ValueError):
-        # It is only a copy: laid out and written again.
         with contextlib.suppress(OSError):
             path.unlink()
         return None
     with contextlib.suppress(OSError):
         path.touch()
-    return prepared
+    return layout
 
 
-def keep_prepared(directory: str | Path, head: str, parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> bool:
-    """Write a layout for the next time; False where the disk has no room for it."""
-    path = prepared_path(directory, head)
-    if path is None:
-        return False
+def write_layout(path: Path, parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> bool:
+    """Write a layout for the next start; return False where the disk has no room for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_prepared(path, _to_tree(parts, tokenizer, generation, file_bytes))
@@ -107,41 +114,30 @@ def keep_prepared(directory: str | Path, head: str, parts: Parts, tokenizer: Any
     return True
 
 
-def _complete(directory: Path) -> bool:
-    """Say whether every file of the manifest has its size; what they hold was checked when they were laid out."""
-    try:
-        manifest = parse_json(read_regular(directory / MANIFEST), str(directory / MANIFEST))
-        files = manifest["files"]
-        return all((directory / name).stat().st_size == record["bytes"] for name, record in files.items())
-    except (BitpressError, OSError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def _forget_old(folder: Path) -> None:
-    kept = sorted(folder.glob("*.layout"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in kept[KEPT:]:
+    newest = sorted(folder.glob("*.layout"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest[MOST_LAYOUTS:]:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> dict[str, Any]:
     store = library().store_linear
-    linears = ("q", "k", "v", "o", "gate", "up", "down")
     config = parts.config.get_text_config()
     plain = PlainTokenizer.of(tokenizer)
     layout = {field.name: _within(getattr(parts.layout, field.name)) for field in fields(Layout)}
-    layout["family"] = asdict(parts.layout.family)
     layout["rotations"] = [{"frequencies": r.frequencies, "factor": r.factor} for r in parts.layout.rotations]
     return {
         "config": {field.name: _within(getattr(config, field.name, None)) for field in fields(PlainConfig)},
         "layout": layout,
-        "layers": [{key: store(value) if key in linears else value for key, value in layer.items()} for layer in parts.layers],
+        "layers": [[map_linears(step, store) for step in layer] for layer in parts.layers],
         "final_norm": parts.final_norm,
         "embedding": None if parts.embedding is parts.head else store(parts.embedding),
         "head": store(parts.head),
         "head_format": parts.head_format,
         "expanded": parts.expanded,
         "bytes_per_token": parts.bytes_per_token,
+        "bits": asdict(parts.bits),
         "prompt_cost": parts.prompt_cost,
         "file_bytes": file_bytes,
         "generation": None if generation is None else {name: _within(getattr(generation, name, None)) for name in _SETTINGS},
@@ -154,25 +150,24 @@ def _within(value: Any) -> Any:
     return min(value, 2**63 - 1) if type(value) is int else value
 
 
-def _from_tree(tree: Mapping[str, Any]) -> Prepared:
+def _from_tree(tree: Mapping[str, Any]) -> CachedLayout:
     restore = library().restore_linear
     head = restore(tree["head"])
     parts = Parts(
         config=PlainConfig(**tree["config"]),
         layout=_layout(tree["layout"]),
-        layers=[
-            {key: restore(part) if isinstance(part, dict) else part for key, part in layer.items()} for layer in tree["layers"]
-        ],
+        layers=[[map_linears(step, restore) for step in layer] for layer in tree["layers"]],
         final_norm=tree["final_norm"],
         embedding=head if tree["embedding"] is None else restore(tree["embedding"]),
         head=head,
         head_format=tree["head_format"],
         expanded=tree["expanded"],
         bytes_per_token=tree["bytes_per_token"],
+        bits=Bits(**tree["bits"]),
         prompt_cost=tree["prompt_cost"],
     )
     tokenizer, generation = tree["tokenizer"], tree["generation"]
-    return Prepared(
+    return CachedLayout(
         parts,
         None if tokenizer is None else PlainTokenizer.from_tree(tokenizer),
         None if generation is None else SimpleNamespace(**generation),
@@ -182,7 +177,6 @@ def _from_tree(tree: Mapping[str, Any]) -> Prepared:
 
 def _layout(stored: Mapping[str, Any]) -> Layout:
     values = dict(stored)
-    values["family"] = Family(**values["family"])
     values["rotations"] = tuple(Rotation(np.asarray(r["frequencies"]), r["factor"]) for r in values["rotations"])
     values["rope"], values["window"] = tuple(values["rope"]), tuple(values["window"])
     return Layout(**values)

@@ -1,6 +1,6 @@
 """A model's tokenizer without transformers: what `tokenizers` itself does, and the chat template in the same sandbox.
 
-Made from transformers' own tokenizer and only where that is no more than this: so both give the same tokens.
+It is built from transformers' own tokenizer, and only where that does no more than this, so that both return the same tokens.
 """
 
 import functools
@@ -15,7 +15,7 @@ __all__ = ["PlainTokenizer"]
 
 
 class PlainTokenizer:
-    """As much of transformers' interface as answering takes.
+    """The part of transformers' interface that answering needs.
 
     backend        a `tokenizers.Tokenizer`
     chat_template  jinja text, several by their names, or None
@@ -97,6 +97,22 @@ class PlainTokenizer:
         )
 
 
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Dictionary:
+    """`dict` of a template: it builds a dictionary, and can do nothing else."""
+
+    def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*given, **named)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
 @functools.lru_cache(4)
 def _template(text: str) -> Any:
     import jinja2
@@ -104,7 +120,7 @@ def _template(text: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """Text between `generation` tags is the text: they mark for training what a model has said."""
+        """Text between `generation` tags stays as it is: the tags mark the model's own words for training."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -118,11 +134,6 @@ def _template(text: str) -> Any:
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Namespace(jinja2.utils.Namespace):
         """No attribute that begins with an underscore: those lead to the interpreter's own objects."""
@@ -142,19 +153,10 @@ def _template(text: str) -> Any:
             if isinstance(name, str) and name.startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a template may not set {name!r}.")
 
-    class Dictionary:
-        """Makes a dictionary, and nothing else that `dict` can."""
-
-        def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
-            return dict(*given, **named)
-
-        def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-            return dict.fromkeys(keys, value)
-
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = fail
     environment.globals["namespace"] = Namespace
-    environment.globals["dict"] = Dictionary()
+    environment.globals["dict"] = _Dictionary()
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(text)

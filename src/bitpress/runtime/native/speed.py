@@ -1,13 +1,14 @@
-"""How fast the native engine is here, beside what the machine could do: its memory for decoding, its multipliers for a prompt.
+"""The speed of the native engine beside that of the machine: of its memory for decoding, of its multipliers for a prompt.
 
-Every figure comes from one run: the machine's own speeds are measured right after the model's, with as many threads. Tokens are random
-ones of a fixed seed; one round is run before the clock starts.
+All figures come from one run: the machine's speeds are measured right after the model's, with as many threads. Tokens are drawn at
+random with a fixed seed; one round is run before the clock starts.
 """
 
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,24 @@ from bitpress.errors import UsageError
 from bitpress.library import library
 from bitpress.runtime.native.architectures import Layout
 from bitpress.runtime.native.engine import Engine
-from bitpress.runtime.selection import load_native
+from bitpress.runtime.native.options import USUAL, EngineOptions
+from bitpress.runtime.opening import load_native
 
 __all__ = ["bench_decode", "bench_prefill", "block_weights", "cache_positions"]
 
 CHUNK = 512
+BITS = ("bits_stored", "bits_in_memory")
 READ_BYTES = 1 << 29  # more than caches hold
 
 
 def bench_decode(
-    directory: str | Path, *, context: int = 0, tokens: int = 64, repeats: int = 5, threads: int | None = None, **options: Any
+    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 64, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure one token after the other behind a text of `context` tokens. `options` are those of `load_engine`.
+    """Measure one token after the other behind a text of `context` tokens.
 
-    Bytes a token are those of every weight that a token is multiplied with and of the keys and values that it looks back on.
+    The bytes of a token are those of every weight that it is multiplied with and of the keys and values that it attends to.
     """
-    engine, facts = _load(directory, max(context, 1) + tokens, repeats, threads, options)
+    engine, facts = _load(directory, options, max(context, 1) + tokens, repeats)
     text = _random_tokens(engine, max(context, 1))
     _run(engine, text)
 
@@ -60,13 +63,13 @@ def bench_decode(
 
 
 def bench_prefill(
-    directory: str | Path, *, context: int = 0, tokens: int = 512, repeats: int = 5, threads: int | None = None, **options: Any
+    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 512, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure reading a prompt of `tokens` tokens behind a text of `context` tokens. `options` are those of `load_engine`.
+    """Measure reading a prompt of `tokens` tokens behind a text of `context` tokens.
 
     Operations are two for every weight in the blocks' linear layers; attention and the head, which runs once, are not counted.
     """
-    engine, facts = _load(directory, context + tokens, repeats, threads, options)
+    engine, facts = _load(directory, options, context + tokens, repeats)
     text = _random_tokens(engine, context + tokens)
     if context:
         _run(engine, text[:context])
@@ -100,19 +103,17 @@ def block_weights(layout: Layout) -> int:
 
 
 def cache_positions(layout: Layout, length: int) -> float:
-    """Give how many positions a token behind `length` others looks back on, the mean over layers: windows limit some of them."""
+    """Return how many positions a token behind `length` others attends to: the mean over layers, some of which have a window."""
     return sum(min(length, window or length) for window in layout.window) / layout.layers
 
 
-def _load(
-    directory: str | Path, room: int, repeats: int, threads: int | None, options: dict[str, Any]
-) -> tuple[Engine, dict[str, Any]]:
+def _load(directory: str | Path, options: EngineOptions, room: int, repeats: int) -> tuple[Engine, dict[str, Any]]:
     if repeats < 1:
         raise UsageError(f"repeats={repeats}: it must be 1 or more.")
     start = time.perf_counter()
-    text = load_native(directory, context=room, threads=threads, **options)
+    text = load_native(directory, replace(options, context=room))
     seconds, engine = time.perf_counter() - start, text.engine
-    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded")}
+    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded", *BITS)}
     facts |= {"directory": str(directory), "repeats": repeats, "load_seconds": seconds, "file_bytes": text.file_bytes}
     return engine, facts
 
@@ -129,7 +130,7 @@ def _run(engine: Engine, tokens: np.ndarray) -> None:
 
 
 def _rates(work: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
-    """Run once without the clock, then `repeats` times; give tokens a second."""
+    """Run once without the clock, then `repeats` times; return percentiles of tokens a second."""
     work()
     return _percentiles(tokens / _seconds(work) for _ in range(repeats))
 
@@ -146,6 +147,6 @@ def _percentiles(rates: Iterable[float]) -> dict[str, float]:
 
 
 def _peak_memory() -> int:
-    """Give the most memory that this process has had in use, in bytes."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,10 +1,8 @@
-"""Text from the native engine: tokens become text as they come, and the text ends where a stop string begins.
+"""Text from the native engine, piece by piece while it is generated, up to a stop string.
 
-    engine = bitpress.load(DIR, runtime="native")
-    for piece in engine.stream("Why is the sky blue?"):
-        print(piece, end="", flush=True)
-
-No piece ends within a character, and what may turn out to be the beginning of a stop string waits until that is known.
+engine = bitpress.load(DIR, runtime="native")
+for piece in engine.stream("Why is the sky blue?"):
+    print(piece, end="", flush=True)
 """
 
 import functools
@@ -14,86 +12,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitpress.errors import UsageError
+from bitpress.runtime.detokenizer import Detokenizer, text_decoder
 from bitpress.runtime.messages import Prompt
-from bitpress.runtime.native.engine import Engine, Sampling
-from bitpress.runtime.prompt import check_prompt, choose_sampling, encode_prompt, end_tokens
+from bitpress.runtime.native.engine import Engine
+from bitpress.runtime.prompt import check_prompt, encode_prompt, end_tokens
+from bitpress.runtime.sampling import Sampling, SamplingRequest
 
-__all__ = ["Completion", "Pieces", "TextEngine", "TextStream", "text_decoder"]
+__all__ = ["Completion", "TextEngine", "TextStream"]
 
 Finish = Literal["stop", "length", "context"]
-# What stands in decoded text for bytes that make no character, or none yet.
-REPLACEMENT = "\ufffd"
-
-
-def text_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Give the function from tokens to their text, special tokens left out, that changes nothing of what it decodes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return functools.partial(backend.decode, skip_special_tokens=True)
-    return functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class Pieces:
-    """Turns tokens, one after the other, into pieces of text that no later token changes.
-
-    decode   the text of some tokens
-    stop     strings that end the text; the one that appears first is left out, and all behind it
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(stop):
-            raise UsageError("stop strings are a list of texts that are not empty.")
-        self._decode = decode
-        self._stop = tuple(stop)
-        # A token's text may depend on the one before, so tokens are decoded behind those that made the last piece.
-        self._window: list[int] = []
-        self._context = 0
-        self._given = 0  # characters of the window's text that are out already
-        self._held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """Give the text that this token settles: often its own, sometimes none."""
-        self._window.append(token)
-        text = self._decode(self._window)
-        settled = text.rstrip(REPLACEMENT)
-        fresh = settled[self._given :]
-        if fresh and len(settled) == len(text):
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._given = len(self._decode(self._window))
-        else:
-            self._given = max(self._given, len(settled))
-        return self._release(fresh)
-
-    def end(self) -> str:
-        """Give what was held back, once there are no more tokens."""
-        rest = "" if self.stopped else self._release(self._decode(self._window)[self._given :]) + self._held
-        self._window, self._context, self._given, self._held = [], 0, 0, ""
-        return rest
-
-    def _release(self, fresh: str) -> str:
-        text = self._held + fresh
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of a text that a stop string begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `finish` is "stop" at an end token or a stop string, "length" at `max_tokens`, "context" where that was full.
+    """An answer. `finish` is "stop" at an end token or a stop string, "length" at `max_tokens`, "context" when the context is full.
 
-    prefill_tokens_per_second counts the prompt's tokens that the cache did not hold already, up to the first token of the answer;
-    tokens_per_second those behind it.
+    prefill_tokens_per_second counts the prompt's tokens that the cache did not hold yet, up to the first token of the answer;
+    tokens_per_second counts the tokens after it.
     """
 
     text: str
@@ -106,14 +41,20 @@ class Completion:
 
 
 class TextStream:
-    """Pieces of text while they are made; `result` is the whole answer once they have ended."""
+    """Pieces of text while they are generated; `result` is the whole answer after the last piece."""
 
     def __init__(
-        self, engine: Engine, prompt: list[int], pieces: Pieces, max_tokens: int, sampling: Sampling, ends: Sequence[int]
+        self,
+        engine: Engine,
+        prompt: list[int],
+        detokenizer: Detokenizer,
+        max_tokens: int,
+        sampling: Sampling,
+        ends: Sequence[int],
     ) -> None:
         self._engine = engine
         self._prompt = prompt
-        self._pieces = pieces
+        self._detokenizer = detokenizer
         self._max_tokens = max_tokens
         self._tokens = engine.generate(prompt, max_tokens=max_tokens, sampling=sampling, stop=ends)
         self._run = self._make()
@@ -136,24 +77,24 @@ class TextStream:
         text: list[str] = []
         seconds = [0.0, 0.0]  # up to the first token, and behind it
         fresh = len(self._prompt) - self._engine.common(self._prompt)
-        while not self._pieces.stopped:
+        while not self._detokenizer.stopped:
             start = time.perf_counter()
             token = next(self._tokens, None)
             seconds[len(tokens) > 0] += time.perf_counter() - start
             if token is None:
                 break
             tokens.append(token)
-            piece = self._pieces.add(token)
+            piece = self._detokenizer.add(token)
             text.append(piece)
             if piece:
                 yield piece
-        rest = self._pieces.end()
+        rest = self._detokenizer.end()
         text.append(rest)
         full = len(self._prompt) + len(tokens) >= self._engine.context
         finish: Finish = "stop"
-        if not self._pieces.stopped and (full or len(tokens) >= self._max_tokens):
+        if not self._detokenizer.stopped and (full or len(tokens) >= self._max_tokens):
             finish = "length" if len(tokens) >= self._max_tokens else "context"
-        steps = len(tokens) - 1 if finish != "stop" or self._pieces.stopped else len(tokens)
+        steps = len(tokens) - 1 if finish != "stop" or self._detokenizer.stopped else len(tokens)
         self._result = Completion(
             text="".join(text),
             tokens=len(tokens),
@@ -168,10 +109,10 @@ class TextStream:
 
 
 class TextEngine:
-    """An engine with its model's tokenizer and settings: text in, text out. `engine` is the decoder itself, for tokens."""
+    """The native engine with its model's tokenizer and settings: text in, text out. `engine` itself takes tokens."""
 
     def __init__(self, engine: Engine, tokenizer: Callable[[], Any], generation: Any = None, file_bytes: int = 0) -> None:
-        """Take an engine, what gives its tokenizer when that is needed first, and what the model's files say."""
+        """Take an engine, a function that loads its tokenizer when it is first needed, and the model's generation settings."""
         self.engine = engine
         self.file_bytes = file_bytes
         self.generation = generation
@@ -183,16 +124,16 @@ class TextEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What runs: code path, threads, types, and what had to be expanded to 16 bits."""
+        """Return the settings in use: code path, threads, types, and the formats that were expanded to 16 bits."""
         return self.engine.facts
 
     def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Return the tokens of a text or of messages; a chat template is used where there is one, unless `raw`."""
         return encode_prompt(self.tokenizer, prompt, raw=raw, tools=tools)
 
-    def sampling(self, temperature: float = 0.0, seed: int = 0, **settings: float | None) -> Sampling:
-        """Give the model's own sampling for a temperature, with other settings where they are given."""
-        return choose_sampling(self.generation, temperature, seed, **settings)
+    def sampling(self, temperature: float = 0.0, seed: int = 0, **settings: Any) -> Sampling:
+        """Return the model's own sampling settings at a temperature, each replaced by the one in `settings`: see SamplingRequest."""
+        return SamplingRequest(temperature, seed, **settings).resolve(self.generation)
 
     def stream(
         self,
@@ -207,11 +148,11 @@ class TextEngine:
         """Answer piece by piece.
 
         prompt      a text, or messages as chat templates take them: `role` and `content`, which is a text, a list of parts
-                    {"type": "text", "text": ...} or None, and tool calls; the cache keeps what two prompts begin with in common
+                    {"type": "text", "text": ...} or None, and tool calls; the beginning that it shares with the last prompt is not run again
         max_tokens  tokens to generate at most; 1 or more
-        stop        strings that end the answer and are left out of it
+        stop        strings that end the answer, and are no part of it
         raw         continue the text as it is, without the chat template
-        tools       JSON schemas of functions, for templates that know them
+        tools       JSON schemas of functions, for templates that support them
 
         Raises UsageError for a prompt that is empty, has no room in the context or is not what the template takes, CheckpointError for a template that fails.
         """
@@ -220,8 +161,8 @@ class TextEngine:
         tokens = self.encode(prompt, raw=raw, tools=tools)
         check_prompt(tokens, self.engine.config, self.engine.context)
         ends = end_tokens(self.generation, self.engine.config, self.tokenizer)
-        pieces = Pieces(text_decoder(self.tokenizer), stop)
-        return TextStream(self.engine, tokens, pieces, max_tokens, sampling or Sampling(), ends)
+        detokenizer = Detokenizer(text_decoder(self.tokenizer), stop)
+        return TextStream(self.engine, tokens, detokenizer, max_tokens, sampling or Sampling(), ends)
 
     def complete(
         self,
@@ -233,7 +174,7 @@ class TextEngine:
         raw: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Completion:
-        """Answer at once; the arguments are those of `stream`."""
+        """Return the whole answer; the arguments are those of `stream`."""
         answer = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw, tools=tools)
         for _ in answer:
             pass

@@ -1,7 +1,7 @@
-"""Architectures that the native decoder runs: what of a configuration it needs, read from transformers' own configuration object.
+"""Llama's family: one block with variations, read from transformers' own configuration object.
 
-Llama's block with variations: the table below says which model types, and `describe` everything else (head size, norms of queries and
-keys, biases, windows, rotations). What the decoder does not do is refused by name, and such a model runs in transformers.
+The table below says which model types there are and how each differs from Llama, and `describe` everything else (head size, norms of
+queries and keys, biases, windows, rotations). What the decoder does not do is refused by name, and such a model runs in transformers.
 
 Every setting has an answer: `describe` follows it, it changes no logits, or `refusal` names it unless it has its class's default. So a
 setting that a later transformers adds is never left out unseen. A name that the class does not have is left out as transformers leaves
@@ -15,29 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = [
-    "FAMILIES",
-    "FOLLOWED",
-    "LOOKED_FOR",
-    "NEUTRAL",
-    "OWN",
-    "RULES",
-    "Family",
-    "Layout",
-    "Rotation",
-    "describe",
-    "refusal",
-]
+from bitpress.runtime.native.architectures.layout import Layout, Names, Rotation
+from bitpress.runtime.native.architectures.steps import Add, Attend, Gate, Multiply, Norm, Step
 
-# Part of the name of a kept layout: one that was described by other rules is made anew.
-RULES = 2
+__all__ = ["FOLLOWED", "LLAMA_FAMILY", "LOOKED_FOR", "NEUTRAL", "Llama"]
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
 # Rotary embeddings whose frequencies do not depend on the length of the text, up to the model's own limit.
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn", "proportional")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# Settings of every family that `describe` reads, or that the configuration class turns into those.
+# Settings of every type that `describe` reads, or that the configuration class turns into those.
 FOLLOWED = frozenset(
     {
         "vocab_size",
@@ -53,23 +41,6 @@ FOLLOWED = frozenset(
         "dtype",
     }
 )
-# And those of one family: biases show in the weights themselves.
-_WINDOWS = {"use_sliding_window", "sliding_window", "layer_types"}
-OWN: dict[str, set[str]] = {
-    "llama": {"hidden_act", "head_dim", "attention_bias", "mlp_bias"},
-    "mistral": {"hidden_act", "head_dim", "sliding_window"},
-    "qwen2": {"hidden_act", "max_window_layers", *_WINDOWS},
-    "qwen3": {"hidden_act", "head_dim", "attention_bias", "max_window_layers", *_WINDOWS},
-    "smollm3": {"hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_WINDOWS},
-    "gemma3_text": {
-        "hidden_activation",
-        "head_dim",
-        "attention_bias",
-        "query_pre_attn_scalar",
-        "sliding_window",
-        "layer_types",
-    },
-}
 # Settings that change no logits: of training, of files, of what is returned beside them.
 NEUTRAL = frozenset(
     {
@@ -105,9 +76,10 @@ LOOKED_FOR: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Family:
+class Llama:
     """How one model type differs from Llama.
 
+    own              settings that this type has beside those of `FOLLOWED`; biases show in the weights themselves
     one_plus         norms multiply by 1 + weight
     out_norms        norms behind attention and MLP as well as before them
     head_norms       norms of every query and key head
@@ -119,6 +91,7 @@ class Family:
     query_scalar     scores are scaled by query_pre_attn_scalar in place of the head size
     """
 
+    own: frozenset[str]
     one_plus: bool = False
     out_norms: bool = False
     head_norms: bool = False
@@ -129,79 +102,89 @@ class Family:
     partly_rotated: bool = False
     query_scalar: bool = False
 
+    def names(self) -> Names:
+        return Names()
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(windows="all"),
-    "qwen2": Family(windows="by kind"),
-    "qwen3": Family(head_norms=True, windows="by kind"),
-    "smollm3": Family(windows="by kind", partly_rotated=True),
-    "gemma3_text": Family(
-        one_plus=True,
-        out_norms=True,
-        head_norms=True,
-        scaled=True,
-        activation="hidden_activation",
-        windows="by kind",
-        ropes=True,
-        query_scalar=True,
-    ),
-}
+    def norm_offset(self) -> float:
+        return 1.0 if self.one_plus else 0.0
+
+    def layer(self, layout: Layout, index: int) -> list[Step]:
+        behind = "post_attention_layernorm"
+        return [
+            Norm("input_layernorm", to="to attention"),
+            Multiply("to attention", {part: f"self_attn.{part}_proj" for part in ("q", "k", "v")}),
+            Attend(
+                "q",
+                "k",
+                "v",
+                to="attended",
+                rope=layout.rope[index],
+                window=layout.window[index],
+                q_norm="self_attn.q_norm" if self.head_norms else None,
+                k_norm="self_attn.k_norm" if self.head_norms else None,
+            ),
+            Multiply("attended", {"o": "self_attn.o_proj"}),
+            Add("o", norm=behind if self.out_norms else None),
+            Norm("pre_feedforward_layernorm" if self.out_norms else behind, to="to mlp"),
+            Gate("to mlp", "mlp.gate_proj", "mlp.up_proj", to="acted"),
+            Multiply("acted", {"down": "mlp.down_proj"}),
+            Add("down", norm="post_feedforward_layernorm" if self.out_norms else None),
+        ]
+
+    def refusal(self, config: Any) -> str | None:
+        if getattr(config, "is_heterogeneous", False):
+            return "layers with settings of their own (per_layer_config)"
+        if (reason := _unanswered(config, self.own)) is not None:
+            return reason
+        act = getattr(config, self.activation)
+        if act not in ACTIVATIONS:
+            return f"activation {act!r} is not among {', '.join(ACTIVATIONS)}"
+        head = _head(config)
+        if not isinstance(head, int) or head % 16 or not 0 < head <= 512:
+            return f"heads of {head} elements; a multiple of 16 up to 512 is needed"
+        if self.query_scalar and not config.query_pre_attn_scalar > 0:
+            return f"query_pre_attn_scalar is {config.query_pre_attn_scalar!r}"
+        return _refused_layers(config, self) or _refused_rotations(config, self)
+
+    def describe(self, config: Any) -> Layout:
+        import torch
+
+        head = _head(config)
+        layers = int(config.num_hidden_layers)
+        kinds = _kinds(config, self)
+        names = list(_rope_parameters(config, self))
+        by_layer = [names.index(kind) if self.ropes else 0 for kind in kinds]
+        if self.partly_rotated:
+            by_layer = [index if used else -1 for index, used in zip(by_layer, config.no_rope_layers[:layers], strict=True)]
+        scale = config.query_pre_attn_scalar if self.query_scalar else head
+        # transformers rounds this factor to the embedding's own type before it multiplies.
+        embedding_scale = (
+            float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype or torch.float32)) if self.scaled else 1.0
+        )
+        return Layout(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head=head,
+            layers=layers,
+            vocabulary=config.vocab_size,
+            context=config.max_position_embeddings,
+            eps=config.rms_norm_eps,
+            attention_scale=float(scale) ** -0.5,
+            embedding_scale=embedding_scale,
+            tanh_gelu=ACTIVATIONS[getattr(config, self.activation)],
+            tied=bool(config.tie_word_embeddings),
+            rotations=tuple(_rotation(config, self, name) for name in names),
+            rope=tuple(by_layer),
+            window=tuple(int(config.sliding_window) if kind == SLIDING else 0 for kind in kinds),
+        )
 
 
-@dataclass(frozen=True)
-class Rotation:
-    frequencies: np.ndarray  # [pairs] float32, radians a position
-    factor: float
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Everything about a model but its weights. `rope` and `window` have an entry a layer: -1 is no rotation, 0 no window."""
-
-    family: Family
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head: int
-    layers: int
-    vocabulary: int
-    context: int
-    eps: float
-    attention_scale: float
-    embedding_scale: float
-    tanh_gelu: bool
-    tied: bool
-    rotations: tuple[Rotation, ...]
-    rope: tuple[int, ...]
-    window: tuple[int, ...]
-
-
-def refusal(config: Any) -> str | None:
-    """Say in a few words why the native decoder cannot run a configuration, or None."""
-    if config.model_type not in FAMILIES:
-        return f"architecture {config.model_type!r} is not among {', '.join(FAMILIES)}"
-    if getattr(config, "is_heterogeneous", False):
-        return "layers with settings of their own (per_layer_config)"
-    family = FAMILIES[config.model_type]
-    if (reason := _unanswered(config)) is not None:
-        return reason
-    act = getattr(config, family.activation)
-    if act not in ACTIVATIONS:
-        return f"activation {act!r} is not among {', '.join(ACTIVATIONS)}"
-    head = _head(config)
-    if not isinstance(head, int) or head % 16 or not 0 < head <= 512:
-        return f"heads of {head} elements; a multiple of 16 up to 512 is needed"
-    if family.query_scalar and not config.query_pre_attn_scalar > 0:
-        return f"query_pre_attn_scalar is {config.query_pre_attn_scalar!r}"
-    return _refused_layers(config, family) or _refused_rotations(config, family)
-
-
-def _unanswered(config: Any) -> str | None:
+def _unanswered(config: Any, own: frozenset[str]) -> str | None:
     """Name a setting that is neither followed nor without effect, and that has not its class's default."""
     known = {field.name: field for field in fields(config)}
-    for name in sorted(known.keys() - FOLLOWED - OWN[config.model_type] - NEUTRAL):
+    for name in sorted(known.keys() - FOLLOWED - own - NEUTRAL):
         field = known[name]
         value = getattr(config, name)
         usual = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -219,7 +202,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _refused_layers(config: Any, family: Family) -> str | None:
+def _refused_layers(config: Any, family: Llama) -> str | None:
     layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     kinds = _kinds(config, family)
     if len(kinds) != layers:
@@ -234,7 +217,7 @@ def _refused_layers(config: Any, family: Family) -> str | None:
     return None
 
 
-def _refused_rotations(config: Any, family: Family) -> str | None:
+def _refused_rotations(config: Any, family: Llama) -> str | None:
     for kind, parameters in _rope_parameters(config, family).items():
         if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
             return "rope_parameters of another form than this architecture has"
@@ -252,49 +235,12 @@ def _refused_rotations(config: Any, family: Family) -> str | None:
     return None
 
 
-def describe(config: Any) -> Layout:
-    """Read a configuration that `refusal` has nothing against."""
-    import torch
-
-    family, head = FAMILIES[config.model_type], _head(config)
-    layers = int(config.num_hidden_layers)
-    kinds = _kinds(config, family)
-    names = list(_rope_parameters(config, family))
-    by_layer = [names.index(kind) if family.ropes else 0 for kind in kinds]
-    if family.partly_rotated:
-        by_layer = [index if used else -1 for index, used in zip(by_layer, config.no_rope_layers[:layers], strict=True)]
-    scale = config.query_pre_attn_scalar if family.query_scalar else head
-    # transformers rounds this factor to the embedding's own type before it multiplies.
-    embedding_scale = (
-        float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype or torch.float32)) if family.scaled else 1.0
-    )
-    return Layout(
-        family=family,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head=head,
-        layers=layers,
-        vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
-        eps=config.rms_norm_eps,
-        attention_scale=float(scale) ** -0.5,
-        embedding_scale=embedding_scale,
-        tanh_gelu=ACTIVATIONS[getattr(config, family.activation)],
-        tied=bool(config.tie_word_embeddings),
-        rotations=tuple(_rotation(config, family, name) for name in names),
-        rope=tuple(by_layer),
-        window=tuple(int(config.sliding_window) if kind == SLIDING else 0 for kind in kinds),
-    )
-
-
 def _head(config: Any) -> Any:
     given = getattr(config, "head_dim", None)
     return config.hidden_size // config.num_attention_heads if given is None else given
 
 
-def _kinds(config: Any, family: Family) -> list[str]:
+def _kinds(config: Any, family: Llama) -> list[str]:
     """Return the kind of attention of every layer."""
     if family.windows == "by kind":
         return list(config.layer_types)
@@ -302,14 +248,14 @@ def _kinds(config: Any, family: Family) -> list[str]:
     return [SLIDING if windowed else FULL] * config.num_hidden_layers
 
 
-def _rope_parameters(config: Any, family: Family) -> dict[str, Any]:
+def _rope_parameters(config: Any, family: Llama) -> dict[str, Any]:
     """Return the settings of every rotation by the kind of layer it is for; of a family with one, under the name "all"."""
     if not family.ropes:
         return {"all": config.rope_parameters}
     return {kind: config.rope_parameters.get(kind) for kind in sorted(set(config.layer_types))}
 
 
-def _rotation(config: Any, family: Family, kind: str) -> Rotation:
+def _rotation(config: Any, family: Llama, kind: str) -> Rotation:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -323,3 +269,33 @@ def _rotation(config: Any, family: Family, kind: str) -> Rotation:
     # These families rotate whole heads: their own default leaves partial_rotary_factor out.
     exponent = torch.arange(0, _head(config), 2, dtype=torch.int64).float() / _head(config)
     return Rotation((1.0 / (parameters["rope_theta"] ** exponent)).numpy(), 1.0)
+
+
+_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
+
+LLAMA_FAMILY: dict[str, Llama] = {
+    "llama": Llama(own=frozenset({"hidden_act", "head_dim", "attention_bias", "mlp_bias"})),
+    "mistral": Llama(own=frozenset({"hidden_act", "head_dim", "sliding_window"}), windows="all"),
+    "qwen2": Llama(own=_WINDOWS | {"hidden_act", "max_window_layers"}, windows="by kind"),
+    "qwen3": Llama(
+        own=_WINDOWS | {"hidden_act", "head_dim", "attention_bias", "max_window_layers"}, head_norms=True, windows="by kind"
+    ),
+    "smollm3": Llama(
+        own=_WINDOWS | {"hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+        windows="by kind",
+        partly_rotated=True,
+    ),
+    "gemma3_text": Llama(
+        own=frozenset(
+            {"hidden_activation", "head_dim", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"}
+        ),
+        one_plus=True,
+        out_norms=True,
+        head_norms=True,
+        scaled=True,
+        activation="hidden_activation",
+        windows="by kind",
+        ropes=True,
+        query_scalar=True,
+    ),
+}

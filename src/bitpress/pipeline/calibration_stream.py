@@ -1,0 +1,188 @@
+"""The calibration text inside a model: the hidden states that feed the next block, and the passes that collect statistics there."""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+
+from bitpress.calibration import STATISTICS, Capture, Observed, Stats, find_roles, of_origin
+from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.errors import CalibrationError, NumericsError
+from bitpress.finite import all_finite
+from bitpress.models.linears import list_weights
+from bitpress.models.streaming import StreamedModel
+from bitpress.models.walk import LoadedBlock
+from bitpress.pipeline.channel_scaling import PROBE_LENGTH
+from bitpress.pipeline.plan import PlannedWeight
+
+__all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor"]
+
+# Statistics for which it must be known which weights make a block's attention.
+HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "heads" in statistic.shape)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration saw of one block.
+
+    stats    by the name of a weight
+    groups   the names of weights that share an input
+    probe    a short input of the block, to find out with how it is wired
+    """
+
+    stats: dict[str, Stats]
+    groups: list[list[str]]
+    probe: Float[torch.Tensor, "1 length hidden"]
+
+
+class CalibrationStream:
+    """The hidden states of the calibration text before the block in work, and beside them those of the uncompressed model where a
+    method compares the two.
+
+    needs             statistics that are collected of a block
+    follows_original  blocks are fed what the uncompressed blocks before them give
+    before_advance    called each time before hidden states are overwritten
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        needs: Collection[str],
+        *,
+        batch: int,
+        follows_original: bool,
+        check_stop: Callable[[], None] = lambda: None,
+        before_advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.needs, self.batch, self.follows_original = model, frozenset(needs), batch, follows_original
+        self.check_stop, self.before_advance = check_stop, before_advance
+        self.hidden: torch.Tensor | None = None
+        self.beside: torch.Tensor | None = None
+        self._streams: torch.Tensor | None = None
+
+    @property
+    def state(self) -> torch.Tensor | None:
+        """What the next block is fed, as `start_` takes it up again."""
+        return self.hidden if self._streams is None else self._streams
+
+    def start_(self, tokens: torch.Tensor | None, stored: torch.Tensor | None) -> None:
+        """Embed the calibration tokens, or take up hidden states that an earlier run stored."""
+        if tokens is None:
+            return
+        batches = tokens.split(self.batch)
+        both = bool(of_origin(self.needs, "original"))
+        if stored is None:
+            stored = torch.cat([self.model.embed(batch) for batch in batches])
+            if both:
+                stored = torch.stack([stored, stored])
+        else:
+            for batch in {batch.shape[0]: batch for batch in batches}.values():
+                self.model.embed(batch)  # the model learns again what it passes to its blocks for this shape
+        if both:
+            self._streams = stored
+            self.hidden, self.beside = stored
+        else:
+            self.hidden = stored
+        self.model.embed(tokens[:1, :PROBE_LENGTH])
+
+    def stages(self, i: int, planned: Sequence[PlannedWeight]) -> list[list[PlannedWeight]]:
+        """Part a block's weights by their inputs, in the order in which these are made; experts together, by what they share."""
+        observed = self.observe([p.parameter for p in planned])
+        capture = Capture([w for _, w in observed.values()], ())
+        _, hidden = self.batches()[0]
+        capture.run(lambda: self.model.run_block(i, hidden[:1, :PROBE_LENGTH]), whole=True)
+
+        def alike(name: str) -> str:
+            return re.sub(r"\d+", "*", name) if observed[name][1].expert else name
+
+        number: dict[str, int] = {}
+        for at, group in enumerate(capture.groups()):
+            known = min((number[alike(name)] for name in group if alike(name) in number), default=at)
+            number |= {alike(name): known for name in group}
+        stages: dict[int, list[PlannedWeight]] = {}
+        for p in planned:
+            # Experts that the probe did not reach go with their like; what it never uses goes last.
+            stages.setdefault(number.get(alike(p.parameter.parts()[0]), len(number)), []).append(p)
+        return [stages[at] for at in sorted(stages)]
+
+    def observe(self, parameters: Sequence[WeightParameter]) -> dict[str, tuple[WeightParameter, Observed]]:
+        observed: dict[str, tuple[WeightParameter, Observed]] = {}
+        for parameter in parameters:
+            live = self.model.model.get_parameter(parameter.name)
+            for part, view in zip(parameter.parts(), parameter.views(live), strict=True):
+                observed[part] = (parameter, Observed(part, view, not parameter.transposed, bool(parameter.experts)))
+        return observed
+
+    def capture_(
+        self,
+        i: int,
+        observed: Mapping[str, tuple[WeightParameter, Observed]],
+        needs: Collection[str],
+        replaced: Mapping[str, torch.Tensor],
+        *,
+        last: bool,
+        final: bool,
+    ) -> Measured:
+        """Run the calibration text through the loaded block.
+
+        `replaced` holds what weights that are compressed already were, for the uncompressed model's forward, whose states move on only
+        in the `final` of a block's passes.
+        """
+        batches = self.batches()
+        probe = batches[0][1][:1, :PROBE_LENGTH].clone()
+        roles = None
+        if HEAD_STATISTICS & set(needs):
+            roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in observed.values()])
+        capture = Capture([w for _, w in observed.values()], needs, roles)
+        if (self.beside is not None and final) or self.follows_original:
+            self.before_advance()  # the original's states are overwritten as soon as they have been used
+        original = {name: value.to(self.model.dtype) for name, value in replaced.items()}
+        pressed = {name: self.model.model.get_parameter(name).data for name in original}
+        for rows, hidden in batches:
+            if self.beside is not None:
+                self.model.fill_(original)
+                beside = self.beside[rows]
+                out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
+                self.model.fill_(pressed)
+                if final and out is not None:
+                    self.beside[rows] = self._checked(i, out)
+            out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and not last)
+            if self.follows_original and not last and out is not None:
+                hidden.copy_(self._checked(i, out))
+            self.check_stop()
+        return Measured(capture.finish(), capture.groups(), probe)
+
+    def advance_(self, i: int) -> None:
+        self.before_advance()
+        for rows, hidden in self.batches():
+            assert self.hidden is not None
+            self.hidden[rows] = self._checked(i, self.model.run_block(i, hidden))
+            self.check_stop()
+
+    def _checked(self, i: int, out: torch.Tensor) -> torch.Tensor:
+        if not all_finite(out):
+            raise NumericsError(f"{self.model.block_name(i)}: the output of the block is not finite.")
+        return out
+
+    def batches(self) -> list[tuple[slice, torch.Tensor]]:
+        if self.hidden is None:
+            raise CalibrationError("no calibration text was given, and this method needs statistics of the inputs.")
+        size = self.batch
+        starts = range(0, self.hidden.shape[0], size)
+        return [(slice(a, a + size), self.hidden[a : a + size]) for a in starts]
+
+
+class StatisticsVisitor:
+    """Collects the statistics of every weight of a block and moves the hidden states past it, with nothing compressed."""
+
+    def __init__(self, stream: CalibrationStream) -> None:
+        self.stream = stream
+        self.found: Measured | None = None
+
+    def visit_(self, block: LoadedBlock) -> None:
+        stream = self.stream
+        observed = stream.observe(list_weights(stream.model, block.index, ())[0])
+        self.found = stream.capture_(block.index, observed, stream.needs, {}, last=block.last, final=True)

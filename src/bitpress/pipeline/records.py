@@ -1,0 +1,84 @@
+"""Records of a run: what the journal and the report say of every compressed weight. They are checked when they are made and when they are read."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bitpress.checkpoints.compressed import WeightRecord
+from bitpress.errors import CheckpointError
+
+__all__ = ["BlockRecord", "LayerRow"]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRow(_Closed):
+    """What the report says of a weight.
+
+    bits_per_weight  from the bytes that are stored, maps included
+    error_rounded    relative squared error of plain rounding in the same format; `error` that of the weight as compressed
+    measured_on      "output": errors are those of the layer's output on the calibration inputs; "weight": of the weight itself
+    calibrated       what calibration saw decided, and no part fell back
+    tokens           calibration tokens that reached the weight; of experts, of each
+    seconds          time that compressing it took
+    """
+
+    name: str
+    shape: list[int]
+    format: str
+    bytes: int
+    bits_per_weight: float
+    error_rounded: float
+    error: float
+    measured_on: Literal["output", "weight"]
+    calibrated: bool
+    tokens: int | list[int]
+    notes: list[str]
+    fallbacks: list[str]
+    seconds: float = 0.0
+
+
+class BlockRecord(_Closed):
+    """What the journal says of a unit of work, by the names of parameters: how weights are stored, hashes of what they decode to, rows.
+
+    `kept` are hashes of what was measured before the first block, in the first unit's record.
+    """
+
+    weights: dict[str, WeightRecord] = {}
+    digests: dict[str, str] = {}
+    rows: list[LayerRow] = []
+    kept: dict[str, str] | None = None
+
+    @classmethod
+    def read(cls, where: str, facts: object) -> "BlockRecord":
+        """Read what a journal holds. Raises CheckpointError."""
+        try:
+            return cls.model_validate(facts)
+        except ValidationError as error:
+            raise CheckpointError(f"{where}: does not describe compressed weights; start again with --force.") from error
+
+    @classmethod
+    def merge(cls, records: Iterable["BlockRecord"]) -> "BlockRecord":
+        """Put the records of all units together."""
+        weights: dict[str, WeightRecord] = {}
+        digests: dict[str, str] = {}
+        rows: list[LayerRow] = []
+        for record in records:
+            weights |= record.weights
+            digests |= record.digests
+            rows += record.rows
+        return cls(weights=weights, digests=digests, rows=rows)
+
+    def dump(self) -> dict[str, Any]:
+        """Return the record as the journal holds it."""
+        values = self.model_dump(mode="json")
+        return {key: value for key, value in values.items() if key != "kept" or value is not None}
+
+    @property
+    def error(self) -> float:
+        """Mean relative error of the weights."""
+        return math.fsum(row.error for row in self.rows) / max(len(self.rows), 1)

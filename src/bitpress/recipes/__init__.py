@@ -1,0 +1,28 @@
+"""Recipes: the text of a run, and the method that is built of it once."""
+
+from bitpress.recipes.method import KINDS, LayerMethod, Method, Named, build_method
+from bitpress.recipes.parts import make_part, settings_of, spelled
+from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, NamedRecipe, Override, Recipe
+from bitpress.recipes.text import dump_recipe, load_recipe, make_recipe, told_overrides, told_weights
+
+__all__ = [
+    "DEFAULT_QUANTIZER",
+    "KINDS",
+    "NAMED_RECIPES",
+    "Calibration",
+    "LayerMethod",
+    "Method",
+    "Named",
+    "NamedRecipe",
+    "Override",
+    "Recipe",
+    "build_method",
+    "dump_recipe",
+    "load_recipe",
+    "make_part",
+    "make_recipe",
+    "settings_of",
+    "spelled",
+    "told_overrides",
+    "told_weights",
+]

@@ -1,0 +1,227 @@
+"""A recipe built once: its parts by kind, what they need, and the parts for one weight by its name.
+
+The pipeline passes a `Method`, never the recipe. A new kind of part is one row of `KINDS`.
+"""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from bitpress.arithmetic import has_fast_bf16
+from bitpress.corrections.correction import Correction
+from bitpress.corrections.table import CORRECTIONS
+from bitpress.formats import LOSSLESS, AnyFormat, find_format
+from bitpress.quantizers.quantizer import Quantizer
+from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes.parts import make_part, settings_of
+from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, Override, Recipe
+from bitpress.transforms.basis import BasisChange
+from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS
+from bitpress.transforms.target import Target
+from bitpress.transforms.transform import ScaleSearch
+
+__all__ = ["KINDS", "Kind", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
+
+P = TypeVar("P", bound=Any, covariant=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of part: the key of a recipe that names such parts, what errors call one, and its table."""
+
+    key: str
+    noun: str
+    table: Mapping[str, type[Any]]
+
+
+# By the kind's name, in the order in which parts act on a weight.
+KINDS: dict[str, Kind] = {
+    "search": Kind("transforms", "transform", SCALE_SEARCHES),
+    "basis": Kind("transforms", "transform", BASIS_CHANGES),
+    "target": Kind("transforms", "transform", TARGETS),
+    "correction": Kind("corrections", "correction", CORRECTIONS),
+    "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
+}
+
+
+@dataclass(frozen=True)
+class Named(Generic[P]):
+    """A part with its name in the table of its kind."""
+
+    kind: str
+    name: str
+    part: P
+
+    def settings(self) -> dict[str, Any]:
+        """Return the part as a recipe spells it, with every setting."""
+        return {"name": self.name, **settings_of(self.part)}
+
+
+@dataclass(frozen=True)
+class LayerMethod:
+    """The parts for one weight: everything that `compress_matrix` needs beside the weight and its statistics."""
+
+    format: AnyFormat
+    quantizer: Named[Quantizer]
+    changes: tuple[BasisChange, ...] = ()
+    targets: tuple[Target, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them."""
+
+    recipe: Recipe
+    parts: tuple[Named[Any], ...]
+    format: AnyFormat
+    overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
+    compute: torch.dtype
+
+    def of(self, kind: str) -> tuple[Named[Any], ...]:
+        """Return the parts of one kind."""
+        return tuple(named for named in self.parts if named.kind == kind)
+
+    def of_key(self, key: str) -> tuple[Named[Any], ...]:
+        """Return the parts that a key of the recipe names."""
+        return tuple(named for named in self.parts if KINDS[named.kind].key == key)
+
+    @cached_property
+    def quantizer(self) -> Named[Quantizer]:
+        return self.of("quantizer")[0]
+
+    @cached_property
+    def searches(self) -> tuple[ScaleSearch, ...]:
+        return tuple(named.part for named in self.of("search"))
+
+    @cached_property
+    def changes(self) -> tuple[Named[BasisChange], ...]:
+        return self.of("basis")
+
+    @cached_property
+    def corrections(self) -> tuple[Named[Correction], ...]:
+        return self.of("correction")
+
+    @cached_property
+    def every_part(self) -> tuple[Named[Any], ...]:
+        """All parts, those of overrides too."""
+        return (*self.parts, *(own for _, _, own in self.overrides if own is not None))
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Statistics that calibration has to collect."""
+        return frozenset().union(*(named.part.needs for named in self.every_part))
+
+    @cached_property
+    def shared_needs(self) -> frozenset[str]:
+        """Statistics that every weight needs, whichever quantizer it has."""
+        return frozenset().union(*(named.part.needs for named in self.parts if named.kind != "quantizer"))
+
+    @cached_property
+    def _default(self) -> LayerMethod:
+        return LayerMethod(
+            self.format,
+            self.quantizer,
+            tuple(named.part for named in self.changes),
+            tuple(named.part for named in self.of("target")),
+            tuple(named.part for named in self.corrections),
+        )
+
+    def for_layer(self, weight: str) -> LayerMethod:
+        """Return the parts for a weight by its name: those of the last override that matches, else the recipe's."""
+        for override, fmt, quantizer in reversed(self.overrides):
+            if fnmatch.fnmatchcase(weight, override.match):
+                usual = self._default
+                return LayerMethod(
+                    fmt or usual.format, quantizer or usual.quantizer, usual.changes, usual.targets, usual.corrections
+                )
+        return self._default
+
+    def exact_formats(self) -> list[str]:
+        """Return the names of the recipe's formats that keep weights bit for bit."""
+        return _exact_formats(self.recipe)
+
+    def no_default_scales(self) -> str | None:
+        """Return why the channel scales of a recipe without quantizer and transforms are left out; None where they are not."""
+        return _no_default_scales(self.recipe)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe with every default spelled out, as it goes into a manifest."""
+        values = self.recipe.model_dump(mode="json")
+        values["weights"] = self.format.name
+        values["quantizer"] = self.quantizer.settings()
+        for key in ("transforms", "corrections"):
+            values[key] = [named.settings() for named in self.of_key(key)]
+        values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
+        values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
+        return values
+
+
+def build_method(recipe: Recipe) -> Method:
+    """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
+    fmt = find_format(recipe.weights)
+    quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
+    parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
+    parts += [_of_key("corrections", part) for part in recipe.corrections]
+    overrides = tuple(
+        (
+            override,
+            None if override.weights is None else find_format(override.weights),
+            None if override.quantizer is None else _named("quantizer", override.quantizer),
+        )
+        for override in recipe.overrides
+    )
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute))
+
+
+def compute_dtype(compute: str) -> torch.dtype:
+    """Return the type that blocks run in: "auto" is bf16 where that is the faster one, else fp32."""
+    if compute == "auto":
+        return torch.bfloat16 if has_fast_bf16() else torch.float32
+    return torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+def _transforms(recipe: Recipe, quantizer: Quantizer) -> list[dict[str, Any]]:
+    if recipe.transforms is not None:
+        return list(recipe.transforms)
+    if "name" not in recipe.quantizer and _no_default_scales(recipe) is None:
+        return [dict(part) for part in DEFAULT_TRANSFORMS]
+    return [{"name": part} if isinstance(part, str) else dict(part) for part in quantizer.transforms]
+
+
+def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
+    """Build a part that a key of the recipe names: the first kind whose table has the name."""
+    kinds = [name for name, kind in KINDS.items() if kind.key == key]
+    kind = next((name for name in kinds if part.get("name") in KINDS[name].table), None)
+    if kind is None:
+        table = {name: made for known in kinds for name, made in KINDS[known].table.items()}
+        make_part(KINDS[kinds[0]].noun, part, table)  # raises for the name
+        raise AssertionError
+    return _named(kind, part)
+
+
+def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
+    return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
+
+
+def _spell_out(override: Override, quantizer: Named[Quantizer] | None) -> dict[str, Any]:
+    values = {key: value for key, value in override.model_dump(mode="json").items() if value is not None}
+    return values if quantizer is None else values | {"quantizer": quantizer.settings()}
+
+
+def _exact_formats(recipe: Recipe) -> list[str]:
+    return [name for name in (recipe.weights, *(o.weights for o in recipe.overrides if o.weights)) if name in LOSSLESS]
+
+
+def _no_default_scales(recipe: Recipe) -> str | None:
+    if recipe.transforms is not None or "name" in recipe.quantizer:
+        return None
+    if exact := _exact_formats(recipe):
+        return f"{exact[0]} keeps weights bit for bit, so the default's channel scales are left out of the whole model"
+    if recipe.calibration.sequential:
+        return "calibration.sequential follows weights inside a block, so the default's channel scales are left out"
+    return None

@@ -1,0 +1,96 @@
+"""A recipe: everything that decides the bytes of a run, the same in Python, in YAML, on the command line and in the manifest.
+
+weights: int4-g64-zero
+transforms: [{name: awq-scale}]         what runs before; left out: what the quantizer's paper puts there
+quantizer: {name: gptq, damp: 0.01}     without a name: channel scales and gptq, see `Recipe`
+corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
+calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
+              inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
+              sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
+skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
+overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
+min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
+batch: 8                                windows that go through a block together
+compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["DEFAULT_QUANTIZER", "DEFAULT_TRANSFORMS", "NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe"]
+
+
+DEFAULT_QUANTIZER = "gptq"
+DEFAULT_TRANSFORMS: tuple[Mapping[str, Any], ...] = ({"name": "awq-scale", "run_time": False},)
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A paper that is no part of a recipe but a recipe. `keys` are those that it sets."""
+
+    summary: str
+    paper: str
+    source: str
+    differs: str
+    keys: Mapping[str, Any]
+
+
+NAMED_RECIPES: dict[str, NamedRecipe] = {
+    "moqe": NamedRecipe(
+        summary="experts alone in few bits, rounded to nearest; everything else untouched",
+        paper="P048",
+        source='Kim et al. 2023, "Mixture of Quantized Experts (MoQE): Complementary Effect of Low-bit Quantization and Robustness"; '
+        "only its abstract and a summary were seen: experts alone, 3 and 4 bits without training, 2 bits with it.",
+        differs="3 bits with a scale for each output channel, nothing trained; other widths by --weights, for example int2-g64-zero.",
+        keys={"weights": "int3-row", "quantizer": {"name": "rtn"}, "skip": ["*", "!*.experts.*"]},
+    ),
+}
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Closed):
+    text: str = "builtin"
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    chat: bool = False
+    inputs: Literal["pressed", "original"] = "pressed"
+    sequential: bool = False
+
+
+class Override(_Closed):
+    """What weights have whose name matches; a part that is left out is the recipe's."""
+
+    match: str
+    weights: str | None = None
+    quantizer: dict[str, Any] | None = None
+
+
+class Recipe(_Closed):
+    """See the head of this file.
+
+    transforms   None stands for those of the quantizer's paper. Where the quantizer has no name either, it stands for channel scales before
+                 error feedback where the network takes them, except where a weight is to stay bit for bit and with `calibration.sequential`
+    quantizer    its name and settings; without a name `DEFAULT_QUANTIZER`
+    """
+
+    weights: str = "int4-g64-zero"
+    transforms: tuple[dict[str, Any], ...] | None = None
+    quantizer: dict[str, Any] = {}
+    corrections: tuple[dict[str, Any], ...] = ()
+    calibration: Calibration = Calibration()
+    skip: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    min_expert_tokens: int = Field(default=32, ge=0)
+    batch: int = Field(default=8, ge=1)
+    compute: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @property
+    def quantizer_name(self) -> str:
+        return str(self.quantizer.get("name", DEFAULT_QUANTIZER))

@@ -1,0 +1,40 @@
+"""Rules between the parts of a recipe: which do not go together though each is fine."""
+
+from bitpress.calibration.stats import of_origin
+from bitpress.errors import UsageError
+from bitpress.recipes.method import Method
+
+__all__ = ["check_composition"]
+
+
+def check_composition(method: Method) -> None:
+    """Raise UsageError for parts that each are fine and do not go together."""
+    calibration, exact = method.recipe.calibration, method.exact_formats()
+    changing = [named.name for named in (*method.of_key("transforms"), *method.corrections)]
+    if exact and changing:
+        raise UsageError(
+            f"{exact[0]} keeps weights bit for bit, and {', '.join(changing)} would change them; "
+            "use rtn or gptq without transforms and corrections."
+        )
+    if of_origin(method.needs, "loss") and method.changes:
+        changes = ", ".join(named.name for named in method.changes)
+        raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
+    compared = sorted(of_origin(method.needs, "original"))
+    if compared and calibration.inputs == "original":
+        raise UsageError(
+            f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
+        )
+    if calibration.sequential:
+        whole = [named.name for named in method.of("search")]
+        whole += sorted(of_origin(method.needs, "attention"))
+        if whole:
+            raise UsageError(f"{whole[0]} sees a block as a whole, so calibration.sequential must be false.")
+        if calibration.inputs == "original":
+            raise UsageError(
+                "calibration.sequential follows compressed weights inside a block, so calibration.inputs must be pressed."
+            )
+    transforms = method.of_key("transforms")
+    first = next((at for at, named in enumerate(transforms) if named.kind == "basis"), len(transforms))
+    late = [named.name for named in transforms[first:] if named.kind == "search"]
+    if late:
+        raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")

@@ -1,0 +1,163 @@
+"""Recipes as text: from YAML files, mappings and `KEY=VALUE`, and back; what is wrong is said with the key and the nearest name."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bitpress.corrections.table import CORRECTIONS
+from bitpress.errors import UsageError, fold, shown, unknown_name
+from bitpress.faults import parse_yaml, read_yaml, value_fault
+from bitpress.foreign import foreign_hint
+from bitpress.formats import read_format
+from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes.method import build_method
+from bitpress.recipes.parts import spelled
+from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, Override, Recipe
+from bitpress.recipes.rules import check_composition
+from bitpress.transforms.table import TRANSFORMS
+
+__all__ = ["dump_recipe", "load_recipe", "make_recipe", "told_overrides", "told_weights"]
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML file, or return one of `NAMED_RECIPES`. Raises UsageError with the key that is wrong."""
+    named = NAMED_RECIPES.get(spelled(str(path), NAMED_RECIPES))
+    if named is not None and not Path(path).exists():
+        return make_recipe(named.keys, where=str(path))
+    return make_recipe(_read_file(Path(path)), where=str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `load_recipe` reads back, every default spelled out."""
+    return yaml.safe_dump(build_method(recipe).resolved(), sort_keys=False)
+
+
+def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Build a recipe from a mapping and `KEY=VALUE` texts with dotted keys. Raises UsageError, FormatError."""
+    merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
+    for text in sets:
+        _set_(merged, text)
+    merged = _with_quantizer(merged)
+    if isinstance(merged.get("overrides"), (list, tuple)):
+        parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
+        merged["overrides"] = [_with_format(f"{where}: overrides", o) if isinstance(o, Mapping) else o for o in parts]
+    for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
+        if isinstance(merged.get(key), (list, tuple)):
+            parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
+            merged[key] = [_with_name(part, table) for part in parts]
+    merged = _with_format(where, merged)
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _usage(where, error, merged) from error
+    for override in recipe.overrides:
+        if override.weights is None and override.quantizer is None:
+            raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer.")
+    # Every part is built, so that a wrong name or value shows here and not after an hour.
+    check_composition(build_method(recipe))
+    return recipe
+
+
+def told_weights(recipe: Mapping[str, Any]) -> str:
+    """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
+    return "; ".join([recipe["weights"], *told_overrides(recipe)])
+
+
+def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
+    """Say what each override of a resolved recipe has: "*.v_proj int6-g64 by gptq (damp 0.05)", settings where the recipe has others."""
+    told = []
+    for override in recipe["overrides"]:
+        parts, own = [override["match"], override.get("weights", "")], override.get("quantizer")
+        if own is not None:
+            usual = recipe["quantizer"] if recipe["quantizer"]["name"] == own["name"] else own
+            settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
+            parts.append(f"by {own['name']}{settings and f' ({settings})'}")
+        told.append(" ".join(part for part in parts if part))
+    return told
+
+
+def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a quantizer that is given by its name alone as its settings are given, and spell the name as the table does."""
+    given = values.get("quantizer")
+    if given is None:
+        return dict(values)
+    return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
+
+
+def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell the name of a format as the tables do. Raises UsageError for a method that stands in its place."""
+    given = values.get("weights")
+    if not isinstance(given, str):
+        return dict(values)
+    method = spelled(given, QUANTIZERS)
+    if method in QUANTIZERS and foreign_hint(given) is None:
+        raise UsageError(
+            f"{where}: weights {given!r}: that is a quantizer; write quantizer {method} and a number format such as int4-g64-zero."
+        )
+    return {**values, "weights": read_format(given).name}
+
+
+def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
+    named = isinstance(part, Mapping) and isinstance(part.get("name"), str)
+    return {**part, "name": spelled(part["name"], table)} if named else part
+
+
+def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> UsageError:
+    """Say what is wrong with the keys of a recipe, and what was meant."""
+    at, wrong = value_fault(error)
+    if error.errors()[0]["type"] != "extra_forbidden":
+        return UsageError(f"{where}: {'.'.join(map(str, at))}: {wrong}")
+    path = [str(part) for part in at]
+    *outer, key = path
+    if not outer:
+        deeper = {f"calibration.{name}": name for name in Calibration.model_fields}
+        part = given.get("quantizer")
+        name = part.get("name") if isinstance(part, Mapping) else None
+        quantizer = QUANTIZERS.get(str(name or DEFAULT_QUANTIZER))
+        own = () if quantizer is None else dataclasses.fields(cast(Any, quantizer))
+        deeper |= {f"quantizer.{field.name}": field.name for field in own}
+        meant = next((long for long, name in deeper.items() if fold(name) == fold(key)), None)
+        if meant is not None:
+            return UsageError(f"{where}: there is no key {key!r}. Did you mean {meant!r}?")
+    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "overrides": Override}
+    known = (tables[outer[0]] if outer else Recipe).model_fields
+    place = f"{where}: {'.'.join(path)}: " if outer else "" if where == "recipe" else f"{where}: "
+    return UsageError(f"{place}{unknown_name(f'key of {outer[0]}' if outer else 'key of the recipe', key, known)}")
+
+
+def _set_(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    *parents, leaf = (part.strip() for part in key.split("."))
+    if not equals or not all((*parents, leaf)):
+        raise UsageError(f"--set {shown(text)}: write KEY=VALUE, for example quantizer.damp=0.05.")
+    target = values
+    for parent in parents:
+        inner = target.get(parent, {})
+        inner = {"name": inner} if isinstance(inner, str) else inner
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
+        target[parent] = dict(inner)
+        target = target[parent]
+    # A pattern such as *.v_proj is no YAML without quotes, and means itself.
+    try:
+        target[leaf] = value if value[:1] in ("*", "!") else parse_yaml(f"--set {shown(text)}", value)
+    except UsageError as error:
+        raise UsageError(f"--set {shown(text)}: {value!r} is not a YAML value.") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    name = str(path)
+    if not path.exists():
+        hint = foreign_hint(name)
+        if spelled(name, QUANTIZERS) in QUANTIZERS:
+            hint = hint or f"That is a quantizer: --quantizer {spelled(name, QUANTIZERS)}."
+        if hint is not None:
+            raise UsageError(f"--recipe {name}: no such file. {hint}")
+    values = read_yaml(path, f"a recipe is a YAML file or one of these names: {', '.join(NAMED_RECIPES)}")
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys such as weights, quantizer, calibration.")
+    return values
