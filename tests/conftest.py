@@ -62,6 +62,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Try a test that takes a `spine` on every architecture."""
+    if "spine" in metafunc.fixturenames:
+        metafunc.parametrize("spine", _ARCHITECTURES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Silence what transformers says while it loads: warnings are errors here, and bars are noise."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from bitpress.errors import CalibrationError
 from bitpress.formats import Format, Scale
 from bitpress.transforms.basis import Maps
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["Balance", "balance", "need_gram"]
@@ -27,6 +28,7 @@ SMALLEST = 1e-8
 @dataclass(frozen=True)
 class Balance:
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    sites: ClassVar[Sites] = {"layer input": frozenset({"online"})}
     summary: ClassVar[str] = "diagonal balance of a weight's columns against their inputs; before a rotation"
     paper: ClassVar[str] = "P210"
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Map, chain
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["BasisChange", "Maps", "generator_of", "into_basis", "with_maps"]
@@ -25,10 +26,12 @@ class BasisChange(Protocol):
     """One paper's way to choose the maps of a weight.
 
     needs   names of the statistics that `plan` reads
+    sites   which maps it may choose, of a layer's input or output; they stay online
     paper   row of the paper in the catalogue of methods
     """
 
     needs: ClassVar[frozenset[str]]
+    sites: ClassVar[Sites]
     summary: ClassVar[str]
     paper: ClassVar[str]
 

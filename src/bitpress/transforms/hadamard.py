@@ -17,6 +17,7 @@ from jaxtyping import Float
 from bitpress.errors import UsageError
 from bitpress.formats import Format, Hadamard
 from bitpress.transforms.basis import Maps, generator_of
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["HadamardBasis"]
@@ -31,6 +32,7 @@ class HadamardBasis:
     seed: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    sites: ClassVar[Sites] = {"layer input": frozenset({"online"}), "layer output": frozenset({"online"})}
     summary: ClassVar[str] = "random Hadamard rotation of the inputs, and of the outputs where wanted"
     paper: ClassVar[str] = "P204"
 

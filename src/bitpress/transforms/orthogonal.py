@@ -19,6 +19,7 @@ from jaxtyping import Float
 from bitpress.formats import Format, Kronecker, Map, Permutation, Scale, chain
 from bitpress.transforms.balance import balance, need_gram
 from bitpress.transforms.basis import Maps, generator_of
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["OrthogonalBasis"]
@@ -32,6 +33,7 @@ class OrthogonalBasis:
     seed: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    sites: ClassVar[Sites] = {"layer input": frozenset({"online"}), "layer output": frozenset({"online"})}
     summary: ClassVar[str] = "diagonal balance, then random orthogonal matrices (products of two small ones) on both sides"
     paper: ClassVar[str] = "P210"
 

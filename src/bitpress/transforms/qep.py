@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from bitpress.errors import UsageError
 from bitpress.transforms.balance import need_gram
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.target import TargetStats
 
 __all__ = ["QEP"]
@@ -30,6 +31,7 @@ class QEP:
     damp: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "cross"})
+    sites: ClassVar[Sites] = {}
     summary: ClassVar[str] = "another target for the codes: makes up for the errors of the layers before"
     paper: ClassVar[str] = "yardstick: QEP"
 

@@ -22,6 +22,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format
 from bitpress.transforms.awq_scale import OutputError, normalise, tie
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["SmoothPlus"]
@@ -36,6 +37,7 @@ class SmoothPlus:
     run_time: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
+    sites: ClassVar[Sites] = {"layer input": frozenset({"folded", "online"})}
     summary: ClassVar[str] = "smooth inputs against weights by channel, at a strength chosen by output error"
     paper: ClassVar[str] = "P131"
 

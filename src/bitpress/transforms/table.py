@@ -1,4 +1,7 @@
-"""The table of transforms: searches for channel factors, by group of weights, changes of basis and of target, weight by weight."""
+"""The table of transforms: searches for channel factors, by group of weights, changes of basis and of target, weight by weight.
+
+Every row says at which sites it works, and whether it is folded or stays online there (`transforms.sites`).
+"""
 
 from bitpress.transforms.awq_scale import AWQScale
 from bitpress.transforms.balance import Balance

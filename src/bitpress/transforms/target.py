@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from bitpress.transforms.sites import Sites
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["Target", "TargetStats"]
@@ -27,10 +28,12 @@ class Target(Protocol):
     """One paper's way to choose what codes aim at.
 
     needs   names of the statistics that `aim` reads
+    sites   none: the network's function is not rewritten
     paper   row of the paper in the catalogue of methods
     """
 
     needs: ClassVar[frozenset[str]]
+    sites: ClassVar[Sites]
     summary: ClassVar[str]
     paper: ClassVar[str]
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.formats import Format
+from bitpress.transforms.sites import Sites
 
 __all__ = ["InputStats", "ScaleSearch"]
 
@@ -36,11 +37,13 @@ class ScaleSearch(Protocol):
     """One paper's way to choose the factors.
 
     needs      names of the statistics that `plan` reads
+    sites      where the factors apply: at the input of layers, folded or online
     paper      row of the paper in the catalogue of methods
     run_time   if no earlier layer can absorb the inverse scale: apply it at run time (True) or leave the input unscaled (False)
     """
 
     needs: ClassVar[frozenset[str]]
+    sites: ClassVar[Sites]
     summary: ClassVar[str]
     paper: ClassVar[str]
 
