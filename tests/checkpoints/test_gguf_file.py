@@ -369,8 +369,8 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert plan.as_dict()["given"]["file_type"] == "Q8_0"
     told = told_original(report)
     assert "GGUF Q8_0, quantized already" in told
-    assert f"{size['ratio']:.2f} times larger" in told
-    assert told_ratio(0.5) == "2.00 times smaller than the result"
+    assert f"the result is {size['ratio']:.2f} times smaller" in told
+    assert told_ratio(0.5) == "the result is 2.00 times larger"
 
 
 def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:

@@ -48,7 +48,7 @@ def open_directory(path: str | Path) -> Path:
             f"{INDEX_NAME}), such as a download of a model from a hub, or one that bitpress wrote."
         ) from error
     if not is_directory:
-        raise CheckpointError(f"{path}: is not a directory. MODEL is the directory that holds config.json, not a file in it.")
+        raise CheckpointError(f"{path}: is not a directory. MODEL is the directory that holds config.json, or a .gguf file.")
     return root
 
 

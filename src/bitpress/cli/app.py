@@ -161,7 +161,7 @@ def plan(
     if as_json:
         print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
     else:
-        show_plan(planned, seconds, whole=whole)
+        show_plan(planned, method, seconds, whole=whole)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")

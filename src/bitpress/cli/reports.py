@@ -16,7 +16,7 @@ from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.pipeline.plan import Plan
 from bitpress.presets import Preset
-from bitpress.recipes import told_overrides, told_weights
+from bitpress.recipes import Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -77,8 +77,8 @@ def told_original(report: Mapping[str, Any]) -> str:
 
 
 def told_ratio(ratio: float) -> str:
-    """Return the ratio of the original's bytes to the published ones in words: `2.00 times larger`."""
-    return f"{ratio:.2f} times larger" if ratio >= 1 else f"{1 / ratio:.2f} times smaller than the result"
+    """Return the ratio of the original's bytes to the published ones in words: `the result is 2.00 times smaller`."""
+    return f"the result is {ratio:.2f} times smaller" if ratio >= 1 else f"the result is {1 / ratio:.2f} times larger"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -103,8 +103,8 @@ def show_preset(preset: Preset) -> None:
     out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
 
 
-def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
-    """Print a plan: a line for every kind of weight, or with `whole` for every weight."""
+def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
+    """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
     if whole:
         lines = [
             (r["name"], "x".join(map(str, r["shape"])), r["format"], size(r["bytes"]), r["bits_per_weight"])
@@ -129,10 +129,12 @@ def show_plan(plan: Plan, seconds: float, *, whole: bool = False) -> None:
         ]
         table("", ("weights", "count", "shape", "format", "size", "bits"), kinds, right=(1, 4, 5))
         out.print("[dim]--all lists every weight by its name.[/dim]")
+    maps = bool(method.changes) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
     reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
     totals = {
-        "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight",
+        "method": " + ".join(named.name for named in method.parts),
+        "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight{', maps not counted' * maps}",
         "kept as stored": size(plan.kept_bytes),
         "published": f"about {size(plan.published_bytes)}, with the files beside the weights",
         "original": f"{size(plan.given_bytes)}, {told_ratio(plan.given_bytes / plan.published_bytes)}",

@@ -142,7 +142,7 @@ def quantize_directory(
         progress.note(f"{reason}; name a quantizer to choose.")
     if plan.given is not None and plan.published_bytes > plan.given_bytes:
         progress.note(
-            f"{out} will be larger than what you gave: about {plan.published_bytes:,} bytes from {plan.given_bytes:,} "
+            f"{out} will be larger than its source: about {plan.published_bytes / 1e6:.0f} MB from {plan.given_bytes / 1e6:.0f} MB "
             f"({plan.given.text})."
         )
     check_room(plan, out)
