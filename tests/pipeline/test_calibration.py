@@ -20,7 +20,7 @@ from bitpress.pipeline.plan import check_room, make_plan
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Silent
-from bitpress.quantizers.quantizer import Outcome
+from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import Method, Named, Recipe, build_method, make_recipe
@@ -28,7 +28,7 @@ from bitpress.recipes import Method, Named, Recipe, build_method, make_recipe
 TOKENS = torch.randint(0, 384, (4, 32), generator=torch.Generator().manual_seed(3))
 
 
-class Noting:
+class Noting(Quantizer):
     """Rounds to nearest and notes the statistics that it is given."""
 
     transforms = ()
@@ -231,7 +231,7 @@ def test_sensitivity_is_the_mean_squared_gradient(tiny_model: Callable[..., Path
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(Quantizer):
     """Rounds to nearest; the scales are fitted with the sensitivity as weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "sensitivity"})

@@ -27,7 +27,7 @@ from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
 from bitpress.quantizers.gptq import GPTQ
-from bitpress.quantizers.quantizer import Outcome, output_error
+from bitpress.quantizers.quantizer import Outcome, Quantizer, output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import LayerMethod, Named, Recipe, build_method, dump_recipe, make_recipe
@@ -65,7 +65,7 @@ class Fixed:
         return self.maps
 
 
-class Exact:
+class Exact(Quantizer):
     """A quantizer that keeps every weight in fp16 and remembers what it was given; `own` are maps that it keeps itself."""
 
     needs: ClassVar[frozenset[str]] = frozenset()

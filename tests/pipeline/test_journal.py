@@ -65,7 +65,7 @@ def rewrite(out: Path, change: Any, number: int = 1) -> None:
 
 def test_a_job_is_taken_up_where_it_was(two_units: Path) -> None:
     job = Job.open(two_units, IDENTITY)
-    assert [unit["unit"] for unit in job.units] == ["unit 0", "unit 1"]
+    assert [unit.unit for unit in job.units] == ["unit 0", "unit 1"]
     assert [unit.facts for unit in job.units] == [{"i": 0}, {"i": 1}]
     stored = job.activations()
     assert stored is not None
@@ -94,7 +94,7 @@ def test_a_torn_last_line_is_ignored_and_cut(two_units: Path, keep: int) -> None
     commit(job, 2, last=True)
     job.close()
     again = Job.open(two_units, IDENTITY)
-    assert [unit["unit"] for unit in again.units] == ["unit 0", "unit 1", "unit 2"]
+    assert [unit.unit for unit in again.units] == ["unit 0", "unit 1", "unit 2"]
     again.close()
 
 
