@@ -15,6 +15,7 @@ HOUSE = (
     ("native", "presets", "allocation"),
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
+    ("exchange",),
     ("models", "quantizers", "corrections", "report"),
     ("recipes", "runtime"),
     ("measure",),

@@ -21,6 +21,7 @@ from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.reports import told_original, told_ratio
 from bitpress.errors import CheckpointError
+from bitpress.exchange.table import open_source
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import build_method, make_recipe
@@ -141,6 +142,17 @@ def test_values_are_those_of_the_file(tiny: Path, loaded: GgufModel) -> None:
     values = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tiny).tensors}
     up = torch.from_numpy(values["blk.1.ffn_up.weight"].copy())
     assert torch.equal(loaded.state["model.layers.1.mlp.up_proj.weight"], up)
+
+
+def test_a_file_is_a_source_of_its_values(tiny: Path, loaded: GgufModel) -> None:
+    source = open_source(tiny)
+    assert set(source.names) == set(loaded.state)
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"):
+        value = source.read(name)
+        assert isinstance(value, torch.Tensor)
+        assert torch.equal(value, loaded.state[name])
+    with pytest.raises(CheckpointError, match="holds no 'nothing'"):
+        source.read("nothing")
 
 
 def test_digits_stand_alone(loaded: GgufModel, tmp_path: Path) -> None:

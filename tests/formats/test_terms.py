@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.errors import BitpressError, FormatError, NumericsError
-from bitpress.formats import TERMS, CompressedWeight, Packed, Term, parse_format
+from bitpress.formats import TERMS, CompressedLayer, CompressedWeight, Packed, Term, parse_format
 from bitpress.formats.terms import dfloat11 as dfloat11_file
 from bitpress.formats.terms.dfloat11 import BLOCK, LONGEST, DFloat11, dfloat11
 from bitpress.formats.terms.kept import Kept, keep_columns, keep_rows
@@ -129,7 +129,7 @@ def test_single_rows_are_cut_or_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in MAKERS if n != "kept none"])
 def test_a_layer_of_a_model_holds_any_term(name: str) -> None:
     weight = CompressedWeight((MAKERS[name](gaussian(6, 20)),))
-    layer = PackedLinear(weight, None, torch.float32)
+    layer = PackedLinear(CompressedLayer(weight), None, torch.float32)
     assert {key: t.dtype for key, t in layer.state_dict().items()} == {key: t.dtype for key, t in weight.tensors().items()}
     x, y = gaussian(3, 20, 1), gaussian(3, 20, 1) @ weight.dequantize().T
     torch.testing.assert_close(layer(x), y, rtol=0, atol=1e-5)

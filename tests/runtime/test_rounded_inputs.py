@@ -24,7 +24,7 @@ from bitpress.formats.table import GRIDS, Row
 from bitpress.kernels.native import Native
 from bitpress.kernels.reference import Reference
 from bitpress.runtime.hf.layers import PackedLinear, replace_
-from bitpress.runtime.selection import select_runtime
+from bitpress.runtime.opening import OpenedModel
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 DYNAMIC = {"format": "int8-row", "parameters": "dynamic"}
@@ -118,9 +118,9 @@ def test_a_format_of_inputs_is_stored_loaded_computed_and_told(
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 def test_the_engine_leaves_such_a_directory_to_transformers(pressed_dir: Path) -> None:
-    assert select_runtime(pressed_dir).runtime == "native"
+    assert OpenedModel(pressed_dir).select().runtime == "native"
     name = write_inputs(pressed_dir, DYNAMIC, "1.mlp.down_proj")[0]
-    choice = select_runtime(pressed_dir)
+    choice = OpenedModel(pressed_dir).select()
     assert choice.runtime == "transformers"
     assert f"the input of {name} is rounded" in choice.reason
     with pytest.raises(KernelUnavailable, match=r"is rounded.*use the runtime transformers"):

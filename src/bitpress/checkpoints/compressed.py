@@ -14,7 +14,7 @@ Directories of version 1 have transformers' own names (model-*.safetensors and a
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,15 @@ class CompressedCheckpoint:
         claimed = {name for names in self.stored.values() for name in names}
         return {name: entry for name, (_, entry) in self.tensors.items() if name not in claimed}
 
+    @property
+    def names(self) -> Collection[str]:
+        """Parameters that are stored, plain ones first."""
+        return [*self.plain, *self.manifest.weights]
+
+    def read(self, name: str) -> torch.Tensor | CompressedLayer:
+        """Read one parameter as it is stored, a tensor or a layer whose content is checked. Raises CheckpointError."""
+        return self.read_layer(name) if name in self.manifest.weights else read_tensor(*self.tensors[name])
+
     def read_weight(self, parameter: str) -> CompressedWeight:
         """Read the weight of a layer (all experts below each other), whatever its input. Raises CheckpointError."""
         return self.read_layer(parameter).weight
@@ -203,7 +212,10 @@ class CompressedCheckpoint:
 
         Raises CheckpointError, also where the input of its product is rounded: a parameter alone would compute something else.
         """
-        layer = self.read_layer(parameter)
+        return self.decoded(parameter, self.read_layer(parameter))
+
+    def decoded(self, parameter: str, layer: CompressedLayer) -> torch.Tensor:
+        """Decode a layer that was read; raises as `decode` does."""
         if layer.input is not None:
             raise CheckpointError(
                 f"{self.root}: {parameter}: its input is rounded ({layer.input.name}), which decoded weights do not do; "

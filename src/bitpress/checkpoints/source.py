@@ -5,7 +5,7 @@ Nothing is mapped into memory and nothing is opened that is not on the allow-lis
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,10 @@ class SourceCheckpoint:
                 f"{root}: the index names {len(missing)} tensors that no file holds, first {missing[0]!r}; complete the download."
             )
         return cls(root, config, tensors)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""

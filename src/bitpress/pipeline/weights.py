@@ -14,8 +14,9 @@ from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import WeightRecord
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CalibrationError, FormatError, NumericsError
+from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
-from bitpress.formats import AnyFormat, CompressedWeight, Lossless, Scale, chain
+from bitpress.formats import AnyFormat, CompressedLayer, CompressedWeight, Lossless, Scale, chain
 from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
@@ -56,7 +57,7 @@ class CompressedBlock:
         stored = {
             f"{made.parameter.stem}.{leaf}": tensor
             for made in self.parameters.values()
-            for leaf, tensor in made.weight.tensors().items()
+            for leaf, tensor in BitpressDirectory.write(CompressedLayer(made.weight)).tensors.items()
         }
         return stored | self.kept
 
@@ -118,7 +119,7 @@ class WeightCompressor:
         if fallbacks and self.strict:
             raise NumericsError(f"{parameter.stem}: {fallbacks[0]} (an error because of --strict).")
         record = WeightRecord(
-            spec=weight.spec(),
+            **BitpressDirectory.write(CompressedLayer(weight)).entry,
             transposed=parameter.transposed,
             experts=parameter.experts,
             errors=_errors_by_terms(outcomes, len(weight.terms)),

@@ -8,7 +8,6 @@ import torch
 
 from bitpress.checkpoints.budget import within
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import UsageError
 from bitpress.models.skeleton import build_config, build_skeleton, set_parameter_
 from bitpress.runtime.hf.layers import refuse_saving, replace_
@@ -107,17 +106,17 @@ def fill_(
 
     One compressed weight at a time is in memory twice. Raises CheckpointError.
     """
-    for name, entry in pressed.plain.items():
-        if name.startswith(prefix):
-            value = read_tensor(pressed.tensors[name][0], entry)
-            set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
-    for name, record in pressed.manifest.weights.items():
+    for name in pressed.names:
         if not name.startswith(prefix):
             continue
+        value = pressed.read(name)
+        if isinstance(value, torch.Tensor):
+            set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
+            continue
         if packed:
-            replace_(model, record.parameter(name), pressed.read_layer(name), dtype)
+            replace_(model, pressed.manifest.weights[name].parameter(name), value, dtype)
         else:
-            set_parameter_(model, name, pressed.decode(name).to(dtype))
+            set_parameter_(model, name, pressed.decoded(name, value).to(dtype))
         note(name)
 
 
