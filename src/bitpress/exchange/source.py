@@ -65,5 +65,5 @@ class LayerFormat(Protocol):
 
     @staticmethod
     def read(stored: StoredLayer) -> CompressedLayer:
-        """Return the layer. Raises FormatError or UsageError where what is stored is none."""
+        """Return the layer. Raises FormatError or UsageError if the stored tensors do not make one."""
         ...
