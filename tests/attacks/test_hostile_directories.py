@@ -399,7 +399,7 @@ JSON = {
     "manifest: infinity by exponent": Attack(
         text(MANIFEST_NAME, lambda b: b.replace(b'"experts": 0', b'"experts": 1e999', 1)), "too large", sealed=False
     ),
-    "manifest: integer of 30 digits": Attack(manifest(lambda m: m["job"].update(a=10**29)), "an integer of 30 digits"),
+    "manifest: integer of 30 digits": Attack(manifest(lambda m: m["job"].update(a=10**29)), "an integer has 30 digits"),
     "manifest: not UTF-8": Attack(text(MANIFEST_NAME, lambda b: b + b"\xff"), "not UTF-8", sealed=False),
     "manifest: a list": Attack(manifest(lambda m: [m]), "version None"),
     "manifest: empty": Attack(text(MANIFEST_NAME, lambda b: b""), "not JSON", sealed=False),
@@ -412,7 +412,7 @@ JSON = {
     ),
     "manifest: unknown key of a specification": Attack(spec(lambda s: s.update(more=1)), "no more and no less"),
     "manifest: unknown key of a term": Attack(
-        spec(lambda s: s["terms"][0].update(more=1)), "by its format's name and its parts"
+        spec(lambda s: s["terms"][0].update(more=1)), "the name of its format and its parts"
     ),
     "manifest: unknown key of a map": Attack(spec(lambda s: s["input_map"].update(more=1)), "has no settings"),
     "manifest: missing key": Attack(manifest(lambda m: m.pop("aliases")), "aliases: Field required"),
@@ -454,7 +454,7 @@ JSON = {
 HEADER = {
     "header: shard cut short": Attack(text(SHARD, lambda b: b[:-64]), "it is cut short or has a tail"),
     "header: trailing bytes": Attack(text(SHARD, lambda b: b + b"tail"), "it is cut short or has a tail"),
-    "header: empty shard": Attack(text(SHARD, lambda b: b""), "too few"),
+    "header: empty shard": Attack(text(SHARD, lambda b: b""), "smallest safetensors file"),
     "header: length beyond the file": Attack(text(SHARD, lambda b: struct.pack("<Q", 2**40) + b[8:]), "the header claims"),
     "header: length too short": Attack(
         text(SHARD, lambda b: struct.pack("<Q", struct.unpack("<Q", b[:8])[0] - 9) + b[8:]), "is not JSON"
@@ -463,7 +463,7 @@ HEADER = {
     "header: overlap": Attack(header(lambda h, d: _shift(h, d, -8)), "the regions overlap"),
     "header: unknown key": Attack(header(lambda h, d: h[NORM].update(more=1)), "exactly dtype, shape and data_offsets"),
     "header: shape and offsets disagree": Attack(header(lambda h, d: h[NORM].update(shape=[31])), "needs 124"),
-    "header: unknown dtype": Attack(header(lambda h, d: h[NORM].update(dtype="F31")), "is not known"),
+    "header: unknown dtype": Attack(header(lambda h, d: h[NORM].update(dtype="F31")), "is unknown"),
 }
 
 

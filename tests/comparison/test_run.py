@@ -176,7 +176,7 @@ def test_a_run_goes_on_after_what_is_there(run: Run, tmp_path: Path) -> None:
         assert row["error"] == again["error"]
 
 
-@pytest.mark.parametrize("stage", ["original on the held-out texts", "statistics of the original"])
+@pytest.mark.parametrize("stage", ["original on the evaluation texts", "statistics of the original"])
 def test_a_pass_that_is_stopped_goes_on(stage: str, run: Run, tmp_path: Path) -> None:
     with pytest.raises(JobStopped):
         run("gptq", "heads", progress=Calls((stage, 1)))

@@ -63,7 +63,7 @@ def check_task(task: str) -> None:
     """Raise UsageError unless a task has this name, or it is a file of questions."""
     if task.endswith(".jsonl"):
         if not Path(task).exists():
-            raise UsageError(f"{task}: cannot be read; give a .jsonl file of questions.")
+            raise UsageError(f"{task}: cannot be read: No such file or directory.")
     elif task not in TASKS:
         raise unknown_name("task", task, TASKS, f"A task is one of {', '.join(TASKS)}, or a file FILE.jsonl.")
 
