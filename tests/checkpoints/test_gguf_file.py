@@ -377,7 +377,7 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert report["left_behind"] == []
     whole = sum(path.stat().st_size for path in out.iterdir())
     assert plan.published_bytes == pytest.approx(whole, rel=0.1)
-    assert (plan.published_bytes > plan.given_bytes) == any("larger than what you gave" in line for line in listening.said)
+    assert (plan.published_bytes > plan.given_bytes) == any("larger than its source" in line for line in listening.said)
     assert plan.as_dict()["given"]["file_type"] == "Q8_0"
     told = told_original(report)
     assert "GGUF Q8_0, quantized already" in told

@@ -58,12 +58,12 @@ def test_plan_sums_by_kind_and_by_reason(tiny_model: Callable[..., Path], narrow
     )
     assert next(row for why, row in plan.kept_by_reason.items() if why.startswith("skipped as asked"))["parameters"] == 1
     assert plan.as_dict()["kinds"] == plan.kinds()
-    show_plan(plan, 1.0)
+    show_plan(plan, build_method(recipe), 1.0)
     shown = narrow()
     assert "layers.0" not in shown
     assert "skipped as asked" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    show_plan(plan, 1.0, whole=True)
+    show_plan(plan, build_method(recipe), 1.0, whole=True)
     shown = narrow()
     assert all(w.parameter.stem in shown.split() for w in plan.weights)
     assert "model.layers.1.self_attn.v_proj.weight" in shown
