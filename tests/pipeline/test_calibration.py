@@ -1,5 +1,6 @@
 """What a block is measured on: the compressed model's inputs or the original's, both, and the gradient of the loss."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -321,3 +322,23 @@ def test_the_plan_counts_the_backward_pass(
 def test_sensitivity_is_not_known_in_another_basis(sensitive: None) -> None:
     with pytest.raises(UsageError, match="another basis; leave out hadamard"):
         make_recipe({"quantizer": "weighted", "transforms": ["hadamard"]})
+
+
+def test_a_journal_of_other_records_is_refused_before_any_block(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe, out = tiny_model("llama"), gptq_recipe(), tmp_path / "out"
+
+    def stop(self: BlockCompressor, block: LoadedBlock) -> None:
+        raise JobStopped("stopped by a test")
+
+    monkeypatch.setattr(BlockCompressor, "visit_", stop)
+    with pytest.raises(JobStopped):
+        quantize_directory(model, out, recipe, proof=Proof(tokens=0))
+    journal = out / JOB_DIRECTORY / "journal.jsonl"
+    payload = journal.read_bytes().split(b" ", 1)[1].rstrip(b"\n").replace(b'"digests": {}', b'"digests": 3')
+    journal.write_bytes(b"%08x " % zlib.crc32(payload) + payload + b"\n")
+    with pytest.raises(
+        CheckpointError, match=r"journal\.jsonl:1: does not describe compressed weights; start again with --force"
+    ):
+        quantize_directory(model, out, recipe, proof=Proof(tokens=0))

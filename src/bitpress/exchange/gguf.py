@@ -36,7 +36,7 @@ class Gguf:
 
     @staticmethod
     def owns(path: Path) -> bool:
-        return path.is_file() and path.suffix == ".gguf"
+        return path.is_file() and path.suffix.lower() == ".gguf"
 
     @staticmethod
     def open(path: Path) -> Source:

@@ -88,7 +88,7 @@ class BlockCompressor:
         if self.measured is not None:
             found = self.measured(block.index)
         else:
-            found = stream.capture_(block.index, observed, self.method.needs, replaced, last=block.last, final=final)
+            found = stream.capture_(block.index, observed, replaced, last=block.last, final=final)
         stats = found.stats
         if self.sensitivity is not None:
             stats = stats | self._sensitivities(planned, stats)

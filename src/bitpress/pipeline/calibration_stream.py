@@ -120,7 +120,6 @@ class CalibrationStream:
         self,
         i: int,
         observed: Mapping[str, tuple[WeightParameter, Observed]],
-        needs: Collection[str],
         replaced: Mapping[str, torch.Tensor],
         *,
         last: bool,
@@ -134,9 +133,9 @@ class CalibrationStream:
         batches = self.batches()
         probe = batches[0][1][:1, :PROBE_LENGTH].clone()
         roles = None
-        if HEAD_STATISTICS & set(needs):
+        if HEAD_STATISTICS & self.needs:
             roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in observed.values()])
-        capture = Capture([w for _, w in observed.values()], needs, roles)
+        capture = Capture([w for _, w in observed.values()], self.needs, roles)
         if (self.beside is not None and final) or self.follows_original:
             self.before_advance()  # the original's states are overwritten as soon as they have been used
         original = {name: value.to(self.model.dtype) for name, value in replaced.items()}
@@ -185,4 +184,4 @@ class StatisticsVisitor:
     def visit_(self, block: LoadedBlock) -> None:
         stream = self.stream
         observed = stream.observe(list_weights(stream.model, block.index, ())[0])
-        self.found = stream.capture_(block.index, observed, stream.needs, {}, last=block.last, final=True)
+        self.found = stream.capture_(block.index, observed, {}, last=block.last, final=True)

@@ -216,6 +216,7 @@ def _compress(
     )
     progress.begin("quantizing", total, len(job.units))
     if job.units:
+        _gather(job)  # a journal that does not hold records is refused now, not after the last block
         progress.note(f"resuming after {job.units[-1].unit}")
     stream.start_(tokens, job.activations())
     done = len(job.units)

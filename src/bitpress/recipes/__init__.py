@@ -1,6 +1,7 @@
 """Recipes: the text of a run, and the method that is built of it once."""
 
-from bitpress.recipes.method import KINDS, LayerMethod, Method, Named, build_method
+from bitpress.recipes.kinds import KINDS
+from bitpress.recipes.method import LayerMethod, Method, Named, build_method
 from bitpress.recipes.parts import make_part, settings_of, spelled
 from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, NamedRecipe, Override, Recipe
 from bitpress.recipes.text import dump_recipe, load_recipe, make_recipe, told_overrides, told_weights

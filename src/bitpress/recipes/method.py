@@ -1,6 +1,6 @@
 """A recipe built once: its parts by kind, what they need, and the parts for one weight by its name.
 
-The pipeline passes a `Method`, never the recipe. A new kind of part is one row of `KINDS`.
+The pipeline passes a `Method`, never the recipe. A new kind of part is one row of `kinds.KINDS`.
 """
 
 import fnmatch
@@ -13,39 +13,18 @@ import torch
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.corrections.correction import Correction
-from bitpress.corrections.table import CORRECTIONS
 from bitpress.formats import LOSSLESS, AnyFormat, find_format
 from bitpress.quantizers.quantizer import Quantizer
-from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.parts import make_part, settings_of
 from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, Override, Recipe
 from bitpress.transforms.basis import BasisChange
-from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["KINDS", "Kind", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
+__all__ = ["LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
 P = TypeVar("P", bound=Any, covariant=True)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of part: the key of a recipe that names such parts, what errors call one, and its table."""
-
-    key: str
-    noun: str
-    table: Mapping[str, type[Any]]
-
-
-# By the kind's name, in the order in which parts act on a weight.
-KINDS: dict[str, Kind] = {
-    "search": Kind("transforms", "transform", SCALE_SEARCHES),
-    "basis": Kind("transforms", "transform", BASIS_CHANGES),
-    "target": Kind("transforms", "transform", TARGETS),
-    "correction": Kind("corrections", "correction", CORRECTIONS),
-    "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +133,7 @@ class Method:
         values = self.recipe.model_dump(mode="json")
         values["weights"] = self.format.name
         values["quantizer"] = self.quantizer.settings()
-        for key in ("transforms", "corrections"):
+        for key in LISTS:
             values[key] = [named.settings() for named in self.of_key(key)]
         values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
@@ -198,8 +177,7 @@ def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
     kinds = [name for name, kind in KINDS.items() if kind.key == key]
     kind = next((name for name in kinds if part.get("name") in KINDS[name].table), None)
     if kind is None:
-        table = {name: made for known in kinds for name, made in KINDS[known].table.items()}
-        make_part(KINDS[kinds[0]].noun, part, table)  # raises for the name
+        make_part(KINDS[kinds[0]].noun, part, table_of(key))  # raises for the name
         raise AssertionError
     return _named(kind, part)
 

@@ -6,13 +6,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bitpress.corrections.table import CORRECTIONS
 from bitpress.errors import FormatError, UsageError, fold, unknown_name
 from bitpress.faults import value_fault
 from bitpress.foreign import foreign_hint
 from bitpress.formats import read_format
-from bitpress.quantizers.table import QUANTIZERS
-from bitpress.transforms.table import TRANSFORMS
+from bitpress.recipes.kinds import KINDS, Table, table_of
 
 __all__ = ["make_part", "settings_of", "spelled"]
 
@@ -22,7 +20,7 @@ def spelled(name: str, table: Mapping[str, Any]) -> str:
     return next((known for known in table if fold(known) == fold(name)), name)
 
 
-def make_part(kind: str, part: Mapping[str, Any], table: Mapping[str, type[Any]]) -> Any:
+def make_part(kind: str, part: Mapping[str, Any], table: Table) -> Any:
     """Make a part of a recipe from its name and settings. Raises UsageError that says which of them is wrong."""
     name = part.get("name")
     if not isinstance(name, str) or name not in table:
@@ -41,12 +39,8 @@ def make_part(kind: str, part: Mapping[str, Any], table: Mapping[str, type[Any]]
 
 def _unknown_part(kind: str, name: str, table: Mapping[str, Any]) -> UsageError:
     """Make the error for a method's name: it may be one of another kind, or another tool's."""
-    kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
-        "quantizer": ("quantizer", QUANTIZERS),
-        "transform": ("transforms", TRANSFORMS),
-        "correction": ("corrections", CORRECTIONS),
-    }
-    for other, (key, names) in kinds.items():
+    for other, key in {made.noun: made.key for made in KINDS.values()}.items():
+        names = table_of(key)
         if other != kind and spelled(name, names) in names:
             return UsageError(
                 f"unknown {kind} {name!r}: that is a {other}; it goes under {key} (`bitpress methods` lists all)."

@@ -8,17 +8,16 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bitpress.corrections.table import CORRECTIONS
 from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
 from bitpress.formats import read_format
 from bitpress.quantizers.table import QUANTIZERS
+from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import build_method
 from bitpress.recipes.parts import spelled
 from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, Override, Recipe
 from bitpress.recipes.rules import check_composition
-from bitpress.transforms.table import TRANSFORMS
 
 __all__ = ["dump_recipe", "load_recipe", "make_recipe", "told_overrides", "told_weights"]
 
@@ -45,10 +44,10 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     if isinstance(merged.get("overrides"), (list, tuple)):
         parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
         merged["overrides"] = [_with_format(f"{where}: overrides", o) if isinstance(o, Mapping) else o for o in parts]
-    for key, table in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
+    for key in LISTS:
         if isinstance(merged.get(key), (list, tuple)):
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
-            merged[key] = [_with_name(part, table) for part in parts]
+            merged[key] = [_with_name(part, table_of(key)) for part in parts]
     merged = _with_format(where, merged)
     try:
         recipe = Recipe.model_validate(merged)

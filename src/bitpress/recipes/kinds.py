@@ -1,0 +1,41 @@
+"""The kinds of parts that a recipe names: the one table that building a method, reading a recipe and its errors are made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitpress.corrections.table import CORRECTIONS
+from bitpress.quantizers.table import QUANTIZERS
+from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS
+
+__all__ = ["KINDS", "LISTS", "Kind", "Table", "table_of"]
+
+# Parts by name; the parts of one key have protocols of their own.
+Table = Mapping[str, type[Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of part: the key of a recipe that names such parts, what errors call one, and its table."""
+
+    key: str
+    noun: str
+    table: Table
+
+
+# By the kind's name, in the order in which parts act on a weight.
+KINDS: dict[str, Kind] = {
+    "search": Kind("transforms", "transform", SCALE_SEARCHES),
+    "basis": Kind("transforms", "transform", BASIS_CHANGES),
+    "target": Kind("transforms", "transform", TARGETS),
+    "correction": Kind("corrections", "correction", CORRECTIONS),
+    "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
+}
+
+# Keys of a recipe that list parts; `quantizer` names a single one.
+LISTS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.key != "quantizer"))
+
+
+def table_of(key: str) -> Table:
+    """Return every part that a key of a recipe can name."""
+    return {name: made for kind in KINDS.values() if kind.key == key for name, made in kind.table.items()}
