@@ -44,7 +44,8 @@ def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[Pla
     needs = method.needs
     if not needs:
         return seconds
-    tokens = method.recipe.calibration.samples * method.recipe.calibration.length
+    calibration = method.recipe.calibration
+    tokens = calibration.samples * model.task.positions(model.model.config, calibration.length)
     text = model.model.config.get_text_config()
     active = getattr(text, "num_experts_per_tok", None)
     heads = getattr(text, "num_key_value_heads", None) or 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitpress import native
-from bitpress.calibration.samples import Windows
+from bitpress.calibration import Samples
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.compressed import (
     JOB_DIRECTORY,
@@ -28,11 +28,10 @@ from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
-from bitpress.checkpoints.tokenizer import check_tokenizer
 from bitpress.errors import CheckpointError, NumericsError, UsageError
-from bitpress.measure.evaluation import check_reloaded, evaluate, evaluation_windows
-from bitpress.measure.runtimes import check_loads, check_opens, measure_prompt_cost, prompt_windows
-from bitpress.measure.windows import calibration_windows
+from bitpress.measure.evaluation import check_reloaded, evaluate
+from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
+from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.memory import peak_bytes, release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
@@ -89,7 +88,7 @@ def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, Original
     streamed, loader = open_original(model, method.compute)
     plan = make_plan(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
     if method.needs:
-        check_tokenizer(model)
+        streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
@@ -121,11 +120,12 @@ def quantize_directory(
     if proof.tokens and method.needs and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
-        evaluation_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
-    windows = None
+        config = streamed.model.config
+        draw_evaluation(proof.text, streamed.task, model, config, count=proof.tokens, length=proof.length)
+    samples = None
     if method.needs:
-        windows = calibration_windows(recipe.calibration, model, streamed.model.config)
-    identity = identify(loader.source.hashes(), None if windows is None else windows.sha256, method)
+        samples = draw_calibration(recipe.calibration, streamed.task, model, streamed.model.config)
+    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
     finished = _finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -150,8 +150,9 @@ def quantize_directory(
     job = Job.open(out, identity, force=force)
     try:
         with stoppable() as check_stop:
-            seconds = _compress(job, plan, streamed, method, windows, strict, check_stop, progress)
-            return finish_job(job, loader, model, plan, method, windows, proof, progress, check_stop, Clock(started, seconds))
+            seconds = _compress(job, plan, streamed, method, samples, strict, check_stop, progress)
+            clock = Clock(started, seconds)
+            return finish_job(job, loader, model, streamed, plan, method, samples, proof, progress, check_stop, clock)
     finally:
         job.close()
 
@@ -184,7 +185,7 @@ def _compress(
     plan: Plan,
     model: StreamedModel,
     method: Method,
-    windows: Windows | None,
+    samples: Samples | None,
     strict: bool,
     check_stop: Callable[[], None],
     progress: Progress,
@@ -196,14 +197,14 @@ def _compress(
         return 0.0
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
-    tokens = None if windows is None else windows.tokens
+    inputs = None if samples is None else samples.inputs
     outer = model.load_outer_()
     kept: dict[str, str] | None = None
     sensitivity = None
     if of_origin(method.needs, "loss"):
         if not job.units:
-            assert tokens is not None
-            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), tokens, check_stop, progress))
+            assert inputs is not None
+            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), inputs, check_stop, progress))
         sensitivity = job.kept(SENSITIVITY)
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
     stream = CalibrationStream(
@@ -218,7 +219,7 @@ def _compress(
     if job.units:
         _gather(job)  # a journal that does not hold records is refused now, not after the last block
         progress.note(f"resuming after {job.units[-1].unit}")
-    stream.start_(tokens, job.activations())
+    stream.start_(inputs, job.activations())
     done = len(job.units)
     if not done:
         job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
@@ -235,9 +236,10 @@ def finish_job(
     job: Job,
     loader: OriginalLoader,
     model: Path,
+    streamed: StreamedModel,
     plan: Plan,
     method: Method,
-    windows: Windows | None,
+    samples: Samples | None,
     proof: Proof,
     progress: Progress,
     check_stop: Callable[[], None],
@@ -253,8 +255,8 @@ def finish_job(
     pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts.digests, check_stop)
     check_loads(pressed, check_stop)
-    if windows is not None or proof.tokens:
-        prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
+    if (samples is not None or proof.tokens) and choose_opened(pressed) == "native":
+        prompts = samples.inputs if samples is not None else draw_prompts(model, streamed)
         manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
         pressed = replace(pressed, manifest=manifest)
     figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
@@ -277,7 +279,7 @@ def finish_job(
         facts.rows,
         plan,
         job.identity,
-        calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
+        calibration=None if samples is None else {**streamed.task.count(samples.inputs), "kinds": _counts(samples.kinds)},
         source_bytes=loader.source.nbytes,
         given=loader.source.given,
         left_out=list(loader.names.left_out),
@@ -296,7 +298,7 @@ def finish_job(
             f"{job.out}: the KL divergence from the original is {figures['kl_mean']:.4f}, above --max-kl {proof.max_kl:g}; "
             "nothing is published. Use more bits or another method, or raise the limit and run again."
         )
-    card = make_card(report, job.out.name, front_matter(model, job.identity["recipe"]["weights"]))
+    card = make_card(report, job.out.name, front_matter(model, job.identity["recipe"]["weights"]), streamed.task)
     texts = {"report.json": write_json_bytes(report), "README.md": card.encode()}
     job.stage(texts)
     job.publish({}, write_json_bytes(manifest.model_dump(mode="json")))

@@ -7,6 +7,7 @@ from typing import Any
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import shown, written
+from bitpress.models.task import Task
 from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
@@ -60,11 +61,11 @@ def make_report(
     }
 
 
-def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> str:
+def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any], task: Task) -> str:
     """Write the model card (README.md of the published directory) from the report; `head` holds the keys that hubs read."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("bitpress.pipeline").joinpath("card.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["shown"] = shown
-    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head)) + "\n"
+    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head), task=task) + "\n"
