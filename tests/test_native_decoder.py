@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ from bitpress.runtime.hf.loading import load
 from bitpress.runtime.native.architectures import ARCHITECTURES, Layout, Rotation, describe
 from bitpress.runtime.native.assemble import load_engine, refuses
 from bitpress.runtime.native.engine import Engine
-from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.native.options import CacheType, EngineOptions
 from bitpress.runtime.opening import load_native
 from bitpress.runtime.sampling import Sampling
 
@@ -283,7 +283,7 @@ def test_every_family_has_a_case() -> None:
 
 
 @every_case
-@pytest.mark.parametrize("cache", ["fp16", "int8"])
+@pytest.mark.parametrize("cache", get_args(CacheType))
 def test_logits_are_those_of_transformers(
     name: str, cache: str, path: str, pressed: Callable[[str], Path], wanted: Callable[..., Expected]
 ) -> None:

@@ -15,12 +15,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from bitpress import native
+from bitpress.runtime.native.options import CacheType
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -1011,7 +1012,7 @@ def test_a_model_keeps_what_it_is_made_of() -> None:
     assert (logits_of(model, 1, 2, 3) == first).all()
 
 
-@pytest.mark.parametrize("cache", ["fp16", "int8"])
+@pytest.mark.parametrize("cache", get_args(CacheType))
 @pytest.mark.parametrize("byte_activations", [False, True])
 def test_no_wrong_token_or_buffer_reaches_a_model(cache: str, byte_activations: bool) -> None:
     library = native.library()
@@ -1060,7 +1061,7 @@ def test_no_wrong_token_or_buffer_reaches_a_model(cache: str, byte_activations: 
 
 def test_a_context_is_filled_to_its_end_and_no_further() -> None:
     for path in PATHS:
-        for cache in ("fp16", "int8"):
+        for cache in get_args(CacheType):
             for first in (1, 4, 5, CONTEXT - 1, CONTEXT):
                 model = make_model(path=path, cache=cache)
                 model.forward(np.arange(first, dtype=np.int32), f32(first, VOCABULARY))
@@ -1074,7 +1075,7 @@ def test_a_context_is_filled_to_its_end_and_no_further() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 0.0])
 def test_a_model_of_numbers_that_are_none_ends(path: str, value: float) -> None:
-    for cache in ("fp16", "int8"):
+    for cache in get_args(CacheType):
         arguments = with_step(0, 0, weight=f32(HIDDEN, value=value))
         arguments["layers"][0][2]["q_norm"] = f32(HEAD, value=value)
         arguments |= {"path": path, "cache": cache, "ropes": [(f32(HEAD // 2, value=value), 1.0)]}
