@@ -124,7 +124,7 @@ def test_sampling_has_its_seed(runtime: str, bitpress: Run, pressed_original: Pa
         (
             ("--runtime", "transformers", "--cache", "int8"),
             2,
-            "--cache: only for the runtime native, and transformers is asked for",
+            "--cache: only for the runtime native, and transformers was requested",
         ),
         (("--packed", "--head", "keep"), 2, "--head: only for the runtime native; --packed: only for transformers"),
         (("--runtime", "native", "--packed"), 2, "--packed: only for the runtime transformers"),

@@ -1,4 +1,4 @@
-"""What a user chooses of the native engine."""
+"""EngineOptions: the options of the native engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,10 +17,10 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the native engine. None leaves the choice to the engine. Raises UsageError for a value that no engine has.
+    """Options of the native engine. None leaves the choice to the engine. Raises UsageError for an unknown value.
 
-    activations  inputs of products: "int8", "none" (float), or "mixed" (float in prompts); by default "int8", or "mixed" where the
-                 directory says that 8 bits would cost its prompts much
+    activations  inputs of products: "int8", "none" (float), or "mixed" (float in prompts); by default "int8", or "mixed" if the
+                 directory records that 8 bits would cost its prompts much
     cache        type of the stored keys and values: "fp16" (default) or "int8"
     head         format that an uncompressed output head is rounded to, USUAL_HEAD by default; "keep" leaves it in 16 bits
     context      tokens to make room for; by default the model's own limit, 32,768 at most
