@@ -119,7 +119,7 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def pressed(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[[str], Path]:
-    """Give the pressed directory of a case, made once; norms and biases are random too, so that none can be left out unseen."""
+    """Return the compressed model of a case, made once; norms and biases are random too, so that none can be left out unnoticed."""
     import transformers
 
     made: dict[str, Path] = {}
@@ -146,7 +146,7 @@ def pressed(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Ca
 
 @pytest.fixture(scope="session")
 def reference(pressed: Callable[[str], Path]) -> Callable[[str], Any]:
-    """Give a case's model in transformers, on decoded weights in float32: fp16 with a factor a row where the engine expands."""
+    """Return a case's model in transformers, on decoded weights in float32: fp16 with a factor a row where the engine expands."""
 
     def make(name: str) -> Any:
         model = load(pressed(name), dtype="fp32").eval()
@@ -170,7 +170,7 @@ def draw(count: int, seed: int = 0) -> list[int]:
 
 
 def steps(engine: Engine, tokens: Sequence[int], sizes: Sequence[int] = (1,)) -> torch.Tensor:
-    """Give the logits of every token of a text that comes in pieces of these sizes in turn."""
+    """Return the logits of every token of a text that comes in pieces of these sizes in turn."""
     parts, at = [], 0
     for size in itertools.cycle(sizes):
         parts.append(engine.forward(tokens[at : at + size], "all"))
@@ -215,7 +215,7 @@ def cache_argument(model: Any) -> str:
 
 @torch.no_grad()
 def expected(model: Any, tokens: Sequence[int], cache: str = "none", activations: str = "none") -> torch.Tensor:
-    """Give transformers' logits of every token, [tokens, vocabulary], with roundings like the engine's."""
+    """Return transformers' logits of every token, [tokens, vocabulary], with roundings like the engine's."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)] if activations == "int8" else []
     hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
     options: dict[str, Any] = {"use_cache": False}
@@ -243,7 +243,7 @@ class Expected:
 
 @pytest.fixture(scope="session")
 def wanted(reference: Callable[[str], Any]) -> Callable[..., Expected]:
-    """Give both kinds of logits for a case and a text of so many drawn tokens."""
+    """Return both kinds of logits for a case and a text of so many drawn tokens."""
 
     @functools.cache
     def make(name: str, count: int = TOKENS, cache: str = "fp16", activations: str = "none") -> Expected:
@@ -260,7 +260,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def divergence(exact: torch.Tensor, got: torch.Tensor) -> float:
-    """Give the mean KL divergence in nats."""
+    """Return the mean KL divergence in nats."""
     p, q = exact.double().log_softmax(-1), got.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 

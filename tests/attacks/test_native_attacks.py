@@ -49,7 +49,7 @@ def i32(*values: int) -> np.ndarray:
 
 
 def spread(array: np.ndarray) -> np.ndarray:
-    """Give the same values with a gap between any two."""
+    """Return the same values with a gap between any two."""
     wide = np.zeros((*array.shape[:-1], array.shape[-1] * 2), array.dtype)
     wide[..., ::2] = array
     return wide[..., ::2]
@@ -61,7 +61,7 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def variants(array: np.ndarray) -> dict[str, Any]:
-    """Give what stands where an array of this type and shape belongs, and is none."""
+    """Return values that are no array of this type and shape, to stand in its place."""
     other = np.float64 if array.dtype == np.float32 else np.int64 if array.dtype != np.int64 else np.int32
     longer = np.concatenate([array, array])
     wrong = {
@@ -89,7 +89,7 @@ def variants(array: np.ndarray) -> dict[str, Any]:
 
 
 def numbers(allowed: str) -> dict[str, Any]:
-    """Give what stands where a whole number belongs, and is none."""
+    """Return values that are no whole number, to stand in its place."""
     return {"None": None, "text": "1", "a fraction": 1.5, "a list": [1], **{f"{n}": n for n in BIG if allowed != "any"}}
 
 
@@ -196,7 +196,7 @@ def map_steps(columns: int = COLUMNS) -> list[dict[str, Any]]:
 
 
 def changed_step(index: int, **values: Any) -> dict[str, Any]:
-    """Give arguments of a map one step of which is another; a value of None leaves the key out."""
+    """Return arguments of a map one step of which is another; a value of None leaves the key out."""
     steps = map_steps()
     steps[index] = {key: value for key, value in {**steps[index], **values}.items() if value is not None}
     return {"steps": steps}
