@@ -28,10 +28,10 @@ def make_report(
     left_behind: Sequence[LeftBehind],
     timing: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for one that is no number.
+    """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for a NaN or an infinity.
 
-    `source_bytes` are those of the tensors that were read; where these were converted from a file that the user gave, that file is
-    the original, and sizes are compared with it.
+    `source_bytes` are those of the tensors that were read; if these were converted from a file of the user, that file is the original,
+    and sizes are compared with it.
     """
     original_bytes = source_bytes if given is None else given.nbytes
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
