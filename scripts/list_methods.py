@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.calibration import STATISTICS
-from bitpress.cli.reports import describe_methods
+from bitpress.cli.listings import describe_methods
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES

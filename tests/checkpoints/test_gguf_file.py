@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from progress_record import Said
 from tokenizers.pre_tokenizers import ByteLevel
 
 from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, save_directory
@@ -99,7 +100,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(tiny: Path) -> GgufModel:
-    return load_gguf(tiny, lambda line: None)
+    return load_gguf(tiny, Silent())
 
 
 def logits(model: GgufModel, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -165,16 +166,33 @@ def test_digits_stand_alone(loaded: GgufModel, tmp_path: Path) -> None:
 
 
 def test_unknown_way_to_split_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+    said = Said()
     write_tiny(tmp_path / "x.gguf", pre="nobody-knows")
-    load_gguf(tmp_path / "x.gguf", said.append)
-    assert len(said) == 1
-    assert "nobody-knows" in said[0]
+    load_gguf(tmp_path / "x.gguf", said)
+    assert len(said.lines) == 1
+    assert "nobody-knows" in said.lines[0]
+
+
+def test_every_tensor_is_followed_and_the_file_is_parsed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, before = [], gguf.GGUFReader._build_fields
+
+    def build(self: gguf.GGUFReader, *place: int) -> Any:
+        parsed.append(self)
+        return before(self, *place)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", build)
+    reader, said = gguf.GGUFReader, Said()
+    load_gguf(tiny, said)
+    tensors = len(read_gguf_header(tiny).tensors)
+    assert said.stages == [(f"reading {tiny.name}", tensors)]
+    assert len(said.units) == tensors
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is reader, "other users of the package get their own again"
 
 
 def test_regauged_model_computes_the_same(loaded: GgufModel) -> None:
     state = dict(loaded.state)
-    regauge_(state, loaded.config)
+    regauge_(state, loaded.config, seed=1)
     before, after = logits(loaded, loaded.state), logits(loaded, state)
     # Float64 throughout: some hundred roundings of 2**-53 each in every sum, far below 1e-12 of the logits' size.
     assert (before - after).abs().max() < 1e-12 * before.abs().max()
@@ -224,7 +242,7 @@ def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:
 def test_well_formed_files_that_are_no_model(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     write_tiny(tmp_path / "x.gguf", **changes)
     with pytest.raises(CheckpointError, match=text):
-        load_gguf(tmp_path / "x.gguf", lambda line: None)
+        load_gguf(tmp_path / "x.gguf", Silent())
 
 
 def test_broken_files(tiny: Path, tmp_path: Path) -> None:
@@ -245,7 +263,7 @@ def test_broken_files(tiny: Path, tmp_path: Path) -> None:
     for name, content in cases.items():
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            load_gguf(path, lambda line: None)
+            load_gguf(path, Silent())
         assert "\n" not in str(caught.value), name
 
 
@@ -260,7 +278,7 @@ def test_spoiled_bytes_never_escape(tiny: Path, tmp_path: Path) -> None:
             spoiled[draw.randrange(end_of_header)] = draw.randrange(256)
         (tmp_path / "x.gguf").write_bytes(spoiled)
         try:
-            load_gguf(tmp_path / "x.gguf", lambda line: None)
+            load_gguf(tmp_path / "x.gguf", Silent())
         except CheckpointError:
             refused += 1
     assert refused >= 20  # most bytes of a header are lengths and names

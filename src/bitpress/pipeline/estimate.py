@@ -4,7 +4,8 @@
     statistics    what calibration sums up of every input
     pressing      the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
 
-Wide inputs are sampled with fewer columns. What is left out: reading and writing files, and the proof.
+Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
+runs here now. What is left out: reading and writing files, and the proof.
 """
 
 import functools
@@ -39,7 +40,7 @@ STAGES = 1.3
 
 
 def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
-    """Return the seconds that calibrating and pressing the planned weights would take, from some work of each kind done now."""
+    """Return the seconds that calibrating and pressing the planned weights would take on this machine if nothing else ran on it."""
     seconds = _pressing(model, method, weights)
     needs = method.needs
     if not needs:
@@ -199,9 +200,10 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
 def _timed(work: Callable[[], object]) -> float:
     """Seconds of the second of two runs, as the first also makes ready what is made only once; of the first where it is long."""
     for _ in range(2):
-        start = time.perf_counter()
+        own, all_threads = time.thread_time(), time.process_time()
         work()
-        seconds = time.perf_counter() - start
+        # This thread does its share of every product; where it waits for the others, their work divided by their number counts.
+        seconds = max(time.thread_time() - own, (time.process_time() - all_threads) / torch.get_num_threads())
         if seconds > 10 * ENOUGH:
             break
     return seconds
