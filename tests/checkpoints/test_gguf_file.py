@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.regauge import SPREAD, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
-from bitpress.cli.reports import told_original, told_ratio
+from bitpress.cli.reports import told_original
 from bitpress.errors import CheckpointError
 from bitpress.exchange.table import open_source
+from bitpress.figures import ratio_text
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import build_method, make_recipe
@@ -394,13 +396,18 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert not (out / "origin.json").exists()
     assert report["left_behind"] == []
     whole = sum(path.stat().st_size for path in out.iterdir())
+    assert size["bytes"] == whole
     assert plan.published_bytes == pytest.approx(whole, rel=0.1)
+    card = (out / "README.md").read_text("utf-8")
+    assert f"| {whole:,}; original: {file.stat().st_size:,}, {ratio_text(size['ratio'])} |" in card
+    assert "pip install bitpress" not in card, "it is on no index"
     assert (plan.published_bytes > plan.given_bytes) == any("larger than its source" in line for line in listening.said)
     assert plan.as_dict()["given"]["file_type"] == "Q8_0"
     told = told_original(report)
     assert "GGUF Q8_0, quantized already" in told
-    assert f"the result is {size['ratio']:.2f} times smaller" in told
-    assert told_ratio(0.5) == "the result is 2.00 times larger"
+    assert ratio_text(size["ratio"]) in told
+    assert ratio_text(2) == "the result is 2.00 times smaller"
+    assert ratio_text(0.5) == "the result is 2.00 times larger"
 
 
 def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:
@@ -416,4 +423,5 @@ def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tm
 def test_the_type_of_a_file_that_does_not_state_one_is_that_of_most_bytes(tiny: Path) -> None:
     given = describe_given([read_gguf_header(tiny)])
     assert (given.file_type, given.is_quantized) == ("F32", False)
-    assert "not quantized" in given.text
+    assert given.text == "GGUF F32, not quantized: F32 100 %"
+    assert replace(given, file_type="Q4_1").text == given.text, "the tensors say what they are, not the header"

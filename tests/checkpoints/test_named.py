@@ -201,6 +201,15 @@ def test_paths_never_go_to_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) 
         resolve_model(model)
 
 
+def test_a_path_that_is_not_there_names_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "smollm2-4bit").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"There is a directory out\. Did you mean out/smollm2-4bit"):
+        resolve_model("out/smollm2-4bi.gguf")
+    with pytest.raises(CheckpointError, match="holds smollm2-4bit"):
+        resolve_model("./out/x")
+
+
 def test_nearest_name_is_offered() -> None:
     with pytest.raises(CheckpointError, match="Did you mean 'smollm2-135m'"):
         resolve_model("smollm2-135")

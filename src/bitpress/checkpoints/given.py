@@ -42,8 +42,9 @@ class Given:
         total = sum(self.types.values())
         shares = [(kind, 100 * count / total) for kind, count in sorted(self.types.items(), key=lambda item: -item[1])]
         shown = ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)
-        state = "quantized already" if self.is_quantized else "not quantized"
-        return f"{self.format} {self.file_type}, {state}: {shown}"
+        if self.is_quantized:
+            return f"{self.format} {self.file_type}, quantized already: {shown}"
+        return f"{self.format} {shares[0][0] if shares else self.file_type}, not quantized: {shown}"  # whatever its header says
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

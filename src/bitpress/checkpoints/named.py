@@ -232,6 +232,15 @@ def _fetch_from_hub(name: str, progress: Progress) -> Path:
 
 
 def _hint(model: str) -> str:
+    """Say what was meant, or what MODEL can be."""
+    parent = Path(model).parent
+    if (
+        parent != Path(".") and os.access(parent, os.R_OK) and parent.is_dir()
+    ):  # out/smollm: a path, though a hub's names look like it
+        beside = sorted(path.name for path in parent.iterdir() if not path.name.startswith("."))
+        meant = next(iter(difflib.get_close_matches(Path(model).name, beside, n=1)), None)
+        known = f"Did you mean {parent / meant}?" if meant else f"{parent} holds {', '.join(beside[:4]) or 'nothing'}."
+        return f"There is a directory {parent}. {known}"
     near = difflib.get_close_matches(model.rpartition("/")[2].lower(), NAMED_MODELS, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(NAMED_MODELS)})."

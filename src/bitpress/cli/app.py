@@ -33,6 +33,7 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    is_set,
     refuse_idle,
 )
 from bitpress.cli.recipe_options import build_recipe, explain_preset
@@ -188,7 +189,7 @@ def evaluate(
     head: Head = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on evaluation text: its perplexity, its distance from the original (--against), its accuracy (--tasks)."""
+    """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
     from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
@@ -206,16 +207,16 @@ def evaluate(
     refuse_idle(context, "--against", against is None, ("runtime",))
     refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     refuse_idle(context, "--tasks", not names, ("documents",))
+    on_text = against is not None or not names or is_set(context, "text", "tokens", "length", "seed")
     with Screen() as screen:
         given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen)
         original = None if against is None else resolve_model(against, screen)
         part = None if memory is None else open_within(given, memory)
-        figures: dict[str, Any] = {}
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "pressed": part}
-        if original is None:
-            figures |= evaluate_alone(given, **how, progress=screen)
+        if original is not None:
+            figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
         else:
-            figures |= measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
+            figures = evaluate_alone(given, **how, progress=screen) if on_text else {}
         if names:
             figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
             if original is not None:

@@ -14,6 +14,7 @@ from bitpress.checkpoints.jsonfile import read_json
 from bitpress.cli.request import threads_text
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
+from bitpress.figures import ratio_text
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
@@ -37,7 +38,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
-        report["figures"],
+        {**report["figures"], "bytes": report["size"]["bytes"]},
         {
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
@@ -65,13 +66,8 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
 def told_original(report: Mapping[str, Any]) -> str:
     """Return the size of the original as the user has it, beside what was published, and its kind."""
     sizes, given = report["size"], report.get("given")
-    told = f"{size(sizes['bytes_original'])}, {told_ratio(sizes['ratio'])}"
+    told = f"{size(sizes['bytes_original'])}, {ratio_text(sizes['ratio'])}"
     return told if given is None else f"{told}; {given['text']} ({size(sizes['bytes_converted'])} in 16 bits)"
-
-
-def told_ratio(ratio: float) -> str:
-    """Return the ratio of the original's bytes to the published ones in words: `the result is 2.00 times smaller`."""
-    return f"the result is {ratio:.2f} times smaller" if ratio >= 1 else f"the result is {1 / ratio:.2f} times larger"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -111,8 +107,8 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         "method": " + ".join(named.name for named in method.parts),
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight{', maps not counted' * maps}",
         "kept as stored": size(plan.kept_bytes),
-        "published": f"about {size(plan.published_bytes)}, with the files beside the weights",
-        "original": f"{size(plan.given_bytes)}, {told_ratio(plan.given_bytes / plan.published_bytes)}",
+        "size": f"about {size(plan.published_bytes)}",
+        "original": f"{size(plan.given_bytes)}, {ratio_text(plan.given_bytes / plan.published_bytes)}",
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),

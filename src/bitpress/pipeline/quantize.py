@@ -29,7 +29,7 @@ from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
 from bitpress.checkpoints.tokenizer import check_tokenizer
-from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
 from bitpress.measure.evaluation import check_reloaded, evaluate, evaluation_windows
 from bitpress.measure.runtimes import check_loads, check_opens, measure_prompt_cost, prompt_windows
 from bitpress.measure.windows import calibration_windows
@@ -44,7 +44,7 @@ from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant, differences
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.pipeline.report import make_card, make_report
+from bitpress.pipeline.report import make_report, write_texts_
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
@@ -55,7 +55,6 @@ from bitpress.stopping import stoppable
 
 __all__ = ["Clock", "Committer", "Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
-
 SENSITIVITY = "sensitivity.safetensors"
 
 
@@ -65,6 +64,17 @@ class Clock:
 
     started: float
     compressing: float
+
+    def facts(self) -> dict[str, object]:
+        """Return what a run took, and on what, for its report."""
+        return {
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds_pressing": round(self.compressing, 2),
+            "peak_memory_bytes": peak_bytes(),
+            "threads": torch.get_num_threads(),
+            "native": sorted(native.features()) if native.available() else None,
+            "machine": platform.processor() or platform.machine(),
+        }
 
 
 class Proof:
@@ -250,6 +260,44 @@ def finish_job(
     files = _side_files(loader, side)
     manifest = _manifest(job, loader, method, files, facts)
     job.stage(files)
+    try:
+        manifest, figures = _prove(job, model, manifest, facts, windows, proof, progress, check_stop)
+        report = make_report(
+            figures,
+            facts.rows,
+            plan,
+            job.identity,
+            calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
+            source_bytes=loader.source.nbytes,
+            given=loader.source.given,
+            left_out=list(loader.names.left_out),
+            left_behind=side.left,
+            timing=clock.facts(),
+        )
+        head, written = (
+            front_matter(model, job.identity["recipe"]["weights"]),
+            write_json_bytes(manifest.model_dump(mode="json")),
+        )
+        others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
+        job.stage(write_texts_(report, job.out.name, head, others))
+    except BitpressError:  # of what is not published, nothing lies where a model would
+        job.unstage([*files, "report.json", "README.md"])
+        raise
+    job.publish({}, written)
+    return report
+
+
+def _prove(
+    job: Job,
+    model: Path,
+    manifest: Manifest,
+    facts: BlockRecord,
+    windows: Windows | None,
+    proof: Proof,
+    progress: Progress,
+    check_stop: Callable[[], None],
+) -> tuple[Manifest, dict[str, Any]]:
+    """Reload what is staged as its users will, and measure it; return the manifest with the cost in prompts, and the figures."""
     pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts.digests, check_stop)
     check_loads(pressed, check_stop)
@@ -257,7 +305,6 @@ def finish_job(
         prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
         manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
         pressed = replace(pressed, manifest=manifest)
-    figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
     if proof.tokens:
         figures = evaluate(
             job.out,
@@ -270,37 +317,16 @@ def finish_job(
             progress=progress,
         )
     else:
+        figures = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
         check_opens(pressed, progress)
     check_stop()
-    report = make_report(
-        figures,
-        facts.rows,
-        plan,
-        job.identity,
-        calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
-        source_bytes=loader.source.nbytes,
-        given=loader.source.given,
-        left_out=list(loader.names.left_out),
-        left_behind=side.left,
-        timing={
-            "seconds": round(time.perf_counter() - clock.started, 2),
-            "seconds_pressing": round(clock.compressing, 2),
-            "peak_memory_bytes": peak_bytes(),
-            "threads": torch.get_num_threads(),
-            "native": sorted(native.features()) if native.available() else None,
-            "machine": platform.processor() or platform.machine(),
-        },
-    )
     if proof.max_kl is not None and figures.get("kl_mean", 0.0) > proof.max_kl:
         raise NumericsError(
             f"{job.out}: the KL divergence from the original is {figures['kl_mean']:.4f}, above --max-kl {proof.max_kl:g}; "
-            "nothing is published. Use more bits or another method, or raise the limit and run again."
+            f"nothing is published. The compressed blocks are kept in {JOB_DIRECTORY}: the same command with a higher limit "
+            "publishes them without quantizing again, and --force starts anew with more bits or another method."
         )
-    card = make_card(report, job.out.name, front_matter(model, job.identity["recipe"]["weights"]))
-    texts = {"report.json": write_json_bytes(report), "README.md": card.encode()}
-    job.stage(texts)
-    job.publish({}, write_json_bytes(manifest.model_dump(mode="json")))
-    return report
+    return manifest, figures
 
 
 def shard_name(i: int, total: int) -> str:
