@@ -110,7 +110,7 @@ def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
 def show_preset(preset: Preset) -> None:
     """Print a preset's recipe, its figures, and the recipes that measured worse."""
     out.print(f"[bold]{preset.name}, {preset.bits} bits:[/bold] {escape(preset.chosen.name)}")
-    out.print(f"rule: {escape(preset.rule)}")
+    out.print(f"rule: {escape(preset.rule)}.")
     out.print(f"measured on: {escape(preset.bench)}")
     table(
         "\nChosen, and the nearest others",
@@ -120,6 +120,9 @@ def show_preset(preset: Preset) -> None:
             for figures in (preset.chosen, *preset.others)
         ],
         right=range(1, 3 + len(preset.chosen.kl)),
+    )
+    out.print(
+        "[dim]seconds: half of the processor seconds that quantizing took, as on 2 cores; docs/methods-results.md has the whole.[/dim]"
     )
     out.print("\nAs a recipe file:")
     out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
