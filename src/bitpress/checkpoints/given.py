@@ -12,9 +12,10 @@ from bitpress.checkpoints.jsonfile import read_json
 from bitpress.errors import CheckpointError
 from bitpress.settings import cache_directory
 
-__all__ = ["ORIGIN", "Given", "is_in_cache", "read_given"]
+__all__ = ["FILE", "ORIGIN", "Given", "is_in_cache", "read_file_name", "read_given"]
 
 ORIGIN = "origin.json"
+FILE = "file"  # its key for the name of the file, which is no part of what a report says
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -59,6 +60,16 @@ def read_given(root: Path) -> Given | None:
         return Given(**values["given"])
     except (CheckpointError, KeyError, TypeError):
         return None
+
+
+def read_file_name(root: Path) -> str | None:
+    """Return the name of the file from which a directory of the cache was converted; older conversions do not say."""
+    try:
+        values = read_json(root / ORIGIN)
+    except CheckpointError:
+        return None
+    name = values.get(FILE) if isinstance(values, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def is_in_cache(root: Path) -> bool:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["JOB_LOCK", "describe_job", "is_same", "lock_alone", "lock_shared", "working_process"]
+__all__ = ["JOB_LOCK", "describe_job", "hold", "is_same", "lock_alone", "lock_shared", "working_process"]
 
 JOB_LOCK = "lock"
+_held: dict[Path, int] = {}
 _PROBE_SECONDS = 0.2  # a reader that looks for a lock holds it itself for a moment
 
 
@@ -45,6 +46,25 @@ def is_same(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
         return False
+
+
+def hold(directory: Path) -> bool:
+    """Keep a directory of the cache from being cleared until this process ends; return False if it has gone meanwhile."""
+    if directory in _held and is_same(_held[directory], directory):
+        return True
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not is_same(descriptor, directory):
+        os.close(descriptor)
+        return False
+    with contextlib.suppress(OSError):  # when it was used last; a cache may be read-only
+        os.utime(directory)
+    _held[directory] = descriptor
+    return True
 
 
 def working_process(job: Path) -> str | None:

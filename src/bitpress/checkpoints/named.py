@@ -26,8 +26,9 @@ from bitpress.checkpoints.directory import open_directory
 from bitpress.checkpoints.durable import fsync_directory, hash_file
 from bitpress.checkpoints.gguf_header import describe_given, read_gguf_header
 from bitpress.checkpoints.gguf_parts import find_parts, hash_of_parts, join_parts
-from bitpress.checkpoints.given import ORIGIN, Given
+from bitpress.checkpoints.given import FILE, ORIGIN, Given, is_in_cache
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
+from bitpress.checkpoints.locks import hold
 from bitpress.errors import CheckpointError, fold
 from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
 from bitpress.progress import Progress, Silent
@@ -87,6 +88,8 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
     if os.path.isfile(model) and model.lower().endswith(".gguf"):
         return _resolve_gguf(Path(model), progress)
     if os.path.exists(model):
+        if is_in_cache(Path(model)):
+            hold(Path(model))
         return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead
     named = next((name for name in NAMED_MODELS if fold(name) == fold(model)), None)
     if named is not None:
@@ -125,7 +128,7 @@ def describe_models() -> list[dict[str, Any]]:
 def _resolve_named(name: str, progress: Progress) -> Path:
     entry, path = NAMED_MODELS[name], _named_path(name)
     origin = _origin_of(entry)
-    if _is_made(path, origin):
+    if _is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given | None:
@@ -143,7 +146,7 @@ def _resolve_gguf(file: Path, progress: Progress) -> Path:
     parts = find_parts(file)
     sha256 = hash_of_parts([_known_hash(part) for part, _ in parts])
     path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
-    if _is_made(path, origin):
+    if _is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given:
@@ -159,7 +162,7 @@ def _resolve_gguf(file: Path, progress: Progress) -> Path:
         return describe_given([header for _, header in parts])
 
     progress.note(f"{file}: converting to a model directory, once")
-    return _make_once(path, origin, build)
+    return _make_once(path, origin, build, file.name)
 
 
 def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progress) -> None:
@@ -251,15 +254,16 @@ def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
         return False
     try:
         known = read_json(path / ORIGIN)
-        return isinstance(known, dict) and {key: value for key, value in known.items() if key != "given"} == origin
+        return isinstance(known, dict) and {key: value for key, value in known.items() if key not in ("given", FILE)} == origin
     except CheckpointError:
         return False  # it is made again
 
 
-def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None]) -> Path:
+def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None], file: str | None = None) -> Path:
     """Let `build` fill a temporary directory beside `path`, then rename it to `path`; the first process to finish wins.
 
-    `build` returns a description of the source file, if there is one."""
+    `build` returns a description of the source file, if there is one, and `file` is its name, for a list of the cache.
+    """
     with cache_errors(cache_directory()):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -269,7 +273,7 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Gi
         with cache_errors(cache_directory()):
             made.mkdir()
         given = build(made)
-        written = dict(origin) if given is None else {**origin, "given": given.as_dict()}
+        written = {**origin} | ({} if given is None else {"given": given.as_dict()}) | ({} if file is None else {FILE: file})
         with cache_errors(cache_directory()):
             (made / ORIGIN).write_bytes(write_json_bytes(written))
             _sync(made)
@@ -283,6 +287,8 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Gi
             fsync_directory(path.parent)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+    if not hold(path):
+        raise CheckpointError(f"{path}: was removed from the cache as soon as it was made; run the command again.")
     return path
 
 
