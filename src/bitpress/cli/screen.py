@@ -1,79 +1,32 @@
-"""Runs and results on the screen: a progress bar with an ETA on a terminal, plain lines in a log, JSON for machines."""
+"""Results on standard output: tables for people, JSON for machines. Progress is in `bitpress.screen`."""
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bitpress.figures import shown, written
+from bitpress.screen import Screen, duration, err, size
 
-__all__ = ["Screen", "begin_output", "duration", "has_printed_json", "print_json", "size", "table"]
+__all__ = [
+    "Screen",
+    "begin_output",
+    "duration",
+    "err",
+    "figures_table",
+    "has_printed_json",
+    "out",
+    "print_json",
+    "size",
+    "table",
+]
 
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=True)
+# A pipe or a file has no width: only a terminal breaks lines.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 2**14)
 _state = {"printed": False}
-
-
-class Screen:
-    """Shows progress on standard error: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._what, self._total, self._done, self._already = "", 0, 0, 0
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> "Screen":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        self._stop()
-        self._what, self._total, self._done, self._already = what, total, done, done
-        self._started = self._said = time.monotonic()
-        if err.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=err)
-            self._task = self._bar.add_task(what, total=total, completed=done, unit="")
-            self._bar.start()
-        else:
-            err.print(f"{what}: {total - done} of {total} to do")
-
-    def advance(self, unit: str, **figures: Any) -> None:
-        self._done += 1
-        memory = psutil.Process().memory_info().rss
-        told = [f"{key} {value:.3g}" for key, value in figures.items()] + [f"memory {size(memory)}"]
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, unit=f"{unit}  {'  '.join(told)}")
-        elif time.monotonic() - self._said > 5 or self._done == self._total:
-            self._said = time.monotonic()
-            elapsed = self._said - self._started
-            left = elapsed / max(self._done - self._already, 1) * (self._total - self._done)
-            err.print(f"{self._what}: {self._done}/{self._total} {unit}  {'  '.join(told)}  ETA {duration(left)}")
-
-    def note(self, text: str) -> None:
-        err.print(text, markup=False, soft_wrap=True)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def print_json(value: Any) -> None:
@@ -102,22 +55,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
     for row in rows:
         grid.add_row(*row)
     out.print(grid)
-
-
-def size(count: float) -> str:
-    """12_345_678 -> '12.3 MB'."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """95 -> '1:35'."""
-    whole = int(seconds + 0.5)
-    if whole >= 3600:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-    return f"{whole // 60}:{whole % 60:02d}"
 
 
 # Figures that have lines of their own, whatever the task.

@@ -31,7 +31,7 @@ from bitpress.models.walk import walk
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room, make_plan
-from bitpress.pipeline.quantize import Clock, Committer, Proof, finish_job, shard_name
+from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, shard_name
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
@@ -250,9 +250,8 @@ def _compress(
 
 
 def _publish(made: Comparison, job: Job, c: Variant, check_stop: Callable[[], None], clock: Clock) -> None:
-    method, plan = c.method, made.plans[c]
-    samples, proof = made.calibration(method), Proof(tokens=0)
-    finish_job(job, made.loader, made.path, made.model, plan, method, samples, proof, made.progress, check_stop, clock)
+    run = Run(made.path, made.model, made.loader, c.method, made.plans[c], made.calibration(c.method))
+    finish_job(job, run, Proof(tokens=0), made.progress, check_stop, clock)
 
 
 def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, Any]:

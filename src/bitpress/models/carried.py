@@ -254,8 +254,9 @@ def hollow(model: torch.nn.Module) -> Iterator[None]:
     ]
     length = max((_reach(value.shape) for _, _, value in held), default=1)
     numbers = torch.randn(length, generator=torch.Generator().manual_seed(0))
-    rows = {value.dtype: (0.05 * numbers).to(value.dtype) for _, _, value in held}
-    norms = {value.dtype: (1 + 0.1 * numbers).to(value.dtype) for _, _, value in held}
+    types = {value.dtype for _, _, value in held}
+    rows = {dtype: (0.05 * numbers).to(dtype) for dtype in types}
+    norms = {dtype: (1 + 0.1 * numbers).to(dtype) for dtype in types}
     try:
         for module, leaf, value in held:
             source = (rows if value.ndim > 1 else norms)[value.dtype]
