@@ -19,13 +19,13 @@ PRESETS = ROOT / "src" / "bitpress" / "presets.json"
 # Seconds on 2 cores that "balanced" may take for the bench's model.
 BALANCED = 180
 RULES = {
-    "fast": "the least KL without calibration",
-    "balanced": f"the least KL of what presses the bench's model in {BALANCED // 60} minutes on 2 cores",
-    "best": "the least KL",
+    "fast": "The recipe with the least KL of those that need no calibration",
+    "balanced": f"The recipe with the least KL of those that quantize the bench's model in at most {BALANCED} seconds on 2 cores",
+    "best": "The recipe with the least KL",
 }
 SHARED_RULE = (
-    f"at most {BEYOND} stored bits beyond those of the codes, in layouts that the native engine reads as they are, "
-    "and without bits chosen for one model's layers"
+    f"Recipes count if they store at most {BEYOND} bits a weight beyond the codes, in layouts that the native engine reads directly, "
+    "with no bits chosen layer by layer"
 )
 
 
@@ -53,7 +53,7 @@ def choose_presets() -> None:
                     "chosen": figures(those[0]),
                     "others": [figures(row) for row in those[1:6]],
                 }
-    rules = {name: f"{rule}; {SHARED_RULE}" for name, rule in RULES.items()}
+    rules = {name: f"{rule}. {SHARED_RULE}" for name, rule in RULES.items()}
     table = {"bench": bench, "rules": rules, "choices": choices}
     PRESETS.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 

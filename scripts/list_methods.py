@@ -11,7 +11,7 @@ from typing import Any
 from sections import rewrite_sections
 
 from bitpress.calibration import STATISTICS
-from bitpress.cli.reports import describe_methods
+from bitpress.cli.listings import describe_methods
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES

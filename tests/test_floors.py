@@ -12,7 +12,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 HOUSE = (
     ("errors", "foreign", "arithmetic", "exhaustion", "finite", "limits", "memory", "settings", "version"),
     ("faults", "figures", "library", "packages", "progress", "stopping"),
-    ("native", "presets", "allocation"),
+    ("native", "presets", "allocation", "screen"),
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
     ("exchange",),

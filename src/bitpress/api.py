@@ -13,11 +13,11 @@ from bitpress.measure.evaluation import evaluate_alone as _evaluate_alone
 from bitpress.measure.multiple_choice import DOCUMENTS
 from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.quantize import Proof, quantize_directory
-from bitpress.presets import preset_keys
 from bitpress.progress import Progress
-from bitpress.recipes import Recipe, load_recipe, make_recipe
+from bitpress.recipes import Recipe, choose_recipe
 from bitpress.runtime.native.options import EngineOptions
 from bitpress.runtime.opening import load
+from bitpress.screen import watch
 
 _OF_ENGINE = ("activations", "cache", "head")
 
@@ -33,73 +33,82 @@ def quantize(
     bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    skip: Sequence[str] = (),
     strict: bool = False,
     force: bool = False,
     proof_tokens: int = 8192,
+    proof_text: str = "builtin:heldout",
     max_kl: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model into the directory `out` and return the report.
+    """Quantize a model into the directory `out` and return the report. The arguments are the options of `bitpress quantize`.
 
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
     preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
+    calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
+    skip        patterns of weights not to quantize, such as "*.down_proj"
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
+    max_kl      publish nothing above this KL divergence, measured on `proof_tokens` of `proof_text`; 0 tokens leave the proof out
+    progress    None: a bar if standard error is a terminal, else silence; True: a bar there, lines in a log; False: silence; or a Progress
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    own = dict(recipe) if isinstance(recipe, Mapping) else None
-    says = recipe is not None if own is None or preset is not None else "weights" in own
-    given_quantizer = quantizer is not None or "quantizer" in (own or {})
-    values = preset_keys(preset, bits, beside_recipe=says, weights=weights is not None, quantizer=given_quantizer)
-    if isinstance(recipe, Recipe):
-        values = recipe.model_dump()
-    elif isinstance(recipe, (str, Path)):
-        values = load_recipe(recipe).model_dump()
-    else:
-        values |= own or {}
-    if weights is not None:
-        values["weights"] = weights
-    if quantizer is not None:
-        values["quantizer"] = quantizer
-    return quantize_directory(
-        resolve_model(str(model)),
-        Path(out),
-        make_recipe(values),
-        strict=strict,
-        force=force,
-        proof=Proof(tokens=proof_tokens, max_kl=max_kl),
-        progress=progress,
+    made = choose_recipe(
+        recipe,
+        preset=preset,
+        bits=bits,
+        weights=weights,
+        quantizer=quantizer,
+        calibration={"text": calibration, "samples": samples, "length": length, "seed": seed},
+        skip=skip,
     )
+    proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
+    with watch(progress) as shown:
+        source = resolve_model(str(model), shown)
+        return quantize_directory(source, Path(out), made, strict=strict, force=force, proof=proof, progress=shown)
 
 
-def evaluate(directory: str | Path, against: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+def evaluate(
+    directory: str | Path, against: str | Path | None = None, *, progress: Progress | bool | None = None, **settings: Any
+) -> dict[str, Any]:
     """Measure a model directory against the original, or without `against` its perplexity alone.
 
     `bitpress.measure.evaluation.evaluate` and `evaluate_alone` list the settings and the figures. With `runtime="native"` or
     `"transformers"` the distance is that of the runtime's own logits, its roundings included; `activations`, `cache` and `head`
-    are the native engine's, as in `load`.
+    are the native engine's, as in `load`. `progress` is as in `quantize`.
     """
-    given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
-    if against is None:
-        if through := [name for name in ("runtime", *_OF_ENGINE, "with_runtime") if name in settings]:
-            raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
-        return _evaluate_alone(given, **settings)
     engine = EngineOptions.of({name: settings.pop(name) for name in _OF_ENGINE if name in settings})
-    return _evaluate(given, resolve_model(str(against)), engine=engine, **settings)
+    through = [name for name in ("runtime", "with_runtime") if name in settings] + list(engine.chosen())
+    if against is None and through:
+        raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
+    with watch(progress) as shown:
+        given = _find(directory, shown)
+        if against is None:
+            return _evaluate_alone(given, progress=shown, **settings)
+        return _evaluate(given, resolve_model(str(against), shown), engine=engine, progress=shown, **settings)
 
 
 def evaluate_tasks(
-    directory: str | Path, tasks: Sequence[str], *, documents: int = DOCUMENTS, progress: Progress | None = None
+    directory: str | Path, tasks: Sequence[str], *, documents: int = DOCUMENTS, progress: Progress | bool | None = None
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a model directory on multiple-choice tasks.
 
     tasks       names (arc-easy, piqa, ...; docs/evaluation.md lists them) and paths of your own .jsonl files
     documents   how many questions of each task, from the first
+    progress    as in `quantize`
 
     Returns acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
     """
-    given = Path(directory) if is_compressed(directory) else resolve_model(str(directory))
-    return _evaluate_tasks(given, tasks, documents=documents, progress=progress)
+    with watch(progress) as shown:
+        return _evaluate_tasks(_find(directory, shown), tasks, documents=documents, progress=shown)
+
+
+def _find(directory: str | Path, progress: Progress) -> Path:
+    return Path(directory) if is_compressed(directory) else resolve_model(str(directory), progress)

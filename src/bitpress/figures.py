@@ -12,7 +12,7 @@ from typing import Any
 
 from bitpress.errors import NumericsError
 
-__all__ = ["shown", "written"]
+__all__ = ["ratio_text", "shown", "written"]
 
 WIDTHS = ("_ci95", "_stderr")
 
@@ -42,3 +42,8 @@ def shown(value: float | str | None, form: str) -> str:
         return "-"
     number = float(value)
     return form.format(number) if math.isfinite(number) else str(number)
+
+
+def ratio_text(ratio: float) -> str:
+    """Return the ratio of the original's bytes to the published ones in words: `the result is 2.00 times smaller`."""
+    return f"the result is {ratio:.2f} times smaller" if ratio >= 1 else f"the result is {1 / ratio:.2f} times larger"

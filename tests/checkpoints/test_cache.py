@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bitpress.checkpoints.cache import clear_cache, list_cache
+from bitpress.checkpoints.locks import hold
 from bitpress.cli.app import app
 from bitpress.errors import UsageError
 
@@ -23,11 +24,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cache"
     monkeypatch.setenv("BITPRESS_CACHE", str(root))
     monkeypatch.setenv("BITPRESS_LAYOUTS", "")
-    given = {"format": "GGUF", "file_type": "Q4_K_M", "nbytes": 7, "parts": 1, "types": {"Q4_K": 7}}
+    given = {"format": "GGUF", "file_type": "Q4_K_M", "nbytes": 7_000_000, "parts": 1, "types": {"Q4_K": 7}}
     for name, content in {
         "models/smollm2-135m/origin.json": "{}",
         "models/smollm2-135m/model.safetensors": "x" * 1000,
-        f"gguf/{HASH}/origin.json": json.dumps({"given": given}),
+        f"gguf/{HASH}/origin.json": json.dumps({"given": given, "file": "mine.Q4_K_M.gguf"}),
         f"gguf/known/{HASH}": HASH,
         f"files/{HASH}.gguf": "x" * 10,
         f"layouts/{HASH[:32]}.layout": "x" * 20,
@@ -46,12 +47,14 @@ def test_everything_is_listed_with_its_bytes(cache: Path) -> None:
     entries = {entry.kind: entry for entry in list_cache()}
     assert list(entries) == ["model", "gguf", "file", "layout"]
     assert (entries["model"].name, entries["model"].nbytes) == ("smollm2-135m", 1002)
-    assert (entries["gguf"].name, entries["gguf"].what) == (HASH[:12], "from GGUF Q4_K_M, 7 bytes")
+    assert (entries["gguf"].name, entries["gguf"].key) == ("mine.Q4_K_M.gguf", HASH[:12])
+    assert entries["gguf"].what == "converted from GGUF Q4_K_M, 7.0 MB"
+    assert (entries["file"].name, entries["layout"].name) == (HASH[:12], HASH[:12]), "nobody knows what these are of"
     assert entries["file"].nbytes == 10
 
 
 def test_only_what_is_named_goes(cache: Path) -> None:
-    assert [entry.kind for entry in clear_cache(["file"])] == ["file"]
+    assert [entry.kind for entry in clear_cache(["file"]).removed] == ["file"]
     assert kinds() == ["model", "gguf", "layout"]
     clear_cache(["smollm2-135m"])
     assert kinds() == ["gguf", "layout"]
@@ -61,7 +64,7 @@ def test_only_what_is_named_goes(cache: Path) -> None:
 
 
 def test_clearing_all_leaves_what_is_not_ours(cache: Path) -> None:
-    assert len(clear_cache()) == 4
+    assert len(clear_cache().removed) == 4
     assert kinds() == []
     left = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
     assert left == set(OTHERS)
@@ -89,7 +92,7 @@ def test_nothing_goes_while_a_process_works_there(cache: Path) -> None:
         assert len(kinds()) == 4
     finally:
         other.communicate(b"\n")
-    assert len(clear_cache()) == 4
+    assert len(clear_cache().removed) == 4
 
 
 def test_the_command(cache: Path) -> None:
@@ -112,3 +115,26 @@ def test_the_command(cache: Path) -> None:
         run("gguf")
     run("--clear")
     assert kinds() == []
+
+
+def test_what_a_running_command_reads_stays(cache: Path) -> None:
+    code = "import sys; from bitpress.checkpoints.named import resolve_model; print(resolve_model(sys.argv[1]), flush=True); input()"
+    model = cache / "models" / "smollm2-135m"
+    os.utime(model, (0, 0))
+    command = [sys.executable, "-c", code, str(model)]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert reader.stdout is not None
+        assert reader.stdout.readline().strip() == str(model)
+        done = CliRunner().invoke(app, ["cache", "--clear"], catch_exceptions=False)
+        assert "smollm2-135m stays: a running command reads it." in done.output
+        assert [(entry.kind, entry.used > 0) for entry in list_cache()] == [("model", True)]
+    finally:
+        reader.communicate("\n")
+    assert len(clear_cache().removed) == 1
+
+
+def test_a_model_that_was_cleared_is_not_held(cache: Path) -> None:
+    assert hold(cache / "models" / "smollm2-135m")
+    assert [entry.name for entry in clear_cache(["model"]).in_use] == ["smollm2-135m"], "not by this process either"
+    assert not hold(cache / "models" / "nothing")

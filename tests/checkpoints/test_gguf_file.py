@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from progress_record import Said
 from tokenizers.pre_tokenizers import ByteLevel
 
 from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, save_directory
@@ -19,9 +21,10 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.regauge import SPREAD, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
-from bitpress.cli.reports import told_original, told_ratio
+from bitpress.cli.reports import told_original
 from bitpress.errors import CheckpointError
 from bitpress.exchange.table import open_source
+from bitpress.figures import ratio_text
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import build_method, make_recipe
@@ -99,7 +102,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(tiny: Path) -> GgufModel:
-    return load_gguf(tiny, lambda line: None)
+    return load_gguf(tiny, Silent())
 
 
 def logits(model: GgufModel, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -165,16 +168,33 @@ def test_digits_stand_alone(loaded: GgufModel, tmp_path: Path) -> None:
 
 
 def test_unknown_way_to_split_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+    said = Said()
     write_tiny(tmp_path / "x.gguf", pre="nobody-knows")
-    load_gguf(tmp_path / "x.gguf", said.append)
-    assert len(said) == 1
-    assert "nobody-knows" in said[0]
+    load_gguf(tmp_path / "x.gguf", said)
+    assert len(said.lines) == 1
+    assert "nobody-knows" in said.lines[0]
+
+
+def test_every_tensor_is_followed_and_the_file_is_parsed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, before = [], gguf.GGUFReader._build_fields
+
+    def build(self: gguf.GGUFReader, *place: int) -> Any:
+        parsed.append(self)
+        return before(self, *place)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", build)
+    reader, said = gguf.GGUFReader, Said()
+    load_gguf(tiny, said)
+    tensors = len(read_gguf_header(tiny).tensors)
+    assert said.stages == [(f"reading {tiny.name}", tensors)]
+    assert len(said.units) == tensors
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is reader, "other users of the package get their own again"
 
 
 def test_regauged_model_computes_the_same(loaded: GgufModel) -> None:
     state = dict(loaded.state)
-    regauge_(state, loaded.config)
+    regauge_(state, loaded.config, seed=1)
     before, after = logits(loaded, loaded.state), logits(loaded, state)
     # Float64 throughout: some hundred roundings of 2**-53 each in every sum, far below 1e-12 of the logits' size.
     assert (before - after).abs().max() < 1e-12 * before.abs().max()
@@ -224,7 +244,7 @@ def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:
 def test_well_formed_files_that_are_no_model(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     write_tiny(tmp_path / "x.gguf", **changes)
     with pytest.raises(CheckpointError, match=text):
-        load_gguf(tmp_path / "x.gguf", lambda line: None)
+        load_gguf(tmp_path / "x.gguf", Silent())
 
 
 def test_broken_files(tiny: Path, tmp_path: Path) -> None:
@@ -245,7 +265,7 @@ def test_broken_files(tiny: Path, tmp_path: Path) -> None:
     for name, content in cases.items():
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
-            load_gguf(path, lambda line: None)
+            load_gguf(path, Silent())
         assert "\n" not in str(caught.value), name
 
 
@@ -260,7 +280,7 @@ def test_spoiled_bytes_never_escape(tiny: Path, tmp_path: Path) -> None:
             spoiled[draw.randrange(end_of_header)] = draw.randrange(256)
         (tmp_path / "x.gguf").write_bytes(spoiled)
         try:
-            load_gguf(tmp_path / "x.gguf", lambda line: None)
+            load_gguf(tmp_path / "x.gguf", Silent())
         except CheckpointError:
             refused += 1
     assert refused >= 20  # most bytes of a header are lengths and names
@@ -376,13 +396,18 @@ def test_the_report_compares_with_what_the_user_gave(tmp_path: Path, cache: Path
     assert not (out / "origin.json").exists()
     assert report["left_behind"] == []
     whole = sum(path.stat().st_size for path in out.iterdir())
+    assert size["bytes"] == whole
     assert plan.published_bytes == pytest.approx(whole, rel=0.1)
+    card = (out / "README.md").read_text("utf-8")
+    assert f"| {whole:,}; original: {file.stat().st_size:,}, {ratio_text(size['ratio'])} |" in card
+    assert "pip install bitpress" not in card, "it is on no index"
     assert (plan.published_bytes > plan.given_bytes) == any("larger than its source" in line for line in listening.said)
     assert plan.as_dict()["given"]["file_type"] == "Q8_0"
     told = told_original(report)
     assert "GGUF Q8_0, quantized already" in told
-    assert f"the result is {size['ratio']:.2f} times smaller" in told
-    assert told_ratio(0.5) == "the result is 2.00 times larger"
+    assert ratio_text(size["ratio"]) in told
+    assert ratio_text(2) == "the result is 2.00 times smaller"
+    assert ratio_text(0.5) == "the result is 2.00 times larger"
 
 
 def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tmp_path: Path, cache: Path) -> None:
@@ -398,4 +423,5 @@ def test_a_file_that_claims_to_be_an_origin_is_a_side_file(loaded: GgufModel, tm
 def test_the_type_of_a_file_that_does_not_state_one_is_that_of_most_bytes(tiny: Path) -> None:
     given = describe_given([read_gguf_header(tiny)])
     assert (given.file_type, given.is_quantized) == ("F32", False)
-    assert "not quantized" in given.text
+    assert given.text == "GGUF F32, not quantized: F32 100 %"
+    assert replace(given, file_type="Q4_1").text == given.text, "the tensors say what they are, not the header"

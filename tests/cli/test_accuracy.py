@@ -34,8 +34,10 @@ def test_eval_prints_tasks_alone_and_beside_the_distance(
     assert done.code == 0, done.err
     assert "50.0 ± 22.4 %, by length 50.0 ± 22.4 %, 6 questions" in done.out, "every other answer is the other choice"
     assert "KL" not in done.out
-    assert "perplexity" in done.out
+    assert "perplexity" not in done.out, "only what was asked for is measured"
     assert "answering" in done.err
+    done = bitpress("eval", pressed_original, "--tasks", task, "--tokens", 128, "--length", 32)
+    assert "perplexity" in done.out
     against = ("--against", original, "--tokens", 128, "--length", 32)
     done = bitpress("eval", pressed_original, "--tasks", task, "--documents", 5, *against)
     assert "KL divergence from the original" in done.out

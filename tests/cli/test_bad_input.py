@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.cli import app as cli
 from bitpress.errors import CheckpointError, JobStopped, UsageError
@@ -291,7 +291,7 @@ def test_a_second_writer_is_refused(bitpress: Run, llama: Path, out: Path) -> No
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = bitpress("quantize", llama, out, *RTN)
         assert done.code == 2
-        assert "another process is working on this directory" in done.error
+        assert "another process works here; wait for it or stop it" in done.error
         check_nothing_loads(out)
     assert bitpress("quantize", llama, out, *RTN).code == 0, "the lock goes with who held it"
 
@@ -337,8 +337,12 @@ def test_beyond_max_kl_nothing_is_published(bitpress: Run, llama: Path, text_fil
     done = bitpress(*command, "--max-kl", "1e-9")
     assert done.code == 6
     assert "above --max-kl 1e-09; nothing is published" in done.error
-    assert not (out / MANIFEST_NAME).exists()
+    assert [path.name for path in out.iterdir()] == [JOB_DIRECTORY], "nothing looks like a model"
     check_nothing_loads(out)
+    finished = (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()
+    done = bitpress(*command, "--max-kl", "1e-8")
+    assert (done.code, (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()) == (6, finished)
+    assert "quantizing: " not in done.err, "the blocks are kept"
     done = bitpress(*command, "--max-kl", "1e9")
     assert done.code == 0, "the same run goes on when the limit is raised"
     CompressedCheckpoint.open(out)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli import plain
+from bitpress.progress import Progress
 
 Run = Callable[..., Any]
 ASK = ("--prompt", "The sea was calm", "--raw", "--max-tokens", "6")
@@ -35,9 +36,9 @@ def test_a_gguf_file_and_a_name_are_made_into_directories_first(
 ) -> None:
     given = []
 
-    def resolve(model: str, say: Callable[[str], None]) -> Path:
+    def resolve(model: str, progress: Progress) -> Path:
         given.append(model)
-        say(f"{model}: converting to a model directory, once")
+        progress.note(f"{model}: converting to a model directory, once")
         return tiny_model("llama")
 
     monkeypatch.setattr("bitpress.checkpoints.named.resolve_model", resolve)

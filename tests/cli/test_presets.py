@@ -70,7 +70,7 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
             bitpress.quantize("nowhere", tmp_path / "out", **keys)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitpress.api.resolve_model", Path)
+        patch.setattr("bitpress.api.resolve_model", lambda model, progress: Path(model))
         patch.setattr("bitpress.api.quantize_directory", lambda model, out, recipe, **rest: seen.append(recipe))
         bitpress.quantize("nowhere", tmp_path / "out", preset="best", bits=3, weights="int3-g128-zero")
         bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"skip": ["*.v_proj"]})

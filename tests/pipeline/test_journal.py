@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bitpress.checkpoints import durable
-from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_header
 from bitpress.errors import CheckpointError, DiskError, UsageError
 from bitpress.pipeline import journal as job_module
@@ -183,7 +183,9 @@ def test_a_second_process_is_refused(two_units: Path) -> None:
     command = [sys.executable, "-c", code, str(two_units), json.dumps(IDENTITY)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "another process is working on this directory" in done.stdout
+    assert f"process {os.getpid()} works here; wait for it or stop it" in done.stdout
+    with pytest.raises(CheckpointError, match="this process is making a model here: wait until it is done"):
+        CompressedCheckpoint.open(two_units)
     commit(job, 2, last=True)
     job.close()
     assert len(Job.open(two_units, IDENTITY).units) == 3
@@ -192,7 +194,7 @@ def test_a_second_process_is_refused(two_units: Path) -> None:
 def test_a_second_job_in_this_process_is_refused_and_does_no_harm(two_units: Path) -> None:
     job = Job.open(two_units, IDENTITY)
     before = journal(two_units).read_bytes()
-    with pytest.raises(UsageError, match="another process"):
+    with pytest.raises(UsageError, match="this process works here"):
         Job.open(two_units, {**IDENTITY, "calibration": "other"}, force=True)
     assert journal(two_units).read_bytes() == before
     job.close()

@@ -9,20 +9,24 @@ Only entries with such names are listed or removed; other files in the cache are
 folder `.<process>-...` beside it.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitpress.checkpoints.given import ORIGIN, Given, read_given
-from bitpress.errors import DiskError, UsageError, unknown_name
+from bitpress.checkpoints.given import ORIGIN, Given, read_file_name, read_given
+from bitpress.checkpoints.locks import lock_alone
+from bitpress.checkpoints.named import NAMED_MODELS
+from bitpress.errors import CheckpointError, DiskError, UsageError, unknown_name
 from bitpress.settings import cache_directory, layout_directory
 
-__all__ = ["CacheEntry", "clear_cache", "list_cache"]
+__all__ = ["CacheEntry", "Cleared", "clear_cache", "list_cache"]
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[0-9a-f]{64}(\.[a-z0-9]+)*")
@@ -33,16 +37,37 @@ _SHOWN = 12  # digits of a hash that name an entry
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One thing that can be removed by its `name`; `what` says what it is made from."""
+    """One thing that can be removed by its `name` or `key`.
+
+    name    of the model or the file; where that is not known, the key
+    key     the name of its path, a hash in short
+    what    what it is, and what it is made from
+    used    when it was made or used last, in seconds since 1970
+    """
 
     kind: str
     name: str
+    key: str
     what: str
     nbytes: int
+    used: float
     path: Path
 
+    @property
+    def last_use(self) -> str:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.used))
+
     def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name, "what": self.what, "bytes": self.nbytes, "path": str(self.path)}
+        shown = {"kind": self.kind, "name": self.name, "key": self.key, "what": self.what, "bytes": self.nbytes}
+        return {**shown, "last_use": self.last_use, "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """The entries that are gone, and those that a running command reads, which stay."""
+
+    removed: tuple[CacheEntry, ...]
+    in_use: tuple[CacheEntry, ...]
 
 
 def list_cache() -> list[CacheEntry]:
@@ -53,54 +78,74 @@ def list_cache() -> list[CacheEntry]:
         raise DiskError(f"{error.filename}: cannot be read: {error.strerror}.") from error
 
 
-def clear_cache(names: Collection[str] = ()) -> list[CacheEntry]:
-    """Remove the entries with these names or of these kinds, or all of them; return the removed entries.
+def clear_cache(names: Collection[str] = ()) -> Cleared:
+    """Remove the entries with these names or of these kinds, or all of them, but for those that a running command reads.
 
     Raises UsageError for an unknown name or while another process writes to the cache, and DiskError.
     """
     entries = list_cache()
-    known = {entry.name for entry in entries} | {entry.kind for entry in entries}
+    known = {word for entry in entries for word in (entry.name, entry.key, entry.kind)}
     for name in names:
         if name not in known:
             raise unknown_name("entry of the cache", name, known, listed="See bitpress cache.")
     _check_idle()
-    chosen = [entry for entry in entries if not names or entry.name in names or entry.kind in names]
-    for entry in chosen:
-        _remove(entry.path)
-    if any(entry.kind == "gguf" for entry in chosen):
+    chosen = [entry for entry in entries if not names or not {entry.name, entry.key, entry.kind}.isdisjoint(names)]
+    removed = tuple(entry for entry in chosen if _remove_unused(entry.path))
+    if any(entry.kind == "gguf" for entry in removed):
         _remove_hashes()
-    return chosen
+    return Cleared(removed, tuple(entry for entry in chosen if entry not in removed))
+
+
+def _entry(kind: str, path: Path, name: str | None, what: str) -> CacheEntry:
+    key = path.name[:_SHOWN] if kind != "model" else path.name
+    return CacheEntry(kind, name or key, key, what, _size(path), path.lstat().st_mtime, path)
 
 
 def _models() -> Iterator[CacheEntry]:
     for path in _entries(cache_directory() / "models"):
         if (path / ORIGIN).is_file():
             given = read_given(path)
-            yield CacheEntry("model", path.name, "re-gauged" if given is None else _told(given), _size(path), path)
+            made = "weights that lie on no grid" if given is None else _told(given)
+            yield _entry("model", path, None, f"named model, {made}")
 
 
 def _converted() -> Iterator[CacheEntry]:
     for path in _entries(cache_directory() / "gguf"):
         if _HASH.fullmatch(path.name):
             given = read_given(path)
-            yield CacheEntry("gguf", path.name[:_SHOWN], "GGUF" if given is None else _told(given), _size(path), path)
+            yield _entry("gguf", path, read_file_name(path), "converted" if given is None else _told(given))
 
 
 def _files() -> Iterator[CacheEntry]:
+    fetched = {model.sha256: model for model in NAMED_MODELS.values()}
     for path in _entries(cache_directory() / "files"):
         if _FILE.fullmatch(path.name):
-            yield CacheEntry("file", path.name[:_SHOWN], f"fetched, {path.suffix or 'no suffix'}", _size(path), path)
+            model = fetched.get(path.name[:64])
+            if model is None:  # the questions of `eval --tasks`, whose table this floor does not know
+                yield _entry("file", path, None, "fetched for tasks of eval")
+            else:
+                yield _entry("file", path, Path(model.member).name, f"fetched, of {model.requirement}")
 
 
 def _layouts() -> Iterator[CacheEntry]:
     folder = layout_directory()
     for path in _entries(folder) if folder is not None else ():
         if _LAYOUT.fullmatch(path.name):
-            yield CacheEntry("layout", path.name[:_SHOWN], "laid out for the native engine", _size(path), path)
+            yield _entry("layout", path, _model_of(path), "a compressed model, laid out for the native engine")
+
+
+def _model_of(layout: Path) -> str | None:
+    """Return the name of the directory that was laid out; older layouts do not say."""
+    from bitpress.checkpoints.mapped_tree import read_prepared  # imports numpy
+
+    with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
+        name = read_prepared(layout, verify=False)["model"]
+        return name if isinstance(name, str) else None
+    return None
 
 
 def _told(given: Given) -> str:
-    return f"from {given.format} {given.file_type}, {given.nbytes:,} bytes"
+    return f"converted from GGUF {given.file_type}, {given.nbytes / 1e6:,.1f} MB"
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -139,6 +184,25 @@ def _remove_hashes() -> None:
     for path in _entries(folder):
         if _HASH.fullmatch(path.name):
             _remove(path)
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove an entry; return False for one that a running command holds (`locks.hold`)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # a link, which nobody holds
+        _remove(path)
+        return True
+    try:
+        try:
+            alone = lock_alone(descriptor, seconds=0)
+        except OSError:  # a file system without locks
+            alone = True
+        if alone:
+            _remove(path)
+        return alone
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SerializerFuncti
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.jsonfile import parse_json, read_json
+from bitpress.checkpoints.locks import describe_job
 from bitpress.checkpoints.manifest import JOB_DIRECTORY, MANIFEST_NAME, is_compressed
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
@@ -51,8 +52,9 @@ VERSION = 2
 _FIRST = 1
 OUTER_NAME = "bitpress.safetensors"
 _BLOCK_PREFIX = "bitpress-"
-# transformers without bitpress looks for this file, and its error names it.
-_NEEDED = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
+# transformers without bitpress looks for this file, and its error names it; the second one is that of older directories.
+_NEEDED = "to load this model install bitpress and import it first.safetensors.index.json"
+_NEEDED_BEFORE = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
 
 # What readers open by its name alone wherever they find it: a file that the manifest must list, or that must not be there.
 _OPENED_BY_NAME = (
@@ -60,6 +62,7 @@ _OPENED_BY_NAME = (
     SINGLE_NAME,
     INDEX_NAME,
     _NEEDED,
+    _NEEDED_BEFORE,
     "adapter_config.json",
     "custom_generate",
     "tekken.json",
@@ -283,9 +286,7 @@ class CompressedCheckpoint:
 
 def _read_manifest(root: Path, content: bytes | None = None) -> Manifest:
     if not (root / MANIFEST_NAME).exists():
-        unfinished = (root / JOB_DIRECTORY).exists()
-        hint = "a job here is unfinished: run the same quantize command again" if unfinished else "bitpress did not publish it"
-        raise CheckpointError(f"{root}: there is no {MANIFEST_NAME}; {hint}.")
+        raise CheckpointError(f"{root}: there is no {MANIFEST_NAME}; {describe_job(root / JOB_DIRECTORY)}.")
     where = root / MANIFEST_NAME
     file = safe_file(root, MANIFEST_NAME)
     values = read_json(file) if content is None else parse_json(content, str(file))

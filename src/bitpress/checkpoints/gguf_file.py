@@ -5,14 +5,15 @@ a tensor without a parameter (such as factors for rotary frequencies), and value
 """
 
 import contextlib
-import io
+import functools
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bitpress.checkpoints.durable import write_durably
@@ -21,6 +22,7 @@ from bitpress.checkpoints.jsonfile import read_foreign_json, write_json_bytes
 from bitpress.checkpoints.source import encode_floats, read_config
 from bitpress.checkpoints.tokenizer import reader_errors
 from bitpress.errors import CheckpointError, MemoryLimitError
+from bitpress.progress import Progress
 
 __all__ = ["GgufModel", "load_gguf", "save_directory"]
 
@@ -38,18 +40,26 @@ class GgufModel:
     tokenizer: Any
 
 
-def load_gguf(path: Path, say: Callable[[str], None]) -> GgufModel:
+def load_gguf(path: Path, progress: Progress) -> GgufModel:
     """Load every value of a GGUF file in float32. Raises CheckpointError, MemoryLimitError.
 
-    `say` receives warnings that do not stop the load.
+    `progress` follows the tensors, and receives warnings that do not stop the load.
     """
     header = read_gguf_header(path)
     _check_counts(path, header)
-    with _quiet(), reader_errors(f"{path}: transformers cannot read this GGUF file"):
+    names = iter(header.tensors)
+
+    def advance() -> None:
+        progress.advance(next(names, ""))
+
+    with _quiet(), _read_once(advance), reader_errors(f"{path}: transformers cannot read this GGUF file"):
         config = _load_config(path)
         _check_cover(path, header, config)
+        progress.begin(f"reading {path.name}", len(header.tensors))
         state = _load_state(path, config)
-        tokenizer = _load_tokenizer(path, header, config, say)
+        for name in names:  # of an architecture that transformers reads in another way
+            progress.advance(name)
+        tokenizer = _load_tokenizer(path, header, config, progress.note)
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{path}: {name} holds a NaN or an infinity.")
@@ -188,9 +198,44 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader's own bar asks nobody
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _read_once(advance: Callable[[], None]) -> Iterator[None]:
+    """Let transformers parse a file once, and call `advance` for every tensor in place of its own bar.
+
+    It makes a reader for the configuration, for the values and for the tokenizer, and each spends seconds on the vocabulary: numpy's
+    memory maps are slow to slice. For every module of a model it makes the table of names again.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+
+    def followed(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
+        for tensor in tensors:
+            yield tensor
+            advance()
+
+    replaced = [
+        (gguf, "GGUFReader", functools.cache(Reader)),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (reading, "tqdm", followed),
+    ]
+    with contextlib.ExitStack() as stack:
+        for module, name, value in replaced:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield

@@ -12,9 +12,10 @@ from bitpress.checkpoints.jsonfile import read_json
 from bitpress.errors import CheckpointError
 from bitpress.settings import cache_directory
 
-__all__ = ["ORIGIN", "Given", "is_in_cache", "read_given"]
+__all__ = ["FILE", "ORIGIN", "Given", "is_in_cache", "read_file_name", "read_given"]
 
 ORIGIN = "origin.json"
+FILE = "file"  # its key for the name of the file, which is no part of what a report says
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -42,8 +43,9 @@ class Given:
         total = sum(self.types.values())
         shares = [(kind, 100 * count / total) for kind, count in sorted(self.types.items(), key=lambda item: -item[1])]
         shown = ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)
-        state = "quantized already" if self.is_quantized else "not quantized"
-        return f"{self.format} {self.file_type}, {state}: {shown}"
+        if self.is_quantized:
+            return f"{self.format} {self.file_type}, quantized already: {shown}"
+        return f"{self.format} {shares[0][0] if shares else self.file_type}, not quantized: {shown}"  # whatever its header says
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +60,16 @@ def read_given(root: Path) -> Given | None:
         return Given(**values["given"])
     except (CheckpointError, KeyError, TypeError):
         return None
+
+
+def read_file_name(root: Path) -> str | None:
+    """Return the name of the file from which a directory of the cache was converted; older conversions do not say."""
+    try:
+        values = read_json(root / ORIGIN)
+    except CheckpointError:
+        return None
+    name = values.get(FILE) if isinstance(values, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def is_in_cache(root: Path) -> bool:

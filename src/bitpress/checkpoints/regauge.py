@@ -15,13 +15,12 @@ import torch
 
 from bitpress.errors import CheckpointError
 
-__all__ = ["SEED", "SPREAD", "regauge_"]
+__all__ = ["SPREAD", "regauge_"]
 
-SEED = 20261122
 SPREAD = 0.2
 
 
-def regauge_(state: dict[str, torch.Tensor], config: Any, *, seed: int = SEED) -> None:
+def regauge_(state: dict[str, torch.Tensor], config: Any, *, seed: int) -> None:
     """Fold the factors into a state dict; the tensors that change become float64. CheckpointError for other architectures."""
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
         raise CheckpointError(f"re-gauging needs a Llama model without biases, got {config.model_type!r}.")

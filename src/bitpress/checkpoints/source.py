@@ -5,6 +5,7 @@ Nothing is mapped into memory and nothing is opened that is not on the allow-lis
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,24 @@ def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
 
     `foreign` says that another tool wrote it; otherwise `encode_config` did.
     """
+    if not os.path.lexists(root / "config.json"):
+        raise CheckpointError(_no_model(root))
     path = safe_file(root, "config.json")
     config = decode_floats(read_foreign_json(path) if foreign else read_json(path, foreign_values=True))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{root / 'config.json'}: holds no model_type; it is not the configuration of a model.")
     return config
+
+
+def _no_model(root: Path) -> str:
+    """Say what a directory without config.json is, and what to write instead."""
+    files = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".gguf") if root.is_dir() else []
+    if files:
+        return f"{root}: holds {files[0]} and no config.json; write the file itself: {root / files[0]}."
+    return (
+        f"{root}: holds no config.json, so it is no model; MODEL is a directory with config.json and safetensors files, "
+        "a .gguf file, or a named model (`bitpress models`)."
+    )
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:

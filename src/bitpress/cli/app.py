@@ -1,12 +1,13 @@
 """The commands.
 
 Exit codes: 0 done, 1 some recipes of a comparison failed, or an unexpected error, 2 usage, 3 bad model file, 4 disk, 5 memory,
-6 numeric gate, 75 stopped and resumable.
+6 numeric gate, 75 stopped and resumable, 141 the reader of the output has gone.
 """
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -32,6 +33,7 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    is_set,
     refuse_idle,
 )
 from bitpress.cli.recipe_options import build_recipe, explain_preset
@@ -110,7 +112,7 @@ def quantize(
     made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
-        source = resolve_model(model, screen.note)
+        source = resolve_model(model, screen)
         method = build_method(made)
         if not method.needs and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
@@ -154,7 +156,7 @@ def plan(
     if method.needs and not made.calibration.text.startswith("hf:"):
         read_texts(made.calibration.text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
-        planned, streamed, _ = plan_run(resolve_model(model, screen.note), method)
+        planned, streamed, _ = plan_run(resolve_model(model, screen), method)
         seconds = estimate_seconds(streamed, method, planned.weights)
         for text in unmeant_bits(planned):
             screen.note(f"{text}.")
@@ -187,7 +189,7 @@ def evaluate(
     head: Head = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on evaluation text: its perplexity, its distance from the original (--against), its accuracy (--tasks)."""
+    """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
     from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
@@ -205,16 +207,16 @@ def evaluate(
     refuse_idle(context, "--against", against is None, ("runtime",))
     refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     refuse_idle(context, "--tasks", not names, ("documents",))
+    on_text = against is not None or not names or is_set(context, "text", "tokens", "length", "seed")
     with Screen() as screen:
-        given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen.note)
-        original = None if against is None else resolve_model(against, screen.note)
+        given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen)
+        original = None if against is None else resolve_model(against, screen)
         part = None if memory is None else open_within(given, memory)
-        figures: dict[str, Any] = {}
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "pressed": part}
-        if original is None:
-            figures |= evaluate_alone(given, **how, progress=screen)
+        if original is not None:
+            figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
         else:
-            figures |= measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
+            figures = evaluate_alone(given, **how, progress=screen) if on_text else {}
         if names:
             figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
             if original is not None:
@@ -232,7 +234,27 @@ app.add_typer(cache.app)
 
 
 def main() -> None:
-    """Run the command line; every error is one line and its exit code."""
+    """Run the command line; every error is one line and its exit code. A closed pipe, as of `| head`, ends it without a word."""
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as end:
+        # rich and typer turn a closed pipe into an exit with code 1.
+        if isinstance(end, BrokenPipeError) or isinstance(end.__context__, BrokenPipeError):
+            _end_quietly()
+        raise
+    sys.exit(code)
+
+
+def _end_quietly() -> NoReturn:
+    """Exit with the code that a shell reports for a program ended by SIGPIPE; what is left in buffers goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    sys.exit(141)
+
+
+def _run() -> int:
     share_cores()
     use_large_pages()
     begin_output()
@@ -244,4 +266,4 @@ def main() -> None:
         fail(error, debug=_state["debug"], arguments=arguments)
     if code == 130:
         fail(interrupted(), debug=_state["debug"], arguments=arguments)
-    sys.exit(code or 0)
+    return int(code or 0)

@@ -29,7 +29,9 @@ def cache(
 
     if names and not clear:
         raise UsageError(f"{names[0]}: naming entries needs --clear.")
-    entries = clear_cache(names or ()) if clear else list_cache()
+    cleared = clear_cache(names or ()) if clear else None
+    entries = list_cache() if cleared is None else cleared.removed
+    in_use = () if cleared is None else cleared.in_use
     total = sum(entry.nbytes for entry in entries)
     if as_json:
         print_json(
@@ -38,11 +40,14 @@ def cache(
                 "cleared": clear,
                 "bytes": total,
                 "entries": [entry.as_dict() for entry in entries],
+                "in_use": [entry.as_dict() for entry in in_use],
             }
         )
         return
     if entries:
-        rows = [(entry.kind, escape(entry.name), escape(entry.what), size(entry.nbytes)) for entry in entries]
-        table("", ("kind", "name", "what", "size"), rows, right=(3,))
+        rows = [(e.kind, escape(e.name), escape(e.what), size(e.nbytes), e.last_use) for e in entries]
+        table("", ("kind", "name", "what it is", "size", "last use"), rows, right=(3,))
     told = f"{size(total)} removed from" if clear else f"{size(total)} in"
     out.print(f"{told} {cache_directory()}", markup=False)
+    for entry in in_use:
+        out.print(f"{entry.name} stays: a running command reads it.", markup=False)

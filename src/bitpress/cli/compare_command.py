@@ -81,7 +81,7 @@ def compare(
         for note in notes:
             board.note(note)
         done = compare_recipes(
-            resolve_model(model, board.note),
+            resolve_model(model, board),
             output,
             candidates,
             texts,

@@ -80,7 +80,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the quantizers, transforms and corrections with their settings."""
-    from bitpress.cli.reports import describe_methods, show_method, show_methods
+    from bitpress.cli.listings import describe_methods, show_method, show_methods
     from bitpress.errors import fold, unknown_name
 
     rows = describe_methods()
@@ -107,7 +107,7 @@ def formats(
     as_json: Json = False,
 ) -> None:
     """List the number formats with their bits, or measure their errors."""
-    from bitpress.cli.reports import show_formats
+    from bitpress.cli.listings import show_formats
     from bitpress.formats.listing import describe_tables
 
     if measure is None:
@@ -124,7 +124,7 @@ def formats(
     if picture is not None:
         check_picture(picture)
     with Screen() as screen:
-        measured = measure_formats(resolve_model(measure, screen.note), names or (), whole=whole, progress=screen)
+        measured = measure_formats(resolve_model(measure, screen), names or (), whole=whole, progress=screen)
     measured["model"] = measure
     if picture is not None:
         draw_rates(measured, picture)
@@ -135,7 +135,7 @@ def formats(
 def models(as_json: Json = False) -> None:
     """List the models that have a name."""
     from bitpress.checkpoints.named import describe_models
-    from bitpress.cli.reports import show_models
+    from bitpress.cli.listings import show_models
 
     rows = describe_models()
     print_json(rows) if as_json else show_models(rows)

@@ -49,7 +49,10 @@ Skip = Annotated[
 ]
 Tasks = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="Multiple-choice tasks: arc-easy,piqa,... or FILE.jsonl, separated by commas."),
+    typer.Option(
+        metavar="NAMES",
+        help="Multiple-choice tasks: arc-easy,piqa,... or FILE.jsonl, separated by commas. No perplexity then, unless you set --tokens or --text.",
+    ),
 ]
 Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, from the first.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="By default as many as the process may use.")]
@@ -109,9 +112,14 @@ def chosen(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def is_set(context: typer.Context, *names: str) -> bool:
+    """Claim that one of these options stands on the command line."""
+    sources = map(context.get_parameter_source, names)
+    return any(source is not None and source.name == "COMMANDLINE" for source in sources)
+
+
 def refuse_idle(context: typer.Context, needed: str, is_missing: bool, names: tuple[str, ...]) -> None:
     """Raise UsageError for options in use that have no effect without another one."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if is_missing and source is not None and source.name == "COMMANDLINE":
+        if is_missing and is_set(context, name):
             raise UsageError(f"--{name} needs {needed}.")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.checkpoints.manifest import JOB_DIRECTORY, is_compressed
-from bitpress.cli.screen import err
+from bitpress.cli.screen import Screen
 from bitpress.errors import CheckpointError, UsageError, unknown_name
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.runtime.selection import RUNTIMES
@@ -23,7 +23,8 @@ def find_model(model: str) -> Path:
         return Path(model)
     from bitpress.checkpoints.named import resolve_model  # not needed for a directory of bitpress, which should answer at once
 
-    return resolve_model(model, lambda line: err.print(line, markup=False, soft_wrap=True))
+    with Screen() as screen:
+        return resolve_model(model, screen)
 
 
 def open_plain(directory: Path) -> "SourceCheckpoint | None":

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.cli.options import chosen
 from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
@@ -29,38 +28,29 @@ def build_recipe(
     skip: list[str] | None,
 ) -> "Recipe":
     """Build the recipe. Raises UsageError, FormatError."""
-    from bitpress.presets import preset_keys, preset_names
-    from bitpress.recipes import load_recipe, make_recipe
+    from bitpress.presets import preset_names
+    from bitpress.recipes import choose_recipe
 
-    said = {pair.partition("=")[0].strip() for pair in sets or ()}
-    values = preset_keys(
-        preset,
-        bits,
-        beside_recipe=file is not None,
-        weights=weights is not None or "weights" in said,
-        quantizer=quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"}),
+    if file is not None and preset is None and bits is None and file.name.lower() in preset_names() and not file.exists():
+        raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
+    return choose_recipe(
+        file,
+        preset=preset,
+        bits=bits,
+        weights=weights,
+        quantizer=quantizer,
+        calibration={"text": text, "samples": samples, "length": length, "seed": seed},
+        skip=skip or (),
+        sets=sets or (),
         option="--{}".format,
     )
-    if file is not None:
-        if file.name.lower() in preset_names() and not file.exists():
-            raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
-        values = load_recipe(file).model_dump(exclude_unset=True)
-    if weights is not None:
-        values["weights"] = weights
-    if quantizer is not None:
-        values["quantizer"] = {"name": quantizer}
-    if given := chosen(text=text, samples=samples, length=length, seed=seed):
-        values["calibration"] = {**values.get("calibration", {}), **given}
-    if skip:
-        values["skip"] = [*values.get("skip", ()), *skip]
-    return make_recipe(values, sets or ())
 
 
 def explain_preset(
     file: Path | None, preset: str | None, bits: int | None, as_json: bool, others: Mapping[str, Any] | None = None
 ) -> None:
     """Print a preset's recipe and the reason for it. Raises UsageError where `others`, options by name that change the recipe, have a value."""
-    from bitpress.cli.reports import show_preset
+    from bitpress.cli.listings import show_preset
     from bitpress.presets import DEFAULT_PRESET, find_preset, preset_keys
 
     if idle := [name for name, value in (others or {}).items() if value]:

@@ -1,21 +1,21 @@
-"""The reports of the smaller commands: gathered and printed."""
+"""Reports about a model and this machine: gathered and printed."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from rich.markup import escape
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json
+from bitpress.cli.request import threads_text
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
+from bitpress.figures import ratio_text
 from bitpress.pipeline.plan import Plan
-from bitpress.presets import Preset
 from bitpress.recipes import Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
@@ -23,15 +23,9 @@ from bitpress.transforms.table import TARGETS
 __all__ = [
     "describe_directory",
     "describe_machine",
-    "describe_methods",
-    "show_formats",
     "show_inspection",
     "show_machine",
-    "show_method",
-    "show_methods",
-    "show_models",
     "show_plan",
-    "show_preset",
     "show_report",
     "verify_directory",
 ]
@@ -44,7 +38,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
-        report["figures"],
+        {**report["figures"], "bytes": report["size"]["bytes"]},
         {
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
@@ -72,35 +66,12 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
 def told_original(report: Mapping[str, Any]) -> str:
     """Return the size of the original as the user has it, beside what was published, and its kind."""
     sizes, given = report["size"], report.get("given")
-    told = f"{size(sizes['bytes_original'])}, {told_ratio(sizes['ratio'])}"
+    told = f"{size(sizes['bytes_original'])}, {ratio_text(sizes['ratio'])}"
     return told if given is None else f"{told}; {given['text']} ({size(sizes['bytes_converted'])} in 16 bits)"
-
-
-def told_ratio(ratio: float) -> str:
-    """Return the ratio of the original's bytes to the published ones in words: `the result is 2.00 times smaller`."""
-    return f"the result is {ratio:.2f} times smaller" if ratio >= 1 else f"the result is {1 / ratio:.2f} times larger"
 
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def show_preset(preset: Preset) -> None:
-    """Print a preset's recipe, its figures, and the recipes that measured worse."""
-    out.print(f"[bold]{preset.name}, {preset.bits} bits:[/bold] {escape(preset.chosen.name)}")
-    out.print(f"rule: {escape(preset.rule)}")
-    out.print(f"measured on: {escape(preset.bench)}")
-    table(
-        "\nChosen, and the nearest others",
-        ("recipe", "stored bits", *(f"KL, {text}" for text in preset.chosen.kl), "seconds"),
-        [
-            (figures.name, f"{figures.bits:.3f}", *(f"{kl:.4f}" for kl in figures.kl.values()), f"{figures.seconds:.0f}")
-            for figures in (preset.chosen, *preset.others)
-        ],
-        right=range(1, 3 + len(preset.chosen.kl)),
-    )
-    out.print("\nAs a recipe file:")
-    out.print(yaml.safe_dump(dict(preset.recipe), sort_keys=False, default_flow_style=None).rstrip(), markup=False)
 
 
 def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
@@ -136,12 +107,12 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         "method": " + ".join(named.name for named in method.parts),
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight{', maps not counted' * maps}",
         "kept as stored": size(plan.kept_bytes),
-        "published": f"about {size(plan.published_bytes)}, with the files beside the weights",
-        "original": f"{size(plan.given_bytes)}, {told_ratio(plan.given_bytes / plan.published_bytes)}",
+        "size": f"about {size(plan.published_bytes)}",
+        "original": f"{size(plan.given_bytes)}, {ratio_text(plan.given_bytes / plan.published_bytes)}",
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(seconds)} and the proof at the end",
+        "time, estimated": f"{duration(seconds)} with {threads_text(torch.get_num_threads())} on an idle machine, and the proof at the end",
     }
     table("\nIn all", ("", ""), list(totals.items()))
 
@@ -228,8 +199,6 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def describe_machine() -> dict[str, Any]:
     """Describe what the speed on this machine depends on."""
-    import torch
-
     from bitpress import native
     from bitpress.kernels import KERNELS
 
@@ -263,8 +232,6 @@ def verify_directory(directory: Path) -> dict[str, Any]:
 
     pressed = CompressedCheckpoint.open(directory)
     config = build_config(pressed.config)
-    import torch
-
     pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
     for name in pressed.manifest.weights:
         pressed.read_weight(name)
@@ -275,97 +242,3 @@ def verify_directory(directory: Path) -> dict[str, Any]:
         "bytes": sum(f.bytes for f in files),
         "weights": len(pressed.stored),
     }
-
-
-def describe_methods() -> list[dict[str, Any]]:
-    """List every table: name, kind, what it does, its paper, the statistics it needs, its settings.
-
-    `bits`, the least and the most that a method is meant for, are a quantizer's; so are the transforms that its paper puts before it.
-    A transform's row says by `works_on` whether it scales "groups" of weights that share an input, changes the basis of "weights" or
-    the "targets" that their codes aim at.
-    """
-    from bitpress.corrections.table import CORRECTIONS
-    from bitpress.quantizers.table import QUANTIZERS
-    from bitpress.transforms.table import BASIS_CHANGES, TARGETS, TRANSFORMS
-
-    rows = []
-    tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
-    for kind, methods in tables.items():
-        for name, method in methods.items():
-            settings = {f.name: f.default for f in dataclasses.fields(method)}
-            row = {"name": name, "kind": kind, "summary": method.summary, "needs": sorted(method.needs), "settings": settings}
-            row |= {"paper": method.paper, "bits": list(method.bits) if kind == "quantizer" else None}
-            if kind == "quantizer":
-                row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
-            if kind == "transform":
-                row["works_on"] = "weights" if name in BASIS_CHANGES else "targets" if name in TARGETS else "groups"
-            rows.append(row)
-    return rows
-
-
-def show_methods(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line for each method, with needs, paper and settings on a wide screen."""
-    wide = out.width >= 140
-    lines = []
-    for row in rows:
-        settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
-        more = (", ".join(row["needs"]) or "-", row["paper"], settings) if wide else ()
-        lines.append((row["name"], row["kind"], _bits_of(row), row["summary"], *more))
-    table("", ("name", "kind", "bits", "what it does", *(("needs", "paper", "settings") if wide else ())), lines)
-    out.print("bits: of the codes, a weight, that a quantizer is meant for. `bitpress methods NAME` shows the settings of one.")
-
-
-def show_method(row: Mapping[str, Any]) -> None:
-    """Print one method in full."""
-    facts = {
-        "what it does": row["summary"],
-        "bits it is meant for": _bits_of(row),
-        "statistics it needs": ", ".join(row["needs"]) or "none",
-        "paper": f"{row['paper']} (its row in the catalogue of methods)",
-    }
-    if row.get("transforms"):
-        facts["transforms before it"] = ", ".join(part["name"] for part in row["transforms"])
-    out.print(f"[bold]{row['name']}[/bold], a {row['kind']}")
-    table("", ("", ""), list(facts.items()))
-    if row["settings"]:
-        table("\nSettings", ("name", "usual value"), [(k, escape(str(v))) for k, v in row["settings"].items()])
-
-
-def _bits_of(row: Mapping[str, Any]) -> str:
-    return "{:g}-{:g}".format(*row["bits"]) if row["bits"] else "-"
-
-
-def show_formats(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print every table that a part of a format's name comes from."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
-    lines: list[tuple[str, ...]]
-    lines = [(r["usual"], f"{r['bits_per_weight']:.3f}", str(r["levels"]), str(r["span"]), r["about"]) for r in kinds["grid"]]
-    table("", ("grid, in its usual format", "bits", "codes", "span", "what it is"), lines, right=(1, 2, 3))
-    out.print("bits: everything stored for a weight of 4096 x 4096; codes: how many; span: weights that share one.")
-    lines = [(escape(r["name"]), r["about"]) for r in kinds["family"]]
-    table("\nFamilies without a row for each member", ("pattern", "what it is"), lines)
-    lines = [(r["name"], f"{r['bits_per_scale']:.2f}", "yes" if r["rows_apart"] else "no", r["about"]) for r in kinds["scale"]]
-    table("\nFormats of scales", ("name", "bits a scale", "rows apart", "what it is"), lines, right=(1,))
-    fits = {r["name"]: [g["usual"].split("-")[0] for g in kinds["grid"] if r["name"] in g["layouts"]] for r in kinds["layout"]}
-    lines = [(r["name"], f"{len(fits[r['name']])} of {len(kinds['grid'])} grids", r["about"]) for r in kinds["layout"]]
-    table("\nLayouts of codes", ("name", "takes", "what it is"), lines)
-    lines = [(r["name"], f"about {r['bits_per_weight']:.2f}", r["about"]) for r in kinds["lossless"]]
-    table("\nLossless", ("name", "bits", "what it is"), lines, right=(1,))
-    lines = [(r["name"], r["format"], f"{r['bits_per_weight']:.3f}") for r in kinds["short"]]
-    table("\nShort names", ("name", "stands for", "bits"), lines, right=(2,))
-    out.print("\nA name is grid-block[-zero][-scale][-layout]; blocks are gN, row, tensor and RxC.")
-
-
-def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        (
-            str(r["name"]),
-            str(r["what"]),
-            f"{r['parameters']:,}",
-            "yes" if r["cached"] else f"no, {size(r['bytes_to_fetch'])} to fetch",
-        )
-        for r in rows
-    ]
-    table("", ("name", "what", "parameters", "here already"), lines, right=(2,))

@@ -1,79 +1,32 @@
-"""Runs and results on the screen: a progress bar with an ETA on a terminal, plain lines in a log, JSON for machines."""
+"""Results on standard output: tables for people, JSON for machines. Progress is in `bitpress.screen`."""
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bitpress.figures import shown, written
+from bitpress.screen import Screen, duration, err, size
 
-__all__ = ["Screen", "begin_output", "duration", "has_printed_json", "print_json", "size", "table"]
+__all__ = [
+    "Screen",
+    "begin_output",
+    "duration",
+    "err",
+    "figures_table",
+    "has_printed_json",
+    "out",
+    "print_json",
+    "size",
+    "table",
+]
 
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=True)
+# A pipe or a file has no width: only a terminal breaks lines.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 2**14)
 _state = {"printed": False}
-
-
-class Screen:
-    """Shows progress on standard error: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._what, self._total, self._done, self._already = "", 0, 0, 0
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> "Screen":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        self._stop()
-        self._what, self._total, self._done, self._already = what, total, done, done
-        self._started = self._said = time.monotonic()
-        if err.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=err)
-            self._task = self._bar.add_task(what, total=total, completed=done, unit="")
-            self._bar.start()
-        else:
-            err.print(f"{what}: {total - done} of {total} to do")
-
-    def advance(self, unit: str, **figures: Any) -> None:
-        self._done += 1
-        memory = psutil.Process().memory_info().rss
-        told = [f"{key} {value:.3g}" for key, value in figures.items()] + [f"memory {size(memory)}"]
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, unit=f"{unit}  {'  '.join(told)}")
-        elif time.monotonic() - self._said > 5 or self._done == self._total:
-            self._said = time.monotonic()
-            elapsed = self._said - self._started
-            left = elapsed / max(self._done - self._already, 1) * (self._total - self._done)
-            err.print(f"{self._what}: {self._done}/{self._total} {unit}  {'  '.join(told)}  ETA {duration(left)}")
-
-    def note(self, text: str) -> None:
-        err.print(text, markup=False, soft_wrap=True)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def print_json(value: Any) -> None:
@@ -104,20 +57,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
     out.print(grid)
 
 
-def size(count: float) -> str:
-    """12_345_678 -> '12.3 MB'."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """95 -> '1:35'."""
-    whole = int(seconds + 0.5)
-    if whole >= 3600:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-    return f"{whole // 60}:{whole % 60:02d}"
+# Figures that have lines of their own, whatever the task.
+_OWN_LINES = ("bits_per_weight", "bytes", "length", "seed")
 
 
 def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
@@ -129,7 +70,10 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
         return shown(figures[mean] * factor, form) + ("" if half is None else " ± " + form.format(half * factor))
 
     lines = []
-    if "kl_mean" in figures:
+    if "perplexity" not in figures:  # a task with figures of its own
+        numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key not in _OWN_LINES}
+        lines += [(key.replace("_", " "), shown(value, "{:.6g}")) for key, value in numbers.items()]
+    elif "kl_mean" in figures:
         lines += [
             ("KL divergence from the original", pair("kl_mean", "kl_ci95", 1, "{:.4f}") + " nats a token"),
             ("same most likely token", pair("top1_agreement", "top1_ci95", 100, "{:.2f}") + " %"),
@@ -141,7 +85,7 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
             ("scored", f"{shown(figures['tokens_per_second'], '{:.0f}')} tokens/s"),
             *_runtime_rows(figures.get("runtime")),
         ]
-    elif "perplexity" in figures:
+    else:
         low, high = figures["perplexity_low"], figures["perplexity_high"]
         between = "" if low is None or high is None else f" (95 %: {shown(low, '{:.3f}')} to {shown(high, '{:.3f}')})"
         lines += [

@@ -10,6 +10,7 @@ import torch
 from bitpress.checkpoints.gguf_file import load_gguf
 from bitpress.errors import CheckpointError
 from bitpress.exchange.source import Source
+from bitpress.progress import Silent
 
 __all__ = ["Gguf"]
 
@@ -40,4 +41,4 @@ class Gguf:
 
     @staticmethod
     def open(path: Path) -> Source:
-        return _Values(path, load_gguf(path, lambda text: None).state)
+        return _Values(path, load_gguf(path, Silent()).state)

@@ -4,7 +4,8 @@
     statistics    the sums that calibration takes over every input
     pressing      the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
 
-Wide inputs are sampled with fewer columns. Reading and writing files, and the evaluation, are not included.
+Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
+runs here now. Reading and writing files, and the evaluation, are not included.
 """
 
 import functools
@@ -39,12 +40,13 @@ STAGES = 1.3
 
 
 def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
-    """Return the seconds that calibrating and quantizing the planned weights would take, from samples of each kind of work run now."""
+    """Return the seconds that calibrating and quantizing the planned weights would take on this machine if nothing else ran on it."""
     seconds = _pressing(model, method, weights)
     needs = method.needs
     if not needs:
         return seconds
-    tokens = method.recipe.calibration.samples * method.recipe.calibration.length
+    calibration = method.recipe.calibration
+    tokens = calibration.samples * model.task.positions(model.model.config, calibration.length)
     text = model.model.config.get_text_config()
     active = getattr(text, "num_experts_per_tok", None)
     heads = getattr(text, "num_key_value_heads", None) or 1
@@ -199,9 +201,10 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
 def _timed(work: Callable[[], object]) -> float:
     """Return the seconds of the second of two runs, since the first includes one-time work; of the first if it is long."""
     for _ in range(2):
-        start = time.perf_counter()
+        own, all_threads = time.thread_time(), time.process_time()
         work()
-        seconds = time.perf_counter() - start
+        # This thread does its share of every product; where it waits for the others, their work divided by their number counts.
+        seconds = max(time.thread_time() - own, (time.process_time() - all_threads) / torch.get_num_threads())
         if seconds > 10 * ENOUGH:
             break
     return seconds

@@ -1,7 +1,7 @@
 """The job: the files that make a long run resumable. One writer, one journal; a unit of work is wholly on disk or did not happen.
 
     OUT/.bitpress/job.json          the identity: hashes of the source, of the calibration tokens, the recipe, versions
-    OUT/.bitpress/lock              held while a process works here
+    OUT/.bitpress/lock              held while a process works here, whose number it has
     OUT/.bitpress/journal.jsonl     one line a finished unit, each with a CRC; a torn last line is ignored
     OUT/.bitpress/objects/          finished weight files, under their final names
     OUT/.bitpress/activations/      the exact inputs of the next block
@@ -13,7 +13,6 @@ Publishing renames the weight files into OUT and writes the manifest last.
 
 import concurrent.futures
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from bitpress.checkpoints.durable import (
     write_durably,
 )
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
+from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
@@ -228,6 +228,21 @@ class Job:
             write_durably(self.out / name, [content])
         fsync_directory(self.out)
 
+    def unstage(self, names: Collection[str]) -> None:
+        """Take back what `stage` put in place: the weight files into the job's folder, the files of these names away."""
+        for unit in self.units:
+            made, final = self.root / "objects" / unit.shard, self.out / unit.shard
+            if final.exists():
+                with _disk_errors(final):
+                    os.replace(final, made)
+        with _disk_errors(self.out):
+            for name in names:
+                (self.out / name).unlink(missing_ok=True)
+            for folder in {(self.out / name).parent for name in names} - {self.out}:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        fsync_directory(self.out)
+
     def _retire_previous(self, kept: Collection[str]) -> None:
         """Remove the model that is being replaced from the directory: first the files that only it has, then its manifest."""
         manifest = self.out / MANIFEST_NAME
@@ -247,18 +262,20 @@ class Job:
         fsync_directory(self.out)
 
     def _acquire(self) -> None:
-        path = self.root / "lock"
+        path = self.root / JOB_LOCK
         with _disk_errors(path):
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = not path.exists() or not os.path.samestat(os.fstat(self._lock), os.stat(path))
-        except BlockingIOError as error:
+        if not lock_alone(self._lock):
             self.close()
-            raise UsageError(f"{self.out}: another process is working on this directory; wait for it or stop it.") from error
-        if gone:  # the process that held it has finished meanwhile, and removed its folder
+            raise UsageError(
+                f"{self.out}: {working_process(self.root) or 'another process'} works here; wait for it or stop it."
+            )
+        if not is_same(self._lock, path):  # the process that held it has finished meanwhile, and removed its folder
             self.close()
             raise UsageError(f"{self.out}: another process has just finished here; run the command again.")
+        with _disk_errors(path):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
 
     def _discard(self) -> None:
         with _disk_errors(self.root):

@@ -189,7 +189,8 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     _check_parts(weights, method)
     compressed = {w.parameter.name for w in weights}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
-    hidden = _activation_bytes(method, width * model.dtype.itemsize)
+    length = model.task.positions(model.model.config, recipe.calibration.length)
+    hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
     return Plan(
         weights=tuple(weights),
@@ -336,11 +337,11 @@ def _shorten(names: Sequence[str]) -> str:
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
-def _activation_bytes(method: Method, of_token: int) -> int:
+def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.needs:
         return 0
-    streams, calibration = 2 if of_origin(method.needs, "original") else 1, method.recipe.calibration
-    return streams * calibration.samples * calibration.length * of_token
+    streams = 2 if of_origin(method.needs, "original") else 1
+    return streams * method.recipe.calibration.samples * of_sample
 
 
 def _peak_memory(
@@ -354,16 +355,16 @@ def _peak_memory(
     # Four copies in float32; low-rank corrections decompose an error in float64.
     bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)
     largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * bytes_a_weight
-    # The evaluation computes in float32: two models' outer parts, a block as stored and as computed with, two windows of logits.
+    # The evaluation computes in float32: two models' outer parts, a block as stored and as computed with, two samples' outputs.
     outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
-    logits: int = 512 * model.model.config.get_text_config().vocab_size * 4
-    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * logits
+    outputs: int = 4 * model.task.output_values(model.model.config, 512)
+    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = method.recipe.batch * method.recipe.calibration.length
+    tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
     pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
@@ -383,13 +384,14 @@ def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
 
 
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Estimate the memory of a backward pass: the whole model, a sum of squares beside it, and for one text the states between blocks,
-    a block's backward pass and the loss over the vocabulary."""
+    """Estimate the memory of a backward pass: the whole model, a sum of squares beside it, and for one sample the states between
+    blocks, a block's backward pass and the loss over the outputs."""
     if not of_origin(method.needs, "loss"):
         return 0
-    text, length = model.model.config.get_text_config(), method.recipe.calibration.length
+    config, length = model.model.config, method.recipe.calibration.length
+    positions = model.task.positions(config, length)
     whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(method, weights)
-    states = len(model.blocks) * length * text.hidden_size * model.dtype.itemsize
+    states = len(model.blocks) * positions * model.width * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
-    back = sum(w.weights * 8 + length * sum(w.parameter.shape) * 8 for w in first)
-    return int(whole + states + back + 4 * length * text.vocab_size * 4)
+    back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)
+    return int(whole + states + back + 4 * model.task.output_values(config, length) * 4)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitpress import native
-from bitpress.calibration.samples import Windows
+from bitpress.calibration import Samples
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.compressed import (
     JOB_DIRECTORY,
@@ -28,11 +28,10 @@ from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
-from bitpress.checkpoints.tokenizer import check_tokenizer
-from bitpress.errors import CheckpointError, NumericsError, UsageError
-from bitpress.measure.evaluation import check_reloaded, evaluate, evaluation_windows
-from bitpress.measure.runtimes import check_loads, check_opens, measure_prompt_cost, prompt_windows
-from bitpress.measure.windows import calibration_windows
+from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
+from bitpress.measure.evaluation import check_reloaded, evaluate
+from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
+from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.memory import peak_bytes, release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
@@ -44,7 +43,7 @@ from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant, differences
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.pipeline.report import make_card, make_report
+from bitpress.pipeline.report import make_report, write_texts_
 from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
@@ -53,8 +52,7 @@ from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Clock", "Committer", "Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
-
+__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
 SENSITIVITY = "sensitivity.safetensors"
 
@@ -65,6 +63,29 @@ class Clock:
 
     started: float
     compressing: float
+
+    def facts(self) -> dict[str, object]:
+        """Return what a run took, and on what, for its report."""
+        return {
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds_pressing": round(self.compressing, 2),
+            "peak_memory_bytes": peak_bytes(),
+            "threads": torch.get_num_threads(),
+            "native": sorted(native.features()) if native.available() else None,
+            "machine": platform.processor() or platform.machine(),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has opened, planned and drawn before it writes; `samples` are the calibration's, where the method needs any."""
+
+    path: Path
+    model: StreamedModel
+    loader: OriginalLoader
+    method: Method
+    plan: Plan
+    samples: Samples | None
 
 
 class Proof:
@@ -89,7 +110,7 @@ def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, Original
     streamed, loader = open_original(model, method.compute)
     plan = make_plan(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
     if method.needs:
-        check_tokenizer(model)
+        streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
@@ -121,11 +142,13 @@ def quantize_directory(
     if proof.tokens and method.needs and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
-        evaluation_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
-    windows = None
+        config = streamed.model.config
+        draw_evaluation(proof.text, streamed.task, model, config, count=proof.tokens, length=proof.length)
+    samples = None
     if method.needs:
-        windows = calibration_windows(recipe.calibration, model, streamed.model.config)
-    identity = identify(loader.source.hashes(), None if windows is None else windows.sha256, method)
+        samples = draw_calibration(recipe.calibration, streamed.task, model, streamed.model.config)
+    run = Run(model, streamed, loader, method, plan, samples)
+    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
     finished = _finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -150,8 +173,8 @@ def quantize_directory(
     job = Job.open(out, identity, force=force)
     try:
         with stoppable() as check_stop:
-            seconds = _compress(job, plan, streamed, method, windows, strict, check_stop, progress)
-            return finish_job(job, loader, model, plan, method, windows, proof, progress, check_stop, Clock(started, seconds))
+            seconds = _compress(job, run, strict, check_stop, progress)
+            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds))
     finally:
         job.close()
 
@@ -179,31 +202,23 @@ class Committer:
         self.progress.advance(block.name, error=record.error)
 
 
-def _compress(
-    job: Job,
-    plan: Plan,
-    model: StreamedModel,
-    method: Method,
-    windows: Windows | None,
-    strict: bool,
-    check_stop: Callable[[], None],
-    progress: Progress,
-) -> float:
+def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], progress: Progress) -> float:
     """Do the units that the journal lacks; return the seconds that took."""
     started = time.perf_counter()
+    plan, model, method = run.plan, run.model, run.method
     total = plan.blocks + 1
     if len(job.units) == total:
         return 0.0
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
-    tokens = None if windows is None else windows.tokens
+    inputs = None if run.samples is None else run.samples.inputs
     outer = model.load_outer_()
     kept: dict[str, str] | None = None
     sensitivity = None
     if of_origin(method.needs, "loss"):
         if not job.units:
-            assert tokens is not None
-            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), tokens, check_stop, progress))
+            assert inputs is not None
+            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), inputs, check_stop, progress))
         sensitivity = job.kept(SENSITIVITY)
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
     stream = CalibrationStream(
@@ -218,7 +233,7 @@ def _compress(
     if job.units:
         _gather(job)  # a journal that does not hold records is refused now, not after the last block
         progress.note(f"resuming after {job.units[-1].unit}")
-    stream.start_(tokens, job.activations())
+    stream.start_(inputs, job.activations())
     done = len(job.units)
     if not done:
         job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
@@ -232,36 +247,62 @@ def _compress(
 
 
 def finish_job(
-    job: Job,
-    loader: OriginalLoader,
-    model: Path,
-    plan: Plan,
-    method: Method,
-    windows: Windows | None,
-    proof: Proof,
-    progress: Progress,
-    check_stop: Callable[[], None],
-    clock: Clock,
+    job: Job, run: Run, proof: Proof, progress: Progress, check_stop: Callable[[], None], clock: Clock
 ) -> dict[str, Any]:
     """Stage what a job holds, reload and prove it, write the report, publish."""
     release()
+    loader, samples, task = run.loader, run.samples, run.model.task
     facts = _gather(job)
     side = loader.source.side_files()
     files = _side_files(loader, side)
-    manifest = _manifest(job, loader, method, files, facts)
+    manifest = _manifest(job, loader, run.method, files, facts)
     job.stage(files)
+    try:
+        manifest, figures = _prove(job, run, manifest, facts, proof, progress, check_stop)
+        report = make_report(
+            figures,
+            facts.rows,
+            run.plan,
+            job.identity,
+            calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
+            source_bytes=loader.source.nbytes,
+            given=loader.source.given,
+            left_out=list(loader.names.left_out),
+            left_behind=side.left,
+            timing=clock.facts(),
+        )
+        head = front_matter(run.path, job.identity["recipe"]["weights"])
+        written = write_json_bytes(manifest.model_dump(mode="json"))
+        others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
+        job.stage(write_texts_(report, job.out.name, head, task, others))
+    except BitpressError:  # of what is not published, nothing lies where a model would
+        job.unstage([*files, "report.json", "README.md"])
+        raise
+    job.publish({}, written)
+    return report
+
+
+def _prove(
+    job: Job,
+    run: Run,
+    manifest: Manifest,
+    facts: BlockRecord,
+    proof: Proof,
+    progress: Progress,
+    check_stop: Callable[[], None],
+) -> tuple[Manifest, dict[str, Any]]:
+    """Reload what is staged as its users will, and measure it; return the manifest with the cost in prompts, and the figures."""
     pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts.digests, check_stop)
     check_loads(pressed, check_stop)
-    if windows is not None or proof.tokens:
-        prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
+    if (run.samples is not None or proof.tokens) and choose_opened(pressed) == "native":
+        prompts = run.samples.inputs if run.samples is not None else draw_prompts(run.path, run.model)
         manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
         pressed = replace(pressed, manifest=manifest)
-    figures: dict[str, Any] = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
     if proof.tokens:
         figures = evaluate(
             job.out,
-            model,
+            run.path,
             text=proof.text,
             tokens=proof.tokens,
             length=proof.length,
@@ -270,37 +311,16 @@ def finish_job(
             progress=progress,
         )
     else:
+        figures = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
         check_opens(pressed, progress)
     check_stop()
-    report = make_report(
-        figures,
-        facts.rows,
-        plan,
-        job.identity,
-        calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
-        source_bytes=loader.source.nbytes,
-        given=loader.source.given,
-        left_out=list(loader.names.left_out),
-        left_behind=side.left,
-        timing={
-            "seconds": round(time.perf_counter() - clock.started, 2),
-            "seconds_pressing": round(clock.compressing, 2),
-            "peak_memory_bytes": peak_bytes(),
-            "threads": torch.get_num_threads(),
-            "native": sorted(native.features()) if native.available() else None,
-            "machine": platform.processor() or platform.machine(),
-        },
-    )
     if proof.max_kl is not None and figures.get("kl_mean", 0.0) > proof.max_kl:
         raise NumericsError(
             f"{job.out}: the KL divergence from the original is {figures['kl_mean']:.4f}, above --max-kl {proof.max_kl:g}; "
-            "nothing is published. Use more bits or another method, or raise the limit and run again."
+            f"nothing is published. The compressed blocks are kept in {JOB_DIRECTORY}: the same command with a higher limit "
+            "publishes them without quantizing again, and --force starts anew with more bits or another method."
         )
-    card = make_card(report, job.out.name, front_matter(model, job.identity["recipe"]["weights"]))
-    texts = {"report.json": write_json_bytes(report), "README.md": card.encode()}
-    job.stage(texts)
-    job.publish({}, write_json_bytes(manifest.model_dump(mode="json")))
-    return report
+    return manifest, figures
 
 
 def shard_name(i: int, total: int) -> str:

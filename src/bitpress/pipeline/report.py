@@ -5,13 +5,19 @@ from importlib.resources import files
 from typing import Any
 
 from bitpress.checkpoints.given import Given
+from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.side_files import LeftBehind
-from bitpress.figures import shown, written
+from bitpress.figures import ratio_text, shown, written
+from bitpress.models.task import Task
 from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
+from bitpress.version import INSTALL
 
-__all__ = ["make_card", "make_report"]
+__all__ = ["make_card", "make_report", "write_texts_"]
+
+# The sum settles in the third round, unless a digit more or less moves it again.
+_ROUNDS = 10
 
 
 def make_report(
@@ -25,24 +31,21 @@ def make_report(
     given: Given | None,
     left_out: Sequence[str],
     left_behind: Sequence[LeftBehind],
-    timing: Mapping[str, Any],
+    timing: Mapping[str, object],
 ) -> dict[str, Any]:
     """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for a NaN or an infinity.
 
-    `source_bytes` are those of the tensors that were read; if these were converted from a file of the user, that file is the original,
-    and sizes are compared with it.
+    `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
+    these, or the tensors and the files beside them. `write_texts_` enters the published bytes and their ratio.
     """
-    original_bytes = source_bytes if given is None else given.nbytes
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
     notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
     reached = sum(1 for row in rows if row.calibrated)
     return {
         "figures": written(figures, "the proof"),
         "size": {
-            "bytes": figures["bytes"],
-            "bytes_original": original_bytes,
+            "bytes_original": plan.given_bytes,
             "bytes_converted": None if given is None else source_bytes,
-            "ratio": original_bytes / figures["bytes"],
             "bytes_compressed_weights": plan.compressed_bytes,
             "bytes_kept": plan.kept_bytes,
         },
@@ -60,11 +63,30 @@ def make_report(
     }
 
 
-def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> str:
+def write_texts_(
+    report: Mapping[str, Any], name: str, head: Mapping[str, object], task: Task, other_bytes: int
+) -> dict[str, bytes]:
+    """Return report.json and the card, and enter the bytes of the whole published directory into the report, with their ratio.
+
+    These two files count, and hold the sum themselves: they are written until it is right. `other_bytes` are those of all others.
+    """
+    total, texts = other_bytes, dict[str, bytes]()
+    for _ in range(_ROUNDS):
+        report["size"].update(bytes=total, ratio=report["size"]["bytes_original"] / total)
+        texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, name, head, task).encode()}
+        found = other_bytes + sum(map(len, texts.values()))
+        if found == total:
+            break
+        total = found
+    return texts
+
+
+def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, object], task: Task) -> str:
     """Write the model card (README.md of the published directory) from the report; `head` holds the keys that hubs read."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("bitpress.pipeline").joinpath("card.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["shown"] = shown
-    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head)) + "\n"
+    environment.filters |= {"shown": shown, "ratio_text": ratio_text}
+    environment.globals["install"] = INSTALL
+    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head), task=task) + "\n"

@@ -1,5 +1,6 @@
 """Recipes: the text of a run, and the method that is built of it once."""
 
+from bitpress.recipes.choice import choose_recipe
 from bitpress.recipes.kinds import KINDS
 from bitpress.recipes.method import LayerMethod, Method, Named, build_method
 from bitpress.recipes.parts import make_part, settings_of, spelled
@@ -18,6 +19,7 @@ __all__ = [
     "Override",
     "Recipe",
     "build_method",
+    "choose_recipe",
     "dump_recipe",
     "load_recipe",
     "make_part",

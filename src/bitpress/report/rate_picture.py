@@ -33,7 +33,7 @@ def check_picture(target: Path) -> None:
     if not target.parent.is_dir():
         raise UsageError(f"{target}: the folder {target.parent} does not exist.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--picture needs matplotlib: pip install 'bitpress[bench]'.")
+        raise UsageError("--picture needs matplotlib: pip install matplotlib.")
 
 
 def family_of(name: str) -> str:

@@ -141,7 +141,7 @@ class OpenedModel:
             with contextlib.suppress(
                 CheckpointError
             ):  # tokens in, tokens out needs no tokenizer, so a broken one is not an error here
-                write_layout(path, parts, text.tokenizer, generation, file_bytes)
+                write_layout(path, parts, text.tokenizer, generation, file_bytes, self.directory.resolve().name)
         return text
 
     def _tokenizer(self) -> Any:

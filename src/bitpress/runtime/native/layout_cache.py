@@ -102,11 +102,11 @@ def read_layout(path: Path, *, verify: bool = True) -> CachedLayout | None:
     return layout
 
 
-def write_layout(path: Path, parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> bool:
-    """Write a layout for the next start; return False if the disk has no room for it."""
+def write_layout(path: Path, parts: Parts, tokenizer: Any, generation: Any, file_bytes: int, model: str) -> bool:
+    """Write a layout for the next start, with the name of the model for lists; return False if the disk has no room for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_prepared(path, _to_tree(parts, tokenizer, generation, file_bytes))
+        write_prepared(path, {"model": model, **_to_tree(parts, tokenizer, generation, file_bytes)})
         _forget_old(path.parent)
     except (DiskError, OSError, ValueError):  # ValueError: a setting of the model that our own files cannot hold, such as NaN
         return False

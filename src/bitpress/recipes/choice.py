@@ -1,0 +1,57 @@
+"""The recipe of what a user asked for: a file, a mapping or a preset first, then single settings, then KEY=VALUE texts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitpress.presets import preset_keys
+from bitpress.recipes.recipe import Recipe
+from bitpress.recipes.text import load_recipe, make_recipe
+
+__all__ = ["choose_recipe"]
+
+
+def choose_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    preset: str | None = None,
+    bits: int | None = None,
+    weights: str | None = None,
+    quantizer: str | Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    option: Callable[[str], str] = str,
+) -> Recipe:
+    """Build the recipe. Raises UsageError, FormatError.
+
+    recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
+    calibration   settings of it that replace the recipe's; those that are None do not
+    skip          patterns after the recipe's own
+    option        returns the caller's spelling of an option, for messages
+    """
+    own = dict(recipe) if isinstance(recipe, Mapping) else {}
+    said = {text.partition("=")[0].strip() for text in sets} | own.keys()
+    whole = recipe is not None and (not isinstance(recipe, Mapping) or preset is not None)
+    values = preset_keys(
+        preset,
+        bits,
+        beside_recipe=whole or "weights" in own,
+        weights=weights is not None or "weights" in said,
+        quantizer=quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"}),
+        option=option,
+    )
+    if isinstance(recipe, Recipe):
+        values = recipe.model_dump(exclude_unset=True)
+    elif isinstance(recipe, (str, Path)):
+        values = load_recipe(recipe).model_dump(exclude_unset=True)
+    values |= own
+    if weights is not None:
+        values["weights"] = weights
+    if quantizer is not None:
+        values["quantizer"] = quantizer
+    if chosen := {key: value for key, value in (calibration or {}).items() if value is not None}:
+        values["calibration"] = {**values.get("calibration", {}), **chosen}
+    if skip:
+        values["skip"] = [*values.get("skip", ()), *skip]
+    return make_recipe(values, sets)

@@ -1,0 +1,108 @@
+"""Progress on standard error: a bar with an ETA on a terminal, plain lines in a log."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from bitpress.progress import Progress, Silent
+
+__all__ = ["Screen", "duration", "err", "size", "watch"]
+
+err = Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def watch(progress: Progress | bool | None) -> Iterator[Progress]:
+    """Yield what a function of the Python interface reports to.
+
+    None is a bar if standard error is a terminal, and silence if not; True is a bar there and lines in a log; False is silence.
+    """
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress:
+        with Screen() as screen:
+            yield screen
+    else:
+        yield Silent()
+
+
+class Screen:
+    """Shows progress on standard error: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._what, self._total, self._done, self._already = "", 0, 0, 0
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        self._stop()
+        self._what, self._total, self._done, self._already = what, total, done, done
+        self._started = self._said = time.monotonic()
+        if err.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Bar(*columns, console=err)
+            self._task = self._bar.add_task(what, total=total, completed=done, unit="")
+            self._bar.start()
+        else:
+            err.print(f"{what}: {total - done} of {total} to do", soft_wrap=True)
+
+    def advance(self, unit: str, **figures: Any) -> None:
+        self._done += 1
+        memory = psutil.Process().memory_info().rss
+        told = [f"{key} {value:.3g}" for key, value in figures.items()] + [f"memory {size(memory)}"]
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, unit=f"{unit}  {'  '.join(told)}")
+        elif time.monotonic() - self._said > 5 or self._done == self._total:
+            self._said = time.monotonic()
+            elapsed = self._said - self._started
+            left = elapsed / max(self._done - self._already, 1) * (self._total - self._done)
+            line = f"{self._what}: {self._done}/{self._total} {unit}  {'  '.join(told)}  ETA {duration(left)}"
+            err.print(line, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        err.print(text, markup=False, soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def size(count: float) -> str:
+    """12_345_678 -> '12.3 MB'."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """95 -> '1:35'."""
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"

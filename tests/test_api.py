@@ -1,0 +1,62 @@
+"""The Python interface: the options of the command line under the same names, and progress where somebody sees it."""
+
+import inspect
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from progress_record import Said
+
+import bitpress
+from bitpress.cli.app import quantize as command
+from bitpress.cli.recipe_options import build_recipe
+from bitpress.errors import UsageError
+from bitpress.recipes import Recipe, choose_recipe, make_recipe
+from bitpress.screen import watch
+
+# What only a command needs.
+OF_THE_COMMAND = {"output", "sets", "explain", "as_json"}
+
+
+def test_python_has_every_option_of_the_command() -> None:
+    options = set(inspect.signature(command).parameters) - OF_THE_COMMAND
+    assert options | {"out", "progress"} == set(inspect.signature(bitpress.quantize).parameters)
+
+
+def test_both_make_the_same_recipe() -> None:
+    made = choose_recipe(None, bits=3, quantizer="gptq", calibration={"samples": 5, "seed": None}, skip=["*.v_proj"])
+    assert made == build_recipe(None, None, 3, None, "gptq", None, None, 5, None, None, ["*.v_proj"])
+    assert made.calibration.samples == 5
+    own = make_recipe({"weights": "int8-row", "calibration": {"length": 32}, "skip": ["*.k_proj"]})
+    assert isinstance(own, Recipe)
+    made = choose_recipe(own, calibration={"samples": 5}, skip=["*.v_proj"])
+    assert made == make_recipe(
+        {"weights": "int8-row", "calibration": {"length": 32, "samples": 5}, "skip": ["*.k_proj", "*.v_proj"]}
+    )
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_to_a_terminal_and_on_request(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, heard in ((None, terminal), (True, True), (False, False)):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with watch(asked) as progress:
+            progress.begin("working", 1)
+            progress.advance("block 0")
+        assert ("working" in stream.getvalue()) == heard
+
+
+def test_progress_of_ones_own_hears_everything(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, model = Said(), tiny_model("llama")
+    bitpress.quantize(model, tmp_path / "out", weights="int4-g16", quantizer="rtn", proof_tokens=0, progress=said)
+    assert any(unit.startswith("model.layers.1") for unit in said.units)
+    bitpress.evaluate(tmp_path / "out", model, tokens=64, length=32, progress=said)
+    assert len(said.stages) >= 2
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UsageError, match="cache needs `against`"):
+        bitpress.evaluate(tmp_path / "out", cache="int8")
