@@ -2,19 +2,21 @@
 
 import inspect
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from progress_record import Said
+from rich.console import Console
 
 import bitpress
 from bitpress.cli.app import quantize as command
 from bitpress.cli.recipe_options import build_recipe
 from bitpress.errors import UsageError
 from bitpress.recipes import Recipe, choose_recipe, make_recipe
-from bitpress.screen import watch
+from bitpress.screen import Screen, watch
 
 # What only a command needs.
 OF_THE_COMMAND = {"output", "sets", "explain", "as_json"}
@@ -60,3 +62,14 @@ def test_progress_of_ones_own_hears_everything(
     assert capsys.readouterr().err == ""
     with pytest.raises(UsageError, match="cache needs `against`"):
         bitpress.evaluate(tmp_path / "out", cache="int8")
+
+
+def test_a_bar_on_a_narrow_terminal_keeps_its_count_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("bitpress.screen.err", Console(file=stream, force_terminal=True, width=80))
+    with Screen() as screen:
+        screen.begin("quantizing", 272)
+        for i in range(272):
+            screen.advance(f"model.layers.{i}.mlp.experts.down_proj", error=0.25)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).rstrip().splitlines()[-1]
+    assert re.search(r"272/272 model\.layers.*… \d:\d\d:\d\d ETA \d:\d\d:\d\d$", last)

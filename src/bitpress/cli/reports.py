@@ -112,7 +112,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(seconds)} with {threads_text(torch.get_num_threads())} on an idle machine, and the proof at the end",
+        "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
     }
     table("\nIn all", ("", ""), list(totals.items()))
 
