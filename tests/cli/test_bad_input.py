@@ -339,6 +339,8 @@ def test_beyond_max_kl_nothing_is_published(bitpress: Run, llama: Path, text_fil
     assert "above --max-kl 1e-09; nothing is published" in done.error
     assert [path.name for path in out.iterdir()] == [JOB_DIRECTORY], "nothing looks like a model"
     check_nothing_loads(out)
+    for words in (("run", out, "--prompt", "a"), ("eval", out), ("inspect", out)):
+        assert "a job here is unfinished: run the same quantize command again" in bitpress(*words).error
     finished = (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()
     done = bitpress(*command, "--max-kl", "1e-8")
     assert (done.code, (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()) == (6, finished)

@@ -42,7 +42,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         {
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
-            "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {run['threads']} threads",
+            "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
         },
     )
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
