@@ -80,6 +80,14 @@ def test_what_is_no_model_is_refused(
     assert done.out == ""
 
 
+def test_a_directory_without_a_model_says_what_to_write(bitpress: Run, tmp_path: Path, out: Path) -> None:
+    done = bitpress("quantize", tmp_path, out, *RTN)
+    assert "holds no config.json, so it is no model; MODEL is a directory with config.json" in done.error
+    (tmp_path / "a.Q4_0.gguf").write_bytes(b"GGUF")
+    done = bitpress("quantize", tmp_path, out, *RTN)
+    assert f"write the file itself: {tmp_path / 'a.Q4_0.gguf'}" in done.error
+
+
 def test_a_model_that_is_quantized_already_is_refused(bitpress: Run, pressed_original: Path, out: Path) -> None:
     done = bitpress("quantize", pressed_original, out, *RTN)
     assert done.code == 3
