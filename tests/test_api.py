@@ -2,19 +2,21 @@
 
 import inspect
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from progress_record import Said
+from rich.console import Console
 
 import bitpress
 from bitpress.cli.app import quantize as command
 from bitpress.cli.recipe_options import read_method
 from bitpress.errors import UsageError
 from bitpress.recipes import Method, Recipe, build_method, choose_method, make_recipe
-from bitpress.screen import watch
+from bitpress.screen import Screen, watch
 
 # What only a command needs.
 OF_THE_COMMAND = {"output", "sets", "explain", "as_json"}
@@ -73,3 +75,14 @@ def test_a_recipe_is_built_once(monkeypatch: pytest.MonkeyPatch, tiny_model: Cal
     monkeypatch.setattr("bitpress.pipeline.quantize.build_method", counting)
     bitpress.quantize(tiny_model("llama"), tmp_path / "out", weights="int4-g32-zero", quantizer="rtn", proof_tokens=0)
     assert len(built) == 1
+
+
+def test_a_bar_on_a_narrow_terminal_keeps_its_count_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("bitpress.screen.err", Console(file=stream, force_terminal=True, width=80))
+    with Screen() as screen:
+        screen.begin("quantizing", 272)
+        for i in range(272):
+            screen.advance(f"model.layers.{i}.mlp.experts.down_proj", error=0.25)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).rstrip().splitlines()[-1]
+    assert re.search(r"272/272 model\.layers.*… \d:\d\d:\d\d ETA \d:\d\d:\d\d$", last)

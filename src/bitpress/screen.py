@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -16,6 +17,8 @@ from bitpress.progress import Progress, Silent
 __all__ = ["Screen", "duration", "err", "size", "watch"]
 
 err = Console(stderr=True, highlight=False)
+# Columns of the bar, and of elapsed time, ETA and the spaces between.
+_BAR, _TIMES = 20, 24
 
 
 @contextlib.contextmanager
@@ -57,7 +60,7 @@ class Screen:
         if err.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(_BAR),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}"),
                 TimeElapsedColumn(),
@@ -75,7 +78,11 @@ class Screen:
         memory = psutil.Process().memory_info().rss
         told = [f"{key} {value:.3g}" for key, value in figures.items()] + [f"memory {size(memory)}"]
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, unit=f"{unit}  {'  '.join(told)}")
+            # rich would cut every column alike, the ETA too; what is left of the line is for the unit.
+            count = 2 * len(str(self._total)) + 1
+            room = max(err.width - len(self._what) - _BAR - count - _TIMES, 0)
+            text = f"{unit}  {'  '.join(told)}"
+            self._bar.update(self._task, advance=1, unit=escape(text if len(text) <= room else text[: max(room - 1, 0)] + "…"))
         elif time.monotonic() - self._said > 5 or self._done == self._total:
             self._said = time.monotonic()
             elapsed = self._said - self._started

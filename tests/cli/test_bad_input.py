@@ -80,6 +80,14 @@ def test_what_is_no_model_is_refused(
     assert done.out == ""
 
 
+def test_a_directory_without_a_model_says_what_to_write(bitpress: Run, tmp_path: Path, out: Path) -> None:
+    done = bitpress("quantize", tmp_path, out, *RTN)
+    assert "holds no config.json, so it is no model; MODEL is a directory with config.json" in done.error
+    (tmp_path / "a.Q4_0.gguf").write_bytes(b"GGUF")
+    done = bitpress("quantize", tmp_path, out, *RTN)
+    assert f"write the file itself: {tmp_path / 'a.Q4_0.gguf'}" in done.error
+
+
 def test_a_model_that_is_quantized_already_is_refused(bitpress: Run, pressed_original: Path, out: Path) -> None:
     done = bitpress("quantize", pressed_original, out, *RTN)
     assert done.code == 3
@@ -339,6 +347,8 @@ def test_beyond_max_kl_nothing_is_published(bitpress: Run, llama: Path, text_fil
     assert "above --max-kl 1e-09; nothing is published" in done.error
     assert [path.name for path in out.iterdir()] == [JOB_DIRECTORY], "nothing looks like a model"
     check_nothing_loads(out)
+    for words in (("run", out, "--prompt", "a"), ("eval", out), ("inspect", out)):
+        assert "a job here is unfinished: run the same quantize command again" in bitpress(*words).error
     finished = (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()
     done = bitpress(*command, "--max-kl", "1e-8")
     assert (done.code, (out / JOB_DIRECTORY / "journal.jsonl").read_bytes()) == (6, finished)

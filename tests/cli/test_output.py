@@ -29,6 +29,7 @@ def test_tables_in_a_pipe_are_as_wide_as_their_content() -> None:
     rows = json.loads(run("models", "--json", stdout=subprocess.PIPE).stdout)
     lines = run("models", stdout=subprocess.PIPE).stdout.splitlines()
     assert len(lines) == 1 + len(rows)
+    assert [line.rstrip() for line in lines] == lines
     assert all(row["what"] in line for row, line in zip(rows, lines[1:], strict=True))
 
 

@@ -14,7 +14,7 @@ from bitpress.errors import UsageError
 from bitpress.models.linears import skipping
 from bitpress.models.opening import open_original
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import NAMED_RECIPES, build_method, load_recipe
+from bitpress.recipes import NAMED_RECIPES, build_method, load_recipe, make_recipe
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
@@ -34,6 +34,17 @@ def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[...,
     for name in pressed.manifest.weights:
         error = (pressed.load(name)[name].float() - held[name].float()).abs()
         assert 0 < error.max() <= held[name].abs().max() / 3
+
+
+@pytest.mark.parametrize("skip", [["*", "!*.experts.*"], ["*.experts.*"]])
+def test_experts_are_known_by_what_they_do(skip: list[str], tiny_model: Callable[..., Path]) -> None:
+    """JetMoe's are named mlp.input_linear and mlp.output_linear."""
+    plan, _, _ = plan_run(
+        tiny_model("jetmoe"), build_method(make_recipe({"weights": "int4-row", "quantizer": "rtn", "skip": skip}))
+    )
+    stacks = [w.parameter.experts > 0 for w in plan.weights]
+    assert stacks == [skip[0] == "*"] * len(stacks)
+    assert ("model.layers.1.mlp.input_linear" in {w.parameter.stem for w in plan.weights}) == (skip[0] == "*")
 
 
 def test_a_model_without_experts_leaves_moqe_nothing_to_do(tiny_model: Callable[..., Path]) -> None:

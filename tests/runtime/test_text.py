@@ -1,6 +1,8 @@
 """Text from tokens: whole characters only, stop strings, end tokens, figures; and the engine that makes it."""
 
+import io
 from collections.abc import Callable
+from logging import StreamHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from bitpress import native
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.detokenizer import text_decoder
 from bitpress.runtime.native.text import TextEngine
-from bitpress.runtime.prompt import check_prompt, encode_prompt, end_tokens
+from bitpress.runtime.prompt import check_prompt, encode_prompt, end_tokens, read_generation_file
 from bitpress.runtime.sampling import LIMITS, Sampling, SamplingRequest
 
 PROMPT = "The sea was calm, and the"
@@ -240,3 +242,25 @@ def test_the_limits_of_sampling_are_those_of_the_library(name: str) -> None:
     ends = [limit.least - step, limit.least, limit.least + step]
     for value in [*ends, limit.most, limit.most + step] if limit.most <= 1 else ends:
         assert takes(value) == (limit.refusal(value) is None), value
+
+
+def test_settings_of_sampling_are_read_without_a_remark(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "typical_p": 0.9}')
+    said = io.StringIO()
+    handler, logger = StreamHandler(said), logging.get_logger("transformers.generation.configuration_utils")
+    logger.addHandler(handler)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        logger.warning_once.cache_clear()
+        assert read_generation_file(tmp_path / "generation_config.json").temperature == 0.6
+        assert said.getvalue() == "", "they apply at a temperature above 0"
+        logger.warning_once.cache_clear()
+        GenerationConfig(temperature=0.6, typical_p=0.9)
+        assert "temperature" in said.getvalue(), "transformers itself goes on remarking"
+    finally:
+        logger.removeHandler(handler)
+        logging.set_verbosity(verbosity)

@@ -27,6 +27,13 @@ class WeightParameter:
         return stem(self.name)
 
     @property
+    def pattern_names(self) -> tuple[str, ...]:
+        """Return the names that a pattern of `skip` may match. A stack of experts has `experts` in one of them, whatever the model says."""
+        parent, _, leaf = self.stem.rpartition(".")
+        alike = (f"{parent}.experts.{leaf}",) if self.experts and "experts" not in parent.split(".") else ()
+        return (self.stem, self.name, *alike)
+
+    @property
     def stacked_shape(self) -> tuple[int, int]:
         """Return the shape (rows, in) of all experts stacked along the rows."""
         return self.shape[0] * max(self.experts, 1), self.shape[1]

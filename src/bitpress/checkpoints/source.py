@@ -17,6 +17,8 @@ from bitpress.checkpoints.directory import open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.given import ORIGIN, Given, is_in_cache, read_given
 from bitpress.checkpoints.jsonfile import read_foreign_json, read_json
+from bitpress.checkpoints.locks import describe_job
+from bitpress.checkpoints.manifest import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
 from bitpress.checkpoints.side_files import SideFiles, find_side_files
 from bitpress.errors import CheckpointError
@@ -72,6 +74,8 @@ def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
 
 def _no_model(root: Path) -> str:
     """Say what a directory without config.json is, and what to write instead."""
+    if (root / JOB_DIRECTORY).exists():
+        return f"{root}: there is no {MANIFEST_NAME}; {describe_job(root / JOB_DIRECTORY)}."
     files = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".gguf") if root.is_dir() else []
     if files:
         return f"{root}: holds {files[0]} and no config.json; write the file itself: {root / files[0]}."

@@ -42,7 +42,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         {
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
-            "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {run['threads']} threads",
+            "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
         },
     )
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
@@ -112,7 +112,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(seconds)} with {threads_text(torch.get_num_threads())} on an idle machine, and the proof at the end",
+        "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
     }
     table("\nIn all", ("", ""), list(totals.items()))
 

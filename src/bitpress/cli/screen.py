@@ -54,7 +54,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    out.print(grid)
+    if out.is_terminal:
+        out.print(grid)
+        return
+    with out.capture() as capture:
+        out.print(grid)
+    for line in capture.get().splitlines():
+        out.print(line.rstrip(), markup=False)
 
 
 # Figures that have lines of their own, whatever the task.

@@ -39,7 +39,8 @@ def list_weights(model: StreamedModel, i: int, skip: Sequence[str]) -> tuple[lis
             name = ".".join(part for part in (model.block_name(i), path, leaf) if part)
             # A parameter that two modules share is used under the first one's name.
             found = _judge(name, value, module, model.uses.get(name, Use()))
-            pattern = None if found == VECTOR else skipping((stem(name), name), skip)
+            names = found.pattern_names if isinstance(found, WeightParameter) else (stem(name), name)
+            pattern = None if found == VECTOR else skipping(names, skip)
             if isinstance(found, str):
                 unmeant = found in (UNKNOWN_PRODUCT, UNUSED) and pattern is not None
                 kept[name] = f"{SKIPPED} ({pattern})" if unmeant else found

@@ -12,10 +12,13 @@ from bitpress.recipes import Recipe
 __all__ = ["check_patterns"]
 
 
-def check_patterns(recipe: Recipe, compressed: Collection[str], kept: Mapping[str, str], others: Iterable[str]) -> None:
+def check_patterns(
+    recipe: Recipe, compressed: Collection[str], kept: Mapping[str, str], others: Iterable[str], experts: Collection[str] = ()
+) -> None:
     """Raise UsageError for a pattern of `skip` or `overrides` that matches nothing, with the nearest name.
 
     compressed   stems of the weights that are compressed
+    experts      further names of compressed weights, for `skip` alone (`WeightParameter.pattern_names`)
     kept         names of the matrices of blocks that stay uncompressed, and why; `others` are all the model's parameters
 
     A pattern of `skip` may also match only weights that stay uncompressed anyway, since its effect is there. A pattern after "!" and those
@@ -24,8 +27,10 @@ def check_patterns(recipe: Recipe, compressed: Collection[str], kept: Mapping[st
     skipped = {stem(name) for name, why in kept.items() if why.startswith(SKIPPED)}
     everything = {*compressed, *map(stem, kept), *map(stem, others)}
     for pattern in recipe.skip:
+        if f"{SKIPPED} ({pattern})" in kept.values():
+            continue
         taken_back = pattern.startswith("!")
-        names = {*compressed, *skipped} if taken_back else everything
+        names = {*compressed, *experts, *(skipped if taken_back else everything)}
         _check("skip", pattern, pattern.removeprefix("!"), names, everything - names)
     for override in recipe.overrides:
         _check("overrides", override.match, override.match, set(compressed), everything - set(compressed))

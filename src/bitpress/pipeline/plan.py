@@ -184,7 +184,8 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         raise FormatError(f"every weight has {next(iter(narrow.values()))}; use smaller groups, or row.")
     if not weights:
         raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
-    check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict())
+    experts = {name for w in weights for name in w.parameter.pattern_names[2:]}
+    check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict(), experts)
     _check_shapes(weights)
     _check_parts(weights, method)
     compressed = {w.parameter.name for w in weights}

@@ -129,19 +129,28 @@ def read_generation(pressed: Any) -> Any:
 
 
 def read_generation_file(path: Path) -> Any:
-    """Read a generation_config.json as transformers' GenerationConfig. Raises CheckpointError."""
+    """Read a generation_config.json as transformers' GenerationConfig. Raises CheckpointError.
+
+    transformers remarks that settings of sampling without `do_sample` are ignored. Here they apply at a temperature above 0, so that
+    the remark is left out.
+    """
     from transformers import GenerationConfig
+    from transformers.utils import logging
 
     from bitpress.checkpoints.jsonfile import read_foreign_json
 
     values = read_foreign_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must be an object.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return GenerationConfig.from_dict(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path}: does not describe how to generate: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def end_tokens(generation: Any, config: Any, tokenizer: Any = None) -> tuple[int, ...]:
