@@ -35,10 +35,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"skip": ["!lm_head"]}, r"'!lm_head' matches only weights that stay uncompressed anyway"),
     ({"skip": [""]}, r"'' matches no weight"),
     ({"overrides": [{"match": "*.qproj", "weights": "int8-row"}]}, r"overrides: '\*.qproj' .* did you mean \*.q_proj\?"),
-    ({"overrides": [{"match": "lm_head", "weights": "int8-row"}]}, "overrides: 'lm_head' matches only what stays as it is"),
+    (
+        {"overrides": [{"match": "lm_head", "weights": "int8-row"}]},
+        "overrides: 'lm_head' matches only weights that stay uncompressed",
+    ),
     (
         {"skip": ["*.q_proj"], "overrides": [{"match": "*.q_proj", "weights": "int8-row"}]},
-        r"overrides: '\*.q_proj' matches only what stays",
+        r"overrides: '\*.q_proj' matches only weights that stay",
     ),
 ]
 
