@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rows import add_row
 
-from bitpress.measure.windows import load_windows
+from bitpress.models.tasks.causal_lm import draw_windows
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.engine import Engine
 from bitpress.runtime.native.options import EngineOptions
@@ -87,7 +87,7 @@ def main() -> None:
         write_outliers(options.outliers, options.directories[0])
         return
     for directory in options.directories:
-        windows = load_windows("builtin:heldout", directory, samples=options.windows, length=512, seed=0).tokens.tolist()
+        windows = draw_windows("builtin:heldout", directory, samples=options.windows, length=512, seed=0).inputs.tolist()
         exact = load_engine(directory, EngineOptions(activations="none", head="keep"))
         references = [prompt(exact, window) for window in windows]
         for name, settings in SETTINGS.items():

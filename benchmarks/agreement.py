@@ -16,7 +16,7 @@ import torch
 from rows import add_row
 
 from bitpress.api import load
-from bitpress.measure.windows import load_windows
+from bitpress.models.tasks.causal_lm import draw_windows
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.options import EngineOptions
 
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
-    windows = load_windows("builtin:heldout", options.directory, samples=options.windows, length=512, seed=0).tokens
-    prompts = load_windows("builtin:heldout", options.directory, samples=options.prompts, length=32, seed=1).tokens
+    windows = draw_windows("builtin:heldout", options.directory, samples=options.windows, length=512, seed=0).inputs
+    prompts = draw_windows("builtin:heldout", options.directory, samples=options.prompts, length=32, seed=1).inputs
     model = load(options.directory, dtype="fp32")
     references = [model(window[None]).logits[0] for window in windows]
     texts, margins = [], []

@@ -37,8 +37,9 @@ from bitpress.comparison.statistics_cache import StatisticsCache, capture_origin
 from bitpress.errors import NumericsError
 from bitpress.measure.evaluation_text import EvaluationText, distances
 from bitpress.measure.noise_floor import measure_noise
-from bitpress.measure.windows import calibration_windows, load_windows
+from bitpress.measure.samples import draw_calibration
 from bitpress.models.opening import open_original
+from bitpress.models.tasks.causal_lm import draw_windows
 from bitpress.pipeline.identity import versions
 from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import output_errors
@@ -102,12 +103,12 @@ class Bench:
         self.path = resolve_model(MODEL)
         self.model, loader = open_original(self.path, torch.bfloat16)
         drawn = {
-            name: load_windows(text, self.path, samples=TOKENS // LENGTH, length=LENGTH, seed=0)
+            name: draw_windows(text, self.path, samples=TOKENS // LENGTH, length=LENGTH, seed=0)
             for name, text in HELDOUT.items()
         }
-        self.texts = {name: windows.tokens for name, windows in drawn.items()}
+        self.texts = {name: windows.inputs for name, windows in drawn.items()}
         self.calibration = Calibration(inputs="original")
-        self.windows = calibration_windows(self.calibration, self.path, self.model.model.config)
+        self.windows = draw_calibration(self.calibration, self.model.task, self.path, self.model.model.config)
         self.identity = {
             "comparison": 1,
             "source": loader.source.hashes(),
@@ -126,7 +127,7 @@ class Bench:
         recipe = Recipe(quantizer={"name": "rtn"}, calibration=self.calibration)
         wanted = {**self.identity, "calibration": self.windows.sha256, "batch": recipe.batch}
         where.parent.mkdir(parents=True, exist_ok=True)
-        tokens = self.windows.tokens
+        tokens = self.windows.inputs
         return capture_original(where, wanted, self.model, self.texts, recipe, tokens, {"gram"}, lambda: None, Silent())
 
     def _noise(self, where: Path) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def press(bench: Bench, peer: Peer, width: int | None, folder: Path) -> dict[str
     command = [str(python), str(ROOT / "benchmarks" / "peers" / peer.script), "--model", str(bench.path)]
     command += ["--out", str(folder / "weights.safetensors")]
     if peer.inputs:
-        np.save(folder / "tokens.npy", bench.windows.tokens.numpy())
+        np.save(folder / "tokens.npy", bench.windows.inputs.numpy())
         command += ["--tokens", str(folder / "tokens.npy")]
     if "{importance}" in peer.options:
         squares: dict[str, Any] = {name: value.numpy() for name, value in bench.importance().items()}

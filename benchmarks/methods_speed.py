@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods import DOCUMENT, MODEL, RECIPES, by_pass, compare
+from method_rows import MODEL, RECIPES
+from method_tables import DOCUMENT
+from methods import by_pass, compare
 from rows import add_row, machine, read_rows, rewrite_section
 
 from bitpress.cli.compare import label

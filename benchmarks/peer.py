@@ -42,9 +42,9 @@ def ours(out: Path, weights: str, quantizer: str) -> dict[str, Any]:
 
 def peer(model: Path, folder: Path, bits: int) -> dict[str, Any]:
     from bitpress.measure.evaluation import evaluate
-    from bitpress.measure.windows import load_windows
+    from bitpress.models.tasks.causal_lm import draw_windows
 
-    tokens = load_windows("builtin", model, samples=SAMPLES, length=LENGTH, seed=0).tokens
+    tokens = draw_windows("builtin", model, samples=SAMPLES, length=LENGTH, seed=0).inputs
     np.save(folder / "tokens.npy", tokens.numpy())
     script = ROOT / "benchmarks" / "peers" / "llmcompressor_gptq.py"
     command = [str(PEER), str(script), "--model", str(model), "--tokens", str(folder / "tokens.npy"), "--bits", str(bits)]

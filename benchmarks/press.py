@@ -58,12 +58,12 @@ def measure_floor() -> dict[str, Any]:
     """Run the untouched model in bf16 against itself in fp32."""
     from bitpress.checkpoints.named import resolve_model
     from bitpress.measure.evaluation import compare
-    from bitpress.measure.windows import load_windows
     from bitpress.models.opening import open_streamed
+    from bitpress.models.tasks.causal_lm import draw_windows
 
     path = resolve_model(MODEL)
-    windows = load_windows("builtin:heldout", path, samples=TOKENS // 512, length=512, seed=0)
-    figures = compare(open_streamed(path, torch.bfloat16), open_streamed(path, torch.float32), windows.tokens)
+    windows = draw_windows("builtin:heldout", path, samples=TOKENS // 512, length=512, seed=0)
+    figures = compare(open_streamed(path, torch.bfloat16), open_streamed(path, torch.float32), windows.inputs)
     kept = ("kl_mean", "kl_ci95", "top1_agreement", "perplexity", "perplexity_original", "tokens")
     return {
         "model": MODEL,

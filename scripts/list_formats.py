@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sections import rewrite_sections
+
 from bitpress.formats import TERMS, table
 from bitpress.formats.listing import describe_tables
 
@@ -20,15 +22,8 @@ def main() -> None:
 def rewrite(text: str) -> str:
     """Return the document with every marked section written anew."""
     rows = describe_tables()
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name}: written by make docs -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{TARGET}: the section {name} is not marked by {begin} and {end}.")
-        lines = "\n".join(make([row for row in rows if row["kind"] == name]))
-        text = f"{before}{begin}\n{lines}\n{end}{after}"
-    return text
+    sections = {name: make([row for row in rows if row["kind"] == name]) for name, make in SECTIONS.items()}
+    return rewrite_sections(TARGET.name, text, sections)
 
 
 def _grids(rows: list[dict[str, Any]]) -> Iterable[str]:

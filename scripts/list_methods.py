@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sections import rewrite_sections
+
 from bitpress.calibration import STATISTICS
 from bitpress.cli.listings import describe_methods
 from bitpress.corrections.table import CORRECTIONS
@@ -30,15 +32,7 @@ def main() -> None:
 def rewrite(text: str) -> str:
     """Return the document with every marked section written anew."""
     rows = describe_methods()
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name}: written by make docs -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{TARGET}: the section {name} is not marked by {begin} and {end}.")
-        lines = "\n".join(make(rows))
-        text = f"{before}{begin}\n{lines}\n{end}{after}"
-    return text
+    return rewrite_sections(TARGET.name, text, {name: make(rows) for name, make in SECTIONS.items()})
 
 
 def _quantizers(rows: list[dict[str, Any]]) -> Iterable[str]:

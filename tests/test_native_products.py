@@ -99,7 +99,7 @@ def codes_of(term: Packed) -> Iterator[Codes]:
 
 
 def nearest_steps(levels: list[float]) -> tuple[float, int, float]:
-    """Give the step whose multiples are nearest to levels, the largest multiple and the largest difference in steps."""
+    """Return the step whose multiples are nearest to levels, the largest multiple and the largest difference in steps."""
     values = np.array(levels)
     most = np.abs(values).max()
     missed = {top: np.abs(np.rint(values / most * top) - values / most * top).max() / top for top in range(1, 128)}
@@ -108,7 +108,7 @@ def nearest_steps(levels: list[float]) -> tuple[float, int, float]:
 
 
 def highest_near(values: torch.Tensor, group: int, width: int) -> torch.Tensor:
-    """Give the highest value that a piece of `width` columns around each column of a group can hold: an upper bound."""
+    """Return the highest value that a piece of `width` columns around each column of a group can hold: an upper bound."""
     rows, columns = values.shape
     padded = torch.nn.functional.pad(values, (0, -columns % group), value=-torch.inf).reshape(1, -1, group)
     near = torch.nn.functional.max_pool1d(padded, 2 * width - 1, 1, width - 1)
@@ -116,7 +116,7 @@ def highest_near(values: torch.Tensor, group: int, width: int) -> torch.Tensor:
 
 
 def half_steps(values: torch.Tensor, group: int, width: int, steps: int = 127) -> torch.Tensor:
-    """Give what a piece's rounding can lose: half a step of its largest magnitude / `steps`.
+    """Return the bound of a piece's rounding error: half a step of its largest magnitude / `steps`.
 
     The step and its reciprocal are rounded to float32 themselves, which counts for all the steps.
     """
@@ -124,7 +124,7 @@ def half_steps(values: torch.Tensor, group: int, width: int, steps: int = 127) -
 
 
 def half_steps_beside(x: torch.Tensor) -> torch.Tensor:
-    """Give what many rows lose: half a step of the largest magnitude that does not stand apart.
+    """Return the bound of the error of many rows: half a step of the largest magnitude that is not an outlier.
 
     A magnitude above 5 times the mean stands apart, and above 5 times the mean of the others, or half of that where many do; of a
     quarter of the columns and 8 at most. The mean is summed in float32, so a value may fall on either side of a bound that is so much larger.
@@ -137,12 +137,12 @@ def half_steps_beside(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_halves(values: torch.Tensor) -> torch.Tensor:
-    """Give what values can lose in bf16: half a unit of 8 bits, or of the smallest normal number, below which there is nothing."""
+    """Return the bound of the rounding error in bf16: half a unit of 8 bits, or of the smallest normal number."""
     return values.abs() * 2.0**-8 + 2.0**-126
 
 
 def fp16_step(w: torch.Tensor, gain: torch.Tensor | float) -> torch.Tensor:
-    """Give what w / gain can lose in fp16: half a unit of 11 bits, or half the smallest number there is."""
+    """Return the bound of the rounding error of w / gain in fp16: half a unit of 11 bits, or half the smallest number."""
     return w.abs() * 2.0**-11 + 2.0**-25 * gain
 
 
@@ -154,7 +154,7 @@ def is_expanded(term: Any, strips: NativeLayout) -> bool:
 def bound(
     weight: CompressedWeight, strips: NativeLayout, x: torch.Tensor, bias: torch.Tensor, in_bytes: bool, in_halves: bool = False
 ) -> torch.Tensor:
-    """Give what a product may differ from the exact one, [rows, out]: every part's rounding, times what it is multiplied by."""
+    """Return the bound of a product's error, [rows, out]: the rounding of every part times its factor."""
     many = x.shape[0] > FEW_ROWS
     error = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
     size = bias.double().abs().expand_as(error).clone()  # of all that is added up
@@ -212,7 +212,7 @@ def bound(
 
 
 def mapped(x: torch.Tensor, change: Map) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give T x, and what float32 may lose of it: a rounding for every addition and multiplication of a value, and of its factors."""
+    """Return T x and the bound of its error in float32: a rounding for every addition and multiplication of a value, and of its factors."""
     size, additions = x.abs(), 0
     for part in change.maps if isinstance(change, Chain) else (change,):
         x = part.apply(x)
@@ -232,7 +232,7 @@ def factors_of(change: Hadamard | Kronecker) -> tuple[int, int]:
 
 
 def missed_in_tiles(codes: Codes) -> torch.Tensor:
-    """Give what weights lose as bytes of a segment: nothing where the segment has one scale and its values fit.
+    """Return the bound of the error of weights as bytes of a segment: 0 if the segment has one scale and its values fit.
 
     Groups of up to 32 columns share a segment of 64 at most.
     """
@@ -268,7 +268,7 @@ def product(strips: NativeLayout, x: torch.Tensor, path: str, in_bytes: bool, th
 def excess(
     weight: CompressedWeight, strips: NativeLayout, x: torch.Tensor, in_bytes: bool, bias: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """Give the largest error of the product of every path in units of the bound."""
+    """Return the largest error of the product of every path in units of the bound."""
     bias = torch.zeros(weight.shape[0]) if bias is None else bias
     exact = x.double() @ weight.dequantize().double().T + bias.double()
     found = {}

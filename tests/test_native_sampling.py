@@ -60,7 +60,7 @@ def pick(
 
 
 def probabilities(logits: np.ndarray, settings: dict[str, float], before: Sequence[int] = ()) -> torch.Tensor:
-    """Give every token's probability by transformers' processors, in the order in which `generate` applies them."""
+    """Return every token's probability by transformers' processors, in the order in which `generate` applies them."""
     how = {**USUAL, **settings}
     processors: list[Any] = []
     if how["repetition_penalty"] != 1.0:

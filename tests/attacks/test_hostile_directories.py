@@ -190,7 +190,7 @@ def deep(levels: int) -> Any:
 
 
 def double_key(data: bytes) -> bytes:
-    """Give the first key of an object twice, with an equal value: nothing else about it is wrong."""
+    """Write the first key of an object twice, with an equal value: nothing else about it is wrong."""
     value = json.loads(data)
     key = next(iter(value))
     return b"{" + json.dumps(key).encode() + b": " + json.dumps(value[key]).encode() + b", " + data.strip()[1:]
@@ -212,7 +212,7 @@ def drop_parameter(h: Hostile) -> None:
 
 
 def add_scale_map(bad: float) -> Change:
-    """Give a weight an output map of ones, one of them not finite."""
+    """Put an output map of ones around a weight, one of them not finite."""
 
     def change(h: Hostile) -> None:
         scale = torch.ones(32)

@@ -15,12 +15,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from bitpress import native
+from bitpress.runtime.native.options import CacheType
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
@@ -48,7 +49,7 @@ def i32(*values: int) -> np.ndarray:
 
 
 def spread(array: np.ndarray) -> np.ndarray:
-    """Give the same values with a gap between any two."""
+    """Return the same values with a gap between any two."""
     wide = np.zeros((*array.shape[:-1], array.shape[-1] * 2), array.dtype)
     wide[..., ::2] = array
     return wide[..., ::2]
@@ -60,7 +61,7 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def variants(array: np.ndarray) -> dict[str, Any]:
-    """Give what stands where an array of this type and shape belongs, and is none."""
+    """Return values that are no array of this type and shape, to stand in its place."""
     other = np.float64 if array.dtype == np.float32 else np.int64 if array.dtype != np.int64 else np.int32
     longer = np.concatenate([array, array])
     wrong = {
@@ -88,7 +89,7 @@ def variants(array: np.ndarray) -> dict[str, Any]:
 
 
 def numbers(allowed: str) -> dict[str, Any]:
-    """Give what stands where a whole number belongs, and is none."""
+    """Return values that are no whole number, to stand in its place."""
     return {"None": None, "text": "1", "a fraction": 1.5, "a list": [1], **{f"{n}": n for n in BIG if allowed != "any"}}
 
 
@@ -195,7 +196,7 @@ def map_steps(columns: int = COLUMNS) -> list[dict[str, Any]]:
 
 
 def changed_step(index: int, **values: Any) -> dict[str, Any]:
-    """Give arguments of a map one step of which is another; a value of None leaves the key out."""
+    """Return arguments of a map one step of which is another; a value of None leaves the key out."""
     steps = map_steps()
     steps[index] = {key: value for key, value in {**steps[index], **values}.items() if value is not None}
     return {"steps": steps}
@@ -1011,7 +1012,7 @@ def test_a_model_keeps_what_it_is_made_of() -> None:
     assert (logits_of(model, 1, 2, 3) == first).all()
 
 
-@pytest.mark.parametrize("cache", ["fp16", "int8"])
+@pytest.mark.parametrize("cache", get_args(CacheType))
 @pytest.mark.parametrize("byte_activations", [False, True])
 def test_no_wrong_token_or_buffer_reaches_a_model(cache: str, byte_activations: bool) -> None:
     library = native.library()
@@ -1060,7 +1061,7 @@ def test_no_wrong_token_or_buffer_reaches_a_model(cache: str, byte_activations: 
 
 def test_a_context_is_filled_to_its_end_and_no_further() -> None:
     for path in PATHS:
-        for cache in ("fp16", "int8"):
+        for cache in get_args(CacheType):
             for first in (1, 4, 5, CONTEXT - 1, CONTEXT):
                 model = make_model(path=path, cache=cache)
                 model.forward(np.arange(first, dtype=np.int32), f32(first, VOCABULARY))
@@ -1074,7 +1075,7 @@ def test_a_context_is_filled_to_its_end_and_no_further() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 0.0])
 def test_a_model_of_numbers_that_are_none_ends(path: str, value: float) -> None:
-    for cache in ("fp16", "int8"):
+    for cache in get_args(CacheType):
         arguments = with_step(0, 0, weight=f32(HIDDEN, value=value))
         arguments["layers"][0][2]["q_norm"] = f32(HEAD, value=value)
         arguments |= {"path": path, "cache": cache, "ropes": [(f32(HEAD // 2, value=value), 1.0)]}

@@ -156,16 +156,16 @@ def test_hub_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_windows_are_cut_from_the_text_and_do_not_overlap(tokenizer: Any) -> None:
     documents = [numbered("a", 100), numbered("b", 100)]
     windows = sample_windows(documents, tokenizer, samples=8, length=50, seed=0)
-    assert windows.tokens.shape == (8, 50)
-    assert windows.tokens.dtype == torch.int64
+    assert windows.inputs.shape == (8, 50)
+    assert windows.inputs.dtype == torch.int64
     assert windows.kinds == ("a", "b") * 4
-    texts = [tokenizer.decode(row) for row in windows.tokens]
+    texts = [tokenizer.decode(row) for row in windows.inputs]
     for text, kind in zip(texts, windows.kinds, strict=True):
         source = documents["ab".index(kind)].text
         assert source is not None
         assert source.index(text) % 50 == 0
     assert len(set(texts)) == 8
-    assert windows.sha256 == hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest()
+    assert windows.sha256 == hashlib.sha256(windows.inputs.numpy().tobytes()).hexdigest()
 
 
 def test_seed_decides(tokenizer: Any) -> None:
@@ -183,8 +183,8 @@ def test_short_kind_is_made_up_for(tokenizer: Any) -> None:
 
 def test_every_window_begins_as_the_tokenizer_does() -> None:
     windows = sample_windows([numbered("a", 100)], make_tokenizer(bos=True), samples=5, length=20, seed=0)
-    assert (windows.tokens[:, 0] == BOS).all()
-    assert (windows.tokens[:, 1:] != BOS).all()
+    assert (windows.inputs[:, 0] == BOS).all()
+    assert (windows.inputs[:, 1:] != BOS).all()
 
 
 def test_documents_are_parted(tokenizer: Any) -> None:
@@ -214,13 +214,13 @@ def test_large_text_is_tokenized_in_pieces(tokenizer: Any, monkeypatch: pytest.M
     windows = sample_windows([numbered("a", 1000)], Watching(), samples=3, length=50, seed=0)
     assert max(lengths) <= 200
     assert sum(lengths) < 4 * samples.SPARE * 3 * 50  # not to the end
-    assert windows.tokens.shape == (3, 50)
+    assert windows.inputs.shape == (3, 50)
     assert "".join(samples._split("word " * 500, 200)) == "word " * 500
 
 
 def test_chat_puts_passages_into_the_template(tokenizer: Any) -> None:
     windows = sample_windows([numbered("a", 200)], tokenizer, samples=6, length=100, seed=0, chat=True)
-    texts = [tokenizer.decode(row) for row in windows.tokens]
+    texts = [tokenizer.decode(row) for row in windows.inputs]
     # A passage is about two windows long at one character a token, so that three windows in a row meet a mark.
     assert sum("<user>" in text or "</>" in text for text in texts) >= 2
     conversation = [Document("c", messages=(("user", "hi" * 9), ("assistant", "ho" * 9)))]

@@ -57,7 +57,7 @@ def test_the_native_engine_is_used_and_said(bitpress: Run, pressed_original: Pat
 def test_options_of_the_native_engine(bitpress: Run, pressed_original: Path) -> None:
     given = ("--activations", "none", "--cache", "int8", "--head", "keep", "--context", "40", "--threads", "1")
     done = bitpress("run", pressed_original, *ASK, *given)
-    assert f"native ({native.chosen_path()}), 1 thread, float activations, 8-bit cache, head float32" in done.err
+    assert f"native ({native.chosen_path()}), 1 thread, float activations, int8 cache, head float32" in done.err
     assert bitpress("run", pressed_original, *ASK[:2], *given, "--json").json["finish"] == "context"
 
 
@@ -124,7 +124,7 @@ def test_sampling_has_its_seed(runtime: str, bitpress: Run, pressed_original: Pa
         (
             ("--runtime", "transformers", "--cache", "int8"),
             2,
-            "--cache: only for the runtime native, and transformers is asked for",
+            "--cache: only for the runtime native, and transformers was requested",
         ),
         (("--packed", "--head", "keep"), 2, "--head: only for the runtime native; --packed: only for transformers"),
         (("--runtime", "native", "--packed"), 2, "--packed: only for the runtime transformers"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError, UsageError
-from bitpress.evaluation import Question, Task, lay_out, measure_accuracy, score_choices
+from bitpress.evaluation import Question, QuestionSet, lay_out, measure_accuracy, score_choices
 from bitpress.evaluation import multiple_choice as choices
 
 # A bigram model over the letters of these words; "." begins a text, "X" is what "ab" becomes where it stands together.
@@ -36,7 +36,7 @@ def bigram(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return TABLE[tokens].flatten(0, 1)[at]
 
 
-def task(*rows: tuple[str, Sequence[str], int], **settings: object) -> Task:
+def task(*rows: tuple[str, Sequence[str], int], **settings: object) -> QuestionSet:
     settings = {"encode": encode} | settings
     return lay_out([Question(context, tuple(words), answer) for context, words, answer in rows], **settings)  # type: ignore[arg-type]
 

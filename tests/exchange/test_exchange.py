@@ -1,18 +1,18 @@
 """Sources of every ecosystem: what is written is read back as it was, and a new ecosystem is two files."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CheckpointError, FormatError
-from bitpress.exchange.source import Source, StoredLayer
+from bitpress.exchange.source import LayerFormat, Source, StoredLayer
 from bitpress.exchange.table import ECOSYSTEMS, LAYER_FORMATS, open_source
 from bitpress.formats import MAPS, TERMS, ActivationFormat, CompressedLayer, CompressedWeight, Map, Packed, Term, parse_format
 from bitpress.formats.maps.map import Chain, Permutation, Scale
@@ -30,8 +30,8 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def packed(w: torch.Tensor) -> Packed:
-    fmt = parse_format("int4-g8-zero-s4")
+def packed(w: torch.Tensor, name: str = "int4-g8-zero-s4") -> Packed:
+    fmt = parse_format(name)
     params = fmt.fit(w)
     return Packed.pack(fmt, fmt.encode(w, params), params)
 
@@ -68,27 +68,45 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
         f"input {name}": lambda name=name: CompressedLayer(CompressedWeight((packed(draw(OUT, IN)),)), inputs(name))
         for name in ("int8-row", "int8-tensor-zero")
     },
+    "term bytes": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int8-row"),))),
     "all": lambda: CompressedLayer(
         CompressedWeight((packed(draw(IN, IN)), low_rank(draw(IN, IN), 1)), MAP["chain"](), MAP["scale"]()), inputs("e4m3-g8")
     ),
 }
 
 
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def check_law(row: type[LayerFormat]) -> set[str]:
+    """Return the names of LAYERS that an ecosystem can hold: `read(write(layer))` is each of them, and it refuses the others."""
+    held = set()
+    for name, make in LAYERS.items():
+        layer = make()
+        try:
+            stored = row.write(layer)
+        except FormatError:
+            continue
+        held.add(name)
+        entry = json.loads(json.dumps(dict(stored.entry)))
+        again = row.read(StoredLayer({n: t.clone() for n, t in stored.tensors.items()}, entry))
+        assert again.weight.spec() == layer.weight.spec(), name
+        assert again.input_spec() == layer.input_spec(), name
+        assert again.tensors().keys() == layer.tensors().keys(), name
+        for tensor, value in layer.tensors().items():
+            got = again.tensors()[tensor]
+            assert torch.equal(value, got), (name, tensor)
+            assert value.dtype == got.dtype, (name, tensor)
+        assert torch.equal(again.weight.dequantize(), layer.weight.dequantize()), name
+        with pytest.raises(FormatError):
+            row.read(StoredLayer({}, stored.entry))
+        with pytest.raises(FormatError):
+            row.read(StoredLayer(stored.tensors, {**stored.entry, "more": 1}))
+    return held
+
+
 @pytest.mark.parametrize("name", LAYER_FORMATS)
-def test_what_is_written_is_read_back_as_it_was(name: str, make: Callable[[], CompressedLayer]) -> None:
-    row, layer = LAYER_FORMATS[name], make()
-    stored = row.write(layer)
-    again = row.read(StoredLayer({n: t.clone() for n, t in stored.tensors.items()}, json.loads(json.dumps(dict(stored.entry)))))
-    assert again.weight.spec() == layer.weight.spec()
-    assert again.input_spec() == layer.input_spec()
-    assert again.tensors().keys() == layer.tensors().keys()
-    assert all(torch.equal(t, again.tensors()[n]) and t.dtype == again.tensors()[n].dtype for n, t in layer.tensors().items())
-    assert torch.equal(again.weight.dequantize(), layer.weight.dequantize())
-    with pytest.raises(FormatError):
-        row.read(StoredLayer({}, stored.entry))
-    with pytest.raises(FormatError):
-        row.read(StoredLayer(stored.tensors, {**stored.entry, "more": 1}))
+def test_what_is_written_is_read_back_as_it_was(name: str) -> None:
+    held = check_law(LAYER_FORMATS[name])
+    assert held
+    assert name != "bitpress" or held == LAYERS.keys(), "our own directories hold every layer"
 
 
 def test_a_directory_of_our_own_is_read_by_name(pressed_original: Path) -> None:
@@ -120,43 +138,98 @@ def test_a_path_of_no_ecosystem_is_refused_in_one_line(tiny_model: Callable[...,
         assert "\n" not in str(error.value)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A source of one layer in a text file: a power of two a row."""
+class Signed:
+    """A made-up tool: a directory of signed bytes with a scale for every row, named by `quant_method`.
 
-    path: Path
+    tensors   NAME.weight_q int8 [out, in], NAME.weight_s fp16 [out, 1]; other parameters as they are
+    entry     {"bits": 8}
+    """
 
-    @property
-    def names(self) -> Collection[str]:
-        return ["w"]
-
-    def read(self, name: str) -> CompressedLayer:
-        w = torch.tensor([[2.0 ** int(line)] for line in self.path.read_text().split()])
-        return CompressedLayer(CompressedWeight((sparse(w, w != 0),)))
-
-
-class MadeUp:
-    about: ClassVar[str] = "a .powers file"
+    about: ClassVar[str] = "a directory of signed bytes"
 
     @staticmethod
     def owns(path: Path) -> bool:
-        return path.suffix == ".powers"
+        settings = path / "config.json"
+        return (
+            settings.is_file()
+            and json.loads(settings.read_text()).get("quantization_config", {}).get("quant_method") == "signed"
+        )
 
     @staticmethod
     def open(path: Path) -> Source:
-        return Column(path)
+        return SignedSource(load_file(path / "model.safetensors"))
+
+    @staticmethod
+    def write(layer: CompressedLayer) -> StoredLayer:
+        (term, *more), weight = layer.weight.terms, layer.weight
+        if more or not isinstance(term, Packed) or term.format.name != "int8-row" or weight.input_map or weight.output_map:
+            raise FormatError("a directory of signed bytes holds int8-row without maps or other terms.")
+        if layer.input is not None:
+            raise FormatError("a directory of signed bytes does not round inputs.")
+        codes, params = term.unpack()
+        return StoredLayer({"weight_q": (codes.int() - 128).to(torch.int8), "weight_s": params["scale"].half()}, {"bits": 8})
+
+    @staticmethod
+    def read(stored: StoredLayer) -> CompressedLayer:
+        if stored.entry != {"bits": 8} or stored.tensors.keys() != {"weight_q", "weight_s"}:
+            raise FormatError("signed bytes are weight_q and weight_s, of 8 bits.")
+        codes = (stored.tensors["weight_q"].int() + 128).to(torch.uint8)
+        scale = {"scale": stored.tensors["weight_s"].float()}
+        return CompressedLayer(CompressedWeight((Packed.pack(parse_format("int8-row"), codes, scale),)))
+
+
+@dataclass(frozen=True)
+class SignedSource:
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def names(self) -> Collection[str]:
+        return {name.removesuffix("_q") for name in self.tensors if not name.endswith("_s")}
+
+    def read(self, name: str) -> torch.Tensor | CompressedLayer:
+        if name in self.tensors:
+            return self.tensors[name]
+        parts = {part: self.tensors[name.removesuffix("weight") + part] for part in ("weight_q", "weight_s")}
+        return Signed.read(StoredLayer(parts, {"bits": 8}))
+
+
+def write_signed(source: Path, out: Path) -> dict[str, CompressedLayer]:
+    """Write a model's directory as the made-up tool would, its matrices compressed; return those."""
+    fmt, stored, layers = parse_format("int8-row"), {}, {}
+    for name, w in load_file(source / "model.safetensors").items():
+        if w.ndim != 2:
+            stored[name] = w
+            continue
+        params = fmt.fit(w.float())
+        layers[name] = CompressedLayer(CompressedWeight((Packed.pack(fmt, fmt.encode(w.float(), params), params),)))
+        parts = Signed.write(layers[name]).tensors
+        stored |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "signed"}}
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(stored, out / "model.safetensors")
+    return layers
 
 
 def test_a_made_up_ecosystem_is_two_files(
     tiny_model: Callable[..., Path], pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files to touch for a new ecosystem: 2, its own (the classes above) and the table (the line below)."""
-    monkeypatch.setitem(ECOSYSTEMS, "powers", MadeUp)
-    path = tmp_path / "w.powers"
-    path.write_text("1 -2 0")
-    source = open_source(path)
-    layer = source.read(*source.names)
-    assert isinstance(layer, CompressedLayer)
-    assert layer.weight.dequantize().flatten().tolist() == [2.0, 0.25, 1.0]
-    for other in (tiny_model("llama"), pressed_original, path):
+    """Files to touch for a new ecosystem: 2, its own (the classes above) and the table (the two lines below)."""
+    original, path = tiny_model("llama"), tmp_path / "signed"
+    layers = write_signed(original, path)
+    with pytest.raises(CheckpointError, match="no checkpoint that can be read here"):
+        open_source(path)
+    monkeypatch.setitem(ECOSYSTEMS, "signed", Signed)
+    monkeypatch.setitem(LAYER_FORMATS, "signed", Signed)
+    source, plain = open_source(path), load_file(original / "model.safetensors")
+    assert set(source.names) == set(plain)
+    for name in source.names:
+        value = source.read(name)
+        assert isinstance(value, CompressedLayer) == (name in layers)
+        if isinstance(value, CompressedLayer):
+            assert torch.equal(value.weight.dequantize(), layers[name].weight.dequantize())
+        else:
+            assert torch.equal(value, plain[name])
+    assert check_law(LAYER_FORMATS["signed"]) == {"term bytes"}
+    for other in (original, pressed_original, path):
         assert sum(ecosystem.owns(other) for ecosystem in ECOSYSTEMS.values()) == 1

@@ -51,7 +51,7 @@ def levels(name: str) -> torch.Tensor:
 
 
 def stored(fmt: str, codes: torch.Tensor, **params: torch.Tensor) -> Packed:
-    """Give a tool's codes and parameters as a term that went through its bytes."""
+    """Return a tool's codes and parameters as a term that went through its bytes."""
     return Packed.pack(parse_format(fmt), codes, params)
 
 
@@ -363,7 +363,7 @@ def test_nvfp4_of_compressed_tensors_decodes_to_its_numbers() -> None:
 
 # gguf: blocks of bytes. `halves` and `nibbles` are how llama.cpp lays them out, and all that a converter has to know.
 def blocks_of(name: str) -> torch.Tensor:
-    """Give the bytes of every block, `[blocks, bytes]`."""
+    """Return the bytes of every block, `[blocks, bytes]`."""
     raw = golden("gguf")[f"{name}/bytes"]
     sizes = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "MXFP4": 17, "TQ1_0": 54, "TQ2_0": 66, "IQ4_NL": 18}
     return raw.reshape(-1, sizes.get(name, raw.shape[-1]))

@@ -287,7 +287,7 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     from bitpress.checkpoints.compressed import CompressedCheckpoint
     from bitpress.checkpoints.safetensors_file import read_tensor
     from bitpress.errors import CheckpointError
-    from bitpress.models.skeleton import check_causal
+    from bitpress.models.tasks.table import find_task
 
     source, out = folder / "source", folder / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
         model = build(model_type)
     except AttributeError:  # a model of several parts has not what its decoder alone would ask it for
         try:
-            check_causal(small_config(model_type), str(source))
+            find_task(small_config(model_type), str(source))
         except CheckpointError as error:
             return str(error).removeprefix(f"{source}: ")
         raise

@@ -9,7 +9,8 @@ import torch
 
 import bitpress
 from bitpress.errors import CheckpointError
-from bitpress.models.skeleton import build_config, build_skeleton, check_causal
+from bitpress.models.skeleton import build_config, build_skeleton
+from bitpress.models.tasks.table import find_task
 from bitpress.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,11 +104,11 @@ def test_what_is_no_causal_language_model_is_called_so(model_type: str) -> None:
     with pytest.raises(
         CheckpointError, match=rf"^here: {model_type} is .*, not a causal language model; bitpress quantizes causal"
     ):
-        check_causal(build_config({"model_type": model_type}), "here")
+        find_task(build_config({"model_type": model_type}), "here")
 
 
 def test_an_encoder_made_a_decoder_is_a_causal_language_model() -> None:
-    check_causal(build_config({"model_type": "bert", "is_decoder": True}), "here")
+    find_task(build_config({"model_type": "bert", "is_decoder": True}), "here")
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_an_encoder_is_read_matrix_by_matrix_and_says_so(encoder: Path, small_dr
     measured = measure_formats(encoder, ["int4-g32"], progress=notes)
     assert measured["weights"] == 32 * 32 + 32 * 64
     assert len(notes.notes) == 1
-    assert "not walked as a causal language model" in notes.notes[0]
+    assert "not walked block by block" in notes.notes[0]
 
 
 def test_a_sample_takes_every_kind_from_layers_far_apart() -> None:

@@ -46,10 +46,10 @@ def test_streamed_logits_are_the_models_own(case: tuple[str, Path, Any]) -> None
     model.load_outer_()
     last = states(model, TOKENS)[-1]
     with torch.no_grad():
-        assert torch.equal(model.logits(TOKENS, last), whole(TOKENS, use_cache=False).logits)
+        assert torch.equal(model.outputs(TOKENS, last), whole(TOKENS, use_cache=False).logits)
         # What follows the last block sees every token alone.
         picked = torch.tensor([3, 30, 70])
-        alone = model.logits(TOKENS.flatten()[picked, None], last.flatten(0, 1)[picked, None])[:, 0]
+        alone = model.outputs(TOKENS.flatten()[picked, None], last.flatten(0, 1)[picked, None])[:, 0]
         torch.testing.assert_close(alone, whole(TOKENS, use_cache=False).logits.flatten(0, 1)[picked])
 
 

@@ -104,7 +104,7 @@ def test_streamed_logits_are_the_models_own(case: tuple[str, Path, Any]) -> None
         model.drop_block_(i)
         assert all(p.is_meta for p in model.blocks[i].parameters())
     with torch.no_grad():
-        assert torch.equal(model.logits(TOKENS, hidden), whole(TOKENS).logits)
+        assert torch.equal(model.outputs(TOKENS, hidden), whole(TOKENS).logits)
 
 
 def test_siblings_share_one_input_and_every_weight_is_seen(case: tuple[str, Path, Any]) -> None:
@@ -157,7 +157,7 @@ def test_a_pressed_model_is_the_original_with_decoded_weights(case: tuple[str, P
             weight = CompressedWeight.build(record.weights[parameter.name].spec, own)
             assert digest(weight.dequantize()) == record.digests[parameter.name]
             values[parameter.name] = parameter.restore(weight.dequantize())
-    ours = model.logits(TOKENS, stream.states[0])
+    ours = model.outputs(TOKENS, stream.states[0])
     other = build(name)
     missing, unexpected = other.load_state_dict(values, strict=False)
     assert not unexpected

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bitpress.errors import CheckpointError
+from bitpress.models.tasks.causal_lm import CausalLM
 from bitpress.models.uses import Axis, Product, Use, find_uses
 
 WIDTH, EXPERTS = 8, 5
@@ -24,15 +25,14 @@ class Toy(nn.Module):
         self.config = SimpleNamespace(get_text_config=lambda: text)
         self.embed, self.layer = nn.Embedding(16, WIDTH), layer
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         assert not use_cache
-        out: torch.Tensor = self.layer(self.embed(input_ids))
-        return out
+        return SimpleNamespace(logits=self.layer(self.embed(input_ids)))
 
 
 def uses_of(layer: nn.Module) -> dict[str, Use]:
     model = Toy(layer).to("meta")
-    found = find_uses(model)
+    found = find_uses(model, CausalLM())
     assert all(p.is_meta for p in model.parameters())  # its own parameters are back
     return {name.removeprefix("layer."): use for name, use in found.items() if name.startswith("layer.")}
 
@@ -159,5 +159,5 @@ def test_uses(how: Any, shape: tuple[int, ...], products: set[Product], computed
 
 
 def test_a_model_that_does_not_run_is_named() -> None:
-    with pytest.raises(CheckpointError, match=r"Toy: its code does not run on a short text: .*\[9, 8\]"):
+    with pytest.raises(CheckpointError, match=r"Toy: its code does not run on short inputs: .*\[9, 8\]"):
         uses_of(One(lambda x, w: x @ w, WIDTH + 1, WIDTH))

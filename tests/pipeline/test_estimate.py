@@ -41,7 +41,7 @@ def estimate(model: Path, recipe: Recipe) -> float:
 
 
 def natural(model: Path, quantizer: str) -> Recipe:
-    """Give the first recipe with a format that the quantizer serves and is meant for."""
+    """Return the first recipe with a format that the quantizer serves and is meant for."""
     for name in FORMATS:
         for transforms in ([], ["hadamard"]):
             try:

@@ -32,13 +32,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"skip": ["model.layer.0.mlp.up_proj"]}, r"did you mean model.layers.0.mlp.up_proj\?"),
     ({"skip": ["model.layers.7.*"]}, r"'model.layers.7.\*' matches no weight"),
     ({"skip": ["*.v_proj", "!*.vv_proj"]}, r"'!\*.vv_proj' matches no weight of this model; did you mean !\*.v_proj\?"),
-    ({"skip": ["!lm_head"]}, r"'!lm_head' matches only what stays as it is anyway"),
+    ({"skip": ["!lm_head"]}, r"'!lm_head' matches only weights that stay uncompressed anyway"),
     ({"skip": [""]}, r"'' matches no weight"),
     ({"overrides": [{"match": "*.qproj", "weights": "int8-row"}]}, r"overrides: '\*.qproj' .* did you mean \*.q_proj\?"),
-    ({"overrides": [{"match": "lm_head", "weights": "int8-row"}]}, "overrides: 'lm_head' matches only what stays as it is"),
+    (
+        {"overrides": [{"match": "lm_head", "weights": "int8-row"}]},
+        "overrides: 'lm_head' matches only weights that stay uncompressed",
+    ),
     (
         {"skip": ["*.q_proj"], "overrides": [{"match": "*.q_proj", "weights": "int8-row"}]},
-        r"overrides: '\*.q_proj' matches only what stays",
+        r"overrides: '\*.q_proj' matches only weights that stay",
     ),
 ]
 
@@ -58,7 +61,7 @@ def test_what_matches_nothing_is_refused(keys: dict[str, Any], says: str, tiny_m
 
 def test_a_router_is_no_match_of_an_override(tiny_model: Callable[..., Path]) -> None:
     keys = RTN | {"overrides": [{"match": "*.mlp.gate", "weights": "int8-row"}]}
-    with pytest.raises(UsageError, match="matches only what stays as it is anyway"):
+    with pytest.raises(UsageError, match="matches only weights that stay uncompressed anyway"):
         plan_run(tiny_model("qwen3_moe"), build_method(make_recipe(keys)))
 
 

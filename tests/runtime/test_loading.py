@@ -23,7 +23,7 @@ TOKENS = torch.arange(6, 38).reshape(2, 16)
 
 @pytest.fixture(scope="module")
 def pressed(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Give an architecture's original and its int4-g16 by plain rounding, made once."""
+    """Return an architecture's original and its int4-g16 by plain rounding, made once."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def press(architecture: str) -> tuple[Path, Path]:

@@ -27,7 +27,7 @@ Models = Callable[[str], tuple[Path, Path]]
 
 @pytest.fixture(scope="module")
 def pressed(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Give an architecture's original and its int4-row by plain rounding, made once."""
+    """Return an architecture's original and its int4-row by plain rounding, made once."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def press(architecture: str) -> tuple[Path, Path]:

@@ -6,7 +6,7 @@ And texts apart from models: two sequences on one model do not see each other.
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from bitpress.runtime.native.architectures import ARCHITECTURES, Layout, Names, 
 from bitpress.runtime.native.architectures.steps import Add, Attend, Gate, Multiply, Norm, Step
 from bitpress.runtime.native.assemble import assemble, load_engine, refuses
 from bitpress.runtime.native.engine import Engine, make_engine
-from bitpress.runtime.native.options import EngineOptions
+from bitpress.runtime.native.options import CacheType, EngineOptions
 from bitpress.runtime.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
@@ -182,7 +182,7 @@ def one_product_a_layer(self: Parallel, layout: Layout, index: int) -> list[Step
     return [Norm("norm", to="x"), Multiply("x", {"o": "q"}), Add("o")]
 
 
-@pytest.mark.parametrize("cache", ["fp16", "int8"])
+@pytest.mark.parametrize("cache", get_args(CacheType))
 def test_two_sequences_on_one_model_do_not_disturb_each_other(cache: str, pressed_original: Path) -> None:
     def draw(seed: int) -> list[int]:
         return [int(t) for t in torch.randint(0, 200, (30,), generator=torch.Generator().manual_seed(seed))]

@@ -134,7 +134,7 @@ class Bench:
         self.groups = [[by_name[name] for name in names] for names in capture.groups()]
 
     def folds(self) -> dict[str, Fold]:
-        """Give the folds by the name of the group's first weight."""
+        """Return the folds by the name of the group's first weight."""
         return {self.groups[g][0].name: fold for g, fold in find_folds(self.block, self.run, self.groups).items()}
 
 

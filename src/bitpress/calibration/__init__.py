@@ -3,7 +3,7 @@
 from bitpress.calibration.attention import Role, find_roles
 from bitpress.calibration.capture import Capture
 from bitpress.calibration.observed import Observed
-from bitpress.calibration.samples import Document, Windows, begin_tokens, builtin_texts, read_texts, sample_windows
+from bitpress.calibration.samples import Document, Samples, begin_tokens, builtin_texts, read_texts, sample_windows
 from bitpress.calibration.stats import STATISTICS, Statistic, Stats, StatsCollector, of_origin
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "Document",
     "Observed",
     "Role",
+    "Samples",
     "Statistic",
     "Stats",
     "StatsCollector",
-    "Windows",
     "begin_tokens",
     "builtin_texts",
     "find_roles",

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Shaped
 
 from bitpress.errors import CalibrationError, UsageError, unknown_name
 from bitpress.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, bounded
 
-__all__ = ["Document", "Windows", "begin_tokens", "builtin_texts", "read_texts", "sample_windows"]
+__all__ = ["Document", "Samples", "begin_tokens", "builtin_texts", "read_texts", "sample_windows"]
 
 MAX_FILE_BYTES = 2**30
 MAX_HUB_ROWS = 20_000
@@ -49,10 +49,13 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Token windows, the kind of text of each, and the SHA-256 of the tokens as little-endian 64-bit numbers."""
+class Samples:
+    """Inputs drawn for a model, such as token windows [samples, length]; the kind of text of each, and a SHA-256 of all.
 
-    tokens: Int64[torch.Tensor, "samples length"]
+    The hash of token windows is that of the tokens as little-endian 64-bit numbers.
+    """
+
+    inputs: Shaped[torch.Tensor, "samples ..."]
     kinds: tuple[str, ...]
     sha256: str
 
@@ -87,7 +90,7 @@ def read_texts(spec: str) -> list[Document]:
 
 def sample_windows(
     documents: Sequence[Document], tokenizer: Any, *, samples: int, length: int, seed: int, chat: bool = False
-) -> Windows:
+) -> Samples:
     """Draw `samples` windows of `length` tokens, in turn from every kind of text that has one left.
 
     `chat` puts passages of plain text into the user's turn of the chat template; conversations always go through it. If the
@@ -121,7 +124,7 @@ def sample_windows(
     first = torch.tensor(begin, dtype=torch.int64)
     windows = torch.stack([torch.cat([first, window]) for _, window in taken])
     sha256 = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
-    return Windows(windows, tuple(kind for kind, _ in taken), sha256)
+    return Samples(windows, tuple(kind for kind, _ in taken), sha256)
 
 
 def _read_builtin(spec: str) -> list[Document]:

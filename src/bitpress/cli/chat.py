@@ -9,6 +9,7 @@ from bitpress.cli.request import Answer, Request, threads_text
 from bitpress.cli.terminal import open_reader
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.runtime.messages import Prompt
+from bitpress.runtime.native.options import USUAL_CACHE
 from bitpress.runtime.native.text import TextEngine
 from bitpress.runtime.opening import OpenedModel
 from bitpress.settings import layout_directory
@@ -87,7 +88,7 @@ class _Native:
         if f["activations"] == "mixed":
             cost = f" (8 bits would cost {f['prompt_cost']:.2g} nats)" if f["prompt_cost"] else ""
             activations += f", prompts in float{cost}"
-        cache = ["8-bit cache"] if f["cache"] == "int8" else []
+        cache = [] if f["cache"] == USUAL_CACHE else [f"{f['cache']} cache"]
         expanded = [f"expanded to 16 bits: {', '.join(f['expanded'])}"] if f["expanded"] else []
         parts = [f"native ({f['path']})", threads_text(f["threads"]), activations, *cache, f"head {f['head']}", *expanded]
         return ", ".join(parts)

@@ -119,29 +119,29 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
 
 def describe_directory(directory: Path) -> dict[str, Any]:
     """Describe a published model by its manifest and headers (hashes are not checked again)."""
-    pressed = CompressedCheckpoint.open(directory, verify=False)
+    checkpoint = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
-    for name, record in pressed.manifest.weights.items():
+    for name, record in checkpoint.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
         inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']}"]
         entry = formats.setdefault(" with ".join([kinds, *maps, *inputs]), {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1
         entry["parameters"] += record.spec["shape"][0] * record.spec["shape"][1]
-        entry["bytes"] += sum(pressed.tensors[n][1].nbytes for n in pressed.stored[name])
+        entry["bytes"] += sum(checkpoint.tensors[n][1].nbytes for n in checkpoint.stored[name])
     plain: dict[str, int] = {}
-    for tensor in pressed.plain.values():
+    for tensor in checkpoint.plain.values():
         plain[tensor.dtype] = plain.get(tensor.dtype, 0) + tensor.nbytes
     return {
         "directory": str(directory),
-        "model_type": pressed.config["model_type"],
-        "bytes": pressed.nbytes,
-        "bits_per_weight": pressed.bits_per_weight,
+        "model_type": checkpoint.config["model_type"],
+        "bytes": checkpoint.nbytes,
+        "bits_per_weight": checkpoint.bits_per_weight,
         "formats": formats,
         "plain_bytes": plain,
-        "aliases": pressed.manifest.aliases,
-        "recipe": pressed.manifest.recipe,
-        "job": pressed.manifest.job,
+        "aliases": checkpoint.manifest.aliases,
+        "recipe": checkpoint.manifest.recipe,
+        "job": checkpoint.manifest.job,
         "proof": _proof_of(directory),
     }
 
@@ -230,15 +230,15 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     """Check a directory down to the content of every weight. Raises CheckpointError."""
     from bitpress.models.skeleton import build_config, build_skeleton
 
-    pressed = CompressedCheckpoint.open(directory)
-    config = build_config(pressed.config)
-    pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
-    for name in pressed.manifest.weights:
-        pressed.read_weight(name)
-    files = pressed.manifest.files.values()
+    checkpoint = CompressedCheckpoint.open(directory)
+    config = build_config(checkpoint.config)
+    checkpoint.check_fits(build_skeleton(config, torch.float32).state_dict())
+    for name in checkpoint.manifest.weights:
+        checkpoint.read_weight(name)
+    files = checkpoint.manifest.files.values()
     return {
         "directory": str(directory),
         "files": len(files),
         "bytes": sum(f.bytes for f in files),
-        "weights": len(pressed.stored),
+        "weights": len(checkpoint.stored),
     }

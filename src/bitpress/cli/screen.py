@@ -63,6 +63,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         out.print(line.rstrip(), markup=False)
 
 
+# Figures that have lines of their own, whatever the task.
+_OWN_LINES = ("bits_per_weight", "bytes", "length", "seed")
+
+
 def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
     """Print the figures of an evaluation, and other rows below them. Raises NumericsError for a figure that is no number."""
     figures = written(figures, "the result")
@@ -72,7 +76,10 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
         return shown(figures[mean] * factor, form) + ("" if half is None else " ± " + form.format(half * factor))
 
     lines = []
-    if "kl_mean" in figures:
+    if "perplexity" not in figures:  # a task with figures of its own
+        numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key not in _OWN_LINES}
+        lines += [(key.replace("_", " "), shown(value, "{:.6g}")) for key, value in numbers.items()]
+    elif "kl_mean" in figures:
         lines += [
             ("KL divergence from the original", pair("kl_mean", "kl_ci95", 1, "{:.4f}") + " nats a token"),
             ("same most likely token", pair("top1_agreement", "top1_ci95", 100, "{:.2f}") + " %"),
@@ -84,7 +91,7 @@ def figures_table(figures: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
             ("scored", f"{shown(figures['tokens_per_second'], '{:.0f}')} tokens/s"),
             *_runtime_rows(figures.get("runtime")),
         ]
-    elif "perplexity" in figures:
+    else:
         low, high = figures["perplexity_low"], figures["perplexity_high"]
         between = "" if low is None or high is None else f" (95 %: {shown(low, '{:.3f}')} to {shown(high, '{:.3f}')})"
         lines += [

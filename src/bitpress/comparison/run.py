@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from bitpress.calibration import read_texts
 from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.comparison.results import Results
@@ -26,14 +25,13 @@ from bitpress.errors import BitpressError, CheckpointError, NumericsError, Usage
 from bitpress.measure.evaluation_text import EvaluationText, distances
 from bitpress.measure.multiple_choice import DOCUMENTS, Answers, count_batches, read_tasks, tokenize_tasks
 from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
-from bitpress.measure.windows import calibration_windows, load_windows
+from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
-from bitpress.models.skeleton import check_tokens
 from bitpress.models.walk import walk
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room, make_plan
-from bitpress.pipeline.quantize import Clock, Committer, Proof, finish_job, shard_name
+from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, shard_name
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
@@ -81,9 +79,9 @@ def compare_recipes(
         raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
     made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, progress)
     if tasks:
-        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model.model.config)
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model)
     for candidate, plan in made.plans.items():
-        if made.tokens(candidate.method) is not None or keep:
+        if made.calibration(candidate.method) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
     dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
     source = made.loader.source.hashes()
@@ -102,7 +100,7 @@ def compare_recipes(
         return {
             "model": str(path),
             "compute": dtype,
-            "texts": {name: {"source": texts[name], "tokens": w.numel()} for name, w in made.texts.items()},
+            "texts": {name: {"source": texts[name], **made.model.task.count(inputs)} for name, inputs in made.texts.items()},
             "floor": results.find({"kind": "floor"}),
             "rows": list(rows.values()),
             "tasks": {name: len(task.questions) for name, task in made.tasks.items()},
@@ -127,7 +125,6 @@ def _prepare(
     if tokens < 2 or length < 2:
         raise UsageError(f"texts need 2 tokens or more in windows of 2 or more, got {tokens} and {length}.")
     for name, text in texts.items():
-        read_texts(text)
         seen = next((c for c in candidates if c.method.needs and c.recipe.calibration.text == text), None)
         if seen is not None:
             raise UsageError(
@@ -141,19 +138,14 @@ def _prepare(
             plans[c] = make_plan(model, c.method, stored)
         except BitpressError as error:
             raise type(error)(f"{c.label}: {error}") from error
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, limit)
-    heldout = {
-        name: load_windows(text, path, samples=max(tokens // length, 1), length=length, seed=0) for name, text in texts.items()
-    }
-    for windows in heldout.values():
-        check_tokens(windows.tokens, model.model.config, str(path))
+    task, config = model.task, model.model.config
+    heldout = {name: draw_evaluation(text, task, path, config, count=tokens, length=length)[0] for name, text in texts.items()}
     wanted = {drawn(c.recipe.calibration) for c in candidates if c.method.needs}
-    calibration = {c: calibration_windows(c, path, model.model.config) for c in sorted(wanted, key=str)}
-    tokens_of = {name: windows.tokens for name, windows in heldout.items()}
-    hashes = {name: windows.sha256 for name, windows in heldout.items()}
+    calibration = {c: draw_calibration(c, task, path, config) for c in sorted(wanted, key=str)}
+    inputs = {name: samples.inputs for name, samples in heldout.items()}
+    hashes = {name: samples.sha256 for name, samples in heldout.items()}
     shared = shared.model_copy(update={"inputs": "original"})
-    return Comparison(path, model, loader, tokens_of, hashes, shared, calibration, {}, plans, progress)
+    return Comparison(path, model, loader, inputs, hashes, shared, calibration, {}, plans, progress)
 
 
 def _run(
@@ -203,8 +195,8 @@ def _run(
 
 def _measure_floor(made: Comparison, captured: StatisticsCache, check_stop: Callable[[], None]) -> dict[str, Any]:
     """Measure the original as it computes here against itself in float32, on some windows of every text."""
-    windows = sum(min(len(w), FLOOR_WINDOWS) for w in made.texts.values())
-    made.progress.begin("noise of the arithmetic", len(made.model.blocks) + windows)
+    samples = sum(min(len(w), FLOOR_WINDOWS) for w in made.texts.values())
+    made.progress.begin("noise of the arithmetic", len(made.model.blocks) + samples)
     return measure_noise(made.path, made.model, made.texts, captured.states(), noting(made, check_stop))
 
 
@@ -258,9 +250,8 @@ def _compress(
 
 
 def _publish(made: Comparison, job: Job, c: Variant, check_stop: Callable[[], None], clock: Clock) -> None:
-    method, plan = c.method, made.plans[c]
-    windows, proof = made.tokens(method), Proof(tokens=0)
-    finish_job(job, made.loader, made.path, plan, method, windows, proof, made.progress, check_stop, clock)
+    run = Run(made.path, made.model, made.loader, c.method, made.plans[c], made.calibration(c.method))
+    finish_job(job, run, Proof(tokens=0), made.progress, check_stop, clock)
 
 
 def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, Any]:
@@ -296,8 +287,8 @@ def _folder(out: Path, c: Variant) -> Path:
 
 
 def _identity(made: Comparison, c: Variant, source: Mapping[str, str]) -> dict[str, Any]:
-    windows = made.tokens(c.method)
-    return identify(source, None if windows is None else windows.sha256, c.method)
+    samples = made.calibration(c.method)
+    return identify(source, None if samples is None else samples.sha256, c.method)
 
 
 def _is_kept(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> bool:

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 
-from bitpress.calibration import Windows, of_origin
+from bitpress.calibration import Samples, of_origin
 from bitpress.comparison.statistics_cache import StatisticsCache, capture_original
 from bitpress.comparison.variants import Variant
 from bitpress.errors import BitpressError, DiskError, JobStopped
-from bitpress.evaluation import Task
+from bitpress.evaluation import QuestionSet
 from bitpress.memory import peak_bytes, release, reset_peak
 from bitpress.models.opening import OriginalLoader
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, Visitor
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured
-from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.identity import recorded
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.sensitivity import measure_sensitivity
@@ -47,14 +46,14 @@ class Comparison:
     texts: dict[str, torch.Tensor]
     hashes: dict[str, str]
     shared: Calibration
-    windows: dict[Calibration, Windows]
-    tasks: dict[str, Task]
+    samples: dict[Calibration, Samples]
+    tasks: dict[str, QuestionSet]
     plans: dict[Variant, Plan]
     progress: Progress
     outer: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def tokens(self, method: Method) -> Windows | None:
-        return self.windows[drawn(method.recipe.calibration)] if method.needs else None
+    def calibration(self, method: Method) -> Samples | None:
+        return self.samples[drawn(method.recipe.calibration)] if method.needs else None
 
     def shares(self, method: Method) -> bool:
         """Whether the pass over the original serves a method: it calibrates just so, or needs nothing."""
@@ -85,10 +84,10 @@ class Timed:
 
 def capture(made: Comparison, where: Path, identity: Mapping[str, Any], check_stop: Callable[[], None]) -> StatisticsCache:
     needs = made.needs()
-    windows = made.windows[drawn(made.shared)] if needs else None
-    wanted = {**identity, "calibration": None if windows is None else windows.sha256, "batch": _batch()}
-    tokens = None if windows is None else windows.tokens
-    return capture_original(where, wanted, made.model, made.texts, tokens, needs, _batch(), check_stop, made.progress)
+    samples = made.samples[drawn(made.shared)] if needs else None
+    wanted = {**identity, "calibration": None if samples is None else samples.sha256, "batch": _batch()}
+    inputs = None if samples is None else samples.inputs
+    return capture_original(where, wanted, made.model, made.texts, inputs, needs, _batch(), check_stop, made.progress)
 
 
 def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -113,15 +112,15 @@ def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, A
 
 
 def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check_stop: Callable[[], None]) -> BlockCompressor:
-    """Make a compressor that takes what the pass over the original has measured, or where that does not serve, runs its own windows."""
+    """Make a compressor that takes what the pass over the original has measured, or where that does not serve, runs its own samples."""
     model, plan, method = made.model, made.plans[c], c.method
     felt = of_origin(method.needs, "loss")
-    windows = made.tokens(method)
+    samples = made.calibration(method)
     sensitivity = None
-    if felt and felt <= cached.needs and windows is made.windows.get(drawn(made.shared)):
+    if felt and felt <= cached.needs and samples is made.samples.get(drawn(made.shared)):
         sensitivity = cached.sensitivity
-    elif felt and windows is not None:
-        sensitivity = measure_sensitivity(model, plan.by_block(), windows.tokens, check_stop, made.progress).__getitem__
+    elif felt and samples is not None:
+        sensitivity = measure_sensitivity(model, plan.by_block(), samples.inputs, check_stop, made.progress).__getitem__
     stream = CalibrationStream(
         model,
         method.needs,
@@ -131,11 +130,11 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
     )
     measured: Callable[[int], Measured] | None = None
     if made.shares(method) and cached.needs:
-        shared = made.windows[drawn(made.shared)].tokens
-        model.embed(shared[:1, :PROBE_LENGTH])  # the model learns what it passes to its blocks for inputs of the probe's shape
+        shared = made.samples[drawn(made.shared)].inputs
+        stream.embed_probe_(shared)  # the model learns what it passes to its blocks for inputs of the probe's shape
         measured = functools.partial(cached.measured, needs=method.needs)
     else:
-        stream.start_(None if windows is None else windows.tokens, None)
+        stream.start_(None if samples is None else samples.inputs, None)
     return BlockCompressor(stream, method, plan.weights, sensitivity=sensitivity, measured=measured, looked_at=True)
 
 
@@ -144,8 +143,8 @@ def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str,
     known: dict[str, Any] = {"kind": "recipe", "name": c.name, "bits": c.bits}
     if failed:
         return known
-    windows = made.tokens(c.method)
-    calibration = None if windows is None else windows.sha256
+    samples = made.calibration(c.method)
+    calibration = None if samples is None else samples.sha256
     return {**known, "recipe": recorded(c.method), "code": _code(c.method), "calibration": calibration, "failed": None}
 
 
@@ -168,7 +167,7 @@ def noting(made: Comparison, check_stop: Callable[[], None]) -> Callable[[str], 
 
 
 def drawn(calibration: Calibration) -> Calibration:
-    """Leave out what does not decide which windows are drawn."""
+    """Leave out what does not decide which samples are drawn."""
     return calibration.model_copy(update={"inputs": "pressed"})
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from jaxtyping import Integer as Int
 
 from bitpress.calibration import STATISTICS, Stats, of_origin
 from bitpress.checkpoints.compressed import JOB_DIRECTORY
@@ -23,6 +22,7 @@ from bitpress.errors import CheckpointError
 from bitpress.measure.evaluation_text import EvaluationText
 from bitpress.models.linears import list_weights
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured, StatisticsVisitor
 from bitpress.pipeline.journal import Job
@@ -40,7 +40,7 @@ class StatisticsCache:
     def __init__(self, job: Job, needs: frozenset[str], names: Sequence[str]) -> None:
         self.job, self.needs, self._names = job, needs, names
 
-    def states(self) -> dict[str, Float[torch.Tensor, "windows length hidden"]]:
+    def states(self) -> dict[str, Float[torch.Tensor, "samples positions hidden"]]:
         """Return every text's states after the last block."""
         read = self._reader(0)
         return {name: read(f"text{k}") for k, name in enumerate(self._names)}
@@ -84,16 +84,16 @@ def capture_original(
     where: Path,
     identity: Mapping[str, Any],
     model: StreamedModel,
-    texts: Mapping[str, Int[torch.Tensor, "windows length"]],
-    tokens: Int[torch.Tensor, "samples length"] | None,
+    texts: Mapping[str, Inputs],
+    calibration: Inputs | None,
     needs: Collection[str],
     batch: int,
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> StatisticsCache:
-    """Run the texts, and the calibration windows where statistics are needed, through the uncompressed model.
+    """Run the texts, and the calibration samples where statistics are needed, through the uncompressed model.
 
-    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `batch` windows
+    What is in `where` already is used if it is of the same identity and has the statistics; else it is made anew. `batch` samples
     go through a block together. The model's outer parts must be loaded. Raises what capturing and a job raise.
     """
     wanted = {**identity, "needs": sorted(needs)}
@@ -102,9 +102,9 @@ def capture_original(
     try:
         collected = frozenset(map(str, job.identity["needs"]))
         if not job.units:
-            _first_unit(job, model, texts, tokens, collected, check_stop, progress)
-        if tokens is not None:
-            _block_units(job, model, tokens, collected, batch, check_stop, progress)
+            _first_unit(job, model, texts, calibration, collected, check_stop, progress)
+        if calibration is not None:
+            _block_units(job, model, calibration, collected, batch, check_stop, progress)
     except BaseException:
         job.close()
         raise
@@ -138,15 +138,15 @@ def _first_unit(
     job: Job,
     model: StreamedModel,
     texts: Mapping[str, torch.Tensor],
-    tokens: torch.Tensor | None,
+    calibration: torch.Tensor | None,
     needs: frozenset[str],
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> None:
     kept, started, seconds = None, time.perf_counter(), 0.0
-    if of_origin(needs, "loss") and tokens is not None:
+    if of_origin(needs, "loss") and calibration is not None:
         weights = [list_weights(model, i, ())[0] for i in range(len(model.blocks))]
-        kept = job.keep(SENSITIVITY, measure_sensitivity(model, weights, tokens, check_stop, progress))
+        kept = job.keep(SENSITIVITY, measure_sensitivity(model, weights, calibration, check_stop, progress))
         seconds = time.perf_counter() - started
     evaluated = EvaluationText(model, texts)
     evaluated.start_()
@@ -160,7 +160,7 @@ def _first_unit(
 def _block_units(
     job: Job,
     model: StreamedModel,
-    tokens: torch.Tensor,
+    calibration: torch.Tensor,
     needs: frozenset[str],
     batch: int,
     check_stop: Callable[[], None],
@@ -172,7 +172,7 @@ def _block_units(
     stream = CalibrationStream(
         model, needs, batch=batch, follows_original=True, check_stop=check_stop, before_advance=job.settle
     )
-    stream.start_(tokens, job.activations())
+    stream.start_(calibration, job.activations())
     progress.begin("statistics of the original", total, done)
     collected = StatisticsVisitor(stream)
     walk(model, [collected, _Commit(job, collected)], first=done, check_stop=check_stop, note=progress.advance)

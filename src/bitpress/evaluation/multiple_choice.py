@@ -22,7 +22,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError, UsageError
 
-__all__ = ["Accuracy", "Batch", "Question", "Task", "lay_out", "measure_accuracy", "score_choices"]
+__all__ = ["Accuracy", "Batch", "Question", "QuestionSet", "lay_out", "measure_accuracy", "score_choices"]
 
 # Positions of a batch; logits for all of them at a vocabulary of 49,152 are 100 MB in float32.
 BATCH_TOKENS = 512
@@ -62,7 +62,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Task:
+class QuestionSet:
     """Questions, and the batches of all their choices; choices are numbered through all questions."""
 
     questions: tuple[Question, ...]
@@ -93,7 +93,7 @@ def lay_out(
     begin: Sequence[int] = (),
     first: int | None = None,
     limit: int | None = None,
-) -> Task:
+) -> QuestionSet:
     """Tokenize questions and lay their choices out in batches.
 
     encode    returns the tokens of a text, without special tokens
@@ -124,10 +124,10 @@ def lay_out(
                 own.append(row)
             row.scored += [(k - 1, tokens[k], owner) for k in range(start, len(tokens))]
         rows += own
-    return Task(questions, tuple(_batches(rows, limit)))
+    return QuestionSet(questions, tuple(_batches(rows, limit)))
 
 
-def score_choices(logits: LogitsAt, task: Task, note: Callable[[int], None] = lambda done: None) -> list[list[float]]:
+def score_choices(logits: LogitsAt, task: QuestionSet, note: Callable[[int], None] = lambda done: None) -> list[list[float]]:
     """Return the log-likelihood of every choice of every question. `logits` is called once for each batch, in order.
 
     Raises NumericsError when a probability is not finite.
@@ -142,7 +142,7 @@ def score_choices(logits: LogitsAt, task: Task, note: Callable[[int], None] = la
     return [part.tolist() for part in scores.split([len(question.choices) for question in task.questions])]
 
 
-def measure_accuracy(logits: LogitsAt, task: Task, note: Callable[[int], None] = lambda done: None) -> Accuracy:
+def measure_accuracy(logits: LogitsAt, task: QuestionSet, note: Callable[[int], None] = lambda done: None) -> Accuracy:
     """Answer every question by the likelihood of its choices. Raises what `score_choices` raises."""
     hits = normed = 0
     for question, scores in zip(task.questions, score_choices(logits, task, note), strict=True):

@@ -1,6 +1,6 @@
-"""What a kernel is: one product, for the layers that it does not refuse.
+"""Kernel, the protocol of kernels: one product, for the layers that it does not refuse.
 
-The table holds classes. An instance is made for one layer when that is loaded, stays beside it, and may keep what it makes of its tensors.
+The table holds classes. An instance is made for one layer when the layer is loaded, and may keep tensors derived from the layer's own.
 """
 
 from typing import ClassVar, Protocol

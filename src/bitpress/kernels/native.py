@@ -1,4 +1,4 @@
-"""The native product: reads the codes as they are stored, in a native layout that is made at a layer's first product.
+"""The native product: reads codes in a native layout, which is made at a layer's first product.
 
 Inputs stay in float, so results are the reference's up to rounding. The layout lives as long as the kernel, beside the weight's own tensors.
 """
@@ -26,7 +26,7 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class Native:
-    """The product of one layer, which is laid out when it is first asked for."""
+    """The product of one layer. The layer is laid out at its first product."""
 
     name: ClassVar[str] = "native"
 
@@ -65,7 +65,7 @@ class Native:
 
 @functools.cache
 def _multiplier(threads: int, path: str, process: int) -> Any:
-    """Give the product with threads of its own; a forked process has none of its parent's."""
+    """Return the product of this process, with its own threads: a forked process has none of its parent's."""
     return native.library().Multiplier(threads, path)
 
 
@@ -77,13 +77,13 @@ def _forget_all() -> None:
         kernel.forget()
 
 
-# nanobind complains of objects that outlive the interpreter, as those of a model in a global variable would.
+# nanobind complains about objects that outlive the interpreter, such as those of a model in a global variable.
 atexit.register(_multiplier.cache_clear)
 atexit.register(_forget_all)
 
 
 def _refusal(weight: CompressedWeight) -> str | None:
-    """Refuse what a native layout would round: that is for an engine that says so, not for a kernel in the reference's place."""
+    """Say which part of a weight a native layout would round, or None. A kernel must agree with the reference; only an engine may round."""
     pairs = [term for term in weight.terms if isinstance(term, LowRank)]
     if len(pairs) > 1 or sum(isinstance(term, Sparse) for term in weight.terms) > 1:
         return "it has several terms of one kind beside the codes"

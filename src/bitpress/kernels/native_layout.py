@@ -1,4 +1,4 @@
-"""Strips: compressed weights laid out for native code, 16 output rows side by side.
+"""The native layout: compressed weights in strips of 16 output rows side by side, as native code reads them.
 
     codes    1 to 8 bits as planes of 4, 2 and 1 bits (8 bits: bytes), line after line of 64 bytes: 16 rows x 4 columns of bytes that
              hold 2, 4 or 8 columns each; every group of columns is padded to whole lines
@@ -7,8 +7,8 @@
     map      of the inputs, applied to a row before its product: gathers, scales, rotations that are products of small factors
     dense    fp16 with a factor a row, or bf16: terms whose grids have no layout here, and weights that are not compressed
 
-`lay_out` makes a `NativeLayout` of a weight; it repeats nothing that the format has already decided, so `row` gives back what `dequantize`
-does. What has no layout of its own is decoded to 16 bits a weight, and `expanded` says so.
+`lay_out` makes a `NativeLayout` of a weight. It repeats no choice that the format has made already, so `row` returns the values of
+`dequantize`. Weights that have no such layout are decoded to 16 bits, and `expanded` names them.
 """
 
 import math
@@ -34,18 +34,18 @@ from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
 
-__all__ = ["NativeLayout", "lay_out", "lay_out_matrix", "reason_to_expand"]
+__all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "reason_to_expand"]
 
-# Bytes that approximate levels lie between these, so that no product of two bytes leaves the range of its sum.
+# Bytes that approximate levels lie between these, so that no sum of products of two bytes overflows.
 BYTE_REACH = 127
-# Scales that are stored as they are read. Those that share something with others (s4, s6, s8, p2row, dq) are read as fp32.
+# Scales that are read as they are stored. Scales with a shared part (s4, s6, s8, p2row, dq) are read as fp32.
 PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OFFSET = 128
 
 
 @dataclass
 class NativeLayout:
-    """A weight in native memory; `expanded` names what of it was decoded to 16 bits, and why."""
+    """A weight in native memory; `expanded` names the parts that were decoded to 16 bits, and why."""
 
     linear: Any
     shape: tuple[int, int]
@@ -56,7 +56,7 @@ class NativeLayout:
         return int(self.linear.nbytes)
 
     def row(self, index: int) -> Float[torch.Tensor, " in"]:
-        """Give one output row of the weight, maps included, in float32."""
+        """Return one output row of the weight, maps included, in float32."""
         values = torch.empty(self.shape[1])
         self.linear.row(index, values.numpy())
         return values
@@ -94,7 +94,7 @@ def _map_reason(output_map: Map) -> str:
 
 
 def _steps(change: Map) -> list[dict[str, Any]]:
-    """Give a map as native code takes it: gathers, scales, and products of every block with left ⊗ right."""
+    """Return a map as native code takes it: gathers, scales, and products of every block with left ⊗ right."""
     if isinstance(change, Chain):
         steps: list[dict[str, Any]] = []
         for step in (step for part in change.maps for step in _steps(part)):
@@ -129,7 +129,7 @@ def _flat(values: torch.Tensor) -> np.ndarray:
 
 def _term_reason(term: Term) -> str | None:
     if isinstance(term, Packed):
-        return None if term.parts == 1 and _has_layout(term.format) else term.format.name
+        return None if term.parts == 1 and has_layout(term.format) else term.format.name
     if isinstance(term, LowRank):
         return None if term.parts == 1 else "low_rank of a stack"
     return None if isinstance(term, Sparse) else term.kind
@@ -208,12 +208,13 @@ class _Codes:
     plane: int | None = None
 
 
-def _has_layout(fmt: Format) -> bool:
+def has_layout(fmt: Format) -> bool:
+    """Return whether the native engine reads the codes of a format, rather than decode them to 16 bits."""
     return bool(_plan(fmt.grid))
 
 
 def _plan(grid: Grid) -> list[_Codes]:
-    """Say how the codes of a grid become native ones; nothing where they cannot."""
+    """Return how the codes of a grid become native ones; nothing if they cannot."""
     if isinstance(grid, Integer):
         return [_Codes(grid.bits, lambda codes: codes, zero=0 if grid.zero else 1 << (grid.bits - 1))]
     if isinstance(grid, Planes):
@@ -241,7 +242,7 @@ def _plan_planes(grid: Planes) -> list[_Codes]:
 
 
 def _plan_even(grid: Levels) -> list[_Codes]:
-    """Levels that are whole multiples of a step become whole numbers in as few bits as hold them: bipolar5, mxint8, e2m3 and the like."""
+    """Turn levels that are whole multiples of a step into whole numbers in as few bits as possible: bipolar5, mxint8, e2m3 and the like."""
     if grid.code_bits > 8:
         return []
     real = torch.tensor([0.0 if level != level else level for level in grid.levels], dtype=torch.float64)
@@ -260,7 +261,7 @@ def _through(table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
-    """Give whole numbers and the step that levels are nearest multiples of: exactly where they can be."""
+    """Return a step and the whole number for every level whose multiple of the step is nearest to it; exact if the levels are multiples."""
     values = np.array(levels)
     most = float(np.abs(values).max())
     best: tuple[float, np.ndarray, float] | None = None
@@ -310,7 +311,7 @@ def _add_packed(strips: NativeLayout, term: Packed) -> None:
 
 
 def _native_scales(term: Packed, params: Params, plane: int | None) -> tuple[str, torch.Tensor, float]:
-    """Give the kind, the values `[down, across]` and a common factor of a term's scales: as stored where native code reads that."""
+    """Return kind, values `[down, across]` and common factor of a term's scales; as they are stored if native code reads that type."""
     fmt = term.format
     if plane is not None:
         scales = params["scale"][..., plane]
@@ -320,7 +321,7 @@ def _native_scales(term: Packed, params: Params, plane: int | None) -> tuple[str
         return fmt.scale, term.tensors["scale"].reshape(down, across), 1.0
     if fmt.scale == "e8m0":
         stored = term.tensors["scale"].reshape(down, across)
-        if int(stored.min()) > 0:  # 2^-127 is no normal float
+        if int(stored.min()) > 0:  # 2^-127 is not a normal float
             return "e8m0", stored, 1.0
     if fmt.scale == "fp8":
         return "fp8", term.tensors["scale"].reshape(down, across), float(term.tensors["scale_tensor"])

@@ -1,4 +1,4 @@
-"""The reference product: decode every term, multiply, add up. Slow and plainly right; what every other kernel is compared with."""
+"""The reference product: decode every term, multiply, add up. Slow and plainly right; every other kernel is compared with it."""
 
 from typing import ClassVar
 

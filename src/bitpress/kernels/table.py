@@ -12,9 +12,9 @@ KERNELS: dict[str, type[Kernel]] = {"native": Native, "reference": Reference}
 
 
 def choose_kernel(layer: CompressedLayer) -> Kernel:
-    """Return a kernel for a layer: of those that take it the first of the table. Raises KernelUnavailable with every refusal.
+    """Return the first kernel of the table that takes a layer. Raises KernelUnavailable with every refusal.
 
-    Whoever loads a layer asks once and keeps the kernel beside it.
+    It is called once, when a layer is loaded; the layer keeps its kernel.
     """
     refusals = {name: kernel.refuses(layer) for name, kernel in KERNELS.items()}
     for name, reason in refusals.items():

@@ -3,44 +3,39 @@
 Two distances: that of the weights, in float32, and that of the runtime which the user gets, with its own types and roundings.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Integer as Int
 
-from bitpress.calibration.samples import Windows
 from bitpress.checkpoints.budget import open_within
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.errors import MemoryLimitError, NumericsError, UsageError
-from bitpress.evaluation import measure_distance
-from bitpress.evaluation.distance import measure_perplexity
 from bitpress.formats.digest import digest
 from bitpress.measure.runtimes import Runtime, choose_opened, native_runtime, opening, transformers_runtime
-from bitpress.measure.windows import load_windows
+from bitpress.measure.samples import draw_evaluation
 from bitpress.models.opening import open_streamed
-from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs, Task
 from bitpress.models.walk import Stream, walk
 from bitpress.progress import Progress, Silent
 from bitpress.runtime.native.options import USUAL, EngineOptions
 from bitpress.runtime.opening import OpenedModel
 
-__all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "evaluation_windows", "measure_runtime"]
+__all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "measure_runtime"]
 
-# Windows that go through a block together while proving.
+# Samples that go through a block together while proving.
 BATCH = 4
 # Tokens that go through the runtime itself in a proof: its distance is a second figure, and need not cost what the first does.
 RUNTIME_TOKENS = 2048
 
 
-def _prepared(model: StreamedModel, windows: torch.Tensor, progress: Progress) -> Stream:
-    """Run windows through a model, one block in memory at a time; its outer parts stay loaded for the logits."""
+def _prepared(model: StreamedModel, inputs: torch.Tensor, progress: Progress) -> Stream:
+    """Run inputs through a model, one block in memory at a time; its outer parts stay loaded for the outputs."""
     model.load_outer_()
-    stream = Stream(model, windows.split(BATCH))
+    stream = Stream(model, inputs.split(BATCH))
     stream.start_()
     walk(model, [stream], note=progress.advance)
     return stream
@@ -49,19 +44,24 @@ def _prepared(model: StreamedModel, windows: torch.Tensor, progress: Progress) -
 def compare(
     candidate: StreamedModel,
     original: StreamedModel,
-    windows: Int[torch.Tensor, "windows length"],
+    inputs: Inputs,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a candidate against an original on given windows. Raises NumericsError when logits are not finite."""
+    """Measure a candidate against an original on given inputs. Raises NumericsError when outputs are not finite."""
     progress = progress or Silent()
     progress.begin("evaluating", 2 * len(original.blocks))
-    return _compare(_prepared(original, windows, progress), _prepared(candidate, windows, progress), windows, progress)
+    return _compare(_prepared(original, inputs, progress), _prepared(candidate, inputs, progress), inputs, progress)
 
 
-def _compare(p: Stream, q: Stream, windows: torch.Tensor, progress: Progress) -> dict[str, Any]:
-    progress.begin("evaluating, logits", windows.shape[0])  # a window takes another time than a block
-    distance = measure_distance(p.scorer(), q.scorer(), windows, lambda done: progress.advance(f"window {done}"))
-    return {**dataclasses.asdict(distance), "tokens_per_second": windows.numel() / q.seconds}
+def _compare(p: Stream, q: Stream, inputs: torch.Tensor, progress: Progress) -> dict[str, Any]:
+    progress.begin("evaluating, outputs", inputs.shape[0])  # a sample takes another time than a block
+    task = p.model.task
+    figures = task.distance(p.scorer(), q.scorer(), inputs, lambda done: progress.advance(f"sample {done}"))
+    return {**figures, **_speed(task, inputs, q.seconds)}
+
+
+def _speed(task: Task, inputs: torch.Tensor, seconds: float) -> dict[str, float]:
+    return {f"{unit}_per_second": count / seconds for unit, count in task.count(inputs).items()}
 
 
 def evaluate(
@@ -100,33 +100,26 @@ def evaluate(
     chosen = _open_runtime(directory, pressed, runtime, engine)
     original = open_streamed(against, dtype)
     candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, pressed)
-    windows = evaluation_windows(text, against, original.model.config, tokens=tokens, length=length, seed=seed)
-    check_tokens(windows.tokens, candidate.model.config, str(directory))
+    task, config = original.task, original.model.config
+    samples, length = draw_evaluation(text, task, against, config, count=tokens, length=length, seed=seed)
+    inputs = samples.inputs
+    task.check_inputs(inputs, candidate.model.config, str(directory))
     progress.begin("evaluating", (1 if chosen is not None and chosen.engine is not None else 2) * len(original.blocks))
-    p = _prepared(original, windows.tokens, progress)
+    p = _prepared(original, inputs, progress)
     if chosen is not None and chosen.engine is not None:
-        figures = _through_engine(p, chosen, windows.tokens)
+        figures = _through_engine(p, chosen, inputs)
     else:
-        q = _prepared(candidate, windows.tokens, progress)
-        figures = _compare(p, q, windows.tokens, progress)
+        q = _prepared(candidate, inputs, progress)
+        figures = _compare(p, q, inputs, progress)
         if with_runtime and pressed is not None:
-            first = windows.tokens[: max(RUNTIME_TOKENS // windows.tokens.shape[1], 1)]
+            first = inputs[: task.cut(config, RUNTIME_TOKENS, length)[0]]
             figures["runtime"] = measure_runtime(p, q, pressed, first, progress)
     if chosen is not None:
         figures["runtime"] = {"name": chosen.name, "settings": dict(chosen.settings)}
     stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
     if pressed is not None:
         stored = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
-    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": windows.tokens.shape[1], "seed": seed}
-
-
-def evaluation_windows(text: str, model: Path, config: Any, *, tokens: int, length: int, seed: int = 0) -> Windows:
-    """Draw the windows that a proof measures on. Raises CheckpointError, CalibrationError."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, limit, max(tokens, 2))
-    windows = load_windows(text, model, samples=max(tokens // length, 1), length=length, seed=seed)
-    check_tokens(windows.tokens, config, str(model))
-    return windows
+    return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 
 def evaluate_alone(
@@ -152,16 +145,16 @@ def evaluate_alone(
     if pressed is None and is_compressed(directory):
         pressed = CompressedCheckpoint.open(directory)
     model = open_streamed(directory, dtype, pressed)
-    windows = evaluation_windows(text, directory, model.model.config, tokens=tokens, length=length, seed=seed)
+    task = model.task
+    samples, length = draw_evaluation(text, task, directory, model.model.config, count=tokens, length=length, seed=seed)
+    inputs = samples.inputs
     progress.begin("evaluating", len(model.blocks))
-    prepared = _prepared(model, windows.tokens, progress)
-    progress.begin("evaluating, logits", windows.tokens.shape[0])
-    seen = measure_perplexity(prepared.scorer(), windows.tokens, lambda done: progress.advance(f"window {done}"))
-    figures = {**dataclasses.asdict(seen), "tokens_per_second": windows.tokens.numel() / prepared.seconds}
-    if seen.windows == 1:
-        figures |= {"perplexity_low": None, "perplexity_high": None}
+    prepared = _prepared(model, inputs, progress)
+    progress.begin("evaluating, outputs", inputs.shape[0])
+    figures = task.score(prepared.scorer(), inputs, lambda done: progress.advance(f"sample {done}"))
+    figures |= _speed(task, inputs, prepared.seconds)
     stored = {"bits_per_weight": pressed and pressed.bits_per_weight, "bytes": pressed and pressed.nbytes}
-    return {**figures, **stored, "text": text, "text_sha256": windows.sha256, "length": windows.tokens.shape[1], "seed": seed}
+    return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 
 def _open_runtime(
@@ -179,7 +172,7 @@ def _open_runtime(
     return native_runtime(pressed, options) if selection.runtime == "native" else transformers_runtime(pressed)
 
 
-def _through_engine(p: Stream, runtime: Runtime, windows: torch.Tensor) -> dict[str, Any]:
+def _through_engine(p: Stream, runtime: Runtime, inputs: torch.Tensor) -> dict[str, Any]:
     seconds = 0.0
 
     def timed(tokens: torch.Tensor) -> torch.Tensor:
@@ -189,16 +182,14 @@ def _through_engine(p: Stream, runtime: Runtime, windows: torch.Tensor) -> dict[
         seconds += time.perf_counter() - start
         return logits
 
-    distance = measure_distance(p.scorer(), timed, windows)
-    return {**dataclasses.asdict(distance), "tokens_per_second": windows.numel() / seconds}
+    figures = p.model.task.distance(p.scorer(), timed, inputs)
+    return {**figures, **_speed(p.model.task, inputs, seconds)}
 
 
-def measure_runtime(
-    p: Stream, q: Stream, pressed: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
-) -> dict[str, Any]:
+def measure_runtime(p: Stream, q: Stream, pressed: CompressedCheckpoint, inputs: Inputs, progress: Progress) -> dict[str, Any]:
     """Measure the runtime that `run` would choose for a directory, with its defaults: name, settings and distance.
 
-    p and q are the original and the decoded weights, prepared for these windows first. Where the engine has no room, `unmeasured` says so
+    p and q are the original and the decoded weights, prepared for these inputs first. Where the engine has no room, `unmeasured` says so
     in place of figures. Raises CheckpointError where it does not open what was written.
     """
     name = choose_opened(pressed)
@@ -215,9 +206,9 @@ def measure_runtime(
         else:
             assert runtime.dtype is not None
             progress.begin("evaluating, as loaded", len(q.model.blocks))
-            candidate = _prepared(open_streamed(pressed.root, runtime.dtype, pressed), windows, progress).scorer()
-        distance = measure_distance(p.scorer(), candidate, windows)
-    return {"name": name, "settings": dict(runtime.settings), **dataclasses.asdict(distance)}
+            candidate = _prepared(open_streamed(pressed.root, runtime.dtype, pressed), inputs, progress).scorer()
+        figures = p.model.task.distance(p.scorer(), candidate, inputs)
+    return {"name": name, "settings": dict(runtime.settings), **figures}
 
 
 def check_reloaded(

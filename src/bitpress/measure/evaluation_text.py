@@ -1,29 +1,27 @@
 """Evaluation texts on their way through a model, block by block, and how far one model's end is from another's."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from jaxtyping import Integer as Int
 
-from bitpress.evaluation import measure_distance
 from bitpress.figures import written
 from bitpress.measure.evaluation import BATCH
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock, Stream
 
 __all__ = ["EvaluationText", "distances"]
 
-States = Mapping[str, Float[torch.Tensor, "windows length hidden"]]
+States = Mapping[str, Float[torch.Tensor, "samples positions hidden"]]
 
 
 class EvaluationText:
     """A stream for every text; a visitor that moves all of them past a block."""
 
-    def __init__(self, model: StreamedModel, windows: Mapping[str, Int[torch.Tensor, "windows length"]]) -> None:
-        self.streams = {name: Stream(model, tokens.split(BATCH)) for name, tokens in windows.items()}
+    def __init__(self, model: StreamedModel, texts: Mapping[str, Inputs]) -> None:
+        self.streams = {name: Stream(model, inputs.split(BATCH)) for name, inputs in texts.items()}
 
     def start_(self) -> None:
         for stream in self.streams.values():
@@ -42,26 +40,26 @@ class EvaluationText:
 def distances(
     original: tuple[StreamedModel, States],
     candidate: tuple[StreamedModel, States],
-    windows: Mapping[str, Int[torch.Tensor, "windows length"]],
+    texts: Mapping[str, Inputs],
     note: Callable[[str], None] = lambda unit: None,
 ) -> dict[str, dict[str, Any]]:
     """Measure the distance of a candidate on every text, from the states after both models' last blocks.
 
     Both heads are the loaded outer parts of the models given. Figures are as they
-    are written (`bitpress.figures`). Raises NumericsError when a logit or a figure is not a number.
+    are written (`bitpress.figures`). Raises NumericsError when an output or a figure is not a number.
     """
     found = {}
-    for name, tokens in windows.items():
+    for name, inputs in texts.items():
 
         def say(done: int, text: str = name) -> None:
-            note(f"{text}, window {done}")
+            note(f"{text}, sample {done}")
 
-        measured = measure_distance(_scorer(*original, name), _scorer(*candidate, name), tokens, say)
-        found[name] = written(dataclasses.asdict(measured), name)
+        measured = original[0].task.distance(_scorer(*original, name), _scorer(*candidate, name), inputs, say)
+        found[name] = written(measured, name)
     return found
 
 
 def _scorer(model: StreamedModel, states: States, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the logits of one window after the other."""
+    """Return the outputs of one sample after the other."""
     left = iter(states[name].split(1))
-    return lambda tokens: model.logits(tokens, next(left))
+    return lambda inputs: model.outputs(inputs, next(left))

@@ -1,7 +1,7 @@
 """What number formats cost and lose on a model's own weights, and on data of known distributions beside them.
 
-The weights are those that `quantize` would press: the linear products of the blocks, read one at a time. Where a directory is no causal
-language model that can be walked (an encoder), every matrix in it but the embeddings is read, and a note says so.
+The weights are those that `quantize` would press: the linear products of the blocks, read one at a time. Where a directory is no model
+of a known task that can be walked (an encoder), every matrix in it but the embeddings is read, and a note says so.
 """
 
 import re
@@ -95,7 +95,7 @@ def list_matrices(path: Path, progress: Progress) -> list[Matrix]:
     try:
         found = _of_blocks(path)
     except (CheckpointError, UsageError) as error:
-        progress.note(f"not walked as a causal language model ({error}) Every matrix but the embeddings is read.")
+        progress.note(f"not walked block by block ({error}) Every matrix but the embeddings is read.")
         found = [
             Matrix(name, (entry.shape[0], entry.shape[1]), partial(source.read, name))
             for name, (_, entry) in source.tensors.items()

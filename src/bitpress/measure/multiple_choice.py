@@ -11,11 +11,11 @@ from bitpress.calibration import begin_tokens
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
-from bitpress.evaluation import Question, Task, lay_out, measure_accuracy, read_questions
+from bitpress.evaluation import Question, QuestionSet, lay_out, measure_accuracy, read_questions
 from bitpress.figures import written
 from bitpress.models.opening import open_streamed
-from bitpress.models.skeleton import check_tokens
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.tasks.causal_lm import CausalLM, context_length
 from bitpress.models.walk import LoadedBlock, Stream, walk
 from bitpress.progress import Progress, Silent
 from bitpress.recipes.method import compute_dtype
@@ -34,11 +34,14 @@ def read_tasks(
     return {name: read_questions(name, documents, say) for name in names}
 
 
-def tokenize_tasks(tasks: Mapping[str, Sequence[Question]], path: Path, config: Any) -> dict[str, Task]:
+def tokenize_tasks(tasks: Mapping[str, Sequence[Question]], path: Path, model: StreamedModel) -> dict[str, QuestionSet]:
     """Lay tasks out for a model directory with its own tokenizer. Raises UsageError, CheckpointError."""
+    task, config = model.task, model.model.config
+    if not isinstance(task, CausalLM):
+        raise UsageError(f"{path}: is {task.title}; multiple-choice tasks are for causal language models.")
     tokenizer: Any = load_tokenizer(path)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(config)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -50,14 +53,14 @@ def tokenize_tasks(tasks: Mapping[str, Sequence[Question]], path: Path, config: 
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
         for batch in made[name].batches:
-            check_tokens(torch.cat([batch.tokens.flatten(), batch.targets]), config, str(path))
+            task.check_inputs(torch.cat([batch.tokens.flatten(), batch.targets]), config, str(path))
     return made
 
 
 class Answers:
     """A stream for the batches of every task; a visitor that moves all of them past a block."""
 
-    def __init__(self, model: StreamedModel, tasks: Mapping[str, Task]) -> None:
+    def __init__(self, model: StreamedModel, tasks: Mapping[str, QuestionSet]) -> None:
         self.model, self.tasks = model, tasks
         self.streams = {name: Stream(model, [batch.tokens for batch in task.batches]) for name, task in tasks.items()}
 
@@ -90,7 +93,7 @@ class Answers:
 
         def logits(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             hidden = next(left).flatten(0, 1)[at, None]
-            return self.model.logits(tokens.flatten()[at, None], hidden)[:, 0]
+            return self.model.outputs(tokens.flatten()[at, None], hidden)[:, 0]
 
         return logits
 
@@ -115,7 +118,7 @@ def evaluate_tasks(
     if pressed is None and is_compressed(directory):
         pressed = CompressedCheckpoint.open(directory)
     model = open_streamed(directory, dtype or compute_dtype("auto"), pressed)
-    answers = Answers(model, tokenize_tasks(questions, directory, model.model.config))
+    answers = Answers(model, tokenize_tasks(questions, directory, model))
     progress.begin(f"reading {', '.join(tasks)}", len(model.blocks))
     model.load_outer_()
     answers.start_()
@@ -125,5 +128,5 @@ def evaluate_tasks(
     return answers.accuracies(progress.advance)
 
 
-def count_batches(tasks: Mapping[str, Task]) -> int:
+def count_batches(tasks: Mapping[str, QuestionSet]) -> int:
     return sum(len(task.batches) for task in tasks.values())

@@ -6,31 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Integer as Int
 
 from bitpress.measure.evaluation_text import EvaluationText, States, distances
 from bitpress.models.opening import open_original
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs
 from bitpress.models.walk import walk
 
 __all__ = ["FLOOR_WINDOWS", "measure_noise"]
 
-# Windows of every text that it is measured on.
+# Samples of every text that it is measured on.
 FLOOR_WINDOWS = 8
 
 
 def measure_noise(
     path: Path,
     model: StreamedModel,
-    texts: Mapping[str, Int[torch.Tensor, "windows length"]],
+    texts: Mapping[str, Inputs],
     states: States,
     note: Callable[[str], None] = lambda unit: None,
 ) -> dict[str, Any]:
-    """Return the row of kind "floor": distances on the first windows of every text, from the states after `model`'s last block.
+    """Return the row of kind "floor": distances on the first samples of every text, from the states after `model`'s last block.
 
-    `note` hears of every block and window. Raises what opening a model and measuring a distance raise.
+    `note` hears of every block and sample. Raises what opening a model and measuring a distance raise.
     """
-    some = {name: windows[:FLOOR_WINDOWS] for name, windows in texts.items()}
+    some = {name: inputs[:FLOOR_WINDOWS] for name, inputs in texts.items()}
     exact, _ = open_original(path, torch.float32)
     exact.load_outer_()
     heldout = EvaluationText(exact, some)

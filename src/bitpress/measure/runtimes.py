@@ -18,9 +18,10 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CheckpointError, JobStopped, MemoryLimitError, NumericsError
 from bitpress.evaluation import measure_distance
 from bitpress.exhaustion import is_out_of_memory
-from bitpress.measure.windows import calibration_windows
+from bitpress.measure.samples import draw_calibration
 from bitpress.models.skeleton import build_config
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.tasks.table import find_task
 from bitpress.native import code_paths
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration
@@ -34,10 +35,10 @@ __all__ = [
     "check_loads",
     "check_opens",
     "choose_opened",
+    "draw_prompts",
     "measure_prompt_cost",
     "native_runtime",
     "opening",
-    "prompt_windows",
     "transformers_runtime",
 ]
 
@@ -81,11 +82,11 @@ def native_runtime(pressed: CompressedCheckpoint, options: EngineOptions = USUAL
     return Runtime("native", {key: engine.facts[key] for key in ("activations", "cache", "head")}, engine=engine)
 
 
-def prompt_windows(model: Path, config: Mapping[str, Any]) -> Int[torch.Tensor, "windows length"]:
+def draw_prompts(model: Path, opened: StreamedModel) -> Int[torch.Tensor, "samples length"]:
     """Draw texts for `measure_prompt_cost` where a recipe reads none. Raises CalibrationError, CheckpointError."""
-    built = build_config(config)
-    length = min(PROMPT_LENGTH, getattr(built.get_text_config(), "max_position_embeddings", None) or PROMPT_LENGTH)
-    return calibration_windows(Calibration(samples=PROMPTS, length=length), model, built).tokens
+    task, config = opened.task, opened.model.config
+    samples, length = task.cut(config, PROMPTS * PROMPT_LENGTH, PROMPT_LENGTH)
+    return draw_calibration(Calibration(samples=min(samples, PROMPTS), length=length), task, model, config).inputs
 
 
 def measure_prompt_cost(
@@ -133,7 +134,7 @@ def check_loads(pressed: CompressedCheckpoint, check_stop: Callable[[], None] = 
     with opening(pressed, "bitpress.load"):
         open_skeleton(pressed, default_dtype(pressed))
     with opening(pressed, 'bitpress.load(weights="packed")'), torch.no_grad():
-        model = StreamedModel(build_config(pressed.config), pressed, default_dtype(pressed))
+        model = StreamedModel(build_config(pressed.config), pressed, default_dtype(pressed), where=str(pressed.root))
         model.load_outer_()
         hidden = model.embed(_tried(pressed))
         seen: set[str] = set()
@@ -158,8 +159,8 @@ def check_opens(pressed: CompressedCheckpoint, progress: Progress) -> None:
 
 
 def _tried(pressed: CompressedCheckpoint) -> torch.Tensor:
-    vocabulary: int = build_config(pressed.config).get_text_config().vocab_size
-    return torch.arange(TRIED)[None] % vocabulary
+    config = build_config(pressed.config)
+    return find_task(config, str(pressed.root)).trial(config, 1, TRIED)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from bitpress.errors import CheckpointError
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.models.skeleton import find_stacks
+from bitpress.models.task import Task
 
 __all__ = ["BREAKS", "Carried", "Stop", "choose_stack", "find_carried", "hollow", "stand_ins"]
 
@@ -89,6 +90,7 @@ class _Call:
 class Carried:
     """The layout of a model's state. `form` is what a block returns; of its tensors those without columns are not carried."""
 
+    task: Task
     form: Any
     outputs: tuple[_Columns | None, ...]
     shared: tuple[_Shared, ...]
@@ -97,6 +99,11 @@ class Carried:
     @property
     def width(self) -> int:
         return sum(c.width for c in self._columns()) + _DIGITS
+
+    @property
+    def plain_width(self) -> int:
+        """The width of the hidden states that blocks return, where nothing else is carried."""
+        return self._columns()[0].width
 
     @property
     def is_plain(self) -> bool:
@@ -133,16 +140,15 @@ class Carried:
 
         with stand_ins(blocks, [self.stand_in(state, i)] * i + [take] * (len(blocks) - i)):
             try:
-                model(input_ids=self.tokens(state), use_cache=False)
+                self.task.forward(model, self.tokens(state))
             except Stop as stop:
                 return stop.args_seen, stop.kwargs_seen
         raise CheckpointError(f"{type(model).__name__} did not run its blocks.")
 
-    def logits(self, model: Any, blocks: torch.nn.ModuleList, tokens: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Return the logits that follow from the state after the last block."""
+    def finish(self, model: Any, blocks: torch.nn.ModuleList, tokens: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Return the outputs that follow from the state after the last block."""
         with stand_ins(blocks, [self.stand_in(state, len(blocks))] * len(blocks)):
-            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-            return logits
+            return self.task.forward(model, tokens)
 
     def stand_in(self, state: torch.Tensor, i: int) -> Callable[..., Any]:
         """Return a forward for the blocks before block `i`: it leaves in shared mappings, and returns, what the state says."""
@@ -179,8 +185,8 @@ class Carried:
         return torch.stack([tokens // 256**k % 256 for k in range(_DIGITS)], -1).to(self.dtype)
 
 
-def choose_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
-    """Return the list of blocks that a text runs through: of several large ones, some are towers for other inputs."""
+def choose_stack(model: Any, task: Task) -> tuple[str, torch.nn.ModuleList]:
+    """Return the list of blocks that the task's inputs run through: of several large ones, some are towers for other inputs."""
     stacks = find_stacks(model)
     ran: set[int] = set()
 
@@ -189,7 +195,7 @@ def choose_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             ran.add(k)
-            if k == 0:  # the largest, which is the text's nearly always: no more is to be known
+            if k == 0:  # the largest, which is the right one nearly always: no more is to be known
                 raise Stop
             return own(*args, **kwargs)
 
@@ -199,16 +205,20 @@ def choose_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
         every = [(k, block) for k, (_, stack) in enumerate(stacks) for block in stack]
         noted = [noting(k, block) for k, block in every]
         with torch.no_grad(), hollow(model), stand_ins([block for _, block in every], noted), suppress(Stop, *BREAKS):
-            model(input_ids=_text(_SHAPES[0]), use_cache=False)
+            task.forward(model, task.trial(model.config, *_SHAPES[0]))
     return stacks[min(ran, default=0)]
 
 
-def find_carried(model: Any, blocks: torch.nn.ModuleList, dtype: torch.dtype) -> Carried:
+def find_carried(model: Any, task: Task, blocks: torch.nn.ModuleList, dtype: torch.dtype) -> Carried:
     """Find what a model carries from block to block. Raises CheckpointError where its blocks cannot be run one by one."""
     name = type(model).__name__
+    if not task.reads_tokens:
+        raise CheckpointError(
+            f"{name} gives its blocks more than hidden states; as {task.title} it cannot be run block by block."
+        )
     with torch.no_grad(), hollow(model):
         try:
-            (small, logits), (large, _) = (_walk(model, blocks, shape) for shape in _SHAPES)
+            (small, logits), (large, _) = (_walk(model, task, blocks, shape) for shape in _SHAPES)
         except CheckpointError:
             raise
         except BREAKS as error:
@@ -225,12 +235,13 @@ def find_carried(model: Any, blocks: torch.nn.ModuleList, dtype: torch.dtype) ->
         types = [c.dtype for c in (*first, *(c for entry in shared for c in entry.columns)) if c is not None]
         for other in types:
             dtype = torch.promote_types(dtype, other)
-        carried = Carried(_formed(small[0].out), tuple(first), tuple(shared), dtype)
+        carried = Carried(task, _formed(small[0].out), tuple(first), tuple(shared), dtype)
         # What blocks share may be there for other uses of the model, and no block may read it.
         for tried in (replace(carried, shared=()), carried) if shared else (carried,):
             missed = _find_missed(tried, model, blocks, small, logits)
             if missed is None:
-                _check_causal(model, logits)
+                if not task.looks_ahead:
+                    _check_causal(model, task, logits)
                 return tried
     raise CheckpointError(f"{name} gives {missed} more than the block before it returned; its blocks cannot be run one by one.")
 
@@ -290,7 +301,7 @@ def stand_ins(blocks: Iterable[Any], forwards: Sequence[Callable[..., Any]]) -> 
             block.__dict__.pop("forward", None)
 
 
-def _walk(model: Any, blocks: torch.nn.ModuleList, shape: tuple[int, int]) -> tuple[list[_Call], torch.Tensor]:
+def _walk(model: Any, task: Task, blocks: torch.nn.ModuleList, shape: tuple[int, int]) -> tuple[list[_Call], torch.Tensor]:
     """Run the model on a text of no meaning; return what every block is given and returns, and the logits."""
     calls: list[_Call] = []
     order: list[int] = []
@@ -310,7 +321,7 @@ def _walk(model: Any, blocks: torch.nn.ModuleList, shape: tuple[int, int]) -> tu
         return forward
 
     with stand_ins(blocks, [noting(i) for i in range(len(blocks))]):
-        logits = model(input_ids=_text(shape), use_cache=False).logits
+        logits = task.forward(model, task.trial(model.config, *shape))
     if order != list(range(len(blocks))):
         often = "more than once" if len(order) > len(set(order)) else "in another order than it holds them, or not all"
         raise CheckpointError(f"{type(model).__name__} runs its blocks {often}; they cannot be run one by one.")
@@ -337,15 +348,15 @@ def _shared_of(small: Sequence[_Call], large: Sequence[_Call], name: str) -> lis
     return list(found.values())
 
 
-def _check_causal(model: Any, logits: torch.Tensor) -> None:
+def _check_causal(model: Any, task: Task, logits: torch.Tensor) -> None:
     """Raise CheckpointError when another last token changes what is said of those before it."""
-    tokens = _text(_SHAPES[0])
+    tokens = task.trial(model.config, *_SHAPES[0])
     tokens[:, -1] += 1
-    moved = (model(input_ids=tokens, use_cache=False).logits - logits)[:, :-1].abs().max()
+    moved = (task.forward(model, tokens) - logits)[:, :-1].abs().max()
     # Not equal to the last bit: experts sum tokens up in other batches.
     if float(moved) > 0.02 * float(logits.abs().max()):
         raise CheckpointError(
-            f"{type(model).__name__} looks at later tokens: it is no causal language model; bitpress quantizes causal language models."
+            f"{type(model).__name__} looks at later tokens: it is not {task.title}; bitpress quantizes {task.titles}."
         )
 
 
@@ -353,7 +364,7 @@ def _find_missed(
     carried: Carried, model: Any, blocks: torch.nn.ModuleList, calls: Sequence[_Call], logits: torch.Tensor
 ) -> str | None:
     """Name the first block, or the head, that is not given from the state what it was given in a forward of the whole model."""
-    tokens = _text(_SHAPES[0])
+    tokens = carried.task.trial(model.config, *_SHAPES[0])
     state = carried.begin(tokens)
     for i, call in enumerate(calls):
         try:
@@ -368,7 +379,7 @@ def _find_missed(
         if not enough:
             return f"block {i}"
         state = carried.after(call.out, call.after, tokens)
-    return None if _same(logits, carried.logits(model, blocks, tokens, state)) else "the head"
+    return None if _same(logits, carried.finish(model, blocks, tokens, state)) else "the head"
 
 
 def _columns_of(small: Any, large: Any) -> list[_Columns | None]:
@@ -438,8 +449,3 @@ def _same(a: Any, b: Any, *, but_missing: bool = False) -> bool:
         known = set(a) & set(b) if but_missing and isinstance(b, Mapping) else set(a)
         return isinstance(b, Mapping) and set(b) == known and all(_same(a[k], b[k], but_missing=but_missing) for k in known)
     return (a is None) == (b is None)
-
-
-def _text(shape: tuple[int, int]) -> torch.Tensor:
-    """Tokens that every vocabulary has."""
-    return torch.arange(shape[0] * shape[1]).reshape(shape) % 7

@@ -11,7 +11,7 @@ from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import CheckpointError, NumericsError
 from bitpress.finite import all_finite
-from bitpress.models.skeleton import build_config, check_causal
+from bitpress.models.skeleton import build_config
 from bitpress.models.streaming import StreamedModel
 
 __all__ = ["OriginalLoader", "open_original", "open_streamed"]
@@ -44,8 +44,7 @@ def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, Origin
     """Open an uncompressed model for streaming. Raises CheckpointError."""
     source = SourceCheckpoint.open(path)
     config = build_config(source.config)
-    check_causal(config, str(path))
-    model = StreamedModel(config, None, dtype)
+    model = StreamedModel(config, None, dtype, where=str(path))
     entries = {name: entry for name, (_, entry) in source.tensors.items()}
     try:
         # Of a model for several kinds of input, transformers may build the text model alone.
@@ -64,6 +63,6 @@ def open_streamed(path: Path, dtype: torch.dtype, pressed: CompressedCheckpoint 
     if pressed is None and not is_compressed(path):
         return open_original(path, dtype)[0]
     pressed = CompressedCheckpoint.open(path) if pressed is None else pressed
-    model = StreamedModel(build_config(pressed.config), pressed, dtype)
+    model = StreamedModel(build_config(pressed.config), pressed, dtype, where=str(pressed.root))
     pressed.check_fits(model.model.state_dict())
     return model

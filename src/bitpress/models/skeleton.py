@@ -13,8 +13,9 @@ import torch
 
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.exhaustion import is_out_of_memory
+from bitpress.models.tasks.table import find_task
 
-__all__ = ["build_config", "build_skeleton", "check_causal", "check_tokens", "find_stacks", "restore_ties_", "set_parameter_"]
+__all__ = ["build_config", "build_skeleton", "find_stacks", "restore_ties_", "set_parameter_"]
 
 
 def build_config(values: Mapping[str, Any]) -> Any:
@@ -35,39 +36,19 @@ def build_config(values: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"config.json does not describe a {model_type} model: {_one_line(error)}") from error
 
 
-def check_causal(config: Any, where: str) -> None:
-    """Raise CheckpointError for a model that is no causal language model, and say what it is."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def build_skeleton(config: Any, dtype: torch.dtype, *, where: str = "config.json") -> Any:
+    """Build the model that a configuration describes, by the class of its task, parameters on `meta`, in evaluation mode.
 
-    name = config.model_type
-    is_decoder = getattr(config, "is_decoder", None)
-    if type(config).is_encoder_decoder or config.is_encoder_decoder:
-        what = "an encoder-decoder model, or the decoder of one"
-    elif hasattr(config, "cross_attention_hidden_size"):
-        what = "the decoder of an encoder-decoder model"
-    elif (not is_decoder and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES) or (
-        is_decoder is False and hasattr(config, "add_cross_attention")
-    ):
-        what = "an encoder"
-    elif type(config) not in AutoModelForCausalLM._model_mapping:
-        what = "another kind of model"
-    else:
-        return
-    raise CheckpointError(f"{where}: {name} is {what}, not a causal language model; bitpress quantizes causal language models.")
-
-
-def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """Build the causal language model that a configuration describes, parameters on `meta`, in evaluation mode."""
+    `where` stands in errors for the configuration. Raises CheckpointError.
+    """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise CheckpointError(f"model_type {config.model_type!r} is not a causal language model of transformers.")
+    auto_class: Any = getattr(transformers, find_task(config, where).auto_class)
     try:
         with init_empty_weights(include_buffers=False):
             # One expert at a time goes through plain linear products, where calibration and packed weights can see it.
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+            model = auto_class.from_config(config, dtype=dtype, experts_implementation="eager")
     except ImportError as error:
         raise CheckpointError(f"{config.model_type} needs a package that is not installed: {_one_line(error)}") from error
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
@@ -109,15 +90,6 @@ def find_stacks(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]
         raise CheckpointError(f"{type(model).__name__} has no list of blocks to walk.")
     found.sort(key=lambda entry: -entry[0])
     return [(name, module) for size, name, module in found if size * 10 >= found[0][0]]
-
-
-def check_tokens(tokens: torch.Tensor, config: Any, where: str) -> None:
-    """Raise CheckpointError when a token has no row in the embedding: the tokenizer is of another model."""
-    vocabulary = config.get_text_config().vocab_size
-    if tokens.numel() and int(tokens.max()) >= vocabulary:
-        raise CheckpointError(
-            f"{where}: its tokenizer gives token {int(tokens.max())}, but the model has only {vocabulary}; they do not belong together."
-        )
 
 
 def _unknown_type(model_type: str, code: Any, known: Iterable[str]) -> CheckpointError | UsageError:

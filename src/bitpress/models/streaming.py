@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from jaxtyping import Integer as Int
 
 from bitpress.errors import CheckpointError
 from bitpress.models.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins
 from bitpress.models.skeleton import build_skeleton, restore_ties_, set_parameter_
+from bitpress.models.task import Inputs
+from bitpress.models.tasks.table import find_task
 from bitpress.models.uses import Use, find_uses
 
 __all__ = ["ParameterLoader", "StreamedModel"]
@@ -31,16 +32,23 @@ class ParameterLoader(Protocol):
 
 
 class StreamedModel:
-    """A skeleton with its outer parts loaded; blocks come and go."""
+    """A skeleton of the task that its configuration belongs to, with its outer parts loaded; blocks come and go.
 
-    def __init__(self, config: Any, loader: ParameterLoader | None, dtype: torch.dtype) -> None:
+    `where` stands in errors for the configuration.
+    """
+
+    def __init__(self, config: Any, loader: ParameterLoader | None, dtype: torch.dtype, *, where: str = "config.json") -> None:
         self.dtype = dtype
+        self.task = find_task(config, where)
         self._loader = loader
-        self.model = build_skeleton(config, dtype)
-        self.stack, self.blocks = choose_stack(self.model)
+        self.model = build_skeleton(config, dtype, where=where)
+        self.stack, self.blocks = choose_stack(self.model, self.task)
         self._check_apart()
-        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        # What blocks are given beside hidden states: by the shape of the inputs, and by that of the hidden states.
+        self._seen: set[torch.Size] = set()
+        self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wraps_in_tuple: bool | None = None
+        self._width = 0
         self._carried: Carried | None = None
 
     @property
@@ -56,7 +64,7 @@ class StreamedModel:
     @cached_property
     def uses(self) -> dict[str, Use]:
         """What the model does with each of its matrices."""
-        return find_uses(self.model)
+        return find_uses(self.model, self.task)
 
     def block_name(self, i: int) -> str:
         return f"{self.stack}.{i}"
@@ -92,74 +100,71 @@ class StreamedModel:
 
     @property
     def width(self) -> int:
-        """Values of a token that are stored between blocks, as far as that can be said before the text is seen."""
+        """Values that are stored between blocks for each position, as far as that can be said before the inputs are seen."""
         self._look_()
-        return int(self.model.config.get_text_config().hidden_size if self._carried is None else self._carried.width)
+        return self._width if self._carried is None else self._carried.width
 
     @torch.no_grad()
-    def embed(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length hidden"]:
+    def embed(self, inputs: Inputs) -> Float[torch.Tensor, "samples positions hidden"]:
         """Return the first block's input, and note what the model passes to every block for this shape."""
-        shape = (tokens.shape[0], tokens.shape[1])
         self._look_()
-        if self._carried is None and shape not in self._arguments:
-            arguments = self._learn_arguments(tokens)
-            # What depends on the text would be wrong for the next batch: ask again with other tokens and compare.
-            other = tokens.flip(1)
-            if torch.equal(other, tokens):
-                other = (tokens + 1) % self.model.config.get_text_config().vocab_size
-            if _same(arguments, self._learn_arguments(other)):
-                self._arguments[shape] = arguments
-            else:
-                self._carried = find_carried(self.model, self.blocks, self.dtype)
+        arguments = None
+        if self._carried is None and inputs.shape not in self._seen:
+            arguments = self._learn_arguments(inputs)
+            # What depends on the inputs would be wrong for the next batch: ask again with others and compare.
+            if not _same(arguments, self._learn_arguments(self.task.vary(inputs, self.model.config))):
+                self._carried = find_carried(self.model, self.task, self.blocks, self.dtype)
         if self._carried is not None:
-            return self._carried.begin(tokens)
+            return self._carried.begin(inputs)
 
         def stop(*args: Any, **kwargs: Any) -> torch.Tensor:
             raise Stop(args, kwargs)
 
         with stand_ins(self.blocks, [stop] + [_never] * (len(self.blocks) - 1)):
-            return self._until_stop(tokens)
+            hidden = self._until_stop(inputs)
+        if arguments is not None:
+            self._seen.add(inputs.shape)
+            self._arguments[hidden.shape[:2]] = arguments
+        return hidden
 
     @torch.no_grad()
     def run_block(
-        self, i: int, hidden: Float[torch.Tensor, "batch length hidden"]
-    ) -> Float[torch.Tensor, "batch length hidden"]:
+        self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"]
+    ) -> Float[torch.Tensor, "samples positions hidden"]:
         """Run one loaded block on hidden states of a shape that `embed` has seen."""
         return self._run_block(i, hidden)
 
     def _run_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
         if self._carried is not None:
             return self._carried.run(self.model, self.blocks, i, hidden)
-        args, kwargs = self._arguments[(hidden.shape[0], hidden.shape[1])][i]
+        args, kwargs = self._arguments[hidden.shape[:2]][i]
         out = self.blocks[i](hidden, *args, **kwargs)
         result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
     @torch.no_grad()
-    def logits(
-        self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
-    ) -> Float[torch.Tensor, "batch length vocabulary"]:
-        """Return the logits that follow from the last block's output."""
-        return self._logits(tokens, hidden)
+    def outputs(
+        self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
+    ) -> Float[torch.Tensor, "samples ..."]:
+        """Return what the model says of the inputs (a language model: logits), from the last block's output."""
+        return self._outputs(inputs, hidden)
 
     def loss_gradient(
-        self, tokens: Int[torch.Tensor, "batch length"], hidden: Float[torch.Tensor, "batch length hidden"]
-    ) -> Float[torch.Tensor, "batch length hidden"]:
-        """Return the gradient of the mean next-token loss by the last block's output."""
+        self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
+    ) -> Float[torch.Tensor, "samples positions hidden"]:
+        """Return the gradient of the task's loss by the last block's output."""
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            logits = self._logits(tokens, leaf)[:, :-1].flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            (gradient,) = torch.autograd.grad(self.task.loss(self._outputs(inputs, leaf), inputs), leaf)
         return gradient
 
     def block_gradients(
         self,
         i: int,
-        hidden: Float[torch.Tensor, "batch length hidden"],
-        gradient: Float[torch.Tensor, "batch length hidden"],
+        hidden: Float[torch.Tensor, "samples positions hidden"],
+        gradient: Float[torch.Tensor, "samples positions hidden"],
         parameters: Sequence[str],
-    ) -> tuple[Float[torch.Tensor, "batch length hidden"], list[torch.Tensor]]:
+    ) -> tuple[Float[torch.Tensor, "samples positions hidden"], list[torch.Tensor]]:
         """Run a loaded block again and give the loss's gradients by its input and by parameters, from that by its output."""
         leaves = [self.model.get_parameter(name) for name in parameters]
         for leaf in leaves:
@@ -175,9 +180,9 @@ class StreamedModel:
         given = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
         return torch.zeros_like(start) if by_input is None else by_input, given
 
-    def _logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def _outputs(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self._carried is not None:
-            return self._carried.logits(self.model, self.blocks, tokens, hidden)
+            return self._carried.finish(self.model, self.blocks, inputs, hidden)
 
         def replace(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._wraps_in_tuple else hidden
@@ -186,18 +191,17 @@ class StreamedModel:
             return (given,) if self._wraps_in_tuple else given
 
         with stand_ins(self.blocks, [keep] * (len(self.blocks) - 1) + [replace]):
-            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
-            return logits
+            return self.task.forward(self.model, inputs)
 
-    def _until_stop(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _until_stop(self, inputs: torch.Tensor) -> torch.Tensor:
         try:
-            self.model(input_ids=tokens, use_cache=False)
+            self.task.forward(self.model, inputs)
         except Stop as stop:
             hidden: torch.Tensor = stop.args_seen[0]
             return hidden
         raise CheckpointError(f"{type(self.model).__name__} does not run its blocks at {self.stack} in order.")
 
-    def _learn_arguments(self, tokens: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _learn_arguments(self, inputs: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +211,7 @@ class StreamedModel:
             return (hidden,) if self._wraps_in_tuple else hidden
 
         with stand_ins(self.blocks, [note] * len(self.blocks)):
-            self._until_stop(tokens)
+            self._until_stop(inputs)
         return seen
 
     def _check_apart(self) -> None:
@@ -226,15 +230,18 @@ class StreamedModel:
         with torch.no_grad(), hollow(self.model):
             plain = next((wrap for wrap in (False, True) if self._steps_aside(wrap)), None)
         if plain is None:
-            self._carried = find_carried(self.model, self.blocks, self.dtype)
+            self._carried = find_carried(self.model, self.task, self.blocks, self.dtype)
             if self._carried.is_plain:  # a mapping was passed along, and nobody uses it
-                self._wraps_in_tuple, self._carried = isinstance(self._carried.form, (tuple, list)), None
+                self._wraps_in_tuple = isinstance(self._carried.form, (tuple, list))
+                self._width, self._carried = self._carried.plain_width, None
         else:
             self._wraps_in_tuple = plain
 
     def _steps_aside(self, wrap: bool) -> bool:
-        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and gives them the same for any text."""
-        tokens = torch.arange(12).reshape(3, 4) % 7  # three texts: two would unpack as hidden states and something else
+        """Whether the model runs when blocks return their hidden states alone, or in a tuple, and gives them the same for any inputs."""
+        samples, length = 3, 4  # three samples: two would unpack as hidden states and something else
+        inputs = self.task.trial(self.model.config, samples, length)
+        shape = (samples, self.task.positions(self.model.config, length))
         given: list[tuple[int, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def step_aside(i: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -243,17 +250,18 @@ class StreamedModel:
 
         with stand_ins(self.blocks, [partial(step_aside, i) for i in range(len(self.blocks))]):
             try:
-                logits = self.model(input_ids=tokens, use_cache=False).logits
-                self.model(input_ids=tokens.flip(1), use_cache=False)
+                outputs = self.task.forward(self.model, inputs)
+                self.task.forward(self.model, self.task.vary(inputs, self.model.config))
             except BREAKS:
                 return False
         first, other = given[: len(self.blocks)], given[len(self.blocks) :]
+        self._width = given[0][1].shape[-1] if given else 0
         return (
             [i for i, *_ in given] == 2 * list(range(len(self.blocks)))
-            and all(hidden.ndim == 3 and hidden.shape[:2] == tokens.shape for _, hidden, *_ in given)
+            and all(hidden.ndim == 3 and hidden.shape[:2] == shape for _, hidden, *_ in given)
             and not any(_may_be_shared(v) for _, _, args, kwargs in given for v in (*args, *kwargs.values()))
             and _same([g[2:] for g in first], [g[2:] for g in other])
-            and tuple(logits.shape[:2]) == tuple(tokens.shape)
+            and self.task.fits(outputs, inputs)
         )
 
 

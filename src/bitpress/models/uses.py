@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from bitpress.errors import CheckpointError
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.models.carried import BREAKS
+from bitpress.models.task import Task
 
 __all__ = ["Axis", "Product", "Use", "find_uses"]
 
@@ -79,15 +80,15 @@ class Use:
         return bool(self.products) or self.computed
 
 
-def find_uses(model: torch.nn.Module) -> dict[str, Use]:
-    """Find what a causal language model does with every parameter of two or more axes, by name. No weight is read or kept.
+def find_uses(model: torch.nn.Module, task: Task) -> dict[str, Use]:
+    """Find what a model does with every parameter of two or more axes, by name. No weight is read or kept.
 
-    Raises CheckpointError when the model's code cannot be run on a short text.
+    Raises CheckpointError when the model's code cannot be run on short inputs.
     """
-    first = _Trace(model)
+    first = _Trace(model, task)
     first.run(_LENGTHS[0])
     if first.choices:
-        second = _Trace(model)
+        second = _Trace(model, task)
         second.run(_LENGTHS[1])
         for name, sizes in first.choices.items():
             # A choice among tokens, as sparse attention makes it, has another range in a longer text.
@@ -101,9 +102,9 @@ def find_uses(model: torch.nn.Module) -> dict[str, Use]:
 class _Trace(TorchDispatchMode):
     """One run of a model without weights; notes the uses of its parameters while it goes."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, task: Task) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.task = model, task
         self.uses: dict[str, Use] = {name: Use() for name, p in model.named_parameters() if p.ndim >= 2}
         self.choices: dict[str, set[int]] = {}
         self.gates: set[str] = set()
@@ -117,20 +118,19 @@ class _Trace(TorchDispatchMode):
 
     def run(self, length: int) -> None:
         config: Any = self.model.config
-        vocabulary = config.get_text_config().vocab_size
-        tokens = torch.randint(0, vocabulary, (1, length), generator=self._random)
+        inputs = self.task.trial(config, 1, length)
         with _weightless(self.model) as parameters, torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.ndim >= 2:
                     self._parameters[self._address(parameter)] = name
             try:
                 with self:
-                    self.model(input_ids=tokens, use_cache=False)
+                    self.task.forward(self.model, inputs)
             except BREAKS as error:
                 if is_out_of_memory(error):
                     raise
                 raise CheckpointError(
-                    f"{type(self.model).__name__}: its code does not run on a short text: {' '.join(str(error).split())[:200]}"
+                    f"{type(self.model).__name__}: its code does not run on short inputs: {' '.join(str(error).split())[:200]}"
                 ) from error
 
     def __torch_dispatch__(

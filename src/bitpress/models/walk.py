@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from bitpress.memory import release
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs, Outputs
 
 __all__ = ["LoadedBlock", "Stream", "Visitor", "walk"]
 
@@ -64,15 +65,15 @@ def walk(
 
 
 class Stream:
-    """The hidden states of batches of tokens; a visitor that moves them past every block. `seconds` is what running took."""
+    """The hidden states of batches of inputs; a visitor that moves them past every block. `seconds` is what running took."""
 
-    def __init__(self, model: StreamedModel, batches: Sequence[Int[torch.Tensor, "batch length"]]) -> None:
+    def __init__(self, model: StreamedModel, batches: Sequence[Inputs]) -> None:
         self.model, self.batches = model, batches
-        self.states: list[Float[torch.Tensor, "batch length hidden"]] = []
+        self.states: list[Float[torch.Tensor, "samples positions hidden"]] = []
         self.seconds = 0.0
 
     def start_(self) -> None:
-        """Embed the tokens; the model's outer parts must be loaded."""
+        """Embed the inputs; the model's outer parts must be loaded."""
         started = time.perf_counter()
         self.states = [self.model.embed(batch) for batch in self.batches]
         self.seconds += time.perf_counter() - started
@@ -83,14 +84,14 @@ class Stream:
             self.states[k] = self.model.run_block(block.index, state)
         self.seconds += time.perf_counter() - started
 
-    def scorer(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return a function that gives the logits of one window after the other behind the last block, from the first one on."""
-        left: Iterator[torch.Tensor] = (window for state in self.states for window in state.split(1))
+    def scorer(self) -> Outputs:
+        """Return a function that gives the outputs of one sample after the other behind the last block, from the first one on."""
+        left: Iterator[torch.Tensor] = (sample for state in self.states for sample in state.split(1))
 
-        def logits(tokens: torch.Tensor) -> torch.Tensor:
+        def outputs(inputs: torch.Tensor) -> torch.Tensor:
             started = time.perf_counter()
-            found = self.model.logits(tokens, next(left))
+            found = self.model.outputs(inputs, next(left))
             self.seconds += time.perf_counter() - started
             return found
 
-        return logits
+        return outputs

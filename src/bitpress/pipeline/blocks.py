@@ -1,7 +1,7 @@
-"""Compress one block after another: measure its inputs, scale channels, quantize, and pass on what the compressed block gives.
+"""Compress one block after another: measure its inputs, scale channels, quantize, and pass on the outputs of the compressed block.
 
-The only place where calibration, searches over a block and the compression of weights meet. Everything random is drawn before; the same
-inputs give the same bytes.
+This is the only place where calibration, searches over a block and the compression of weights meet. Everything random is drawn before,
+so the same inputs give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ class BlockCompressor:
     """A visitor that compresses the weights of every block by a method; `made` is the block in work.
 
     stream       the calibration text, started already
-    sensitivity  gives what `measure_sensitivity` found for a parameter
-    measured     gives what an earlier pass over the uncompressed model measured of a block: no text is run then, and where the method
-                 needs no gram, one that is there serves only to measure its error
-    looked_at    whether visitors after this one run the block, so that its compressed weights must be loaded
+    sensitivity  returns the result of `measure_sensitivity` for a parameter
+    measured     returns the statistics of a block from an earlier pass over the uncompressed model: then no text is run, and if the
+                 method needs no gram, a gram among them is used only to measure errors
+    looked_at    whether later visitors run the block, so that its compressed weights must be loaded
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class BlockCompressor:
         self.made = CompressedBlock()
 
     def visit_(self, block: LoadedBlock) -> None:
-        """Compress a block into `made`, and move the calibration text past it (not past the last one: nothing needs it)."""
+        """Compress a block into `made`, and move the calibration text past it (not past the last block: nothing needs the outputs)."""
         stream, model, needs, tensors = self.stream, self.stream.model, self.method.needs, block.tensors
         planned = [p for p in self.planned if p.block == block.index]
         compressed = {p.parameter.name for p in planned}
@@ -68,7 +68,7 @@ class BlockCompressor:
                 if self.looked_at or (needs and not (block.last and final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
-        # Only now: searches rewrite the norms and biases that take their scales.
+        # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
@@ -78,11 +78,11 @@ class BlockCompressor:
     def _measure(
         self, block: LoadedBlock, planned: Sequence[PlannedWeight], replaced: Mapping[str, torch.Tensor], *, final: bool
     ) -> tuple[dict[str, Stats], Rescaled]:
-        """Collect statistics of every weight's input; let the method's searches rescale the block by them."""
+        """Collect statistics of every weight's input, and rescale the block by the method's searches."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
         if searches or self.method.needs & HEAD_STATISTICS:
-            # A weight that is kept may share an input that is rescaled, and has to follow; or have its part in the attention.
+            # An uncompressed weight may share an input that is rescaled, and must be divided too; or it may belong to the attention.
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
         if self.measured is not None:

@@ -14,6 +14,7 @@ from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.models.linears import list_weights
 from bitpress.models.streaming import StreamedModel
+from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.plan import PlannedWeight
@@ -35,11 +36,11 @@ class Measured:
 
     stats: dict[str, Stats]
     groups: list[list[str]]
-    probe: Float[torch.Tensor, "1 length hidden"]
+    probe: Float[torch.Tensor, "1 positions hidden"]
 
 
 class CalibrationStream:
-    """The hidden states of the calibration text before the block in work, and beside them those of the uncompressed model where a
+    """The hidden states of the calibration samples before the block in work, and beside them those of the uncompressed model where a
     method compares the two.
 
     needs             statistics that are collected of a block
@@ -62,17 +63,18 @@ class CalibrationStream:
         self.hidden: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
+        self._probe_positions = PROBE_LENGTH
 
     @property
     def state(self) -> torch.Tensor | None:
         """What the next block is fed, as `start_` takes it up again."""
         return self.hidden if self._streams is None else self._streams
 
-    def start_(self, tokens: torch.Tensor | None, stored: torch.Tensor | None) -> None:
-        """Embed the calibration tokens, or take up hidden states that an earlier run stored."""
-        if tokens is None:
+    def start_(self, inputs: Inputs | None, stored: torch.Tensor | None) -> None:
+        """Embed the calibration inputs, or take up hidden states that an earlier run stored."""
+        if inputs is None:
             return
-        batches = tokens.split(self.batch)
+        batches = inputs.split(self.batch)
         both = bool(of_origin(self.needs, "original"))
         if stored is None:
             stored = torch.cat([self.model.embed(batch) for batch in batches])
@@ -86,14 +88,21 @@ class CalibrationStream:
             self.hidden, self.beside = stored
         else:
             self.hidden = stored
-        self.model.embed(tokens[:1, :PROBE_LENGTH])
+        self.embed_probe_(inputs)
+
+    def embed_probe_(self, inputs: Inputs) -> None:
+        """Let the model learn what it passes to its blocks for inputs as short as the probe."""
+        self._probe_positions = self.model.embed(self.model.task.shorten(inputs[:1], PROBE_LENGTH)).shape[1]
+
+    def _probe(self) -> torch.Tensor:
+        return self.batches()[0][1][:1, : self._probe_positions]
 
     def stages(self, i: int, planned: Sequence[PlannedWeight]) -> list[list[PlannedWeight]]:
         """Part a block's weights by their inputs, in the order in which these are made; experts together, by what they share."""
         observed = self.observe([p.parameter for p in planned])
         capture = Capture([w for _, w in observed.values()], ())
-        _, hidden = self.batches()[0]
-        capture.run(lambda: self.model.run_block(i, hidden[:1, :PROBE_LENGTH]), whole=True)
+        probe = self._probe()
+        capture.run(lambda: self.model.run_block(i, probe), whole=True)
 
         def alike(name: str) -> str:
             return re.sub(r"\d+", "*", name) if observed[name][1].expert else name
@@ -131,7 +140,7 @@ class CalibrationStream:
         in the `final` of a block's passes.
         """
         batches = self.batches()
-        probe = batches[0][1][:1, :PROBE_LENGTH].clone()
+        probe = self._probe().clone()
         roles = None
         if HEAD_STATISTICS & self.needs:
             roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in observed.values()])

@@ -1,7 +1,7 @@
 """Scale searches inside a block: plan a factor for each group of weights that share an input, fold it where the network allows.
 
-Where no producer takes the division, the factor stays with the weight and its inverse becomes the weight's input map, unless the search
-leaves such inputs alone. Experts are left alone: their inputs come through a router that must see the same values as before.
+If no producer can absorb the division, the factor stays with the weight and its inverse becomes the weight's input map, unless the search
+leaves such inputs unscaled. Experts are not scaled: their inputs come through a router that must see the same values as before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["PROBE_LENGTH", "Rescaled", "check_kept", "rescale_block_"]
 
-# Tokens on which folds are looked for.
+# Tokens on which folds are tried.
 PROBE_LENGTH = 16
 
 
 @dataclass
 class Rescaled:
-    """What a block's scales came to, by the weight's name.
+    """The scales of a block, by the weight's name.
 
-    factors     what its columns were multiplied by
+    factors     the factors of its columns
     unfolded    the weights whose input has to be divided at run time
     stats       the statistics of its input after the division
     """
@@ -53,8 +53,8 @@ def rescale_block_(
 ) -> Rescaled:
     """Search and fold the scales of one block; rewrite `tensors` and the loaded block to match.
 
-    Folding is done in float32 on the stored values; norms and biases are rounded once to the type they are stored in, and the
-    consumers take the factor that this rounding really left.
+    Folding is done in float32 on the stored values; norms and biases are rounded once to the type in which they are stored, and the
+    consumers are multiplied by the factor that results from this rounding.
     """
     result = Rescaled({}, set(), dict(stats))
     if not searches:
@@ -82,12 +82,12 @@ def rescale_block_(
 
 
 def check_kept(model: StreamedModel, kept: Mapping[str, torch.Tensor]) -> None:
-    """Raise NumericsError unless tensors that are stored as they are are those that the loaded block computes with."""
+    """Raise NumericsError unless the uncompressed tensors that will be stored equal those that the loaded block computes with."""
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     for name, value in kept.items():
         if name in live and not torch.equal(live[name].data, value.to(live[name].dtype)):
             raise NumericsError(
-                f"{name}: would not be stored as the model computes with it; this is a mistake in bitpress, report it."
+                f"{name}: would be stored with other values than the model computes with; this is a bug in bitpress, please report it."
             )
 
 
@@ -115,7 +115,7 @@ def _rescale_group_(
         factor = apply_fold_(block, fold, fold.per_channel(factor), stored=norm)
     for parameter, w, name in zip(parameters, live, group, strict=True):
         if fold is None and name not in formats:
-            continue  # a weight that is kept reads the input as it is
+            continue  # an uncompressed weight reads the input without a map
         w.mul_(factor[:, None] if parameter.transposed else factor)
         result.stats[name] = result.stats[name].rescaled(1 / factor)
         result.factors[name] = result.factors.get(name, torch.ones_like(factor)) * factor

@@ -5,7 +5,7 @@
     w_hat' = Q(a - splits) + splits + repairs
     w_hat = T_out w_hat' T_in            the maps stay beside the terms
 
-Channel factors come before, by group of weights (`rescale`). A quantizer may bring maps of its own: repairs then go between them.
+Channel factors come before, by group of weights (`channel_scaling`). A quantizer may add maps of its own: repairs are then put between them.
 """
 
 from dataclasses import replace
@@ -28,10 +28,10 @@ def compress_matrix(
     stats: Stats | None,
     method: LayerMethod,
 ) -> Outcome:
-    """Compress a weight in a number format. Raises what the parts raise.
+    """Compress a weight in a number format. Raises the errors of the parts.
 
-    Raises also FormatError for a split beside a quantizer that keeps maps, and CalibrationError for statistics that the quantizer needs
-    and a change of basis has made unknown.
+    Also raises FormatError for a split beside a quantizer that keeps maps, and CalibrationError if the quantizer needs statistics that a
+    change of basis has made unknown.
     """
     fmt, quantizer, corrections = method.format, method.quantizer.part, method.corrections
     assert isinstance(fmt, Format)

@@ -1,11 +1,11 @@
-"""How long a run would take: its parts done on a little of the model's shapes on this machine, and multiplied up.
+"""The estimate of a run's time: its parts are run on small samples of the model's shapes on this machine, and scaled up.
 
     reading       the text's passes through the blocks, by their products
-    statistics    what calibration sums up of every input
-    pressing      the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
+    statistics    the sums that calibration takes over every input
+    quantizing    the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
 
 Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
-runs here now. What is left out: reading and writing files, and the proof.
+runs here now. Reading and writing files, and the evaluation, are not included.
 """
 
 import functools
@@ -29,23 +29,24 @@ from bitpress.transforms.transform import ScaleSearch
 __all__ = ["estimate_seconds"]
 
 TOKENS = 512
-# Columns of a sample where an input is wider: the most that the format's groups divide.
+# Columns of a sample if the input is wider: the largest of these that the format's group divides.
 COLUMNS = (2048, 1536, 1024)
-# Rows of the smallest sample, and seconds that one has to take to be more than what there is around it.
+# Rows of the smallest sample, and the least seconds of a sample, so that its time is more than the overhead around it.
 ROWS, ENOUGH = 64, 0.1
-# A block's attention, norms and activations beside its products, as seen with SmolLM2 on texts of 512 tokens.
+# The time of a block's attention, norms and activations relative to its products, measured with SmolLM2 on texts of 512 tokens.
 BESIDE_PRODUCTS = 1.25
 # A block's passes up to each of its inputs in turn (attention's own input, its output, the MLP's input, its inside), together.
 STAGES = 1.3
 
 
 def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
-    """Return the seconds that calibrating and pressing the planned weights would take on this machine if nothing else ran on it."""
+    """Return the seconds that calibrating and quantizing the planned weights would take on this machine if nothing else ran on it."""
     seconds = _pressing(model, method, weights)
     needs = method.needs
     if not needs:
         return seconds
-    tokens = method.recipe.calibration.samples * method.recipe.calibration.length
+    calibration = method.recipe.calibration
+    tokens = calibration.samples * model.task.positions(model.model.config, calibration.length)
     text = model.model.config.get_text_config()
     active = getattr(text, "num_experts_per_tok", None)
     heads = getattr(text, "num_key_value_heads", None) or 1
@@ -61,7 +62,7 @@ def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[Pla
 
 
 def _passes(method: Method) -> float:
-    """How often the calibration text goes through the blocks."""
+    """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 if of_origin(needs, "loss") else 0.0
     if calibration.inputs == "original":
@@ -72,7 +73,7 @@ def _passes(method: Method) -> float:
 
 
 def _product_seconds(planned: PlannedWeight, dtype: torch.dtype, active: int | None) -> float:
-    """Seconds of one weight's product with TOKENS inputs."""
+    """Return the seconds of one weight's product with TOKENS inputs."""
     rows, cols = planned.parameter.shape
     experts = planned.parameter.experts
     some = (min(rows, COLUMNS[0]), min(cols, COLUMNS[0]))
@@ -87,7 +88,7 @@ def _time_product(rows: int, cols: int, dtype: torch.dtype) -> float:
 
 
 def _summing_seconds(needs: Collection[str], cols: int, heads: int, dtype: torch.dtype) -> float:
-    """Seconds of summing up what is wanted of TOKENS inputs of one layer."""
+    """Return the seconds of summing up the needed statistics over TOKENS inputs of one layer."""
     some = min(cols, COLUMNS[0])
     x = torch.ones(TOKENS, some, dtype=dtype)
     collector = StatsCollector(needs, some)
@@ -115,9 +116,9 @@ def _pressing(model: StreamedModel, method: Method, weights: Sequence[PlannedWei
         some = _columns(alike[0], min(rows, ROWS))
         try:
             once, row = _of_rows(lambda n: seconds_of(n, some), rows)  # noqa: B023 (called at once)
-        except BitpressError:  # what fits the weight does not fit a part of it: a rank, a block of rows
+        except BitpressError:  # a setting that fits the weight (a rank, a block of rows) may not fit a part of it
             some, once, row = cols, 0.0, seconds_of(alike[0].parameter.shape[0], cols) / alike[0].parameter.shape[0]
-        # A solve with a gram is of the third order in columns and its use in a row of the second; without a gram all is of the first.
+        # With a gram, its solve is cubic in the columns and its use per row quadratic; without a gram everything is linear.
         wider = cols / some
         once, row = (once * wider**3, row * wider**2) if method.needs else (once * wider, row * wider)
         total += sum((once + row * w.parameter.shape[0]) * max(w.parameter.experts, 1) for w in alike)
@@ -125,7 +126,7 @@ def _pressing(model: StreamedModel, method: Method, weights: Sequence[PlannedWei
 
 
 def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, float]:
-    """Return what a weight costs whatever its rows, and what each row does, from samples of two numbers of rows."""
+    """Return the fixed cost of a weight and the cost of each row, from samples of two numbers of rows."""
     most = min(rows, 2 * ROWS)
     many = seconds_of(most)
     while many < ENOUGH and most < rows:
@@ -137,7 +138,7 @@ def _of_rows(seconds_of: Callable[[int], float], rows: int) -> tuple[float, floa
 
 
 def _of_heads(model: StreamedModel, planned: PlannedWeight) -> int | None:
-    """Return the rows of a head where a weight has the shape of one that makes queries, keys or values."""
+    """Return the rows of a head if a weight has the shape of one that makes queries, keys or values."""
     text = model.model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not heads or planned.parameter.experts or planned.parameter.shape[1] != hidden:
@@ -168,7 +169,7 @@ def _sample_seconds(
     rows: int,
     cols: int,
 ) -> float:
-    """Seconds of pressing a made-up weight as the recipe would; `head` rows of it belong together."""
+    """Return the seconds of quantizing a made-up weight by the recipe; every `head` rows of it are one head."""
     parameter = replace(planned.parameter, shape=(rows, cols), transposed=False, experts=0, flat=False)
     w = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
     stats = {parameter.stem: _made_up(rows, cols, needs, head)} if needs else {}
@@ -198,7 +199,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds of the second of two runs, as the first also makes ready what is made only once; of the first where it is long."""
+    """Return the seconds of the second of two runs, since the first includes one-time work; of the first if it is long."""
     for _ in range(2):
         own, all_threads = time.thread_time(), time.process_time()
         work()

@@ -1,10 +1,10 @@
-"""The head of a model card, which hubs read: what of it is the source's is taken over from there.
+"""The front matter of a model card, which hubs read: its keys are copied from the source where the source has them.
 
 base_model   the hub's name of the source: of a named model, of a hub's cache, of `_name_or_path` in config.json; else what the source's
              own card says
-license, license_name, license_link, language, datasets      from the source's own card, the licence of a named model from its table
+license, license_name, license_link, language, datasets      from the source's own card; the licence of a named model from its table
 
-What the source does not say is left out, and a card of somebody else that cannot be read says nothing.
+Keys that the source does not have are left out; a source's card that cannot be read counts as empty.
 """
 
 import re
@@ -27,7 +27,7 @@ _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
 
 def front_matter(model: Path, weights: str) -> dict[str, Any]:
-    """Return the keys of the card's head for a model that was made from the directory `model`."""
+    """Return the keys of the front matter for a model that was made from the directory `model`."""
     own = _read_card(model / "README.md")
     named = find_origin(model)
     base = named.hub if named is not None else _of_cache(model) or _of_config(model) or _words(own.get("base_model"))
@@ -44,7 +44,7 @@ def front_matter(model: Path, weights: str) -> dict[str, Any]:
 
 
 def write_front_matter(keys: Mapping[str, Any]) -> str:
-    """Return the keys as YAML between its fences."""
+    """Return the keys as YAML between two lines `---`."""
     return f"---\n{yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True)}---"
 
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of a result, as it is written down beside it: source, texts, recipe, versions."""
+"""The identity of a result: everything that decides its bytes (source, texts, recipe, versions), as it is stored beside it."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,7 +15,7 @@ __all__ = ["identify", "recorded", "versions"]
 
 
 def identify(source: Mapping[str, str], calibration: str | None, method: Method) -> dict[str, Any]:
-    """Return the identity of a pressed model from the hashes of the source's files and of the calibration tokens."""
+    """Return the identity of a compressed model from the hashes of the source's files and of the calibration tokens."""
     return {
         "source": dict(source),
         "calibration": calibration,
@@ -26,7 +26,7 @@ def identify(source: Mapping[str, str], calibration: str | None, method: Method)
 
 
 def recorded(method: Method) -> dict[str, Any]:
-    """Return the recipe as it is written down: a text file by its name, since its tokens' hash says what it held."""
+    """Return the recipe as it is stored: a text file by its name alone, since the hash of its tokens identifies its content."""
     resolved = method.resolved()
     text = resolved["calibration"]["text"]
     if not text.startswith(("builtin", "hf:")):

@@ -1,11 +1,11 @@
-"""The job: what makes a long run resumable. One writer, one journal, units of work that are on disk or have not happened.
+"""The job: the files that make a long run resumable. One writer, one journal; a unit of work is wholly on disk or did not happen.
 
     OUT/.bitpress/job.json          the identity: hashes of the source, of the calibration tokens, the recipe, versions
     OUT/.bitpress/lock              held while a process works here, whose number it has
     OUT/.bitpress/journal.jsonl     one line a finished unit, each with a CRC; a torn last line is ignored
     OUT/.bitpress/objects/          finished weight files, under their final names
-    OUT/.bitpress/activations/      what feeds the next block, exactly as it was
-    OUT/.bitpress/kept/             what was measured once, before the first unit
+    OUT/.bitpress/activations/      the exact inputs of the next block
+    OUT/.bitpress/kept/             tensors that were measured once, before the first unit
 
 A unit is committed in this order: its weight file, the activations after it, its journal line; each is fsynced before the next.
 Publishing renames the weight files into OUT and writes the manifest last.
@@ -50,7 +50,7 @@ class After(BaseModel):
 
 
 class Unit(BaseModel):
-    """A unit of work that is done, as a line of the journal holds it; `facts` are the job's own record of it."""
+    """A finished unit of work, as a line of the journal holds it; `facts` are the job's own record of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     unit: str
@@ -77,8 +77,8 @@ class Job:
     def open(cls, out: Path, identity: Mapping[str, Any], *, force: bool = False) -> "Job":
         """Start or resume the job of a directory.
 
-        Raises UsageError when another process works there, when the directory holds something else, or when its job is not
-        this one (the fields that differ are named); with `force`, a different job of bitpress, or a damaged one, is discarded.
+        Raises UsageError if another process works there, if the directory holds something else, or if its job is another one
+        (the fields that differ are named). With `force`, another job of bitpress, or a damaged one, is discarded.
         """
         job = cls(out, identity)
         check_vacant(out)
@@ -106,7 +106,7 @@ class Job:
             if changed:
                 known.unlink()
         if not known.exists():
-            # Without its identity nobody knows whose work the rest is: of a job discarded, or removed, halfway.
+            # Files without an identity are the rest of a job that was discarded, or removed, halfway.
             self._discard()
             write_durably(known, [write_json_bytes(self.identity)])
         try:
@@ -119,7 +119,7 @@ class Job:
             self._discard()
 
     def close(self) -> None:
-        """Let go of the directory, once what is being written is written."""
+        """Release the directory, after the unit in work is written."""
         self._writer.shutdown()
         if self._lock is not None:
             os.close(self._lock)
@@ -133,12 +133,12 @@ class Job:
         facts: Mapping[str, Any],
         activations: torch.Tensor | None,
     ) -> None:
-        """Commit a unit while the next one is worked on. Nothing given may change before `settle` has returned."""
+        """Commit a unit while the next one is worked on. The arguments may not change before `settle` has returned."""
         self.settle()
         self._pending = self._writer.submit(self.commit, unit, shard, tensors, facts, activations)
 
     def settle(self) -> None:
-        """Wait until the last unit is durable; raise what its commit raised."""
+        """Wait until the last unit is durable; raise the error of its commit, if any."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -167,7 +167,7 @@ class Job:
                 old.unlink()
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """Store what was measured before the first unit; the answer belongs into that unit's facts as `kept`."""
+        """Store tensors that were measured before the first unit; return their hashes, which that unit's facts must hold as `kept`."""
         with _disk_errors(self.root / "kept"):
             (self.root / "kept").mkdir(exist_ok=True)
         _, digest = write_durably(self.root / "kept" / name, serialize(tensors, None))
@@ -190,7 +190,7 @@ class Job:
                 raise CheckpointError(f"{path}: is missing or damaged; start again with --force.")
 
     def activations(self) -> torch.Tensor | None:
-        """Return what the last finished unit left for the next block. Raises CheckpointError when the file was changed."""
+        """Return the tensors that the last finished unit left for the next block. Raises CheckpointError if the file was changed."""
         path = self._find_activations()
         return None if path is None else read_tensor(path, read_header(path)[0]["hidden"])
 
@@ -204,14 +204,14 @@ class Job:
         return path
 
     def publish(self, files: Mapping[str, bytes], manifest: bytes) -> None:
-        """Put everything in place, the manifest last, and remove the job's own folder."""
+        """Move everything into place, the manifest last, and remove the job's own folder."""
         self.stage(files)
         write_durably(self.out / MANIFEST_NAME, [manifest])
         shutil.rmtree(self.root)
         fsync_directory(self.out)
 
     def stage(self, files: Mapping[str, bytes]) -> None:
-        """Put weight files and `files` in place without a manifest; may be done again after a kill."""
+        """Move weight files and `files` into place, without the manifest; safe to repeat after a kill."""
         self._retire_previous({unit.shard for unit in self.units} | set(files))
         for unit in self.units:
             made, final = self.root / "objects" / unit.shard, self.out / unit.shard
@@ -244,12 +244,12 @@ class Job:
         fsync_directory(self.out)
 
     def _retire_previous(self, kept: Collection[str]) -> None:
-        """Take the model that is being replaced out of the directory: first the files that only it has, then its manifest."""
+        """Remove the model that is being replaced from the directory: first the files that only it has, then its manifest."""
         manifest = self.out / MANIFEST_NAME
         if not manifest.exists():
             return
         old: Any = None
-        with contextlib.suppress(CheckpointError):  # a manifest that cannot be read lists nothing
+        with contextlib.suppress(CheckpointError):  # a manifest that cannot be read lists no files
             old = read_json(manifest)
         listed = old["files"] if isinstance(old, dict) and isinstance(old.get("files"), dict) else ()
         for name in listed:
@@ -258,7 +258,7 @@ class Job:
             for name in listed:
                 if name not in kept:
                     (self.out / name).unlink(missing_ok=True)
-            manifest.unlink()  # last: it says what is still to be taken away, should this be interrupted
+            manifest.unlink()  # last: if this is interrupted, the manifest still lists the files to remove
         fsync_directory(self.out)
 
     def _acquire(self) -> None:
@@ -270,7 +270,7 @@ class Job:
             raise UsageError(
                 f"{self.out}: {working_process(self.root) or 'another process'} works here; wait for it or stop it."
             )
-        if not is_same(self._lock, path):  # the one who held it has finished meanwhile, and taken its folder away
+        if not is_same(self._lock, path):  # the process that held it has finished meanwhile, and removed its folder
             self.close()
             raise UsageError(f"{self.out}: another process has just finished here; run the command again.")
         with _disk_errors(path):
@@ -300,7 +300,7 @@ class Job:
                 raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
             self.units.append(_checked_unit(f"{path}:{number + 1}", bytes(payload)))
         if torn:
-            # The line that was being written when the process was killed: that unit has not happened.
+            # The line that was being written when the process was killed: that unit did not happen.
             with _disk_errors(path), path.open("r+b") as file:
                 file.truncate(len(data) - len(torn))
                 os.fsync(file.fileno())
@@ -331,19 +331,21 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DiskError(f"{path}: {reason}; make room or repair the disk, then the same command goes on from there.") from error
+        raise DiskError(
+            f"{path}: {reason}; make room or repair the disk, then run the same command again to resume."
+        ) from error
 
 
 def check_vacant(out: Path) -> None:
-    """Raise UsageError when `out` is a file or holds anything but a job of bitpress."""
+    """Raise UsageError if `out` is a file or holds anything but a job of bitpress."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; OUT is the directory to make.")
+        raise UsageError(f"{out}: is a file; OUT is the directory to write.")
     if out.is_dir() and any(out.iterdir()) and not (out / JOB_DIRECTORY).exists() and not (out / MANIFEST_NAME).exists():
         raise UsageError(f"{out}: holds something else; choose an empty or a new directory.")
 
 
 def differences(known: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name the fields in which two identities differ, with both values where they are short."""
+    """Name the fields in which two identities differ, with both values if they are short."""
     known = known if isinstance(known, dict) else {}
     changed = []
     for key in sorted(set(known) | set(wanted)):

@@ -1,4 +1,4 @@
-"""The patterns of a recipe against the names of a model: one that matches nothing is a slip of the pen, and an error."""
+"""The patterns of a recipe, checked against the names of a model: a pattern that matches nothing is an error."""
 
 import fnmatch
 import re
@@ -19,10 +19,10 @@ def check_patterns(
 
     compressed   stems of the weights that are compressed
     experts      further names of compressed weights, for `skip` alone (`WeightParameter.pattern_names`)
-    kept         names of the matrices of blocks that stay as they are, and why; those of `others` are all the model's parameters
+    kept         names of the matrices of blocks that stay uncompressed, and why; `others` are all the model's parameters
 
-    A pattern of `skip` may also match what stays as it is anyway, since what it asks for happens; one behind "!" and those of overrides
-    have to match a weight that they can change.
+    A pattern of `skip` may also match only weights that stay uncompressed anyway, since its effect is there. A pattern after "!" and those
+    of overrides have to match a weight that they can change.
     """
     skipped = {stem(name) for name, why in kept.items() if why.startswith(SKIPPED)}
     everything = {*compressed, *map(stem, kept), *map(stem, others)}
@@ -40,7 +40,9 @@ def _check(key: str, given: str, pattern: str, names: Collection[str], beside: C
     if _matches(pattern, names):
         return
     if _matches(pattern, beside):
-        raise UsageError(f"{key}: {shown(given)} matches only what stays as it is anyway, and no weight that is compressed.")
+        raise UsageError(
+            f"{key}: {shown(given)} matches only weights that stay uncompressed anyway, and none that is compressed."
+        )
     meant = _nearest(pattern, names)
     hint = (
         f"did you mean {given[: len(given) - len(pattern)]}{meant}?"
@@ -55,7 +57,7 @@ def _matches(pattern: str, stems: Iterable[str]) -> bool:
 
 
 def _nearest(pattern: str, names: Collection[str]) -> str | None:
-    """Return the pattern or the name that was meant: other tools match parts of names, or write regular expressions."""
+    """Return the pattern or the name that was probably meant: other tools match parts of names, or use regular expressions."""
     bare = pattern.removeprefix("re:").replace(".*", "*").strip("^$").replace("\\.", ".")
     for candidate in (f"*.{bare.lstrip('*.')}", f"*{bare.strip('*')}*"):
         if bare.strip("*.") and _matches(candidate, names):

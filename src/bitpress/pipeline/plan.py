@@ -1,7 +1,7 @@
-"""The plan: what a run would do, layer by layer, and what it would take, before any work is done.
+"""The plan: a run's work layer by layer, its bytes, memory and time, before any work is done.
 
-Whatever would fail late fails here: a shape that its format does not divide, a disk or a memory that is too small. Bytes are exact
-(they follow from shapes); memory is an estimate, and says so, and so is time (estimate.py).
+Late failures are found here: a shape that its format does not divide, too little disk space or memory. Bytes are exact (they follow
+from shapes); memory and time (estimate.py) are estimates, and are called so.
 """
 
 import math
@@ -38,9 +38,9 @@ __all__ = [
     "unmeant_bits",
 ]
 
-# Resident memory of Python, torch and transformers before any work, as seen on Linux with torch 2.13.
+# Resident memory of Python, torch and transformers before any work, measured on Linux with torch 2.13.
 BASE_BYTES = 450 * 2**20
-# Addresses that libraries take beyond what a job does: stacks of threads, arenas. Jobs of tiny models failed with 180 MiB left, not with 270.
+# Address space that libraries take beyond a job's memory: stacks of threads, arenas. Jobs of tiny models failed with 180 MiB left, not with 270.
 SPACE_BYTES = 256 * 2**20
 # Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
 _BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
@@ -48,7 +48,7 @@ _BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """A weight with its parts; `nbytes` is what the quantizer's terms and the corrections' take (maps are not counted)."""
+    """A weight with its parts; `nbytes` counts the terms of the quantizer and of the corrections (maps are not counted)."""
 
     parameter: WeightParameter
     method: LayerMethod
@@ -84,12 +84,12 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight with its format, what is kept, and totals.
+    """Every weight with its format, the tensors that stay uncompressed, and totals.
 
     Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`Quantizer.stored_bytes`), and for
     maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
 
-    given   what the user gave, where that was converted first
+    given   the user's own file, if it was converted first
     """
 
     weights: tuple[PlannedWeight, ...]
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def given_bytes(self) -> int:
-        """Bytes of what the user gave: a file that was converted, or weights and what goes with them."""
+        """Bytes of the user's model: of the file that was converted, or of the weights and the files beside them."""
         return self.source_bytes + self.side_bytes if self.given is None else self.given.nbytes
 
     @property
@@ -166,11 +166,11 @@ class Plan:
 def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> Plan:
     """Plan a run. `stored` gives the bytes of every parameter as the source stores it.
 
-    Raises CheckpointError for a model that cannot be run block by block, FormatError that names every weight whose shape its format
-    or a correction does not fit, or whose maps could not be kept.
+    Raises CheckpointError for a model that cannot be run block by block, and FormatError, which names every weight whose shape does not
+    suit its format or a correction, or whose maps could not be stored.
     """
     recipe = method.recipe
-    width = model.width  # which finds out whether the model can be run block by block
+    width = model.width  # raises if the model cannot be run block by block
     weights: list[PlannedWeight] = []
     kept = list_kept_outside(model, recipe.skip)
     for i in range(len(model.blocks)):
@@ -190,7 +190,8 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     _check_parts(weights, method)
     compressed = {w.parameter.name for w in weights}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
-    hidden = _activation_bytes(method, width * model.dtype.itemsize)
+    length = model.task.positions(model.model.config, recipe.calibration.length)
+    hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
     return Plan(
         weights=tuple(weights),
@@ -200,20 +201,20 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         compressed_bytes=compressed_bytes,
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
-        # Side files and headers are small; twice the activations, since the new ones are written before the old ones go.
+        # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
         disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
         peak_memory=_peak_memory(model, method, weights, stored, hidden),
     )
 
 
 def place_in_block(name: str) -> str:
-    """`model.layers.3.mlp.experts.7.up_proj` -> `mlp.experts.N.up_proj`."""
+    """Return the place of a weight in its block: `model.layers.3.mlp.experts.7.up_proj` -> `mlp.experts.N.up_proj`."""
     _, _, inside = re.sub(r"\.\d+(?=\.|$)", ".N", name).partition(".N.")
     return inside or name
 
 
 def _sum_kept(stored: Mapping[str, int], kept: Mapping[str, str], stack: str) -> dict[str, dict[str, int]]:
-    """Sum what stays as it is by the reason, the largest first."""
+    """Sum the uncompressed tensors by reason, the largest first."""
     sums: dict[str, dict[str, int]] = {}
     for name, nbytes in stored.items():
         usual = (
@@ -226,7 +227,7 @@ def _sum_kept(stored: Mapping[str, int], kept: Mapping[str, str], stack: str) ->
 
 
 def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
-    """Raise DiskError or MemoryLimitError when the plan cannot be carried out here."""
+    """Raise DiskError or MemoryLimitError if the plan cannot be carried out here."""
     at = out
     while not at.exists():
         at = at.parent
@@ -238,9 +239,9 @@ def check_room(plan: Plan, out: Path, done_bytes: int = 0) -> None:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise MemoryLimitError when the plan needs more memory than there is, or more addresses than a limit leaves.
+    """Raise MemoryLimitError if the plan needs more memory than is free, or more address space than a limit leaves.
 
-    Libraries that cannot say that memory has run out end the process: a limit (ulimit -v) is looked at before they meet it.
+    Some libraries end the process when an allocation fails, so a limit (ulimit -v) is checked before they can meet it.
     """
     left = address_space_left()
     if left is not None and left < plan.peak_memory - BASE_BYTES + SPACE_BYTES:
@@ -278,7 +279,7 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
 
 
 def unmeant_bits(plan: Plan) -> list[str]:
-    """Say which formats of a plan have codes of more or fewer bits a weight than the quantizer is meant for."""
+    """Say which formats of a plan have more or fewer bits per weight than the quantizer is meant for."""
     found: dict[str, None] = {}
     for planned in plan.weights:
         if isinstance(planned.format, Format):
@@ -291,7 +292,7 @@ def unmeant_bits(plan: Plan) -> list[str]:
 
 
 def overlooked_products(plan: Plan) -> list[str]:
-    """Say which matrix products of a plan stay uncompressed though nobody asked for it."""
+    """Say which matrix products of a plan stay uncompressed although the recipe does not skip them."""
     return [f"{_shorten(names)}: {reason}, left uncompressed" for reason, names in overlooked(plan.kept).items()]
 
 
@@ -337,34 +338,34 @@ def _shorten(names: Sequence[str]) -> str:
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
-def _activation_bytes(method: Method, of_token: int) -> int:
+def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.needs:
         return 0
-    streams, calibration = 2 if of_origin(method.needs, "original") else 1, method.recipe.calibration
-    return streams * calibration.samples * calibration.length * of_token
+    streams = 2 if of_origin(method.needs, "original") else 1
+    return streams * method.recipe.calibration.samples * of_sample
 
 
 def _peak_memory(
     model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
 ) -> int:
-    """Estimate: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
+    """Estimate the peak memory: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
     prefix = f"{model.stack}."
     outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
-    # Four copies in float32; low-rank corrections take an error apart in float64.
+    # Four copies in float32; low-rank corrections decompose an error in float64.
     bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)
     largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * bytes_a_weight
-    # The proof computes in float32: two models' outer parts, a block as stored and as computed with, two windows of logits.
+    # The evaluation computes in float32: two models' outer parts, a block as stored and as computed with, two samples' outputs.
     outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
-    logits: int = 512 * model.model.config.get_text_config().vocab_size * 4
-    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * logits
+    outputs: int = 4 * model.task.output_values(model.model.config, 512)
+    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = method.recipe.batch * method.recipe.calibration.length
+    tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
     pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
@@ -372,25 +373,26 @@ def _peak_memory(
 
 
 def _squares(model: StreamedModel, method: Method) -> int:
-    """How many statistics of the size of a gram are held for each input."""
+    """Return how many statistics of the size of a gram are held for each input."""
     heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 1
     shapes = [STATISTICS[name].shape for name in method.needs]
     return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
 
 
 def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Bytes of what is measured before the first block and kept for a resumed run."""
+    """Return the bytes of the tensors that are measured before the first block and stored for a resumed run."""
     return 4 * sum(w.weights for w in weights) * len(of_origin(method.needs, "loss"))
 
 
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Estimate: the whole model, a sum of squares beside it, and for one text the states between blocks, a block's way back and
-    the loss over the vocabulary."""
+    """Estimate the memory of a backward pass: the whole model, a sum of squares beside it, and for one sample the states between
+    blocks, a block's backward pass and the loss over the outputs."""
     if not of_origin(method.needs, "loss"):
         return 0
-    text, length = model.model.config.get_text_config(), method.recipe.calibration.length
+    config, length = model.model.config, method.recipe.calibration.length
+    positions = model.task.positions(config, length)
     whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(method, weights)
-    states = len(model.blocks) * length * text.hidden_size * model.dtype.itemsize
+    states = len(model.blocks) * positions * model.width * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
-    back = sum(w.weights * 8 + length * sum(w.parameter.shape) * 8 for w in first)
-    return int(whole + states + back + 4 * length * text.vocab_size * 4)
+    back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)
+    return int(whole + states + back + 4 * model.task.output_values(config, length) * 4)

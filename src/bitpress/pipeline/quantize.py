@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitpress import native
-from bitpress.calibration.samples import Windows
+from bitpress.calibration import Samples
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.compressed import (
     JOB_DIRECTORY,
@@ -28,11 +28,10 @@ from bitpress.checkpoints.directory import safe_file
 from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
-from bitpress.checkpoints.tokenizer import check_tokenizer
 from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
-from bitpress.measure.evaluation import check_reloaded, evaluate, evaluation_windows
-from bitpress.measure.runtimes import check_loads, check_opens, measure_prompt_cost, prompt_windows
-from bitpress.measure.windows import calibration_windows
+from bitpress.measure.evaluation import check_reloaded, evaluate
+from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
+from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.memory import peak_bytes, release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
@@ -53,7 +52,7 @@ from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Clock", "Committer", "Proof", "finish_job", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
 SENSITIVITY = "sensitivity.safetensors"
 
@@ -75,6 +74,18 @@ class Clock:
             "native": sorted(native.features()) if native.available() else None,
             "machine": platform.processor() or platform.machine(),
         }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has opened, planned and drawn before it writes; `samples` are the calibration's, where the method needs any."""
+
+    path: Path
+    model: StreamedModel
+    loader: OriginalLoader
+    method: Method
+    plan: Plan
+    samples: Samples | None
 
 
 class Proof:
@@ -99,7 +110,7 @@ def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, Original
     streamed, loader = open_original(model, method.compute)
     plan = make_plan(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
     if method.needs:
-        check_tokenizer(model)
+        streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
@@ -131,11 +142,13 @@ def quantize_directory(
     if proof.tokens and method.needs and proof.text == recipe.calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
-        evaluation_windows(proof.text, model, streamed.model.config, tokens=proof.tokens, length=proof.length)
-    windows = None
+        config = streamed.model.config
+        draw_evaluation(proof.text, streamed.task, model, config, count=proof.tokens, length=proof.length)
+    samples = None
     if method.needs:
-        windows = calibration_windows(recipe.calibration, model, streamed.model.config)
-    identity = identify(loader.source.hashes(), None if windows is None else windows.sha256, method)
+        samples = draw_calibration(recipe.calibration, streamed.task, model, streamed.model.config)
+    run = Run(model, streamed, loader, method, plan, samples)
+    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
     finished = _finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -160,8 +173,8 @@ def quantize_directory(
     job = Job.open(out, identity, force=force)
     try:
         with stoppable() as check_stop:
-            seconds = _compress(job, plan, streamed, method, windows, strict, check_stop, progress)
-            return finish_job(job, loader, model, plan, method, windows, proof, progress, check_stop, Clock(started, seconds))
+            seconds = _compress(job, run, strict, check_stop, progress)
+            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds))
     finally:
         job.close()
 
@@ -189,31 +202,23 @@ class Committer:
         self.progress.advance(block.name, error=record.error)
 
 
-def _compress(
-    job: Job,
-    plan: Plan,
-    model: StreamedModel,
-    method: Method,
-    windows: Windows | None,
-    strict: bool,
-    check_stop: Callable[[], None],
-    progress: Progress,
-) -> float:
+def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], progress: Progress) -> float:
     """Do the units that the journal lacks; return the seconds that took."""
     started = time.perf_counter()
+    plan, model, method = run.plan, run.model, run.method
     total = plan.blocks + 1
     if len(job.units) == total:
         return 0.0
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
-    tokens = None if windows is None else windows.tokens
+    inputs = None if run.samples is None else run.samples.inputs
     outer = model.load_outer_()
     kept: dict[str, str] | None = None
     sensitivity = None
     if of_origin(method.needs, "loss"):
         if not job.units:
-            assert tokens is not None
-            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), tokens, check_stop, progress))
+            assert inputs is not None
+            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), inputs, check_stop, progress))
         sensitivity = job.kept(SENSITIVITY)
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
     stream = CalibrationStream(
@@ -228,7 +233,7 @@ def _compress(
     if job.units:
         _gather(job)  # a journal that does not hold records is refused now, not after the last block
         progress.note(f"resuming after {job.units[-1].unit}")
-    stream.start_(tokens, job.activations())
+    stream.start_(inputs, job.activations())
     done = len(job.units)
     if not done:
         job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
@@ -242,44 +247,34 @@ def _compress(
 
 
 def finish_job(
-    job: Job,
-    loader: OriginalLoader,
-    model: Path,
-    plan: Plan,
-    method: Method,
-    windows: Windows | None,
-    proof: Proof,
-    progress: Progress,
-    check_stop: Callable[[], None],
-    clock: Clock,
+    job: Job, run: Run, proof: Proof, progress: Progress, check_stop: Callable[[], None], clock: Clock
 ) -> dict[str, Any]:
     """Stage what a job holds, reload and prove it, write the report, publish."""
     release()
+    loader, samples, task = run.loader, run.samples, run.model.task
     facts = _gather(job)
     side = loader.source.side_files()
     files = _side_files(loader, side)
-    manifest = _manifest(job, loader, method, files, facts)
+    manifest = _manifest(job, loader, run.method, files, facts)
     job.stage(files)
     try:
-        manifest, figures = _prove(job, model, manifest, facts, windows, proof, progress, check_stop)
+        manifest, figures = _prove(job, run, manifest, facts, proof, progress, check_stop)
         report = make_report(
             figures,
             facts.rows,
-            plan,
+            run.plan,
             job.identity,
-            calibration=None if windows is None else {"tokens": windows.tokens.numel(), "kinds": _counts(windows.kinds)},
+            calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
             source_bytes=loader.source.nbytes,
             given=loader.source.given,
             left_out=list(loader.names.left_out),
             left_behind=side.left,
             timing=clock.facts(),
         )
-        head, written = (
-            front_matter(model, job.identity["recipe"]["weights"]),
-            write_json_bytes(manifest.model_dump(mode="json")),
-        )
+        head = front_matter(run.path, job.identity["recipe"]["weights"])
+        written = write_json_bytes(manifest.model_dump(mode="json"))
         others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
-        job.stage(write_texts_(report, job.out.name, head, others))
+        job.stage(write_texts_(report, job.out.name, head, task, others))
     except BitpressError:  # of what is not published, nothing lies where a model would
         job.unstage([*files, "report.json", "README.md"])
         raise
@@ -289,10 +284,9 @@ def finish_job(
 
 def _prove(
     job: Job,
-    model: Path,
+    run: Run,
     manifest: Manifest,
     facts: BlockRecord,
-    windows: Windows | None,
     proof: Proof,
     progress: Progress,
     check_stop: Callable[[], None],
@@ -301,14 +295,14 @@ def _prove(
     pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
     check_reloaded(pressed, facts.digests, check_stop)
     check_loads(pressed, check_stop)
-    if windows is not None or proof.tokens:
-        prompts = windows.tokens if windows is not None else prompt_windows(model, pressed.config)
+    if (run.samples is not None or proof.tokens) and choose_opened(pressed) == "native":
+        prompts = run.samples.inputs if run.samples is not None else draw_prompts(run.path, run.model)
         manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
         pressed = replace(pressed, manifest=manifest)
     if proof.tokens:
         figures = evaluate(
             job.out,
-            model,
+            run.path,
             text=proof.text,
             tokens=proof.tokens,
             length=proof.length,

@@ -1,4 +1,4 @@
-"""Records of a run: what the journal and the report say of every compressed weight. They are checked when they are made and when they are read."""
+"""Records of a run: the entries of the journal and the report for every compressed weight, checked when they are made and when they are read."""
 
 import math
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ class _Closed(BaseModel):
 
 
 class LayerRow(_Closed):
-    """What the report says of a weight.
+    """The report's entry for a weight.
 
     bits_per_weight  from the bytes that are stored, maps included
     error_rounded    relative squared error of plain rounding in the same format; `error` that of the weight as compressed
     measured_on      "output": errors are those of the layer's output on the calibration inputs; "weight": of the weight itself
-    calibrated       what calibration saw decided, and no part fell back
-    tokens           calibration tokens that reached the weight; of experts, of each
-    seconds          time that compressing it took
+    calibrated       whether calibration statistics decided the codes, and no part fell back
+    tokens           calibration tokens that reached the weight; for experts, a number for each
+    seconds          time spent on compressing it
     """
 
     name: str
@@ -43,9 +43,9 @@ class LayerRow(_Closed):
 
 
 class BlockRecord(_Closed):
-    """What the journal says of a unit of work, by the names of parameters: how weights are stored, hashes of what they decode to, rows.
+    """The journal's entry for a unit of work, by the names of parameters: how weights are stored, hashes of their decoded values, rows.
 
-    `kept` are hashes of what was measured before the first block, in the first unit's record.
+    `kept` are hashes of tensors that were measured before the first block, in the first unit's record.
     """
 
     weights: dict[str, WeightRecord] = {}
@@ -55,7 +55,7 @@ class BlockRecord(_Closed):
 
     @classmethod
     def read(cls, where: str, facts: object) -> "BlockRecord":
-        """Read what a journal holds. Raises CheckpointError."""
+        """Read a record of a journal. Raises CheckpointError."""
         try:
             return cls.model_validate(facts)
         except ValidationError as error:

@@ -8,6 +8,7 @@ from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import ratio_text, shown, written
+from bitpress.models.task import Task
 from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
@@ -32,7 +33,7 @@ def make_report(
     left_behind: Sequence[LeftBehind],
     timing: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for one that is no number.
+    """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for a NaN or an infinity.
 
     `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
     these, or the tensors and the files beside them. `write_texts_` enters the published bytes and their ratio.
@@ -62,7 +63,9 @@ def make_report(
     }
 
 
-def write_texts_(report: Mapping[str, Any], name: str, head: Mapping[str, object], other_bytes: int) -> dict[str, bytes]:
+def write_texts_(
+    report: Mapping[str, Any], name: str, head: Mapping[str, object], task: Task, other_bytes: int
+) -> dict[str, bytes]:
     """Return report.json and the card, and enter the bytes of the whole published directory into the report, with their ratio.
 
     These two files count, and hold the sum themselves: they are written until it is right. `other_bytes` are those of all others.
@@ -70,7 +73,7 @@ def write_texts_(report: Mapping[str, Any], name: str, head: Mapping[str, object
     total, texts = other_bytes, dict[str, bytes]()
     for _ in range(_ROUNDS):
         report["size"].update(bytes=total, ratio=report["size"]["bytes_original"] / total)
-        texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, name, head).encode()}
+        texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, name, head, task).encode()}
         found = other_bytes + sum(map(len, texts.values()))
         if found == total:
             break
@@ -78,7 +81,7 @@ def write_texts_(report: Mapping[str, Any], name: str, head: Mapping[str, object
     return texts
 
 
-def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> str:
+def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, object], task: Task) -> str:
     """Write the model card (README.md of the published directory) from the report; `head` holds the keys that hubs read."""
     from jinja2 import Environment, StrictUndefined
 
@@ -86,4 +89,4 @@ def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, Any]) -> 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"shown": shown, "ratio_text": ratio_text}
     environment.globals["install"] = INSTALL
-    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head)) + "\n"
+    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head), task=task) + "\n"

@@ -1,4 +1,4 @@
-"""One weight compressed: compose the method's parts on each of its matrices, measure what was lost, and say what is stored."""
+"""Compressing one weight: apply the method's parts to each of its matrices, measure the error, and return what is stored."""
 
 import contextlib
 import fnmatch
@@ -32,7 +32,7 @@ __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
 @dataclass(frozen=True)
 class CompressedParameter:
-    """A parameter that is compressed, all of its experts below each other, the hash of what it decodes to, and what is told of it."""
+    """A compressed parameter, all of its experts stacked, with the hash of its decoded values and its entry in the report."""
 
     parameter: WeightParameter
     weight: CompressedWeight
@@ -72,11 +72,11 @@ class CompressedBlock:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """What one matrix became.
+    """The result of one matrix.
 
-    decoded     what it decodes to, where that is known already
-    errors      relative squared errors, plainly rounded and as compressed; of the layer's output where `on_output`
-    calibrated  whether what calibration saw decided, with nothing given up
+    decoded     its decoded values, if they are known already
+    errors      relative squared errors of plain rounding and of the result; of the layer's output if `on_output`
+    calibrated  whether calibration statistics decided the codes, without a fallback
     """
 
     outcome: Outcome
@@ -87,7 +87,7 @@ class _Matrix:
 
 
 class WeightCompressor:
-    """Compresses parameters by a method. Statistics may be there that a weight's own parts do not need: its error is measured with them."""
+    """Compress parameters by a method. Statistics that a weight's own parts do not need are used to measure its error."""
 
     def __init__(self, method: Method, *, strict: bool = False) -> None:
         self.method, self.strict = method, strict
@@ -99,9 +99,9 @@ class WeightCompressor:
         stats: Mapping[str, Stats],
         scales: Rescaled | None,
     ) -> tuple[CompressedParameter, torch.Tensor]:
-        """Compress a parameter, all of its experts one by one; return it, and what it decodes to in its own shape. Changes nothing given.
+        """Compress a parameter, all of its experts one by one; return it and its decoded values in its own shape. Changes no argument.
 
-        `stats` holds what calibration saw, by the names of its matrices; `scales` what searches rescaled.
+        `stats` holds the calibration statistics by the names of its matrices, `scales` the results of scale searches.
         """
         started = time.perf_counter()
         parameter = planned.parameter
@@ -144,7 +144,7 @@ class WeightCompressor:
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
     def _in_range(self, parts: LayerMethod, matrices: Sequence[torch.Tensor]) -> tuple[AnyFormat, tuple[str, ...]]:
-        """Return a format that holds a weight of this size, the same for all experts, and the fallback that it is, if it is one."""
+        """Return a format that holds a weight of this size, the same for all experts, and the name of the fallback, if it is one."""
         fmt = parts.format
         if isinstance(fmt, Lossless):
             return fmt, ()
@@ -155,7 +155,7 @@ class WeightCompressor:
         if wide is None:
             return fmt, (f"{lost} of {rows} rows are out of the range of {fmt.name} and lose their size",)
         if not any(fnmatch.fnmatchcase(wide.name, pattern) for pattern in parts.quantizer.part.serves):
-            return fmt, ()  # the quantizer may keep the weight in a way of its own: what comes out is looked at
+            return fmt, ()  # the quantizer may store the weight in a way of its own, so its result is checked instead
         return wide, (f"scales are stored as fp32, for {lost} of {rows} rows are out of the range of {fmt.scale}",)
 
     def _compress_matrix(
@@ -169,7 +169,7 @@ class WeightCompressor:
     ) -> _Matrix:
         """Compress one matrix.
 
-        `w` has a rescaled weight's columns multiplied by their factor already; `stats` are of the input as it was.
+        The columns of a rescaled weight `w` are multiplied by their factors already; `stats` are those of the unscaled input.
         """
         fmt = parts.format
         if isinstance(fmt, Lossless):
@@ -178,7 +178,7 @@ class WeightCompressor:
         needs = parts.quantizer.part.needs | self.method.shared_needs
         scarce = self._scarce(name, parameter, stats, needs)
         if scarce is not None:
-            # Experts of one stack have the same kinds of terms: this one goes the same way, as if its channels were all alike.
+            # Experts of one stack have the same kinds of terms, so this one is compressed in the same way, as if all its channels were alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
             known = parts.quantizer.part.needs <= {"gram", "mean_abs"}
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
@@ -212,14 +212,16 @@ class WeightCompressor:
         return _Matrix(outcome, stored, (before, after), usable is not None and usable.gram is not None, calibrated)
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
-        """Say why a weight cannot be compressed by its statistics, or None. Only experts may go without a token."""
+        """Say why a weight cannot be compressed by its statistics, or None. Only experts may have no tokens."""
         if not needs:
             return None
         tokens = stats.tokens if stats is not None else 0
         if parameter.experts and tokens < max(self.method.recipe.min_expert_tokens, 1):
             return f"{name} saw {tokens} calibration tokens, fewer than {self.method.recipe.min_expert_tokens}; rounded without statistics"
         if stats is None:
-            raise CalibrationError(f"{name}: calibration never reached this layer; skip it with --skip or quantize with rtn.")
+            raise CalibrationError(
+                f"{name}: no calibration token reached this layer; skip it with --skip or quantize with rtn."
+            )
         if stats.gram is not None and not all_finite(stats.gram):
             return "the squares of this layer's calibration inputs are beyond the range of float32; rounded without statistics"
         alive = _alive(stats)
@@ -229,7 +231,7 @@ class WeightCompressor:
 
 
 def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:
-    """Put the division of the input before the weight, where no producer takes it."""
+    """Put the division of the input before the weight, if no producer absorbs it."""
     weight = outcome.weight
     divide = Scale((1 / factor).contiguous())
     mapped = CompressedWeight(weight.terms, chain(divide, weight.input_map), weight.output_map)
@@ -239,7 +241,7 @@ def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Put a weight's name before what goes wrong with it."""
+    """Put a weight's name at the beginning of its errors."""
     try:
         yield
     except (CalibrationError, FormatError, NumericsError) as error:
@@ -247,28 +249,28 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _alive(stats: Stats) -> Bool[torch.Tensor, " in"] | None:
-    """Say which input channels were ever not zero; None where that was not measured."""
+    """Return which input channels were not always zero; None if that was not measured."""
     if stats.mean_abs is not None:
         return stats.mean_abs > 0
     return None if stats.gram is None else stats.gram.diagonal() > 0
 
 
 def _dead_inputs(stats: Iterable[Stats]) -> list[str]:
-    """Note the input channels that were always zero, as a norm's weight may make them; experts' are counted together."""
+    """Return a note on input channels that were always zero, as a norm's weight may make them; experts are counted together."""
     measured = [alive for alive in map(_alive, stats) if alive is not None]
     dead, total = sum(int((~alive).sum()) for alive in measured), sum(alive.numel() for alive in measured)
     return [f"{dead} of {total} input channels were always zero"] if dead else []
 
 
 def _needed(stats: Stats | None, needs: Collection[str]) -> Stats | None:
-    """Leave out what is there only to say what the error is."""
+    """Return the statistics without those that only serve to measure the error."""
     if stats is None or not needs:
         return None
     return stats if "gram" in needs else replace(stats, gram=None)
 
 
 def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:
-    """Return the errors of the first 1, 2, ... of a weight's terms, experts' on average, where its quantizer says them all."""
+    """Return the errors of the first 1, 2, ... terms of a weight, averaged over experts, if its quantizer reports all of them."""
     wanted = [f"error_{k}" for k in range(1, count + 1)]
     if not all(set(wanted) == {name for name in o.figures if name.startswith("error_")} for o in outcomes):
         return None

@@ -4,7 +4,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> object:
-    # transformers takes seconds to import; only who loads a model pays for it.
+    # transformers takes seconds to import; it is imported only when a model is loaded.
     if name == "load":
         from bitpress.runtime.opening import load
 

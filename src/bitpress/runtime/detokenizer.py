@@ -1,6 +1,6 @@
 """Text from tokens, piece by piece, up to a stop string.
 
-No piece ends within a character, and text that may turn out to be the beginning of a stop string waits until that is known.
+No piece ends within a character. Text that may be the beginning of a stop string is held back until that is decided.
 """
 
 import functools
@@ -11,12 +11,12 @@ from bitpress.errors import UsageError
 
 __all__ = ["Detokenizer", "check_stop", "text_decoder"]
 
-# Stands in decoded text for bytes that are no character, or not yet one.
+# The character that decoding puts in place of bytes that are not, or not yet, a character.
 REPLACEMENT = "\ufffd"
 
 
 def text_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Return the function from tokens to their text: special tokens left out, spaces as they are."""
+    """Return the function from tokens to their text, without special tokens and with spaces unchanged."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return functools.partial(backend.decode, skip_special_tokens=True)
@@ -48,7 +48,7 @@ class Detokenizer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Return the text that no later token can change any more: often this token's own, sometimes none."""
+        """Return the text that no later token can change: often this token's own, sometimes an empty text."""
         self._window.append(token)
         text = self._decode(self._window)
         settled = text.rstrip(REPLACEMENT)
@@ -79,5 +79,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of a text that a stop string begins with."""
+    """Return how many characters at the end of a text are the beginning of a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Conversations as other programs write them: every turn is checked and copied into plain values before a chat template reads it.
+"""Messages of a chat, as other programs write them: every turn is checked and copied into plain values before a chat template reads it.
 
 Content as parts, tool calls, results of tools and reasoning are for templates to interpret, and are passed on as they are. A key whose
 value is null is left out, as in transformers: a template would write the word "None".
@@ -40,7 +40,7 @@ def read_messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Return descriptions of tools in plain values; None where there are none. Raises UsageError."""
+    """Return descriptions of tools in plain values; None if there are no tools. Raises UsageError."""
     if not tools:
         return None
     if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -49,7 +49,7 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]
 
 
 def turn(messages: Sequence[Mapping[str, Any]], index: int) -> str:
-    """Name a turn."""
+    """Return a turn's name for an error: `messages[2] (user)`."""
     return f"messages[{index}] ({messages[index]['role']})"
 
 

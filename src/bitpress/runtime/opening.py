@@ -1,4 +1,4 @@
-"""A directory that bitpress wrote, opened once and asked for everything.
+"""OpenedModel: a directory that bitpress wrote, opened once for every use.
 
     model = OpenedModel(DIR)
     model.select("auto").runtime        # "native" or "transformers"
@@ -37,7 +37,7 @@ def _silent(text: str) -> None:
 
 
 class OpenedModel:
-    """A directory that bitpress wrote. `verify` compares the SHA-256 of every file with the manifest's before weights are read."""
+    """A directory that bitpress wrote. With `verify`, the SHA-256 of every file is compared with the manifest before weights are read."""
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
@@ -45,7 +45,7 @@ class OpenedModel:
         self._checkpoint: CompressedCheckpoint | None = None
         self._is_verified = not verify
         self._manifest: bytes | None = None
-        with contextlib.suppress(CheckpointError):  # which opening the checkpoint reports, in its own words
+        with contextlib.suppress(CheckpointError):  # opening the checkpoint reports it in its own words
             self._manifest = read_manifest_bytes(directory)
 
     @classmethod
@@ -57,14 +57,14 @@ class OpenedModel:
 
     @property
     def checkpoint(self) -> "CompressedCheckpoint":
-        """The checkpoint with its names, sizes and headers checked, its hashes perhaps not yet. Raises CheckpointError."""
+        """The checkpoint, its names, sizes and headers checked; its hashes may not be checked yet. Raises CheckpointError."""
         if self._checkpoint is None:
             self._open(verify=False)
         assert self._checkpoint is not None
         return self._checkpoint
 
     def verified(self) -> "CompressedCheckpoint":
-        """Return the checkpoint once its hashes are checked too, where that is wanted. Raises CheckpointError."""
+        """Return the checkpoint after its hashes are checked too, if `verify`. Raises CheckpointError."""
         if self._checkpoint is None:
             self._open(verify=self._verify)
         elif not self._is_verified:
@@ -85,7 +85,7 @@ class OpenedModel:
         return build_config(self.checkpoint.config)
 
     def has_layout(self, head: str = USUAL_HEAD) -> bool:
-        """Say whether there is a cached layout with a head of this format, all files of the manifest, and a library to run it."""
+        """Return whether there is a cached layout with a head of this format, all files of the manifest, and a library to run it."""
         path = self._layout_path(head)
         return path is not None and path.is_file() and available() and self._is_complete
 
@@ -109,7 +109,7 @@ class OpenedModel:
         transformers: Collection[str] = (),
         head: str = USUAL_HEAD,
     ) -> RuntimeSelection:
-        """Select the runtime by `selection.select_runtime`; a cached layout with this head says that the engine knows the model."""
+        """Select the runtime by `selection.select_runtime`; a cached layout with this head proves that the engine knows the model."""
 
         def refusal() -> str | None:
             if self.has_layout(head):
@@ -140,7 +140,7 @@ class OpenedModel:
         if path is not None:
             with contextlib.suppress(
                 CheckpointError
-            ):  # tokens in, tokens out needs no tokenizer, so one that is broken is no error here
+            ):  # tokens in, tokens out needs no tokenizer, so a broken one is not an error here
                 write_layout(path, parts, text.tokenizer, generation, file_bytes, self.directory.resolve().name)
         return text
 
@@ -193,25 +193,25 @@ def load(
     """Load a directory that bitpress wrote: as a model of transformers, or into the native engine.
 
     runtime      "transformers": a model of transformers, ready for `generate`; "native": a `runtime.native.text.TextEngine`; "auto": native
-                 where it knows the model
+                 if it knows the model
     verify       check the SHA-256 of every file first
 
     Of transformers:
     weights      "decoded" (default): decode each weight once, as fast and as large in memory as the original;
                  "packed": keep the codes, a fraction of the memory
-    dtype        what the rest computes in; "auto" (default) is the original's type
+    dtype        the type that everything else computes in; "auto" (default) is the original's type
     memory       read at most so many bytes ("60MB") of a model made of stacks (the quantizer bitstack); weights are "packed" by default
 
     Of the native engine:
     activations  "int8": inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float; "mixed": those of
-                 prompts stay float. By default "int8", or "mixed" where the directory says that 8 bits would cost its prompts much
+                 prompts stay float. By default "int8", or "mixed" if the directory records that 8 bits would cost its prompts much
     cache        type of the stored keys and values, "fp16" (default) or "int8"
     head         format to round an uncompressed output head to, "int8-g64" by default; "keep": its 16 bits
     context      tokens to make room for; by default the model's own limit, 32,768 at most
     threads      by default as many as the process may use
 
-    Raises CheckpointError when anything in the directory is not as its manifest says, UsageError for an option of the other runtime,
-    KernelUnavailable where the native engine does not know the model.
+    Raises CheckpointError if anything in the directory differs from its manifest, UsageError for an option of the other runtime,
+    KernelUnavailable if the native engine does not know the model.
     """
     of_transformers = {"weights": weights, "dtype": dtype, "memory": memory}
     of_native = EngineOptions(activations, cache, head, context, threads)

@@ -1,6 +1,6 @@
-"""A prompt's way to tokens, and what a model's own files say about how to answer it.
+"""Prompts to tokens, and the settings for generation in a model's own files.
 
-A chat template is code: it runs in transformers' sandboxed jinja environment, for a few seconds and in limited memory at most.
+A chat template is code: it runs in transformers' sandboxed jinja environment, with a limit of a few seconds and of memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ __all__ = [
 ]
 
 TEMPLATE_CHARACTERS = 2**22
-# Stands for one turn's content, to find it in the text that a template writes.
+# Put in place of one turn's content, to find it in the text that a template writes.
 _MARK = "\ufdd0turn\ufdd1"
 
 
 def encode_prompt(
     tokenizer: Any, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> list[int]:
-    """Return the tokens of a prompt: one text, or messages with `role` and `content`, through the chat template where there is one.
+    """Return the tokens of a prompt: one text, or messages with `role` and `content`, through the model's chat template if it has one.
 
     `raw` leaves the template out; `tools` are descriptions of functions for it. Raises UsageError for an invalid prompt and for messages
     that the template does not take, CheckpointError for a template that fails.
@@ -47,7 +47,7 @@ def encode_prompt(
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    """Return the template's text for messages. Raises an error that names the turn where one with content as parts is not taken."""
+    """Return the template's text for messages. Raises an error that names the turn if the template does not take its content as parts."""
     import jinja2
 
     odd = [index for index, message in enumerate(messages) if is_odd(message)]
@@ -76,7 +76,7 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str
 def _attempt(
     tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> tuple[str | None, Exception | None]:
-    """Return a template's text, or what it raised."""
+    """Return a template's text, or the error that it raised."""
     import jinja2
 
     try:
@@ -99,7 +99,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str,
 
 
 def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int:
-    """Return how many tokens may follow a prompt. Raises for a prompt that is empty, too long or outside the model's vocabulary."""
+    """Return how many tokens may follow a prompt. Raises UsageError or CheckpointError for one that is empty, too long or outside the vocabulary."""
     if not tokens:
         raise UsageError("the prompt has no tokens.")
     vocabulary = config.get_text_config().vocab_size
@@ -120,7 +120,7 @@ def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int
 
 
 def read_generation(pressed: Any) -> Any:
-    """Read the generation_config.json of a CompressedCheckpoint as transformers' GenerationConfig; None where there is none."""
+    """Read the generation_config.json of a CompressedCheckpoint as transformers' GenerationConfig; None if the file does not exist."""
     from bitpress.checkpoints.directory import safe_file
 
     if GENERATION not in pressed.manifest.files:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings, their limits, and what a user asks of them."""
+"""Sampling: the settings by which the next token is chosen, their limits, and a user's request for them."""
 
 import math
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ class Limit:
     whole: bool = False
 
     def refusal(self, value: Any) -> str | None:
-        """Return what the setting needs where a value does not do, else None."""
+        """Return what the setting needs if a value is not allowed, else None."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return "it must be a number"
         is_kind = isinstance(value, int) if self.whole else math.isfinite(value)
@@ -30,7 +30,7 @@ class Limit:
         return None if is_kind and is_within else self.needs
 
 
-# The one place of these limits: of the command line, of a model's own settings, and of the Python interface.
+# The only place of these limits, for the command line, a model's own settings, and the Python interface.
 LIMITS = {
     "temperature": Limit(0.0, math.inf, "it must not be negative"),
     "top_k": Limit(0, 2**31 - 1, "it must be a whole number, 0 or more", whole=True),
@@ -48,13 +48,13 @@ def _check(values: dict[str, Any], error: type[Exception] = UsageError, where: s
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the repetition penalty first, then temperature, top-k, top-p and min-p in turn.
+    """The settings of sampling. The repetition penalty is applied first, then temperature, top-k, top-p and min-p in turn.
 
     temperature         0 takes the most likely token
     top_k               keep the k most likely; 0 keeps all
-    top_p               keep the fewest that have this probability together
-    min_p               keep those at least this part as likely as the most likely
-    repetition_penalty  divide (multiply, if negative) the logit of every token that has been before
+    top_p               keep the fewest most likely tokens that have this probability together
+    min_p               keep tokens that are at least this fraction as likely as the most likely
+    repetition_penalty  divide (multiply, if negative) the logit of every token that has occurred before
 
     Raises UsageError for a value outside LIMITS.
     """
@@ -72,7 +72,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What a user asks of sampling; None leaves a setting to the model.
+    """A user's settings of sampling; None leaves a setting to the model.
 
     Raises UsageError for a value outside LIMITS, or one that would have no effect at temperature 0.
     """
@@ -95,9 +95,9 @@ class SamplingRequest:
         return {name: values[name] for name in _OF_MODEL if values[name] is not None}
 
     def resolve(self, generation: Any) -> Sampling:
-        """Return the settings in full: at a temperature above 0 the model's own, each replaced by the one asked for.
+        """Return all settings: at a temperature above 0 the model's own, each replaced by the requested one.
 
-        `generation` is the model's generation_config.json or None. Raises CheckpointError for a value of it that is outside LIMITS.
+        `generation` is the model's generation_config.json or None. Raises CheckpointError if it has a value outside LIMITS.
         """
         asked = self._asked()
         own: dict[str, Any] = {}
@@ -108,5 +108,5 @@ class SamplingRequest:
         return Sampling(**own, **asked, temperature=self.temperature, seed=self.seed)
 
 
-# The settings that a model may have values of its own for.
+# The settings that a model's generation_config.json may hold.
 _OF_MODEL = ("top_k", "top_p", "min_p", "repetition_penalty")

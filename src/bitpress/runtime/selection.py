@@ -26,11 +26,11 @@ def select_runtime(
     native: Collection[str] = (),
     transformers: Collection[str] = (),
 ) -> RuntimeSelection:
-    """Select the runtime of a directory: with "auto" the native engine where it knows the model.
+    """Select the runtime of a directory: with "auto" the native engine if it knows the model.
 
-    `refusal` says why the native engine does not run the model, or None; it is called only where that matters. `native` and
-    `transformers` name the options in use that only this runtime has, and that the other one refuses.
-    Raises UsageError for those, KernelUnavailable where the native engine is asked for and does not run the model.
+    `refusal` returns why the native engine does not run the model, or None; it is called only if that matters. `native` and
+    `transformers` name the options in use that only this runtime has.
+    Raises UsageError for an option of the other runtime, KernelUnavailable if the native engine is requested and does not run the model.
     """
     if runtime not in RUNTIMES:
         raise unknown_name("runtime", runtime, RUNTIMES)
@@ -39,10 +39,10 @@ def select_runtime(
             f"{', '.join(native)}: only for the runtime native; {', '.join(transformers)}: only for transformers. Leave one out."
         )
     if runtime == "native" and transformers:
-        raise UsageError(f"{', '.join(transformers)}: only for the runtime transformers, and native is asked for.")
+        raise UsageError(f"{', '.join(transformers)}: only for the runtime transformers, and native was requested.")
     if runtime == "transformers" or transformers:
         if native:
-            raise UsageError(f"{', '.join(native)}: only for the runtime native, and transformers is asked for.")
+            raise UsageError(f"{', '.join(native)}: only for the runtime native, and transformers was requested.")
         return RuntimeSelection(
             "transformers", "as asked" if runtime == "transformers" else f"{', '.join(transformers)} needs it"
         )

@@ -2,13 +2,13 @@
 
 Source   Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"; grid, clamp and
          normalisation as in the authors' public code (`auto_scale.py`).
-Differs  the error is that of the sibling weights' outputs, exact through the gram, where the public code runs the attention or
-         the feed-forward part on samples; any format; inputs made by one producer channel (grouped queries) take the mean of
+Differs  the error is that of the sibling weights' outputs, computed exactly from the gram; the public code runs the attention or
+         the feed-forward part on samples instead; any format; inputs made by one producer channel (grouped queries) take the mean of
          their mean_abs and share a factor, where the public code leaves such layers alone.
 Needs    gram [in, in], mean_abs [in] float32.      Cost  O(grid * out * in^2) time, O(out * in) memory.
 Update   s = mean_abs^alpha / sqrt(max * min),  alpha = argmin over i / grid of sum over siblings tr(D gram D'),
          D = Q(w * s) / s - w
-Fails    CalibrationError when no token reached the weights. alpha = 0 is s = 1: never worse than no scaling by that error.
+Fails    CalibrationError when no token reached the weights. alpha = 0 is tried too, so the error is never larger than without scaling.
 """
 
 import math
@@ -75,7 +75,7 @@ class AWQScale:
 
 
 def tie(values: Float[torch.Tensor, " in"], channel_of: Int[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
-    """Replace values by their mean over inputs of the same channel."""
+    """Replace every value by the mean over the inputs that come from the same channel."""
     channels = int(channel_of.max()) + 1
     total = torch.zeros(channels, device=values.device).index_add_(0, channel_of, values)
     count = torch.zeros(channels, device=values.device).index_add_(0, channel_of, torch.ones_like(values))
@@ -102,7 +102,7 @@ class OutputError:
             self._upper[: gram.shape[0], : gram.shape[0]] = gram.triu() + gram.triu(1)
 
     def of(self, factor: Float[torch.Tensor, " in"]) -> float:
-        """Give it for a factor of every column."""
+        """Return the error for a factor of every column."""
         differences = [self._difference(w, factor) for w in self.weights]
         if self._upper is None:
             return math.fsum(float((d @ self.gram).mul_(d).sum(dtype=torch.float64)) for d in differences)

@@ -1,7 +1,7 @@
 """Balance: scale channels so that the weight's columns are as large as their inputs; before a rotation, which mixes the channels.
 
 Source   The diagonal rescaling of Chee et al. 2023, "QuIP", as in the authors' public code (`method.py`); an option of QuIP#'s.
-Differs  channels that were always 0 take the mean of the others, and the floor is relative to the largest, not absolute.
+Differs  channels that were always 0 take the mean of the others; the floor is relative to the largest channel, not absolute.
 Needs    gram [in, in] float32.     Cost  4 bytes and one multiplication a channel.
 Update   d = (diag(gram) / diag(w' w))^(1/4),  T_in = 1 / d
 Fails    CalibrationError without statistics.
@@ -21,7 +21,7 @@ from bitpress.transforms.transform import InputStats
 
 __all__ = ["Balance", "balance", "need_gram"]
 
-# A channel of 1e-8 of the largest square is balanced no further.
+# Smaller channels than 1e-8 of the largest square are balanced as if they were that large.
 SMALLEST = 1e-8
 
 
@@ -37,12 +37,12 @@ class Balance:
 
 
 def balance(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, " in"]:
-    """Give the factors d of the weight's columns that make them as large as their inputs."""
+    """Return the factors d of the weight's columns that make them as large as their inputs."""
     return (_relative(gram.diagonal()) / _relative(w.float().square().sum(0))).sqrt().sqrt()
 
 
 def _relative(values: Float[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
-    """Give values over the largest, from SMALLEST to 1; those that are 0 take the mean of the others."""
+    """Return values divided by the largest, from SMALLEST to 1; values of 0 take the mean of the others."""
     top = values.max()
     if not top > 0:
         return torch.ones_like(values)
@@ -52,7 +52,7 @@ def _relative(values: Float[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
 
 
 def need_gram(stats: InputStats | None, where: str) -> Float[torch.Tensor, "in in"]:
-    """Give the gram, or raise CalibrationError when nothing was measured."""
+    """Return the gram. Raises CalibrationError if nothing was measured."""
     if stats is None or stats.gram is None or stats.tokens == 0:
         raise CalibrationError(f"{where}: no calibration statistics reached this weight; the balance needs the gram.")
     return stats.gram

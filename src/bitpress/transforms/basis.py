@@ -1,8 +1,8 @@
-"""What every change of basis is: hyper-parameters in the constructor, one weight with its input's statistics in the verb.
+"""BasisChange, the protocol of changes of basis: hyper-parameters in the constructor, a weight and its input's statistics in `plan`.
 
     y = w x = T_out w' T_in x,        w' = T_out^-1 w T_in^-1
 
-The quantizer sees w' and the statistics of T_in x (`Stats.mapped`); the maps go beside the terms it gives. Random maps are drawn from
+The quantizer sees w' and the statistics of T_in x (`Stats.mapped`); the maps are stored beside its terms. Random maps are drawn from
 a setting `seed` and the width alone, so that weights that share an input share its map.
 """
 
@@ -41,7 +41,7 @@ class BasisChange(Protocol):
 
 
 def into_basis(w: Float[torch.Tensor, "out in"], maps: Maps) -> Float[torch.Tensor, "out in"]:
-    """Give w' = T_out^-1 w T_in^-1."""
+    """Return w' = T_out^-1 w T_in^-1."""
     input_map, output_map = maps
     if input_map is not None:
         w = input_map.dual().apply(w)
@@ -49,14 +49,14 @@ def into_basis(w: Float[torch.Tensor, "out in"], maps: Maps) -> Float[torch.Tens
 
 
 def with_maps(weight: CompressedWeight, maps: Maps) -> CompressedWeight:
-    """Put the maps around a weight that was made in their basis."""
+    """Put the maps around a weight that was quantized in their basis."""
     input_map, output_map = maps
     return CompressedWeight(weight.terms, chain(input_map, weight.input_map), chain(weight.output_map, output_map))
 
 
 def generator_of(seed: int, side: Literal["input", "output"], width: int) -> torch.Generator:
-    """Give the generator of the random map of one side; the same for every weight of this width."""
+    """Return the generator of the random map of one side; it is the same for every weight of this width."""
     if type(seed) is not int or not 0 <= seed < 1 << 24:
-        raise UsageError(f"seed={seed!r}: it is a whole number of 0 to {(1 << 24) - 1}.")
-    # torch's generator takes 32 bits of a seed, so all three have to be mixed into those.
+        raise UsageError(f"seed={seed!r}: it is a whole number from 0 to {(1 << 24) - 1}.")
+    # torch's generator uses 32 bits of a seed, so all three values are mixed into 32 bits.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {side} {width}".encode()))

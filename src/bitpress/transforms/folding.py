@@ -1,15 +1,15 @@
-"""Folding: find where the division of an input by channel factors can go, by trying, whatever the architecture calls it.
+"""Folding: find by trial which parameters can absorb the division of an input by channel factors, in any architecture.
 
-A group of weights shares the input x. If a producer (a norm's weight, rows of an earlier matrix) can take the division, then
+A group of weights shares the input x. If a producer (a norm's weight, rows of an earlier matrix) can absorb the division, then
 
     producer channel c / s[c]    and    consumers' column i * s[channel_of[i]]
 
-leave the block's function as it was. Nothing here knows a model: a candidate's channels are multiplied by random powers of
-two, the block runs on a few tokens, and the group's input must come out multiplied, channel by channel and on every token, by
+leave the block's function unchanged. Nothing here knows a model: a candidate's channels are multiplied by random powers of
+two, the block runs on a few tokens, and the group's input must be multiplied, channel by channel and on every token, by
 these powers. Powers of two are exact in every floating type, so a right candidate fits almost to the bit and a wrong one (a
 matrix before a GELU, queries before a softmax) fails at once. A many-to-one mapping (grouped queries: several inputs of the
-output projection come from one value channel) is read digit by digit. Last, the consumers are compensated and the block's
-output must be what it was: a router or a residual path that also reads the producer shows here, and the fold is refused.
+output projection come from one value channel) is read digit by digit. Finally the consumers are compensated, and the block's
+output must be unchanged: if a router or a residual path also reads the producer, it is not, and the fold is refused.
 """
 
 import math
@@ -29,8 +29,8 @@ __all__ = ["Consumer", "Fold", "apply_fold_", "find_folds"]
 Kind = Literal["norm", "norm_plus_one", "rows"]
 _StandIn = tuple[torch.nn.Module, str, torch.Tensor]
 
-# Probes multiply channels by 2^1 .. 2^4. 2^0 is not among them, so a channel that the producer does not reach is seen at once;
-# none makes a value smaller, so nothing underflows in half precision.
+# Probes multiply channels by 2^1 .. 2^4. 2^0 is not among them, so a channel that the producer does not reach is noticed at once.
+# No probe makes a value smaller, so nothing underflows in half precision.
 LEVELS = 4
 SEED = 20230601
 
@@ -54,11 +54,11 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True)
 class Fold:
-    """Where a group's channel factors go.
+    """The parameters that absorb a group's channel factors.
 
     producer    path of the module within the block
     kind        "norm": a 1-d weight; "norm_plus_one": a norm that multiplies by 1 + weight; "rows": output rows of a matrix.
-                A bias goes with the weight.
+                A bias is divided with the weight.
     rows        the range of producer channels
     channel_of  producer channel of every input channel, relative to rows[0]
     out_first   whether the producer's matrix is stored [out, in]
@@ -75,7 +75,7 @@ class Fold:
         return self.rows[1] - self.rows[0]
 
     def per_channel(self, s: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " channels"]:
-        """Give the factors of the producer's channels from those of the inputs; 1 for a channel that makes no input."""
+        """Return the factors of the producer's channels from those of the inputs; 1 for a channel that makes no input."""
         factors = torch.ones(self.channels, dtype=torch.float32, device=s.device)
         factors[self.channel_of.to(s.device)] = s.float()
         return factors
@@ -85,12 +85,12 @@ class Fold:
 def apply_fold_(
     block: torch.nn.Module, fold: Fold, s_channel: Float[torch.Tensor, " channels"], stored: torch.dtype | None = None
 ) -> Float[torch.Tensor, " in"]:
-    """Divide the producer's channels by `s_channel` in its own memory; give the factor that the input really lost, float32.
+    """Divide the producer's channels by `s_channel` in place; return the factor by which the input was really divided, float32.
 
     The factor is old / new after rounding to the parameter's type, by input channel: the consumers' columns times this factor
-    undo what was done. `stored` is the type in which norms and biases will be written, where that is smaller than the block's.
-    A channel whose values would be rounded away is left alone, with the factor 1.
-    Raises UsageError when the factors are not one positive finite number a channel.
+    undo the division. `stored` is the type in which norms and biases will be written, if that is smaller than the block's.
+    A channel whose values would be rounded to 0 is left as it is, with the factor 1.
+    Raises UsageError if the factors are not one positive finite number per channel.
     """
     if s_channel.shape != (fold.channels,) or not bool((torch.isfinite(s_channel) & (s_channel > 0)).all()):
         raise UsageError(f"{fold.producer}: folding needs {fold.channels} positive finite factors, one a channel.")
@@ -105,9 +105,9 @@ def apply_fold_(
 def find_folds(
     block: torch.nn.Module, run: Callable[[], torch.Tensor], groups: Sequence[Sequence[Consumer]]
 ) -> dict[int, Fold]:
-    """Find the groups (weights that share an input) whose channel factors can be folded, and where to, by group index.
+    """Return, by group index, the folds of the groups (weights that share an input) whose channel factors can be folded.
 
-    `run` runs the block on fixed tokens and gives its output `[..., hidden]`; some 16 tokens do. Groups with an expert, or with
+    `run` runs the block on fixed tokens and returns its output `[..., hidden]`; about 16 tokens are enough. Groups with an expert, or with
     a weight that is not a module's own 2-d `weight`, are left out. The block's parameters are never written: trial values stand
     in for them during a run. Raises UsageError when the block is not deterministic, NumericsError when it is not finite.
     """
@@ -123,7 +123,7 @@ def find_folds(
         raise UsageError("the block gives another output when it runs again; put it into evaluation mode.")
     folds: dict[int, Fold] = {}
     generator = torch.Generator().manual_seed(SEED)
-    # The nearest producer first: it is nearly always the one.
+    # The nearest producer first: it is nearly always the right one.
     for target in sorted(targets, key=lambda t: -base.order.get(t.module, -1)):
         open_sites = {g: site for g, site in sites.items() if g not in folds and target.may_feed(site)}
         wanted = [g for g in open_sites if base.precedes(target.module, g)]
@@ -171,7 +171,7 @@ class _Target:
     def divided(
         self, by: Float[torch.Tensor, " channels"], stored: torch.dtype | None = None
     ) -> tuple[dict[str, torch.Tensor], Float[torch.Tensor, " channels"]]:
-        """Give the module's new parameters, and old / new of every channel after rounding."""
+        """Return the module's new parameters, and old / new of every channel after rounding."""
         weight = _matrix(self.module)
         by = by.to(weight.device, torch.float32)
         start, stop = self.rows
@@ -180,7 +180,7 @@ class _Target:
             new = (old.float() / by[:, None]).to(old.dtype)
             realised = by
             if old.element_size() < by.element_size():
-                # Every entry of a row rounds on its own; the one factor that fits a row best is the projection of old on new.
+                # Every entry of a row is rounded separately; the single factor that fits a row best is the projection of old on new.
                 was, now = old.float(), new.float()
                 realised = torch.where((was == 0).all(1), by, torch.linalg.vecdot(was, now) / torch.linalg.vecdot(now, now))
         else:
@@ -202,7 +202,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one run showed: the output, the groups' inputs `[tokens, in]`, and which modules had run before each group."""
+    """The record of one run: the output, the groups' inputs `[tokens, in]`, and which modules had run before each group."""
 
     output: torch.Tensor
     inputs: Mapping[int, torch.Tensor]
@@ -214,7 +214,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A run with a target's channels multiplied by `gain`, and the parameters that did it."""
+    """A run with a target's channels multiplied by `gain`, and the parameters that were used."""
 
     reading: _Reading
     gain: Float[torch.Tensor, " channels"]
@@ -222,7 +222,7 @@ class _Trial:
 
 
 class _Probe:
-    """Runs the block with some parameters stood in for, and watches the groups' inputs."""
+    """Run the block with other values in place of some parameters, and record the groups' inputs."""
 
     def __init__(
         self, run: Callable[[], torch.Tensor], readers: Mapping[int, torch.nn.Module], producers: set[torch.nn.Module]
@@ -263,7 +263,7 @@ class _Probe:
 
 @contextmanager
 def _stand_ins(changed: Sequence[_StandIn]) -> Iterator[None]:
-    """Let other values stand in for parameters; the parameters themselves are not touched."""
+    """Use other values in place of parameters; the parameters themselves are not changed."""
     kept = [(module, leaf, module._parameters[leaf]) for module, leaf, _ in changed]
     try:
         for module, leaf, value in changed:
@@ -290,7 +290,7 @@ def _find_sites(block: torch.nn.Module, groups: Sequence[Sequence[Consumer]]) ->
 
 
 def _list_targets(block: torch.nn.Module, sites: Mapping[int, _Site]) -> list[_Target]:
-    """List what may take a factor: norms of a group's width in both readings, matrices with the ranges worth a try."""
+    """List the candidates for a factor: norms of a group's width, as weight and as 1 + weight, and ranges of rows of matrices."""
     widths = {site.in_features for site in sites.values()}
     oriented = {m: first for site in sites.values() for m, first in zip(site.modules, site.out_first, strict=True)}
     targets: list[_Target] = []
@@ -314,9 +314,9 @@ def _list_targets(block: torch.nn.Module, sites: Mapping[int, _Site]) -> list[_T
 
 
 def _row_ranges(out: int, width: int) -> list[tuple[int, int]]:
-    """Give the rows of a matrix that may make an input of `width` channels.
+    """Return the ranges of a matrix's rows that may make an input of `width` channels.
 
-    All of them; the last or first `width` (gate and up in one matrix); the values behind `width` queries and as many keys.
+    All rows; the last or first `width` (gate and up in one matrix); the values after `width` queries and as many keys.
     """
     ranges = [(0, out)]
     if out > width:
@@ -325,7 +325,7 @@ def _row_ranges(out: int, width: int) -> list[tuple[int, int]]:
 
 
 def _find_channels(probe: _Probe, base: _Reading, trial: _Trial, target: _Target, g: int) -> Int[torch.Tensor, " in"] | None:
-    """Give the producer channel of every input channel, or None when the input does not follow the target's factors."""
+    """Return the producer channel of every input channel, or None if the input does not follow the target's factors."""
     ratio = _ratios(base, trial.reading, g)
     if ratio is None:
         return None
@@ -338,7 +338,7 @@ def _find_channels(probe: _Probe, base: _Reading, trial: _Trial, target: _Target
         in_place = torch.arange(ratio.numel(), device=ratio.device)
         if agrees(in_place):
             return in_place
-    # A channel that was zero on all probe tokens (behind a ReLU) tells nothing: only a mapping in place is believed without it.
+    # A channel that was zero on all probe tokens (after a ReLU) shows nothing: without it only a one-to-one mapping is accepted.
     if target.kind != "rows" or not bool(alive.all()) or _levels(ratio) is None:
         return None
     channel_of = torch.zeros(ratio.numel(), dtype=torch.int64, device=ratio.device)
@@ -354,18 +354,18 @@ def _find_channels(probe: _Probe, base: _Reading, trial: _Trial, target: _Target
 
 
 def _ratios(base: _Reading, other: _Reading, g: int) -> Float[torch.Tensor, " in"] | None:
-    """Give the factor by which each input channel was multiplied, 0 where it is always 0; None where that is no constant."""
+    """Return the factor by which each input channel was multiplied, 0 where it is always 0; None if a factor is not constant."""
     x, y = base.inputs[g].float(), other.inputs[g].float()
     peak, at = x.abs().max(0)
     ratio = y.gather(0, at[None])[0] / torch.where(peak == 0, 1.0, x.gather(0, at[None])[0])
     allowed = _tolerance(base.inputs[g]) * peak * ratio.abs()
-    # A NaN compares as false, and a channel that was 0 must have stayed 0.
+    # A NaN compares as false; a channel that was 0 must still be 0.
     constant = bool(((y - x * ratio).abs() <= allowed).all())
     return ratio if constant and float((peak > 0).float().mean()) >= ALIVE else None
 
 
 def _levels(ratio: Float[torch.Tensor, " in"]) -> Int[torch.Tensor, " in"] | None:
-    """Read ratios as 2^(1 + level); None where one is not such a power."""
+    """Read ratios as 2^(1 + level); None if one is not such a power."""
     exponent = torch.log2(ratio.clamp(min=2.0**-20))
     level = exponent.round() - 1
     fits = (ratio > 0) & ((exponent - exponent.round()).abs() < 0.05) & (level >= 0) & (level < LEVELS)
@@ -373,7 +373,7 @@ def _levels(ratio: Float[torch.Tensor, " in"]) -> Int[torch.Tensor, " in"] | Non
 
 
 def _preserves(probe: _Probe, base: _Reading, trial: _Trial, site: _Site, channel_of: torch.Tensor) -> bool:
-    """Tell whether dividing the consumers' columns by what the input gained gives the block's output back."""
+    """Return whether the block's output is restored if the consumers' columns are divided by the gain of the input."""
     loss = 1.0 / trial.gain[channel_of]
     changed = list(trial.changed)
     for module, out_first in zip(site.modules, site.out_first, strict=True):
@@ -382,8 +382,8 @@ def _preserves(probe: _Probe, base: _Reading, trial: _Trial, site: _Site, channe
     output = base.output.float()
     error = (probe.read(changed).output.float() - output).abs().amax(0)
     change = (trial.reading.output.float() - output).abs().amax(0).nan_to_num(0.0, 0.0, 0.0)
-    # Per output channel, against what the same factors do uncompensated, so that a large residual stream hides nothing: a
-    # thousandth is far above the rounding of compensated weights (1 + weight is no exact multiple) and far below what any other
+    # Per output channel, compared with the change that the same factors make uncompensated, so that a large residual stream
+    # hides nothing: a thousandth is far above the rounding of compensated weights (1 + weight is no exact multiple) and far below what any other
     # reader of the producer would leave. The second summand is the rounding of the output itself.
     eps = torch.finfo(base.output.dtype).eps
     allowed = max(1e-3, 4 * eps) * change + 4 * eps * output.abs().amax(0)
@@ -391,7 +391,7 @@ def _preserves(probe: _Probe, base: _Reading, trial: _Trial, site: _Site, channe
 
 
 def _tolerance(x: torch.Tensor) -> float:
-    """Relative noise between runs that differ by powers of two: none but a few roundings, in sums of another order."""
+    """Return the relative noise between runs that differ by powers of two: only a few roundings, in sums of another order."""
     return max(1e-4, 4 * torch.finfo(x.dtype).eps)
 
 

@@ -3,7 +3,7 @@
 Source   Chee et al. 2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees"; the rescaling as in the authors'
          public code (`method.py`).
 Differs  the matrices are the plain products of two factors of near equal order, with a permutation before the one of the inputs: the
-         public code's default has a factor for every slice and a permutation on both ends of both. The rescaling as in `balance`.
+         public code's default has a factor for every slice, and a permutation before and after each matrix. Rescaling as in `balance`.
 Needs    gram [in, in] float32, for the rescaling.      Cost  8 bytes a channel and 8 n bytes a side (orders of sqrt(n));
          O(sqrt(n)) operations a channel and token.
 Update   d = (diag(gram) / diag(w' w))^(1/4),  w' = T_out^-1 (w d) (left ⊗ right)',  T_in = (left ⊗ right) P / d

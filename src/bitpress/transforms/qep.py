@@ -1,13 +1,13 @@
-"""QEP: aim at what gives the uncompressed model's output from the inputs that the compressed layers before really give.
+"""QEP: replace the weight by one that makes the uncompressed model's output from the inputs that the compressed layers before produce.
 
 Source   Arai and Ichikawa 2025, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization"; strength 0.5 and
-         damping by a whole mean of the diagonal as in the authors' public code (`gptq.py`: run_weight_correct, `llama.py`).
-Differs  the down projection is corrected too, which their code leaves out; the inputs are measured once a block, so that the
+         damping by the whole mean of the diagonal as in the authors' public code (`gptq.py`: run_weight_correct, `llama.py`).
+Differs  the down projection is corrected too, which their code leaves out; the inputs are measured once per block, so that the
          asymmetry is that of the block's input, unless calibration.sequential is on. GPTAQ with target="whole" and GPTQ's damping is
          the same shift.
 Needs    gram, cross [in, in] float32.     Cost  O(out * in^2 + in^3) time; nothing stored.
 Update   w += strength * w @ cross @ inv(gram + damp * mean_diag * I)
-Fails    CalibrationError without statistics. Where cross was not measured (experts), or where it asks for a change as large as the
+Fails    CalibrationError without statistics. If cross was not measured (experts), or the change would be as large as the
          weight, the weight is left as it is: a named fallback.
 """
 

@@ -1,14 +1,14 @@
-"""The sites at which a transform may change a network without changing its function, and where its inverse goes.
+"""The sites at which a transform may change a network without changing its function, and where its inverse is put.
 
     site            the transform T and its inverse
     layer input     x of y = w x:  w T^-1 (T x)
     layer output    y of y = w x:  T^-1 (T w) x
-    residual        the hidden states between blocks: what writes them takes T, what reads them T^-1
+    residual        the hidden states between blocks: layers that write them take T, layers that read them T^-1
     query/key       queries and keys before their product:  (T^-T q)' (T k) = q' k
     value           values before the output projection:  w_o T^-1 (T v)
 
-A transform is `folded` where T x is made by parameters that are there already (a norm's weight, the rows of the matrix before), so that the
-network has no more to compute. It stays `online` where it is computed at run time, as a map beside the weight's terms.
+A transform is `folded` if existing parameters (a norm's weight, the rows of the matrix before) are changed so that they make T x: the
+network computes no more than before. It stays `online` if it is computed at run time, as a map beside the weight's terms.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ __all__ = ["PLACEMENTS", "SITES", "Placement", "Site", "Sites"]
 Site = Literal["layer input", "layer output", "residual", "query/key", "value"]
 Placement = Literal["folded", "online"]
 
-# What a transform declares: its sites, and what it can do at each of them.
+# The sites that a transform declares, and whether it can be folded or online at each of them.
 Sites = Mapping[Site, frozenset[Placement]]
 
 SITES: Mapping[Site, str] = {
@@ -30,6 +30,6 @@ SITES: Mapping[Site, str] = {
     "value": "the values of an attention, before the output projection",
 }
 PLACEMENTS: Mapping[Placement, str] = {
-    "folded": "into parameters that are there already",
+    "folded": "into parameters that exist already",
     "online": "computed at run time, beside the weight",
 }

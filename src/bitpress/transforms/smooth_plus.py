@@ -1,14 +1,14 @@
-"""SmoothQuant+: even out the inputs' channels against those of the weights, at the strength that costs the output least.
+"""SmoothQuant+: balance the inputs' channels against those of the weights, at the strength with the least output error.
 
 Source   Pan et al. 2023, "SmoothQuant+: Accurate and Efficient 4-bit Post-Training WeightQuantization for LLM" (the abstract is what
          could be read); the smoothing as in the authors' public code (`smooth.py`).
-Differs  the strength is searched for each group of weights that share an input, by its own outputs' error, not once for the model;
+Differs  the strength is searched for every group of weights that share an input, by the error of their outputs, not once for the model;
          `alpha` sets one for all. Mean magnitudes of the inputs, not the largest ones. Inputs made by one producer channel share a
-         factor. No smoothing is tried first.
+         factor. The search includes no smoothing at all.
 Needs    gram [in, in], mean_abs [in] float32.      Cost  O(grid * out * in^2) time, O(out * in) memory.
 Update   s = mean_abs^alpha / max |w|^(1 - alpha),  alpha = argmin over i / grid of sum over siblings tr(D gram D'),
          D = Q(w * s) / s - w
-Fails    CalibrationError when no token reached the weights. With a searched alpha never worse than no smoothing by that error.
+Fails    CalibrationError when no token reached the weights. With a searched alpha the error is never larger than without smoothing.
 """
 
 from collections.abc import Sequence
@@ -82,11 +82,11 @@ class SmoothPlus:
 def smoothing(
     inputs: Float[torch.Tensor, " in"], columns: Float[torch.Tensor, " in"], alpha: float
 ) -> Float[torch.Tensor, " in"]:
-    """Give the factors of one strength, their range centred on 1."""
+    """Return the factors of one strength, their range centred on 1."""
     return normalise(inputs.pow(alpha) / columns.pow(1 - alpha))
 
 
 def bounded(magnitude: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
-    """Give magnitudes relative to the largest one, none below 1e-5: a channel without input or without weights has no size."""
+    """Return magnitudes relative to the largest, at least 1e-5: a channel without input or without weights has the magnitude 0."""
     largest = magnitude.max()
     return (magnitude / largest).clamp(min=1e-5) if largest > 0 else torch.ones_like(magnitude)

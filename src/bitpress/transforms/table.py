@@ -1,6 +1,6 @@
-"""The table of transforms: searches for channel factors, by group of weights, changes of basis and of target, weight by weight.
+"""The table of transforms: searches for channel factors (for groups of weights), changes of basis and of target (for single weights).
 
-Every row says at which sites it works, and whether it is folded or stays online there (`transforms.sites`).
+Every row declares its sites, and whether it is folded or stays online there (`transforms.sites`).
 """
 
 from bitpress.transforms.awq_scale import AWQScale

@@ -1,7 +1,7 @@
-"""What every change of target is: hyper-parameters in the constructor, one weight with its input's statistics in the verb.
+"""Target, the protocol of changes of target: hyper-parameters in the constructor, a weight and its input's statistics in `aim`.
 
-A recipe's codes are to come near to its weight; a change of target gives them another matrix to come near to, of the same shape and
-in the same basis, because the layer's input is no longer what it was. Nothing is stored for it.
+Codes normally approximate the weight. A change of target replaces the weight by another matrix, of the same shape and in the same
+basis, because the layer's input has changed. Nothing is stored for it.
 """
 
 from typing import ClassVar, Protocol
@@ -16,7 +16,7 @@ __all__ = ["Target", "TargetStats"]
 
 
 class TargetStats(InputStats, Protocol):
-    """What a change of target reads of the statistics of one input; `calibration.stats.Stats` is one."""
+    """The statistics of one input that a change of target reads; `calibration.stats.Stats` is one."""
 
     @property
     def cross(self) -> Float[Tensor, "in in"] | None:
@@ -25,7 +25,7 @@ class TargetStats(InputStats, Protocol):
 
 
 class Target(Protocol):
-    """One paper's way to choose what codes aim at.
+    """One paper's way to choose the matrix that the codes approximate.
 
     needs   names of the statistics that `aim` reads
     sites   none: the network's function is not rewritten
@@ -38,5 +38,5 @@ class Target(Protocol):
     paper: ClassVar[str]
 
     def aim(self, w: Float[Tensor, "out in"], stats: TargetStats | None) -> tuple[Float[Tensor, "out in"], tuple[str, ...]]:
-        """Give the matrix to aim at, float32, and the named fallbacks taken. Raises CalibrationError."""
+        """Return the matrix to approximate, float32, and the names of the fallbacks taken. Raises CalibrationError."""
         ...

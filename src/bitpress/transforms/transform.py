@@ -1,6 +1,6 @@
-"""What every search for channel factors is: hyper-parameters in the constructor, the weights that share an input in the verb.
+"""ScaleSearch, the protocol of searches for channel factors: hyper-parameters in the constructor, weights that share an input in `plan`.
 
-The factors multiply the weights' input columns and divide the input; where the division goes is `folding`'s business.
+The factors multiply the weights' input columns and divide the input; `folding` decides where the division goes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["InputStats", "ScaleSearch"]
 
 
 class InputStats(Protocol):
-    """What a search reads of the statistics of one input; `calibration.stats.Stats` is one."""
+    """The statistics of one input that a search reads; `calibration.stats.Stats` is one."""
 
     @property
     def tokens(self) -> int: ...

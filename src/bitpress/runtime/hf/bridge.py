@@ -26,6 +26,7 @@ from bitpress.checkpoints.compressed import OUTER_NAME, CompressedCheckpoint, co
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.models.skeleton import set_parameter_
+from bitpress.models.tasks.table import find_task
 from bitpress.runtime.hf.layers import refuse_saving, replace_
 from bitpress.runtime.hf.loading import train_
 
@@ -137,16 +138,17 @@ class BitpressQuantizer(HfQuantizer):
 
 def _check_class(pressed: CompressedCheckpoint, model: Any) -> None:
     """Raise CheckpointError unless the parameters are the model's; where it is of another class than was compressed, that is the reason."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
         pressed.check_fits(model.state_dict(), model.all_tied_weights_keys)
     except CheckpointError as error:
-        made = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+        auto_class = find_task(model.config, str(pressed.root)).auto_class
+        made = getattr(transformers, auto_class)._model_mapping.get(type(model.config), None)
         if made is None or isinstance(model, made):
             raise
         raise CheckpointError(
-            f"{pressed.root}: holds a {made.__name__}, and {type(model).__name__} has other parameters; open it with AutoModelForCausalLM."
+            f"{pressed.root}: holds a {made.__name__}, and {type(model).__name__} has other parameters; open it with {auto_class}."
         ) from error
 
 

@@ -88,7 +88,7 @@ def open_skeleton(pressed: CompressedCheckpoint, dtype: torch.dtype, config: Any
     """Build the model of a directory without its weights, and check every name and shape. Raises CheckpointError."""
     config = build_config(pressed.config) if config is None else config
     config.name_or_path = str(pressed.root)
-    model = build_skeleton(config, dtype)
+    model = build_skeleton(config, dtype, where=str(pressed.root))
     pressed.check_fits(model.state_dict())
     return model
 

@@ -1,4 +1,4 @@
-"""Loading into the native engine: read a pressed directory, lay its weights out, round an output head that is not compressed."""
+"""Loading into the native engine: read a compressed model, lay its weights out, round an output head that is not compressed."""
 
 import math
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from bitpress.runtime.prompt import read_generation
 
 __all__ = ["assemble", "lay_out_directory", "load_engine", "refuses", "refuses_directory"]
 
-# Rows of a head that are rounded at a time.
+# Rows of a head that are rounded at once.
 ROUNDED_TOGETHER = 4096
-# Nats a token that the usual rounding of a head may cost by the estimate; beyond, it keeps its 16 bits.
+# Nats per token that the usual rounding of a head may cost by the estimate; a head that costs more keeps its 16 bits.
 MOST_HEAD_COST = 0.001
 
 
@@ -41,10 +41,10 @@ def refuses(config: Any) -> str | None:
 
 
 def refuses_directory(pressed: CompressedCheckpoint, config: Any = None) -> str | None:
-    """Return why the native engine cannot run a directory here, or None. `config` is its configuration, where it is built already."""
+    """Return why the native engine cannot run a directory here, or None. `config` is its configuration, if it was built already."""
     rounded = next((name for name, record in pressed.manifest.weights.items() if record.input is not None), None)
     if rounded is not None:
-        return f"the input of {rounded} is rounded as its layer says, which the engine does not do"
+        return f"the input of {rounded} is rounded by its layer's own format, which the engine does not support"
     return refuses(build_config(pressed.config) if config is None else config)
 
 
@@ -75,7 +75,7 @@ def lay_out_directory(
 ) -> tuple[Parts, Any, int]:
     """Read a directory and lay its weights out; return the parts, the model's generation settings and the bytes of its files.
 
-    `config` is transformers' configuration of the directory, where it is built already. Raises as `load_engine` does.
+    `config` is transformers' configuration of the directory, if it was built already. Raises the errors of `load_engine`.
     """
     pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
     config = build_config(pressed.config) if config is None else config
@@ -87,7 +87,7 @@ def lay_out_directory(
 
 
 def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callable[[str], None]) -> Parts:
-    """Read a directory of a configuration that `refuses` has nothing against, and lay its weights out."""
+    """Read a directory whose configuration `refuses` accepts, and lay its weights out."""
     layout, architecture = describe(config), ARCHITECTURES[config.model_type]
     reader, names = _Reader(pressed, architecture.norm_offset(), note), architecture.names()
     layers = [reader.layer(names.layer.format(index), architecture.layer(layout, index)) for index in range(layout.layers)]
@@ -103,7 +103,7 @@ def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callab
     else:
         top, head_format = _head(top, head, final_norm)
     made_head = reader.strips("head", top)
-    # Looking a row up reads little: a tied embedding stays as it is where the head is rounded.
+    # A lookup reads one row: rounding a tied embedding too would save no time, so only the head is rounded.
     embedding = made_head if top is table else reader.strips("embedding", table)
     return Parts(
         config=config,
@@ -121,7 +121,7 @@ def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callab
 
 
 class _Reader:
-    """Reads parameters by name and lays linear layers out; remembers what had to be expanded."""
+    """Read parameters by name and lay linear layers out; record the formats that had to be expanded."""
 
     def __init__(self, pressed: CompressedCheckpoint, norm_offset: float, note: Callable[[str], None]) -> None:
         self.pressed = pressed
@@ -177,7 +177,7 @@ def _bits(linears: list[tuple[NativeLayout, int]]) -> Bits:
 
 
 def _head(w: torch.Tensor, name: str, final_norm: np.ndarray) -> tuple[CompressedWeight | torch.Tensor, str]:
-    """Round a head; return it and the name of its format. The usual rounding leaves a head alone that it would cost too much."""
+    """Round a head; return it and the name of its format. By default a head that would lose too much keeps its 16 bits."""
     rounded = _rounded(w, name)
     if name == USUAL_HEAD and (cost := _head_cost(w, rounded, torch.from_numpy(final_norm))) > MOST_HEAD_COST:
         return w, f"{str(w.dtype).removeprefix('torch.')} (8 bits would cost {cost:.2g} nats)"
@@ -185,9 +185,9 @@ def _head(w: torch.Tensor, name: str, final_norm: np.ndarray) -> tuple[Compresse
 
 
 def _head_cost(w: torch.Tensor, rounded: Packed, final_norm: torch.Tensor) -> float:
-    """Estimate the KL divergence that rounding a head costs, in nats a token.
+    """Estimate the KL divergence that rounding a head costs, in nats per token.
 
-    Behind the final norm, a hidden state has a mean square of 1 times that of the norm's weight in every column. Errors of a logit then
+    After the final norm, the mean square of a hidden state in every column is that of the norm's weight. Errors of a logit then
     have the variance sum((error * norm)^2), and small independent errors of variance v cost v / 2. SmolLM2: 0.00056, measured 0.00047.
     """
     total = 0.0
@@ -206,7 +206,7 @@ def _rounded(w: torch.Tensor, name: str) -> Packed:
         if name != USUAL_HEAD:
             raise
         fmt = parse_format("int8-row")
-    # Some rows at a time: the head is a model's largest matrix, and only its codes are to stay.
+    # Some rows at a time: the head is a model's largest matrix, and only its codes stay in memory.
     equal = next((n for n in range(ROUNDED_TOGETHER, ROUNDED_TOGETHER // 16, -1) if w.shape[0] % n == 0), w.shape[0])
     pieces = w.split(equal) if fmt.rows_apart else (w,)
     packed = []

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Bits", "Engine", "Parts", "make_engine", "wanted_context"]
 
-# Nats a token that rounding the inputs of a prompt may cost; a directory whose prompts cost more says so, and they stay float.
+# Nats per token that rounding the inputs of a prompt may cost. A directory whose prompts cost more records it, and they stay float.
 MOST_PROMPT_COST = 0.002
 # The cache is mapped for the whole context but takes memory only as it fills; the tables of rotations take theirs at once.
 USUAL_CONTEXT = 32768
 
 
 class Engine:
-    """A model in native memory and one text. `sequence` gives another text on the same model; several engines can live in one process."""
+    """A model in native memory and one text. `sequence` starts another text on the same model; several engines can live in one process."""
 
     def __init__(self, model: Any, config: Any, layout: Layout, facts: dict[str, Any]) -> None:
         self._model = model
@@ -49,7 +49,7 @@ class Engine:
         self._cached = np.empty(layout.context, np.int32)  # the first `length` are the tokens in the cache
 
     def sequence(self) -> Engine:
-        """Return an engine with a text of its own on the same model: the weights and threads are shared, the cache is not."""
+        """Return an engine for another text on the same model: the weights and threads are shared, the cache is not."""
         return Engine(self._model, self.config, self.layout, self.facts)
 
     @property
@@ -71,7 +71,7 @@ class Engine:
         self._sequence.truncate(0)
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens."""
+        """Forget all but the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise UsageError(f"a cache of {self.length} tokens cannot be cut to a length of {length}.")
         self._sequence.truncate(length)
@@ -79,7 +79,7 @@ class Engine:
     def forward(
         self, tokens: Sequence[int] | np.ndarray, logits: Literal["none", "last", "all"] = "last"
     ) -> Float[torch.Tensor, "rows vocabulary"]:
-        """Run tokens behind those of the cache and give logits in float32: of none of them, the last, or all."""
+        """Run tokens after those of the cache and return logits in float32: of none of them, of the last, or of all."""
         import torch
 
         if logits not in ("none", "last", "all"):
@@ -90,7 +90,7 @@ class Engine:
         return torch.from_numpy(self._forward(given, rows))
 
     def read(self, tokens: Sequence[int] | np.ndarray, *, logits: bool = False) -> None:
-        """Run tokens behind those of the cache for the cache's sake; with `logits`, those of the last one are computed too."""
+        """Run tokens after those of the cache to fill the cache; with `logits`, those of the last token are computed too."""
         given = self._checked(tokens)
         self._check_room(given)
         self._forward(given, int(logits))
@@ -111,9 +111,9 @@ class Engine:
         stop: Sequence[int] = (),
         chunk: int = 512,
     ) -> Iterator[int]:
-        """Yield token after token behind a text, up to a token of `stop` (which is not given) or the end of the context.
+        """Yield the tokens that continue a text, up to a token of `stop` (which is not yielded) or the end of the context.
 
-        The text so far is kept in the cache: the next call begins behind what the two texts have in common.
+        The text so far stays in the cache: the next call runs only the tokens after the beginning that both texts share.
         """
         how = sampling or Sampling()
         built = library()
@@ -125,7 +125,7 @@ class Engine:
         given = self._checked(tokens)
         self.truncate(self.common(given))
         fresh = given[self.length :]
-        while len(fresh) > chunk:  # a signal is seen between chunks
+        while len(fresh) > chunk:  # signals are handled between chunks
             self._forward(fresh[:chunk], 0)
             fresh = fresh[chunk:]
         for _ in range(min(max_tokens, self.context - len(given))):
@@ -156,13 +156,13 @@ class Engine:
             ) from error
 
     def _remember(self, tokens: np.ndarray) -> None:
-        """Note tokens that are about to be run behind those of the cache."""
+        """Record tokens that are about to be run after those of the cache."""
         behind = self._cached[self.length : self.length + len(tokens)]
         behind[:] = tokens[: len(behind)]
 
     def _check_room(self, given: np.ndarray) -> None:
         if len(given) > self.context - self.length:
-            raise UsageError(f"{len(given)} tokens behind {self.length} of the cache; the context is {self.context}.")
+            raise UsageError(f"{len(given)} tokens after {self.length} in the cache; the context is {self.context}.")
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         given = np.asarray(tokens, dtype=np.int64).reshape(-1)
@@ -178,7 +178,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits a weight: those of the file, and those that native code reads."""
+    """Bits per weight: in the file, and as native code reads them."""
 
     stored: float
     memory: float
@@ -186,14 +186,14 @@ class Bits:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model as the engine takes it: its layout, its layers in native memory, and what loading has to say.
+    """A model as the engine takes it: its layout, its layers in native memory, and facts about loading.
 
-    config           what a configuration says of tokens: `vocab_size`, `eos_token_id`, `max_position_embeddings`
-    layers           by layer, its steps with their weights
-    embedding, head  the same object where they are tied
-    bytes_per_token  those of every weight that a token is multiplied with
-    bits             a weight of the layers' linear layers: as stored, and in native memory
-    prompt_cost      nats a token that 8-bit inputs cost in prompts, where a directory says that it is much
+    config           the settings about tokens: `vocab_size`, `eos_token_id`, `max_position_embeddings`
+    layers           the steps of every layer, with their weights
+    embedding, head  one object if they are tied
+    bytes_per_token  bytes of all weights that a token is multiplied with
+    bits             bits per weight of the linear layers: as stored, and in native memory
+    prompt_cost      nats per token that 8-bit inputs cost in prompts; None if the directory records no cost
     """
 
     config: Any

@@ -1,9 +1,8 @@
 """Cached layouts: the second time a model is opened, its weights are mapped from a file as the engine reads them.
 
 A model is laid out once (`runtime.native.assemble`), which needs torch and takes seconds. The result goes into the user's cache folder
-under the SHA-256 of the model's manifest (which holds that of every file), the head's format and the layout's version. Beside the
-weights it holds what text needs: the tokenizer as `tokenizers` writes it, the chat template, the sampling settings. Nothing here
-imports torch.
+under the SHA-256 of the model's manifest (which holds that of every file), the head's format and the layout's version. It also holds
+the tokenizer as `tokenizers` writes it, the chat template and the sampling settings, which text needs. Nothing here imports torch.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ __all__ = [
     "write_layout",
 ]
 
-# Layouts in the cache folder; those that were written or used last stay.
+# Most layouts in the cache folder; those that were written or used last stay.
 MOST_LAYOUTS = 8
 _SETTINGS = ("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -58,7 +57,7 @@ class PlainConfig:
 
 @dataclass(frozen=True)
 class CachedLayout:
-    """A model that is laid out. `tokenizer` is None where transformers has to build it."""
+    """A model that is laid out. `tokenizer` is None if transformers has to build it."""
 
     parts: Parts
     tokenizer: PlainTokenizer | None
@@ -67,12 +66,12 @@ class CachedLayout:
 
 
 def hash_manifest(manifest: bytes) -> str:
-    """Return the SHA-256 of a manifest, which holds that of every file: what a layout is made of."""
+    """Return the SHA-256 of a manifest. The manifest holds that of every file, so it identifies everything that a layout is made of."""
     return hashlib.sha256(manifest).hexdigest()
 
 
 def layout_path(manifest_hash: str, head: str) -> Path | None:
-    """Return where the layout of a model with a head of this format is or will be cached; None where nothing is cached."""
+    """Return the path at which the layout of a model with a head of this format is cached; None if caching is off."""
     folder = layout_directory()
     if folder is None:
         return None
@@ -81,7 +80,7 @@ def layout_path(manifest_hash: str, head: str) -> Path | None:
 
 
 def is_complete(directory: Path, manifest: bytes) -> bool:
-    """Say whether every file of the manifest is there in its size; its content was checked when it was laid out."""
+    """Return whether every file of the manifest exists with its size; the content was checked when the model was laid out."""
     try:
         files = parse_json(manifest, str(directory / MANIFEST_NAME))["files"]
         return all((directory / name).stat().st_size == record["bytes"] for name, record in files.items())
@@ -90,7 +89,7 @@ def is_complete(directory: Path, manifest: bytes) -> bool:
 
 
 def read_layout(path: Path, *, verify: bool = True) -> CachedLayout | None:
-    """Map a cached layout; one that is broken is removed, and None returned: it is only a copy, and can be built again."""
+    """Map a cached layout. A broken one is removed and None returned: it is only a copy, and can be built again."""
     try:
         tree = read_prepared(path, verify=verify, threads=usable_cores())
         layout = _from_tree(tree)
@@ -104,12 +103,12 @@ def read_layout(path: Path, *, verify: bool = True) -> CachedLayout | None:
 
 
 def write_layout(path: Path, parts: Parts, tokenizer: Any, generation: Any, file_bytes: int, model: str) -> bool:
-    """Write a layout for the next start, with the name of the model for lists; return False where the disk has no room for it."""
+    """Write a layout for the next start, with the name of the model for lists; return False if the disk has no room for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_prepared(path, {"model": model, **_to_tree(parts, tokenizer, generation, file_bytes)})
         _forget_old(path.parent)
-    except (DiskError, OSError, ValueError):  # ValueError: a setting of the model that our own files do not hold, such as NaN
+    except (DiskError, OSError, ValueError):  # ValueError: a setting of the model that our own files cannot hold, such as NaN
         return False
     return True
 
@@ -146,7 +145,7 @@ def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> 
 
 
 def _within(value: Any) -> Any:
-    """Bound a number of another tool's file, such as a context of 10**30, by what our own files hold."""
+    """Bound a number from another tool's file, such as a context of 10**30, by the largest that our own files hold."""
     return min(value, 2**63 - 1) if type(value) is int else value
 
 

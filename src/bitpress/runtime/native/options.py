@@ -1,4 +1,4 @@
-"""What a user chooses of the native engine."""
+"""EngineOptions: the options of the native engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -6,20 +6,21 @@ from typing import Any, Literal, get_args
 
 from bitpress.errors import UsageError
 
-__all__ = ["MOST_THREADS", "USUAL", "USUAL_HEAD", "Activations", "CacheType", "EngineOptions"]
+__all__ = ["MOST_THREADS", "USUAL", "USUAL_CACHE", "USUAL_HEAD", "Activations", "CacheType", "EngineOptions"]
 
 Activations = Literal["int8", "mixed", "none"]
 CacheType = Literal["fp16", "int8"]
+USUAL_CACHE: CacheType = "fp16"
 USUAL_HEAD = "int8-g64"
 MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the native engine. None leaves the choice to the engine. Raises UsageError for a value that no engine has.
+    """Options of the native engine. None leaves the choice to the engine. Raises UsageError for an unknown value.
 
-    activations  inputs of products: "int8", "none" (float), or "mixed" (float in prompts); by default "int8", or "mixed" where the
-                 directory says that 8 bits would cost its prompts much
+    activations  inputs of products: "int8", "none" (float), or "mixed" (float in prompts); by default "int8", or "mixed" if the
+                 directory records that 8 bits would cost its prompts much
     cache        type of the stored keys and values: "fp16" (default) or "int8"
     head         format that an uncompressed output head is rounded to, USUAL_HEAD by default; "keep" leaves it in 16 bits
     context      tokens to make room for; by default the model's own limit, 32,768 at most
@@ -34,9 +35,9 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.activations is not None and self.activations not in get_args(Activations):
-            raise UsageError(f"activations={self.activations!r}: it is 'int8', 'mixed' or 'none'.")
+            raise UsageError(f"activations={self.activations!r}: it is {_either(Activations)}.")
         if self.cache is not None and self.cache not in get_args(CacheType):
-            raise UsageError(f"cache={self.cache!r}: it is 'fp16' or 'int8'.")
+            raise UsageError(f"cache={self.cache!r}: it is {_either(CacheType)}.")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UsageError(f"threads={self.threads}: it is 1 to {MOST_THREADS}.")
 
@@ -47,7 +48,7 @@ class EngineOptions:
 
     @property
     def cache_type(self) -> CacheType:
-        return self.cache or "fp16"
+        return self.cache or USUAL_CACHE
 
     @property
     def head_format(self) -> str:
@@ -56,6 +57,12 @@ class EngineOptions:
     def chosen(self) -> tuple[str, ...]:
         """Name the options that are not left to the engine."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+
+def _either(choices: Any) -> str:
+    """Return the values of a Literal as words: 'int8', 'mixed' or 'none'."""
+    *others, last = map(repr, get_args(choices))
+    return f"{', '.join(others)} or {last}"
 
 
 # Every choice left to the engine.

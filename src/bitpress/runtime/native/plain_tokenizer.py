@@ -1,6 +1,6 @@
-"""A model's tokenizer without transformers: what `tokenizers` itself does, and the chat template in the same sandbox.
+"""A model's tokenizer without transformers: a tokenizer of `tokenizers`, and the chat template in the same sandbox.
 
-It is built from transformers' own tokenizer, and only where that does no more than this, so that both return the same tokens.
+It is built from transformers' own tokenizer, and only if that does nothing more, so that both return the same tokens.
 """
 
 import functools
@@ -15,7 +15,7 @@ __all__ = ["PlainTokenizer"]
 
 
 class PlainTokenizer:
-    """The part of transformers' interface that answering needs.
+    """The part of transformers' tokenizer interface that generating text needs.
 
     backend        a `tokenizers.Tokenizer`
     chat_template  jinja text, several by their names, or None
@@ -32,7 +32,7 @@ class PlainTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "PlainTokenizer | None":
-        """Take transformers' tokenizer apart; None where it does more than its backend and its templates."""
+        """Take transformers' tokenizer apart; None if it does more than its backend and its templates."""
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -67,7 +67,7 @@ class PlainTokenizer:
         add_generation_prompt: bool = True,
         tokenize: Literal[False] = False,
     ) -> str:
-        """Return the text of messages; there must be a template, and of several the one named default or (with tools) tool_use."""
+        """Return the text of messages by the chat template; of several templates, the one named default or (with tools) tool_use."""
         template = self.chat_template
         if isinstance(template, dict):
             name = "tool_use" if tools is not None and "tool_use" in template else "default"
@@ -104,7 +104,7 @@ def _to_json(
 
 
 class _Dictionary:
-    """`dict` of a template: it builds a dictionary, and can do nothing else."""
+    """The function `dict` of templates: it builds a dictionary, and can do nothing else."""
 
     def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
         return dict(*given, **named)
@@ -136,7 +136,7 @@ def _template(text: str) -> Any:
         raise jinja2.TemplateError(message)
 
     class Namespace(jinja2.utils.Namespace):
-        """No attribute that begins with an underscore: those lead to the interpreter's own objects."""
+        """Refuse attributes that begin with an underscore: they lead to the interpreter's own objects."""
 
         def __init__(*given: Any, **named: Any) -> None:  # `self` is a name that a template may use
             self, values = given[0], dict(*given[1:], **named)

@@ -1,4 +1,4 @@
-"""The speed of the native engine beside that of the machine: of its memory for decoding, of its multipliers for a prompt.
+"""The speed of the native engine, compared with the machine's: memory bandwidth for decoding, arithmetic for a prompt.
 
 All figures come from one run: the machine's speeds are measured right after the model's, with as many threads. Tokens are drawn at
 random with a fixed seed; one round is run before the clock starts.
@@ -25,15 +25,15 @@ __all__ = ["bench_decode", "bench_prefill", "block_weights", "cache_positions"]
 
 CHUNK = 512
 BITS = ("bits_stored", "bits_in_memory")
-READ_BYTES = 1 << 29  # more than caches hold
+READ_BYTES = 1 << 29  # larger than the processor's caches
 
 
 def bench_decode(
     directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 64, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure one token after the other behind a text of `context` tokens.
+    """Measure the decoding of single tokens after a text of `context` tokens.
 
-    The bytes of a token are those of every weight that it is multiplied with and of the keys and values that it attends to.
+    The bytes of a token are those of all weights that it is multiplied with and of the keys and values that it attends to.
     """
     engine, facts = _load(directory, options, max(context, 1) + tokens, repeats)
     text = _random_tokens(engine, max(context, 1))
@@ -65,7 +65,7 @@ def bench_decode(
 def bench_prefill(
     directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 512, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure reading a prompt of `tokens` tokens behind a text of `context` tokens.
+    """Measure reading a prompt of `tokens` tokens after a text of `context` tokens.
 
     Operations are two for every weight in the blocks' linear layers; attention and the head, which runs once, are not counted.
     """
@@ -103,7 +103,7 @@ def block_weights(layout: Layout) -> int:
 
 
 def cache_positions(layout: Layout, length: int) -> float:
-    """Return how many positions a token behind `length` others attends to: the mean over layers, some of which have a window."""
+    """Return how many positions a token after `length` others attends to: the mean over layers, some of which may have a window."""
     return sum(min(length, window or length) for window in layout.window) / layout.layers
 
 
@@ -130,7 +130,7 @@ def _run(engine: Engine, tokens: np.ndarray) -> None:
 
 
 def _rates(work: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
-    """Run once without the clock, then `repeats` times; return percentiles of tokens a second."""
+    """Run once without measuring, then `repeats` times; return percentiles of tokens per second."""
     work()
     return _percentiles(tokens / _seconds(work) for _ in range(repeats))
 

@@ -75,7 +75,7 @@ class TextStream:
     def _make(self) -> Iterator[str]:
         tokens: list[int] = []
         text: list[str] = []
-        seconds = [0.0, 0.0]  # up to the first token, and behind it
+        seconds = [0.0, 0.0]  # up to the first token, and after it
         fresh = len(self._prompt) - self._engine.common(self._prompt)
         while not self._detokenizer.stopped:
             start = time.perf_counter()
@@ -128,7 +128,7 @@ class TextEngine:
         return self.engine.facts
 
     def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Return the tokens of a text or of messages; a chat template is used where there is one, unless `raw`."""
+        """Return the tokens of a text or of messages, by the model's chat template if it has one, unless `raw`."""
         return encode_prompt(self.tokenizer, prompt, raw=raw, tools=tools)
 
     def sampling(self, temperature: float = 0.0, seed: int = 0, **settings: Any) -> Sampling:
@@ -150,11 +150,11 @@ class TextEngine:
         prompt      a text, or messages as chat templates take them: `role` and `content`, which is a text, a list of parts
                     {"type": "text", "text": ...} or None, and tool calls; the beginning that it shares with the last prompt is not run again
         max_tokens  tokens to generate at most; 1 or more
-        stop        strings that end the answer, and are no part of it
+        stop        strings that end the answer and are not part of it
         raw         continue the text as it is, without the chat template
         tools       JSON schemas of functions, for templates that support them
 
-        Raises UsageError for a prompt that is empty, has no room in the context or is not what the template takes, CheckpointError for a template that fails.
+        Raises UsageError for a prompt that is empty, has no room in the context or does not suit the template, CheckpointError for a template that fails.
         """
         if max_tokens < 1:
             raise UsageError(f"max_tokens={max_tokens}: it must be 1 or more.")

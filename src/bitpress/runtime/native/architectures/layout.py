@@ -1,4 +1,4 @@
-"""What the native decoder needs to know of a model but its weights, and what an architecture must say."""
+"""Layout, a model's sizes and rotations for the native decoder, and Architecture, the protocol of families of models."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything about a model but its weights. `rope` and `window` have an entry a layer: -1 is no rotation, 0 no window."""
+    """Everything about a model except its weights. `rope` and `window` have one entry per layer: -1 is no rotation, 0 no window."""
 
     hidden: int
     intermediate: int
@@ -40,7 +40,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Names:
-    """What a checkpoint calls the parameters beside the layers; `layer` has a place for the number."""
+    """The names in a checkpoint: `layer` with `{}` for the number, and the parameters outside the layers."""
 
     layer: str = "model.layers.{}"
     embedding: str = "model.embed_tokens.weight"
@@ -49,7 +49,7 @@ class Names:
 
 
 class Architecture(Protocol):
-    """One family of model types. A configuration that `refusal` has nothing against can be described."""
+    """One family of model types. `describe` is called only for a configuration that `refusal` accepts (returns None for)."""
 
     def refusal(self, config: Any) -> str | None:
         """Say in a few words why the native decoder cannot run a configuration, or None."""

@@ -1,11 +1,11 @@
 """Llama's family: one block with variations, read from transformers' own configuration object.
 
-The table below says which model types there are and how each differs from Llama, and `describe` everything else (head size, norms of
-queries and keys, biases, windows, rotations). What the decoder does not do is refused by name, and such a model runs in transformers.
+The table below lists the model types and how each differs from Llama; `describe` reads everything else (head size, norms of queries
+and keys, biases, windows, rotations). Settings that the decoder does not support are refused by name; the model then runs in transformers.
 
-Every setting has an answer: `describe` follows it, it changes no logits, or `refusal` names it unless it has its class's default. So a
-setting that a later transformers adds is never left out unseen. A name that the class does not have is left out as transformers leaves
-it out, but for the few that its shared code looks for in every configuration (`LOOKED_FOR`).
+Every setting is classified: `describe` follows it, or it changes no logits, or `refusal` names it unless it has its class's default. So a
+setting that a later transformers adds is never ignored in silence. A name that the class does not have is ignored, as in transformers,
+except for the few that transformers' shared code looks for in every configuration (`LOOKED_FOR`).
 """
 
 import math
@@ -41,7 +41,7 @@ FOLLOWED = frozenset(
         "dtype",
     }
 )
-# Settings that change no logits: of training, of files, of what is returned beside them.
+# Settings that change no logits: of training, of files, of returned values.
 NEUTRAL = frozenset(
     {
         "initializer_range",
@@ -79,9 +79,9 @@ LOOKED_FOR: dict[str, Any] = {
 class Llama:
     """How one model type differs from Llama.
 
-    own              settings that this type has beside those of `FOLLOWED`; biases show in the weights themselves
+    own              settings that this type has in addition to `FOLLOWED`; biases are found in the weights themselves
     one_plus         norms multiply by 1 + weight
-    out_norms        norms behind attention and MLP as well as before them
+    out_norms        norms after attention and MLP as well as before them
     head_norms       norms of every query and key head
     scaled           embeddings are multiplied by sqrt(hidden size)
     activation       the setting that names the activation
@@ -182,13 +182,13 @@ class Llama:
 
 
 def _unanswered(config: Any, own: frozenset[str]) -> str | None:
-    """Name a setting that is neither followed nor without effect, and that has not its class's default."""
+    """Name a setting that is neither followed nor without effect and differs from its class's default."""
     known = {field.name: field for field in fields(config)}
     for name in sorted(known.keys() - FOLLOWED - own - NEUTRAL):
         field = known[name]
         value = getattr(config, name)
         usual = field.default_factory() if field.default_factory is not MISSING else field.default
-        # An explicit null is what a switch that is off may be written as.
+        # A switch that is off may be written as an explicit null.
         if value != usual and not (value is None and usual is False):
             return f"{name} is {_short(value)}, which is not followed"
     for name, usual in LOOKED_FOR.items():
@@ -249,7 +249,7 @@ def _kinds(config: Any, family: Llama) -> list[str]:
 
 
 def _rope_parameters(config: Any, family: Llama) -> dict[str, Any]:
-    """Return the settings of every rotation by the kind of layer it is for; of a family with one, under the name "all"."""
+    """Return the settings of every rotation by the kind of layer that it serves; a family with a single rotation has the kind "all"."""
     if not family.ropes:
         return {"all": config.rope_parameters}
     return {kind: config.rope_parameters.get(kind) for kind in sorted(set(config.layer_types))}

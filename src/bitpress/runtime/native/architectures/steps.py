@@ -1,8 +1,8 @@
-"""Steps: what a layer of the native decoder does, in the order in which it does it.
+"""Steps: the operations of a layer of the native decoder, in their order.
 
-A layer works on the residual stream and on named values. An *input* is rows that products read (a norm, attention and a gated product
-make one); an *output* is rows that products made. Every value is made once in a layer; an input is read by any number of products, an
-output by one step. Linear layers and norms are named as the checkpoint names them, behind the name of their layer.
+A layer works on the residual stream and on named values. An *input* is rows that products read (a norm, attention or a gated product
+makes one); an *output* is rows that products made. Every value is made once in a layer; an input is read by any number of products, an
+output by one step. Linear layers and norms have their names in the checkpoint, without the name of their layer.
 
     Norm("input_layernorm", to="x")                                      x = norm(stream)
     Multiply("x", {"q": "self_attn.q_proj", "k": ..., "v": ...})         q = x @ q_proj.T + bias, and so on
@@ -37,7 +37,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Attend:
-    """Causal attention. `rope` is the index of a rotation, or -1; `window` the positions that are looked back on, or 0 for all."""
+    """Causal attention. `rope` is the index of a rotation, or -1; `window` is the number of last positions that a token attends to, or 0 for all."""
 
     queries: str
     keys: str

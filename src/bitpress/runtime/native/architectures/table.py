@@ -7,7 +7,7 @@ from bitpress.runtime.native.architectures.llama import LLAMA_FAMILY
 
 __all__ = ["ARCHITECTURES", "RULES", "describe", "refusal"]
 
-# Part of the name of a kept layout: one that was described by other rules is made anew.
+# Part of the name of a cached layout: raise it when the same configuration is described in another way, so that old layouts are rebuilt.
 RULES = 3
 
 ARCHITECTURES: dict[str, Architecture] = {**LLAMA_FAMILY}
@@ -21,5 +21,5 @@ def refusal(config: Any) -> str | None:
 
 
 def describe(config: Any) -> Layout:
-    """Read a configuration that `refusal` has nothing against."""
+    """Describe a model by a configuration that `refusal` accepts."""
     return ARCHITECTURES[config.model_type].describe(config)

@@ -1,0 +1,1 @@
+"""Tasks: one file a family of models, one row in `table.py`."""
