@@ -68,15 +68,37 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def python_functions(source: str) -> Iterator[tuple[str, int]]:
+    """Yield the name and the number of lines of every function of a Python file."""
+    for node in functions(ast.parse(source)):
+        yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def native_functions(source: str) -> Iterator[tuple[str, int]]:
+    """Yield the name and the number of lines of every function of a C++ file: a block in braces behind `name(...)`."""
+    source = re.sub(r"^#.*|//[^\n]*|\"(?:\\.|[^\"\n])*\"|'(?:\\.|[^'\n])+'", "", source, flags=re.MULTILINE)
+    begun: list[tuple[str, int]] = []  # of every open brace, what stands before it, and its line
+    before, line = "", 1
+    for character in source:
+        line += character == "\n"
+        if character == "{":
+            begun.append((before, line - before.lstrip().count("\n")))
+        elif character == "}":
+            head, first = begun.pop()
+            name = re.match(r"[^=]*?\b(\w+)\s*\(", head)
+            if name and name[1] not in ("if", "for", "while", "switch", "catch"):
+                yield name[1], line - first + 1
+        before = "" if character in "{};" else before + character
+
+
 def long_functions() -> dict[str, int]:
     """Return the number of lines of every function that is too long, as `file:name`."""
-    found = {}
-    for path in sources():
-        for node in functions(ast.parse(path.read_text())) if path.suffix == ".py" else ():
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            if lines > LONGEST_FUNCTION:
-                found[f"{path.relative_to(ROOT)}:{node.name}"] = lines
-    return found
+    return {
+        f"{path.relative_to(ROOT)}:{name}": lines
+        for path in sources()
+        for name, lines in (python_functions if path.suffix == ".py" else native_functions)(path.read_text())
+        if lines > LONGEST_FUNCTION
+    }
 
 
 def count_phrases(text: str) -> dict[str, int]:

@@ -13,9 +13,9 @@ from rich.console import Console
 
 import bitpress
 from bitpress.cli.app import quantize as command
-from bitpress.cli.recipe_options import build_recipe
+from bitpress.cli.recipe_options import read_method
 from bitpress.errors import UsageError
-from bitpress.recipes import Recipe, choose_recipe, make_recipe
+from bitpress.recipes import Method, Recipe, build_method, choose_method, make_recipe
 from bitpress.screen import Screen, watch
 
 # What only a command needs.
@@ -28,12 +28,12 @@ def test_python_has_every_option_of_the_command() -> None:
 
 
 def test_both_make_the_same_recipe() -> None:
-    made = choose_recipe(None, bits=3, quantizer="gptq", calibration={"samples": 5, "seed": None}, skip=["*.v_proj"])
-    assert made == build_recipe(None, None, 3, None, "gptq", None, None, 5, None, None, ["*.v_proj"])
+    made = choose_method(None, bits=3, quantizer="gptq", calibration={"samples": 5, "seed": None}, skip=["*.v_proj"]).recipe
+    assert made == read_method(None, None, 3, None, "gptq", None, None, 5, None, None, ["*.v_proj"]).recipe
     assert made.calibration.samples == 5
     own = make_recipe({"weights": "int8-row", "calibration": {"length": 32}, "skip": ["*.k_proj"]})
     assert isinstance(own, Recipe)
-    made = choose_recipe(own, calibration={"samples": 5}, skip=["*.v_proj"])
+    made = choose_method(own, calibration={"samples": 5}, skip=["*.v_proj"]).recipe
     assert made == make_recipe(
         {"weights": "int8-row", "calibration": {"length": 32, "samples": 5}, "skip": ["*.k_proj", "*.v_proj"]}
     )
@@ -62,6 +62,19 @@ def test_progress_of_ones_own_hears_everything(
     assert capsys.readouterr().err == ""
     with pytest.raises(UsageError, match="cache needs `against`"):
         bitpress.evaluate(tmp_path / "out", cache="int8")
+
+
+def test_a_recipe_is_built_once(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    built = []
+
+    def counting(recipe: Recipe) -> Method:
+        built.append(recipe)
+        return build_method(recipe)
+
+    monkeypatch.setattr("bitpress.recipes.text.build_method", counting)
+    monkeypatch.setattr("bitpress.pipeline.quantize.build_method", counting)
+    bitpress.quantize(tiny_model("llama"), tmp_path / "out", weights="int4-g32-zero", quantizer="rtn", proof_tokens=0)
+    assert len(built) == 1
 
 
 def test_a_bar_on_a_narrow_terminal_keeps_its_count_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,23 @@ def test_long_files_and_functions_need_a_reason_for_as_long_as_they_are_long(
     assert check.lower(excused)["functions"] == {"src/a.py:f": ""}
 
 
+def test_functions_of_both_languages_are_measured(check: ModuleType) -> None:
+    native = """#if defined(A) {
+namespace n {
+struct S { int f() const { return '}'; } };
+// {
+template <int N> static void g(int a,
+                               int b) {
+    if (a) {
+        auto h = [&](int c) { return "{"; };
+    }
+}
+}
+"""
+    assert list(check.native_functions(native)) == [("f", 1), ("g", 6)]
+    assert list(check.python_functions("def f(\n    a):\n    def g():\n        pass\n")) == [("f", 4), ("g", 2)]
+
+
 def test_phrases_are_found_across_line_breaks_and_in_comments(check: ModuleType) -> None:
     text = '''"""Read it. What the file holds and nobody reads
     is kept."""

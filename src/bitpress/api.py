@@ -14,7 +14,7 @@ from bitpress.measure.multiple_choice import DOCUMENTS
 from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Progress
-from bitpress.recipes import Recipe, choose_recipe
+from bitpress.recipes import Recipe, choose_method
 from bitpress.runtime.native.options import EngineOptions
 from bitpress.runtime.opening import load
 from bitpress.screen import watch
@@ -60,7 +60,7 @@ def quantize(
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    made = choose_recipe(
+    made = choose_method(
         recipe,
         preset=preset,
         bits=bits,

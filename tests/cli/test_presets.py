@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import bitpress
 from bitpress.cli.app import app
-from bitpress.cli.recipe_options import build_recipe
+from bitpress.cli.recipe_options import read_method
 from bitpress.errors import UsageError
 from bitpress.formats import parse_format
 from bitpress.presets import find_preset, preset_names
@@ -71,7 +71,7 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitpress.api.resolve_model", lambda model, progress: Path(model))
-        patch.setattr("bitpress.api.quantize_directory", lambda model, out, recipe, **rest: seen.append(recipe))
+        patch.setattr("bitpress.api.quantize_directory", lambda model, out, method, **rest: seen.append(method.recipe))
         bitpress.quantize("nowhere", tmp_path / "out", preset="best", bits=3, weights="int3-g128-zero")
         bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"skip": ["*.v_proj"]})
         bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"quantizer": {"name": "rtn"}})
@@ -87,12 +87,12 @@ def test_bits_alone_are_the_preset_balanced(bits: int) -> None:
     code, text = run("--bits", str(bits), "--explain", "--json")
     assert code == 0
     assert json.loads(text)["recipe"] == yaml.safe_load(json.dumps(find_preset("balanced", bits).recipe))
-    assert build_recipe(None, None, bits, *[None] * 8) == make_recipe(find_preset("balanced", bits).recipe)
-    assert build_recipe(None, "Balanced", bits, *[None] * 8) == make_recipe(find_preset("balanced", bits).recipe)
+    assert read_method(None, None, bits, *[None] * 8).recipe == make_recipe(find_preset("balanced", bits).recipe)
+    assert read_method(None, "Balanced", bits, *[None] * 8).recipe == make_recipe(find_preset("balanced", bits).recipe)
 
 
 def test_bits_beside_a_quantizer_are_its_format() -> None:
-    recipe = build_recipe(None, None, 3, None, "GPTQ", *[None] * 6)
+    recipe = read_method(None, None, 3, None, "GPTQ", *[None] * 6).recipe
     assert recipe == make_recipe({"weights": "int3-g64-zero", "quantizer": "gptq"})
 
 

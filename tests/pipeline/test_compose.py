@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import bitpress
 from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import JOB_DIRECTORY, CompressedCheckpoint
-from bitpress.cli.recipe_options import build_recipe
+from bitpress.cli.recipe_options import read_method
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
 from bitpress.corrections.svdquant import SVDQuant
@@ -432,9 +432,9 @@ def test_default_scales_that_are_left_out_are_told(tiny_model: Callable[..., Pat
 def test_a_file_without_a_quantizer_takes_one_of_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("weights: int3-g16-zero\n", encoding="utf-8")
-    made = build_recipe(path, None, None, None, "rtn", None, None, None, None, None, None)
-    assert made.quantizer_name == "rtn"
-    assert build_method(made).resolved()["transforms"] == []
+    made = read_method(path, None, None, None, "rtn", None, None, None, None, None, None)
+    assert made.recipe.quantizer_name == "rtn"
+    assert made.resolved()["transforms"] == []
 
 
 @pytest.mark.parametrize("run_time", [True, False])

@@ -37,7 +37,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"overrides": [{"match": "*.qproj", "weights": "int8-row"}]}, r"overrides: '\*.qproj' .* did you mean \*.q_proj\?"),
     (
         {"overrides": [{"match": "lm_head", "weights": "int8-row"}]},
-        "overrides: 'lm_head' matches only weights that stay uncompressed",
+        "overrides: 'lm_head' matches only weights that stay uncompressed anyway",
     ),
     (
         {"skip": ["*.q_proj"], "overrides": [{"match": "*.q_proj", "weights": "int8-row"}]},

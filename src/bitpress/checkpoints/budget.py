@@ -35,55 +35,55 @@ def open_within(directory: str | Path, memory: int | str) -> CompressedCheckpoin
     return within(CompressedCheckpoint.open(directory), memory)
 
 
-def within(pressed: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:
+def within(checkpoint: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:
     """Return the checkpoint with as many terms of its stacks as fit; the terms that remove the most error per byte come first.
 
     Raises UsageError if no weight is a stack, MemoryLimitError if even the first terms are too large, and CheckpointError if the
     manifest's errors do not belong to its weights.
     """
     budget = parse_bytes(memory)
-    blocks = {name: _blocks(pressed, name, record) for name, record in pressed.manifest.weights.items() if record.errors}
+    blocks = {name: _blocks(checkpoint, name, record) for name, record in checkpoint.manifest.weights.items() if record.errors}
     if not blocks:
         raise UsageError(
-            f"{pressed.root}: no weight can be loaded in part; leave out memory, or quantize with the quantizer bitstack."
+            f"{checkpoint.root}: no weight can be loaded in part; leave out memory, or quantize with the quantizer bitstack."
         )
-    errors = {name: pressed.manifest.weights[name].errors or [] for name in blocks}
-    sizes = {name: [_nbytes(pressed, names) for names in parts] for name, parts in blocks.items()}
+    errors = {name: checkpoint.manifest.weights[name].errors or [] for name in blocks}
+    sizes = {name: [_nbytes(checkpoint, names) for names in parts] for name, parts in blocks.items()}
     in_stacks = sum(map(sum, sizes.values()))
-    always = _nbytes(pressed, pressed.tensors) - in_stacks
+    always = _nbytes(checkpoint, checkpoint.tensors) - in_stacks
     least = always + sum(parts[0] for parts in sizes.values())
     if budget < least:
         raise MemoryLimitError(
-            f"{pressed.root}: {budget:,} bytes are too few; the model needs {least:,} at least, and {always + in_stacks:,} in full."
+            f"{checkpoint.root}: {budget:,} bytes are too few; the model needs {least:,} at least, and {always + in_stacks:,} in full."
         )
     try:
         counts = choose_blocks(errors, sizes, budget - always)
     except UsageError as error:
-        raise CheckpointError(f"{pressed.root}: {error}") from error
-    return _cut(pressed, blocks, counts)
+        raise CheckpointError(f"{checkpoint.root}: {error}") from error
+    return _cut(checkpoint, blocks, counts)
 
 
-def _blocks(pressed: CompressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
+def _blocks(checkpoint: CompressedCheckpoint, name: str, record: WeightRecord) -> list[list[str]]:
     """Return the tensors of each term of a stack; its maps go with the first."""
     terms = record.spec["terms"]
     if len(terms) != len(record.errors or ()):
         raise CheckpointError(
-            f"{pressed.root}: {name}: the manifest has {len(record.errors or ())} errors for {len(terms)} terms."
+            f"{checkpoint.root}: {name}: the manifest has {len(record.errors or ())} errors for {len(terms)} terms."
         )
     stem = record.parameter(name).stem
-    parts = [[t for t in pressed.stored[name] if t.startswith(f"{stem}.term{k}.")] for k in range(len(terms))]
-    parts[0] += [t for t in pressed.stored[name] if not t.startswith(f"{stem}.term")]
+    parts = [[t for t in checkpoint.stored[name] if t.startswith(f"{stem}.term{k}.")] for k in range(len(terms))]
+    parts[0] += [t for t in checkpoint.stored[name] if not t.startswith(f"{stem}.term")]
     return parts
 
 
-def _nbytes(pressed: CompressedCheckpoint, names: Sequence[str] | Mapping[str, object]) -> int:
-    return sum(pressed.tensors[name][1].nbytes for name in names)
+def _nbytes(checkpoint: CompressedCheckpoint, names: Sequence[str] | Mapping[str, object]) -> int:
+    return sum(checkpoint.tensors[name][1].nbytes for name in names)
 
 
 def _cut(
-    pressed: CompressedCheckpoint, blocks: Mapping[str, list[list[str]]], counts: Mapping[str, int]
+    checkpoint: CompressedCheckpoint, blocks: Mapping[str, list[list[str]]], counts: Mapping[str, int]
 ) -> CompressedCheckpoint:
-    weights, stored = dict(pressed.manifest.weights), dict(pressed.stored)
+    weights, stored = dict(checkpoint.manifest.weights), dict(checkpoint.stored)
     left_out: set[str] = set()
     for name, count in counts.items():
         record = weights[name]
@@ -92,6 +92,6 @@ def _cut(
         behind = {t for part in blocks[name][count:] for t in part}
         stored[name] = tuple(t for t in stored[name] if t not in behind)
         left_out |= behind
-    tensors = {name: entry for name, entry in pressed.tensors.items() if name not in left_out}
-    manifest = pressed.manifest.model_copy(update={"weights": weights})
-    return replace(pressed, manifest=manifest, stored=stored, tensors=tensors, cut=True)
+    tensors = {name: entry for name, entry in checkpoint.tensors.items() if name not in left_out}
+    manifest = checkpoint.manifest.model_copy(update={"weights": weights})
+    return replace(checkpoint, manifest=manifest, stored=stored, tensors=tensors, cut=True)

@@ -2,8 +2,8 @@
 
 Strict (`read_json`, `parse_json`): one meaning a file, whoever reads it. Refused: more than 16 MiB, bytes that are not UTF-8,
 nesting deeper than 32, a repeated key, NaN and infinities (also as a number too large for a double), integers of more than 20
-digits, lone surrogates. What is written is canonical: keys sorted, one space of indent, a newline at the end, so that equal values
-are equal bytes.
+digits, lone surrogates. Writing is canonical: keys sorted, one space of indent, a newline at the end, so that equal values are
+equal bytes.
 
 Liberal (`read_foreign_json`, `parse_foreign_json`): whatever Python's own reader accepts, since that is what transformers writes and
 reads with: NaN and infinities, integers of any length (10**30 is transformers' way to say "unknown"), a repeated key (the last

@@ -7,7 +7,7 @@ is tied to.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +74,22 @@ class NameMap:
         return {name: (value[0] if isinstance(value, list) else value) for name, value in done.items()}
 
 
+@dataclass
+class _Places:
+    """Where the tensors of a checkpoint go, by their names alone.
+
+    tied        tensors of tied parameters, each with the parameter that it is a copy of
+    left_out    copies, and tensors that the architecture ignores
+    strange     tensors without a parameter
+    """
+
+    plain: dict[str, str] = field(default_factory=dict)
+    conversions: dict[str, _Conversion] = field(default_factory=dict)
+    tied: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+
+
 def map_names(
     model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor], *, carved: bool = False
 ) -> NameMap:
@@ -83,6 +99,32 @@ def map_names(
 
     Raises CheckpointError for a tensor without a parameter, a parameter without a tensor, or a shape that differs.
     """
+    state = model.state_dict()
+    aliases = {str(k): str(v) for k, v in dict(model.all_tied_weights_keys).items()}
+    places = _place(model, checkpoint, state, aliases)
+    conversions = tuple(places.conversions.values())
+    used = {_part(n) for n in (*places.plain.values(), *(source for c in conversions for source, _ in c.sources))}
+    for name in places.strange:
+        if not carved or _part(name) in used:
+            raise CheckpointError(
+                f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
+            )
+    left_out = (*places.left_out, *places.strange)
+    result = NameMap(places.plain, conversions, aliases, left_out, model)
+    for target, source in places.plain.items():
+        _check_type(checkpoint[source], state[target].dtype)
+    for conversion in conversions:
+        for source, _ in conversion.sources:  # experts and what else is put together are floating-point weights
+            _check_type(checkpoint[source], torch.float32)
+    _check_complete(result, state, checkpoint)
+    for name, original in places.tied:
+        _check_type(checkpoint[name], state[original].dtype)
+        _check_copy(checkpoint[name], checkpoint[places.plain[original]], read)
+    return result
+
+
+def _place(model: Any, names: Iterable[str], state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> _Places:
+    """Place tensors by transformers' own rewritings of names. Raises CheckpointError for two tensors of one parameter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -90,55 +132,29 @@ def map_names(
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    state = model.state_dict()
-    aliases = {str(k): str(v) for k, v in dict(model.all_tied_weights_keys).items()}
     ignorable = [re.compile(p) for p in (model._keys_to_ignore_on_load_unexpected or [])]
-
-    plain: dict[str, str] = {}
-    conversions: dict[str, _Conversion] = {}
-    left_out: list[str] = []
-    tied: list[tuple[str, str]] = []
-    strange: list[str] = []
-    for name in sorted(checkpoint, key=dot_natural_key):
+    places = _Places()
+    for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, pattern = name, None
         if pattern is not None:
-            made = conversions.setdefault(target, _Conversion(target, by_pattern[pattern]))
+            made = places.conversions.setdefault(target, _Conversion(target, by_pattern[pattern]))
             made.sources.append((name, pattern))
         elif target in aliases:
-            tied.append((name, aliases[target]))
-            left_out.append(name)
+            places.tied.append((name, aliases[target]))
+            places.left_out.append(name)
         elif target in state:
-            if target in plain:
-                raise CheckpointError(f"{name!r} and {plain[target]!r} of the checkpoint both map to {target!r} of the model.")
-            plain[target] = name
+            if target in places.plain:
+                raise CheckpointError(
+                    f"{name!r} and {places.plain[target]!r} of the checkpoint both map to {target!r} of the model."
+                )
+            places.plain[target] = name
         elif _COMPUTED.search(name) or any(p.search(name) or p.search(target) for p in ignorable):
-            left_out.append(name)
-        elif carved:
-            strange.append(name)
+            places.left_out.append(name)
         else:
-            raise CheckpointError(
-                f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
-            )
-    used = {_part(n) for n in (*plain.values(), *(source for c in conversions.values() for source, _ in c.sources))}
-    for name in strange:
-        if _part(name) in used:
-            raise CheckpointError(
-                f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
-            )
-        left_out.append(name)
-    result = NameMap(plain, tuple(conversions.values()), aliases, tuple(left_out), model)
-    for target, source in plain.items():
-        _check_type(checkpoint[source], state[target].dtype)
-    for conversion in conversions.values():
-        for source, _ in conversion.sources:  # experts and what else is put together are floating-point weights
-            _check_type(checkpoint[source], torch.float32)
-    _check_complete(result, state, checkpoint)
-    for name, original in tied:
-        _check_type(checkpoint[name], state[original].dtype)
-        _check_copy(checkpoint[name], checkpoint[plain[original]], read)
-    return result
+            places.strange.append(name)
+    return places
 
 
 def _hint(name: str) -> str:

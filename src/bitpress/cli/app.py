@@ -36,7 +36,7 @@ from bitpress.cli.options import (
     is_set,
     refuse_idle,
 )
-from bitpress.cli.recipe_options import build_recipe, explain_preset
+from bitpress.cli.recipe_options import explain_preset, read_method
 from bitpress.cli.screen import Screen, begin_output, out, print_json
 from bitpress.runtime.native.options import EngineOptions
 from bitpress.settings import share_cores, use_large_pages
@@ -107,18 +107,16 @@ def quantize(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
-    from bitpress.recipes import build_method
 
-    made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    method = read_method(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen)
-        method = build_method(made)
         if not method.needs and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
                 f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
-        report = quantize_directory(source, output, made, strict=strict, force=force, proof=proof, progress=screen)
+        report = quantize_directory(source, output, method, strict=strict, force=force, proof=proof, progress=screen)
     if as_json:
         print_json(report)
     else:
@@ -149,12 +147,11 @@ def plan(
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
-    from bitpress.recipes import build_method
 
-    made = build_recipe(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
-    method = build_method(made)
-    if method.needs and not made.calibration.text.startswith("hf:"):
-        read_texts(made.calibration.text)  # as quantize would; a data set of the hub is not fetched for a plan
+    method = read_method(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    text = method.recipe.calibration.text
+    if method.needs and not text.startswith("hf:"):
+        read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
         planned, streamed, _ = plan_run(resolve_model(model, screen), method)
         seconds = estimate_seconds(streamed, method, planned.weights)

@@ -1,12 +1,12 @@
 """Options and arguments of the commands."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from bitpress.errors import UsageError
-from bitpress.runtime.native.options import MOST_THREADS
+from bitpress.runtime.native.options import MOST_THREADS, CacheType
 from bitpress.runtime.sampling import LIMITS
 
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
@@ -33,7 +33,9 @@ Activations = Annotated[
         metavar="int8|mixed|none", help="native: inputs of products in 8 bits or in float; mixed: float in prompts only."
     ),
 ]
-Cache = Annotated[str | None, typer.Option(metavar="fp16|int8", help="native: type of the stored keys and values.")]
+Cache = Annotated[
+    str | None, typer.Option(metavar="|".join(get_args(CacheType)), help="native: type of the stored keys and values.")
+]
 Head = Annotated[
     str | None, typer.Option(metavar="FORMAT|keep", help="native: format for an uncompressed output head, int8-g64 by default.")
 ]

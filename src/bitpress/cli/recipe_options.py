@@ -1,4 +1,4 @@
-"""The recipe of a command's options: a file or a preset first, then single options, then --set."""
+"""The method of a command's options: a file or a preset first, then single options, then --set."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from bitpress.cli.screen import print_json
 from bitpress.errors import UsageError
 
 if TYPE_CHECKING:
-    from bitpress.recipes import Recipe
+    from bitpress.recipes import Method
 
-__all__ = ["build_recipe", "explain_preset"]
+__all__ = ["explain_preset", "read_method"]
 
 
-def build_recipe(
+def read_method(
     file: Path | None,
     preset: str | None,
     bits: int | None,
@@ -26,14 +26,14 @@ def build_recipe(
     length: int | None,
     seed: int | None,
     skip: list[str] | None,
-) -> "Recipe":
-    """Build the recipe. Raises UsageError, FormatError."""
+) -> "Method":
+    """Build the recipe and the method of it. Raises UsageError, FormatError."""
     from bitpress.presets import preset_names
-    from bitpress.recipes import choose_recipe
+    from bitpress.recipes import choose_method
 
     if file is not None and preset is None and bits is None and file.name.lower() in preset_names() and not file.exists():
         raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
-    return choose_recipe(
+    return choose_method(
         file,
         preset=preset,
         bits=bits,

@@ -12,7 +12,7 @@ __all__ = ["Answer", "Request", "threads_text"]
 
 @dataclass(frozen=True)
 class Request:
-    """The options of `bitpress run`. Of `engine`, transformers follows `threads` alone. Raises UsageError for stop strings that are none."""
+    """The options of `bitpress run`. Of `engine`, transformers follows `threads` alone. Raises UsageError for invalid stop strings."""
 
     max_tokens: int = 256
     sampling: SamplingRequest = field(default_factory=SamplingRequest)

@@ -19,7 +19,7 @@ from bitpress.calibration.stats import of_origin
 from bitpress.errors import BitpressError, UsageError
 from bitpress.faults import read_yaml
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.recipes import DEFAULT_QUANTIZER, Method, Recipe, build_method, make_recipe, spelled
+from bitpress.recipes import DEFAULT_QUANTIZER, Method, Recipe, make_method, spelled
 from bitpress.recipes.method import compute_dtype
 
 __all__ = ["Variant", "read_candidates"]
@@ -173,14 +173,14 @@ def _build(values: Mapping[str, Any], shared: Mapping[str, Any], compute: str) -
     own = values.get("calibration")
     calibration = {**shared, **(own if isinstance(own, dict) else {})}
     if own is not None and not isinstance(own, dict):
-        return build_method(make_recipe(values)), False  # which says what a calibration is
+        return make_method(values), False  # which says what a calibration is
     said = isinstance(own, dict) and "inputs" in own
     # On the compressed model's inputs every method can run; what it needs says whether it must.
-    first = build_method(make_recipe({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}}))
+    first = make_method({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}})
     must = bool(of_origin(first.needs, "original")) or first.recipe.calibration.sequential
     if not said:
         calibration["inputs"] = "pressed" if must else calibration.get("inputs", "original")
-    method = build_method(make_recipe({"compute": compute, **values, "calibration": calibration}))
+    method = make_method({"compute": compute, **values, "calibration": calibration})
     if method.compute != compute_dtype(compute):
         raise UsageError(f"compute: {method.recipe.compute} is not what all are compared in; leave it out and give --compute.")
     return method, must and not said and shared.get("inputs") != "pressed"

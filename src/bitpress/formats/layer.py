@@ -1,4 +1,4 @@
-"""CompressedLayer: a compressed weight and how the input of its product is rounded. What manifests, kernels and runtimes take.
+"""CompressedLayer: a compressed weight and how the input of its product is rounded. Manifests, kernels and runtimes take it.
 
     y = T_out (sum of terms) Q(T_in x)            Q is `input`, the identity where there is none
 
@@ -39,12 +39,12 @@ class CompressedLayer:
         return next(iter(self.tensors().values())).device
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything stored, by name."""
+        """Return all stored tensors by name."""
         stored = {} if self.input is None else {f"{_PREFIX}{name}": t for name, t in self.input.tensors.items()}
         return self.weight.tensors() | stored
 
     def input_spec(self) -> dict[str, str] | None:
-        """Return what beside the weight's specification defines the layer, as JSON."""
+        """Return the specification of the input as JSON, or None: with the weight's specification it defines the layer."""
         return None if self.input is None else self.input.spec()
 
     @staticmethod

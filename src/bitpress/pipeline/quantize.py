@@ -121,14 +121,14 @@ def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, Original
 def quantize_directory(
     model: Path,
     out: Path,
-    recipe: Recipe,
+    recipe: Recipe | Method,
     *,
     strict: bool = False,
     force: bool = False,
     proof: Proof | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compress a model directory into `out` and give the report.
+    """Compress a model directory into `out` by a recipe, or the method of one, and give the report.
 
     The same call resumes an interrupted run; a finished one gives its report again. Raises UsageError, FormatError,
     CalibrationError (2), CheckpointError (3), DiskError (4), MemoryLimitError (5), NumericsError (6), JobStopped (75).
@@ -136,17 +136,18 @@ def quantize_directory(
     progress, proof = progress or Silent(), proof or Proof()
     started = time.perf_counter()
     check_vacant(out)
-    method = build_method(recipe)
+    method = build_method(recipe) if isinstance(recipe, Recipe) else recipe
+    calibration = method.recipe.calibration
     plan, streamed, loader = plan_run(model, method)
     check_memory(plan)
-    if proof.tokens and method.needs and proof.text == recipe.calibration.text:
+    if proof.tokens and method.needs and proof.text == calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
         config = streamed.model.config
         draw_evaluation(proof.text, streamed.task, model, config, count=proof.tokens, length=proof.length)
     samples = None
     if method.needs:
-        samples = draw_calibration(recipe.calibration, streamed.task, model, streamed.model.config)
+        samples = draw_calibration(calibration, streamed.task, model, streamed.model.config)
     run = Run(model, streamed, loader, method, plan, samples)
     identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
     finished = _finished(out, identity, force)

@@ -1,11 +1,11 @@
 """Recipes: the text of a run, and the method that is built of it once."""
 
-from bitpress.recipes.choice import choose_recipe
+from bitpress.recipes.choice import choose_method
 from bitpress.recipes.kinds import KINDS
 from bitpress.recipes.method import LayerMethod, Method, Named, build_method
 from bitpress.recipes.parts import make_part, settings_of, spelled
 from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, NamedRecipe, Override, Recipe
-from bitpress.recipes.text import dump_recipe, load_recipe, make_recipe, told_overrides, told_weights
+from bitpress.recipes.text import dump_recipe, load_recipe, make_method, make_recipe, told_overrides, told_weights
 
 __all__ = [
     "DEFAULT_QUANTIZER",
@@ -19,9 +19,10 @@ __all__ = [
     "Override",
     "Recipe",
     "build_method",
-    "choose_recipe",
+    "choose_method",
     "dump_recipe",
     "load_recipe",
+    "make_method",
     "make_part",
     "make_recipe",
     "settings_of",

@@ -1,17 +1,18 @@
-"""The recipe of what a user asked for: a file, a mapping or a preset first, then single settings, then KEY=VALUE texts."""
+"""The method of what a user asked for: a file, a mapping or a preset first, then single settings, then KEY=VALUE texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitpress.presets import preset_keys
+from bitpress.recipes.method import Method
 from bitpress.recipes.recipe import Recipe
-from bitpress.recipes.text import load_recipe, make_recipe
+from bitpress.recipes.text import load_recipe, make_method
 
-__all__ = ["choose_recipe"]
+__all__ = ["choose_method"]
 
 
-def choose_recipe(
+def choose_method(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     preset: str | None = None,
@@ -22,8 +23,8 @@ def choose_recipe(
     skip: Sequence[str] = (),
     sets: Sequence[str] = (),
     option: Callable[[str], str] = str,
-) -> Recipe:
-    """Build the recipe. Raises UsageError, FormatError.
+) -> Method:
+    """Build the recipe and the method of it. Raises UsageError, FormatError.
 
     recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
     calibration   settings of it that replace the recipe's; those that are None do not
@@ -54,4 +55,4 @@ def choose_recipe(
         values["calibration"] = {**values.get("calibration", {}), **chosen}
     if skip:
         values["skip"] = [*values.get("skip", ()), *skip]
-    return make_recipe(values, sets)
+    return make_method(values, sets)

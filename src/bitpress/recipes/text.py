@@ -14,12 +14,12 @@ from bitpress.foreign import foreign_hint
 from bitpress.formats import read_format
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
-from bitpress.recipes.method import build_method
+from bitpress.recipes.method import Method, build_method
 from bitpress.recipes.parts import spelled
 from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, Override, Recipe
 from bitpress.recipes.rules import check_composition
 
-__all__ = ["dump_recipe", "load_recipe", "make_recipe", "told_overrides", "told_weights"]
+__all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_overrides", "told_weights"]
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -37,6 +37,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Build a recipe from a mapping and `KEY=VALUE` texts with dotted keys. Raises UsageError, FormatError."""
+    return make_method(values, sets, where).recipe
+
+
+def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Method:
+    """Build a recipe and the method of it, as `make_recipe` does."""
     merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
     for text in sets:
         _set_(merged, text)
@@ -57,8 +62,9 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         if override.weights is None and override.quantizer is None:
             raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
-    check_composition(build_method(recipe))
-    return recipe
+    method = build_method(recipe)
+    check_composition(method)
+    return method
 
 
 def told_weights(recipe: Mapping[str, Any]) -> str:

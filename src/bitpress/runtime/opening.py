@@ -205,7 +205,7 @@ def load(
     Of the native engine:
     activations  "int8": inputs of products are rounded to 8 bits, a scale for every group; "none": they stay float; "mixed": those of
                  prompts stay float. By default "int8", or "mixed" if the directory records that 8 bits would cost its prompts much
-    cache        type of the stored keys and values, "fp16" (default) or "int8"
+    cache        type of the stored keys and values, one of `CacheType`; "fp16" by default
     head         format to round an uncompressed output head to, "int8-g64" by default; "keep": its 16 bits
     context      tokens to make room for; by default the model's own limit, 32,768 at most
     threads      by default as many as the process may use

@@ -40,12 +40,12 @@ def refuses(config: Any) -> str | None:
     return refusal(config)
 
 
-def refuses_directory(pressed: CompressedCheckpoint, config: Any = None) -> str | None:
+def refuses_directory(checkpoint: CompressedCheckpoint, config: Any = None) -> str | None:
     """Return why the native engine cannot run a directory here, or None. `config` is its configuration, if it was built already."""
-    rounded = next((name for name, record in pressed.manifest.weights.items() if record.input is not None), None)
+    rounded = next((name for name, record in checkpoint.manifest.weights.items() if record.input is not None), None)
     if rounded is not None:
         return f"the input of {rounded} is rounded by its layer's own format, which the engine does not support"
-    return refuses(build_config(pressed.config) if config is None else config)
+    return refuses(build_config(checkpoint.config) if config is None else config)
 
 
 def load_engine(
@@ -60,9 +60,11 @@ def load_engine(
     A tied embedding keeps its 16 bits, whatever format the output head is rounded to.
     Raises KernelUnavailable for an architecture that the engine does not know, CheckpointError as `load` does.
     """
-    pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    parts, _, _ = lay_out_directory(pressed, options, note=note)
-    return make_engine(parts, options, where=pressed.root)
+    checkpoint = (
+        directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
+    )
+    parts, _, _ = lay_out_directory(checkpoint, options, note=note)
+    return make_engine(parts, options, where=checkpoint.root)
 
 
 def lay_out_directory(
@@ -77,19 +79,21 @@ def lay_out_directory(
 
     `config` is transformers' configuration of the directory, if it was built already. Raises the errors of `load_engine`.
     """
-    pressed = directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
-    config = build_config(pressed.config) if config is None else config
-    if (reason := refuses_directory(pressed, config)) is not None:
-        raise KernelUnavailable(f"the native engine does not run {pressed.root}: {reason}; use the runtime transformers.")
+    checkpoint = (
+        directory if isinstance(directory, CompressedCheckpoint) else CompressedCheckpoint.open(directory, verify=verify)
+    )
+    config = build_config(checkpoint.config) if config is None else config
+    if (reason := refuses_directory(checkpoint, config)) is not None:
+        raise KernelUnavailable(f"the native engine does not run {checkpoint.root}: {reason}; use the runtime transformers.")
     wanted_context(describe(config), options.context)
-    pressed.check_fits(build_skeleton(config, torch.float32).state_dict())
-    return assemble(pressed, config, options.head_format, note), read_generation(pressed), pressed.nbytes
+    checkpoint.check_fits(build_skeleton(config, torch.float32).state_dict())
+    return assemble(checkpoint, config, options.head_format, note), read_generation(checkpoint), checkpoint.nbytes
 
 
-def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callable[[str], None]) -> Parts:
+def assemble(checkpoint: CompressedCheckpoint, config: Any, head: str, note: Callable[[str], None]) -> Parts:
     """Read a directory whose configuration `refuses` accepts, and lay its weights out."""
     layout, architecture = describe(config), ARCHITECTURES[config.model_type]
-    reader, names = _Reader(pressed, architecture.norm_offset(), note), architecture.names()
+    reader, names = _Reader(checkpoint, architecture.norm_offset(), note), architecture.names()
     layers = [reader.layer(names.layer.format(index), architecture.layer(layout, index)) for index in range(layout.layers)]
     inside = _bits(reader.linears)
     layer_bytes = sum(made.nbytes for made, _ in reader.linears)
@@ -116,15 +120,15 @@ def assemble(pressed: CompressedCheckpoint, config: Any, head: str, note: Callab
         expanded=sorted(set(reader.expanded)),
         bytes_per_token=layer_bytes + made_head.nbytes,
         bits=inside,
-        prompt_cost=pressed.manifest.prompt_cost,
+        prompt_cost=checkpoint.manifest.prompt_cost,
     )
 
 
 class _Reader:
     """Read parameters by name and lay linear layers out; record the formats that had to be expanded."""
 
-    def __init__(self, pressed: CompressedCheckpoint, norm_offset: float, note: Callable[[str], None]) -> None:
-        self.pressed = pressed
+    def __init__(self, checkpoint: CompressedCheckpoint, norm_offset: float, note: Callable[[str], None]) -> None:
+        self.checkpoint = checkpoint
         self.norm_offset = norm_offset
         self.note = note
         self.expanded: list[str] = []
@@ -132,12 +136,12 @@ class _Reader:
         self.linears: list[tuple[NativeLayout, int]] = []
 
     def has(self, name: str) -> bool:
-        return name in self.pressed.plain or name in self.pressed.manifest.weights
+        return name in self.checkpoint.plain or name in self.checkpoint.manifest.weights
 
     def plain(self, name: str) -> torch.Tensor:
-        if name not in self.pressed.plain:
-            raise CheckpointError(f"{self.pressed.root}: lacks {name!r}.")
-        return read_tensor(*self.pressed.tensors[name])
+        if name not in self.checkpoint.plain:
+            raise CheckpointError(f"{self.checkpoint.root}: lacks {name!r}.")
+        return read_tensor(*self.checkpoint.tensors[name])
 
     def layer(self, stem: str, steps: list[Step]) -> list[NativeStep]:
         return [
@@ -150,7 +154,7 @@ class _Reader:
         return (weight + self.norm_offset if self.norm_offset else weight).contiguous().numpy()
 
     def weight(self, name: str) -> CompressedWeight | torch.Tensor:
-        return self.pressed.read_weight(name) if name in self.pressed.manifest.weights else self.plain(name)
+        return self.checkpoint.read_weight(name) if name in self.checkpoint.manifest.weights else self.plain(name)
 
     def linear(self, stem: str) -> NativeLayout:
         weight = self.weight(f"{stem}.weight")
@@ -163,7 +167,7 @@ class _Reader:
         try:
             made = lay_out(weight, bias) if isinstance(weight, CompressedWeight) else lay_out_matrix(weight, bias)
         except FormatError as error:
-            raise CheckpointError(f"{self.pressed.root}: {stem}: {error}") from error
+            raise CheckpointError(f"{self.checkpoint.root}: {stem}: {error}") from error
         self.expanded += made.expanded
         self.note(stem)
         return made

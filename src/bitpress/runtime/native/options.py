@@ -21,7 +21,7 @@ class EngineOptions:
 
     activations  inputs of products: "int8", "none" (float), or "mixed" (float in prompts); by default "int8", or "mixed" if the
                  directory records that 8 bits would cost its prompts much
-    cache        type of the stored keys and values: "fp16" (default) or "int8"
+    cache        type of the stored keys and values, one of `CacheType`; USUAL_CACHE by default
     head         format that an uncompressed output head is rounded to, USUAL_HEAD by default; "keep" leaves it in 16 bits
     context      tokens to make room for; by default the model's own limit, 32,768 at most
     threads      by default as many as the process may use
