@@ -2,7 +2,7 @@
 
     reading       the text's passes through the blocks, by their products
     statistics    the sums that calibration takes over every input
-    pressing      the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
+    quantizing    the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
 
 Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
 runs here now. Reading and writing files, and the evaluation, are not included.
