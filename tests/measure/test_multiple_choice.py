@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_whole_model(
 
     path = pressed_original if what == "pressed" else tiny_model(what)
     model = open_streamed(path, torch.float32)
-    answers = Answers(model, tokenize_tasks({"own": read_questions(str(task_file), 500)}, path, model.model.config))
+    answers = Answers(model, tokenize_tasks({"own": read_questions(str(task_file), 500)}, path, model))
     model.load_outer_()
     answers.start_()
     walk(model, [answers])
