@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.models.carried import hollow
+from bitpress.models.hollow import hollow
 from bitpress.models.opening import open_original
 from bitpress.models.skeleton import build_config
 from bitpress.models.streaming import StreamedModel

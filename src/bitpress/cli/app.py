@@ -209,13 +209,13 @@ def evaluate(
         given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen)
         original = None if against is None else resolve_model(against, screen)
         part = None if memory is None else open_within(given, memory)
-        how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "pressed": part}
+        how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
         if original is not None:
             figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
         else:
             figures = evaluate_alone(given, **how, progress=screen) if on_text else {}
         if names:
-            figures["tasks"] = evaluate_tasks(given, names, documents=documents, pressed=part, progress=screen)
+            figures["tasks"] = evaluate_tasks(given, names, documents=documents, checkpoint=part, progress=screen)
             if original is not None:
                 figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
     if as_json:

@@ -3,7 +3,7 @@
     OUT/compare.json      what all recipes are compared on: hashes of the source and of the texts' tokens, the arithmetic, versions
     OUT/results.jsonl     a line for every recipe that is done, in the order of time
     OUT/capture/          what passes over the original have left; made again where it is missing
-    OUT/models/           pressed directories, where they are kept
+    OUT/models/           compressed models, if they are kept
     OUT/compare.html      the table and the picture; OUT/compare.svg the picture
 
 A line is fsynced before the next recipe begins; a torn last line has not happened. One process works here at a time.

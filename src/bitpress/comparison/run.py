@@ -91,23 +91,27 @@ def compare_recipes(
         with stoppable() as check_stop:
             early = sure_to_answer(candidates, best) if tasks else ()
             _run(made, results, candidates, early, identity, source, keep, check_stop, note_row)
-            found = {c: results.find(known_of(made, c)) or results.find(known_of(made, c, failed=True)) for c in candidates}
-            rows = {c: row for c, row in found.items() if row is not None}
+            rows = _rows(made, results, candidates)
             chosen = choose_best(rows, best)
             answers = measure_tasks(made, results, chosen, identity, check_stop, note_row) if tasks else []
         if forget_capture and all(not row["failed"] for row in (*rows.values(), *answers)):
             forget(out / "capture")
-        return {
-            "model": str(path),
-            "compute": dtype,
-            "texts": {name: {"source": texts[name], **made.model.task.count(inputs)} for name, inputs in made.texts.items()},
-            "floor": results.find({"kind": "floor"}),
-            "rows": list(rows.values()),
-            "tasks": {name: len(task.questions) for name, task in made.tasks.items()},
-            "answers": answers,
-        }
+        told = {"model": str(path), "compute": dtype, "texts": _counts(made, texts)}
+        floor, questions = results.find({"kind": "floor"}), {name: len(task.questions) for name, task in made.tasks.items()}
+        return {**told, "floor": floor, "rows": list(rows.values()), "tasks": questions, "answers": answers}
     finally:
         results.close()
+
+
+def _rows(made: Comparison, results: Results, candidates: Sequence[Variant]) -> dict[Variant, dict[str, Any]]:
+    """Return the row of every recipe that has one, of a failed try if there is no other."""
+    found = {c: results.find(known_of(made, c)) or results.find(known_of(made, c, failed=True)) for c in candidates}
+    return {c: row for c, row in found.items() if row is not None}
+
+
+def _counts(made: Comparison, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Say how much of each text was read."""
+    return {name: {"source": texts[name], **made.model.task.count(inputs)} for name, inputs in made.texts.items()}
 
 
 def _prepare(

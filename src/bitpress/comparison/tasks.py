@@ -1,7 +1,7 @@
 """Zero-shot accuracy in a comparison: of the original, and of the best recipes of every width.
 
 The questions walk through the compressed blocks as these are made, as held-out texts do; nothing is written but a row for every task.
-Which recipes are the best is known when all have been measured, so that they are pressed once more; those that are sure to be among
+Which recipes are the best is known when all have been measured, so that they are quantized once more; those that are sure to be among
 them answer the first time.
 """
 
@@ -38,7 +38,7 @@ def choose_best(rows: Mapping[Variant, Row], best: int) -> list[Variant]:
 def sure_to_answer(candidates: Sequence[Variant], best: int) -> frozenset[Variant]:
     """Return those that are among the `best` of their width whatever is measured, as there are no more."""
     if any(c.bits is None for c in candidates):
-        return frozenset()  # its width is known when it has been pressed, and may be anyone's
+        return frozenset()  # its width is known when the model has been quantized, and may be anyone's
     count = Counter(c.bits for c in candidates)
     return frozenset(c for c in candidates if count[c.bits] <= best)
 
@@ -92,7 +92,7 @@ def measure_tasks(
 def _answer(
     made: Comparison, captured: StatisticsCache | None, c: Variant | None, tasks: Sequence[str], check_stop: Callable[[], None]
 ) -> dict[str, Any]:
-    """Return what the rows of the original, or of a recipe that is pressed for it, say of some tasks."""
+    """Return what the rows of the original, or of a recipe that quantizes the model for it, say of some tasks."""
     model = made.model
     answers = Answers(model, {name: made.tasks[name] for name in tasks})
     label = "original" if c is None else c.label

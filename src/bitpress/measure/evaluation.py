@@ -73,7 +73,7 @@ def evaluate(
     length: int = 512,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    pressed: CompressedCheckpoint | None = None,
+    checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     runtime: str | None = None,
     engine: EngineOptions = USUAL,
@@ -93,13 +93,13 @@ def evaluate(
     """
     progress = progress or Silent()
     directory, against = Path(directory), Path(against)
-    if pressed is None and memory is not None:
-        pressed = open_within(directory, memory)
-    if pressed is None and is_compressed(directory):
-        pressed = CompressedCheckpoint.open(directory)
-    chosen = _open_runtime(directory, pressed, runtime, engine)
+    if checkpoint is None and memory is not None:
+        checkpoint = open_within(directory, memory)
+    if checkpoint is None and is_compressed(directory):
+        checkpoint = CompressedCheckpoint.open(directory)
+    chosen = _open_runtime(directory, checkpoint, runtime, engine)
     original = open_streamed(against, dtype)
-    candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, pressed)
+    candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, checkpoint)
     task, config = original.task, original.model.config
     samples, length = draw_evaluation(text, task, against, config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -111,14 +111,14 @@ def evaluate(
     else:
         q = _prepared(candidate, inputs, progress)
         figures = _compare(p, q, inputs, progress)
-        if with_runtime and pressed is not None:
+        if with_runtime and checkpoint is not None:
             first = inputs[: task.cut(config, RUNTIME_TOKENS, length)[0]]
-            figures["runtime"] = measure_runtime(p, q, pressed, first, progress)
+            figures["runtime"] = measure_runtime(p, q, checkpoint, first, progress)
     if chosen is not None:
         figures["runtime"] = {"name": chosen.name, "settings": dict(chosen.settings)}
     stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
-    if pressed is not None:
-        stored = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
+    if checkpoint is not None:
+        stored = {"bits_per_weight": checkpoint.bits_per_weight, "bytes": checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 
@@ -130,7 +130,7 @@ def evaluate_alone(
     length: int = 512,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    pressed: CompressedCheckpoint | None = None,
+    checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -140,11 +140,11 @@ def evaluate_alone(
     for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
     """
     directory, progress = Path(directory), progress or Silent()
-    if pressed is None and memory is not None:
-        pressed = open_within(directory, memory)
-    if pressed is None and is_compressed(directory):
-        pressed = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype, pressed)
+    if checkpoint is None and memory is not None:
+        checkpoint = open_within(directory, memory)
+    if checkpoint is None and is_compressed(directory):
+        checkpoint = CompressedCheckpoint.open(directory)
+    model = open_streamed(directory, dtype, checkpoint)
     task = model.task
     samples, length = draw_evaluation(text, task, directory, model.model.config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -153,23 +153,23 @@ def evaluate_alone(
     progress.begin("evaluating, outputs", inputs.shape[0])
     figures = task.score(prepared.scorer(), inputs, lambda done: progress.advance(f"sample {done}"))
     figures |= _speed(task, inputs, prepared.seconds)
-    stored = {"bits_per_weight": pressed and pressed.bits_per_weight, "bytes": pressed and pressed.nbytes}
+    stored = {"bits_per_weight": checkpoint and checkpoint.bits_per_weight, "bytes": checkpoint and checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 
 def _open_runtime(
-    directory: Path, pressed: CompressedCheckpoint | None, runtime: str | None, options: EngineOptions
+    directory: Path, checkpoint: CompressedCheckpoint | None, runtime: str | None, options: EngineOptions
 ) -> Runtime | None:
     if runtime is None:
         if options.chosen():
             raise UsageError(f"{', '.join(options.chosen())}: of a runtime; name the runtime native.")
         return None
-    if pressed is None:
+    if checkpoint is None:
         raise UsageError(f"{directory}: bitpress did not write it, so it has no runtime here; leave the runtime out.")
-    if pressed.cut and runtime != "transformers":
+    if checkpoint.cut and runtime != "transformers":
         raise UsageError("a model of stacks is read in part by the runtime transformers only; name it, or leave memory out.")
-    selection = OpenedModel.of(pressed).select(runtime, native=options.chosen(), head=options.head_format)
-    return native_runtime(pressed, options) if selection.runtime == "native" else transformers_runtime(pressed)
+    selection = OpenedModel.of(checkpoint).select(runtime, native=options.chosen(), head=options.head_format)
+    return native_runtime(checkpoint, options) if selection.runtime == "native" else transformers_runtime(checkpoint)
 
 
 def _through_engine(p: Stream, runtime: Runtime, inputs: torch.Tensor) -> dict[str, Any]:
@@ -186,16 +186,18 @@ def _through_engine(p: Stream, runtime: Runtime, inputs: torch.Tensor) -> dict[s
     return {**figures, **_speed(p.model.task, inputs, seconds)}
 
 
-def measure_runtime(p: Stream, q: Stream, pressed: CompressedCheckpoint, inputs: Inputs, progress: Progress) -> dict[str, Any]:
+def measure_runtime(
+    p: Stream, q: Stream, checkpoint: CompressedCheckpoint, inputs: Inputs, progress: Progress
+) -> dict[str, Any]:
     """Measure the runtime that `run` would choose for a directory, with its defaults: name, settings and distance.
 
     p and q are the original and the decoded weights, prepared for these inputs first. Where the engine has no room, `unmeasured` says so
     in place of figures. Raises CheckpointError where it does not open what was written.
     """
-    name = choose_opened(pressed)
-    with opening(pressed, f"the runtime {name}"):
+    name = choose_opened(checkpoint)
+    with opening(checkpoint, f"the runtime {name}"):
         try:
-            runtime = native_runtime(pressed) if name == "native" else transformers_runtime(pressed)
+            runtime = native_runtime(checkpoint) if name == "native" else transformers_runtime(checkpoint)
         except MemoryLimitError as error:
             progress.note(str(error))
             return {"name": name, "settings": {}, "unmeasured": str(error)}
@@ -206,16 +208,18 @@ def measure_runtime(p: Stream, q: Stream, pressed: CompressedCheckpoint, inputs:
         else:
             assert runtime.dtype is not None
             progress.begin("evaluating, as loaded", len(q.model.blocks))
-            candidate = _prepared(open_streamed(pressed.root, runtime.dtype, pressed), inputs, progress).scorer()
+            candidate = _prepared(open_streamed(checkpoint.root, runtime.dtype, checkpoint), inputs, progress).scorer()
         figures = p.model.task.distance(p.scorer(), candidate, inputs)
     return {"name": name, "settings": dict(runtime.settings), **figures}
 
 
 def check_reloaded(
-    pressed: CompressedCheckpoint, digests: Mapping[str, str], check_stop: Callable[[], None] = lambda: None
+    checkpoint: CompressedCheckpoint, digests: Mapping[str, str], check_stop: Callable[[], None] = lambda: None
 ) -> None:
     """Raise NumericsError unless every weight, read again from its file, decodes to what it was in memory, bit for bit."""
     for name, expected in digests.items():
         check_stop()
-        if digest(pressed.read_weight(name).dequantize()) != expected:
-            raise NumericsError(f"{pressed.root}: {name} decodes to other values than it had in memory; nothing is published.")
+        if digest(checkpoint.read_weight(name).dequantize()) != expected:
+            raise NumericsError(
+                f"{checkpoint.root}: {name} decodes to other values than it had in memory; nothing is published."
+            )

@@ -104,7 +104,7 @@ def evaluate_tasks(
     *,
     documents: int = DOCUMENTS,
     dtype: torch.dtype | None = None,
-    pressed: CompressedCheckpoint | None = None,
+    checkpoint: CompressedCheckpoint | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a compressed (or any other) model directory on tasks, by name or from files.
@@ -115,9 +115,9 @@ def evaluate_tasks(
     """
     progress, directory = progress or Silent(), Path(directory)
     questions = read_tasks(tasks, documents, progress.note)
-    if pressed is None and is_compressed(directory):
-        pressed = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype or compute_dtype("auto"), pressed)
+    if checkpoint is None and is_compressed(directory):
+        checkpoint = CompressedCheckpoint.open(directory)
+    model = open_streamed(directory, dtype or compute_dtype("auto"), checkpoint)
     answers = Answers(model, tokenize_tasks(questions, directory, model))
     progress.begin(f"reading {', '.join(tasks)}", len(model.blocks))
     model.load_outer_()

@@ -65,19 +65,19 @@ class Runtime:
         return self.engine.forward(tokens[0].numpy(), logits="all")[None]
 
 
-def choose_opened(pressed: CompressedCheckpoint) -> str:
+def choose_opened(checkpoint: CompressedCheckpoint) -> str:
     """Name the runtime that `run` would choose for a directory that is not published yet."""
-    return "transformers" if refuses_directory(pressed) is not None else "native"
+    return "transformers" if refuses_directory(checkpoint) is not None else "native"
 
 
-def native_runtime(pressed: CompressedCheckpoint, options: EngineOptions = USUAL) -> Runtime:
+def native_runtime(checkpoint: CompressedCheckpoint, options: EngineOptions = USUAL) -> Runtime:
     """Open a directory in the native engine. Raises MemoryLimitError before it takes what is not free."""
-    _check_room(pressed)
+    _check_room(checkpoint)
     try:
-        engine = load_engine(pressed, options)
+        engine = load_engine(checkpoint, options)
     except MemoryError as error:
         raise MemoryLimitError(
-            f"{pressed.root}: there is no memory to open the native engine; make room and try again."
+            f"{checkpoint.root}: there is no memory to open the native engine; make room and try again."
         ) from error
     return Runtime("native", {key: engine.facts[key] for key in ("activations", "cache", "head")}, engine=engine)
 
@@ -90,27 +90,27 @@ def draw_prompts(model: Path, opened: StreamedModel) -> Int[torch.Tensor, "sampl
 
 
 def measure_prompt_cost(
-    pressed: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
+    checkpoint: CompressedCheckpoint, windows: Int[torch.Tensor, "windows length"], progress: Progress
 ) -> float | None:
     """Measure what 8-bit inputs of products cost in prompts of the native engine, in nats a token; None where that is not much.
 
     `windows` are texts that choices may be made on. Measured on bytes even where this processor has tiles of bf16: the directory may be
     run anywhere. None too where the engine does not run the model, or has no room (which is noted).
     """
-    if choose_opened(pressed) != "native":
+    if choose_opened(checkpoint) != "native":
         return None
     length = min(PROMPT_LENGTH, windows.shape[1])
-    with opening(pressed, "the runtime native"):
+    with opening(checkpoint, "the runtime native"):
         try:
-            _check_room(pressed)
+            _check_room(checkpoint)
         except MemoryLimitError as error:
             progress.note(str(error))
             return None
-        parts, _, _ = lay_out_directory(pressed, EngineOptions(head="keep", context=length))
+        parts, _, _ = lay_out_directory(checkpoint, EngineOptions(head="keep", context=length))
         path = next((name for name in code_paths() if name != "amx"), None)
 
         def logits(activations: Activations) -> Logits:
-            engine = make_engine(parts, EngineOptions(activations, context=length), where=pressed.root, path=path)
+            engine = make_engine(parts, EngineOptions(activations, context=length), where=checkpoint.root, path=path)
             return Runtime("native", {}, engine=engine).logits
 
         cost = measure_distance(logits("none"), logits("int8"), windows[:PROMPTS, :length]).kl_mean
@@ -120,74 +120,76 @@ def measure_prompt_cost(
     return round(cost, 6)
 
 
-def transformers_runtime(pressed: CompressedCheckpoint) -> Runtime:
+def transformers_runtime(checkpoint: CompressedCheckpoint) -> Runtime:
     """Return what `bitpress.load` opens without options."""
-    dtype = default_dtype(pressed)
+    dtype = default_dtype(checkpoint)
     return Runtime("transformers", {"weights": "decoded", "dtype": str(dtype).removeprefix("torch.")}, dtype=dtype)
 
 
-def check_loads(pressed: CompressedCheckpoint, check_stop: Callable[[], None] = lambda: None) -> None:
+def check_loads(checkpoint: CompressedCheckpoint, check_stop: Callable[[], None] = lambda: None) -> None:
     """Raise CheckpointError unless transformers' model takes every parameter, and its blocks run on packed layers too.
 
     Of blocks that are alike, the first one is run. What the weights decode to is compared elsewhere.
     """
-    with opening(pressed, "bitpress.load"):
-        open_skeleton(pressed, default_dtype(pressed))
-    with opening(pressed, 'bitpress.load(weights="packed")'), torch.no_grad():
-        model = StreamedModel(build_config(pressed.config), pressed, default_dtype(pressed), where=str(pressed.root))
+    with opening(checkpoint, "bitpress.load"):
+        open_skeleton(checkpoint, default_dtype(checkpoint))
+    with opening(checkpoint, 'bitpress.load(weights="packed")'), torch.no_grad():
+        model = StreamedModel(
+            build_config(checkpoint.config), checkpoint, default_dtype(checkpoint), where=str(checkpoint.root)
+        )
         model.load_outer_()
-        hidden = model.embed(_tried(pressed))
+        hidden = model.embed(_tried(checkpoint))
         seen: set[str] = set()
         for i in range(len(model.blocks)):
-            kind = _kind(pressed, model.block_name(i))
+            kind = _kind(checkpoint, model.block_name(i))
             if kind not in seen:
                 check_stop()
                 seen.add(kind)
-                fill_(model.model, pressed, model.dtype, prefix=f"{model.block_name(i)}.", packed=True)
+                fill_(model.model, checkpoint, model.dtype, prefix=f"{model.block_name(i)}.", packed=True)
                 model.run_block(i, hidden)
                 model.blocks[i].to("meta")
 
 
-def check_opens(pressed: CompressedCheckpoint, progress: Progress) -> None:
+def check_opens(checkpoint: CompressedCheckpoint, progress: Progress) -> None:
     """Raise CheckpointError unless the runtime that `run` would choose opens a directory, NumericsError unless its logits are finite."""
-    if choose_opened(pressed) == "native":
-        with opening(pressed, "the runtime native"):
+    if choose_opened(checkpoint) == "native":
+        with opening(checkpoint, "the runtime native"):
             try:
-                native_runtime(pressed).logits(_tried(pressed))
+                native_runtime(checkpoint).logits(_tried(checkpoint))
             except MemoryLimitError as error:
                 progress.note(str(error))
 
 
-def _tried(pressed: CompressedCheckpoint) -> torch.Tensor:
-    config = build_config(pressed.config)
-    return find_task(config, str(pressed.root)).trial(config, 1, TRIED)
+def _tried(checkpoint: CompressedCheckpoint) -> torch.Tensor:
+    config = build_config(checkpoint.config)
+    return find_task(config, str(checkpoint.root)).trial(config, 1, TRIED)
 
 
 @contextlib.contextmanager
-def opening(pressed: CompressedCheckpoint, what: str) -> Iterator[None]:
+def opening(checkpoint: CompressedCheckpoint, what: str) -> Iterator[None]:
     """Turn what a loader raises into a CheckpointError that says that nothing is published, an overflow into a NumericsError that does."""
     try:
         yield
     except JobStopped:
         raise
     except NumericsError as error:
-        raise NumericsError(f"{pressed.root}: {error} Nothing is published.") from error
+        raise NumericsError(f"{checkpoint.root}: {error} Nothing is published.") from error
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise CheckpointError(
-            f"{pressed.root}: {what} cannot open what was written: {reason}; nothing is published."
+            f"{checkpoint.root}: {what} cannot open what was written: {reason}; nothing is published."
         ) from error
 
 
-def _kind(pressed: CompressedCheckpoint, block: str) -> str:
+def _kind(checkpoint: CompressedCheckpoint, block: str) -> str:
     """Describe a block by its parameters and how each is stored, sizes of single terms left out."""
     prefix = f"{block}."
-    plain = [name.removeprefix(prefix) for name in pressed.plain if name.startswith(prefix)]
+    plain = [name.removeprefix(prefix) for name in checkpoint.plain if name.startswith(prefix)]
     weights = [
         (name.removeprefix(prefix), record.transposed, record.experts, record.spec["shape"], _terms(record.spec))
-        for name, record in pressed.manifest.weights.items()
+        for name, record in checkpoint.manifest.weights.items()
         if name.startswith(prefix)
     ]
     return str((sorted(plain), sorted(weights, key=str)))
@@ -198,17 +200,17 @@ def _terms(spec: Mapping[str, Any]) -> list[Any]:
     return [*(term.get("format", term["kind"]) for term in spec["terms"]), *maps]
 
 
-def _check_room(pressed: CompressedCheckpoint) -> None:
-    needed = _sixteen_bits(pressed)
+def _check_room(checkpoint: CompressedCheckpoint) -> None:
+    needed = _sixteen_bits(checkpoint)
     free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryLimitError(
-            f"{pressed.root}: the native engine may need {needed:,} bytes of memory and {free:,} are free; make room and try again."
+            f"{checkpoint.root}: the native engine may need {needed:,} bytes of memory and {free:,} are free; make room and try again."
         )
 
 
-def _sixteen_bits(pressed: CompressedCheckpoint) -> int:
+def _sixteen_bits(checkpoint: CompressedCheckpoint) -> int:
     """Bytes of a model whose compressed weights take 16 bits each: the most that any layout of them takes."""
-    shapes = [record.spec["shape"] for record in pressed.manifest.weights.values()]
-    plain = sum(entry.nbytes for entry in pressed.plain.values())
+    shapes = [record.spec["shape"] for record in checkpoint.manifest.weights.values()]
+    plain = sum(entry.nbytes for entry in checkpoint.plain.values())
     return plain + sum(2 * int(rows) * int(columns) for rows, columns in shapes)

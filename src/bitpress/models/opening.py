@@ -58,11 +58,11 @@ def open_original(path: Path, dtype: torch.dtype) -> tuple[StreamedModel, Origin
     return model, loader
 
 
-def open_streamed(path: Path, dtype: torch.dtype, pressed: CompressedCheckpoint | None = None) -> StreamedModel:
+def open_streamed(path: Path, dtype: torch.dtype, checkpoint: CompressedCheckpoint | None = None) -> StreamedModel:
     """Open any model for streaming: one that bitpress wrote (decoded on the way) or an original."""
-    if pressed is None and not is_compressed(path):
+    if checkpoint is None and not is_compressed(path):
         return open_original(path, dtype)[0]
-    pressed = CompressedCheckpoint.open(path) if pressed is None else pressed
-    model = StreamedModel(build_config(pressed.config), pressed, dtype, where=str(pressed.root))
-    pressed.check_fits(model.model.state_dict())
+    checkpoint = CompressedCheckpoint.open(path) if checkpoint is None else checkpoint
+    model = StreamedModel(build_config(checkpoint.config), checkpoint, dtype, where=str(checkpoint.root))
+    checkpoint.check_fits(model.model.state_dict())
     return model

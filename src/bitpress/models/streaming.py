@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import CheckpointError
-from bitpress.models.carried import BREAKS, Carried, Stop, choose_stack, find_carried, hollow, stand_ins
+from bitpress.models.carried import Carried
+from bitpress.models.find_carried import choose_stack, find_carried
+from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
 from bitpress.models.skeleton import build_skeleton, restore_ties_, set_parameter_
 from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from bitpress.errors import CheckpointError
 from bitpress.exhaustion import is_out_of_memory
-from bitpress.models.carried import BREAKS
+from bitpress.models.hollow import BREAKS
 from bitpress.models.task import Task
 
 __all__ = ["Axis", "Product", "Use", "find_uses"]

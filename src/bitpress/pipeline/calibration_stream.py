@@ -148,13 +148,13 @@ class CalibrationStream:
         if (self.beside is not None and final) or self.follows_original:
             self.before_advance()  # the original's states are overwritten as soon as they have been used
         original = {name: value.to(self.model.dtype) for name, value in replaced.items()}
-        pressed = {name: self.model.model.get_parameter(name).data for name in original}
+        compressed = {name: self.model.model.get_parameter(name).data for name in original}
         for rows, hidden in batches:
             if self.beside is not None:
                 self.model.fill_(original)
                 beside = self.beside[rows]
                 out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
-                self.model.fill_(pressed)
+                self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
             out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and not last)

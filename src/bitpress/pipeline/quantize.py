@@ -293,13 +293,13 @@ def _prove(
     check_stop: Callable[[], None],
 ) -> tuple[Manifest, dict[str, Any]]:
     """Reload what is staged as its users will, and measure it; return the manifest with the cost in prompts, and the figures."""
-    pressed = CompressedCheckpoint.open(job.out, manifest=manifest)
-    check_reloaded(pressed, facts.digests, check_stop)
-    check_loads(pressed, check_stop)
-    if (run.samples is not None or proof.tokens) and choose_opened(pressed) == "native":
+    checkpoint = CompressedCheckpoint.open(job.out, manifest=manifest)
+    check_reloaded(checkpoint, facts.digests, check_stop)
+    check_loads(checkpoint, check_stop)
+    if (run.samples is not None or proof.tokens) and choose_opened(checkpoint) == "native":
         prompts = run.samples.inputs if run.samples is not None else draw_prompts(run.path, run.model)
-        manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(pressed, prompts, progress)})
-        pressed = replace(pressed, manifest=manifest)
+        manifest = manifest.model_copy(update={"prompt_cost": measure_prompt_cost(checkpoint, prompts, progress)})
+        checkpoint = replace(checkpoint, manifest=manifest)
     if proof.tokens:
         figures = evaluate(
             job.out,
@@ -307,13 +307,13 @@ def _prove(
             text=proof.text,
             tokens=proof.tokens,
             length=proof.length,
-            pressed=pressed,
+            checkpoint=checkpoint,
             with_runtime=True,
             progress=progress,
         )
     else:
-        figures = {"bits_per_weight": pressed.bits_per_weight, "bytes": pressed.nbytes}
-        check_opens(pressed, progress)
+        figures = {"bits_per_weight": checkpoint.bits_per_weight, "bytes": checkpoint.nbytes}
+        check_opens(checkpoint, progress)
     check_stop()
     if proof.max_kl is not None and figures.get("kl_mean", 0.0) > proof.max_kl:
         raise NumericsError(

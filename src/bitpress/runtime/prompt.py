@@ -119,13 +119,13 @@ def check_prompt(tokens: Sequence[int], config: Any, context: int | None) -> int
     return context - len(tokens)
 
 
-def read_generation(pressed: Any) -> Any:
+def read_generation(checkpoint: Any) -> Any:
     """Read the generation_config.json of a CompressedCheckpoint as transformers' GenerationConfig; None if the file does not exist."""
     from bitpress.checkpoints.directory import safe_file
 
-    if GENERATION not in pressed.manifest.files:
+    if GENERATION not in checkpoint.manifest.files:
         return None
-    return read_generation_file(safe_file(pressed.root, GENERATION))
+    return read_generation_file(safe_file(checkpoint.root, GENERATION))
 
 
 def read_generation_file(path: Path) -> Any:

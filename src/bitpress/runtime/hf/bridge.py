@@ -50,14 +50,14 @@ class BitpressQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    _pressed: CompressedCheckpoint | None = None
+    _checkpoint: CompressedCheckpoint | None = None
     _reports: Mapping[str, Any] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Check a local directory before transformers follows any name in it. (The first call that gets the configuration.)"""
         given = getattr(config, "_name_or_path", "")
         if given and is_compressed(given):
-            self._pressed = CompressedCheckpoint.open(given)
+            self._checkpoint = CompressedCheckpoint.open(given)
         if getattr(config, "transformers_weights", None) == config_marks()["transformers_weights"]:
             config.transformers_weights = OUTER_NAME
         return config
@@ -65,17 +65,17 @@ class BitpressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not checkpoint_files:
             raise CheckpointError("a bitpress model is loaded from its directory; there are no files here.")
-        pressed = self._pressed = self._opened(Path(checkpoint_files[0]).parent, model.config)
+        checkpoint = self._checkpoint = self._opened(Path(checkpoint_files[0]).parent, model.config)
         expected = [OUTER_NAME]
-        if OUTER_NAME not in pressed.manifest.files:
-            expected = [name for name in pressed.manifest.files if name.endswith(".safetensors")]
+        if OUTER_NAME not in checkpoint.manifest.files:
+            expected = [name for name in checkpoint.manifest.files if name.endswith(".safetensors")]
         found = [str(Path(os.path.realpath(Path(file).parent), Path(file).name)) for file in checkpoint_files]
-        if sorted(str(pressed.root / name) for name in expected) != sorted(found):
-            raise CheckpointError(f"{pressed.root}: transformers would read other weight files than the manifest lists.")
-        _check_class(pressed, model)
+        if sorted(str(checkpoint.root / name) for name in expected) != sorted(found):
+            raise CheckpointError(f"{checkpoint.root}: transformers would read other weight files than the manifest lists.")
+        _check_class(checkpoint, model)
         model.config.__dict__.pop("transformers_weights", None)
         model.config._experts_implementation = "eager"
-        for name in pressed.manifest.weights:
+        for name in checkpoint.manifest.weights:
             owner, leaf = _place(model, name)
             there = owner._parameters[leaf]
             # Out of the state dict, in its place among the parameters, and what transformers would initialise bears its mark.
@@ -91,28 +91,28 @@ class BitpressQuantizer(HfQuantizer):
         given = Path(getattr(config, "_name_or_path", "") or directory)
         if given.is_dir() and not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(given)):
             raise CheckpointError(f"{given}: the index leads out of the directory.")
-        if self._pressed is not None and self._pressed.root == Path(os.path.realpath(directory)):
-            return self._pressed
+        if self._checkpoint is not None and self._checkpoint.root == Path(os.path.realpath(directory)):
+            return self._checkpoint
         return CompressedCheckpoint.open(directory)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from transformers.modeling_utils import PreTrainedModel
 
-        assert self._pressed is not None
-        pressed, is_packed = self._pressed, self.quantization_config.weights == "packed"
+        assert self._checkpoint is not None
+        checkpoint, is_packed = self._checkpoint, self.quantization_config.weights == "packed"
         for name, own in self._reports.items():
             setattr(model, name, own)
-        for name, entry in pressed.plain.items():
+        for name, entry in checkpoint.plain.items():
             there = model.get_parameter_or_buffer(name)
-            value = read_tensor(pressed.tensors[name][0], entry)
+            value = read_tensor(checkpoint.tensors[name][0], entry)
             set_parameter_(model, name, value.to(_device(there), there.dtype))
-        for name, record in pressed.manifest.weights.items():
+        for name, record in checkpoint.manifest.weights.items():
             owner, leaf = _place(model, name)
             device, dtype = _device(_neighbour(model, name)), owner.__dict__.pop(leaf).dtype
             if is_packed:
-                replace_(model, record.parameter(name), pressed.read_layer(name), dtype).to(device)
+                replace_(model, record.parameter(name), checkpoint.read_layer(name), dtype).to(device)
             else:
-                owner._parameters[leaf] = torch.nn.Parameter(pressed.decode(name).to(device, dtype))
+                owner._parameters[leaf] = torch.nn.Parameter(checkpoint.decode(name).to(device, dtype))
         model.tie_weights(recompute_mapping=False)
         if is_packed:
             model.save_pretrained = refuse_saving
@@ -136,19 +136,19 @@ class BitpressQuantizer(HfQuantizer):
         return False
 
 
-def _check_class(pressed: CompressedCheckpoint, model: Any) -> None:
+def _check_class(checkpoint: CompressedCheckpoint, model: Any) -> None:
     """Raise CheckpointError unless the parameters are the model's; where it is of another class than was compressed, that is the reason."""
     import transformers
 
     try:
-        pressed.check_fits(model.state_dict(), model.all_tied_weights_keys)
+        checkpoint.check_fits(model.state_dict(), model.all_tied_weights_keys)
     except CheckpointError as error:
-        auto_class = find_task(model.config, str(pressed.root)).auto_class
+        auto_class = find_task(model.config, str(checkpoint.root)).auto_class
         made = getattr(transformers, auto_class)._model_mapping.get(type(model.config), None)
         if made is None or isinstance(model, made):
             raise
         raise CheckpointError(
-            f"{pressed.root}: holds a {made.__name__}, and {type(model).__name__} has other parameters; open it with {auto_class}."
+            f"{checkpoint.root}: holds a {made.__name__}, and {type(model).__name__} has other parameters; open it with {auto_class}."
         ) from error
 
 

@@ -40,8 +40,8 @@ def load(
     MemoryLimitError for too little memory.
     """
     check_options(weights, dtype)
-    pressed = CompressedCheckpoint.open(directory, verify=verify)
-    return load_opened(pressed, build_config(pressed.config), weights=weights, dtype=dtype, memory=memory, note=note)
+    checkpoint = CompressedCheckpoint.open(directory, verify=verify)
+    return load_opened(checkpoint, build_config(checkpoint.config), weights=weights, dtype=dtype, memory=memory, note=note)
 
 
 def check_options(weights: str, dtype: str) -> None:
@@ -53,7 +53,7 @@ def check_options(weights: str, dtype: str) -> None:
 
 
 def load_opened(
-    pressed: CompressedCheckpoint,
+    checkpoint: CompressedCheckpoint,
     config: Any,
     *,
     weights: Literal["decoded", "packed"],
@@ -63,12 +63,12 @@ def load_opened(
 ) -> Any:
     """Load a checkpoint that is open already, whose configuration is built; the options are those of `load`."""
     if memory is not None:
-        pressed = within(pressed, memory)
-    chosen = DTYPES[dtype] or default_dtype(pressed, config)
-    model = open_skeleton(pressed, chosen, config)
-    fill_(model, pressed, chosen, packed=weights == "packed", note=note)
+        checkpoint = within(checkpoint, memory)
+    chosen = DTYPES[dtype] or default_dtype(checkpoint, config)
+    model = open_skeleton(checkpoint, chosen, config)
+    fill_(model, checkpoint, chosen, packed=weights == "packed", note=note)
     model.tie_weights(recompute_mapping=False)
-    generation = read_generation(pressed)
+    generation = read_generation(checkpoint)
     if generation is not None:
         model.generation_config = generation
     if weights == "packed":
@@ -84,18 +84,18 @@ def train_(model: torch.nn.Module) -> None:
         parameter.requires_grad_(parameter.is_floating_point())
 
 
-def open_skeleton(pressed: CompressedCheckpoint, dtype: torch.dtype, config: Any = None) -> Any:
+def open_skeleton(checkpoint: CompressedCheckpoint, dtype: torch.dtype, config: Any = None) -> Any:
     """Build the model of a directory without its weights, and check every name and shape. Raises CheckpointError."""
-    config = build_config(pressed.config) if config is None else config
-    config.name_or_path = str(pressed.root)
-    model = build_skeleton(config, dtype, where=str(pressed.root))
-    pressed.check_fits(model.state_dict())
+    config = build_config(checkpoint.config) if config is None else config
+    config.name_or_path = str(checkpoint.root)
+    model = build_skeleton(config, dtype, where=str(checkpoint.root))
+    checkpoint.check_fits(model.state_dict())
     return model
 
 
 def fill_(
     model: Any,
-    pressed: CompressedCheckpoint,
+    checkpoint: CompressedCheckpoint,
     dtype: torch.dtype,
     *,
     prefix: str = "",
@@ -106,30 +106,30 @@ def fill_(
 
     One compressed weight at a time is in memory twice. Raises CheckpointError.
     """
-    for name in pressed.names:
+    for name in checkpoint.names:
         if not name.startswith(prefix):
             continue
-        value = pressed.read(name)
+        value = checkpoint.read(name)
         if isinstance(value, torch.Tensor):
             set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
             continue
         if packed:
-            replace_(model, pressed.manifest.weights[name].parameter(name), value, dtype)
+            replace_(model, checkpoint.manifest.weights[name].parameter(name), value, dtype)
         else:
-            set_parameter_(model, name, pressed.decoded(name, value).to(dtype))
+            set_parameter_(model, name, checkpoint.decoded(name, value).to(dtype))
         note(name)
 
 
-def default_dtype(pressed: CompressedCheckpoint, config: Any = None) -> torch.dtype:
+def default_dtype(checkpoint: CompressedCheckpoint, config: Any = None) -> torch.dtype:
     """Return the type that a model computes in unless another one is asked for: the original's."""
-    config = build_config(pressed.config) if config is None else config
-    return getattr(config, "dtype", None) or _stored_dtype(pressed)
+    config = build_config(checkpoint.config) if config is None else config
+    return getattr(config, "dtype", None) or _stored_dtype(checkpoint)
 
 
-def _stored_dtype(pressed: CompressedCheckpoint) -> torch.dtype:
+def _stored_dtype(checkpoint: CompressedCheckpoint) -> torch.dtype:
     """Return the floating type that most bytes of what is not compressed have: the original's, where its configuration is silent."""
     sizes: dict[torch.dtype, int] = {}
-    for entry in pressed.plain.values():
+    for entry in checkpoint.plain.values():
         if entry.torch_dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes[entry.torch_dtype] = sizes.get(entry.torch_dtype, 0) + entry.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
