@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import bitpress
-from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, CompressedCheckpoint
+from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME, WEIGHT_FILE_MARKS, CompressedCheckpoint
+from bitpress.checkpoints.durable import hash_file
 from bitpress.cli.reports import describe_directory, verify_directory
 from bitpress.errors import UsageError
 from bitpress.pipeline.quantize import Proof, quantize_directory
@@ -72,12 +73,29 @@ def test_no_file_has_a_name_that_other_readers_look_for(pressed_original: Path) 
     assert "import bitpress" in card
 
 
+def to_former_mark(root: Path) -> Path:
+    """Let config.json name the file that directories of version 2 named at first."""
+    manifest, config = (json.loads((root / name).read_text()) for name in (MANIFEST_NAME, "config.json"))
+    config["transformers_weights"] = WEIGHT_FILE_MARKS[1]
+    (root / "config.json").write_text(json.dumps(config))
+    manifest["files"]["config.json"] = {
+        "bytes": (root / "config.json").stat().st_size,
+        "sha256": hash_file(root / "config.json"),
+    }
+    (root / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return root
+
+
 @torch.no_grad()
-def test_a_directory_of_the_first_version_is_read_by_every_road(
-    pressed_dir: Path, pressed_original: Path, to_first_version: Callable[[Path], Path]
+@pytest.mark.parametrize("kind", ["first version", "former mark"])
+def test_an_older_directory_is_read_by_every_road(
+    kind: str, pressed_dir: Path, pressed_original: Path, to_first_version: Callable[[Path], Path]
 ) -> None:
-    old = to_first_version(pressed_dir)
-    assert (old / "model.safetensors.index.json").exists()
+    if kind == "first version":
+        old = to_first_version(pressed_dir)
+        assert (old / "model.safetensors.index.json").exists()
+    else:
+        old = to_former_mark(pressed_dir)
     tokens = torch.arange(6, 22)[None]
     expected = bitpress.load(pressed_original)(input_ids=tokens).logits
     for model in (bitpress.load(old), AutoModelForCausalLM.from_pretrained(old), LlamaForCausalLM.from_pretrained(old)):

@@ -39,6 +39,7 @@ __all__ = [
     "MANIFEST_NAME",
     "OUTER_NAME",
     "VERSION",
+    "WEIGHT_FILE_MARKS",
     "CompressedCheckpoint",
     "FileRecord",
     "Manifest",
@@ -55,14 +56,14 @@ _BLOCK_PREFIX = "bitpress-"
 # transformers without bitpress looks for this file, and its error names it; the second one is that of older directories.
 _NEEDED = "to load this model install bitpress and import it first.safetensors.index.json"
 _NEEDED_BEFORE = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
+WEIGHT_FILE_MARKS = (_NEEDED, _NEEDED_BEFORE)
 
 # What readers open by its name alone wherever they find it: a file that the manifest must list, or that must not be there.
 _OPENED_BY_NAME = (
     *SIDE_FILES,
     SINGLE_NAME,
     INDEX_NAME,
-    _NEEDED,
-    _NEEDED_BEFORE,
+    *WEIGHT_FILE_MARKS,
     "adapter_config.json",
     "custom_generate",
     "tekken.json",
@@ -336,7 +337,8 @@ def _checked_config(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[
     method = marks["quantization_config"]
     if config.get("quantization_config") != method:
         raise CheckpointError(f"{where}: quantization_config is not {method}; bitpress did not write it.")
-    if config.get("transformers_weights") != marks.get("transformers_weights"):
+    known = WEIGHT_FILE_MARKS if "transformers_weights" in marks else (None,)
+    if config.get("transformers_weights") not in known:
         raise CheckpointError(f"{where}: names weight files of its own (transformers_weights), which is never followed.")
     if "auto_map" in config:
         raise CheckpointError(f"{where}: names code of its own (auto_map), which is never followed.")

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitpress.checkpoints.compressed import OUTER_NAME, CompressedCheckpoint, config_marks, is_compressed
+from bitpress.checkpoints.compressed import OUTER_NAME, WEIGHT_FILE_MARKS, CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.models.skeleton import set_parameter_
@@ -58,7 +58,7 @@ class BitpressQuantizer(HfQuantizer):
         given = getattr(config, "_name_or_path", "")
         if given and is_compressed(given):
             self._checkpoint = CompressedCheckpoint.open(given)
-        if getattr(config, "transformers_weights", None) == config_marks()["transformers_weights"]:
+        if getattr(config, "transformers_weights", None) in WEIGHT_FILE_MARKS:
             config.transformers_weights = OUTER_NAME
         return config
 
