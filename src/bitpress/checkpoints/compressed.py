@@ -54,19 +54,15 @@ _FIRST = 1
 OUTER_NAME = "bitpress.safetensors"
 _BLOCK_PREFIX = "bitpress-"
 # transformers without bitpress looks for this file, and its error names it; the second one is that of older directories.
-_NEEDED = "to load this model install bitpress and import it first.safetensors.index.json"
-_NEEDED_BEFORE = "to load this model pip install bitpress and import bitpress first.safetensors.index.json"
-WEIGHT_FILE_MARKS = (_NEEDED, _NEEDED_BEFORE)
+WEIGHT_FILE_MARKS = (
+    "to load this model install bitpress and import it first.safetensors.index.json",
+    "to load this model pip install bitpress and import bitpress first.safetensors.index.json",
+)
 
 # What readers open by its name alone wherever they find it: a file that the manifest must list, or that must not be there.
 _OPENED_BY_NAME = (
-    *SIDE_FILES,
-    SINGLE_NAME,
-    INDEX_NAME,
-    *WEIGHT_FILE_MARKS,
-    "adapter_config.json",
-    "custom_generate",
-    "tekken.json",
+    *(*SIDE_FILES, *WEIGHT_FILE_MARKS, SINGLE_NAME, INDEX_NAME),
+    *("adapter_config.json", "custom_generate", "tekken.json"),
 )
 
 
@@ -132,7 +128,7 @@ class Manifest(_Closed):
 def config_marks(version: int = VERSION) -> dict[str, Any]:
     """Return what config.json says beside the original's content: the method, and for transformers which weight files to open."""
     method = {"quantization_config": {"quant_method": "bitpress", "version": version}}
-    return method if version == _FIRST else {**method, "transformers_weights": _NEEDED}
+    return method if version == _FIRST else {**method, "transformers_weights": WEIGHT_FILE_MARKS[0]}
 
 
 @dataclass(frozen=True)
