@@ -172,7 +172,7 @@ def test_seed_decides(tokenizer: Any) -> None:
     documents = [numbered("a", 200), numbered("b", 200)]
     first, again, other = (sample_windows(documents, tokenizer, samples=6, length=20, seed=s) for s in (1, 1, 2))
     assert first.sha256 == again.sha256
-    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.inputs, again.inputs)
     assert first.sha256 != other.sha256
 
 
@@ -189,13 +189,13 @@ def test_every_window_begins_as_the_tokenizer_does() -> None:
 
 def test_documents_are_parted(tokenizer: Any) -> None:
     documents = [Document("a", "x" * 20), Document("a", "y" * 19)]
-    ids = sample_windows(documents, tokenizer, samples=1, length=40, seed=0).tokens[0].tolist()
+    ids = sample_windows(documents, tokenizer, samples=1, length=40, seed=0).inputs[0].tolist()
     assert ids.count(EOS) == 1
     assert ids.index(EOS) in (19, 20)
     text = make_tokenizer(eos=False).decode(
         sample_windows(
             [Document("a", "x" * 20), Document("a", "y" * 18)], make_tokenizer(eos=False), samples=1, length=40, seed=0
-        ).tokens[0]
+        ).inputs[0]
     )
     assert text in ("x" * 20 + "\n\n" + "y" * 18, "y" * 18 + "\n\n" + "x" * 20)
 
@@ -225,7 +225,7 @@ def test_chat_puts_passages_into_the_template(tokenizer: Any) -> None:
     assert sum("<user>" in text or "</>" in text for text in texts) >= 2
     conversation = [Document("c", messages=(("user", "hi" * 9), ("assistant", "ho" * 9)))]
     rendered = "<user>" + "hi" * 9 + "</><assistant>" + "ho" * 9 + "</>"
-    ids = sample_windows(conversation, tokenizer, samples=1, length=len(rendered), seed=0).tokens[0]
+    ids = sample_windows(conversation, tokenizer, samples=1, length=len(rendered), seed=0).inputs[0]
     assert tokenizer.decode(ids) == rendered
 
 
