@@ -34,7 +34,9 @@ def test_auto_is_native_where_that_knows_the_model(pressed_original: Path, gpt2:
     assert isinstance(model, torch.nn.Module)
     selection = OpenedModel(gpt2).select()
     assert selection.runtime == "transformers"
-    assert selection.reason is not None and "'gpt2' is not among" in selection.reason and "llama" in selection.reason
+    assert selection.reason is not None
+    assert "'gpt2' is not among" in selection.reason
+    assert "llama" in selection.reason
 
 
 def test_transformers_is_what_load_gives_unasked(pressed_original: Path) -> None:
