@@ -10,6 +10,7 @@ import torch
 import bitpress
 from bitpress.errors import CheckpointError
 from bitpress.models.skeleton import build_config, build_skeleton
+from bitpress.models.tasks.causal_lm import CausalLM
 from bitpress.models.tasks.table import find_task
 from bitpress.progress import Silent
 
@@ -108,7 +109,7 @@ def test_what_is_no_causal_language_model_is_called_so(model_type: str) -> None:
 
 
 def test_an_encoder_made_a_decoder_is_a_causal_language_model() -> None:
-    find_task(build_config({"model_type": "bert", "is_decoder": True}), "here")
+    assert isinstance(find_task(build_config({"model_type": "bert", "is_decoder": True}), "here"), CausalLM)
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

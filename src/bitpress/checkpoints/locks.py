@@ -1,6 +1,6 @@
-"""Locks on open files, which end with the process: who works in a directory, and who reads a model of the cache.
+"""Locks on open files, which end with the process: of the process that works in a directory, and of those that read a model of the cache.
 
-A job's lock file holds the number of its process. Locks are those of flock: shared ones for readers, an exclusive one for who changes.
+A job's lock file holds the number of its process. Locks are those of flock: shared ones for readers, an exclusive one for a writer.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def lock_shared(descriptor: int) -> bool:
 
 
 def is_same(descriptor: int, path: Path) -> bool:
-    """Claim that an open file is still the one at `path`."""
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:

@@ -166,10 +166,8 @@ def _resolve_gguf(file: Path, progress: Progress) -> Path:
 
 
 def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progress) -> None:
-    from bitpress.checkpoints.gguf_file import (
-        load_gguf,
-        save_directory,
-    )  # these import torch, which a list of models does without
+    # These import torch, which a list of models does without.
+    from bitpress.checkpoints.gguf_file import load_gguf, save_directory
     from bitpress.checkpoints.regauge import regauge_
 
     model = load_gguf(file, progress)

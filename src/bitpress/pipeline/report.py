@@ -16,9 +16,6 @@ from bitpress.version import INSTALL
 
 __all__ = ["make_card", "make_report", "write_texts_"]
 
-# The sum settles in the third round, unless a digit more or less moves it again.
-_ROUNDS = 10
-
 
 def make_report(
     figures: Mapping[str, Any],
@@ -68,17 +65,18 @@ def write_texts_(
 ) -> dict[str, bytes]:
     """Return report.json and the card, and enter the bytes of the whole published directory into the report, with their ratio.
 
-    These two files count, and hold the sum themselves: they are written until it is right. `other_bytes` are those of all others.
+    These two files count, and hold the sum themselves: they are written for a larger sum until they fit into it, and blank lines at the
+    end of the card fill the rest. `other_bytes` are those of all others.
     """
-    total, texts = other_bytes, dict[str, bytes]()
-    for _ in range(_ROUNDS):
+    total = other_bytes
+    while True:
         report["size"].update(bytes=total, ratio=report["size"]["bytes_original"] / total)
         texts = {"report.json": write_json_bytes(report), "README.md": make_card(report, name, head, task).encode()}
         found = other_bytes + sum(map(len, texts.values()))
-        if found == total:
-            break
+        if found <= total:  # a digit more or less in the sum or the ratio: an equal sum may not exist
+            texts["README.md"] += b"\n" * (total - found)
+            return texts
         total = found
-    return texts
 
 
 def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, object], task: Task) -> str:

@@ -12,7 +12,7 @@ TASKS: dict[str, Task] = {"causal-lm": CausalLM()}
 
 
 def find_task(config: Any, where: str) -> Task:
-    """Return the task of a model by its configuration. Raises CheckpointError that says what the model is where there is none."""
+    """Return the task of a model by its configuration. If no task fits, the CheckpointError names the kind of the model."""
     reasons = []
     for task in TASKS.values():
         what = task.why_not(config)
