@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -21,6 +22,7 @@
 #include "gram.h"
 #include "levels.h"
 #include "search.h"
+#include "trellis.h"
 
 namespace nb = nanobind;
 
@@ -259,6 +261,26 @@ int compare_rows(nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> p, nb::
                                   figures.data(), rows, vocabulary, used);
 }
 
+void encode_trellis(Floats values, std::optional<Floats> weights, Codes codes, int state_bits, Array<const std::int32_t, 1> shifts,
+                    Vector levels, int threads) {
+    need_same_shape(values, codes);
+    need(!weights || (weights->shape(0) == values.shape(0) && weights->shape(1) == values.shape(1)),
+         "weights must have the shape of the values");
+    need(shifts.shape(0) >= 1, "there must be a shift");
+    int most = 0;
+    for (std::size_t i = 0; i < shifts.shape(0); ++i) {
+        need(shifts(i) >= 1 && shifts(i) <= bitpress::kMostShift, "a shift must be 1 to 8");
+        most = std::max(most, static_cast<int>(shifts(i)));
+    }
+    need(state_bits >= most + 3 && state_bits <= 20, "state_bits must be 3 more than the largest shift, and 20 at most");
+    need(levels.shape(0) == std::size_t{1} << state_bits, "there must be a level for every state");
+    const bitpress::Trellis trellis{state_bits, shifts.data(), static_cast<int>(shifts.shape(0)), levels.data()};
+    const int used = checked_threads(threads);
+    const nb::gil_scoped_release released;
+    bitpress::encode_trellis(values.data(), weights ? weights->data() : nullptr, codes.data(),
+                             static_cast<std::int64_t>(values.shape(0)), static_cast<std::int64_t>(values.shape(1)), trellis, used);
+}
+
 std::vector<std::string> features() {
     std::vector<std::string> names;
     if (bitpress::has_avx512()) names.emplace_back("avx512");
@@ -270,7 +292,7 @@ std::vector<std::string> features() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Native code of bitpress; see bitpress.native for the typed doors.";
-    m.attr("version") = 15;  // as in bitpress.library
+    m.attr("version") = 16;  // as in bitpress.library
     m.def("features", &features);
     // noconvert: an array of another type or layout is refused; a converted copy would take the results with it.
     m.def("round_columns", &round_columns, nb::arg("w").noconvert(), nb::arg("codes").noconvert(), nb::arg("errors").noconvert(),
@@ -304,6 +326,9 @@ NB_MODULE(_native, m) {
     m.def("pack_dense", &pack_dense, nb::arg("codes").noconvert(), nb::arg("packed").noconvert(), nb::arg("bits"),
           nb::arg("threads"));
     m.def("unpack_dense", &unpack_dense, nb::arg("packed").noconvert(), nb::arg("codes").noconvert(), nb::arg("bits"),
+          nb::arg("threads"));
+    m.def("encode_trellis", &encode_trellis, nb::arg("values").noconvert(), nb::arg("weights").noconvert().none(),
+          nb::arg("codes").noconvert(), nb::arg("state_bits"), nb::arg("shifts").noconvert(), nb::arg("levels").noconvert(),
           nb::arg("threads"));
     m.def("compare_rows", &compare_rows, nb::arg("p").noconvert(), nb::arg("q").noconvert(), nb::arg("following").noconvert(),
           nb::arg("figures").noconvert(), nb::arg("threads"));

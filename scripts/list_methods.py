@@ -61,8 +61,11 @@ def _before(part: dict[str, Any]) -> str:
 def _patterns(serves: tuple[str, ...]) -> str:
     if serves == ("*",):
         return "all"
-    shown = ", ".join(f"`{pattern}`" for pattern in serves[:4])
-    return shown if len(serves) <= 4 else f"{shown} and {len(serves) - 4} more"
+    named = [pattern for pattern in serves if not pattern.startswith("!")]
+    shown = "all" if named == ["*"] else ", ".join(f"`{pattern}`" for pattern in named[:4])
+    shown = shown if len(named) <= 4 else f"{shown} and {len(named) - 4} more"
+    exceptions = ", ".join(f"`{pattern[1:]}`" for pattern in serves if pattern.startswith("!"))
+    return f"{shown} but {exceptions}" if exceptions else shown
 
 
 def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:

@@ -28,6 +28,7 @@ __all__ = [
     "decode_levels",
     "encode_affine",
     "encode_levels",
+    "encode_trellis",
     "features",
     "gram_size",
     "library",
@@ -109,6 +110,22 @@ def round_columns_(
         w, codes, errors, factor, scale, stored, constant, even.top, *table, group, least, kept, threads
     )
     return codes, errors, kept
+
+
+def encode_trellis(
+    values: Float[torch.Tensor, "sequences length"],
+    weights: Float[torch.Tensor, "sequences length"] | None,
+    state_bits: int,
+    shifts: Int[torch.Tensor, " period"],
+    levels: Float[torch.Tensor, " states"],
+) -> UInt8[torch.Tensor, "sequences length"]:
+    """Return the new bits of every value on the path with the least squared error (weighted by `weights`), sequence by sequence.
+
+    `formats.grids.trellis` describes the path; `shifts` are int32, the bits that a value adds, repeated along the sequence.
+    """
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    built_library().encode_trellis(values, weights, codes, state_bits, shifts, levels, torch.get_num_threads())
+    return codes
 
 
 def gram_size(in_features: int) -> int:

@@ -154,7 +154,7 @@ def test_levels_are_fixed_points(name: str) -> None:
     params = fmt.fit(w)
     # Codes from all over the grid, not only those that this weight would get.
     legal = legal_codes(fmt)
-    shape = (w.shape[0], w.shape[1] // fmt.grid.span)
+    shape = (w.shape[0] // fmt.rows_per_code, w.shape[1] // fmt.grid.span)
     codes = legal[(torch.arange(math.prod(shape)) * 7919).remainder(len(legal))].reshape(shape)
     levels = fmt.decode(codes, params)
     assert torch.isfinite(levels).all()
@@ -271,9 +271,9 @@ def test_one_column_decodes_as_in_the_whole(name: str) -> None:
     whole = fmt.decode(fmt.encode(w, params), params)
     for start in range(0, w.shape[1], span):
         at = fmt.columns(params, shape, start)
-        codes = fmt.grid.encode(w[:, start : start + span], at)
-        assert codes.shape == (w.shape[0], 1)
-        torch.testing.assert_close(fmt.grid.decode(codes, at), whole[:, start : start + span], rtol=1e-6, atol=1e-6)
+        codes = fmt.encode_columns(w[:, start : start + span], at)
+        assert codes.shape == (w.shape[0] // fmt.rows_per_code, 1)
+        torch.testing.assert_close(fmt.decode_columns(codes, at), whole[:, start : start + span], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PLAIN)

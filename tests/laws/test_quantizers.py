@@ -41,7 +41,8 @@ def case(seed: int = 0, out: int = 24, inner: int = 64) -> tuple[torch.Tensor, S
 
 def serves(name: str, fmt: str) -> bool:
     """A method may say which formats it serves; one that says nothing serves all."""
-    return any(fnmatch.fnmatchcase(parse_format(fmt).name, p) for p in QUANTIZERS[name].serves)
+    found = [pattern for pattern in QUANTIZERS[name].serves if fnmatch.fnmatchcase(parse_format(fmt).name, pattern.lstrip("!"))]
+    return bool(found) and not any(pattern.startswith("!") for pattern in found)
 
 
 def served(name: str, fmt: str) -> str:

@@ -4,7 +4,7 @@ from bitpress.formats.activation import ActivationFormat
 from bitpress.formats.block import Block
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Tabled
+from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Streamed, Tabled
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layer import CompressedLayer
@@ -60,6 +60,7 @@ __all__ = [
     "SharedParams",
     "Sparse",
     "StoredParam",
+    "Streamed",
     "Tabled",
     "Term",
     "chain",

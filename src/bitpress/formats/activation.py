@@ -21,7 +21,7 @@ from jaxtyping import Float
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
-from bitpress.formats.grids.grid import Params
+from bitpress.formats.grids.grid import Params, Streamed
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.packed import Packed
 
@@ -47,6 +47,10 @@ class ActivationFormat:
         fmt = self.format
         if fmt.layout != "dense":
             raise FormatError(f"{fmt.name}: the codes of inputs are not stored and have no layout; leave {fmt.layout} out.")
+        if isinstance(fmt.grid, Streamed):
+            raise FormatError(
+                f"{fmt.name}: its codes run from row to row, so one token would change another; use another grid."
+            )
         if self.parameters == "dynamic" and (fmt.block.rows != 1 or not fmt.rows_apart):
             raise FormatError(
                 f"{fmt.name}: tokens would share dynamic parameters, and one would change another; use a block of one row."

@@ -17,7 +17,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Format
-from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params
+from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, Streamed
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layouts.dense import code_dtype
 
@@ -86,7 +86,7 @@ def _inside(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) ->
 @cache
 def _outer_codes(grid: Grid) -> Int[torch.Tensor, " codes"] | None:
     """Return codes that include the two lowest and the two highest levels of any block; None if levels have no order."""
-    if grid.span > 1:
+    if grid.span > 1 or isinstance(grid, Streamed):
         return None
     if isinstance(grid, EvenlySpaced):
         chosen = sorted({0, min(1, grid.top), max(grid.top - 1, 0), grid.top})

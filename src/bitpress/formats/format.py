@@ -16,7 +16,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import FormatError, NumericsError, unknown_name
 from bitpress.finite import all_finite
 from bitpress.formats.block import Block
-from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam
+from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam, Streamed
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.scales import SCALES, ScaleStore
@@ -70,18 +70,32 @@ class Format:
     def rows_apart(self) -> bool:
         """Whether rows of blocks share no parameters, so that a weight can be cut and joined between them."""
         shared = any(p.scope == "tensor" for p in self.grid.params) or self.store.shared_by_rows()
-        return self.block.rows != "all" and not shared
+        return self.block.rows != "all" and not shared and not isinstance(self.grid, Streamed)
+
+    @property
+    def rows_per_code(self) -> int:
+        """Weights of a column for each code: 1 except for some streams."""
+        return self.grid.rows_per_code if isinstance(self.grid, Streamed) else 1
+
+    @property
+    def code_bits_per_weight(self) -> float:
+        """Bits of the codes for each weight, without parameters."""
+        return self.grid.code_bits / (self.grid.span * self.rows_per_code)
 
     def block_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the number of blocks of a weight `[out, in]` along each axis. Raises FormatError if they do not fit."""
         rows, cols = self.block.resolve(shape, self.grid.span)
+        if shape[0] % self.rows_per_code:
+            raise FormatError(
+                f"out_features={shape[0]} is not a multiple of the {self.rows_per_code} rows of a code of {self.grid.name}."
+            )
         return shape[0] // rows, shape[1] // cols
 
     def expected(self, shape: tuple[int, int]) -> Expected:
         """Return dtype and shape of every tensor that a packed weight of this shape stores."""
         down, across = self.block_grid(shape)
         codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
-        tensors: Expected = {"codes": (torch.uint8, (shape[0], codes))}
+        tensors: Expected = {"codes": (torch.uint8, (shape[0] // self.rows_per_code, codes))}
         for p in self.grid.params:
             if p.kind == "code":
                 tensors[p.name] = (torch.uint8, (down, row_bytes(across, p.bits)))
@@ -163,15 +177,36 @@ class Format:
                 changed[p.name][:, across : across + 1] = fitted[p.name]
         return changed
 
-    def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "out codes"]:
-        """Return the nearest code of every weight under `params`."""
+    def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "codes_down codes_across"]:
+        """Return the nearest code of every weight under `params`, or the nearest stream of codes of every column."""
+        if isinstance(self.grid, Streamed):
+            return self.encode_columns(w.float(), self._spread(params, (w.shape[0], w.shape[1])))
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
         return self._from_blocks(codes, w.shape[0], self.grid.span)
 
-    def decode(self, codes: Int[torch.Tensor, "out codes"], params: Params) -> Float[torch.Tensor, "out in"]:
+    def decode(self, codes: Int[torch.Tensor, "codes_down codes_across"], params: Params) -> Float[torch.Tensor, "out in"]:
         """Return the weights in float32: `(codes - zero) * scale` for integers."""
+        if isinstance(self.grid, Streamed):
+            shape = (codes.shape[0] * self.rows_per_code, codes.shape[1])
+            return self.decode_columns(codes, self._spread(params, shape))
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
         return self._from_blocks(values, codes.shape[0])
+
+    def encode_columns(
+        self, values: Float[torch.Tensor, "out cols"], params: Params
+    ) -> Int[torch.Tensor, "codes_down codes_across"]:
+        """Return the codes of some columns under the parameters of these, as `columns` returns them."""
+        if not isinstance(self.grid, Streamed):
+            return self.grid.encode(values, params)
+        return self.grid.encode(values.T.contiguous(), {name: p.T for name, p in params.items()}).T
+
+    def decode_columns(
+        self, codes: Int[torch.Tensor, "codes_down codes_across"], params: Params
+    ) -> Float[torch.Tensor, "out cols"]:
+        """Return the weights of some columns."""
+        if not isinstance(self.grid, Streamed):
+            return self.grid.decode(codes, params)
+        return self.grid.decode(codes.T, {name: p.T for name, p in params.items()}).T.contiguous()
 
     def columns(self, params: Params, shape: tuple[int, int], start: int) -> Params:
         """Return the parameters of column `start` for every row: `[out, 1, *shape]`, for loops over columns."""
@@ -185,6 +220,12 @@ class Format:
                 value = value if rows == 1 else value.repeat_interleave(rows, 0)
             at_column[p.name] = value
         return at_column
+
+    def _spread(self, params: Params, shape: tuple[int, int]) -> Params:
+        """Return single numbers for every row, `[out, 1]`, or for every weight if blocks part the columns."""
+        rows, cols = self.block.resolve(shape, self.grid.span)
+        across = 1 if cols == shape[1] else cols
+        return {p.name: params[p.name].repeat_interleave(rows, 0).repeat_interleave(across, 1) for p in self.grid.params}
 
     def choose(self, better: torch.Tensor, trial: Params, best: Params) -> dict[str, torch.Tensor]:
         """Return the parameters of `trial` in the blocks where `better` holds, and those of `best` elsewhere and for shared values."""

@@ -33,6 +33,7 @@ from bitpress.formats.grids.planes import Planes
 from bitpress.formats.grids.power import power
 from bitpress.formats.grids.pyramid import Pyramid
 from bitpress.formats.grids.searched_float import searched_float
+from bitpress.formats.grids.trellis import WIDTHS, trellis
 from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.scales import SCALES
 
@@ -143,6 +144,12 @@ GRIDS: dict[str, Row] = {
         f"pvq{n}k{k}": Row(Pyramid(n, k), f"pyramid: {n} weights as a direction; the scale is their length", block=f"g{n}")
         for n, k in ((4, 4), (8, 5))
     },
+    **{
+        name: Row(
+            trellis(name), f"a path through a trellis down every column, {name[3:]} bits a weight", nearest=False, block="row"
+        )
+        for name in WIDTHS
+    },
     "olive4": Row(OutlierPair(), "OliVe: pairs of 4-bit integers, or an outlier and a zero"),
 }
 
@@ -162,6 +169,11 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
         re.compile(r"vq([1-9]|1[0-6])x([2-9]|1[0-6])"),
         "vqBxN: B bits for N weights, a vector learned from the weight",
         lambda m: LearnedBook(int(m[1]), int(m[2])),
+    ),
+    (
+        re.compile(r"(tcq(?:[1-4](?:\.5)?|5))s(1[0-6])"),
+        "tcqNsB: a trellis with B bits of state, 10 to 16, where tcqN has 14",
+        lambda m: trellis(m[1], int(m[2])),
     ),
     (
         re.compile(r"aq([2-9]|1[0-6])x([1-8])x([2-9]|1[0-6])"),
@@ -256,7 +268,7 @@ def describe_formats() -> list[dict[str, object]]:
                 {
                     "name": f"{name}-g64{suffix}",
                     "about": row.about + (", with a zero point" if zero else ""),
-                    "bits": grid.code_bits / grid.span,
+                    "bits": fmt.code_bits_per_weight,
                     "levels": grid.num_codes,
                     "span": grid.span,
                     "zero_point": zero,

@@ -284,7 +284,7 @@ def unmeant_bits(plan: Plan) -> list[str]:
     for planned in plan.weights:
         if isinstance(planned.format, Format):
             name, (least, most) = planned.method.quantizer.name, planned.method.quantizer.part.bits
-            value = planned.format.grid.code_bits / planned.format.grid.span
+            value = planned.format.code_bits_per_weight
             if not math.floor(least) <= value <= math.ceil(most):
                 meant = f"{least:g}" if least == most else f"{least:g} to {most:g}"
                 found[f"{name} is meant for codes of {meant} bits a weight, and {planned.format.name} has {value:g}"] = None

@@ -1,7 +1,6 @@
 """Compressing one weight: apply the method's parts to each of its matrices, measure the error, and return what is stored."""
 
 import contextlib
-import fnmatch
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.plan import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.quantizers.quantizer import Outcome, output_errors
+from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
 
@@ -154,7 +153,7 @@ class WeightCompressor:
         rows, wide = sum(w.shape[0] for w in matrices), widened(fmt)
         if wide is None:
             return fmt, (f"{lost} of {rows} rows are out of the range of {fmt.name} and lose their size",)
-        if not any(fnmatch.fnmatchcase(wide.name, pattern) for pattern in parts.quantizer.part.serves):
+        if not is_served(parts.quantizer.part.serves, wide):
             return fmt, ()  # the quantizer may store the weight in a way of its own, so its result is checked instead
         return wide, (f"scales are stored as fp32, for {lost} of {rows} rows are out of the range of {fmt.scale}",)
 

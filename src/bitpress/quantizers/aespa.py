@@ -25,7 +25,7 @@ from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Block, CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, Quantizer
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["Aespa"]
@@ -47,6 +47,7 @@ class Aespa(Quantizer):
     summary: ClassVar[str] = "coordinate descent on the error of attention scores and of mixed values"
     paper: ClassVar[str] = "P236"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
@@ -61,6 +62,7 @@ class Aespa(Quantizer):
         return self.relax_every > 0 and sweep % self.relax_every == 1 and sweep < self.sweeps - 2
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+        check_served("aespa", self.serves, fmt)
         stats = stats or Stats(0)
         gram = stats.need_gram("aespa")
         w = w.float()

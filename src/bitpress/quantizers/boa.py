@@ -24,7 +24,7 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
-from bitpress.quantizers.quantizer import Outcome, Quantizer
+from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
 __all__ = ["BoA", "attention_error"]
@@ -46,6 +46,7 @@ class BoA(Quantizer):
     summary: ClassVar[str] = "error feedback across columns and across the rows of attention heads"
     paper: ClassVar[str] = "P155"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
@@ -54,6 +55,7 @@ class BoA(Quantizer):
             raise UsageError(f"rows={self.rows}: must be 1 or more.")
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
+        check_served("boa", self.serves, fmt)
         stats = stats or Stats(0)
         gram = stats.need_gram("boa")
         w = w.float()

@@ -93,7 +93,11 @@ def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in
 
 
 def fit_scales(
-    w: Float[torch.Tensor, "out in"], codes: Int[torch.Tensor, "out codes"], descent: Descent, fmt: Format, params: Params
+    w: Float[torch.Tensor, "out in"],
+    codes: Int[torch.Tensor, "codes_down codes_across"],
+    descent: Descent,
+    fmt: Format,
+    params: Params,
 ) -> Params:
     """Return the parameters with the best scale of every block for the codes, one column of blocks after another.
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params
-from bitpress.quantizers.mechanisms.coordinate_descent import prepare_descent
+from bitpress.quantizers.mechanisms.coordinate_descent import better_rows, prepare_descent, take_rows
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
@@ -97,8 +97,9 @@ class LDLQ(Quantizer):
             before, current = current, descent.sweep(w, w_hat, fmt, params)
             w_hat = fmt.decode(current, params)
             trial = descent.errors(w_hat - w)
-            best = torch.where((trial < error)[:, None], current, best)
-            error = torch.minimum(trial, error)
+            better = better_rows(fmt, trial, error)
+            best = take_rows(fmt, better, current, best)
+            error = torch.where(better, trial, error)
             if torch.equal(current, before):
                 break
         return best, float((best != codes).float().mean())

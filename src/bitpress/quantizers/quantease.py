@@ -23,7 +23,7 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed
 from bitpress.formats.terms.sparse import sparse
-from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, prepare_descent
+from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, better_rows, prepare_descent, take_rows
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.storage import sparse_bytes
 from bitpress.quantizers.quantizer import Outcome, Quantizer
@@ -95,8 +95,8 @@ class QuantEase(Quantizer):
                 w_hat = fmt.decode(codes, params)
             if count and sweep < self.sweeps - 1:
                 apart = moved_outliers(apart, w - w_hat, descent.gram, step, count)
-        better = descent.errors(w - w_hat - apart) < descent.errors(w - first_hat - first_apart)
-        packed = Packed.pack(fmt, torch.where(better[:, None], codes, first), params)
+        better = better_rows(fmt, descent.errors(w - w_hat - apart), descent.errors(w - first_hat - first_apart))
+        packed = Packed.pack(fmt, take_rows(fmt, better, codes, first), params)
         figures = {"improved_rows": float(better.float().mean())}
         if not count:
             return Outcome(CompressedWeight((packed,)), feedback.fallbacks, figures)

@@ -16,7 +16,7 @@ from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError
 from bitpress.formats import CompressedWeight, Format
 
-__all__ = ["LOOSE", "Outcome", "Quantizer", "check_served", "output_error", "output_errors"]
+__all__ = ["LOOSE", "Outcome", "Quantizer", "check_served", "is_served", "output_error", "output_errors"]
 
 # Of the squared error of rounding to nearest, for a method that does not lessen it. A weight at a fraction f between two levels a step
 # apart costs f (1 - f) of the step's square on average where it goes up with probability f: a mean of 1/6, twice that of the nearest
@@ -40,7 +40,7 @@ class Quantizer(Protocol):
     transforms     the transforms that the paper puts before it, by name or as in a recipe with their settings; a recipe may say otherwise
     paper          row of the paper in the catalogue of methods, or what it is a yardstick of
     bits           the least and the most bits of the codes, a weight, that it is meant for
-    serves         patterns of the names of formats that it can choose codes for
+    serves         patterns of the names of formats that it can choose codes for; one that begins with "!" names exceptions
     least_squares  whether it lowers the squared error of the layer's output (of the weight, where it needs no statistics), so that
                    it is never worse than rounding to nearest. One with other aims (stochastic rounding, which is right on average)
                    says False, and may be up to `LOOSE` times as far away
@@ -74,10 +74,16 @@ class Quantizer(Protocol):
         ...
 
 
+def is_served(serves: Sequence[str], fmt: Format) -> bool:
+    """Return whether a pattern of `serves` is the name of the format, and none of its exceptions is."""
+    exceptions = any(fnmatch.fnmatchcase(fmt.name, pattern[1:]) for pattern in serves if pattern.startswith("!"))
+    return not exceptions and any(fnmatch.fnmatchcase(fmt.name, pattern) for pattern in serves)
+
+
 def check_served(method: str, serves: Sequence[str], fmt: Format) -> None:
-    """Raise FormatError unless a pattern of `serves` is the name of the format."""
-    if not any(fnmatch.fnmatchcase(fmt.name, pattern) for pattern in serves):
-        raise FormatError(f"{method} serves {', '.join(serves)}, not {fmt.name}.")
+    """Raise FormatError unless the method serves the format."""
+    if not is_served(serves, fmt):
+        raise FormatError(f"{method} serves {', '.join(serves).replace(', !', ', not ')}, not {fmt.name}.")
 
 
 def output_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None) -> float:

@@ -17,7 +17,7 @@ from jaxtyping import Integer as Int
 from bitpress.formats.scales import Outer, ScaleStore
 from bitpress.native import LevelTable
 
-__all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam", "Tabled"]
+__all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam", "Streamed", "Tabled"]
 
 Params = Mapping[str, torch.Tensor]
 
@@ -115,6 +115,20 @@ class OwnSearch(Protocol):
 
         Return None if the grid does not support the request, or a scale is out of range.
         """
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A grid of span 1 whose codes form a stream down every column: a weight depends on the codes above it (a trellis).
+
+    Its `encode` and `decode` take whole columns, `[columns, out]`, and parameters that broadcast against them. A stream runs from the first
+    row to the last, so such a weight cannot be cut between rows.
+    """
+
+    @property
+    def rows_per_code(self) -> int:
+        """Weights of a column for each code; the codes of a weight are `[out / rows_per_code, in]`."""
         ...
 
 

@@ -34,7 +34,7 @@ class Packed:
     @classmethod
     def pack(cls, fmt: Format, codes: Int[torch.Tensor, "out codes"], params: Params) -> "Packed":
         """Pack codes and parameters from `fmt.fit`."""
-        shape = (codes.shape[0], codes.shape[1] * fmt.grid.span)
+        shape = (codes.shape[0] * fmt.rows_per_code, codes.shape[1] * fmt.grid.span)
         down, _ = fmt.block_grid(shape)
         stored = {"codes": fmt.codes_layout.pack(codes, fmt.grid.code_bits)}
         for p in fmt.grid.params:

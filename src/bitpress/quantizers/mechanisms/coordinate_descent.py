@@ -16,13 +16,13 @@ The triangle depends on the gram alone, so all sweeps share one. It needs no dam
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from jaxtyping import Integer as Int
 
-from bitpress.formats import Format, Params
+from bitpress.formats import Format, Params, Streamed
 from bitpress.quantizers.mechanisms.error_feedback import Columns
 
-__all__ = ["Descent", "prepare_descent"]
+__all__ = ["Descent", "better_rows", "prepare_descent", "take_rows"]
 
 # Damping, a share of a diagonal block's mean: for codes of several weights the block may be singular.
 RIDGE = 1e-4
@@ -63,11 +63,23 @@ class Descent:
 
     def sweep(
         self, w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], fmt: Format, params: Params
-    ) -> Int[torch.Tensor, "out codes"]:
+    ) -> Int[torch.Tensor, "codes_down codes_across"]:
         """Return the codes after one sweep from `w_hat` under `params`."""
         columns = Columns(fmt, self.relax(w, w_hat), self.gram.diagonal(), (1.0,), static=True, params=params)
         columns.round_(self.order, self.factor, LAZY)
         return columns.codes
+
+
+def better_rows(
+    fmt: Format, trial: Float[torch.Tensor, " out"], error: Float[torch.Tensor, " out"]
+) -> Bool[torch.Tensor, " out"]:
+    """Return a mask of the rows whose error fell: all or none if codes run down the columns, where rows cannot be taken one by one."""
+    return (trial.sum() < error.sum()).expand(len(error)) if isinstance(fmt.grid, Streamed) else trial < error
+
+
+def take_rows(fmt: Format, rows: Bool[torch.Tensor, " out"], codes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return `codes` in the rows of a mask of `better_rows`, and `others` elsewhere."""
+    return torch.where(rows[:: fmt.rows_per_code, None], codes, others)
 
 
 def prepare_descent(

@@ -136,7 +136,8 @@ class Columns:
         self.kept = None if least is None else torch.zeros_like(least)
         self.shape = (w.shape[0], w.shape[1])
         self.params: Params = fmt.fit(w, importance, ratios) if params is None else params
-        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, self.shape[0], dtype=code_dtype(fmt.grid.code_bits))
+        codes_down = self.shape[0] // fmt.rows_per_code
+        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, codes_down, dtype=code_dtype(fmt.grid.code_bits))
         self.block_cols = fmt.block.resolve(self.shape, fmt.grid.span)[1]
         self._at_block: dict[int, Params] = {}
 
@@ -226,9 +227,9 @@ class Columns:
 
     def _round(self, values: torch.Tensor, column: int) -> torch.Tensor:
         params = self._column_params(column)
-        codes = self.fmt.grid.encode(values if self.dither is None else self.dither(values, params), params)
+        codes = self.fmt.encode_columns(values if self.dither is None else self.dither(values, params), params)
         self._codes[column // self.fmt.grid.span] = codes[:, 0]
-        return self.fmt.grid.decode(codes, params)
+        return self.fmt.decode_columns(codes, params)
 
     def _column_params(self, column: int) -> Params:
         across = column // self.block_cols
