@@ -134,4 +134,5 @@ def test_tokens_cannot_share_a_path() -> None:
 def test_gradients_pass_a_trellis_straight_through() -> None:
     x = normal(8, 4).requires_grad_()
     fake_quantize(x, parse_format("tcq4s10-row")).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones(8, 4))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones(8, 4))
