@@ -14,7 +14,7 @@ from bitpress.errors import UsageError
 from bitpress.models.linears import skipping
 from bitpress.models.opening import open_original
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.recipes import NAMED_RECIPES, build_method, load_recipe, make_recipe
+from bitpress.recipes import NAMED_RECIPES, Calibration, build_method, load_recipe, make_recipe
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
@@ -34,6 +34,22 @@ def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[...,
     for name in pressed.manifest.weights:
         error = (pressed.load(name)[name].float() - held[name].float()).abs()
         assert 0 < error.max() <= held[name].abs().max() / 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_qtip_goes_through_the_whole_road(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    changes: dict[str, object] = {"calibration": Calibration(samples=8, length=64)}
+    if architecture == "mixtral":
+        changes["transforms"] = ()  # the maps of experts cannot be stacked, their paths can
+    recipe = load_recipe("qtip").model_copy(update=changes)
+    quantize_directory(model, tmp_path / "qtip", recipe, proof=Proof(tokens=256))
+    rounded = make_recipe({"weights": "int2-row", "quantizer": "rtn"})
+    quantize_directory(model, tmp_path / "rounded", rounded, proof=Proof(tokens=256))
+    ours, plain = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("qtip", "rounded"))
+    compressed = CompressedCheckpoint.open(tmp_path / "qtip")
+    assert {record.spec["terms"][0]["format"] for record in compressed.manifest.weights.values()} == {"tcq2-row"}
+    assert ours["figures"]["kl_mean"] < 0.7 * plain["figures"]["kl_mean"]
 
 
 @pytest.mark.parametrize("skip", [["*", "!*.experts.*"], ["*.experts.*"]])

@@ -15,7 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML file with any of the settings, or a named recipe (moqe).")
+    Path | None, typer.Option("--recipe", help="YAML file with any of the settings, or a named recipe (moqe, qtip).")
 ]
 PresetName = Annotated[
     str | None,

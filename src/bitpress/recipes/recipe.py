@@ -47,6 +47,19 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
         differs="3 bits with a scale for each output channel, nothing trained; other widths by --weights, for example int2-g64-zero.",
         keys={"weights": "int3-row", "quantizer": {"name": "rtn"}, "skip": ["*", "!*.experts.*"]},
     ),
+    "qtip": NamedRecipe(
+        summary="a path through a trellis for every column, with error feedback, after a random Hadamard rotation of both sides",
+        paper="arXiv 2406.11235",
+        source='Tseng et al. 2024, "QTIP: Quantization with Trellises and Incoherence Processing", and its public code (`lib/algo/ldlq.py`).',
+        differs="2 bits; other widths by --weights, tcq1-row to tcq5-row by half bits. The trellis is described in formats/grids/trellis.py; "
+        "channels are balanced before the rotation and every row has a scale, where the code has one scale for the whole weight. Nothing is "
+        "fine-tuned afterwards.",
+        keys={
+            "weights": "tcq2-row",
+            "transforms": [{"name": "balance"}, {"name": "hadamard", "outputs": True}],
+            "quantizer": {"name": "ldlq"},
+        },
+    ),
 }
 
 
