@@ -306,6 +306,8 @@ class DoubleQuantized:
 
     def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
         offset = scale.float().mean().reshape(1, 1)
+        if not bool(torch.isfinite(offset).all()):
+            raise NumericsError("the mean of the scales is beyond the range of dq; store scales as fp32.")
         flat = torch.nn.functional.pad((scale - offset).reshape(-1), (0, -scale.numel() % self.block))
         largest = flat.view(-1, self.block).abs().amax(-1, keepdim=True).expand(-1, self.block)
         return {"offset": offset, "block": largest.reshape(-1)[: scale.numel()].reshape(scale.shape)}
