@@ -89,8 +89,8 @@ double error_of(const float *x, const float *importance, std::int64_t n, const L
     return total;
 }
 
-// The smallest scale that clips nothing of the range, and its zero point; the scale as it will be kept.
-Levels levels_of(float low, float high, const RangeSearch &search, std::int64_t block) {
+// The smallest scale that clips nothing of the range, and its zero point.
+Levels levels_of(float low, float high, const RangeSearch &search) {
     const float top = static_cast<float>(search.top), half = static_cast<float>((search.top + 1) / 2);
     float scale, zero = half;
     if (search.with_zero) {
@@ -99,26 +99,45 @@ Levels levels_of(float low, float high, const RangeSearch &search, std::int64_t 
     } else {
         scale = std::max(high / (half - 1.0f), -low / half);
     }
-    return {stored_scale(scale, search, block), zero, top};
+    return {scale, zero, top};
 }
 
 bool search_some(const RangeSearch &search, std::int64_t first, std::int64_t last, float *scale, float *zero) {
     bool good = true;
+    const bool coarse = search.type == ScaleType::steps;
     for (std::int64_t b = first; b < last; ++b) {
         const float *x = search.values + b * search.n;
         const float *importance = search.importance ? search.importance + b * search.n : nullptr;
         float low, high;
         find_range(x, search.n, low, high);
-        Levels best = levels_of(low * search.ratios[0], high * search.ratios[0], search, b);
-        good = good && std::isfinite(best.scale);
-        double least = search.num_ratios > 1 ? error_of(x, importance, search.n, best) : 0.0;
-        for (std::int64_t r = 1; r < search.num_ratios; ++r) {
-            const Levels trial = levels_of(low * search.ratios[r], high * search.ratios[r], search, b);
+        Levels best;
+        double least = 0.0;
+        const auto keep_better = [&](const Levels &trial) {
             good = good && std::isfinite(trial.scale);
             const double error = error_of(x, importance, search.n, trial);
             if (error < least) {
                 least = error;
                 best = trial;
+            }
+        };
+        for (std::int64_t r = 0; r < search.num_ratios; ++r) {
+            Levels trial = levels_of(low * search.ratios[r], high * search.ratios[r], search);
+            const float wanted = trial.scale;
+            trial.scale = stored_scale(wanted, search, b);
+            if (r > 0) {
+                keep_better(trial);
+                continue;
+            }
+            good = good && std::isfinite(trial.scale);
+            best = trial;
+            if (search.num_ratios > 1 || coarse) least = error_of(x, importance, search.n, best);
+            if (!coarse || trial.scale == 0.0f) continue;
+            const float step = search.steps[b], code = std::nearbyint(trial.scale / step), nearest = trial.scale;
+            for (const float by : {-1.0f, 1.0f}) {
+                // Without a search, only the one on the other side of the scale that was wanted.
+                if (search.num_ratios == 1 && (by < 0.0f ? nearest <= wanted : nearest >= wanted)) continue;
+                trial.scale = std::clamp(code + by, 1.0f, static_cast<float>(search.most)) * step;
+                keep_better(trial);
             }
         }
         scale[b] = best.scale;

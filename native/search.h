@@ -11,7 +11,8 @@ namespace bitpress {
 enum class ScaleType { fp16, bf16, fp32, steps };
 
 // `[blocks, n]` finite weights, and of each what its squared error counts (null: alike). Every ratio is tried as a factor on the block's
-// range, the first of the best kept. Without a zero point levels are -half .. half - 1 times the scale, half = (top + 1) / 2.
+// range, the first of the best kept. For the first ratio the steps beside the nearest are tried too, or if there is no other ratio the one
+// beyond the scale that was wanted. Without a zero point levels are -half .. half - 1 times the scale, half = (top + 1) / 2.
 struct RangeSearch {
     const float *values;
     const float *importance;

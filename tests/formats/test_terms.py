@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
 from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
 from bitpress.errors import BitpressError, FormatError, NumericsError
-from bitpress.formats import TERMS, CompressedLayer, CompressedWeight, Packed, Term, parse_format
+from bitpress.formats import LOSSLESS, TERMS, CompressedLayer, CompressedWeight, Packed, Term, parse_format
 from bitpress.formats.terms import dfloat11 as dfloat11_file
 from bitpress.formats.terms.dfloat11 import BLOCK, LONGEST, DFloat11, dfloat11
 from bitpress.formats.terms.kept import Kept, keep_columns, keep_rows
@@ -310,6 +310,19 @@ def test_every_pattern_of_16_bits_comes_back() -> None:
         assert isinstance(term, DFloat11)
         assert torch.equal(term.decode().view(torch.int16), bits)
         assert torch.equal(term.dequantize().view(torch.int32), bits.to(torch.int32) << 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_lossless_format_takes_every_pattern(dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 16).to(torch.int16).view(64, 1024)
+    w = patterns.view(torch.bfloat16).to(dtype)
+    assert torch.equal(LOSSLESS["dfloat11"].encode(w).decode().view(torch.int16), patterns)
+
+
+@pytest.mark.parametrize("w", [torch.tensor([[1 + 2.0**-9]]), torch.tensor([[1 + 2.0**-40]], dtype=torch.float64)])
+def test_the_lossless_format_refuses_more_digits(w: torch.Tensor) -> None:
+    with pytest.raises(FormatError, match="more digits"):
+        LOSSLESS["dfloat11"].encode(w)
 
 
 @given(

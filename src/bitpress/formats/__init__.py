@@ -13,7 +13,8 @@ from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format
 from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.nested import narrow
-from bitpress.formats.scales import SCALES, ScaleStore
+from bitpress.formats.scale_store import ScaleStore
+from bitpress.formats.scales import SCALES
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, Row, describe_formats, find_row, parse_format
 from bitpress.formats.terms.dfloat11 import DFloat11
 from bitpress.formats.terms.kept import Kept

@@ -19,7 +19,8 @@ from bitpress.formats.block import Block
 from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam, Streamed
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
-from bitpress.formats.scales import SCALES, ScaleStore
+from bitpress.formats.scale_store import ScaleStore, first_trials
+from bitpress.formats.scales import SCALES
 
 __all__ = ["Format"]
 
@@ -120,9 +121,10 @@ class Format:
         """Choose parameters for every block.
 
         Every ratio in `shrink` is tried as a factor on the block's range; the one with the smallest squared error (weighted by
-        `importance`, per input or per weight) wins. (1.0,) is plain min-max. `shared` are parameters of an earlier fit of this
-        weight; the parts that many blocks share (codebooks, scales of scales) are taken from it unchanged. Raises NumericsError
-        if the weight is not finite or a scale does not fit the storage type.
+        `importance`, per input or per weight) wins. (1.0,) is plain min-max. Where a coarse store would change the full range, the
+        stored scales on both sides of it are tried likewise, and by a search also those beside a scale that is stored exactly.
+        `shared` are parameters of an earlier fit of this weight; the parts that many blocks share (codebooks, scales of scales) are
+        taken from it unchanged. Raises NumericsError if the weight is not finite or a scale does not fit the storage type.
         """
         if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
@@ -251,18 +253,42 @@ class Format:
         outer: Mapping[str, Mapping[str, torch.Tensor]],
         whole: Params,
     ) -> Params:
-        best = self._rounded(self._fitted(blocks * shrink[0], weights, whole), outer)
+        fitted = self._fitted(blocks * shrink[0], weights, whole)
+        best = self._rounded(fitted, outer)
         # A grid without scales learns its levels: it has no range to shrink, and would repeat the same fit for every ratio.
-        if len(shrink) > 1 and self._scales():
+        ratios = shrink[1:] if self._scales() else ()
+        beside = self._beside(fitted, outer, searched=len(ratios) > 0)
+        if ratios or beside:
             whole = self._whole(best)
             best_error = self._error(blocks, weights, best)
-            for ratio in shrink[1:]:
-                trial = self._rounded(self._fitted(blocks * ratio, weights, whole), outer)
-                error = self._error(blocks, weights, trial)
-                better = error < best_error
-                best_error = torch.where(better, error, best_error)
-                best = self.choose(better, trial, best)
+        for name, place, other in beside:
+            changed = best[name].clone(memory_format=torch.contiguous_format)
+            changed.view(len(changed), -1)[:, place] = other.reshape(len(other), -1)[:, place]
+            best, best_error = self._keep_better(blocks, weights, {**best, name: changed}, best, best_error)
+        for ratio in ratios:
+            trial = self._rounded(self._fitted(blocks * ratio, weights, whole), outer)
+            best, best_error = self._keep_better(blocks, weights, trial, best, best_error)
         return best
+
+    def _beside(
+        self, fitted: Params, outer: Mapping[str, Mapping[str, torch.Tensor]], searched: bool
+    ) -> list[tuple[str, int, torch.Tensor]]:
+        """List the other stored scales to try, one scale of a block at a time: parameter, place among the scales, values."""
+        bits = self.grid.code_bits / self.grid.span
+        return [
+            (p.name, place, other)
+            for p in self._scales()
+            for other in first_trials(self.store, fitted[p.name], outer[p.name], bits, searched)[1:]
+            for place in range(math.prod(p.shape))
+        ]
+
+    def _keep_better(
+        self, blocks: torch.Tensor, weights: torch.Tensor | None, trial: Params, best: Params, best_error: torch.Tensor
+    ) -> tuple[Params, torch.Tensor]:
+        """Return the better parameters of every block and their error; `best` of equals."""
+        error = self._error(blocks, weights, trial)
+        better = error < best_error
+        return self.choose(better, trial, best), torch.where(better, error, best_error)
 
     def _own_search(
         self,

@@ -32,12 +32,14 @@ class Lossless:
 
     def encode(self, w: Float[torch.Tensor, "out in"]) -> DFloat11:
         """Encode a weight. Raises FormatError unless all its values are exactly bfloat16."""
-        bits = w.to(torch.bfloat16)
-        if not torch.equal(bits.to(w.dtype), w):
+        # A bfloat16 is the upper half of a float32. Bits are compared, not values: a NaN differs from itself.
+        wide = w.float().contiguous()
+        bits = wide.view(torch.int32)
+        if bool((bits & 0xFFFF).any()) or not bool(((wide.to(w.dtype) == w) | w.isnan()).all()):
             raise FormatError(
                 f"{self.name} keeps bfloat16 weights bit for bit, and these have more digits; choose a number format."
             )
-        return dfloat11(bits)
+        return dfloat11((bits >> 16).to(torch.int16).view(torch.bfloat16))
 
 
 LOSSLESS: dict[str, Lossless] = {"dfloat11": Lossless("dfloat11", "bfloat16 bit for bit, exponents entropy-coded", 10.75)}

@@ -19,51 +19,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
+from bitpress.formats.scale_store import Outer, ScaleStore, Shapes
 
-__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Outer", "Plain", "PowerOfTwo", "RowShifts", "ScaleStore"]
-
-Outer = Mapping[str, torch.Tensor]
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-class ScaleStore(Protocol):
-    """Rounds scales `[down, across]` and stores them. The tensor named "" holds the scales; the others hold shared values."""
-
-    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
-        """Choose the shared values so that all these scales fit; every value broadcasts against them."""
-        ...
-
-    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        """Return the nearest scales that can be stored. Raises NumericsError if one is out of range."""
-        ...
-
-    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
-        """Return the tensors of a file; `scale` is rounded already."""
-        ...
-
-    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        """Return the scales in float32."""
-        ...
-
-    def expected(self, down: int, across: int) -> Shapes:
-        """Return dtype and shape of every tensor of a file."""
-        ...
-
-    def shared_by_rows(self) -> bool:
-        """Return whether scales of different rows share values, so that rows cannot be separated."""
-        ...
-
-    @property
-    def coarseness(self) -> float:
-        """The relative change of a scale by rounding inside the store's range; a larger change means that it is out of range (`reach`)."""
-        ...
+__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +47,13 @@ class Plain:
         if not bool(torch.isfinite(rounded).all()):
             raise NumericsError(f"a scale is beyond the range of {self.name}; store scales as fp32 or bf16.")
         return rounded
+
+    def beside(self, scale: torch.Tensor, outer: Outer) -> None:
+        return None
+
+    @property
+    def fine_bits(self) -> int:
+        return 8
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         return {"": scale.to(self.dtype).contiguous()}
@@ -114,6 +85,14 @@ class PowerOfTwo:
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         return _power_of_two(self._exponent(scale))
+
+    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
+        nearest = self._exponent(scale)
+        return _power_of_two((nearest - 1).clamp(min=-127)), _power_of_two((nearest + 1).clamp(max=127))
+
+    @property
+    def fine_bits(self) -> int:
+        return 0
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         return {"": (self._exponent(scale) + 127).to(torch.uint8)}
@@ -164,6 +143,18 @@ class MicroFloat:
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         return self._codes(scale, outer).float() * outer["tensor"]
 
+    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
+        # The bytes of float8 rise with their numbers; 126 is the largest and 1 the smallest above 0.
+        nearest = self._codes(scale, outer).view(torch.uint8).to(torch.int16)
+        below, above = (nearest - 1).clamp(min=1), (nearest + 1).clamp(max=126)
+        floats = (torch.where(nearest > 0, code, nearest).to(torch.uint8).view(torch.float8_e4m3fn) for code in (below, above))
+        low, high = (value.float() * outer["tensor"] for value in floats)
+        return low, high
+
+    @property
+    def fine_bits(self) -> int:
+        return 4  # a sixteenth of the scale: half a step of 16 levels
+
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         # Stored as bytes: not every reader of safetensors knows the type, and codes are bytes everywhere else.
         return {"": self._codes(scale, outer).view(torch.uint8).contiguous(), "tensor": outer["tensor"].reshape(1)}
@@ -203,6 +194,15 @@ class IntegerCodes:
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         return self._codes(scale, outer) * outer["row"]
+
+    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
+        nearest = self._codes(scale, outer)
+        below, above = (torch.where(nearest > 0, (nearest + by).clamp(1, self.top), 0.0) for by in (-1, 1))
+        return below * outer["row"], above * outer["row"]
+
+    @property
+    def fine_bits(self) -> int:
+        return 0  # half a step is half of a small scale
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         codes = self._codes(scale, outer).to(torch.uint8)
@@ -251,6 +251,17 @@ class RowShifts:
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         return self._decoded(self._codes(scale, outer), outer["row"])
 
+    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
+        nearest = self._codes(scale, outer)
+        below, above = (
+            torch.where(nearest < self._none, (nearest + by).clamp(0, self._none - 1), self._none) for by in (1, -1)
+        )
+        return self._decoded(below, outer["row"]), self._decoded(above, outer["row"])
+
+    @property
+    def fine_bits(self) -> int:
+        return 0
+
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         codes = self._codes(scale, outer).to(torch.uint8)
         return {"": pack(codes, self.bits), "row": outer["row"].reshape(-1)}
@@ -295,13 +306,22 @@ class DoubleQuantized:
 
     def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
         offset = scale.float().mean().reshape(1, 1)
+        if not bool(torch.isfinite(offset).all()):
+            raise NumericsError("the mean of the scales is beyond the range of dq; store scales as fp32.")
         flat = torch.nn.functional.pad((scale - offset).reshape(-1), (0, -scale.numel() % self.block))
         largest = flat.view(-1, self.block).abs().amax(-1, keepdim=True).expand(-1, self.block)
         return {"offset": offset, "block": largest.reshape(-1)[: scale.numel()].reshape(scale.shape)}
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        levels = dynamic_map().to(scale.device)
-        return (levels[self._codes(scale, outer)] * outer["block"] + outer["offset"]).clamp(min=0)
+        return self._decoded(self._codes(scale, outer), outer)
+
+    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
+        nearest = self._codes(scale, outer)
+        return self._decoded((nearest - 1).clamp(min=0), outer), self._decoded((nearest + 1).clamp(max=255), outer)
+
+    @property
+    def fine_bits(self) -> int:
+        return 7  # 1/142 of the largest difference to the mean, at most: half a step of 128 levels
 
     def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
         codes = self._codes(scale, outer).to(torch.uint8)
@@ -329,6 +349,9 @@ class DoubleQuantized:
         block = outer["block"]
         values = (scale - outer["offset"]) / torch.where(block == 0, 1.0, block)
         return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+    def _decoded(self, codes: torch.Tensor, outer: Outer) -> torch.Tensor:
+        return (dynamic_map().to(codes.device)[codes] * outer["block"] + outer["offset"]).clamp(min=0)
 
 
 @cache

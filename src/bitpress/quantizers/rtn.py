@@ -1,7 +1,8 @@
 """RTN: round every weight to its nearest level.
 
 Source   the yardstick of every paper of the field; clipping search by squared error as in OMSE-style calibration.
-Differs  clip="mse" tries `steps` ranges from the full one down to `smallest` of it, block by block.
+Differs  clip="mse" tries `steps` ranges from the full one down to `smallest` of it, block by block. Scales in coarse stores
+         are rounded to whichever side has less error (docs/formats.md, scale stores); MX without a search is OCP's floor rule.
 Needs    nothing.                   Cost  O(out * in * steps) time.
 Update   codes = argmin over levels of |w - level|
 Fails    NumericsError when a weight is not finite.

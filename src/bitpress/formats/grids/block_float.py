@@ -12,7 +12,7 @@ Differs  the code shares ceil(log2(largest)), here floor(log2(largest)) + 1: the
 
 The other two formats of the first paper need no grid of their own:
 
-    block minifloat     eXmY under e8m0: `e2m1-g16-e8m0`, with the power of two nearest to the scale that clips nothing, or `mxfp4`
+    block minifloat     eXmY under e8m0: `e2m1-g16-e8m0`, with the better of the two powers of two around the scale that clips nothing
     block logarithm     logN under e8m0: `log4-g16-e8m0`
 
     >>> signed_magnitudes(3)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Integer as Int
 
-from bitpress.formats.scales import Outer, ScaleStore
+from bitpress.formats.scale_store import Outer, ScaleStore
 from bitpress.native import LevelTable
 
 __all__ = ["EvenlySpaced", "Grid", "OwnSearch", "Params", "SharedParams", "StoredParam", "Streamed", "Tabled"]

@@ -16,7 +16,8 @@ from jaxtyping import Integer as Int
 from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
-from bitpress.formats.scales import IntegerCodes, Outer, Plain, ScaleStore
+from bitpress.formats.scale_store import Outer, ScaleStore
+from bitpress.formats.scales import IntegerCodes, Plain
 
 __all__ = ["Integer"]
 

@@ -13,6 +13,7 @@ How `fit` chooses the scale of a block (`rule`):
     median    the median magnitude instead of the mean
     rms       the root mean square: for levels designed for weights of variance 1
     ocp       2^(floor(log2(largest magnitude)) - floor(log2(largest level))), as in OCP MX; larger values are clipped
+              unless a search finds the next power of two better
 """
 
 import math
@@ -29,7 +30,7 @@ from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
 from bitpress.formats.layouts.dense import code_dtype
-from bitpress.formats.scales import Outer, ScaleStore
+from bitpress.formats.scale_store import Outer, ScaleStore, first_trials
 
 __all__ = ["Levels", "Rule", "root_mean_square"]
 
@@ -112,7 +113,10 @@ class Levels:
             here = slice(start, start + SEARCHED_TOGETHER)
             part, own = blocks[here], {name: t[here] for name, t in outer.items()}
             ends = torch.cat([part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)], dim=-1)
-            trials = torch.stack([store.round(self.fit(ends * ratio)["scale"], own)[:, 0] for ratio in shrink])
+            full = self.fit(ends * shrink[0])["scale"]
+            scales = first_trials(store, full, own, self.code_bits, searched=len(shrink) > 1)
+            scales += [store.round(self.fit(ends * ratio)["scale"], own) for ratio in shrink[1:]]
+            trials = torch.stack([scale[:, 0] for scale in scales])
             weights = None if importance is None else importance[here]
             found.append(native.search_scales(part, weights, trials, table) if len(trials) > 1 else trials.T)
         return {"scale": torch.cat(found)}
