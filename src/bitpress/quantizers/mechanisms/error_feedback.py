@@ -156,7 +156,7 @@ class Columns:
             stop = min(start + lazy, len(at))
             part = w[start:stop]
             if not self.static:
-                self._refit(at[start], part.T)
+                self._refit(at[start], part.T.contiguous())
             if factor is None:
                 self._round_plainly(part, at[start:stop])
                 continue
