@@ -256,6 +256,12 @@ def scaled(name: str, index: int, value: float) -> Change:
     return put(name, make)
 
 
+def of_32_bits(h: Hostile) -> None:
+    """Store an order as files did before orders had 16 bits."""
+    spec(lambda s: s["input_map"].pop("bits"))(h)
+    put(f"{Q}.in.order", lambda t: t.to(torch.int32))(h)
+
+
 def no_manifest(h: Hostile) -> None:
     (h.root / MANIFEST_NAME).unlink()
     (h.root / JOB_DIRECTORY).mkdir()
@@ -598,8 +604,9 @@ CONTENTS = {
     "permutation: channel twice": Attack(scaled(f"{Q}.in.order", 0, 1), "exactly once", passes=CONTENT),
     "permutation: all zero": Attack(put(f"{Q}.in.order", torch.zeros_like), "exactly once", passes=CONTENT),
     "permutation: beyond the end": Attack(scaled(f"{Q}.in.order", 3, 32), "exactly once", passes=CONTENT),
-    "permutation: 2**31 - 1": Attack(scaled(f"{Q}.in.order", 3, BIG - 1), "exactly once", passes=CONTENT),
-    "permutation: negative": Attack(scaled(f"{Q}.in.order", 3, -1), "exactly once", passes=CONTENT),
+    "permutation: 2**31 - 1": Attack(all_of(of_32_bits, scaled(f"{Q}.in.order", 3, BIG - 1)), "exactly once", passes=CONTENT),
+    "permutation: negative": Attack(all_of(of_32_bits, scaled(f"{Q}.in.order", 3, -1)), "exactly once", passes=CONTENT),
+    "permutation: of other bits than the file's": Attack(spec(lambda s: s["input_map"].pop("bits")), "the specification needs"),
     "scale: NaN": Attack(scaled(f"{Q}.term0.scale", 0, float("nan")), "NaN or an infinity", passes=CONTENT),
     "scale: infinite": Attack(scaled(f"{Q}.term0.scale", 31, float("inf")), "NaN or an infinity", passes=CONTENT),
     "scale map: NaN": Attack(add_scale_map(float("nan")), "NaN or an infinity", passes=CONTENT),

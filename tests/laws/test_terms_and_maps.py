@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
+from bitpress.errors import FormatError
 from bitpress.formats import MAPS, TERMS, Chain, CompressedWeight, Map, Packed, Permutation, Scale, Term, parse_format
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.dfloat11 import dfloat11
@@ -114,7 +115,7 @@ def matrix(change: Map) -> torch.Tensor:
 
 def make(kind: str, size: int) -> Map:
     generator = torch.Generator().manual_seed(size)
-    order = Permutation(torch.randperm(size, generator=generator).to(torch.int32))
+    order = Permutation.of(torch.randperm(size, generator=generator))
     scale = Scale(torch.rand(size, generator=generator) + 0.5)
     whole: dict[str, Callable[[], Map]] = {
         "scale": lambda: scale,
@@ -159,3 +160,24 @@ def test_a_weight_between_maps_is_read_back_and_is_the_product(before: str | Non
         json.loads(json.dumps(weight.spec())), {name: t.clone() for name, t in weight.tensors().items()}
     )
     assert torch.equal(read.dequantize(), weight.dequantize())
+
+
+def test_a_permutation_has_16_bits_a_channel_up_to_their_range_and_old_ones_are_read() -> None:
+    w = draw(16, IN, seed=4)
+    order = torch.randperm(IN, generator=torch.Generator().manual_seed(0))
+    narrow, wide = (CompressedWeight((packed(w),), m) for m in (Permutation.of(order), Permutation(order.to(torch.int32))))
+    assert narrow.nbytes == wide.nbytes - 2 * IN
+    assert wide.spec()["input_map"] == {"kind": "permutation"}
+    for weight in (narrow, wide):
+        read = CompressedWeight.build(json.loads(json.dumps(weight.spec())), weight.tensors())
+        assert torch.equal(read.dequantize(), narrow.dequantize())
+    assert Permutation.of(torch.arange(65536)).order.dtype == torch.uint16
+    assert Permutation.of(torch.arange(65537)).order.dtype == torch.int32
+    Permutation.of(torch.arange(65536).flip(0)).check()
+    for bad in ({"bits": 32}, {"bits": True}, {"bits": 16, "more": 1}):
+        with pytest.raises(FormatError, match="bits: 16"):
+            Permutation.expected(bad, 8)
+    with pytest.raises(FormatError, match="bits: 16"):
+        Permutation.expected({"bits": 16}, 65537)
+    with pytest.raises(FormatError, match="exactly once"):
+        Permutation(torch.tensor([0, 2, 2], dtype=torch.uint16)).check()

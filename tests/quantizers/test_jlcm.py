@@ -38,7 +38,7 @@ def test_a_codebook_a_group_and_an_order_is_all_that_is_stored() -> None:
     assert isinstance(term, Packed)
     assert term.format.name == f"kmeans4-{OUT // 4}x{IN}"
     assert isinstance(weight_.output_map, Permutation)
-    assert weight_.nbytes == OUT * IN // 2 + 4 * 16 * 2 + OUT * 4
+    assert weight_.nbytes == OUT * IN // 2 + 4 * 16 * 2 + OUT * 2
     one = RTN(clip="mse").quantize(w, None, parse_format("kmeans4-tensor")).weight.dequantize()
     small = w.abs().amax(1) < 50
     assert (weight_.dequantize() - w)[small].norm() < 0.1 * (one - w)[small].norm()

@@ -5,10 +5,12 @@ import torch
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, FormatError, UsageError
-from bitpress.formats import Packed, Sparse, parse_format
+from bitpress.formats import Packed, Permutation, Sparse, parse_format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mechanisms.error_feedback import prepare
+from bitpress.quantizers.mechanisms.outliers import without
 from bitpress.quantizers.quantizer import output_error
+from bitpress.quantizers.rtn import shrink_ratios
 from bitpress.quantizers.spqr import SpQR, leave_one_out
 
 OUT, IN = 24, 64
@@ -146,3 +148,46 @@ def test_what_is_wrong_is_said() -> None:
     for wrong in ({"threshold": 0.0}, {"most": 1.0}, {"damp": 0.0}, {"order": "random"}):
         with pytest.raises(UsageError):
             SpQR(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["int3-g16-zero", "int2-g8-zero-s4"])
+def test_a_running_group_is_fitted_without_the_weights_that_leaving_out_marks(name: str) -> None:
+    fmt, (w, stats) = parse_format(name), layer(7)
+    method = SpQR()
+    outcome = method.quantize(w, stats, fmt)
+    packed, outliers = outcome.weight.terms
+    assert isinstance(packed, Packed)
+    assert isinstance(outcome.weight.input_map, Permutation)
+    order = outcome.weight.input_map.order.long()
+    codes, params = packed.unpack()
+    params = {**params, **({"scale_row": packed.tensors["scale_row"][:, None]} if "s4" in name else {})}
+    h = stats.need_gram("test").double()[order][:, order]
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(IN)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    cost = upper.diagonal().square().reciprocal().float()
+    open_, kept, cols = w[:, order].double(), outliers.dequantize(), fmt.block.resolve((OUT, IN))[1]
+    limit = method.limit(leave_one_out(w[:, order], cost, fmt), w[:, order], cost)
+    alone = parse_format("-".join(name.split("-")[:3]))
+    same = 0
+    for start in range(0, IN, cols):
+        here = slice(start, start + cols)
+        group = open_[:, here].float()
+        apart = leave_one_out(group, cost[here], alone) > limit
+        values = without(group, apart, alone)
+        fitted = fmt.refit(params, (OUT, IN), start, values, cost[here] * ~apart, shrink_ratios("mse", 20, 0.5))
+        across = start // cols
+        same += int((fitted["scale"][:, across] == params["scale"][:, across]).sum())
+        w_hat = fmt.decode(codes, params)[:, here].double() + kept[:, here]
+        for j in range(start, start + cols):
+            error = open_[:, j] - w_hat[:, j - start]
+            open_[:, j + 1 :] -= error[:, None] / upper[j, j] * upper[j, j + 1 :]
+    # Two ranges of a search may be equally good to float32.
+    assert same >= 0.95 * OUT * IN // cols
+
+
+def test_the_limit_is_raised_only_where_the_bound_is_passed() -> None:
+    w, stats = layer(8)
+    fmt = parse_format("int3-g16-zero")
+    shares = [SpQR(most=most).quantize(w, stats, fmt).figures["outliers"] for most in (0.001, 0.01, 0.5, 0.9)]
+    assert shares[0] < shares[1] < shares[2] == shares[3]
+    assert SpQR(groups="static").keeps_map is False

@@ -36,7 +36,7 @@ EXACT: list[tuple[str, str, dict[str, Any]]] = [
 ]
 # Decided by the weights: settings bound or aim at it.
 AIMED: list[tuple[str, str, dict[str, Any]]] = [
-    ("spqr", "int3-g32-zero", {"most": 0.02}),
+    ("spqr", "int3-g32-zero", {"most": 0.01}),
     ("squeezellm", "kmeans3-row", {"sensitive": 0.01, "outliers": 0.02}),
     ("quantease", "int3-g32-zero", {"outliers": 0.01}),
     ("easyquant", "int3-g32-zero", {"sigmas": 2.0}),

@@ -158,7 +158,7 @@ class Format:
         shape: tuple[int, int],
         column: int,
         w: Float[torch.Tensor, "out cols"],
-        importance: Float[torch.Tensor, " cols"] | None = None,
+        importance: Float[torch.Tensor, "*rows cols"] | None = None,
         shrink: Sequence[float] = (1.0,),
     ) -> Params:
         """Return `params` with the blocks that begin at `column` fitted again to `w`; shared values do not change."""

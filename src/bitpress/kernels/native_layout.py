@@ -104,7 +104,7 @@ def _steps(change: Map) -> list[dict[str, Any]]:
                 steps.append(step)
         return steps
     if isinstance(change, Permutation):
-        return [{"kind": "gather", "order": change.order.contiguous().numpy()}]
+        return [{"kind": "gather", "order": change.order.to(torch.int32).contiguous().numpy()}]
     if isinstance(change, Scale):
         return [_scaling(change.scale)]
     if isinstance(change, Kronecker):

@@ -61,7 +61,7 @@ def compress_matrix(
     own = (outcome.weight.input_map, outcome.weight.output_map)
     if terms and own != (None, None):
         raise FormatError(
-            "this quantizer keeps a map of its own around its codes (gptq with groups=running does), and what a correction has "
+            "this quantizer keeps a map of its own around its codes (groups=running does), and what a correction has "
             "taken out before is not seen through it; use other settings or another quantizer."
         )
     inner = CompressedWeight((*outcome.weight.terms, *terms))

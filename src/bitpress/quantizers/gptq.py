@@ -3,8 +3,7 @@
 Source   Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"; activation
          order and static groups as in the authors' public code.
 Differs  columns in lazily updated batches, rows in parallel; a grid of span k rounds k columns at a time; the clipping search of
-         a group's parameters is weighted by the diagonal of the gram; order="activation" with groups="running"
-         forms groups in the permuted order and keeps the permutation as the weight's input map.
+         a group's parameters is weighted by the diagonal of the gram. groups="running" is `mechanisms.running_groups`.
 Needs    gram [in, in] float32.     Cost  O(out * in^2 + in^3) time, O(in^2) memory.
 Update   w[:, j+1:] -= (w[:, j] - q_j) / U[j, j] * U[j, j+1:],  U = upper Cholesky factor of inv(gram + damp * mean_diag * I)
 Fails    if the gram cannot be factored, damping rises tenfold up to `damp_limit`; after that, rounding goes without feedback: a
@@ -18,9 +17,9 @@ import torch
 from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
-from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight, Format, Packed, Permutation
-from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
+from bitpress.formats import Format, Packed
+from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.running_groups import Groups, arrange, check_groups, moves_columns
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -31,7 +30,7 @@ __all__ = ["GPTQ"]
 class GPTQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
-    groups: Literal["static", "running"] = "static"
+    groups: Groups = "static"
     clip: Literal["minmax", "mse"] = "mse"
     steps: int = 20
     smallest: float = 0.5
@@ -47,27 +46,16 @@ class GPTQ(Quantizer):
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
-        if self.groups not in ("static", "running"):
-            raise UsageError(f"groups={self.groups!r}: must be 'static' or 'running'.")
+        check_groups(self.groups)
 
     @property
     def keeps_map(self) -> bool:
-        return self.groups == "running" and self.order == "activation"
+        return moves_columns(self.groups, self.order)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("gptq")
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
-        order, importance = feedback.order, feedback.importance
-        ratios = shrink_ratios(self.clip, self.steps, self.smallest)
-        w = w.float()
-        if self.keeps_map:
-            w, importance = w[:, order], importance[order]
-            walk = torch.arange(w.shape[1])
-        else:
-            walk = order
-        columns = Columns(fmt, w, importance, ratios, static=self.groups == "static" or fmt.block.cols == "all")
-        columns.round_(walk, feedback.factor, self.lazy)
-        weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params),))
-        if self.keeps_map:
-            weight = CompressedWeight(weight.terms, input_map=Permutation(order.to(torch.int32)))
+        arranged = arrange(w.float(), gram, feedback, fmt, self.groups, self.order)
+        columns = arranged.columns(fmt, shrink_ratios(self.clip, self.steps, self.smallest), lazy=self.lazy)
+        weight = arranged.restored(Packed.pack(fmt, columns.codes, columns.params))
         return Outcome(weight, feedback.fallbacks, {"damp": feedback.damp or 0.0})

@@ -57,4 +57,4 @@ class JLCM(Quantizer):
         rows = w.float()[order]
         params = grouped.fit(rows, shrink=shrink_ratios("mse", self.steps, self.smallest))
         packed = Packed.pack(grouped, grouped.encode(rows, params), params)
-        return Outcome(CompressedWeight((packed,), output_map=Permutation(torch.argsort(order).to(torch.int32))))
+        return Outcome(CompressedWeight((packed,), output_map=Permutation.of(torch.argsort(order))))

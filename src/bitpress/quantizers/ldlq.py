@@ -21,9 +21,10 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import FormatError, UsageError
-from bitpress.formats import CompressedWeight, EvenlySpaced, Format, Packed, Params
+from bitpress.formats import EvenlySpaced, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import better_rows, prepare_descent, take_rows
-from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.running_groups import Arranged, Groups, arrange, check_groups, moves_columns
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -35,6 +36,7 @@ class LDLQ(Quantizer):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     passes: int = 0
     order: Order = "natural"
+    groups: Groups = "static"
     damp: float = 0.01
     clip: Literal["minmax", "mse"] = "mse"
     steps: int = 20
@@ -52,6 +54,7 @@ class LDLQ(Quantizer):
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
+        check_groups(self.groups)
         if self.rounding not in ("nearest", "stochastic"):
             raise UsageError(f"rounding={self.rounding!r}: must be 'nearest' or 'stochastic'.")
         if self.passes < 0 or (self.passes and self.rounding == "stochastic"):
@@ -61,35 +64,38 @@ class LDLQ(Quantizer):
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed={self.seed}: must be an integer from 0 to 2^32 - 1.")
 
+    @property
+    def keeps_map(self) -> bool:
+        return moves_columns(self.groups, self.order)
+
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         if self.rounding == "stochastic" and not isinstance(fmt.grid, EvenlySpaced):
             raise FormatError(
                 f"ldlq: stochastic rounding needs evenly spaced levels, which {fmt.name} lacks; use an int format or rounding=nearest."
             )
         gram = (stats or Stats(0)).need_gram("ldlq")
-        w = w.float()
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
-        params = fmt.fit(w, feedback.importance, shrink_ratios(self.clip, self.steps, self.smallest))
+        arranged = arrange(w.float(), gram, feedback, fmt, self.groups, self.order)
         dither = _Dither(self.seed) if self.rounding == "stochastic" else None
-        columns = Columns(fmt, w, feedback.importance, (1.0,), static=True, params=params, dither=dither)
-        columns.round_(feedback.order, feedback.factor, self.lazy)
-        codes, fallbacks = columns.codes, feedback.fallbacks
+        ratios = shrink_ratios(self.clip, self.steps, self.smallest)
+        columns = arranged.columns(fmt, ratios, dither=dither, lazy=self.lazy)
+        codes, params, fallbacks = columns.codes, columns.params, feedback.fallbacks
         figures = {"damp": feedback.damp or 0.0}
-        rounded = fmt.encode(w, params)
-        if self.rounding == "nearest" and _error(w - fmt.decode(rounded, params), gram) < _error(
-            w - fmt.decode(codes, params), gram
-        ):
-            # Below two bits feedback may diverge: the weights then lie beyond the outermost level.
-            codes, fallbacks = rounded, (*fallbacks, "feedback made the error larger; rounded without it")
+        if self.rounding == "nearest":
+            plain = fmt.fit(arranged.w, arranged.feedback.importance, ratios) if arranged.running else params
+            rounded = fmt.encode(arranged.w, plain)
+            before, after = (arranged.w - fmt.decode(*pair) for pair in ((rounded, plain), (codes, params)))
+            if _error(before, arranged.gram) < _error(after, arranged.gram):
+                # Below two bits feedback may diverge: the weights then lie beyond the outermost level.
+                codes, params, fallbacks = rounded, plain, (*fallbacks, "feedback made the error larger; rounded without it")
         if self.passes:
-            codes, figures["moved"] = self._greedy(w, gram, feedback.order, fmt, params, codes)
-        return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), fallbacks, figures)
+            codes, figures["moved"] = self._greedy(arranged, fmt, params, codes)
+        return Outcome(arranged.restored(Packed.pack(fmt, codes, params)), fallbacks, figures)
 
-    def _greedy(
-        self, w: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, fmt: Format, params: Params, codes: torch.Tensor
-    ) -> tuple[torch.Tensor, float]:
+    def _greedy(self, arranged: Arranged, fmt: Format, params: Params, codes: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Visit the codes again until nothing changes; return the best codes of every row, and the share of codes that moved."""
-        descent = prepare_descent(gram, order, fmt.grid.span, self.damp)
+        w = arranged.w
+        descent = prepare_descent(arranged.gram, arranged.feedback.order, fmt.grid.span, self.damp)
         best, current = codes, codes
         w_hat = fmt.decode(codes, params)
         error = descent.errors(w_hat - w)

@@ -21,10 +21,11 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight, Format, Packed
+from bitpress.formats import Format, Packed
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, better_rows, prepare_descent, take_rows
-from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.running_groups import Groups, arrange, check_groups, moves_columns
 from bitpress.quantizers.mechanisms.storage import sparse_bytes
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
@@ -42,6 +43,7 @@ class QuantEase(Quantizer):
     outliers: float = 0.0
     damp: float = 0.01
     order: Order = "activation"
+    groups: Groups = "static"
     clip: Literal["minmax", "mse"] = "mse"
     steps: int = 20
     smallest: float = 0.5
@@ -56,6 +58,7 @@ class QuantEase(Quantizer):
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, LAZY)
+        check_groups(self.groups)
         if self.start not in ("gptq", "weight"):
             raise UsageError(f"start={self.start!r}: must be 'gptq' or 'weight'.")
         if self.sweeps < 1 or self.relax_every < 0 or self.relax_every == 1:
@@ -64,6 +67,10 @@ class QuantEase(Quantizer):
             )
         if not 0 <= self.outliers <= 0.5:
             raise UsageError(f"outliers={self.outliers}: must be a share of the weights, 0 to 0.5.")
+
+    @property
+    def keeps_map(self) -> bool:
+        return moves_columns(self.groups, self.order)
 
     def relaxed(self, sweep: int) -> bool:
         """Return whether a sweep, counted from 0, rounds nothing."""
@@ -75,15 +82,16 @@ class QuantEase(Quantizer):
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("quantease")
-        w = w.float()
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
-        descent = prepare_descent(gram, feedback.order, fmt.grid.span, self.damp)
+        arranged = arrange(w.float(), gram, feedback, fmt, self.groups, self.order)
+        w = arranged.w
+        descent = prepare_descent(arranged.gram, arranged.feedback.order, fmt.grid.span, self.damp)
         count = round(self.outliers * w.numel())
         apart = _largest(w, count)
-        params = fmt.fit(w - apart, feedback.importance, shrink_ratios(self.clip, self.steps, self.smallest))
-        columns = Columns(fmt, w - apart, feedback.importance, (1.0,), static=True, params=params)
-        columns.round_(feedback.order, feedback.factor, LAZY)
+        ratios = shrink_ratios(self.clip, self.steps, self.smallest)
+        columns = arranged.columns(fmt, ratios, w=w - apart, lazy=LAZY)
         first = codes = columns.codes
+        params = columns.params
         first_hat, first_apart = fmt.decode(first, params), apart
         w_hat = first_hat if self.start == "gptq" else w - apart
         step = 1 / largest_eigenvalue(descent.gram) if count else 0.0
@@ -99,9 +107,9 @@ class QuantEase(Quantizer):
         packed = Packed.pack(fmt, take_rows(fmt, better, codes, first), params)
         figures = {"improved_rows": float(better.float().mean())}
         if not count:
-            return Outcome(CompressedWeight((packed,)), feedback.fallbacks, figures)
+            return Outcome(arranged.restored(packed), feedback.fallbacks, figures)
         apart = torch.where(better[:, None], apart, first_apart)
-        weight = CompressedWeight((packed, sparse(apart, apart != 0)))
+        weight = arranged.restored(packed, sparse(apart, apart != 0))
         return Outcome(weight, feedback.fallbacks, figures | {"outliers": float((apart != 0).float().mean())})
 
 

@@ -19,6 +19,7 @@ from bitpress.calibration.stats import Stats
 from bitpress.formats import Format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.mechanisms.error_feedback import Order
+from bitpress.quantizers.mechanisms.running_groups import Groups
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 
 __all__ = ["RSQ"]
@@ -28,6 +29,7 @@ __all__ = ["RSQ"]
 class RSQ(Quantizer):
     damp: float = 0.01
     order: Order = "activation"
+    groups: Groups = "static"
     clip: Literal["minmax", "mse"] = "mse"
     steps: int = 20
     smallest: float = 0.5
@@ -42,6 +44,10 @@ class RSQ(Quantizer):
 
     def __post_init__(self) -> None:
         self._rounder()
+
+    @property
+    def keeps_map(self) -> bool:
+        return self._rounder().keeps_map
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         stats = stats or Stats(0)
@@ -58,6 +64,7 @@ class RSQ(Quantizer):
         return GPTQ(
             damp=self.damp,
             order=self.order,
+            groups=self.groups,
             clip=self.clip,
             steps=self.steps,
             smallest=self.smallest,

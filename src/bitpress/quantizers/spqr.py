@@ -2,10 +2,11 @@
 
 Source   Dettmers et al. 2023, "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression"; the measure of
          outliers, the leave-one-out fit and the threshold as in the authors' public code (`spqr_engine.py`).
-Differs  groups are fitted before the first column is rounded; only the two ends of a group are left out in turn, since no other weight
-         changes its range; the clipping search is GPTQ's, with that cost; codes of outliers stay the nearest ones, and their remainder
-         is stored; at most about `most` of the weights are outliers, whatever the threshold; the quantized scales are the format's
-         (int3-g16-zero-s4), zeros are integer codes.
+Differs  only the two ends of a group are left out in turn, since no other weight changes its range; the clipping search is GPTQ's, with
+         that cost; codes of outliers stay the nearest ones, and their remainder is stored. Scales of groups are those of the format: 4 bits
+         under a float32 a row in int3-g16-zero-s4, where the code has 3 bits under a scale and an offset for every 16 rows; zero points are
+         integer codes, where the code rounds fractions to 3 bits in the same way. `most` bounds the share of outliers: a limit that lets
+         through more of the weights as they begin is raised.
 Needs    gram [in, in] float32.     Cost  as GPTQ, and four fits; 4 bytes an outlier.
 Update   cost(r, j) = (w - Q(w))^2 / U[j, j]^2;  outlier where cost > threshold * mean_j(var(w[:, j]) / U[j, j]^2);  the errors
          of outliers are not fed back
@@ -21,10 +22,11 @@ from jaxtyping import Bool, Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight, Format, Packed, Params
+from bitpress.formats import Block, Format, Packed, Params
 from bitpress.formats.terms.sparse import sparse
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks, without
+from bitpress.quantizers.mechanisms.running_groups import Groups, arrange, check_groups, moves_columns
 from bitpress.quantizers.mechanisms.storage import sparse_bytes
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
@@ -32,12 +34,17 @@ from bitpress.quantizers.rtn import shrink_ratios
 __all__ = ["SpQR"]
 
 
+# The share of outliers that plans count on: which share a threshold makes is known only after the fact.
+USUAL = 0.01
+
+
 @dataclass(frozen=True)
 class SpQR(Quantizer):
     threshold: float = 0.2
-    most: float = 0.005
+    most: float = 0.05
     damp: float = 0.01
     order: Order = "activation"
+    groups: Groups = "running"
     steps: int = 20
     smallest: float = 0.5
     lazy: int = 64
@@ -52,28 +59,41 @@ class SpQR(Quantizer):
     def __post_init__(self) -> None:
         shrink_ratios("mse", self.steps, self.smallest)
         check_feedback(self.order, self.damp, self.damp_limit, self.lazy)
+        check_groups(self.groups)
         if not self.threshold > 0 or not 0 <= self.most < 1:
             raise UsageError(f"threshold must be above 0 and 0 <= most < 1, got {self.threshold}, {self.most}.")
 
+    @property
+    def keeps_map(self) -> bool:
+        return moves_columns(self.groups, self.order)
+
     def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
-        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(round(self.most * math.prod(shape)), shape, parts)
+        count = round(min(self.most, USUAL) * math.prod(shape))
+        return fmt.nbytes((shape[0] * parts, shape[1])) + sparse_bytes(count, shape, parts)
 
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("spqr")
-        w = w.float()
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
-        cost = feedback.cost()
+        arranged = arrange(w.float(), gram, feedback, fmt, self.groups, self.order)
+        w, cost = arranged.w, arranged.feedback.cost()
         ratios = shrink_ratios("mse", self.steps, self.smallest)
         usefulness = leave_one_out(w, cost, fmt)
         limit = self.limit(usefulness, w, cost)
         likely = usefulness > limit
         params = fmt.fit(without(w, likely, fmt), cost * ~likely, ratios)
         least = (limit / cost).sqrt_()[:, None].repeat(1, w.shape[0])
-        columns = Columns(fmt, w, cost, ratios, static=True, params=params, least=least)
-        columns.round_(feedback.order, feedback.factor, self.lazy)
+        alone = _one_group(fmt, (w.shape[0], w.shape[1]))
+
+        def fit_to(group: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+            own = cost[column : column + group.shape[1]]
+            apart = leave_one_out(group, own, alone) > limit
+            return without(group, apart, alone), own * ~apart
+
+        columns = Columns(fmt, w, cost, ratios, static=not arranged.running, params=params, least=least, fit_to=fit_to)
+        columns.round_(arranged.feedback.order, feedback.factor, self.lazy)
         assert columns.kept is not None
         outliers = sparse(columns.kept.T, columns.kept.T != 0)
-        weight = CompressedWeight((Packed.pack(fmt, columns.codes, columns.params), outliers))
+        weight = arranged.restored(Packed.pack(fmt, columns.codes, columns.params), outliers)
         figures = {"damp": feedback.damp or 0.0, "outliers": outliers.count / w.numel()}
         return Outcome(weight, feedback.fallbacks, figures)
 
@@ -82,6 +102,11 @@ class SpQR(Quantizer):
         usual = self.threshold * float((w.var(0, correction=0) * cost).mean())
         count = int(self.most * w.numel())
         return max(usual, float(usefulness.flatten().topk(count + 1).values[-1]))
+
+
+def _one_group(fmt: Format, shape: tuple[int, int]) -> Format:
+    """Return the format of a column of groups that stands alone, with scales of its own."""
+    return Format(fmt.grid, Block(*fmt.block.resolve(shape, fmt.grid.span)))
 
 
 def leave_one_out(

@@ -47,7 +47,7 @@ class OrthogonalBasis:
         if self.rescale:
             parts.append(Scale(1 / balance(w, need_gram(stats, "orthogonal"))))
         if self.permute:
-            parts.append(Permutation(torch.randperm(in_features, generator=generator).to(torch.int32)))
+            parts.append(Permutation.of(torch.randperm(in_features, generator=generator)))
         parts.append(Kronecker.random(in_features, generator))
         if not self.outputs:
             return chain(*parts), None

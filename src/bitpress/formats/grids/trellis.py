@@ -41,7 +41,7 @@ from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
 from bitpress.formats.layouts.dense import code_dtype
-from bitpress.formats.scales import Outer, ScaleStore
+from bitpress.formats.scale_store import Outer, ScaleStore
 
 __all__ = ["STATE_BITS", "WIDTHS", "Constants", "Trellis", "trellis"]
 

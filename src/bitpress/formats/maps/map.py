@@ -86,12 +86,24 @@ class Scale:
             raise FormatError("a scale map holds a NaN or an infinity.")
 
 
+# The largest width whose channels have numbers of 16 bits.
+NARROW = 1 << 16
+
+
 @dataclass(frozen=True)
 class Permutation:
-    """Move channel `order[i]` to position `i`."""
+    """Move channel `order[i]` to position `i`. Use `of` to make one: it stores numbers of 16 bits where they suffice.
+
+    A specification without `bits` means int32, as all had before there was a choice.
+    """
 
     order: Int[torch.Tensor, " n"]
     kind: ClassVar[str] = "permutation"
+
+    @classmethod
+    def of(cls, order: Int[torch.Tensor, " n"]) -> "Permutation":
+        """Return the permutation of an order of channels."""
+        return cls(order.to(torch.uint16 if order.numel() <= NARROW else torch.int32).contiguous())
 
     def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
         return x[..., self.order.long()]
@@ -103,15 +115,20 @@ class Permutation:
         return self
 
     def spec(self) -> dict[str, Any]:
-        return {}
+        return {"bits": 16} if self.order.dtype == torch.uint16 else {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"order": self.order}
 
     @staticmethod
     def expected(spec: Mapping[str, Any], size: int) -> Expected:
-        _no_settings(spec)
-        return {"order": (torch.int32, (size,))}
+        if not spec:
+            return {"order": (torch.int32, (size,))}
+        if set(spec) != {"bits"} or type(spec["bits"]) is not int or spec["bits"] != 16 or size > NARROW:
+            raise FormatError(
+                f"a permutation of {size} channels has no settings but bits: 16, for at most {NARROW}; got {dict(spec)}."
+            )
+        return {"order": (torch.uint16, (size,))}
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Permutation":
@@ -119,7 +136,8 @@ class Permutation:
 
     def check(self) -> None:
         # The order is used as an address: anything but every channel exactly once is refused before a gather reads it.
-        if not torch.equal(torch.sort(self.order).values.long(), torch.arange(self.order.numel())):
+        order = self.order.long()
+        if not torch.equal(torch.sort(order).values, torch.arange(order.numel(), device=order.device)):
             raise FormatError("a permutation map does not hold every channel exactly once.")
 
 

@@ -19,13 +19,15 @@ from bitpress.finite import all_finite
 from bitpress.formats import EvenlySpaced, Format, Params, Tabled
 from bitpress.formats.layouts.dense import code_dtype
 
-__all__ = ["Columns", "Feedback", "Order", "check_feedback", "prepare"]
+__all__ = ["Columns", "Feedback", "FitTo", "Order", "check_feedback", "prepare"]
 
 Order = Literal["activation", "natural"]
 # Maps a column's rounding error [out, span] to the part that is stored beside the codes and therefore not fed back.
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
 # Maps a column's weights [out, span] and parameters to the values that are rounded to nearest.
 Dither = Callable[[torch.Tensor, Params], torch.Tensor]
+# Maps the weights [out, cols] of a group whose turn has come, and its first column, to values and importance that it is fitted to.
+FitTo = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ class Columns:
         keep: Keep | None = None,
         least: Float[torch.Tensor, "in out"] | None = None,
         dither: Dither | None = None,
+        fit_to: FitTo | None = None,
     ) -> None:
         self.fmt, self.w, self.importance, self.ratios, self.static = fmt, w, importance, ratios, static
-        self.keep, self.least, self.dither = keep, least, dither
+        self.keep, self.least, self.dither, self.fit_to = keep, least, dither, fit_to
         self.kept = None if least is None else torch.zeros_like(least)
         self.shape = (w.shape[0], w.shape[1])
         self.params: Params = fmt.fit(w, importance, ratios) if params is None else params
@@ -157,7 +160,7 @@ class Columns:
             stop = min(start + lazy, len(at))
             part = w[start:stop]
             if not self.static:
-                self._refit(at[start], part.T)
+                self._refit(at[start], part.T.contiguous())
             if factor is None:
                 self._round_plainly(part, at[start:stop])
                 continue
@@ -240,5 +243,7 @@ class Columns:
     def _refit(self, column: int, group: Float[torch.Tensor, "out cols"]) -> None:
         """Fit the group that begins at `column` to the weights after feedback."""
         importance = self.importance[column : column + self.block_cols]
+        if self.fit_to is not None:
+            group, importance = self.fit_to(group, column)
         self.params = self.fmt.refit(self.params, self.shape, column, group, importance, self.ratios)
         self._at_block.pop(column // self.block_cols, None)
