@@ -87,7 +87,7 @@ def full(x: torch.Tensor, original: torch.Tensor, weights: torch.Tensor) -> Stat
     collector = StatsCollector({"gram", "mean_abs"}, x.shape[1])
     collector.add(x, "here")
     collector.add_original(x, original)
-    collector.add_weighted(x, weights)
+    collector.add_weighted("attention_gram", x, weights)
     heads = torch.stack([x[:20].T @ x[:20], x[20:].T @ x[20:]])
     drawn = torch.rand(6, x.shape[1], generator=generator)
     return dataclasses.replace(collector.finish(), row_gram=torch.eye(3).expand(2, 3, 3), head_gram=heads, sensitivity=drawn)
@@ -147,6 +147,6 @@ def test_every_statistic_follows_a_map_or_is_left_out() -> None:
 
 
 def test_a_table_says_where_statistics_come_from() -> None:
-    assert of_origin(STATISTICS, "loss") == {"sensitivity"}
+    assert of_origin(STATISTICS, "loss") == {"sensitivity", "loss_gram"}
     assert of_origin({"gram", "cross"}, "original") == {"cross"}
     assert {field.name for field in dataclasses.fields(Stats)} == {"tokens", *STATISTICS}

@@ -75,6 +75,10 @@ class ImageClassifier:
     def loss(self, outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return -torch.log_softmax(outputs.float(), -1).max(-1).values.mean()
 
+    def drawn_loss(self, outputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        drawn = torch.multinomial(outputs.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        return torch.nn.functional.cross_entropy(outputs.float(), drawn)
+
     def distance(
         self,
         original: Outputs,

@@ -11,8 +11,8 @@ from bitpress.models.hollow import hollow
 from bitpress.models.opening import open_original
 from bitpress.models.skeleton import build_config
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.plan import make_plan
-from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Silent
 from bitpress.recipes import build_method, make_recipe
 
@@ -87,7 +87,7 @@ def test_gradients_go_through_shared_keys_and_values(tmp_path: Path) -> None:
     model, _ = open_original(tmp_path, torch.float32)
     model.load_outer_()
     plan = make_plan(model, build_method(make_recipe({"weights": "int4-g16-zero", "quantizer": {"name": "rtn"}})), {})
-    found = measure_sensitivity(model, plan.by_block(), TOKENS, lambda: None, Silent())
+    found = measure_gradients(model, plan.by_block(), TOKENS, {"sensitivity"}, lambda: None, Silent())
     expected = {name: torch.zeros_like(value) for name, value in found.items()}
     for text in TOKENS.split(1):
         whole.zero_grad()

@@ -17,9 +17,9 @@ from bitpress.formats import CompressedWeight, Packed
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline import quantize
 from bitpress.pipeline.blocks import BlockCompressor
+from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.plan import check_room, make_plan
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
-from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import RTN
@@ -215,7 +215,7 @@ def test_sensitivity_is_the_mean_squared_gradient(tiny_model: Callable[..., Path
     path = tiny_model(architecture)
     plan, streamed, _ = plan_run(path, build_method(make_recipe({"weights": "int4-row", "compute": "fp32"})))
     streamed.load_outer_()
-    ours = measure_sensitivity(streamed, plan.by_block(), TOKENS, lambda: None, Silent())
+    ours = measure_gradients(streamed, plan.by_block(), TOKENS, {"sensitivity"}, lambda: None, Silent())
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager").eval()
     wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for text in TOKENS.split(1):
@@ -275,7 +275,7 @@ def test_a_stopped_run_ends_in_the_same_bytes(
         patch.setattr(BlockCompressor, "visit_", stop)
         with pytest.raises(JobStopped):
             quantize_directory(model, tmp_path / "stopped", recipe, proof=Proof(tokens=0))
-        patch.setattr(quantize, "measure_sensitivity", None)  # what was measured is taken up, not measured again
+        patch.setattr(quantize, "measure_gradients", None)  # what was measured is taken up, not measured again
         patch.setattr(BlockCompressor, "visit_", real)
         quantize_directory(model, tmp_path / "stopped", recipe, proof=Proof(tokens=0))
     for name in [MANIFEST_NAME, *(p.name for p in (tmp_path / "whole").glob("*.safetensors"))]:
@@ -299,11 +299,11 @@ def test_a_changed_sensitivity_is_refused(
         patch.setattr(BlockCompressor, "visit_", stop)
         with pytest.raises(JobStopped):
             quantize_directory(model, out, recipe, proof=Proof(tokens=0))
-    kept = out / JOB_DIRECTORY / "kept" / "sensitivity.safetensors"
+    kept = out / JOB_DIRECTORY / "kept" / "gradients.safetensors"
     data = bytearray(kept.read_bytes())
     data[-1] ^= 1
     kept.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"sensitivity\.safetensors: is missing or damaged; start again with --force"):
+    with pytest.raises(CheckpointError, match=r"gradients\.safetensors: is missing or damaged; start again with --force"):
         quantize_directory(model, out, recipe, proof=Proof(tokens=0))
     quantize_directory(model, out, recipe, proof=Proof(tokens=0), force=True)
 

@@ -27,13 +27,19 @@ class Capture(TorchFunctionMode):
     """Collects statistics of every observed weight while active. Call `next_batch` between forwards, or let `run` do both.
 
     If the inputs of the uncompressed model are needed too, run its forward first, inside `original`. `roles` names the weights of the
-    block's attention, for statistics of its heads.
+    block's attention, for statistics of its heads. `loss_weights` returns the weights of this forward's tokens for the input of a weight,
+    or None where each counts as 1.
     """
 
     def __init__(
-        self, observed: Sequence[Observed], needs: Collection[str], roles: Mapping[Role, Observed] | None = None
+        self,
+        observed: Sequence[Observed],
+        needs: Collection[str],
+        roles: Mapping[Role, Observed] | None = None,
+        loss_weights: Callable[[str], torch.Tensor | None] = lambda name: None,
     ) -> None:
         super().__init__()
+        self._loss_weights = loss_weights
         self._by_address = {w.view.data_ptr(): w for w in observed}
         self._needs = needs
         self._attention_needed = bool(of_origin(needs, "attention"))
@@ -149,9 +155,19 @@ class Capture(TorchFunctionMode):
             if leader not in self._collectors:
                 self._collectors[leader] = StatsCollector(self._needs, observed.in_features)
             self._collectors[leader].add(x, observed.name)
+            if "loss_gram" in self._needs:
+                self._add_by_loss(leader, x)
             original = self._originals.get(leader)
             if original is not None:
                 self._collectors[leader].add_original(x, original)
+
+    def _add_by_loss(self, leader: str, x: torch.Tensor) -> None:
+        tokens = x.numel() // x.shape[-1]
+        weights = self._loss_weights(leader)
+        # An expert's tokens, and positions that a model leaves out on its way, cannot be weighed.
+        if weights is None or weights.numel() != tokens:
+            weights = torch.ones(tokens)
+        self._collectors[leader].add_weighted("loss_gram", x, weights)
 
     def _take_attention(self) -> None:
         """Add the token weights and head statistics of the forward that just ended."""
@@ -163,7 +179,7 @@ class Capture(TorchFunctionMode):
                 # An expert's tokens, and an input that was overwritten since, cannot be weighed.
                 if x._version == version and x.numel() == weights.numel() * x.shape[-1]:
                     for leader in set(leaders) - experts:
-                        self._collectors[leader].add_weighted(x, weights)
+                        self._collectors[leader].add_weighted("attention_gram", x, weights)
         if self._heads is not None and len(self._attention) == 1:
             value = self._heads.weights["value"].name
             for (_, _, version), (x, leaders) in self._seen.items():

@@ -6,6 +6,7 @@
     attention_gram  [in, in]            the gram of tokens weighted by the attention they are paid, the weights of mean 1
     row_gram        [heads, row, row]   how errors of a head's output rows multiply in the rest of the attention
     head_gram       [heads, in, in]     the gram of the inputs as each head's attention mixes them; for value weights
+    loss_gram       [in, in]            the gram of tokens weighted by the loss's squared gradient by what is made of them, weights of mean 1
     sensitivity     [out, in]           mean over texts of the squared gradient of the loss
 
 Products of bf16 values are exact in float32 and are added up in float32, a batch of at most a few thousand tokens at a time.
@@ -25,9 +26,10 @@ from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
 
-__all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "add_gram_", "mirrored", "of_origin"]
+__all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "WeightedGram", "add_gram_", "mirrored", "of_origin"]
 
 Origin = Literal["input", "original", "attention", "loss"]
+WeightedGram = Literal["attention_gram", "loss_gram"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ STATISTICS: dict[str, Statistic] = {
     "attention_gram": Statistic(("in", "in"), "attention"),
     "row_gram": Statistic(("heads", "row", "row"), "attention"),
     "head_gram": Statistic(("heads", "in", "in"), "attention"),
+    "loss_gram": Statistic(("in", "in"), "loss"),
     "sensitivity": Statistic(("out", "in"), "loss"),
 }
 
@@ -77,6 +80,7 @@ class Stats:
     attention_gram: Float[torch.Tensor, "in in"] | None = None
     row_gram: Float[torch.Tensor, "heads row row"] | None = None
     head_gram: Float[torch.Tensor, "heads in in"] | None = None
+    loss_gram: Float[torch.Tensor, "in in"] | None = None
     sensitivity: Float[torch.Tensor, "out in"] | None = None
 
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
@@ -92,6 +96,7 @@ class Stats:
             cross=twice(self.cross),
             attention_gram=twice(self.attention_gram),
             head_gram=twice(self.head_gram),
+            loss_gram=twice(self.loss_gram),
             sensitivity=None if self.sensitivity is None else self.sensitivity * factor.square(),
         )
 
@@ -122,9 +127,14 @@ class Stats:
                 cross=twice(self.cross),
                 attention_gram=twice(self.attention_gram),
                 head_gram=twice(self.head_gram),
+                loss_gram=twice(self.loss_gram),
                 sensitivity=None if self.sensitivity is None or by_channel is None else by_channel(self.sensitivity),
             )
         return changed if rows is None else replace(changed, row_gram=None, head_gram=None, sensitivity=None)
+
+    def by_loss(self) -> "Stats":
+        """Return the statistics with `loss_gram`, where it was measured, in the place of the gram."""
+        return self if self.loss_gram is None else replace(self, gram=self.loss_gram)
 
     def need_gram(self, where: str) -> Float[torch.Tensor, "in in"]:
         """Return the gram. Raises CalibrationError if nothing was measured."""
@@ -149,7 +159,7 @@ class StatsCollector:
         self._gram = torch.zeros(size, size) if "gram" in self.needs else None
         self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
         self._cross: torch.Tensor | None = None
-        self._attention: torch.Tensor | None = None
+        self._weighted: dict[WeightedGram, torch.Tensor] = {}
 
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
         """Add a batch. Raises NumericsError, naming `where`, when a value is not finite."""
@@ -181,13 +191,15 @@ class StatsCollector:
             with _products_of(x.dtype):
                 self._cross[: self.in_features, : self.in_features].addmm_(difference.float().T, given.float())
 
-    def add_weighted(self, x: Float[torch.Tensor, "*batch in"], weight: Float[torch.Tensor, " tokens"]) -> None:
-        """Add a batch whose tokens have weights."""
-        if self._attention is None:
-            self._attention = torch.zeros(self.in_features, self.in_features)
+    def add_weighted(
+        self, kind: WeightedGram, x: Float[torch.Tensor, "*batch in"], weight: Float[torch.Tensor, " tokens"]
+    ) -> None:
+        """Add a batch whose tokens have weights to one of the weighted grams."""
+        if kind not in self._weighted:
+            self._weighted[kind] = torch.zeros(self.in_features, self.in_features)
         weighted = x.reshape(-1, self.in_features).float() * weight.sqrt()[:, None]
         with _products_of(x.dtype):
-            add_gram_(self._attention, weighted)
+            add_gram_(self._weighted[kind], weighted)
 
     def finish(self) -> Stats:
         tokens = max(self.tokens, 1)
@@ -197,9 +209,16 @@ class StatsCollector:
             self._gram = None
         mean_abs = None if self._sum_abs is None else (self._sum_abs / tokens).float()
         cross = None if self._cross is None else self._cross[: self.in_features, : self.in_features].div(tokens)
-        attention = None if self._attention is None else mirrored(self._attention).div_(tokens)
-        self._cross = self._attention = None
-        return Stats(self.tokens, gram, mean_abs, cross, attention)
+        weighted = {kind: mirrored(total).div_(tokens) for kind, total in self._weighted.items()}
+        self._cross, self._weighted = None, {}
+        return Stats(
+            self.tokens,
+            gram,
+            mean_abs,
+            cross,
+            attention_gram=weighted.get("attention_gram"),
+            loss_gram=weighted.get("loss_gram"),
+        )
 
 
 def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:

@@ -35,6 +35,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "TORCH_DTYPES",
     "TensorEntry",
+    "TensorsOnDisk",
     "check_tensor_name",
     "read_header",
     "read_tensor",
@@ -264,3 +265,20 @@ def _check_storable(name: str, tensor: torch.Tensor) -> None:
         raise UsageError(f"{name}: {tensor.dtype} has no name in safetensors.")
     if not _is_shape(tensor.shape):
         raise UsageError(f"{name}: shape {list(tensor.shape)} must be at most {MAX_DIMENSIONS} integers from 1 to 2**31-1.")
+
+
+class TensorsOnDisk(Mapping[str, torch.Tensor]):
+    """The tensors of a file by their names, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, _ = read_header(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self.path, self.entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)

@@ -24,9 +24,9 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, Visitor
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured
+from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import recorded
 from bitpress.pipeline.plan import Plan
-from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration, Method, Recipe
 
@@ -58,7 +58,8 @@ class Comparison:
     def shares(self, method: Method) -> bool:
         """Whether the pass over the original serves a method: it calibrates just so, or needs nothing."""
         recipe = method.recipe
-        return not method.needs or (recipe.calibration == self.shared and recipe.batch == _batch())
+        alike = recipe.calibration.model_copy(update={"gram": self.shared.gram})
+        return not method.needs or (alike == self.shared and recipe.batch == _batch())
 
     def needs(self) -> frozenset[str]:
         """Statistics to collect of the original; with any, the gram, by which every recipe's error is told."""
@@ -116,16 +117,17 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
     model, plan, method = made.model, made.plans[c], c.method
     felt = of_origin(method.needs, "loss")
     samples = made.calibration(method)
-    sensitivity = None
+    gradients: Mapping[str, torch.Tensor] | None = None
     if felt and felt <= cached.needs and samples is made.samples.get(drawn(made.shared)):
-        sensitivity = cached.sensitivity
+        gradients = cached.gradients
     elif felt and samples is not None:
-        sensitivity = measure_sensitivity(model, plan.by_block(), samples.inputs, check_stop, made.progress).__getitem__
+        gradients = measure_gradients(model, plan.by_block(), samples.inputs, felt, check_stop, made.progress)
     stream = CalibrationStream(
         model,
         method.needs,
         batch=method.recipe.batch,
         follows_original=method.recipe.calibration.inputs == "original",
+        gradients=gradients,
         check_stop=check_stop,
     )
     measured: Callable[[int], Measured] | None = None
@@ -135,7 +137,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         measured = functools.partial(cached.measured, needs=method.needs)
     else:
         stream.start_(None if samples is None else samples.inputs, None)
-    return BlockCompressor(stream, method, plan.weights, sensitivity=sensitivity, measured=measured, looked_at=True)
+    return BlockCompressor(stream, method, plan.weights, sensitivity=gradients, measured=measured, looked_at=True)
 
 
 def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def noting(made: Comparison, check_stop: Callable[[], None]) -> Callable[[str], 
 
 def drawn(calibration: Calibration) -> Calibration:
     """Leave out what does not decide which samples are drawn."""
-    return calibration.model_copy(update={"inputs": "pressed"})
+    return calibration.model_copy(update={"inputs": "pressed", "gram": "input"})
 
 
 def _batch() -> int:

@@ -25,13 +25,13 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured, StatisticsVisitor
+from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.journal import Job
-from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress
 
 __all__ = ["StatisticsCache", "capture_original"]
 
-SENSITIVITY = "sensitivity.safetensors"
+GRADIENTS = "gradients.safetensors"
 
 
 class StatisticsCache:
@@ -68,8 +68,8 @@ class StatisticsCache:
         return math.fsum(unit.facts["seconds"] for unit in self.job.units)
 
     @property
-    def sensitivity(self) -> Callable[[str], torch.Tensor]:
-        return self.job.kept(SENSITIVITY)
+    def gradients(self) -> Mapping[str, torch.Tensor]:
+        return self.job.kept(GRADIENTS)
 
     def close(self) -> None:
         self.job.close()
@@ -146,7 +146,7 @@ def _first_unit(
     kept, started, seconds = None, time.perf_counter(), 0.0
     if of_origin(needs, "loss") and calibration is not None:
         weights = [list_weights(model, i, ())[0] for i in range(len(model.blocks))]
-        kept = job.keep(SENSITIVITY, measure_sensitivity(model, weights, calibration, check_stop, progress))
+        kept = job.keep(GRADIENTS, measure_gradients(model, weights, calibration, needs, check_stop, progress))
         seconds = time.perf_counter() - started
     evaluated = EvaluationText(model, texts)
     evaluated.start_()
@@ -170,7 +170,13 @@ def _block_units(
     if done == total:
         return
     stream = CalibrationStream(
-        model, needs, batch=batch, follows_original=True, check_stop=check_stop, before_advance=job.settle
+        model,
+        needs,
+        batch=batch,
+        follows_original=True,
+        gradients=job.kept(GRADIENTS) if of_origin(needs, "loss") else None,
+        check_stop=check_stop,
+        before_advance=job.settle,
     )
     stream.start_(calibration, job.activations())
     progress.begin("statistics of the original", total, done)

@@ -6,7 +6,7 @@ here depends on an architecture. Where more than hidden states goes from block t
 the "hidden states" that are stored and passed on here are the states of carried.py.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -152,12 +152,15 @@ class StreamedModel:
         return self._outputs(inputs, hidden)
 
     def loss_gradient(
-        self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
+        self,
+        inputs: Inputs,
+        hidden: Float[torch.Tensor, "samples positions hidden"],
+        loss: Callable[[torch.Tensor], torch.Tensor],
     ) -> Float[torch.Tensor, "samples positions hidden"]:
-        """Return the gradient of the task's loss by the last block's output."""
+        """Return the gradient, by the last block's output, of a loss of what the model says."""
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.task.loss(self._outputs(inputs, leaf), inputs), leaf)
+            (gradient,) = torch.autograd.grad(loss(self._outputs(inputs, leaf)), leaf)
         return gradient
 
     def block_gradients(

@@ -99,6 +99,10 @@ class Task(Protocol):
         """Return the mean training loss, differentiable by the outputs."""
         ...
 
+    def drawn_loss(self, outputs: Float[torch.Tensor, "samples ..."], generator: torch.Generator) -> Float[torch.Tensor, ""]:
+        """Return the mean training loss, differentiable by the outputs, on targets drawn from what the outputs themselves predict."""
+        ...
+
     def distance(
         self, original: Outputs, candidate: Outputs, inputs: Inputs, note: Callable[[int], None] = lambda done: None
     ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class BlockCompressor:
     """A visitor that compresses the weights of every block by a method; `made` is the block in work.
 
     stream       the calibration text, started already
-    sensitivity  returns the result of `measure_sensitivity` for a parameter
+    sensitivity  what `measure_gradients` found, by the names of parameters
     measured     returns the statistics of a block from an earlier pass over the uncompressed model: then no text is run, and if the
                  method needs no gram, a gram among them is used only to measure errors
     looked_at    whether later visitors run the block, so that its compressed weights must be loaded
@@ -38,7 +38,7 @@ class BlockCompressor:
         planned: Sequence[PlannedWeight],
         *,
         strict: bool = False,
-        sensitivity: Callable[[str], torch.Tensor] | None = None,
+        sensitivity: Mapping[str, torch.Tensor] | None = None,
         measured: Callable[[int], Measured] | None = None,
         looked_at: bool = False,
     ) -> None:
@@ -90,10 +90,11 @@ class BlockCompressor:
         else:
             found = stream.capture_(block.index, observed, replaced, last=block.last, final=final)
         stats = found.stats
-        if self.sensitivity is not None:
+        if self.sensitivity is not None and "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
+        chosen_by = {name: s.by_loss() for name, s in stats.items()}
         scales = rescale_block_(
-            stream.model, block.index, block.tensors, planned, observed, found.groups, stats, searches, found.probe
+            stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )
         return stats, scales
 
@@ -101,7 +102,7 @@ class BlockCompressor:
         assert self.sensitivity is not None
         found = {}
         for p in planned:
-            matrices = p.parameter.matrices(self.sensitivity(p.parameter.name))
+            matrices = p.parameter.matrices(self.sensitivity[p.parameter.name])
             for part, matrix in zip(p.parameter.parts(), matrices, strict=True):
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)

@@ -19,7 +19,7 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.plan import PlannedWeight
 
-__all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor"]
+__all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor", "observe_weights", "token_weights"]
 
 # Statistics for which it must be known which weights make a block's attention.
 HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "heads" in statistic.shape)
@@ -45,6 +45,7 @@ class CalibrationStream:
 
     needs             statistics that are collected of a block
     follows_original  blocks are fed what the uncompressed blocks before them give
+    gradients         what `measure_gradients` found, for statistics in which tokens count by the loss
     before_advance    called each time before hidden states are overwritten
     """
 
@@ -55,11 +56,12 @@ class CalibrationStream:
         *,
         batch: int,
         follows_original: bool,
+        gradients: Mapping[str, torch.Tensor] | None = None,
         check_stop: Callable[[], None] = lambda: None,
         before_advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.needs, self.batch, self.follows_original = model, frozenset(needs), batch, follows_original
-        self.check_stop, self.before_advance = check_stop, before_advance
+        self.gradients, self.check_stop, self.before_advance = gradients or {}, check_stop, before_advance
         self.hidden: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
@@ -118,12 +120,7 @@ class CalibrationStream:
         return [stages[at] for at in sorted(stages)]
 
     def observe(self, parameters: Sequence[WeightParameter]) -> dict[str, tuple[WeightParameter, Observed]]:
-        observed: dict[str, tuple[WeightParameter, Observed]] = {}
-        for parameter in parameters:
-            live = self.model.model.get_parameter(parameter.name)
-            for part, view in zip(parameter.parts(), parameter.views(live), strict=True):
-                observed[part] = (parameter, Observed(part, view, not parameter.transposed, bool(parameter.experts)))
-        return observed
+        return observe_weights(self.model, parameters)
 
     def capture_(
         self,
@@ -144,12 +141,23 @@ class CalibrationStream:
         roles = None
         if HEAD_STATISTICS & self.needs:
             roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in observed.values()])
-        capture = Capture([w for _, w in observed.values()], self.needs, roles)
+        counted = slice(0)
+        weights: dict[str, torch.Tensor | None] = {}
+
+        def loss_weights(name: str) -> torch.Tensor | None:
+            """Return the weights of the tokens of the batch in work; those of all are read once a block."""
+            if name not in weights:
+                weights[name] = self.gradients.get(token_weights(name))
+            found = weights[name]
+            return None if found is None else found[counted].flatten()
+
+        capture = Capture([w for _, w in observed.values()], self.needs, roles, loss_weights)
         if (self.beside is not None and final) or self.follows_original:
             self.before_advance()  # the original's states are overwritten as soon as they have been used
         original = {name: value.to(self.model.dtype) for name, value in replaced.items()}
         compressed = {name: self.model.model.get_parameter(name).data for name in original}
         for rows, hidden in batches:
+            counted = rows
             if self.beside is not None:
                 self.model.fill_(original)
                 beside = self.beside[rows]
@@ -181,6 +189,21 @@ class CalibrationStream:
         size = self.batch
         starts = range(0, self.hidden.shape[0], size)
         return [(slice(a, a + size), self.hidden[a : a + size]) for a in starts]
+
+
+def observe_weights(model: StreamedModel, parameters: Sequence[WeightParameter]) -> dict[str, tuple[WeightParameter, Observed]]:
+    """Return the weights of parameters as they lie in a loaded model, by their names."""
+    observed: dict[str, tuple[WeightParameter, Observed]] = {}
+    for parameter in parameters:
+        live = model.model.get_parameter(parameter.name)
+        for part, view in zip(parameter.parts(), parameter.views(live), strict=True):
+            observed[part] = (parameter, Observed(part, view, not parameter.transposed, bool(parameter.experts)))
+    return observed
+
+
+def token_weights(name: str) -> str:
+    """Return the key of the token weights of a weight's input among the results of `measure_gradients`."""
+    return f"tokens of {name}"
 
 
 class StatisticsVisitor:

@@ -92,14 +92,16 @@ def _summing_seconds(needs: Collection[str], cols: int, heads: int, dtype: torch
     some = min(cols, COLUMNS[0])
     x = torch.ones(TOKENS, some, dtype=dtype)
     collector = StatsCollector(needs, some)
-    squares = sum(heads if STATISTICS[n].shape[0] == "heads" else 1 for n in needs if n in ("attention_gram", "head_gram"))
+    squares = sum(
+        heads if STATISTICS[n].shape[0] == "heads" else 1 for n in needs if n in ("attention_gram", "head_gram", "loss_gram")
+    )
 
     def work() -> None:
         collector.add(x, "")
         if "cross" in needs:
             collector.add_original(x, x)
         for _ in range(squares):
-            collector.add_weighted(x, torch.ones(TOKENS))
+            collector.add_weighted("attention_gram", x, torch.ones(TOKENS))
 
     return _timed(work) * (cols / some) ** 2
 
@@ -191,6 +193,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
         "mean_abs": x.abs().mean(0),
         "cross": 0.01 * gram,
         "attention_gram": gram,
+        "loss_gram": gram,
         "sensitivity": torch.rand(rows, cols, generator=torch.Generator().manual_seed(2)),
     }
     if head is not None and rows % head == 0:

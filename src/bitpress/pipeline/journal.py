@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from bitpress.checkpoints.durable import (
 )
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
-from bitpress.checkpoints.safetensors_file import read_header, read_tensor, serialize
+from bitpress.checkpoints.safetensors_file import TensorsOnDisk, read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
 
@@ -173,11 +173,9 @@ class Job:
         _, digest = write_durably(self.root / "kept" / name, serialize(tensors, None))
         return {name: digest}
 
-    def kept(self, name: str) -> Callable[[str], torch.Tensor]:
-        """Return a reader of the tensors kept under `name`."""
-        path = self.root / "kept" / name
-        entries, _ = read_header(path)
-        return lambda tensor: read_tensor(path, entries[tensor])
+    def kept(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors kept under `name`, each read when it is asked for."""
+        return TensorsOnDisk(self.root / "kept" / name)
 
     def _check_kept(self) -> None:
         listed = self.units[0].facts.get("kept") or {} if self.units else {}

@@ -39,12 +39,12 @@ from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.front_matter import front_matter
+from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant, differences
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.pipeline.report import make_report, write_texts_
-from bitpress.pipeline.sensitivity import measure_sensitivity
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
 from bitpress.runtime.prompt import read_generation_file
@@ -54,7 +54,7 @@ from bitpress.stopping import stoppable
 
 __all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_run", "quantize_directory", "shard_name"]
 
-SENSITIVITY = "sensitivity.safetensors"
+GRADIENTS = "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -215,18 +215,20 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     inputs = None if run.samples is None else run.samples.inputs
     outer = model.load_outer_()
     kept: dict[str, str] | None = None
-    sensitivity = None
-    if of_origin(method.needs, "loss"):
+    gradients = None
+    felt = of_origin(method.needs, "loss")
+    if felt:
         if not job.units:
             assert inputs is not None
-            kept = job.keep(SENSITIVITY, measure_sensitivity(model, plan.by_block(), inputs, check_stop, progress))
-        sensitivity = job.kept(SENSITIVITY)
+            kept = job.keep(GRADIENTS, measure_gradients(model, plan.by_block(), inputs, felt, check_stop, progress))
+        gradients = job.kept(GRADIENTS)
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
     stream = CalibrationStream(
         model,
         method.needs,
         batch=method.recipe.batch,
         follows_original=method.recipe.calibration.inputs == "original",
+        gradients=gradients,
         check_stop=check_stop,
         before_advance=job.settle,
     )
@@ -240,7 +242,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
         progress.advance("outer")
     del outer
-    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, sensitivity=sensitivity)
+    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, sensitivity=gradients)
     walk(model, [compressor, Committer(job, compressor, total, progress)], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
     model.drop_outer_()

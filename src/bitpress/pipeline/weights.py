@@ -262,10 +262,10 @@ def _dead_inputs(stats: Iterable[Stats]) -> list[str]:
 
 
 def _needed(stats: Stats | None, needs: Collection[str]) -> Stats | None:
-    """Return the statistics without those that only serve to measure the error."""
+    """Return the statistics without those that only serve to measure the error, with the gram that the recipe asks for."""
     if stats is None or not needs:
         return None
-    return stats if "gram" in needs else replace(stats, gram=None)
+    return stats.by_loss() if "gram" in needs else replace(stats, gram=None)
 
 
 def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:

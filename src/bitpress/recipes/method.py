@@ -93,7 +93,8 @@ class Method:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
-        return frozenset().union(*(named.part.needs for named in self.every_part))
+        needs: frozenset[str] = frozenset().union(*(named.part.needs for named in self.every_part))
+        return needs | {"loss_gram"} if self.recipe.calibration.gram == "loss" else needs
 
     @cached_property
     def shared_needs(self) -> frozenset[str]:

@@ -6,6 +6,7 @@ quantizer: {name: gptq, damp: 0.01}     without a name: channel scales and gptq,
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
+              gram: input,              or loss: tokens count with the loss's squared gradient by the output of the layer
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
@@ -74,6 +75,7 @@ class Calibration(_Closed):
     seed: int = Field(default=0, ge=0, lt=2**63)
     chat: bool = False
     inputs: Literal["pressed", "original"] = "pressed"
+    gram: Literal["input", "loss"] = "input"
     sequential: bool = False
 
 

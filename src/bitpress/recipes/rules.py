@@ -16,7 +16,7 @@ def check_composition(method: Method) -> None:
             f"{exact[0]} keeps weights bit for bit, and {', '.join(changing)} would change them; "
             "use rtn or gptq without transforms and corrections."
         )
-    if of_origin(method.needs, "loss") and method.changes:
+    if "sensitivity" in method.needs and method.changes:
         changes = ", ".join(named.name for named in method.changes)
         raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
     compared = sorted(of_origin(method.needs, "original"))
@@ -24,6 +24,12 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
+    if calibration.gram == "loss":
+        apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
+        if apart:
+            raise UsageError(f"{apart[0]} goes with the gram of all tokens alike, so calibration.gram must be input.")
+        if "gram" not in method.needs:
+            raise UsageError("nothing in this recipe needs the gram, so calibration.gram must be input.")
     if calibration.sequential:
         whole = [named.name for named in method.of("search")]
         whole += sorted(of_origin(method.needs, "attention"))

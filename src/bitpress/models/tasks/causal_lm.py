@@ -106,6 +106,13 @@ class CausalLM:
     def loss(self, outputs: Float[torch.Tensor, "samples length vocabulary"], inputs: Tokens) -> Float[torch.Tensor, ""]:
         return torch.nn.functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), inputs[:, 1:].flatten())
 
+    def drawn_loss(
+        self, outputs: Float[torch.Tensor, "samples length vocabulary"], generator: torch.Generator
+    ) -> Float[torch.Tensor, ""]:
+        flat = outputs.flatten(0, 1).float()
+        drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return torch.nn.functional.cross_entropy(flat, drawn)
+
     def distance(
         self, original: Outputs, candidate: Outputs, inputs: Tokens, note: Callable[[int], None] = lambda done: None
     ) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""How much the loss depends on what is made of each token: squared gradients by the outputs of observed products."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch.overrides import TorchFunctionMode
+
+from bitpress.calibration.observed import Observed, product_of
+
+__all__ = ["OutputGradients"]
+
+
+class OutputGradients(TorchFunctionMode):
+    """Records products with observed weights while a block runs forward; the backward pass after it fills `found`.
+
+    found      by the name of a weight, for every token of its input the mean over outputs of the squared gradient
+    leader_of  by the name of a weight, the first weight that has the same input
+
+    Weights of experts are left out: which tokens reach them may change once the model is compressed.
+    """
+
+    def __init__(self, observed: Sequence[Observed]) -> None:
+        super().__init__()
+        self._by_address = {w.view.data_ptr(): w for w in observed if not w.expert}
+        # Holding an input keeps its memory from being reused by another tensor, which would then look like the same input.
+        self._seen: dict[tuple[int, int, int], tuple[torch.Tensor, str]] = {}
+        self.found: dict[str, Float[torch.Tensor, " tokens"]] = {}
+        self.leader_of: dict[str, str] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        product = product_of(func, args, kwargs or {})
+        observed = None if product is None else self._by_address.get(product[1].data_ptr())
+        if product is not None and observed is not None and out.requires_grad:
+            x = product[0]
+            key = (x.data_ptr(), x.numel(), x._version)
+            self.leader_of[observed.name] = self._seen.setdefault(key, (x, observed.name))[1]
+            out.register_hook(partial(self._keep, observed.name))
+        return out
+
+    def _keep(self, name: str, gradient: torch.Tensor) -> None:
+        squared = gradient.reshape(-1, gradient.shape[-1]).float().square().mean(-1)
+        # A weight that is used twice on the same tokens counts with both uses.
+        known = self.found.get(name)
+        self.found[name] = squared if known is None or known.shape != squared.shape else known + squared
