@@ -33,6 +33,7 @@ from bitpress.formats.grids.planes import Planes
 from bitpress.formats.grids.power import power
 from bitpress.formats.grids.pyramid import Pyramid
 from bitpress.formats.grids.searched_float import searched_float
+from bitpress.formats.grids.shifted_levels import shifted_levels
 from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.scales import SCALES
 
@@ -118,6 +119,12 @@ GRIDS: dict[str, Row] = {
     "nf2": Row(Levels("nf2", normal_float(2)), "quantiles of a normal distribution, 2 bits"),
     "iq4nl": Row(Levels("iq4nl", IQ4NL), "llama.cpp's 4-bit levels, closer together near zero"),
     **{f"bitmod{b}": Row(bitmod(b), f"{b}-bit floats with one more value, chosen per block", block="g128") for b in (3, 4)},
+    **{
+        f"iq{b}k": Row(
+            shifted_levels(b), f"{b}-bit levels of ik_llama.cpp, shifted or mirrored as every block chooses", block=block
+        )
+        for b, block in ((2, "g16"), (3, "g16"), (4, "g32"))
+    },
     **{f"kmeans{b}": Row(KMeans(b), "levels by weighted k-means, for every block its own") for b in (2, 3, 4)},
     **{f"gmm{b}": Row(GaussianMixture(b), "means of a Gaussian mixture, for every block its own") for b in (2, 3, 4)},
     **{
