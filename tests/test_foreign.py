@@ -78,7 +78,7 @@ def test_names_are_found_in_any_case_and_no_two_are_alike() -> None:
     for name in QUANTIZERS:
         recipe = make_recipe({"quantizer": name.upper().replace("_", "-"), "transforms": []})
         assert recipe.quantizer_name == name
-    for name in (*(f"{grid}-g64" for grid in GRIDS), *SHORT, "e4m3b7-row", "pvq4k2-g4"):
+    for name in (*(row.in_block("g64") for row in GRIDS.values()), *SHORT, "e4m3b7-row", "pvq4k2-g4"):
         assert spell_format(name.upper().replace("-", "_")) == name
     for name in TRANSFORMS:
         assert build_method(make_recipe({"transforms": [name.upper()]})).resolved()["transforms"][0]["name"] == name

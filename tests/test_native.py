@@ -284,7 +284,9 @@ def test_a_product_of_matrices_that_do_not_fit_is_refused() -> None:
 SCALAR = [name for name in GRIDS if GRIDS[name].grid.span == 1 and GRIDS[name].grid.code_bits <= 8]
 
 
-@pytest.mark.parametrize("name", [f"{g}-{b}" for g in SCALAR for b in ("g1", "g7", "g64", "row", "2x8")] + ["int4-g64-zero"])
+@pytest.mark.parametrize(
+    "name", [GRIDS[g].in_block(b) for g in SCALAR for b in ("g1", "g7", "g64", "row", "2x8")] + ["int4-g64-zero"]
+)
 def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = parse_format(name)
     w = draw(6, 448, seed=5)
@@ -319,8 +321,8 @@ def test_codes_and_values_are_those_of_the_reference(name: str, monkeypatch: pyt
         "int4-2x42-s8",
         "e2m1-g14-fp8",
         "e2m1-g42-e8m0",
-        "mxfp4-g42",
-        "mxfp6-2x42",
+        "mxfp4-g42-fp16",
+        "mxfp6-2x42-fp16",
         "nf4-g18",
         "nf4-g6-dq",
         "iq4nl-tensor",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats import Format, parse_format
+from bitpress.formats import Format, Packed, parse_format
 from bitpress.formats.grids import planes as planes
 from bitpress.formats.grids.block_levels import SortedBlocks
 from bitpress.formats.grids.planes import Planes
@@ -107,3 +107,12 @@ def test_importance_moves_the_scales(name: str) -> None:
 def test_odd_planes_are_refused(digits: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(FormatError, match="2 to 4 planes"):
         Planes("odd", digits)
+
+
+def test_two_trit_planes_take_1_6_bits_each() -> None:
+    fmt = parse_format("trits2-g128-base3")
+    assert fmt.nbytes((4, 640)) * 8 / (4 * 640) == 3.2 + 2 * 16 / 128
+    w = torch.randn(4, 640, generator=torch.Generator().manual_seed(0))
+    params = fmt.fit(w)
+    packed, dense = (Packed.pack(f, f.encode(w, params), params) for f in (fmt, parse_format("trits2-g128")))
+    assert torch.equal(packed.dequantize(), dense.dequantize())

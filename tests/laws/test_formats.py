@@ -27,6 +27,7 @@ from bitpress.formats import (
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.layouts import dense
 from bitpress.formats.layouts.dense import code_dtype
+from bitpress.formats.table import UNNAMED_STORES
 
 # A name of every family that has no row for each member.
 FAMILIES = ["e4m3b11", "e2m1b0", "e4m3i", "e3m4i", "pvq2k6", "pvq16k2", "vq5x2", "aq3x3x2"]
@@ -45,16 +46,17 @@ def variants(name: str) -> list[str]:
     if name not in THOROUGH and stores:
         turn = list(GRIDS).index(name) if name in GRIDS else 0
         stores = [stores[turn % len(stores)], stores[(turn + len(stores) // 2) % len(stores)]]
+    plain = row.in_block("").removeprefix(f"{name}-")
     extras = [f"-{scale}" for scale in stores] + (["-zero", "-zero-s6"] if row.zero else [])
     for layout_name, layout in LAYOUTS.items():
         if layout_name != "dense" and not layout.refuses(row.grid.code_bits, row.grid.num_codes):
-            extras.append(f"-{layout_name}")
-    blocks = [f"{name}-{b}" for b in ("g16", "row", "tensor", "2x16")]
+            extras.append(f"{plain}-{layout_name}")
+    blocks = [f"{name}-{b}{plain}" for b in ("g16", "row", "tensor", "2x16")]
     return blocks + [f"{name}-{'g16' if i % 2 else '2x16'}{e}" for i, e in enumerate(extras)]
 
 
 NAMES = [name for grid in [*GRIDS, *FAMILIES] for name in variants(grid)]
-PLAIN = [f"{grid}-g16" for grid in [*GRIDS, *FAMILIES]]
+PLAIN = [variants(grid)[0] for grid in [*GRIDS, *FAMILIES]]
 
 
 def every_run() -> set[str]:
@@ -295,7 +297,8 @@ def test_one_column_decodes_as_in_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_one_group_fitted_anew_leaves_the_others(name: str) -> None:
     scaled = any(p.kind == "scale" for p in parse_format(name).grid.params)
-    for variant in (name, f"{name}-dq", f"{name}-s6", f"{name}-fp8") if scaled else (name,):
+    bare = "-".join(name.split("-")[:2])
+    for variant in (name, f"{bare}-dq", f"{bare}-s6", f"{bare}-fp8") if scaled else (name,):
         fmt = parse_format(variant)
         w = weight(fmt, 2, 3, 12)
         shape = (w.shape[0], w.shape[1])
@@ -348,7 +351,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale: str) -> None:
         ("int4-g64-fp16-bf16", FormatError, "repeats a part"),
         ("int4-g64-zero-zero", FormatError, "repeats a part"),
         ("nf4-g64-zero", FormatError, "no variant with a zero point"),
-        ("int4-g64-base3", FormatError, "three levels"),
+        ("int4-g64-base3", FormatError, "3, 9, 27 or 81 levels"),
         ("int4-g64-split", FormatError, "6 bits"),
     ],
 )
@@ -390,3 +393,26 @@ def test_the_list_of_formats_agrees_with_the_formats() -> None:
     for row in describe_formats():
         fmt = parse_format(str(row["name"]))
         assert row["bits_per_weight_g64"] == fmt.nbytes((4096, 4096)) * 8 / 4096**2
+
+
+@pytest.mark.parametrize("name", sorted(UNNAMED_STORES))
+def test_an_mx_name_says_its_store_but_in_old_files(name: str) -> None:
+    with pytest.raises(FormatError, match=f"use {name}-g32-e8m0"):
+        parse_format(f"{name}-g32")
+    meant = parse_format(f"{name}-g32-{UNNAMED_STORES[name]}")
+    assert meant.name == f"{name}-g32-{UNNAMED_STORES[name]}"
+    compressed, _ = compress(meant, torch.randn(4, 64, generator=torch.Generator().manual_seed(18)))
+    # A file as an older version wrote it.
+    spec = compressed.spec()
+    spec["terms"][0]["format"] = f"{name}-g32"
+    old = CompressedWeight.build(spec, compressed.tensors())
+    assert torch.equal(old.dequantize(), compressed.dequantize())
+    assert old.spec() == compressed.spec()
+
+
+def test_no_other_grid_needs_its_store_said() -> None:
+    assert (
+        {name for name, row in GRIDS.items() if not row.grid.usual_scale}
+        == set(UNNAMED_STORES)
+        == {name for name in SHORT if name.startswith("mx")}
+    )

@@ -21,7 +21,9 @@ PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self
 PROJECTIONS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 WEIGHTS = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in PROJECTIONS]
 
-ROWS = [f"{grid}-g16" for grid in GRIDS] + [name for name in SHORT if "g32" in SHORT[name] or "g16" in SHORT[name]]
+ROWS = [row.in_block("g16") for row in GRIDS.values()] + [
+    name for name in SHORT if "g32" in SHORT[name] or "g16" in SHORT[name]
+]
 ROWS += ["int4-g16-zero-s6", "int4-row-fp8", "ternary-g32-base3", "e2m3-g32-split", "int4-64x1", "nf4-g16-dq", "int4-tensor"]
 RUNS = [ROWS[i : i + len(WEIGHTS)] for i in range(0, len(ROWS), len(WEIGHTS))]
 

@@ -28,7 +28,7 @@ EXTRAS = (
     "int4-tensor",
     "int4-2x16-zero",
 )
-FORMATS = (*(f"{grid}-g16" for grid in GRIDS), *SHORT, *EXTRAS)
+FORMATS = (*(row.in_block("g16") for row in GRIDS.values()), *SHORT, *EXTRAS)
 # Rows of x: none, one, a few below and above the tiles of kernels, and more than a block of them.
 ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 70)
 # Outputs and groups of inputs: odd ones, one alone, and more than a tile.

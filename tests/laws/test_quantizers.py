@@ -20,7 +20,7 @@ FORMATS = ("int4-g16-zero", "int3-g32", "int2-row-zero", "int4-2x16-zero", "int8
 # Every grid of the table, at its most usual in a small weight, and the formats that have a name of their own.
 EVERY = (
     *FORMATS,
-    *(f"{grid}-g16" for grid in GRIDS),
+    *(row.in_block("g16") for row in GRIDS.values()),
     *SHORT,
     "int4-g16-zero-s6",
     "nf4-g16-dq",

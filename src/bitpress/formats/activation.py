@@ -22,7 +22,7 @@ from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import Params, Streamed
-from bitpress.formats.table import parse_format
+from bitpress.formats.table import stored_format
 from bitpress.formats.terms.packed import Packed
 
 __all__ = ["ActivationFormat", "ParameterSource"]
@@ -112,4 +112,4 @@ def _read(spec: Mapping[str, Any]) -> tuple[Format, ParameterSource]:
         raise FormatError("an input's format and its parameters are specified by names.")
     if parameters not in get_args(ParameterSource):
         raise unknown_name("kind of parameters", parameters, get_args(ParameterSource))
-    return parse_format(name), cast(ParameterSource, parameters)
+    return stored_format(name), cast(ParameterSource, parameters)

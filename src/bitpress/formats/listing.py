@@ -33,7 +33,7 @@ def usual_format(grid: Grid, block: str = "") -> Format:
     layout = min(fits, key=lambda name: fits[name].row_bytes(SHAPE[1] // grid.span, grid.code_bits))
     parsed = Block.parse(block or usual)
     assert parsed is not None, block
-    return Format(grid, parsed, layout=layout)
+    return Format(grid, parsed, grid.usual_scale or "e8m0", layout)
 
 
 def usual_formats() -> list[Format]:

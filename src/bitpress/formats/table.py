@@ -6,7 +6,7 @@ block                 row | tensor | gN (N columns of a row) | RxC (R rows by C 
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bitpress.errors import FormatError, UsageError, shown, unknown_name
@@ -33,6 +33,7 @@ from bitpress.formats.grids.planes import Planes
 from bitpress.formats.grids.power import power
 from bitpress.formats.grids.pyramid import Pyramid
 from bitpress.formats.grids.searched_float import searched_float
+from bitpress.formats.grids.shifted_levels import shifted_levels
 from bitpress.formats.grids.trellis import WIDTHS, trellis
 from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.scales import SCALES
@@ -41,6 +42,7 @@ __all__ = [
     "GRIDS",
     "PATTERNS",
     "SHORT",
+    "UNNAMED_STORES",
     "Row",
     "describe_formats",
     "find_grid",
@@ -48,6 +50,7 @@ __all__ = [
     "is_grid",
     "parse_format",
     "spell_format",
+    "stored_format",
 ]
 
 
@@ -66,6 +69,10 @@ class Row:
     nearest: bool = True
     block: str = ""
 
+    def in_block(self, block: str) -> str:
+        """Return the name of the grid in a block, with the store where a name must say it: `int4-g64`, `mxfp4-g32-e8m0`."""
+        return f"{self.grid.name}-{block}" + ("" if self.grid.usual_scale else "-e8m0")
+
 
 def _minifloat(
     x: int, y: int, bias: int | None = None, specials: Specials | None = None, name: str = "", rule: Rule = "absmax"
@@ -75,7 +82,7 @@ def _minifloat(
     levels = minifloat_levels(x, y, bias, specials or ocp.get((x, y), "finite"))
     # A grid with levels far above 1 has scales far below the weights, where fp16 has few digits left.
     top = max(level for level in levels if not math.isnan(level))
-    return Levels(name or f"e{x}m{y}", levels, rule, "fp16" if top <= 1024 else "fp32")
+    return Levels(name or f"e{x}m{y}", levels, rule, "" if rule == "ocp" else "fp16" if top <= 1024 else "fp32")
 
 
 GRIDS: dict[str, Row] = {
@@ -92,7 +99,9 @@ GRIDS: dict[str, Row] = {
     "mxfp6": Row(_minifloat(2, 3, name="mxfp6", rule="ocp"), "OCP MXFP6, e2m3 elements"),
     "mxfp6e3m2": Row(_minifloat(3, 2, name="mxfp6e3m2", rule="ocp"), "OCP MXFP6, e3m2 elements"),
     "mxfp4": Row(_minifloat(2, 1, name="mxfp4", rule="ocp"), "OCP MXFP4, e2m1 elements"),
-    "mxint8": Row(Levels("mxint8", twos_complement(8), "ocp"), "OCP MXINT8, two's complement with six places after the point"),
+    "mxint8": Row(
+        Levels("mxint8", twos_complement(8), "ocp", ""), "OCP MXINT8, two's complement with six places after the point"
+    ),
     **{
         f"bfp{b}": Row(Levels(f"bfp{b}", signed_magnitudes(b), "ocp", "e8m0"), f"block float, {b - 1} bits and sign")
         for b in range(3, 9)
@@ -111,6 +120,12 @@ GRIDS: dict[str, Row] = {
     "nf2": Row(Levels("nf2", normal_float(2)), "quantiles of a normal distribution, 2 bits"),
     "iq4nl": Row(Levels("iq4nl", IQ4NL), "llama.cpp's 4-bit levels, closer together near zero"),
     **{f"bitmod{b}": Row(bitmod(b), f"{b}-bit floats with one more value, chosen per block", block="g128") for b in (3, 4)},
+    **{
+        f"iq{b}k": Row(
+            shifted_levels(b), f"{b}-bit levels of ik_llama.cpp, shifted or mirrored as every block chooses", block=block
+        )
+        for b, block in ((2, "g16"), (3, "g16"), (4, "g32"))
+    },
     **{f"kmeans{b}": Row(KMeans(b), "levels by weighted k-means, for every block its own") for b in (2, 3, 4)},
     **{f"gmm{b}": Row(GaussianMixture(b), "means of a Gaussian mixture, for every block its own") for b in (2, 3, 4)},
     **{
@@ -182,6 +197,12 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
     ),
 )
 
+# The stores of MX grids whose name has none. Such a name says OCP's powers of two and meant these: only files may still have it.
+UNNAMED_STORES: dict[str, str] = {
+    **dict.fromkeys(("mxfp8", "mxfp6", "mxfp6e3m2", "mxfp4", "mxint8"), "fp16"),
+    "mxfp8e5m2": "fp32",
+}
+
 # Names that the field uses for a whole format.
 SHORT: dict[str, str] = {
     "mxfp8": "mxfp8-g32-e8m0",
@@ -227,8 +248,17 @@ def find_grid(name: str, zero: bool = False) -> Grid:
     return row.zero
 
 
+def stored_format(name: str) -> Format:
+    """Read a format's name in a file: that of an MX grid without a store means what it meant when the file was written."""
+    return _parse(name, UNNAMED_STORES)
+
+
 def parse_format(name: str) -> Format:
     """Read a format's name. Raises UsageError or FormatError that say which part is wrong."""
+    return _parse(name, {})
+
+
+def _parse(name: str, unnamed: Mapping[str, str]) -> Format:
     head, *rest = SHORT.get(name, name).split("-")
     if not is_grid(head) and (hint := foreign_hint(name)):
         raise UsageError(f"unknown number format {shown(name)}. {hint}")
@@ -249,24 +279,27 @@ def parse_format(name: str) -> Format:
         raise FormatError(f"{name!r} repeats a part; the order is grid-block[-zero][-scale][-layout].")
     if "zero" in flags:
         grid = find_grid(head, zero=True)
-    return Format(grid, block, *(scales or [grid.usual_scale]), *(layouts or ["dense"]))
+    scale = scales[0] if scales else grid.usual_scale or unnamed.get(head)
+    if scale is None:
+        raise FormatError(f"{name!r} names no store of its scales, which are powers of two in MX: use {head}-{rest[0]}-e8m0.")
+    return Format(grid, block, scale, *(layouts or ["dense"]))
 
 
 def describe_formats() -> list[dict[str, object]]:
     """Return every grid with its bits in blocks of 64 and in rows of 4,096, for people and for machines."""
     rows: list[dict[str, object]] = []
-    for name, row in GRIDS.items():
+    for row in GRIDS.values():
         for zero, grid in ((False, row.grid), (True, row.zero)):
             if grid is None or (zero and grid == row.grid):
                 continue
             costs = {}
             for block in ("g64", "row"):
-                fmt = Format(grid, Block(1, 64 if block == "g64" else "all"))
+                fmt = Format(grid, Block(1, 64 if block == "g64" else "all"), grid.usual_scale or "e8m0")
                 costs[block] = fmt.nbytes((4096, 4096)) * 8 / 4096**2
             suffix = "-zero" if zero else ""
             rows.append(
                 {
-                    "name": f"{name}-g64{suffix}",
+                    "name": row.in_block("g64") + suffix,
                     "about": row.about + (", with a zero point" if zero else ""),
                     "bits": fmt.code_bits_per_weight,
                     "levels": grid.num_codes,

@@ -8,10 +8,9 @@
 The code with only the sign bit, otherwise a second zero, is one of four values, chosen by which = 0 to 3.
 
 Source   Chen et al. 2024, "BitMoD: Bit-serial Mixture-of-Datatype LLM Acceleration", and its public code: the four tables and the
-         choice by squared error.
-Differs  the scale reaches both ends of a table, where the code divides the largest magnitude by the largest level, which clips a
-         block whose largest weight is on the other side; fp4 in the units of e2m1, half of the code's. The scale is fp16 unless the
-         format's name says otherwise.
+         choice by squared error; the scale is the largest magnitude over the largest level of a table, on either side, so that a
+         table whose special value extends the range clips the other side.
+Differs  fp4 in the units of e2m1, half of the code's. The scale is fp16 unless the format's name says otherwise.
 Needs    the weight; importance weighs the choice.
 """
 
@@ -30,5 +29,5 @@ def bitmod(bits: int) -> Mixture:
     """Return the mixture of 3 or 4 bits; codes are a sign bit above the magnitude, and minus zero is the special value."""
     magnitudes = _MAGNITUDES[bits]
     negative = tuple(-value for value in magnitudes[1:])
-    tables = (Levels(f"bitmod{bits}", (*magnitudes, special, *negative)) for special in _SPECIAL[bits])
+    tables = (Levels(f"bitmod{bits}", (*magnitudes, special, *negative), "largest") for special in _SPECIAL[bits])
     return Mixture(f"bitmod{bits}", tuple(tables))

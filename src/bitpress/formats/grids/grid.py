@@ -63,7 +63,7 @@ class Grid(Protocol):
 
     @property
     def usual_scale(self) -> str:
-        """The scale store of a format that names none."""
+        """The scale store of a format that names none; "" if every name must say it."""
         ...
 
     @property

@@ -9,6 +9,7 @@ zero become negative zero, as in hardware casts.
 How `fit` chooses the scale of a block (`rule`):
 
     absmax    the smallest that clips nothing
+    largest   the largest magnitude over the largest level's: clips weights on the side whose levels end earlier
     mean      the mean magnitude over the mean positive level: least squares for signs, the usual choice for ternary networks
     median    the median magnitude instead of the mean
     rms       the root mean square: for levels designed for weights of variance 1
@@ -37,7 +38,7 @@ __all__ = ["Levels", "Rule", "root_mean_square"]
 # Number of blocks whose scales are tried together; each ratio needs that many numbers.
 SEARCHED_TOGETHER = 1 << 16
 
-Rule = Literal["absmax", "mean", "median", "rms", "ocp"]
+Rule = Literal["absmax", "largest", "mean", "median", "rms", "ocp"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ class Levels:
         """Choose a scale for every block by the grid's rule; a block of zeros gets 0."""
         real = [level for level in self.levels if not math.isnan(level)]
         top, bottom = max(real), -min(real)
-        if self.rule in ("absmax", "ocp"):
+        if self.rule in ("absmax", "largest", "ocp"):
             high = blocks.amax(-1, keepdim=True).clamp(min=0.0)
             low = -blocks.amin(-1, keepdim=True).clamp(max=0.0)
             if self.rule == "absmax":
                 # A grid without negative levels cannot reach negative weights.
                 return {"scale": torch.maximum(high / top, low / bottom) if bottom > 0 else high / top}
+            if self.rule == "largest":
+                return {"scale": torch.maximum(high, low) / max(top, bottom)}
             exponent = torch.frexp(torch.maximum(high, low))[1] - 1 - math.floor(math.log2(top))
             scale = torch.ldexp(torch.ones_like(high, dtype=torch.float64), exponent).float()
             return {"scale": torch.where(torch.maximum(high, low) > 0, scale, 0.0)}
@@ -106,20 +109,35 @@ class Levels:
     ) -> Params | None:
         """See `OwnSearch`. Return None for rules that need more of a block than its range."""
         table = self.table
-        if table is None or self.rule not in ("absmax", "ocp") or blocks.device.type != "cpu" or not native.available():
+        if (
+            table is None
+            or self.rule not in ("absmax", "largest", "ocp")
+            or blocks.device.type != "cpu"
+            or not native.available()
+        ):
             return None
         found = []
         for start in range(0, len(blocks), SEARCHED_TOGETHER):
             here = slice(start, start + SEARCHED_TOGETHER)
             part, own = blocks[here], {name: t[here] for name, t in outer.items()}
             ends = torch.cat([part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)], dim=-1)
-            full = self.fit(ends * shrink[0])["scale"]
-            scales = first_trials(store, full, own, self.code_bits, searched=len(shrink) > 1)
-            scales += [store.round(self.fit(ends * ratio)["scale"], own) for ratio in shrink[1:]]
-            trials = torch.stack([scale[:, 0] for scale in scales])
+            trials = torch.stack([scale[:, 0] for scale in self.trial_scales(ends, None, shrink, store, own)])
             weights = None if importance is None else importance[here]
             found.append(native.search_scales(part, weights, trials, table) if len(trials) > 1 else trials.T)
         return {"scale": torch.cat(found)}
+
+    def trial_scales(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        importance: torch.Tensor | None,
+        shrink: Sequence[float],
+        store: ScaleStore,
+        outer: Outer,
+    ) -> list[Float[torch.Tensor, "blocks 1"]]:
+        """Return the stored scales that a search tries, the full range's first."""
+        full = self.fit(blocks * shrink[0], importance)["scale"]
+        trials = first_trials(store, full, outer, self.code_bits, searched=len(shrink) > 1)
+        return trials + [store.round(self.fit(blocks * ratio, importance)["scale"], outer) for ratio in shrink[1:]]
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         scale, table = params["scale"], self.table

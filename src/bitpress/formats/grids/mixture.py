@@ -5,10 +5,11 @@
 Every table is a grid (`Levels`) that fits its own scale; the one with the smallest squared error, weighted by importance, wins (the
 first of equals). All tables have codes of the same width and the same invalid codes, so the validity of a code does not depend on its
 block. `which` takes log2(len(tables)) bits per block; the number of tables is a power of two, so every stored `which` is valid. A
-coarse scale store rounds after the choice.
+search tries all its scales, as they will be stored, with every table.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,8 +21,12 @@ from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layouts.dense import code_dtype
+from bitpress.formats.scale_store import Outer, ScaleStore
 
 __all__ = ["Mixture"]
+
+# Weights whose errors are computed at a time: half a megabyte.
+WEIGHTS_TOGETHER = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,34 @@ class Mixture:
         which = torch.zeros_like(scale)
         smallest = torch.full_like(scale, math.inf)
         for index, table in enumerate(self.tables):
-            params = table.fit(blocks, importance)
-            error = table.decode(table.encode(blocks, params), params).sub_(blocks).square_()
-            total = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+            fitted = table.fit(blocks, importance)["scale"]
+            total = _errors(table, blocks, importance, fitted)
             better = total < smallest
             smallest = torch.where(better, total, smallest)
-            scale = torch.where(better, params["scale"], scale)
+            scale = torch.where(better, fitted, scale)
             which = torch.where(better, float(index), which)
         return {"scale": scale, "which": which}
+
+    def search(
+        self,
+        blocks: Float[torch.Tensor, "blocks n"],
+        importance: Float[torch.Tensor, "blocks n"] | None,
+        shrink: Sequence[float],
+        store: ScaleStore,
+        outer: Outer,
+    ) -> Params:
+        """See `OwnSearch`: the best stored scale of every table, then the best table."""
+        which = torch.zeros_like(blocks[:, :1])
+        best, smallest = which.clone(), torch.full_like(which, math.inf)
+        for index, table in enumerate(self.tables):
+            own = table.search(blocks, importance, shrink, store, outer)
+            tried = table.trial_scales(blocks, importance, shrink, store, outer) if own is None else [own["scale"]]
+            for scale in tried:
+                total = _errors(table, blocks, importance, scale)
+                better = total < smallest
+                best, smallest = torch.where(better, scale, best), torch.where(better, total, smallest)
+                which = torch.where(better, float(index), which)
+        return {"scale": best, "which": which}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
         which = params["which"].expand(*values.shape[:-1], 1)[..., 0]
@@ -90,6 +115,23 @@ class Mixture:
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
         """Raise FormatError for an invalid code; all tables have the same invalid codes."""
         self.tables[0].check(codes)
+
+
+def _errors(
+    table: Levels,
+    blocks: Float[torch.Tensor, "blocks n"],
+    importance: torch.Tensor | None,
+    scale: Float[torch.Tensor, "blocks 1"],
+) -> Float[torch.Tensor, "blocks 1"]:
+    """Return the squared error of every block, weighted by importance."""
+    together = max(WEIGHTS_TOGETHER // blocks.shape[1], 1)
+    totals = []
+    for start in range(0, len(blocks), together):
+        here = slice(start, start + together)
+        params = {"scale": scale[here]}
+        error = table.decode(table.encode(blocks[here], params), params).sub_(blocks[here]).square_()
+        totals.append((error if importance is None else error.mul_(importance[here])).sum(-1, keepdim=True))
+    return torch.cat(totals)
 
 
 def _unused(table: Levels) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """Layouts: how a row of codes becomes bytes. Each is named, exact, and works on any number of codes.
 
     dense    any width    the bits side by side (see formats.dense)
-    base3    3 levels     five codes of 0 to 2 in a byte: c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4; 1.6 bits a code
+    base3    3^k levels   five digits of 0 to 2 in a byte: d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4; 1.6 bits a digit, k digits a code
     split    6 bits       the low four bits of all codes, then the high two bits of all codes, each dense: FP6 as 4 + 2
     nested   8 bits       bits 7 and 6 of all codes, then bits 5 and 4, then bits 3 to 0, each dense: 2 and 4 bits inside 8
 
@@ -59,17 +59,23 @@ class Dense:
         return dense.unpack(packed, bits, count)
 
 
+# Digits of a code by its bits: 3, 9, 27 or 81 levels.
+_TRITS = {2: 1, 4: 2, 5: 3, 7: 4}
+
+
 class Base3:
-    """Five codes of three levels in a byte, the first one least significant."""
+    """Five digits of three levels in a byte, the first one least significant; a code of 9 levels is two digits, the lower one first."""
 
     def refuses(self, bits: int, num_codes: int) -> str | None:
-        return None if num_codes == 3 else "base3 is for codes of three levels"
+        trits = _TRITS.get(bits)
+        return None if trits and num_codes == 3**trits else "base3 is for codes of 3, 9, 27 or 81 levels"
 
     def row_bytes(self, count: int, bits: int) -> int:
-        return -(-count // 5)
+        return -(-count * _TRITS[bits] // 5)
 
     def pack(self, codes: Int[torch.Tensor, "rows count"], bits: int) -> UInt8[torch.Tensor, "rows bytes"]:
-        fields = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 5)).view(codes.shape[0], -1, 5)
+        digits = torch.stack([codes // 3**i % 3 for i in range(_TRITS[bits])], dim=-1).flatten(1) if bits > 2 else codes
+        fields = torch.nn.functional.pad(digits, (0, -digits.shape[1] % 5)).view(codes.shape[0], -1, 5)
         joined = fields[..., 4].clone()
         for i in (3, 2, 1, 0):
             joined = joined * 3 + fields[..., i]
@@ -77,11 +83,13 @@ class Base3:
 
     def unpack(self, packed: UInt8[torch.Tensor, "rows bytes"], bits: int, count: int) -> Int[torch.Tensor, "rows count"]:
         if bool((packed > 242).any()):
-            raise FormatError("a byte above 242 is not five codes of three levels; the file is damaged.")
-        # Every byte's five codes from a table of 243 rows: one read instead of five divisions.
+            raise FormatError("a byte above 242 is not five digits of three levels; the file is damaged.")
+        # Every byte's five digits from a table of 243 rows: one read instead of five divisions.
         values = torch.arange(243, device=packed.device)
         table = torch.stack([values.div(3**i, rounding_mode="floor") % 3 for i in range(5)], dim=-1).to(torch.uint8)
-        return table[packed.int()].reshape(packed.shape[0], -1)[:, :count].contiguous()
+        digits = table[packed.int()].reshape(packed.shape[0], -1)[:, : count * _TRITS[bits]]
+        places = torch.tensor([3**i for i in range(_TRITS[bits])], dtype=torch.uint8, device=packed.device)
+        return (digits.reshape(len(packed), count, -1) * places).sum(-1, dtype=torch.uint8) if bits > 2 else digits.contiguous()
 
 
 class Split:

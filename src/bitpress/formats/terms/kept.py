@@ -21,7 +21,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.layouts import dense as dense
-from bitpress.formats.table import parse_format
+from bitpress.formats.table import stored_format
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.specs import check_keys, covered, read_name, read_parts, read_whole, with_parts
 
@@ -82,7 +82,7 @@ class Kept:
     def expected(spec: Mapping[str, Any], shape: tuple[int, int]) -> Expected:
         """Return dtype and shape of every tensor that this specification implies."""
         check_keys("kept", spec, {"axis", "count", "format"}, {"parts"})
-        fmt, parts = parse_format(read_name(spec, "format")), read_parts(spec, shape[0])
+        fmt, parts = stored_format(read_name(spec, "format")), read_parts(spec, shape[0])
         if spec["axis"] not in ("columns", "rows"):
             raise FormatError(f"axis is {spec['axis']!r}; it must be columns or rows.")
         by_columns = spec["axis"] == "columns"
@@ -98,7 +98,7 @@ class Kept:
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> "Kept":
-        fmt = parse_format(spec["format"])
+        fmt = stored_format(spec["format"])
         return cls(fmt, spec["axis"], shape, spec["count"], tensors, read_parts(spec, shape[0]))
 
     def check(self) -> None:

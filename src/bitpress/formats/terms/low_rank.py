@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Expected
-from bitpress.formats.table import parse_format
+from bitpress.formats.table import stored_format
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.specs import check_keys, covered, read_name, read_parts, read_whole, with_parts
 
@@ -56,7 +56,7 @@ class LowRank:
                 if not bool(torch.isfinite(tensors[name]).all()):
                     raise NumericsError(f"a factor of a low-rank term is out of the range of {dtype}; use bf16.")
             else:
-                fmt = parse_format(dtype)
+                fmt = stored_format(dtype)
                 params = fmt.fit(factor)
                 packed = Packed.pack(fmt, fmt.encode(factor, params), params)
                 tensors |= {f"{name}.{part}": t for part, t in packed.tensors.items()}
@@ -162,4 +162,4 @@ def low_rank(residual: Float[torch.Tensor, "out in"], rank: int, dtype: str = "f
 
 def _packed_spec(dtype: str, parts: int) -> dict[str, Any]:
     """Name the format of a factor, and its parts where the format ties rows together."""
-    return with_parts({"format": dtype}, 1 if parse_format(dtype).rows_apart else parts)
+    return with_parts({"format": dtype}, 1 if stored_format(dtype).rows_apart else parts)

@@ -16,7 +16,7 @@ from bitpress.errors import FormatError
 from bitpress.formats.format import Expected, Format, shared_name
 from bitpress.formats.grids.grid import Params
 from bitpress.formats.layouts import dense as dense
-from bitpress.formats.table import parse_format
+from bitpress.formats.table import stored_format
 from bitpress.formats.terms.specs import check_rows, read_parts, with_parts
 
 __all__ = ["Packed"]
@@ -89,12 +89,12 @@ class Packed:
         if not {"format"} <= set(spec) <= {"format", "parts"} or not isinstance(spec["format"], str):
             raise FormatError(f"a packed term needs the name of its format and its parts, got {sorted(spec)}.")
         parts = read_parts(spec, shape[0])
-        one = parse_format(spec["format"]).expected((shape[0] // parts, shape[1]))
+        one = stored_format(spec["format"]).expected((shape[0] // parts, shape[1]))
         return {name: (dtype, (dims[0] * parts, *dims[1:])) for name, (dtype, dims) in one.items()}
 
     @classmethod
     def build(cls, spec: Mapping[str, Any], shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> "Packed":
-        return cls(parse_format(spec["format"]), shape, tensors, read_parts(spec, shape[0]))
+        return cls(stored_format(spec["format"]), shape, tensors, read_parts(spec, shape[0]))
 
     def check(self) -> None:
         """Raise FormatError if a stored parameter is not finite, or a code or a byte is invalid."""
