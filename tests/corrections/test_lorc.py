@@ -6,6 +6,8 @@ from bitpress.corrections.lorc import LoRC
 from bitpress.formats import parse_format
 from bitpress.quantizers.rtn import RTN
 
+FMT = parse_format("int3-g16")
+
 
 def test_it_is_the_leading_part_of_the_error() -> None:
     w = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
@@ -17,7 +19,7 @@ def test_it_is_the_leading_part_of_the_error() -> None:
     assert (term.dequantize() - (u[:, :6] * s[:6]) @ v[:6]).norm() < 2**-10 * float(s[:6].norm())
     left = (error - term.dequantize()).norm()
     assert abs(float(left) - float(s[6:].norm())) < 2**-10 * float(s.norm())
-    assert LoRC().split(w, None) is None
+    assert LoRC().split(w, None, FMT) is None
 
 
 def test_more_rank_is_nearer_and_coarser_factors_are_further() -> None:

@@ -11,6 +11,8 @@ from bitpress.formats import CompressedWeight, Permutation, parse_format
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 
+FMT = parse_format("int3-g16")
+
 
 def case() -> tuple[torch.Tensor, CompressedWeight, Stats]:
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +30,7 @@ def test_it_is_the_leading_part_of_the_scaled_error(scale: str) -> None:
     u, size, v = torch.linalg.svd(error)
     # As for LoRC: 2^-10 of every component for factors in fp16.
     assert (term.dequantize() * s - (u[:, :6] * size[:6]) @ v[:6]).norm() < 2**-10 * float(size[:6].norm())
-    assert LQER().split(w, stats) is None
+    assert LQER().split(w, stats, FMT) is None
 
 
 def test_the_output_is_nearer_than_with_a_term_that_does_not_see_it() -> None:

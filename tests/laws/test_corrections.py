@@ -28,13 +28,13 @@ def case(seed: int = 0, out: int = 48, inner: int = 64) -> tuple[torch.Tensor, S
 
 def settings(name: str) -> Mapping[str, Any]:
     """Enough rank, or enough weights, to show in a small weight."""
-    return {"rank": 8} if name in ("lorc", "lqer", "svdquant") else {"share": 0.02}
+    return {"rank": 8} if name in ("lorc", "lqer", "qera", "svdquant") else {"share": 0.02}
 
 
 def terms_of(name: str, w: torch.Tensor, stats: Stats | None, **changes: Any) -> list[Term]:
     correction = CORRECTIONS[name](**(settings(name) | changes))
     rounded = RTN().quantize(w, None, FMT).weight
-    return [t for t in (correction.split(w, stats), correction.repair(w, rounded, stats)) if t is not None]
+    return [t for t in (correction.split(w, stats, FMT), correction.repair(w, rounded, stats)) if t is not None]
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
@@ -148,6 +148,6 @@ def test_what_is_not_finite_is_refused(name: str) -> None:
         sick = w.clone()
         sick[3, 4] = bad
         with pytest.raises(NumericsError):
-            correction.split(sick, stats) or correction.repair(sick, rounded, stats)
+            correction.split(sick, stats, FMT) or correction.repair(sick, rounded, stats)
     with pytest.raises(NumericsError, match="fp16"):
         terms_of(name, w * 1e30, stats)

@@ -125,7 +125,7 @@ def test_the_quantizer_sees_the_basis_and_what_splits_have_left() -> None:
     inputs, outputs = maps[0].apply(torch.eye(IN)).T, maps[1].apply(torch.eye(OUT)).T
     turned = outputs.T @ w @ inputs.T
     branch = weight.terms[1].dequantize()
-    torch.testing.assert_close(branch, split.split(turned, None).dequantize(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(branch, split.split(turned, None, FMT).dequantize(), rtol=0, atol=1e-2)
     torch.testing.assert_close(exact.w, turned - branch, rtol=0, atol=1e-5)
     assert exact.stats is not None
     torch.testing.assert_close(exact.stats.gram, inputs @ stats.need_gram("test") @ inputs.T, rtol=1e-4, atol=1e-4)
@@ -141,7 +141,7 @@ def test_splits_see_each_other_and_repairs_see_everything() -> None:
     assert [type(t) for t in weight.terms] == [Packed, Sparse, LowRank, LowRank, LowRank]
     assert set(kept.dequantize().nonzero().flatten().tolist()) == {3, 5, 7, 9}
     rest = w - kept.dequantize()
-    assert torch.equal(branch.dequantize(), SVDQuant(rank=2).split(rest, None).dequantize())
+    assert torch.equal(branch.dequantize(), SVDQuant(rank=2).split(rest, None, FMT).dequantize())
     assert torch.equal(codes.dequantize(), RTN().quantize(rest - branch.dequantize(), None, FMT).weight.dequantize())
     before = CompressedWeight((codes, kept, branch))
     assert torch.equal(first.dequantize(), LQER(rank=4).repair(w, before, stats).dequantize())

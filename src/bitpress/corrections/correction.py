@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
-from bitpress.formats import CompressedWeight, Term
+from bitpress.formats import CompressedWeight, Format, Term
 
 __all__ = ["Correction"]
 
@@ -33,8 +33,8 @@ class Correction(Protocol):
         """Return the bytes stored for `parts` weights of a shape. Raises FormatError for a shape that cannot have such a term."""
         ...
 
-    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> Term | None:
-        """Return the term to take out; the quantizer gets the weight minus this term."""
+    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Term | None:
+        """Return the term to take out; the quantizer gets the weight minus this term, and the format `fmt` for it."""
         ...
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> Term | None:

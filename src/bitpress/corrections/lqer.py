@@ -19,7 +19,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.corrections.factors import check_factors, factor_bytes, leading_part
 from bitpress.errors import UsageError
-from bitpress.formats import CompressedWeight, LowRank
+from bitpress.formats import CompressedWeight, Format, LowRank
 
 __all__ = ["LQER", "input_scale"]
 
@@ -47,7 +47,7 @@ class LQER:
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
         return factor_bytes(self.rank, self.dtype, shape, parts)
 
-    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> None:
+    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> None:
         return None
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> LowRank:

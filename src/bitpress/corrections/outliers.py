@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import NumericsError, UsageError
-from bitpress.formats import CompressedWeight, Sparse
+from bitpress.formats import CompressedWeight, Format, Sparse
 from bitpress.formats.terms.sparse import sparse
 
 __all__ = ["Outliers", "check_share", "keep_largest", "sparse_bytes"]
@@ -36,7 +36,7 @@ class Outliers:
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
         return sparse_bytes(self.share, shape, parts)
 
-    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> Sparse:
+    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Sparse:
         return keep_largest(w, w.abs(), self.share)
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> None:

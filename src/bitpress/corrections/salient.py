@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
 from bitpress.corrections.outliers import check_share, keep_largest, sparse_bytes
-from bitpress.formats import CompressedWeight, Sparse
+from bitpress.formats import CompressedWeight, Format, Sparse
 
 __all__ = ["Salient"]
 
@@ -36,7 +36,7 @@ class Salient:
     def nbytes(self, shape: tuple[int, int], parts: int = 1) -> int:
         return sparse_bytes(self.share, shape, parts)
 
-    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None) -> Sparse:
+    def split(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Sparse:
         score = w.abs()
         if stats is not None:
             # |w| times the root mean square orders weights as the square does, and overflows for no finite gram.

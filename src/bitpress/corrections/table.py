@@ -4,6 +4,7 @@ from bitpress.corrections.correction import Correction
 from bitpress.corrections.lorc import LoRC
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
+from bitpress.corrections.qera import QERA
 from bitpress.corrections.salient import Salient
 from bitpress.corrections.svdquant import SVDQuant
 
@@ -12,6 +13,7 @@ __all__ = ["CORRECTIONS"]
 CORRECTIONS: dict[str, type[Correction]] = {
     "lorc": LoRC,
     "lqer": LQER,
+    "qera": QERA,
     "svdquant": SVDQuant,
     "outliers": Outliers,
     "salient": Salient,

@@ -53,7 +53,7 @@ def compress_matrix(
     terms: list[Term] = []
     rest = w
     for correction in corrections:
-        term = correction.split(rest, stats)
+        term = correction.split(rest, stats, fmt)
         if term is not None:
             terms.append(term)
             rest = rest - term.dequantize()
