@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <stdexcept>
 
 #include "arguments.h"
+#include "codes_given.h"
 #include "products.h"
 #include "sampling.h"
 
@@ -21,19 +21,6 @@ namespace nb = nanobind;
 namespace bitpress {
 
 namespace {
-
-ScaleKind scale_kind(const std::string &name) {
-    static const std::map<std::string, ScaleKind> kinds = {{"fp32", ScaleKind::f32},
-                                                           {"fp16", ScaleKind::f16},
-                                                           {"bf16", ScaleKind::bf16},
-                                                           {"e8m0", ScaleKind::e8m0},
-                                                           {"fp8", ScaleKind::e4m3}};
-    const auto found = kinds.find(name);
-    need(found != kinds.end(), "scales must be fp32, fp16, bf16, e8m0 or fp8");
-    return found->second;
-}
-
-using Bytes2 = Array<const uint8_t, 2>;
 
 Linear *make_linear(int rows, int columns) {
     need(rows >= 1 && rows <= MOST && columns >= 1 && columns <= MOST, "rows and columns must be positive");
@@ -45,41 +32,14 @@ Linear *make_linear(int rows, int columns) {
 
 void add_codes(Linear &l, Bytes2 codes, int bits, int group, const std::string &kind, Bytes2 scales, float gain,
                std::optional<Bytes2> zeros, int zero, std::optional<Array<const uint8_t, 1>> table,
-               std::optional<Array<const float, 1>> levels, int threads) {
-    need(bits >= 1 && bits <= 8, "bits must be 1 to 8");
-    need(group >= 1 && group <= l.columns, "group must be 1 to the number of columns");
-    const size_t rows = size_t(l.rows), groups = (size_t(l.columns) + group - 1) / group;
-    need(is_matrix(codes, rows, size_t(l.columns)), "codes must be [rows, columns]");
-    need(is_matrix(scales, rows, groups * scale_bytes(scale_kind(kind))), "scales must be the bytes of [rows, groups]");
-    need(!zeros || is_matrix(*zeros, rows, groups), "zeros must be [rows, groups]");
-    need(zero >= 0 && zero <= 255, "zero must be 0 to 255");
-    need(std::isfinite(gain), "gain must be finite");
-    need(table.has_value() == levels.has_value(), "a table has both bytes and levels");
-    need(!table || (bits <= 4 && !zeros && table->shape(0) == 16 && levels->shape(0) == 16),
-         "a table has 16 bytes and 16 levels, for codes of at most 4 bits without zero points");
-    const auto fit = [top = uint8_t((1 << bits) - 1)](const Bytes2 &values) {
-        uint8_t largest = 0;
-        for (size_t i = 0; i < values.size(); ++i) largest = std::max(largest, values.data()[i]);
-        return largest <= top;
-    };
-    need(fit(codes), "a code is too large for its bits");
-    need(!zeros || fit(*zeros), "a zero point is too large for the bits of the codes");
-    const CodedParts parts{l.rows,
-                           l.columns,
-                           bits,
-                           group,
-                           codes.data(),
-                           scale_kind(kind),
-                           scales.data(),
-                           gain,
-                           zeros ? zeros->data() : nullptr,
-                           zero,
-                           table ? table->data() : nullptr,
-                           levels ? levels->data() : nullptr};
+               std::optional<Array<const float, 1>> levels, int threads, int tall, float step, nb::handle shared,
+               nb::handle meaning) {
     const int used = checked_threads(threads);
+    CodesGiven given{codes, bits, group, kind, scales, gain, zeros, zero, table, levels, tall, step, shared, meaning};
+    CodedParts parts = take_codes(given, l.rows, l.columns);
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
-    l.coded.push_back(lay_out(parts, used));
+    l.coded.push_back(lay_out(std::move(parts), used));
 }
 
 using Halves = Array<const uint16_t, 2>;
@@ -112,13 +72,13 @@ void set_sparse(Linear &l, Array<const int64_t, 1> starts, Array<const int32_t, 
     need(columns.shape(0) == values.shape(0), "columns and values must be equally many");
     const size_t count = columns.shape(0);
     // Copied first: what is checked is what stays, whoever else writes to the arrays.
-    auto sparse = std::make_unique<Sparse>();
-    sparse->starts.assign(starts.data(), starts.data() + starts.shape(0));
-    sparse->columns.assign(columns.data(), columns.data() + count);
-    sparse->values.assign(values.data(), values.data() + count);
-    need(sparse->starts.front() == 0 && sparse->starts.back() == int64_t(count), "starts must go from 0 to the number of values");
-    need(std::is_sorted(sparse->starts.begin(), sparse->starts.end()), "starts must not fall");
-    for (int32_t c : sparse->columns) need(c >= 0 && c < l.columns, "a column is out of range");
+    std::vector<int64_t> rows(starts.data(), starts.data() + starts.shape(0));
+    const std::vector<int32_t> at(columns.data(), columns.data() + count);
+    const std::vector<float> all(values.data(), values.data() + count);
+    need(rows.front() == 0 && rows.back() == int64_t(count), "starts must go from 0 to the number of values");
+    need(std::is_sorted(rows.begin(), rows.end()), "starts must not fall");
+    for (int32_t c : at) need(c >= 0 && c < l.columns, "a column is out of range");
+    auto sparse = std::make_unique<Sparse>(l.columns, std::move(rows), at.data(), all.data());
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
     l.sparse = std::move(sparse);
@@ -139,12 +99,28 @@ void set_map(Linear &l, nb::handle steps) {
     l.map = std::move(map);
 }
 
+void set_out_map(Linear &l, nb::handle steps) {
+    auto map = InputMap::of(l.rows, take_map(steps, "steps", l.rows));
+    const nb::gil_scoped_release released;
+    const auto turn = l.turns.fill();
+    l.out_map = std::move(map);
+}
+
 void linear_row(const Linear &l, int row, Array<float, 1> to) {
     need(row >= 0 && row < l.rows, "the row is out of range");
     need(to.shape(0) == size_t(l.columns), "a row needs room for [columns]");
     const nb::gil_scoped_release released;
     const Use use(l);
     l.row(row, to.data());
+}
+
+// For every matrix of codes, whether products decode it to floats first.
+std::vector<bool> through_floats(const Linear &l) {
+    const nb::gil_scoped_release released;
+    const Use use(l);
+    std::vector<bool> all;
+    for (const Coded &m : l.coded) all.push_back(!m.fast());
+    return all;
 }
 
 size_t linear_bytes(const Linear &l) {
@@ -178,7 +154,10 @@ struct Multiplier {
         pool.run([&](int thread) {
             for (int row = thread; row < rows; row += threads) input.prepare(kernels, x.data() + size_t(row) * l.columns, row);
             pool.wait();
-            bitpress::multiply(kernels, pool, thread, {{&l, out.data(), l.rows}}, input, scratch[size_t(thread)]);
+            const std::vector<Product> products{{&l, out.data(), l.rows}};
+            bitpress::multiply(kernels, pool, thread, products, input, scratch[size_t(thread)]);
+            pool.wait();
+            map_outputs(pool, thread, products, rows);
         });
     }
 };
@@ -229,7 +208,8 @@ void bind_engine(nb::module_ &m) {
         .def(nb::new_(&make_linear), nb::arg("rows"), nb::arg("columns"))
         .def("add_codes", &add_codes, nb::arg("codes").noconvert(), nb::arg("bits"), nb::arg("group"), nb::arg("kind"),
              nb::arg("scales").noconvert(), nb::arg("gain"), nb::arg("zeros").noconvert().none(), nb::arg("zero"),
-             nb::arg("table").noconvert().none(), nb::arg("levels").noconvert().none(), nb::arg("threads"))
+             nb::arg("table").noconvert().none(), nb::arg("levels").noconvert().none(), nb::arg("threads"), nb::arg("tall") = 1,
+             nb::arg("step") = 1.0f, nb::arg("shared") = nb::none(), nb::arg("meaning") = nb::none())
         .def("add_dense", &add_dense, nb::arg("values").noconvert(), nb::arg("half"), nb::arg("gain").noconvert().none(),
              nb::arg("threads"))
         .def("set_low_rank", &set_low_rank, nb::arg("down").noconvert(), nb::arg("up").noconvert(), nb::arg("half"),
@@ -238,10 +218,12 @@ void bind_engine(nb::module_ &m) {
              nb::arg("values").noconvert())
         .def("set_bias", &set_bias, nb::arg("bias").noconvert())
         .def("set_map", &set_map, nb::arg("steps"))
+        .def("set_out_map", &set_out_map, nb::arg("steps"))
         .def("row", &linear_row, nb::arg("row"), nb::arg("to").noconvert())
         .def_prop_ro("rows", [](const Linear &l) { return l.rows; })
         .def_prop_ro("columns", [](const Linear &l) { return l.columns; })
-        .def_prop_ro("nbytes", &linear_bytes);
+        .def_prop_ro("nbytes", &linear_bytes)
+        .def_prop_ro("through_floats", &through_floats);
     nb::class_<Multiplier>(m, "Multiplier")
         .def(nb::init<int, const std::string &>(), nb::arg("threads"), nb::arg("path"))
         .def("multiply", &Multiplier::multiply, nb::arg("linear"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),

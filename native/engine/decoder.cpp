@@ -131,6 +131,7 @@ void Decoder::take(Turn &turn, const Multiply &step) {
     if (!turn.alone || step.meets) pool_.wait();
     multiply(kernels_, pool_, turn.thread, products, input, scratch_[size_t(turn.thread)]);
     pool_.wait();
+    map_outputs(pool_, turn.thread, products, turn.count);
     note_apart(turn, input);
     lap(turn, PRODUCTS);
 }
@@ -140,11 +141,13 @@ void Decoder::take(Turn &turn, const Gate &step) {
     Scratch &scratch = scratch_[size_t(turn.thread)];
     const Input &input = turn.own.inputs[size_t(step.of)];
     const int inner = step.gate->rows;
-    const bool at_once = turn.count > MOST_ROWS && byte_prompts_;
+    const bool at_once = turn.count > MOST_ROWS && byte_prompts_ && !step.gate->out_map && !step.up->out_map;
+    const std::vector<Product> products{{step.gate, s.gates.data(), inner}, {step.up, s.ups.data(), inner}};
     if (!turn.alone || step.meets) pool_.wait();
     if (at_once) multiply_gated(kernels_, pool_, turn.thread, {step.gate, step.up, s.acted.data(), inner, shape_.tanh_gelu}, input, scratch);
-    else multiply(kernels_, pool_, turn.thread, {{step.gate, s.gates.data(), inner}, {step.up, s.ups.data(), inner}}, input, scratch);
+    else multiply(kernels_, pool_, turn.thread, products, input, scratch);
     pool_.wait();
+    if (!at_once) map_outputs(pool_, turn.thread, products, turn.count);
     note_apart(turn, input);
     for (int row = turn.from; row < turn.to; ++row) {
         const size_t at = size_t(row) * inner;
@@ -184,6 +187,8 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
         for (int row = turn.from; row < turn.to; ++row) turn.own.to_head.prepare(kernels_, normed(turn, shape_.final_norm, row), row);
         meet(turn);
         multiply(kernels_, pool_, turn.thread, products, turn.own.to_head, scratch);
+        pool_.wait();
+        map_outputs(pool_, turn.thread, products, turn.count);
     } else {
         meet(turn);
         Rows &mine = *rows_[size_t(turn.thread)];
@@ -193,8 +198,9 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
         mine.to_head.plan(kernels_, {head_}, 1, bytes(1));
         mine.to_head.prepare(kernels_, mine.normed.data(), 0);
         multiply(kernels_, pool_, turn.thread, products, mine.to_head, scratch);
+        pool_.wait();
+        map_outputs(pool_, turn.thread, products, 1);
     }
-    pool_.wait();
     lap(turn, HEAD);
 }
 

@@ -8,6 +8,7 @@
 
 #include "../cpu.h"
 #include "halves.h"
+#include "kernels.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,18 +33,19 @@ void give_memory(void *memory) { std::free(memory); }
 
 namespace {
 
-// Codes are stored as planes of 4, 2 and 1 bits, the low bits first; 8 bits are one plane of their own. A chunk is the fewest
-// columns that fill whole lines of every plane.
-constexpr int CHUNK[9] = {0, 32, 16, 32, 8, 32, 16, 32, 4};
+// Codes are stored as planes of 8, 4, 2 and 1 bits, the low bits first. A chunk is the fewest codes that fill whole lines of every plane,
+// by the bits beside whole bytes.
+constexpr int CHUNK[8] = {4, 32, 16, 32, 8, 32, 16, 32};
+constexpr int MOST_PLANES = 6, MOST_QUADS = 8;
 
 struct PlaneBits {
     int bits, shift;
 };
 
 // The planes of a code of so many bits, in the order of the lines.
-inline int planes_of(int bits, PlaneBits out[3]) {
-    if (bits == 8) return out[0] = {8, 0}, 1;
+inline int planes_of(int bits, PlaneBits out[MOST_PLANES]) {
     int count = 0, shift = 0;
+    for (; shift + 8 <= bits; shift += 8) out[count++] = {8, shift};
     for (int size : {4, 2, 1}) {
         if (bits & size) out[count++] = {size, shift}, shift += size;
     }
@@ -60,19 +62,19 @@ Place place(int plane_bits, int c) {
 }
 
 // Codes of 16 rows (null: zeros) as the lines of one block.
-void fill_block(uint8_t *to, const uint8_t *const rows[STRIP], int columns, int width, int bits) {
-    PlaneBits planes[3];
-    const int count = planes_of(bits, planes), chunk = CHUNK[bits];
-    uint8_t quads[8][64];
+template <class T> void fill_block(uint8_t *to, const T *const rows[STRIP], int count, int width, int bits) {
+    PlaneBits planes[MOST_PLANES];
+    const int all = planes_of(bits, planes), chunk = CHUNK[bits % 8];
+    T quads[MOST_QUADS][64];
     for (int c = 0; c < width; c += chunk) {
         for (int q = 0; q < chunk / 4; ++q) {
-            const int at = c + q * 4, left = columns - at;
+            const int at = c + q * 4, left = count - at;
             for (int r = 0; r < STRIP; ++r) {
-                if (rows[r] != nullptr && left >= 4) std::memcpy(quads[q] + r * 4, rows[r] + at, 4);
-                else for (int i = 0; i < 4; ++i) quads[q][r * 4 + i] = rows[r] != nullptr && i < left ? rows[r][at + i] : 0;
+                if (rows[r] != nullptr && left >= 4) std::memcpy(quads[q] + r * 4, rows[r] + at, 4 * sizeof(T));
+                else for (int i = 0; i < 4; ++i) quads[q][r * 4 + i] = rows[r] != nullptr && i < left ? rows[r][at + i] : T(0);
             }
         }
-        for (int p = 0; p < count; ++p) {
+        for (int p = 0; p < all; ++p) {
             const int per_line = 8 / planes[p].bits, mask = (1 << planes[p].bits) - 1, low = planes[p].shift;
             for (int q = 0; q < chunk / 4; q += per_line, to += 64) {
                 uint8_t line[64] = {};
@@ -86,106 +88,100 @@ void fill_block(uint8_t *to, const uint8_t *const rows[STRIP], int columns, int 
     }
 }
 
+template <class T> void fill_strip(Coded &m, int strip, const uint8_t *codes, int columns) {
+    const Cut &cut = m.cut;
+    const size_t in_row = size_t(columns + m.span - 1) / m.span;
+    for (int b = 0; b < cut.blocks(); ++b) {
+        const T *rows[STRIP];
+        const int count_rows = std::min(STRIP, m.rows - strip * STRIP);
+        for (int r = 0; r < STRIP; ++r) {
+            const size_t at = size_t(strip * STRIP + r) * in_row + size_t(cut.first_column(b) / m.span);
+            rows[r] = r < count_rows ? reinterpret_cast<const T *>(codes) + at : nullptr;
+        }
+        const int count = (cut.columns_of(b) + m.span - 1) / m.span;
+        fill_block(const_cast<uint8_t *>(m.block(strip, b)), rows, count, cut.width / m.span, m.bits);
+    }
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The columns of a block of a group.
+int block_of(int group, int chunk) {
+    if (round_up(group, chunk) <= MAX_BLOCK) return group;
+    for (int size = MAX_BLOCK; size >= 64; size -= 32) {  // the largest part of a group that needs no padding
+        if (group % size == 0 && size % chunk == 0) return size;
+    }
+    int best = MAX_BLOCK / chunk * chunk;
+    for (int size = best; size >= std::min(64, best); size -= chunk) {
+        if (round_up(group, size) < round_up(group, best)) best = size;
+    }
+    return best;
+}
+
+int64_t padded_columns(int columns, int group, int chunk) {
+    const int block = block_of(group, chunk);
+    return int64_t((columns + group - 1) / group) * ((group + block - 1) / block) * round_up(block, chunk);
+}
+
 }  // namespace
 
-int scale_bytes(ScaleKind kind) {
-    switch (kind) {
-        case ScaleKind::f32: return 4;
-        case ScaleKind::f16:
-        case ScaleKind::bf16: return 2;
-        default: return 1;
-    }
+int chunk_of(int bits, int span) { return CHUNK[bits % 8] * span; }
+
+int stored_bits(int bits, int span) {
+    while (chunk_of(bits, span) > MAX_BLOCK) ++bits;
+    return bits;
 }
 
-float scale_value(ScaleKind kind, const uint8_t *p) {
-    uint16_t half;
-    float full;
-    switch (kind) {
-        case ScaleKind::f32: std::memcpy(&full, p, 4); return full;
-        case ScaleKind::f16: std::memcpy(&half, p, 2); return from_f16(half);
-        case ScaleKind::bf16: std::memcpy(&half, p, 2); return from_bf16(half);
-        case ScaleKind::e8m0: return bits_to_float(*p == 0 ? 1u << 22 : uint32_t(*p) << 23);
-        default: return from_f16(uint16_t((*p & 0x80) << 8 | (*p & 0x7f) << 7)) * 256.0f;
+Cut make_cut(int columns, int group, int chunk) {
+    if (padded_columns(columns, group, chunk) > 1 << 30) {
+        throw std::invalid_argument("columns must be at most 1,073,741,824, every group padded to whole lines");
     }
-}
-
-Cut make_cut(int columns, int group, int bits) {
     Cut cut;
     cut.columns = columns;
     cut.group = group;
     cut.groups = (columns + group - 1) / group;
-    const int chunk = CHUNK[bits];
-    cut.block = group;
-    if (group > MAX_BLOCK) {  // the largest part of a group that needs no padding, or 128 with a ragged end
-        cut.block = MAX_BLOCK;
-        for (int size = MAX_BLOCK; size >= 64; size -= 32) {
-            if (group % size == 0) {
-                cut.block = size;
-                break;
-            }
-        }
-    }
+    cut.block = block_of(group, chunk);
     cut.blocks_per_group = (group + cut.block - 1) / cut.block;
-    cut.width = (cut.block + chunk - 1) / chunk * chunk;
-    if (int64_t(cut.groups) * cut.blocks_per_group * cut.width > 1 << 30) {
-        throw std::invalid_argument("columns must be at most 1,073,741,824, every group padded to whole lines");
-    }
+    cut.width = int(round_up(cut.block, chunk));
     const int most = std::max(1, SEGMENT / cut.width), segments = (cut.blocks() + most - 1) / most;
     cut.per_segment = (cut.blocks() + segments - 1) / segments;  // as even as can be
     return cut;
 }
 
+void set_cut(Coded &m, int columns) {
+    const int chunk = chunk_of(m.bits, m.span);
+    // A twentieth more for whole lines in every group is worth products that read the codes as they are.
+    const bool apart = m.group < columns && m.group % m.span != 0;
+    m.fine = apart || padded_columns(columns, m.group, chunk) * 20 > padded_columns(columns, columns, chunk) * 21;
+    m.cut = make_cut(columns, m.fine ? columns : m.group, chunk);
+}
+
+size_t Coded::bytes() const {
+    return lines.bytes() + scales.bytes() + zeros.values.bytes() + which.values.bytes() + own.bytes() + words.bytes() + halves.bytes() +
+           points.bytes() + (levels.size() > 16 ? levels.bytes() : 0);
+}
+
 void Coded::find_reach() {
-    const int top = (1 << bits) - 1;
-    reach = has_zeros ? top : std::max(zero, top - zero);
-    if (has_table) {
+    const int top = (1 << std::min(bits, 8)) - 1;
+    reach = zeros.any() ? top : std::max(zero, top - zero);
+    if (kind == CodeKind::table) {
         reach = 0;
         for (int i = 0; i <= top; ++i) reach = std::max(reach, std::abs(table[i] - 128));
     }
     reach = std::max(reach, 1);
 }
 
-Coded lay_out(const CodedParts &parts, int threads) {
-    Coded m;
-    m.rows = parts.rows;
-    m.bits = parts.bits;
-    m.zero = parts.zero;
-    m.cut = make_cut(parts.columns, parts.group, parts.bits);
-    m.kind = parts.kind;
-    m.gain = parts.gain;
-    m.has_zeros = parts.zeros != nullptr;
-    m.has_table = parts.table != nullptr;
-    const Cut &cut = m.cut;
-    const int strips = m.strips(), size = scale_bytes(m.kind);
-    m.lines.resize(size_t(strips) * cut.blocks() * m.block_bytes());
-    m.scales.resize(size_t(strips) * cut.groups * STRIP * size);
-    if (m.has_zeros) m.zeros.resize(size_t(strips) * cut.groups * STRIP);
-    if (m.has_table) {
-        std::memcpy(m.table, parts.table, 16);
-        std::memcpy(m.levels, parts.levels, 64);
-        m.zero = 128;
-    }
+Coded lay_out(CodedParts parts, int threads) {
+    Coded m = std::move(parts.made);
+    set_cut(m, parts.columns);
     m.find_reach();
+    const int strips = m.strips();
+    m.lines.resize(size_t(strips) * m.cut.blocks() * m.block_bytes());
     parallel(threads, [&](int thread) {
         for (int strip = thread; strip < strips; strip += threads) {
-            for (int r = 0; r < STRIP && strip * STRIP + r < m.rows; ++r) {
-                const int row = strip * STRIP + r;
-                for (int g = 0; g < cut.groups; ++g) {
-                    std::memcpy(m.scales.data() + ((size_t(strip) * cut.groups + g) * STRIP + r) * size,
-                                parts.scales + (size_t(row) * cut.groups + g) * size, size);
-                    if (m.has_zeros) {
-                        m.zeros[(size_t(strip) * cut.groups + g) * STRIP + r] = parts.zeros[size_t(row) * cut.groups + g];
-                    }
-                }
-            }
-            for (int b = 0; b < cut.blocks(); ++b) {
-                const uint8_t *rows[STRIP];
-                const int count_rows = std::min(STRIP, m.rows - strip * STRIP);
-                for (int r = 0; r < STRIP; ++r) {
-                    rows[r] = r < count_rows ? parts.codes + size_t(strip * STRIP + r) * parts.columns + cut.first_column(b) : nullptr;
-                }
-                fill_block(const_cast<uint8_t *>(m.block(strip, b)), rows, cut.columns_of(b), cut.width, m.bits);
-            }
+            if (parts.size == 1) fill_strip<uint8_t>(m, strip, parts.codes, parts.columns);
+            else if (parts.size == 2) fill_strip<uint16_t>(m, strip, parts.codes, parts.columns);
+            else fill_strip<uint32_t>(m, strip, parts.codes, parts.columns);
         }
     });
     return m;
@@ -194,9 +190,9 @@ Coded lay_out(const CodedParts &parts, int threads) {
 int code_at(const Coded &m, int row, int column) {
     const Cut &cut = m.cut;
     const int group = column / cut.group, in_group = column % cut.group;
-    const int b = group * cut.blocks_per_group + in_group / cut.block, c = in_group % cut.block;
-    PlaneBits planes[3];
-    const int count = planes_of(m.bits, planes), chunk = CHUNK[m.bits];
+    const int b = group * cut.blocks_per_group + in_group / cut.block, c = in_group % cut.block / m.span;
+    PlaneBits planes[MOST_PLANES];
+    const int count = planes_of(m.bits, planes), chunk = CHUNK[m.bits % 8];
     const uint8_t *line = m.block(row / STRIP, b) + 4 * (row % STRIP) + c / chunk * (chunk * m.bits / 32) * 64;
     int code = 0;
     for (int p = 0; p < count; ++p) {
@@ -245,8 +241,23 @@ void Turns::end_use() {
     --users_;
 }
 
+Sparse::Sparse(int width, std::vector<int64_t> rows, const int32_t *at, const float *all) : starts(std::move(rows)) {
+    const size_t count = size_t(starts.back());
+    const auto is_half = [](float value) { return from_f16(to_f16(value)) == value; };
+    if (width <= 1 << 16) narrow.assign(at, at + count);
+    else wide.assign(at, at + count);
+    if (!std::all_of(all, all + count, is_half)) {
+        floats.assign(all, all + count);
+        return;
+    }
+    halves.reserve(count);
+    for (size_t i = 0; i < count; ++i) halves.push_back(to_f16(all[i]));
+}
+
+float Sparse::value(int64_t i) const { return floats.empty() ? from_f16(halves[size_t(i)]) : floats[size_t(i)]; }
+
 size_t Linear::bytes() const {
-    size_t total = bias.bytes() + (map ? map->bytes() : 0);
+    size_t total = bias.bytes() + (map ? map->bytes() : 0) + (out_map ? out_map->bytes() : 0);
     for (const Coded &m : coded) total += m.bytes();
     for (const Dense &m : dense) total += m.bytes();
     if (down) total += down->bytes() + up->bytes();
@@ -255,15 +266,37 @@ size_t Linear::bytes() const {
 }
 
 void Linear::row(int r, float *out) const {
+    if (out_map == nullptr) return inner_row(r, out);
+    std::vector<float> unit(size_t(rows), 0.0f), factors(static_cast<size_t>(rows)), each(static_cast<size_t>(columns));
+    unit[size_t(r)] = 1.0f;
+    out_map->apply_transposed(unit.data(), factors.data());
+    std::fill(out, out + columns, 0.0f);
+    for (int k = 0; k < rows; ++k) {
+        if (factors[size_t(k)] == 0.0f) continue;
+        inner_row(k, each.data());
+        for (int c = 0; c < columns; ++c) out[c] += factors[size_t(k)] * each[size_t(c)];
+    }
+}
+
+void Linear::inner_row(int r, float *out) const {
     std::vector<float> terms(size_t(columns), 0.0f);
     const int strip = r / STRIP, lane = r % STRIP;
+    std::vector<float> panel;
     for (const Coded &m : coded) {
-        const int size = scale_bytes(m.kind);
+        if (!m.fast()) {  // a whole strip of them, as products decode it
+            panel.resize(size_t(m.cut.padded()) * STRIP);
+            choose_kernels(nullptr).decode_coded(m, strip, panel.data());
+            for (int b = 0; b < m.cut.blocks(); ++b) {
+                const float *from = panel.data() + size_t(b) * m.cut.width * STRIP + lane;
+                for (int c = 0; c < m.cut.columns_of(b); ++c) terms[size_t(m.cut.first_column(b) + c)] += from[size_t(c) * STRIP];
+            }
+            continue;
+        }
         for (int c = 0; c < columns; ++c) {
             const int g = c / m.cut.group, code = code_at(m, r, c);
-            const float scale = scale_value(m.kind, m.scale(strip, g) + lane * size);
-            if (m.has_table) terms[c] += m.levels[code] * scale;
-            else terms[c] += float(code - (m.has_zeros ? m.zero_points(strip, g)[lane] : m.zero)) * (scale * m.gain);
+            const float scale = scale_at(m.scales, r, g);
+            if (m.kind == CodeKind::table) terms[c] += m.levels[code] * (scale * m.gain);
+            else terms[c] += float(code - (m.zeros.any() ? int(m.zeros.code(r, g)) : m.zero)) * (scale * m.gain);
         }
     }
     auto dense_row = [&](const Dense &m, int at, float factor) {
@@ -282,7 +315,7 @@ void Linear::row(int r, float *out) const {
         }
     }
     if (sparse) {
-        for (int64_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) terms[sparse->columns[i]] += sparse->values[i];
+        for (int64_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) terms[sparse->column(i)] += sparse->value(i);
     }
     if (map) map->apply_transposed(terms.data(), out);
     else std::copy(terms.begin(), terms.end(), out);

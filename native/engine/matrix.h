@@ -10,55 +10,12 @@
 #include <vector>
 
 #include "maps.h"
+#include "per_block.h"
 
 namespace bitpress {
 
-constexpr int STRIP = 16;       // output rows side by side in one vector
 constexpr int MAX_BLOCK = 128;  // columns that share one scale of the activations, at most
 constexpr int SEGMENT = 64;     // columns of a tile product between two rescalings: smaller groups are put together up to here
-
-// Zeroed memory that begins with a cache line; large pieces ask for huge pages, because rows of a matrix lie on many small ones.
-void *take_memory(size_t bytes);
-void give_memory(void *memory);
-
-template <class T> class Aligned {
-  public:
-    Aligned() = default;
-    explicit Aligned(size_t count) { resize(count); }
-    void resize(size_t count) {
-        if (count > capacity_) {
-            data_ = {static_cast<T *>(take_memory((count * sizeof(T) + 255) / 64 * 64)), Free{}};  // vectors may read over the end
-            capacity_ = count;
-        }
-        size_ = count;
-    }
-    // Uses memory of somebody else, who keeps it as it is: nothing may be written through this, nor read over the end.
-    void borrow(const T *theirs, size_t count) {
-        data_ = {const_cast<T *>(theirs), Free{false}};
-        size_ = count;
-        capacity_ = 0;
-    }
-    T *data() { return data_.get(); }
-    const T *data() const { return data_.get(); }
-    T &operator[](size_t i) { return data_.get()[i]; }
-    const T &operator[](size_t i) const { return data_.get()[i]; }
-    size_t size() const { return size_; }
-    size_t bytes() const { return size_ * sizeof(T); }
-
-  private:
-    struct Free {
-        bool owned = true;
-        void operator()(T *p) const {
-            if (owned) give_memory(static_cast<void *>(p));
-        }
-    };
-    std::unique_ptr<T, Free> data_;
-    size_t size_ = 0, capacity_ = 0;
-};
-
-enum class ScaleKind : uint8_t { f32, f16, bf16, e8m0, e4m3 };
-int scale_bytes(ScaleKind kind);
-float scale_value(ScaleKind kind, const uint8_t *p);  // without the matrix's gain
 
 // How columns are cut: groups share a weight scale, blocks of a group share a scale of the activations, and every block is
 // padded with zero activations to whole lines. Matrices cut alike can share quantized activations.
@@ -82,33 +39,54 @@ struct Cut {
     int tiles() const { return (segments() - 1) * tiles_per_segment() + tiles_of_segment(segments() - 1); }
 };
 
-// Throws std::invalid_argument where groups are so small, and rows so long, that padded columns cannot be counted.
-Cut make_cut(int columns, int group, int bits);
+// The fewest columns of codes of so many bits, `span` columns each, that fill whole lines.
+int chunk_of(int bits, int span = 1);
+// The bits that codes are stored in, so that a chunk is no longer than a block.
+int stored_bits(int bits, int span);
+// Cuts `columns` into blocks of whole chunks. Throws std::invalid_argument where padded columns cannot be counted.
+Cut make_cut(int columns, int group, int chunk);
 
-// Codes of 1 to 8 bits with a scale a group: w = scale * gain * (value - zero), the value being the code or a table's byte.
+// What codes stand for, the scale left out. Every kind but the first two is a file in kinds/ and a row of KINDS in kinds.inc.
+//   whole     the code less a zero point
+//   table     one of at most 256 levels, and the byte next to it
+//   levels    one of some tables of levels, a table for every block of weights
+//   own       a level of the block's own
+//   halves    whole codes less a zero point; the last two are half a step below and above zero
+//   words     a vector of a book, or the sum of one from each of several books
+//   e8p       a point of the E8 lattice: the signs and the row of the magnitudes
+enum class CodeKind : uint8_t { whole, table, levels, own, halves, words, e8p };
+constexpr int CODE_KINDS = 7;
+
+// Codes of 1 to 24 bits with a scale a block: w = scale * gain * value.
 struct Coded {
-    int rows = 0, bits = 0, zero = 0;
+    int rows = 0, bits = 0, zero = 0, span = 1;  // span: columns of a code
     Cut cut;
-    ScaleKind kind = ScaleKind::f32;
+    CodeKind kind = CodeKind::whole;
+    int group = 0;      // columns that share a scale
+    bool fine = false;  // groups that do not fill chunks: a block of codes has several scales
     float gain = 1;
-    int reach = 0;  // the largest |value - zero|
-    // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
-    bool small() const { return cut.per_segment == 1 && reach <= 63; }
-    bool has_zeros = false, has_table = false;
-    uint8_t table[16] = {};   // bytes of the levels, less the zero of 128
-    float levels[16] = {};    // the levels themselves, already without a zero: w = scale * level
-    Aligned<uint8_t> lines;   // [strip][block][line of 64 bytes]
-    Aligned<uint8_t> scales;  // [strip][group][16] of `kind`
-    Aligned<uint8_t> zeros;   // [strip][group][16]
+    float step = 1;  // of the bytes of a table: a level is next to step * (byte - 128)
+    int reach = 0;   // the largest |value - zero|
+    Scales scales;
+    PerBlock zeros, which;     // zero points; numbers of tables
+    uint8_t table[256] = {};   // bytes of the levels, less the zero of 128
+    Aligned<float> levels;     // of a table [code], of levels [table][code]
+    Aligned<uint16_t> own;     // in fp16, [strip][group][code][16 rows] or [row of blocks][group][code]
+    Aligned<float> words;      // [book][1 << word_bits][span], or
+    Aligned<uint16_t> halves;  // in fp16
+    Aligned<uint8_t> points;   // of e8p: magnitudes [256][8] in quarters
+    int books = 1, word_bits = 0;
+    Aligned<uint8_t> lines;  // [strip][block][line of 64 bytes]
 
+    // Whether products read the codes as they are.
+    bool fast() const { return kind <= CodeKind::table && !fine; }
+    // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
+    bool small() const { return fast() && cut.per_segment == 1 && reach <= 63; }
     int strips() const { return (rows + STRIP - 1) / STRIP; }
-    size_t block_bytes() const { return size_t(cut.width) * bits * STRIP / 8; }
+    size_t block_bytes() const { return size_t(cut.width) / span * bits * STRIP / 8; }
     const uint8_t *block(int strip, int b) const { return lines.data() + (size_t(strip) * cut.blocks() + b) * block_bytes(); }
-    const uint8_t *scale(int strip, int g) const {
-        return scales.data() + (size_t(strip) * cut.groups + g) * STRIP * scale_bytes(kind);
-    }
-    const uint8_t *zero_points(int strip, int g) const { return zeros.data() + (size_t(strip) * cut.groups + g) * STRIP; }
-    size_t bytes() const { return lines.bytes() + scales.bytes() + zeros.bytes(); }
+    size_t level_count() const { return size_t(1) << bits; }
+    size_t bytes() const;
     void find_reach();
 };
 
@@ -124,12 +102,18 @@ struct Dense {
     size_t bytes() const { return values.bytes() + gain.bytes(); }
 };
 
-// Single weights beside the codes, by row.
+// Single weights beside the codes, by row: columns in 16 bits where those are enough, values in fp16 where all of them are.
 struct Sparse {
     std::vector<int64_t> starts;  // [rows + 1]
-    std::vector<int32_t> columns;
-    std::vector<float> values;
-    size_t bytes() const { return starts.size() * 8 + columns.size() * 8; }
+    std::vector<uint16_t> narrow, halves;
+    std::vector<int32_t> wide;
+    std::vector<float> floats;
+
+    Sparse() = default;
+    Sparse(int width, std::vector<int64_t> rows, const int32_t *at, const float *all);
+    int column(int64_t i) const { return wide.empty() ? narrow[size_t(i)] : wide[size_t(i)]; }
+    float value(int64_t i) const;
+    size_t bytes() const { return starts.size() * 8 + (narrow.size() + halves.size()) * 2 + (wide.size() + floats.size()) * 4; }
 };
 
 // Who is at a layer. Those who fill it take turns; nobody fills it while it is in use: by a product under way, by arrays of its memory,
@@ -147,7 +131,7 @@ class Turns {
     int users_ = 0;
 };
 
-// One linear layer: y = T x @ (sum of terms).T + bias, T the input map.
+// One linear layer: y = S ((sum of terms) (T x)) + bias, T the map of its input and S that of its output.
 struct Linear {
     int rows = 0, columns = 0;
     mutable Turns turns;
@@ -156,12 +140,14 @@ struct Linear {
     std::unique_ptr<Dense> down, up;  // a low-rank product: up @ (down @ x)
     std::unique_ptr<Sparse> sparse;
     Aligned<float> bias;
-    std::shared_ptr<const InputMap> map;
+    std::shared_ptr<const InputMap> map, out_map;
     std::shared_ptr<void> owner;  // of memory that the parts borrow
 
     int strips() const { return (rows + STRIP - 1) / STRIP; }
     size_t bytes() const;
-    void row(int r, float *out) const;  // one row in float, slowly: an embedding's look-up
+    // One row in float, slowly: an embedding's look-up. Without the map of the output, and with it: that takes all rows.
+    void inner_row(int r, float *out) const;
+    void row(int r, float *out) const;
 };
 
 // A use of a layer, as long as this lives.
@@ -178,19 +164,16 @@ class Use {
     const Linear *linear_;
 };
 
-// Lay codes [rows, columns] (one byte each), scales [rows, groups] and zero points [rows, groups] (or none) out in strips.
+// What a matrix of codes is made of, to be laid out in strips. `made` holds all but lines, cut and reach: parameters are as they stay.
 struct CodedParts {
-    int rows, columns, bits, group;
-    const uint8_t *codes;
-    ScaleKind kind;
-    const uint8_t *scales;
-    float gain;
-    const uint8_t *zeros;  // or null, and then `zero` for all
-    int zero;
-    const uint8_t *table;   // 16 bytes or null
-    const float *levels;    // 16 floats, beside a table
+    Coded made;
+    int columns;
+    const uint8_t *codes;  // [rows][columns / span], `size` bytes each
+    int size;
 };
-Coded lay_out(const CodedParts &parts, int threads);
+Coded lay_out(CodedParts parts, int threads);
+// Decides how columns are cut, for `bits`, `span`, `kind` and `group`.
+void set_cut(Coded &m, int columns);
 Dense lay_out_dense(int rows, int columns, const uint16_t *values, bool half, const float *gain, int threads);
 
 int code_at(const Coded &m, int row, int column);

@@ -7,7 +7,7 @@ namespace bitpress {
 
 namespace {
 
-Cut flat_cut(int columns) { return make_cut(columns, columns, 8); }
+Cut flat_cut(int columns) { return make_cut(columns, columns, chunk_of(8)); }
 
 }  // namespace
 
@@ -45,7 +45,7 @@ void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &line
         // First, for the others are made of it.
         if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
         for (const Coded &m : linear->coded) {
-            want(!bytes ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
+            want(!bytes || (few && !m.fast()) ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
         }
         if (!linear->dense.empty() && bytes && !few) want(many(kernels), flat_cut(linear->columns), map);
         if (linear->down) {
@@ -135,12 +135,17 @@ const Form &inner(const Input &input, const Linear &l) {
 
 void add_sparse(const Linear &l, const Input &input, int strip, int lanes, float *out, int stride) {
     const Form &x = mapped(input, l);
+    thread_local std::vector<float> weights;
+    thread_local std::vector<int32_t> columns;
     for (int lane = 0; lane < lanes; ++lane) {
         const int64_t from = l.sparse->starts[strip * STRIP + lane], to = l.sparse->starts[strip * STRIP + lane + 1];
+        const size_t count = size_t(to - from);
+        weights.resize(count), columns.resize(count);
+        for (size_t i = 0; i < count; ++i) weights[i] = l.sparse->value(from + int64_t(i)), columns[i] = l.sparse->column(from + int64_t(i));
         for (int row = 0; row < input.rows(); ++row) {
             const float *values = x.values.data() + size_t(row) * x.width;
             float total = 0;
-            for (int64_t i = from; i < to; ++i) total += l.sparse->values[i] * values[l.sparse->columns[i]];
+            for (size_t i = 0; i < count; ++i) total += weights[i] * values[columns[i]];
             out[size_t(row) * stride + lane] += total;
         }
     }
@@ -148,7 +153,7 @@ void add_sparse(const Linear &l, const Input &input, int strip, int lanes, float
 
 void begin(const Linear &l, int strip, int rows, float *out, int stride) {
     for (int row = 0; row < rows; ++row) {
-        if (l.bias.size()) std::memcpy(out + size_t(row) * stride, l.bias.data() + strip * STRIP, STRIP * sizeof(float));
+        if (l.bias.size() && !l.out_map) std::memcpy(out + size_t(row) * stride, l.bias.data() + strip * STRIP, STRIP * sizeof(float));
         else std::memset(out + size_t(row) * stride, 0, STRIP * sizeof(float));
     }
 }
@@ -165,7 +170,7 @@ void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
     const int rows = input.rows();
     begin(l, strip, rows, out, STRIP);
     for (const Coded &m : l.coded) {
-        if (input.bytes()) {
+        if (input.bytes() && m.fast()) {
             k.coded_bytes(m, strip, input.find(Form::direct, m.cut, l.map.get()).quantized, 0, rows, out);
         } else {
             const Form &x = input.find(Form::floats, m.cut, l.map.get());
@@ -356,6 +361,24 @@ void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<
             }
         }
     }
+}
+
+void map_outputs(Pool &pool, int thread, const std::vector<Product> &products, int rows) {
+    thread_local std::vector<float> row_before;
+    bool any = false;
+    for (const Product &p : products) {
+        const Linear &l = *p.linear;
+        if (l.out_map == nullptr) continue;
+        any = true;
+        row_before.resize(size_t(l.rows));
+        for (int row = thread; row < rows; row += pool.threads()) {
+            float *out = p.out + size_t(row) * p.stride;
+            std::copy(out, out + l.rows, row_before.data());
+            l.out_map->apply(row_before.data(), out);
+            for (int i = 0; i < l.rows && l.bias.size(); ++i) out[i] += l.bias[size_t(i)];
+        }
+    }
+    if (any) pool.wait();
 }
 
 }  // namespace bitpress

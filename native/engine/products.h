@@ -75,4 +75,7 @@ void multiply_gated(const Kernels &kernels, Pool &pool, int thread, const Gated 
 void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, const Input &input,
               Scratch &scratch);
 
+// The maps of the products' outputs, once all threads have multiplied; some rows for each of them. Waits where there are such maps.
+void map_outputs(Pool &pool, int thread, const std::vector<Product> &products, int rows);
+
 }  // namespace bitpress

@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "bindings.h"
+#include "codes_given.h"
 #include "matrix.h"
 
 namespace nb = nanobind;
@@ -37,15 +38,35 @@ template <typename T> void borrow_array(const Part &from, const char *key, size_
 
 // ---- to arrays ----
 
+nb::dict give_per_block(const PerBlock &p, nb::handle owner) {
+    nb::dict d;
+    d["bits"] = p.bits, d["values"] = as_array(p.values.data(), p.values.size(), owner);
+    return d;
+}
+
+nb::dict give_scales(const Scales &s, nb::handle owner) {
+    nb::dict d;
+    d["kind"] = int(s.kind), d["tall"] = s.each.tall, d["values"] = as_array(s.each.values.data(), s.each.values.size(), owner);
+    if (s.rows.size()) d["rows"] = as_array(s.rows.data(), s.rows.size(), owner);
+    if (s.shared.size()) d["shared"] = as_array(s.shared.data(), s.shared.size(), owner), d["offset"] = s.offset;
+    return d;
+}
+
 nb::dict give_coded(const Coded &m, nb::handle owner) {
     nb::dict d;
-    d["bits"] = m.bits, d["group"] = m.cut.group, d["zero"] = m.zero, d["kind"] = int(m.kind), d["gain"] = m.gain;
-    d["has_zeros"] = m.has_zeros, d["has_table"] = m.has_table;
-    d["table"] = as_array(m.table, 16, owner);
-    d["levels"] = as_array(m.levels, 16, owner);
+    d["kind"] = int(m.kind), d["bits"] = m.bits, d["span"] = m.span, d["group"] = m.group, d["zero"] = m.zero, d["gain"] = m.gain, d["step"] = m.step;
+    d["scales"] = give_scales(m.scales, owner);
     d["lines"] = as_array(m.lines.data(), m.lines.size(), owner);
-    d["scales"] = as_array(m.scales.data(), m.scales.size(), owner);
-    if (m.has_zeros) d["zeros"] = as_array(m.zeros.data(), m.zeros.size(), owner);
+    d["has_zeros"] = m.zeros.any(), d["has_which"] = m.which.any(), d["is_half"] = m.halves.size() != 0;
+    if (m.zeros.any()) d["zeros"] = give_per_block(m.zeros, owner);
+    if (m.which.any()) d["which"] = give_per_block(m.which, owner);
+    if (m.kind == CodeKind::table) d["table"] = as_array(m.table, m.levels.size(), owner);
+    if (m.levels.size()) d["levels"] = as_array(m.levels.data(), m.levels.size(), owner);
+    if (m.own.size()) d["own"] = as_array(m.own.data(), m.own.size(), owner);
+    if (m.kind == CodeKind::words) d["books"] = m.books, d["word_bits"] = m.word_bits;
+    if (m.words.size()) d["words"] = as_array(m.words.data(), m.words.size(), owner);
+    if (m.halves.size()) d["halves"] = as_array(m.halves.data(), m.halves.size(), owner);
+    if (m.points.size()) d["points"] = as_array(m.points.data(), m.points.size(), owner);
     return d;
 }
 
@@ -96,36 +117,95 @@ nb::dict give(nb::handle linear) {
     if (l.sparse != nullptr) {
         nb::dict s;
         s["starts"] = as_array(l.sparse->starts.data(), l.sparse->starts.size(), self);
-        s["columns"] = as_array(l.sparse->columns.data(), l.sparse->columns.size(), self);
-        s["values"] = as_array(l.sparse->values.data(), l.sparse->values.size(), self);
+        s["is_narrow"] = l.sparse->wide.empty(), s["is_half"] = l.sparse->floats.empty();
+        if (l.sparse->wide.empty()) s["columns"] = as_array(l.sparse->narrow.data(), l.sparse->narrow.size(), self);
+        else s["columns"] = as_array(l.sparse->wide.data(), l.sparse->wide.size(), self);
+        if (l.sparse->floats.empty()) s["values"] = as_array(l.sparse->halves.data(), l.sparse->halves.size(), self);
+        else s["values"] = as_array(l.sparse->floats.data(), l.sparse->floats.size(), self);
         d["sparse"] = s;
     }
     if (l.bias.size()) d["bias"] = as_array(l.bias.data(), l.bias.size(), self);
     if (l.map) d["map"] = give_map(*l.map, self);
+    if (l.out_map) d["out_map"] = give_map(*l.out_map, self);
     return d;
 }
 
 // ---- from arrays ----
 
+void take_per_block(const Part &part, const PerBlock &like, int most_bits, PerBlock &to) {
+    to.rows = like.rows, to.groups = like.groups, to.tall = like.tall;
+    to.bits = part.whole("bits", 1, most_bits);
+    need(to.bits == bits_that_hold(to.bits), "bits must be 1, 2, 4 or 8");
+    copy_array(part, "values", to.size(), to.values);
+}
+
+void take_scales(const Part &part, int rows, int groups, Scales &s) {
+    s.kind = ScaleKind(part.whole("kind", 0, SCALE_KINDS - 1));
+    s.each.bits = scale_bits(s.kind), s.each.rows = rows, s.each.groups = groups;
+    s.each.tall = part.whole("tall", 1, rows);
+    need(rows % s.each.tall == 0, "tall must divide the rows");
+    copy_array(part, "values", s.each.size(), s.each.values);
+    if (s.has_rows()) copy_array(part, "rows", s.row_count(), s.rows);
+    if (s.kind == ScaleKind::dq) copy_array(part, "shared", s.shared_count(), s.shared), s.offset = part.number("offset");
+}
+
+bool all_finite(const Aligned<float> &values) {
+    return std::all_of(values.data(), values.data() + values.size(), [](float v) { return std::isfinite(v); });
+}
+
+void take_kind(const Part &part, Coded &m) {
+    const PerBlock &each = m.scales.each;
+    if (m.kind <= CodeKind::halves) need(m.bits <= 8 && m.span == 1, "codes of single weights have at most 8 bits");
+    const bool has_zeros = part.claim("has_zeros"), has_which = part.claim("has_which"), is_half = part.claim("is_half");
+    need(!has_which || m.kind == CodeKind::levels, "only levels have tables to choose among");
+    need(!is_half || m.kind == CodeKind::words, "only words are in fp16");
+    if (has_zeros) {
+        need(m.kind == CodeKind::whole || m.kind == CodeKind::halves, "only whole and half numbers have zero points");
+        take_per_block({part.path("zeros"), part.at("zeros")}, each, 8, m.zeros);
+        for (int r = 0; r < each.rows; r += each.tall) {
+            for (int g = 0; g < each.groups; ++g) need(m.zeros.code(r, g) >> m.bits == 0, "a zero point is too large for the bits of the codes");
+        }
+    }
+    if (m.kind == CodeKind::table) {
+        const size_t entries = std::max<size_t>(16, m.level_count());
+        need(m.zero == 128, "the bytes of a table are for a zero of 128");
+        std::memcpy(m.table, part.array<uint8_t>("table", entries).data(), entries);
+        copy_array(part, "levels", entries, m.levels);
+    } else if (m.kind == CodeKind::levels) {
+        int bits = 0;
+        if (has_which) {
+            take_per_block({part.path("which"), part.at("which")}, each, 8, m.which);
+            bits = m.which.bits;
+        }
+        // As many tables as blocks can name.
+        copy_array(part, "levels", m.level_count() << bits, m.levels);
+    } else if (m.kind == CodeKind::own) {
+        copy_array(part, "own", own_count(m), m.own);
+    } else if (m.kind == CodeKind::words) {
+        m.books = part.whole("books", 1, 16), m.word_bits = part.whole("word_bits", 1, 16 / m.books);
+        if (is_half) copy_array(part, "halves", word_count(m), m.halves);
+        else copy_array(part, "words", word_count(m), m.words);
+    } else if (m.kind == CodeKind::e8p) {
+        need(m.bits == 16 && m.span == 8, "codes of e8p have 16 bits for 8 columns");
+        copy_array(part, "points", 256 * 8, m.points);
+    }
+    need(all_finite(m.levels) && all_finite(m.words), "levels must be finite");
+}
+
 Coded take_coded(const Part &part, int rows, int columns, nb::list &kept) {
     Coded m;
     m.rows = rows;
-    m.bits = part.whole("bits", 1, 8);
+    m.kind = CodeKind(part.whole("kind", 0, CODE_KINDS - 1));
+    m.bits = part.whole("bits", 1, 24);
+    m.span = part.whole("span", 1, std::min(32, columns));
+    need(stored_bits(m.bits, m.span) == m.bits, "codes of so many bits for so many columns have no layout");
     m.zero = part.whole("zero", 0, 255);
-    m.kind = ScaleKind(part.whole("kind", 0, int(ScaleKind::e4m3)));
-    m.gain = part.number("gain");
-    m.cut = make_cut(columns, part.whole("group", 1, columns), m.bits);
-    m.has_zeros = part.claim("has_zeros");
-    m.has_table = part.claim("has_table");
-    need(!m.has_table || (m.bits <= 4 && !m.has_zeros && m.zero == 128), "a table is for codes of at most 4 bits without zero points");
-    std::memcpy(m.table, part.array<uint8_t>("table", 16).data(), 16);
-    std::memcpy(m.levels, part.array<float>("levels", 16).data(), 64);
-    for (float level : m.levels) need(std::isfinite(level), "levels must be finite");
-    const size_t strips = size_t(m.strips()), groups = strips * m.cut.groups * STRIP;
-    borrow_array(part, "lines", strips * m.cut.blocks() * m.block_bytes(), m.lines, kept);
-    copy_array(part, "scales", groups * scale_bytes(m.kind), m.scales);
-    if (m.has_zeros) copy_array(part, "zeros", groups, m.zeros);
-    for (size_t i = 0; i < m.zeros.size(); ++i) need(m.zeros[i] < 1 << m.bits, "a zero point is too large for the bits of the codes");
+    m.gain = part.number("gain"), m.step = part.number("step");
+    m.group = part.whole("group", 1, columns);
+    set_cut(m, columns);
+    take_scales({part.path("scales"), part.at("scales")}, rows, (columns + m.group - 1) / m.group, m.scales);
+    take_kind(part, m);
+    borrow_array(part, "lines", size_t(m.strips()) * m.cut.blocks() * m.block_bytes(), m.lines, kept);
     m.find_reach();
     return m;
 }
@@ -146,11 +226,15 @@ std::unique_ptr<Sparse> take_sparse(const Part &part, int rows, int columns) {
     const int64_t count = sparse->starts.back();
     need(sparse->starts.front() == 0 && count <= int64_t(rows) * columns, "starts must go from 0 to the number of values");
     need(std::is_sorted(sparse->starts.begin(), sparse->starts.end()), "starts must not fall");
-    const auto given = part.array<int32_t>("columns", size_t(count));
-    const auto values = part.array<float>("values", size_t(count));
-    sparse->columns.assign(given.data(), given.data() + count);
-    sparse->values.assign(values.data(), values.data() + count);
-    for (int32_t c : sparse->columns) need(c >= 0 && c < columns, "a column is out of range");
+    const auto take = [&]<typename T>(const char *key, std::vector<T> &to) {
+        const auto given = part.array<T>(key, size_t(count));
+        to.assign(given.data(), given.data() + count);
+    };
+    if (part.claim("is_narrow")) take("columns", sparse->narrow);
+    else take("columns", sparse->wide);
+    if (part.claim("is_half")) take("values", sparse->halves);
+    else take("values", sparse->floats);
+    for (int64_t i = 0; i < count; ++i) need(sparse->column(i) >= 0 && sparse->column(i) < columns, "a column is out of range");
     return sparse;
 }
 
@@ -177,6 +261,7 @@ Linear *take(nb::handle stored) {
     if (part.has("sparse")) l->sparse = take_sparse({part.path("sparse"), part.at("sparse")}, l->rows, l->columns);
     if (part.has("bias")) copy_array(part, "bias", size_t(l->strips()) * STRIP, l->bias);
     if (part.has("map")) l->map = InputMap::of(l->columns, take_map(part.at("map"), "stored.map", l->columns));
+    if (part.has("out_map")) l->out_map = InputMap::of(l->rows, take_map(part.at("out_map"), "stored.out_map", l->rows));
     l->owner = std::shared_ptr<void>(kept.release().ptr(), [](void *list) {
         const nb::gil_scoped_acquire held;
         nb::handle(static_cast<PyObject *>(list)).dec_ref();

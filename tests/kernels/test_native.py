@@ -114,7 +114,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     left = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(6))
     term = packed("int4-g32-zero", left)
     assert "meta" in refusal(CompressedWeight((replace(term, tensors={n: t.to("meta") for n, t in term.tensors.items()}),)))
-    assert "no layout" in refusal(CompressedWeight((packed("e4m3-row", left),)))
+    assert "no layout" in refusal(CompressedWeight((packed("pvq8k5-g8", left),)))
     assert "packed" in refusal(CompressedWeight((*w.terms, low_rank(left, 2, "int8-row"))))
     assert "several" in refusal(CompressedWeight((*w.terms, low_rank(left, 2), low_rank(left, 2))))
     rounded = CompressedLayer(w, ActivationFormat(parse_format("int8-row")))

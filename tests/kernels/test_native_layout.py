@@ -1,73 +1,102 @@
-"""The native layout tells the truth: bits that native code reads are bits that the file holds, but for the formats that the document names.
+"""The native layout takes no more than a tenth beyond the file, and holds the values of the file to the bit.
 
-The law covers every usual format, every scale store, and groups of 16 at every number of bits. docs/native.md has a row for each format
-whose bits in memory are more than 2 % above those stored, with both figures; no other may be, and none of these may be better than told.
+The law covers every usual format, every scale store, small groups, and blocks along the outputs. EXCEPTIONS has what is above, and why.
 """
-
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from bitpress import native
 from bitpress.formats import CompressedWeight
+from bitpress.formats.grids.planes import Planes
 from bitpress.formats.listing import usual_formats
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.packed import Packed
+from bitpress.formats.terms.sparse import sparse
 from bitpress.kernels.native_layout import lay_out, reason_to_expand
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "native.md"
-SECTION = DOCUMENT.read_text(encoding="utf-8").split("## Bits in memory")[1].split("\n## ")[0]
-TOLD = {
-    name: (float(a), float(b)) for name, a, b in re.findall(r"^\| `(\S+)` \| ([\d.]+) \| ([\d.]+) \|", SECTION, re.MULTILINE)
+SHAPE = (576, 1536)
+MOST = 1.1
+# What is above `MOST`: the least and the most that it may be, and the reason.
+EXCEPTIONS: dict[str, tuple[float, float, str]] = {
+    "pvq8k5-g8": (6.0, 6.6, "its list of points is longer than its codes: expanded to 16 bits"),
+    "pvq4k4-g4": (1.1, 1.2, "scales of 6 bits are held in 8"),
+    "planes2-g32-dq": (1.5, 1.65, "scales of several planes share factors: read as fp32"),
 }
-SHAPE = (64, 1024)
+GRIDS = ("int2", "int3", "int4", "nf4", "ternary", "planes2", "e2m3")
 NAMES = sorted(
     {
         *(fmt.name for fmt in usual_formats()),
-        *(parse_format(f"int4-g64-{scale}").name for scale in SCALES),
+        *(parse_format(f"{grid}-g32-{scale}").name for grid in GRIDS for scale in SCALES),
         *(f"int{bits}-g16" for bits in range(2, 9)),
-        *("e2m1-g16-fp8", "planes2-g128-bf16"),
+        *(f"int{bits}-g16-zero-s4" for bits in (2, 3, 4)),
+        *("int2-g4", "int4-g2", "int4-g4", "int2-g8", "int1-g24-zero", "int3-g24", "int2-g16-zero", "int3-g64-zero-s6"),
+        *("int2-64x1-zero", "int3-64x1-zero", "int4-64x1", "int4-64x1-zero", "int4-576x1", "int4-16x2", "int4-16x16"),
+        *("int4-32x32", "int4-3x16", "ternary-row-base3", "int4-tensor", "e2m1-g16-fp8", "planes4-g128", "bipolar8-g64-nested"),
     }
 )
 
 
-def compressed(name: str) -> CompressedWeight:
-    fmt, w = parse_format(name), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+def compressed(name: str, w: torch.Tensor) -> CompressedWeight:
+    fmt = parse_format(name)
     params = fmt.fit(w)
     return CompressedWeight((Packed.pack(fmt, fmt.encode(w, params), params),))
 
 
+def drawn(rows: int = SHAPE[0]) -> torch.Tensor:
+    return torch.randn(rows, SHAPE[1], generator=torch.Generator().manual_seed(0)) * 0.02
+
+
 def test_every_exception_is_a_format_of_the_law() -> None:
-    assert TOLD.keys() <= set(NAMES)
-    assert len(TOLD) > 10
+    assert EXCEPTIONS.keys() <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bits_in_memory_are_those_stored_or_told(name: str) -> None:
-    weight = compressed(name)
-    if reason_to_expand(weight) is not None:
-        assert name not in TOLD
-        assert name.split("-")[0] in DOCUMENT.read_text(encoding="utf-8"), "grids that are expanded to 16 bits are listed"
-        return
-    strips = lay_out(weight)
-    memory = 8 * strips.nbytes / (SHAPE[0] * SHAPE[1])
-    if name in TOLD:
-        assert (round(weight.bits_per_weight, 2), round(memory, 2)) == pytest.approx(TOLD[name], abs=0.011)
-    else:
-        assert memory <= 1.02 * weight.bits_per_weight
+def test_bytes_in_memory_are_at_most_a_tenth_above_those_of_the_file(name: str) -> None:
+    fmt = parse_format(name)
+    # Parameters of a few values: what is compared is sizes, and a fit of some grids takes long.
+    weight = CompressedWeight((Packed(fmt, SHAPE, {n: torch.zeros(d, dtype=t) for n, (t, d) in fmt.expected(SHAPE).items()}),))
+    ratio = lay_out(weight).nbytes / weight.nbytes
+    low, high, _ = EXCEPTIONS.get(name, (0.0, MOST, ""))
+    assert low < ratio <= high
+    assert (reason_to_expand(weight) is not None) == (name == "pvq8k5-g8")
 
 
-@pytest.mark.parametrize(
-    "name", ["e2m1-g16-fp8", "int4-g16-fp8", "planes2-g128-bf16", "bfp5-g64", "bipolar6-g64", "mxfp6-g32-e8m0"]
-)
-def test_what_is_read_is_what_the_format_decodes(name: str) -> None:
-    """Up to the last digit of a float: a factor of the whole tensor is multiplied in another order."""
-    weight = compressed(name)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pvq8k5-g8"])
+def test_rows_are_those_that_the_format_decodes_to_the_bit(name: str) -> None:
+    height = 576 if "576x1" in name else 192
+    weight = compressed(name, drawn(height)[:, : 48 if height == 576 else 384].contiguous())
     strips, decoded = lay_out(weight), weight.dequantize()
-    for row in (0, 17, SHAPE[0] - 1):
-        assert torch.allclose(strips.row(row), decoded[row], rtol=2**-22, atol=0)
+    assert strips.expanded == []
+    for row in (0, 17, height - 1):
+        if isinstance(parse_format(name).grid, Planes):  # added up in another order
+            assert torch.allclose(strips.row(row), decoded[row], rtol=2**-22, atol=1e-9)
+        else:
+            assert torch.equal(strips.row(row), decoded[row])
+
+
+def test_a_block_of_zeros_keeps_scales_small() -> None:
+    """A scale of e8m0 has no zero: such a block has the smallest power of two, which is no normal float."""
+    w = drawn(32)
+    w[3, :64] = 0.0
+    for name in ("mxfp4", "int4-g32-e8m0", "bfp4-g32"):
+        weight = compressed(name, w)
+        assert lay_out(weight).nbytes <= MOST * weight.nbytes
+        assert torch.equal(lay_out(weight).row(3), weight.dequantize()[3])
+
+
+def test_blocks_that_are_larger_than_weights_are_expanded() -> None:
+    weight = compressed("int4-g1", drawn(32))
+    assert weight.bits_per_weight > 16
+    assert lay_out(weight).nbytes * 8 <= 16.1 * 32 * SHAPE[1]
+
+
+def test_single_weights_take_four_bytes_each() -> None:
+    w = drawn()
+    few = sparse(w, w.abs() > 0.05)
+    assert few.count > 5000
+    alone = CompressedWeight((few,))
+    assert lay_out(alone).nbytes <= MOST * alone.nbytes

@@ -15,6 +15,7 @@ from bitpress.cli.request import threads_text
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
+from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
@@ -121,14 +122,19 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     """Describe a published model by its manifest and headers (hashes are not checked again)."""
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
+    in_memory: dict[str, dict[tuple[int, int], tuple[str, int]]] = {}
     for name, record in checkpoint.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
         inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']}"]
-        entry = formats.setdefault(" with ".join([kinds, *maps, *inputs]), {"weights": 0, "parameters": 0, "bytes": 0})
+        kind, shape = " with ".join([kinds, *maps, *inputs]), (record.spec["shape"][0], record.spec["shape"][1])
+        entry = formats.setdefault(kind, {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1
         entry["parameters"] += record.spec["shape"][0] * record.spec["shape"][1]
-        entry["bytes"] += sum(checkpoint.tensors[n][1].nbytes for n in checkpoint.stored[name])
+        nbytes = sum(checkpoint.tensors[n][1].nbytes for n in checkpoint.stored[name])
+        entry["bytes"] += nbytes
+        first, before = in_memory.setdefault(kind, {}).get(shape, (name, 0))
+        in_memory[kind][shape] = first, before + nbytes
     plain: dict[str, int] = {}
     for tensor in checkpoint.plain.values():
         plain[tensor.dtype] = plain.get(tensor.dtype, 0) + tensor.nbytes
@@ -137,13 +143,32 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "model_type": checkpoint.config["model_type"],
         "bytes": checkpoint.nbytes,
         "bits_per_weight": checkpoint.bits_per_weight,
-        "formats": formats,
+        "formats": {
+            kind: entry | _memory_bits(checkpoint, in_memory[kind], entry["parameters"]) for kind, entry in formats.items()
+        },
         "plain_bytes": plain,
         "aliases": checkpoint.manifest.aliases,
         "recipe": checkpoint.manifest.recipe,
         "job": checkpoint.manifest.job,
         "proof": _proof_of(directory),
     }
+
+
+def _memory_bits(
+    checkpoint: CompressedCheckpoint, shapes: Mapping[tuple[int, int], tuple[str, int]], parameters: int
+) -> dict[str, float | None]:
+    """Return the bits a weight that the native engine's products read. One weight of every shape is laid out and stands for the others.
+
+    The figure is None without the native library.
+    """
+    total = 0.0
+    try:
+        for name, stored in shapes.values():
+            weight = checkpoint.read_weight(name)
+            total += lay_out(weight).nbytes * stored / weight.nbytes
+    except KernelUnavailable:
+        return {"bits_in_memory": None}
+    return {"bits_in_memory": total * 8 / parameters}
 
 
 def _proof_of(directory: Path) -> dict[str, Any] | None:
@@ -159,11 +184,18 @@ def _proof_of(directory: Path) -> dict[str, Any] | None:
 def show_inspection(facts: Mapping[str, Any]) -> None:
     out.print(f"[bold]{facts['directory']}[/bold]  {facts['model_type']}, {size(facts['bytes'])}")
     rows = [
-        (name, str(e["weights"]), f"{e['parameters']:,}", size(e["bytes"]), f"{e['bytes'] * 8 / e['parameters']:.4f}")
+        (
+            name,
+            str(e["weights"]),
+            f"{e['parameters']:,}",
+            size(e["bytes"]),
+            f"{e['bytes'] * 8 / e['parameters']:.4f}",
+            "" if e["bits_in_memory"] is None else f"{e['bits_in_memory']:.2f}",
+        )
         for name, e in facts["formats"].items()
     ]
-    rows += [(f"{dtype}, as stored", "", "", size(count), "") for dtype, count in facts["plain_bytes"].items()]
-    table("", ("format", "weights", "parameters", "size", "bits"), rows, right=(1, 2, 3, 4))
+    rows += [(f"{dtype}, as stored", "", "", size(count), "", "") for dtype, count in facts["plain_bytes"].items()]
+    table("", ("format", "weights", "parameters", "size", "bits", "in native memory"), rows, right=(1, 2, 3, 4, 5))
     table("\nRecipe", ("", ""), [(what, escape(text)) for what, text in _recipe_lines(facts["recipe"])])
     proof = facts["proof"]
     if proof is None:

@@ -12,7 +12,6 @@
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,24 +22,16 @@ from jaxtyping import Float
 from bitpress import native
 from bitpress.formats import CompressedWeight
 from bitpress.formats.format import Format
-from bitpress.formats.grids.grid import Grid, Params
-from bitpress.formats.grids.integer import Integer
-from bitpress.formats.grids.levels import Levels
-from bitpress.formats.grids.planes import Planes
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
+from bitpress.kernels.native_codes import plan_codes
+from bitpress.kernels.native_scales import native_scales
 
 __all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "reason_to_expand"]
-
-# Bytes that approximate levels lie between these, so that no sum of products of two bytes overflows.
-BYTE_REACH = 127
-# Scales that are read as they are stored. Scales with a shared part (s4, s6, s8, p2row, dq) are read as fp32.
-PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OFFSET = 128
 
 
 @dataclass
@@ -65,13 +56,11 @@ class NativeLayout:
 def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None) -> NativeLayout:
     """Lay a compressed weight out. Raises KernelUnavailable without the native library."""
     strips = _empty(weight.shape)
+    if weight.input_map is not None:
+        strips.linear.set_map(_steps(weight.input_map))
     if weight.output_map is not None:
-        strips.expanded.append(_map_reason(weight.output_map))
-        _add_dense(strips, weight.dequantize())
-    else:
-        if weight.input_map is not None:
-            strips.linear.set_map(_steps(weight.input_map))
-        _add_terms(strips, weight.terms)
+        strips.linear.set_out_map(_steps(weight.output_map))
+    _add_terms(strips, weight.terms)
     return _with_bias(strips, bias)
 
 
@@ -84,13 +73,7 @@ def lay_out_matrix(w: Float[torch.Tensor, "out in"], bias: torch.Tensor | None =
 
 def reason_to_expand(weight: CompressedWeight) -> str | None:
     """Say which part of a weight would be decoded to 16 bits, or None."""
-    if weight.output_map is not None:
-        return _map_reason(weight.output_map)
     return next((reason for term in weight.terms if (reason := _term_reason(term)) is not None), None)
-
-
-def _map_reason(output_map: Map) -> str:
-    return f"a map of the outputs ({output_map.kind})"
 
 
 def _steps(change: Map) -> list[dict[str, Any]]:
@@ -129,10 +112,15 @@ def _flat(values: torch.Tensor) -> np.ndarray:
 
 def _term_reason(term: Term) -> str | None:
     if isinstance(term, Packed):
-        return None if term.parts == 1 and has_layout(term.format) else term.format.name
+        return None if term.parts == 1 and has_layout(term.format) and _is_smaller(term) else term.format.name
     if isinstance(term, LowRank):
         return None if term.parts == 1 else "low_rank of a stack"
     return None if isinstance(term, Sparse) else term.kind
+
+
+def _is_smaller(term: Packed) -> bool:
+    """Return whether codes take less than 16 bits a weight: small blocks may not."""
+    return sum(t.numel() * t.element_size() for t in term.tensors.values()) < 2 * term.shape[0] * term.shape[1]
 
 
 def _empty(shape: tuple[int, int]) -> NativeLayout:
@@ -147,6 +135,7 @@ def _with_bias(strips: NativeLayout, bias: torch.Tensor | None) -> NativeLayout:
 
 def _add_terms(strips: NativeLayout, terms: tuple[Term, ...]) -> None:
     low_rank, sparse = False, False
+    rest: torch.Tensor | None = None
     for term in terms:
         reason = _term_reason(term)
         if isinstance(term, Packed) and reason is None:
@@ -159,7 +148,9 @@ def _add_terms(strips: NativeLayout, terms: tuple[Term, ...]) -> None:
             _set_sparse(strips, term)
         else:
             strips.expanded.append(reason or term.kind)
-            _add_dense(strips, term.dequantize())
+            rest = term.dequantize() if rest is None else rest + term.dequantize()
+    if rest is not None:  # one matrix for all that is expanded
+        _add_dense(strips, rest)
 
 
 def _halves(t: torch.Tensor) -> np.ndarray:
@@ -196,138 +187,41 @@ def _set_sparse(strips: NativeLayout, term: Sparse) -> None:
 # ---- codes ----
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """One plane of native codes: `w = scale * gain * (code - zero)`, or `scale * level[code]` by a table."""
-
-    bits: int
-    recode: Callable[[torch.Tensor], torch.Tensor]
-    gain: float = 1.0
-    zero: int = 0
-    levels: tuple[float, ...] | None = None
-    plane: int | None = None
-
-
 def has_layout(fmt: Format) -> bool:
     """Return whether the native engine reads the codes of a format, rather than decode them to 16 bits."""
-    return bool(_plan(fmt.grid))
-
-
-def _plan(grid: Grid) -> list[_Codes]:
-    """Return how the codes of a grid become native ones; nothing if they cannot."""
-    if isinstance(grid, Integer):
-        return [_Codes(grid.bits, lambda codes: codes, zero=0 if grid.zero else 1 << (grid.bits - 1))]
-    if isinstance(grid, Planes):
-        return _plan_planes(grid)
-    if isinstance(grid, Levels):
-        if len(grid.levels) <= 16 and grid.code_bits <= 4:
-            levels = tuple(0.0 if level != level else level for level in grid.levels)
-            return [_Codes(grid.code_bits, lambda codes: codes, levels=levels)]
-        return _plan_even(grid)
-    return []
-
-
-def _plan_planes(grid: Planes) -> list[_Codes]:
-    plans, below = [], 1
-    for index, digits in enumerate(grid.digits):
-        count = len(digits)
-
-        def recode(codes: torch.Tensor, below: int = below, count: int = count) -> torch.Tensor:
-            return (codes // below % count).to(torch.uint8)
-
-        levels = tuple(float(d) for d in digits)
-        plans.append(_Codes((count - 1).bit_length(), recode, levels=levels, plane=index))
-        below *= count
-    return plans
-
-
-def _plan_even(grid: Levels) -> list[_Codes]:
-    """Turn levels that are whole multiples of a step into whole numbers in as few bits as possible: bipolar5, mxint8, e2m3 and the like."""
-    if grid.code_bits > 8:
-        return []
-    real = torch.tensor([0.0 if level != level else level for level in grid.levels], dtype=torch.float64)
-    step = float(real[real != 0].abs().min())
-    for divisor in (1, 2, 3):
-        whole = real / (step / divisor)
-        if bool((whole == whole.round()).all()) and whole.min() >= -OFFSET and whole.max() <= BYTE_REACH:
-            zero = max(0, -int(whole.min()))
-            bits = (int(whole.max()) + zero).bit_length()
-            return [_Codes(bits, _through((whole + zero).to(torch.uint8)), gain=step / divisor, zero=zero)]
-    return []
-
-
-def _through(table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda codes: table[codes.int()]
-
-
-def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
-    """Return a step and the whole number for every level whose multiple of the step is nearest to it; exact if the levels are multiples."""
-    values = np.array(levels)
-    most = float(np.abs(values).max())
-    best: tuple[float, np.ndarray, float] | None = None
-    for top in range(1, BYTE_REACH + 1):
-        whole = np.rint(values / most * top)
-        error = float(np.abs(whole * (most / top) - values).max()) / most
-        error = 0.0 if error < 1e-9 else error
-        if best is None or error < best[0]:
-            best = (error, whole, most / top)
-    assert best is not None
-    return best[1], best[2]
+    return bool(plan_codes(fmt))
 
 
 def _add_packed(strips: NativeLayout, term: Packed) -> None:
     fmt = term.format
     rows, cols = fmt.block.resolve(term.shape, fmt.grid.span)
-    codes, params = term.unpack()
-    threads = torch.get_num_threads()
-    for plan in _plan(fmt.grid):
-        kind, scales, gain = _native_scales(term, params, plan.plane)
-        if rows > 1:
-            scales = scales.repeat_interleave(rows, 0)
-        zeros = params["zero"].to(torch.uint8) if isinstance(fmt.grid, Integer) and fmt.grid.zero else None
-        if zeros is not None and rows > 1:
-            zeros = zeros.repeat_interleave(rows, 0)
-        table, levels, zero, step = None, None, plan.zero, plan.gain
-        if plan.levels is not None:
-            whole, step = _nearest_bytes(plan.levels)
-            filled = len(plan.levels)
-            table, levels = np.full(16, OFFSET, np.uint8), np.zeros(16, np.float32)
-            table[:filled] = whole + OFFSET
-            levels[:filled] = np.array(plan.levels, np.float32) * gain
-            zero = OFFSET
+    down, across = fmt.block_grid(term.shape)
+    params = term.unpack_params()
+    for plan in plan_codes(fmt):
+        scales = native_scales(term, plan.plane, plan.planes)
+        table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
+        zeros = params["zero"].to(torch.uint8).reshape(down, across).contiguous().numpy() if "zero" in params else None
         strips.linear.add_codes(
-            plan.recode(codes).to(torch.uint8).contiguous().numpy(),
+            _code_bytes(plan.take(term), plan.bits),
             plan.bits,
             cols,
-            kind,
-            _as_bytes(scales),
-            step * gain,
-            None if zeros is None else zeros.contiguous().numpy(),
-            zero,
+            scales.kind,
+            scales.values,
+            plan.gain * scales.gain,
+            zeros,
+            plan.zero,
             table,
             levels,
-            threads,
+            torch.get_num_threads(),
+            tall=rows,
+            step=step,
+            shared=scales.shared,
+            meaning=None if plan.meaning is None else plan.meaning(term, params),
         )
 
 
-def _native_scales(term: Packed, params: Params, plane: int | None) -> tuple[str, torch.Tensor, float]:
-    """Return kind, values `[down, across]` and common factor of a term's scales; as they are stored if native code reads that type."""
-    fmt = term.format
-    if plane is not None:
-        scales = params["scale"][..., plane]
-        return (fmt.scale, scales.to(PLAIN[fmt.scale]), 1.0) if fmt.scale in PLAIN else ("fp32", scales.contiguous(), 1.0)
-    down, across = fmt.block_grid(term.shape)
-    if fmt.scale in PLAIN:
-        return fmt.scale, term.tensors["scale"].reshape(down, across), 1.0
-    if fmt.scale == "e8m0":
-        stored = term.tensors["scale"].reshape(down, across)
-        if int(stored.min()) > 0:  # 2^-127 is not a normal float
-            return "e8m0", stored, 1.0
-    if fmt.scale == "fp8":
-        return "fp8", term.tensors["scale"].reshape(down, across), float(term.tensors["scale_tensor"])
-    return "fp32", params["scale"].reshape(down, across).contiguous(), 1.0
-
-
-def _as_bytes(scales: torch.Tensor) -> np.ndarray:
-    # A single scale of several planes counts as contiguous whatever its stride, which the view refuses.
-    return scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(scales.shape[0], -1).numpy()
+def _code_bytes(codes: torch.Tensor, bits: int) -> np.ndarray:
+    """Return codes as the bytes that native code takes: one each up to 8 bits, two up to 16, four beyond."""
+    width = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
+    made: np.ndarray = codes.numpy().astype(width, order="C", copy=False).view(np.uint8)
+    return made

@@ -1,0 +1,45 @@
+// Matrices of codes as Python gives them, checked.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+#include "matrix.h"
+
+namespace bitpress {
+
+using Bytes2 = Array<const uint8_t, 2>;
+
+// codes    [rows, codes of a row], 1, 2 or 4 bytes each by `bits`
+// scales   [rows of blocks, blocks of a row]; zeros likewise, or `zero` for all
+// table    a byte and a level for every code, up to 8 bits
+// step     of the bytes of a table: a level is next to step * (byte - 128)
+// tall     rows of a block
+// shared   what scales share: {"rows"} of s4, s8 and p2row, {"levels", "factors", "offset"} of dq
+// meaning  of codes that are neither whole numbers nor of one table: {"kind", ...} (take_meaning)
+struct CodesGiven {
+    Bytes2 codes;
+    int bits, group;
+    std::string kind;
+    Bytes2 scales;
+    float gain;
+    std::optional<Bytes2> zeros;
+    int zero;
+    std::optional<Array<const uint8_t, 1>> table;
+    std::optional<Array<const float, 1>> levels;
+    int tall;
+    float step;
+    nanobind::handle shared, meaning;
+};
+CodedParts take_codes(const CodesGiven &given, int rows, int columns);
+
+// The name of a kind of codes, and the kind of a name that is not of `whole` and `table`.
+const char *code_kind_name(CodeKind kind);
+CodeKind code_kind(const std::string &name);
+
+// How many values a matrix must have of what its kind reads, for `bits`, `span`, `scales.each`, `which`, `books` and `word_bits`.
+size_t own_count(const Coded &m);
+size_t word_count(const Coded &m);
+
+}  // namespace bitpress

@@ -1,0 +1,261 @@
+"""Codes in native memory: what native code is given for the codes of a grid.
+
+A grid becomes one or several `Codes`. Native code knows these kinds (`native/engine/matrix.h`):
+
+    whole    (code - zero) * scale
+    table    a level times the scale, of up to 8 bits, where the levels are near enough to multiples of one step: products with
+             8-bit activations read those as bytes
+    levels   any levels, and several tables of them that blocks choose among
+    own      levels of the block's own
+    halves   whole codes, and two that are half a step
+    words    vectors of a book, or sums of one from each of several
+    e8p      points of the E8 lattice, from 256 rows of magnitudes
+
+Grids of other kinds have no layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitpress.formats.format import Format
+from bitpress.formats.grids.additive_book import AdditiveBook
+from bitpress.formats.grids.codebook import LearnedBook
+from bitpress.formats.grids.denormal_integer import DenormalInteger
+from bitpress.formats.grids.gaussian_mixture import GaussianMixture
+from bitpress.formats.grids.grid import Grid, Params
+from bitpress.formats.grids.integer import Integer
+from bitpress.formats.grids.kmeans import KMeans
+from bitpress.formats.grids.lattice import E8P
+from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.mixture import Mixture
+from bitpress.formats.grids.planes import Planes
+from bitpress.formats.terms.packed import Packed
+
+__all__ = ["Codes", "plan_codes"]
+
+# Bytes that approximate levels lie between these, so that no sum of products of two bytes overflows.
+BYTE_REACH = 127
+OFFSET = 128
+# A table of up to this many levels is read in bytes even where those are not exact.
+MOST_APPROXIMATED = 16
+# Most bits of a code of a fixed book: its words are listed.
+MOST_LISTED = 12
+# Codes of base3: five numbers of three levels in a byte.
+TRITS = 5
+
+Make = Callable[[Packed, Params], dict[str, Any]]
+Recode = Callable[[Packed], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One matrix of codes. `take` returns the codes of a term, `meaning` what native code is told of them beside their bits."""
+
+    bits: int
+    zero: int = 0
+    gain: float = 1.0
+    levels: tuple[float, ...] | None = None
+    take: Recode = Packed.unpack_codes
+    meaning: Make | None = None
+    plane: int = 0
+    planes: int = 1
+
+    def table(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return the bytes of the levels, the levels themselves and the step of the bytes."""
+        assert self.levels is not None
+        even = _even_steps(self.levels) if len(self.levels) > MOST_APPROXIMATED else None
+        whole, step = even if even is not None else _nearest_bytes(self.levels)
+        count = max(16, 1 << self.bits)
+        table, levels = np.full(count, OFFSET, np.uint8), np.zeros(count, np.float32)
+        table[: len(whole)] = whole + OFFSET
+        levels[: len(whole)] = np.array(self.levels, np.float32)
+        return table, levels, step
+
+
+def plan_codes(fmt: Format) -> list[Codes]:
+    """Return how the codes of a format become native ones; nothing if they cannot."""
+    if fmt.layout == "base3":
+        assert isinstance(fmt.grid, Levels)
+        return [Codes(8, take=_bytes_as_stored, meaning=_trits)]
+    plan = PLANS.get(type(fmt.grid))
+    if plan is not None:
+        return plan(fmt.grid)
+    return _listed(fmt.grid)
+
+
+def _integer(grid: Any) -> list[Codes]:
+    return [Codes(grid.bits, zero=0 if grid.zero else 1 << (grid.bits - 1))]
+
+
+def _planes(grid: Any) -> list[Codes]:
+    plans, below = [], 1
+    for index, digits in enumerate(grid.digits):
+        count = len(digits)
+
+        def take(term: Packed, below: int = below, count: int = count) -> torch.Tensor:
+            return (term.unpack_codes() // below % count).to(torch.uint8)
+
+        levels = tuple(float(d) for d in digits)
+        plans.append(Codes((count - 1).bit_length(), levels=levels, take=take, plane=index, planes=len(grid.digits)))
+        below *= count
+    return plans
+
+
+def _levels(grid: Any) -> list[Codes]:
+    if grid.code_bits > 8:
+        return []
+    levels = _valid(grid.levels)
+    if len(levels) <= MOST_APPROXIMATED:
+        return [Codes(grid.code_bits, levels=levels)]
+    even = _even_steps(levels)
+    if even is None:
+        return [Codes(grid.code_bits, meaning=lambda term, params: _tables([levels], grid.code_bits))]
+    whole, step = even
+    zero = max(0, -int(whole.min()))
+    if (int(whole.max()) + zero).bit_length() > grid.code_bits:
+        return [Codes(grid.code_bits, levels=levels)]
+    # Whole numbers in as many bits by other codes: mxint8 and the like.
+    table = torch.tensor(whole + zero).to(torch.uint8)
+    return [Codes(grid.code_bits, zero=zero, gain=step, take=lambda term: table[term.unpack_codes().int()])]
+
+
+def _even_steps(levels: tuple[float, ...]) -> tuple[np.ndarray, float] | None:
+    """Return levels as multiples of a step that fit a byte, and the step; None if there is no such step."""
+    values = np.array(levels)
+    smallest = float(np.abs(values[values != 0]).min())
+    for divisor in (1, 2, 3):
+        whole = values / (smallest / divisor)
+        if (whole == np.rint(whole)).all() and whole.min() >= -OFFSET and whole.max() <= BYTE_REACH:
+            return whole, smallest / divisor
+    return None
+
+
+def _mixture(grid: Any) -> list[Codes]:
+    def meaning(term: Packed, params: Params) -> dict[str, Any]:
+        tables = _tables([_valid(table.levels) for table in grid.tables], grid.code_bits)
+        return tables | {"which": params["which"].to(torch.uint8).flatten().numpy()}
+
+    return [Codes(grid.code_bits, meaning=meaning)]
+
+
+def _own(grid: Any) -> list[Codes]:
+    return [
+        Codes(grid.code_bits, meaning=lambda term, params: {"kind": "own", "span": 1, "own": _halves(term.tensors["levels"])})
+    ]
+
+
+def _denormal(grid: Any) -> list[Codes]:
+    if not grid.zero:
+        return _listed(grid)
+    return [Codes(grid.bits, meaning=lambda term, params: {"kind": "halves", "span": 1})]
+
+
+def _learned(grid: Any) -> list[Codes]:
+    return [Codes(grid.code_bits, meaning=lambda term, params: _book(grid.span, grid.bits, _halves(term.tensors["words"])))]
+
+
+def _additive(grid: Any) -> list[Codes]:
+    def meaning(term: Packed, params: Params) -> dict[str, Any]:
+        return _book(grid.span, grid.bits, _halves(term.tensors["words"]), grid.books)
+
+    return [Codes(grid.code_bits, meaning=meaning)]
+
+
+def _lattice(grid: Any) -> list[Codes]:
+    if grid != E8P:
+        return _listed(grid)
+    # Codes 0 to 255 of every row: the first has no sign, so its magnitudes are the word less a quarter.
+    rows = grid.codewords(torch.device("cpu"))[::256] - 0.25
+    points = (rows * 4).to(torch.int8).contiguous().view(torch.uint8).flatten().numpy()
+    return [Codes(16, meaning=lambda term, params: {"kind": "e8p", "span": 8, "points": points})]
+
+
+def _listed(grid: Grid) -> list[Codes]:
+    """Return the codes of a grid that has nothing but scales, by the values of all codes at the scale 1."""
+    if [p.kind for p in grid.params] != ["scale"] or grid.code_bits > MOST_LISTED:
+        return []
+
+    def meaning(term: Packed, params: Params) -> dict[str, Any]:
+        codes = torch.arange(grid.num_codes) if grid.num_codes == 1 << grid.code_bits else torch.arange(1 << grid.code_bits)
+        codes = codes.clamp(max=_last_code(grid)).to(torch.uint8 if grid.code_bits <= 8 else torch.int32)
+        values = grid.decode(codes[:, None], {"scale": torch.ones(1, 1)}).reshape(len(codes), grid.span)
+        values = torch.where(values.isnan(), 0.0, values)
+        if grid.span == 1:
+            return {"kind": "levels", "span": 1, "tables": 1, "levels": values.flatten().numpy()}
+        half = values.half()
+        exact = torch.equal(half.float(), values)
+        return _book(grid.span, grid.code_bits, _halves(half) if exact else values.contiguous().flatten().numpy())
+
+    return [Codes(grid.code_bits, meaning=meaning)]
+
+
+def _last_code(grid: Grid) -> int:
+    """Return the highest code that can be decoded. Grids with invalid codes in between (olive4) decode all of them."""
+    return (1 << grid.code_bits) - 1 if grid.name.startswith("olive") else grid.num_codes - 1
+
+
+def _trits(term: Packed, params: Params) -> dict[str, Any]:
+    grid = term.format.grid
+    assert isinstance(grid, Levels)
+    codes = torch.arange(256)
+    digits = torch.stack([codes.div(3**i, rounding_mode="floor") % 3 for i in range(TRITS)], -1)
+    values = torch.tensor(grid.levels, dtype=torch.float32)[digits]
+    return _book(TRITS, 8, _halves(values.half()))
+
+
+def _bytes_as_stored(term: Packed) -> torch.Tensor:
+    return term.tensors["codes"]
+
+
+def _book(span: int, word_bits: int, words: np.ndarray, books: int = 1) -> dict[str, Any]:
+    name = "halves" if words.dtype == np.uint16 else "words"
+    return {"kind": "words", "span": span, "books": books, "word_bits": word_bits, name: words}
+
+
+def _tables(tables: list[tuple[float, ...]], bits: int) -> dict[str, Any]:
+    levels = np.zeros((len(tables), 1 << bits), np.float32)
+    for row, table in zip(levels, tables, strict=True):
+        row[: len(table)] = table
+    return {"kind": "levels", "span": 1, "tables": len(tables), "levels": levels.flatten()}
+
+
+def _halves(values: torch.Tensor) -> np.ndarray:
+    made: np.ndarray = values.contiguous().view(torch.uint16).flatten().numpy()
+    return made
+
+
+def _valid(levels: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(0.0 if level != level else level for level in levels)
+
+
+def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
+    """Return a step and the whole number for every level whose multiple of the step is nearest to it; exact if the levels are multiples."""
+    values = np.array(levels)
+    most = float(np.abs(values).max())
+    best: tuple[float, np.ndarray, float] | None = None
+    for top in range(1, BYTE_REACH + 1):
+        whole = np.rint(values / most * top)
+        error = float(np.abs(whole * (most / top) - values).max()) / most
+        error = 0.0 if error < 1e-9 else error
+        if best is None or error < best[0]:
+            best = (error, whole, most / top)
+    assert best is not None
+    return best[1], best[2]
+
+
+PLANS: dict[type, Callable[[Any], list[Codes]]] = {
+    Integer: _integer,
+    Planes: _planes,
+    Levels: _levels,
+    Mixture: _mixture,
+    KMeans: _own,
+    GaussianMixture: _own,
+    DenormalInteger: _denormal,
+    LearnedBook: _learned,
+    AdditiveBook: _additive,
+    type(E8P): _lattice,
+}

@@ -1,0 +1,98 @@
+"""Scales in native memory: as a file stores them, with the values that many of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitpress.formats.layouts.dense import unpack
+from bitpress.formats.scales import IntegerCodes, dynamic_map
+from bitpress.formats.terms.packed import Packed
+
+__all__ = ["NativeScales", "native_scales"]
+
+
+@dataclass(frozen=True)
+class NativeScales:
+    """Scales `[down, across]` as native code takes them: a kind, whole bytes each, a factor of all, and what they share."""
+
+    kind: str
+    values: np.ndarray
+    gain: float = 1.0
+    shared: dict[str, Any] | None = field(default=None)
+
+
+def native_scales(term: Packed, plane: int = 0, planes: int = 1) -> NativeScales:
+    """Return the scales of a term, or of one plane of several."""
+    fmt = term.format
+    down, across = fmt.block_grid(term.shape)
+    if not any(p.kind == "scale" for p in fmt.grid.params):
+        return NativeScales("e8m0", np.full((down, across), 127, np.uint8))
+    made = STORES.get(fmt.scale, _expanded)(term, down, across * planes)
+    each = made.values.reshape(down, across, planes, -1)[:, :, plane]
+    return NativeScales(made.kind, np.ascontiguousarray(each).reshape(down, -1), made.gain, made.shared)
+
+
+def _plain(term: Packed, down: int, across: int) -> NativeScales:
+    return NativeScales(term.format.scale, _as_bytes(term.tensors["scale"], down))
+
+
+def _e8m0(term: Packed, down: int, across: int) -> NativeScales:
+    return NativeScales("e8m0", _as_bytes(term.tensors["scale"], down))
+
+
+def _fp8(term: Packed, down: int, across: int) -> NativeScales:
+    return NativeScales("fp8", _as_bytes(term.tensors["scale"], down), float(term.tensors["scale_tensor"]))
+
+
+def _by_row(term: Packed, down: int, across: int) -> NativeScales:
+    store = term.format.store
+    bits = store.bits if isinstance(store, IntegerCodes) else 4
+    kind = {"s6": "s8"}.get(term.format.scale, term.format.scale)
+    codes = unpack(term.tensors["scale"], bits, across)
+    return NativeScales(kind, _as_bytes(codes, down), 1.0, {"rows": _flat(term.tensors["scale_row"])})
+
+
+def _double_quantized(term: Packed, down: int, across: int) -> NativeScales:
+    shared = {
+        "levels": _flat(dynamic_map()),
+        "factors": _flat(term.tensors["scale_block"]),
+        "offset": float(term.tensors["scale_offset"]),
+    }
+    if down * across != int(np.prod(term.format.block_grid(term.shape))):
+        return _expanded(term, down, across)  # planes: scales that share a factor are not those of one plane
+    return NativeScales("dq", _as_bytes(term.tensors["scale"], down), 1.0, shared)
+
+
+def _expanded(term: Packed, down: int, across: int) -> NativeScales:
+    return NativeScales("fp32", _as_bytes(term.unpack_params()["scale"], down))
+
+
+# Every scale store but the plain floats, by name; any other is read as fp32.
+STORES: dict[str, Callable[[Packed, int, int], NativeScales]] = {
+    "fp16": _plain,
+    "bf16": _plain,
+    "fp32": _plain,
+    "e8m0": _e8m0,
+    "fp8": _fp8,
+    "s4": _by_row,
+    "s6": _by_row,
+    "s8": _by_row,
+    "p2row": _by_row,
+    "dq": _double_quantized,
+}
+
+
+def _as_bytes(scales: torch.Tensor, down: int) -> np.ndarray:
+    # A single scale of several planes counts as contiguous whatever its stride, which the view refuses.
+    made: np.ndarray = (
+        scales.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).reshape(down, -1).numpy()
+    )
+    return made
+
+
+def _flat(values: torch.Tensor) -> np.ndarray:
+    made: np.ndarray = values.float().contiguous().flatten().numpy()
+    return made
