@@ -13,7 +13,7 @@ namespace bitpress {
 
 namespace {
 
-constexpr const char *KIND_NAMES[CODE_KINDS] = {"whole", "table", "levels", "own", "halves", "words", "e8p"};
+constexpr const char *KIND_NAMES[CODE_KINDS] = {"whole", "table", "levels", "own", "halves", "words", "e8p", "trellis"};
 constexpr int MOST_TABLES = 256, MOST_SPAN = 32, MOST_WORD_BITS = 16;
 
 ScaleKind scale_kind(const std::string &name) {
@@ -87,7 +87,7 @@ Aligned<uint16_t> striped(const Coded &m, const uint16_t *from) {
 
 void take_meaning(Coded &m, const Part &part) {
     m.kind = code_kind(taken<std::string>(part.at("kind"), part.path("kind"), "a name"));
-    const bool one_each = m.kind == CodeKind::levels || m.kind == CodeKind::own || m.kind == CodeKind::halves;
+    const bool one_each = m.kind == CodeKind::levels || m.kind == CodeKind::own || m.kind == CodeKind::halves || m.kind == CodeKind::trellis;
     need(!one_each || m.bits <= 8, "codes of single weights have at most 8 bits");
     need(!m.zeros.any() || m.kind == CodeKind::halves, "only whole and half numbers have zero points");
     if (m.kind == CodeKind::levels) {
@@ -122,6 +122,9 @@ void take_meaning(Coded &m, const Part &part) {
         need(m.bits == 16 && m.span == 8, "codes of e8p have 16 bits for 8 columns");
         const auto points = part.array<uint8_t>("points", 256 * 8);
         m.points = copied(points.data(), points.size());
+    } else if (m.kind == CodeKind::trellis) {
+        need(m.span == 1, "a code of a path is that of one column");
+        m.path.take(part.array<int32_t>("path", Path::COUNT).data());
     }
 }
 
@@ -131,7 +134,7 @@ const char *code_kind_name(CodeKind kind) { return KIND_NAMES[int(kind)]; }
 
 CodeKind code_kind(const std::string &name) {
     const auto *found = std::find_if(KIND_NAMES + 2, KIND_NAMES + CODE_KINDS, [&](const char *each) { return name == each; });
-    need(found != KIND_NAMES + CODE_KINDS, "codes must be levels, own, halves, words or e8p");
+    need(found != KIND_NAMES + CODE_KINDS, "codes must be levels, own, halves, words, e8p or trellis");
     return CodeKind(found - KIND_NAMES);
 }
 

@@ -265,6 +265,21 @@ size_t Linear::bytes() const {
     return total;
 }
 
+void Path::take(const int32_t *from) {
+    state_bits = from[0], shifts[0] = from[1], shifts[1] = from[2], multiplier = from[3];
+    std::copy(from + 4, from + COUNT, polynomial);
+    const bool small = shifts[0] >= 1 && shifts[0] <= 8 && shifts[1] >= 1 && shifts[1] <= 8;
+    if (!small || state_bits < 1 || state_bits > STRIP) throw std::invalid_argument("a path has 1 to 16 bits of state, and 1 to 8 a row");
+    bool halves = multiplier >= 0 && multiplier <= 0xffff;
+    for (const int32_t c : polynomial) halves = halves && c >= -32768 && c <= 32767;
+    if (!halves) throw std::invalid_argument("the constants of a path have 16 bits");
+}
+
+void Path::give(int32_t *to) const {
+    to[0] = state_bits, to[1] = shifts[0], to[2] = shifts[1], to[3] = multiplier;
+    std::copy(polynomial, polynomial + 5, to + 4);
+}
+
 void Linear::row(int r, float *out) const {
     if (out_map == nullptr) return inner_row(r, out);
     std::vector<float> unit(size_t(rows), 0.0f), factors(static_cast<size_t>(rows)), each(static_cast<size_t>(columns));

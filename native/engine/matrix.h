@@ -54,8 +54,18 @@ Cut make_cut(int columns, int group, int chunk);
 //   halves    whole codes less a zero point; the last two are half a step below and above zero
 //   words     a vector of a book, or the sum of one from each of several books
 //   e8p       a point of the E8 lattice: the signs and the row of the magnitudes
-enum class CodeKind : uint8_t { whole, table, levels, own, halves, words, e8p };
-constexpr int CODE_KINDS = 7;
+//   trellis   bits of a path down the column: a weight is made of its own code and those of the rows above it
+enum class CodeKind : uint8_t { whole, table, levels, own, halves, words, e8p, trellis };
+constexpr int CODE_KINDS = 8;
+
+// What makes a weight of a path. `formats/grids/trellis.py` has the rule.
+struct Path {
+    static constexpr int COUNT = 9;
+    int32_t state_bits = 0, shifts[2] = {}, multiplier = 0, polynomial[5] = {};  // bits that even and odd rows add
+
+    void take(const int32_t *from);  // throws std::invalid_argument for values that no path has
+    void give(int32_t *to) const;
+};
 
 // Codes of 1 to 24 bits with a scale a block: w = scale * gain * value.
 struct Coded {
@@ -75,6 +85,7 @@ struct Coded {
     Aligned<float> words;      // [book][1 << word_bits][span], or
     Aligned<uint16_t> halves;  // in fp16
     Aligned<uint8_t> points;   // of e8p: magnitudes [256][8] in quarters
+    Path path;                 // of trellis
     int books = 1, word_bits = 0;
     Aligned<uint8_t> lines;  // [strip][block][line of 64 bytes]
 

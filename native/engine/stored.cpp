@@ -66,6 +66,11 @@ nb::dict give_coded(const Coded &m, nb::handle owner) {
     if (m.kind == CodeKind::words) d["books"] = m.books, d["word_bits"] = m.word_bits;
     if (m.words.size()) d["words"] = as_array(m.words.data(), m.words.size(), owner);
     if (m.halves.size()) d["halves"] = as_array(m.halves.data(), m.halves.size(), owner);
+    if (m.kind == CodeKind::trellis) {
+        Aligned<int32_t> path(Path::COUNT);
+        m.path.give(path.data());
+        d["path"] = nb::cast(nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>>(path.data(), {Path::COUNT}), nb::rv_policy::copy);
+    }
     if (m.points.size()) d["points"] = as_array(m.points.data(), m.points.size(), owner);
     return d;
 }
@@ -188,6 +193,9 @@ void take_kind(const Part &part, Coded &m) {
     } else if (m.kind == CodeKind::e8p) {
         need(m.bits == 16 && m.span == 8, "codes of e8p have 16 bits for 8 columns");
         copy_array(part, "points", 256 * 8, m.points);
+    } else if (m.kind == CodeKind::trellis) {
+        need(m.bits <= 8 && m.span == 1, "codes of single weights have at most 8 bits");
+        m.path.take(part.array<int32_t>("path", Path::COUNT).data());
     }
     need(all_finite(m.levels) && all_finite(m.words), "levels must be finite");
 }

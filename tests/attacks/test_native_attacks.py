@@ -179,13 +179,17 @@ def meaning_arguments(kind: str) -> dict[str, Any]:
         codes = rng.integers(0, 1 << 12, (ROWS, COLUMNS // 4), np.uint16).view(np.uint8)
         words = {"kind": kind, "span": 4, "books": 2, "word_bits": 6, "words": f32(2 * 64 * 4)}
         return made | {"bits": 12, "group": 20, "scales": u16(ROWS, 2).view(np.uint8), "codes": codes, "meaning": words}
+    if kind == "trellis":
+        path = np.array([14, 2, 2, 47143, 1549, -4328, 20308, -32138, 17408], np.int32)
+        codes = rng.integers(0, 4, (ROWS, COLUMNS), np.uint8)
+        return made | {"bits": 2, "codes": codes, "meaning": {"kind": kind, "span": 1, "path": path}}
     assert kind == "e8p"
     codes = rng.integers(0, 1 << 16, (ROWS, COLUMNS // 8), np.uint16).view(np.uint8)
     points = {"kind": kind, "span": 8, "points": u8(2048, value=2)}
     return made | {"bits": 16, "group": COLUMNS, "scales": u16(ROWS, 1).view(np.uint8), "codes": codes, "meaning": points}
 
 
-KINDS = ("levels", "own", "halves", "words", "e8p")
+KINDS = ("levels", "own", "halves", "words", "e8p", "trellis")
 
 
 def shared_arguments(kind: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from bitpress.formats.grids.lattice import E8P
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.grids.mixture import Mixture
 from bitpress.formats.grids.planes import Planes
+from bitpress.formats.grids.trellis import Trellis
 from bitpress.formats.terms.packed import Packed
 
 __all__ = ["Codes", "plan_codes"]
@@ -78,8 +79,7 @@ class Codes:
 
 def plan_codes(fmt: Format) -> list[Codes]:
     """Return how the codes of a format become native ones; nothing if they cannot."""
-    if fmt.layout == "base3":
-        assert isinstance(fmt.grid, Levels)
+    if fmt.layout == "base3" and isinstance(fmt.grid, Levels):
         return [Codes(8, take=_bytes_as_stored, meaning=_trits)]
     plan = PLANS.get(type(fmt.grid))
     if plan is not None:
@@ -163,6 +163,20 @@ def _additive(grid: Any) -> list[Codes]:
         return _book(grid.span, grid.bits, _halves(term.tensors["words"]), grid.books)
 
     return [Codes(grid.code_bits, meaning=meaning)]
+
+
+def _trellis(grid: Any) -> list[Codes]:
+    shifts = grid.constants.shifts
+    # Rows of a strip have codes of one width: half bits a weight take as many as their wider rows.
+    path = [grid.state_bits, shifts[0], shifts[-1], grid.constants.multiplier, *grid.constants.polynomial]
+
+    def take(term: Packed) -> torch.Tensor:
+        added: torch.Tensor = grid.added(term.unpack_codes().T)
+        return added.T.contiguous()
+
+    return [
+        Codes(max(shifts), take=take, meaning=lambda term, params: {"kind": "trellis", "span": 1, "path": np.array(path, np.int32)})
+    ]
 
 
 def _lattice(grid: Any) -> list[Codes]:
@@ -257,5 +271,6 @@ PLANS: dict[type, Callable[[Any], list[Codes]]] = {
     DenormalInteger: _denormal,
     LearnedBook: _learned,
     AdditiveBook: _additive,
+    Trellis: _trellis,
     type(E8P): _lattice,
 }

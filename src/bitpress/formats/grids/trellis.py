@@ -155,6 +155,14 @@ class Trellis:
     def check(self, codes: Int[torch.Tensor, "..."]) -> None:
         """Accept every code: each path is one of weights."""
 
+    def added(self, codes: Int[torch.Tensor, "... codes"]) -> Int[torch.Tensor, "... out"]:
+        """Return the bits that each row adds to its path."""
+        parts, left = [], self.code_bits
+        for shift in self.constants.shifts:
+            left -= shift
+            parts.append((codes >> left & (1 << shift) - 1).to(torch.uint8))
+        return torch.stack(parts, -1).flatten(-2)
+
     def _joined(self, added: Int[torch.Tensor, "sequences out"]) -> Int[torch.Tensor, "sequences codes"]:
         """Return codes from the bits that each row adds: those of an earlier row are the higher ones."""
         parts = added.to(code_dtype(self.code_bits)).view(len(added), -1, self.rows_per_code)
@@ -164,12 +172,7 @@ class Trellis:
         return joined
 
     def _states(self, codes: Int[torch.Tensor, "... codes"]) -> Int[torch.Tensor, "... out"]:
-        shifts, whole = self.constants.shifts, codes.int()
-        parts, left = [], self.code_bits
-        for shift in shifts:
-            left -= shift
-            parts.append(whole >> left & (1 << shift) - 1)
-        added = torch.stack(parts, -1).flatten(-2)
+        added, shifts = self.added(codes).int(), self.constants.shifts
         # Bits that were added up to and with every row: an earlier row's bits are as far up as the bits added since.
         total = torch.tensor(list(itertools.accumulate(itertools.islice(itertools.cycle(shifts), added.shape[-1]))))
         total = total.to(codes.device)
