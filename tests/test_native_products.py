@@ -385,7 +385,21 @@ DRAWN += [
     "trits2",
     "bipolar5",
 ]
-DRAWN += ["tcq2", "tcq3s12", "e4m3", "log5", "bitmod3", "int3-zero-s4", "int4-dq", "int2-p2row", "kmeans3", "dint4-zero", "e8p", "vq8x4", "olive4"]
+DRAWN += [
+    "tcq2",
+    "tcq3s12",
+    "e4m3",
+    "log5",
+    "bitmod3",
+    "int3-zero-s4",
+    "int4-dq",
+    "int2-p2row",
+    "kmeans3",
+    "dint4-zero",
+    "e8p",
+    "vq8x4",
+    "olive4",
+]
 
 
 @st.composite

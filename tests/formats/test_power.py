@@ -5,7 +5,7 @@ import torch
 
 from bitpress.formats import Params, find_row, parse_format
 from bitpress.formats.grids.mixture import Mixture
-from bitpress.formats.grids.power import EXPONENTS, power
+from bitpress.formats.grids.power import EXPONENTS, WIDE, power
 
 
 def error(name: str, w: torch.Tensor) -> tuple[float, Params]:
@@ -27,7 +27,7 @@ def test_levels_are_powers_of_evenly_spaced_numbers(bits: int) -> None:
 
 def test_the_first_exponent_is_the_integers() -> None:
     w = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
-    integers, grid = parse_format("int4-g64-fp32"), power(4)
+    integers, grid = parse_format("int4-g64-fp32"), power(4, "pow4", EXPONENTS)
     scale = integers.fit(w)["scale"]
     codes = integers.encode(w, {"scale": scale})
     params = {"scale": scale * 8, "which": torch.zeros_like(scale)}
@@ -57,3 +57,16 @@ def test_one_exponent_can_serve_a_whole_layer() -> None:
     assert params["which"].shape == (1, 1)
     # Three bits for the exponent, sixteen for the scale.
     assert parse_format("pow4-tensor").nbytes((32, 64)) == 32 * 32 + 1 + 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_with_heavy_tails_takes_an_exponent_beyond_those_of_pow(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 256, generator=generator) * (1.5 * torch.randn(64, 256, generator=generator)).exp()
+    (narrow, _), (wide, params) = (error(f"{name}{bits}-tensor-fp32", w) for name in ("pow", "nupes"))
+    assert WIDE[int(params["which"])] > EXPONENTS[-1]
+    assert wide < 0.95 * narrow
+    # The power of the published form is the reciprocal.
+    table = find_row(f"nupes{bits}").grid.tables[8]  # type: ignore[attr-defined]
+    assert table.levels[0] == -1
+    assert table.levels[1] == -((1 - 2.0 ** (1 - bits)) ** 3)

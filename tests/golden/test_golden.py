@@ -265,6 +265,19 @@ def test_four_bits_are_chosen_as_bitsandbytes_chooses_them(name: str) -> None:
 
 def test_the_dynamic_map_is_that_of_bitsandbytes() -> None:
     assert same(dynamic_map(), golden("bitsandbytes")["dynamic/levels"])
+    assert same(levels("dynamic8"), golden("bitsandbytes")["dynamic/levels"])
+
+
+def test_a_block_of_the_dynamic_map_is_scaled_by_its_largest_magnitude() -> None:
+    """As bitsandbytes scales it; the map ends at -0.99, so that a largest weight below 0 is not a level."""
+    w = torch.tensor([[0.5, -2.0, 0.25, 0.0], [0.5, 2.0, 0.25, -0.003]])
+    fmt = parse_format("dynamic8-row-fp32")
+    params = fmt.fit(w)
+    assert params["scale"].tolist() == [[2.0], [2.0]]
+    decoded = fmt.decode(fmt.encode(w, params), params)
+    expected = (w / 2).flatten()[:, None] - golden("bitsandbytes")["dynamic/levels"]
+    nearest = golden("bitsandbytes")["dynamic/levels"][expected.abs().argmin(1)] * 2
+    assert torch.equal(decoded.flatten(), nearest)
 
 
 def test_nested_scales_are_those_of_bitsandbytes() -> None:

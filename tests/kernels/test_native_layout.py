@@ -22,8 +22,12 @@ SHAPE = (576, 1536)
 MOST = 1.1
 HALF_BITS = "all rows of a path take the bits of its wider rows"
 # What is above `MOST`: the least and the most that it may be, and the reason.
-EXCEPTIONS: dict[str, tuple[float, float, str]] = {
+EXPANDED: dict[str, tuple[float, float, str]] = {
     "pvq8k5-g8": (6.0, 6.6, "its list of points is longer than its codes: expanded to 16 bits"),
+    "olive4a-row": (3.9, 4.1, "every block chooses between two lists of pairs: expanded to 16 bits"),
+    "olive8-row": (1.9, 2.1, "its list of pairs is longer than its codes: expanded to 16 bits"),
+}
+EXCEPTIONS: dict[str, tuple[float, float, str]] = EXPANDED | {
     "tcq1.5-row": (1.3, 1.4, HALF_BITS),
     "tcq2.5-row": (1.15, 1.25, HALF_BITS),
     "tcq3.5-row": (1.1, 1.2, HALF_BITS),
@@ -67,10 +71,10 @@ def test_bytes_in_memory_are_at_most_a_tenth_above_those_of_the_file(name: str) 
     ratio = lay_out(weight).nbytes / weight.nbytes
     low, high, _ = EXCEPTIONS.get(name, (0.0, MOST, ""))
     assert low < ratio <= high
-    assert (reason_to_expand(weight) is not None) == (name == "pvq8k5-g8")
+    assert (reason_to_expand(weight) is not None) == (name in EXPANDED)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "pvq8k5-g8"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in EXPANDED])
 def test_rows_are_those_that_the_format_decodes_to_the_bit(name: str) -> None:
     height = 576 if "576x1" in name else 192
     weight = compressed(name, drawn(height)[:, : 48 if height == 576 else 384].contiguous())

@@ -24,6 +24,7 @@ from bitpress.formats import (
     find_row,
     parse_format,
 )
+from bitpress.formats.grids.grid import Grid
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.layouts import dense
 from bitpress.formats.layouts.dense import code_dtype
@@ -95,14 +96,20 @@ def legal_codes(fmt: Format) -> torch.Tensor:
     if grid.num_codes == len(codes):
         return codes
     legal = []
-    for code in codes:
-        try:
-            grid.check(code[None])
-            legal.append(code)
-        except FormatError:
-            continue
-    assert len(legal) == grid.num_codes
-    return torch.stack(legal)
+    for some in codes.split(256):
+        for part in [some] if passes(grid, some) else some.split(1):
+            if passes(grid, part):
+                legal.append(part)
+    assert sum(map(len, legal)) == grid.num_codes
+    return torch.cat(legal)
+
+
+def passes(grid: Grid, codes: torch.Tensor) -> bool:
+    try:
+        grid.check(codes)
+    except FormatError:
+        return False
+    return True
 
 
 @given(bits=st.integers(1, 24), rows=st.integers(1, 5), count=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))

@@ -273,14 +273,18 @@ class Format:
     def _beside(
         self, fitted: Params, outer: Mapping[str, Mapping[str, torch.Tensor]], searched: bool
     ) -> list[tuple[str, int, torch.Tensor]]:
-        """List the other stored scales to try, one scale of a block at a time: parameter, place among the scales, values."""
+        """List the other stored scales to try, one scale of a block at a time: parameter, place among the scales, values.
+
+        A search of several scales a block begins as without a search, so that it ends no worse.
+        """
         bits = self.grid.code_bits / self.grid.span
-        return [
-            (p.name, place, other)
-            for p in self._scales()
-            for other in first_trials(self.store, fitted[p.name], outer[p.name], bits, searched)[1:]
-            for place in range(math.prod(p.shape))
-        ]
+        listed = []
+        for p in self._scales():
+            others = first_trials(self.store, fitted[p.name], outer[p.name], bits, searched)[1:]
+            if searched and p.shape:
+                others = first_trials(self.store, fitted[p.name], outer[p.name], bits, searched=False)[1:] + others
+            listed += [(p.name, place, other) for other in others for place in range(math.prod(p.shape))]
+        return listed
 
     def _keep_better(
         self, blocks: torch.Tensor, weights: torch.Tensor | None, trial: Params, best: Params, best_error: torch.Tensor

@@ -28,15 +28,15 @@ from bitpress.formats.grids.levels import Levels, Rule
 from bitpress.formats.grids.logarithmic import logarithmic
 from bitpress.formats.grids.minifloat import Specials, minifloat_levels
 from bitpress.formats.grids.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
-from bitpress.formats.grids.outlier_pair import OutlierPair
+from bitpress.formats.grids.outlier_pair import FLINT4, INT4, INT8, OutlierPair
 from bitpress.formats.grids.planes import Planes
-from bitpress.formats.grids.power import power
+from bitpress.formats.grids.power import EXPONENTS, WIDE, power
 from bitpress.formats.grids.pyramid import Pyramid
 from bitpress.formats.grids.searched_float import searched_float
 from bitpress.formats.grids.shifted_levels import shifted_levels
 from bitpress.formats.grids.trellis import WIDTHS, trellis
 from bitpress.formats.layouts.table import LAYOUTS
-from bitpress.formats.scales import SCALES
+from bitpress.formats.scales import SCALES, dynamic_map
 
 __all__ = [
     "GRIDS",
@@ -110,11 +110,21 @@ GRIDS: dict[str, Row] = {
     "fp4bnb": Row(Levels("fp4bnb", fp4_bitsandbytes()), "the 4-bit float of bitsandbytes, by its codes"),
     **{f"log{b}": Row(Levels(f"log{b}", logarithmic(b)), "powers of 2 and zero, signed") for b in range(3, 7)},
     **{f"sqrtlog{b}": Row(Levels(f"sqrtlog{b}", logarithmic(b, 2)), "powers of sqrt 2 and zero, signed") for b in range(3, 8)},
-    **{f"pow{b}": Row(power(b), "integers to a power that every block chooses") for b in range(2, 9)},
+    **{f"pow{b}": Row(power(b, f"pow{b}", EXPONENTS), "integers to a power that every block chooses") for b in range(2, 9)},
+    **{
+        f"nupes{b}": Row(power(b, f"nupes{b}", WIDE), "integers to a power that every block chooses, up to 4.75")
+        for b in (4, 8)
+    },
     **{
         f"dint{b}": Row(DenormalInteger(b), f"{b}-bit integers and two halves", DenormalInteger(b, zero=True))
         for b in range(3, 9)
     },
+    "flint4": Row(
+        Levels("flint4", (*FLINT4.normal, *(-level for level in FLINT4.normal))), "ANT's 4 bits: 0 to 4, 6, 8, 16, signed"
+    ),
+    "dynamic8": Row(
+        Levels("dynamic8", tuple(dynamic_map().tolist()), "largest"), "bitsandbytes' 8-bit map: decades in linear steps"
+    ),
     "nf4": Row(Levels("nf4", normal_float(4)), "quantiles of a normal distribution, 4 bits"),
     "nf3": Row(Levels("nf3", normal_float(3)), "quantiles of a normal distribution, 3 bits"),
     "nf2": Row(Levels("nf2", normal_float(2)), "quantiles of a normal distribution, 2 bits"),
@@ -165,7 +175,10 @@ GRIDS: dict[str, Row] = {
         )
         for name in WIDTHS
     },
-    "olive4": Row(OutlierPair(), "OliVe: pairs of 4-bit integers, or an outlier and a zero"),
+    "olive4": Row(OutlierPair("olive4", (INT4,)), "OliVe: pairs of 4-bit integers, or an outlier and a zero"),
+    "olive4f": Row(OutlierPair("olive4f", (FLINT4,)), "OliVe: pairs of flint4, or an outlier and a zero"),
+    "olive4a": Row(OutlierPair("olive4a", (INT4, FLINT4)), "OliVe: pairs of integers or of flint4, chosen per block"),
+    "olive8": Row(OutlierPair("olive8", (INT8,)), "OliVe: pairs of 8-bit integers, or an outlier and a zero"),
 }
 
 # Families with too many members for a row each: a pattern, its description, and a function from a match to a grid.

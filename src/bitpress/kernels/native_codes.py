@@ -175,7 +175,11 @@ def _trellis(grid: Any) -> list[Codes]:
         return added.T.contiguous()
 
     return [
-        Codes(max(shifts), take=take, meaning=lambda term, params: {"kind": "trellis", "span": 1, "path": np.array(path, np.int32)})
+        Codes(
+            max(shifts),
+            take=take,
+            meaning=lambda term, params: {"kind": "trellis", "span": 1, "path": np.array(path, np.int32)},
+        )
     ]
 
 
