@@ -140,7 +140,7 @@ def test_gptq_is_as_good_with_native_code_as_without(
 def test_weights_kept_apart_are_the_same_with_native_code(name: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = draw(48, 64) ** 3, draw(300, 64, seed=1) * torch.linspace(0.1, 3, 64)
     stats = Stats(300, gram=x.T @ x / 300)
-    quantizer = QUANTIZERS[name]()
+    quantizer = QUANTIZERS[name](**({"store": "fp16", "salient": 0.02} if name == "pb_llm" else {}))
     with_native = quantizer.quantize(w, stats, parse_format(weights)).weight
     monkeypatch.setenv("BITPRESS_NATIVE", "off")
     without = quantizer.quantize(w, stats, parse_format(weights)).weight

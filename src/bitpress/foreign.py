@@ -145,7 +145,7 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(r"squeeze_?llm", "SqueezeLLM", "kmeans4-row", "squeezellm", "the same levels", ("SqueezeLLM",)),
     Foreign(r"quip(?:#|_sharp)?", "QuIP#", "e8p-row", "quip_sharp", "the same codebook", ("quip#", "QuIP")),
     Foreign(r"aqlm|vptq", "AQLM", "aq2x8x8-row", "aqlm", "learned vectors, 2 bits", ("aqlm", "vptq")),
-    Foreign(r"higgs", "HIGGS", "gauss8x2-g64", "higgs", "the same points", ("higgs",)),
+    Foreign(r"higgs", "HIGGS", "gauss8x2-row", "higgs", "the same points", ("higgs",)),
     Foreign(
         r"exl[23]|qtip|quarot|spinquant|omniquant|flatquant|ostquant",
         "a method with a change of basis or learned rounding",

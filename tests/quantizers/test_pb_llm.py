@@ -1,11 +1,13 @@
 """PB-LLM: salient weights by the paper's measure, kept exactly; everything else one bit with error feedback."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, UsageError
-from bitpress.formats import Packed, Sparse, parse_format
+from bitpress.formats import Kept, Packed, Sparse, parse_format
 from bitpress.quantizers.gptq import GPTQ
 from bitpress.quantizers.pb_llm import PBLLM
 from bitpress.quantizers.quantizer import output_error
@@ -40,7 +42,7 @@ def by_hand(w: torch.Tensor, gram: torch.Tensor, count: int) -> tuple[torch.Tens
 
 def test_it_is_the_algorithm_of_the_paper() -> None:
     w, stats = layer()
-    outcome = PBLLM(salient=0.1, order="natural").quantize(w, stats, parse_format("binary-row"))
+    outcome = PBLLM(salient=0.1, store="fp16", order="natural").quantize(w, stats, parse_format("binary-row"))
     expected, salient = by_hand(w, stats.need_gram("test"), int(0.1 * w.numel()))
     packed, kept = outcome.weight.terms
     assert isinstance(packed, Packed)
@@ -51,9 +53,34 @@ def test_it_is_the_algorithm_of_the_paper() -> None:
     assert torch.equal(torch.sign(packed.dequantize())[~salient], torch.sign(expected)[~salient].float())
 
 
+def test_eight_bits_and_a_mask_hold_the_salient_weights_of_every_row() -> None:
+    w, stats = layer(4)
+    outcome = PBLLM(salient=0.25, order="natural").quantize(w, stats, parse_format("binary-row"))
+    packed, kept = outcome.weight.terms
+    assert isinstance(kept, Kept)
+    # A bit a weight for the mask, a byte a salient weight, a scale a row.
+    assert kept.tensors["mask"].numel() == w.numel() // 8
+    assert sum(t.numel() * t.element_size() for t in kept.tensors.values()) == w.numel() // 8 + w.numel() // 4 + 2 * OUT
+    chosen = kept.chosen()
+    h = stats.need_gram("test").double()
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(IN)
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    saliency = w.double().square() / u.diagonal().square()
+    assert torch.equal(chosen, saliency >= saliency.sort(1, descending=True).values[:, IN // 4 - 1 : IN // 4])
+    # What is stored makes up for the code's error to half a step, and the rest of the error moves later columns.
+    open_, w_hat = w.double().clone(), outcome.weight.dequantize().double()
+    step = kept.packed.unpack_params()["scale"].double()
+    for j in range(IN):
+        error = open_[:, j] - w_hat[:, j]
+        lacking = (open_[:, j] - packed.dequantize()[:, j])[:, None].abs()
+        near = (error[:, None].abs() <= step * 0.51) | (lacking > 126 * step) | ~chosen[:, j : j + 1]
+        assert near.all()
+        open_[:, j + 1 :] -= torch.outer(error / u[j, j], u[j, j + 1 :])
+
+
 def test_magnitude_takes_the_largest_weights() -> None:
     w, stats = layer(1)
-    outcome = PBLLM(salient=0.05, measure="magnitude").quantize(w, stats, parse_format("binary-g16"))
+    outcome = PBLLM(salient=0.05, store="fp16", measure="magnitude").quantize(w, stats, parse_format("binary-g16"))
     kept = outcome.weight.terms[1].dequantize() != 0
     assert int(kept.sum()) == int(0.05 * w.numel())
     assert float(w[kept].abs().min()) >= float(w[~kept].abs().max())
@@ -67,11 +94,12 @@ def test_without_salient_weights_it_is_gptq() -> None:
     assert torch.equal(ours, GPTQ().quantize(w, stats, fmt).weight.dequantize())
 
 
+@pytest.mark.parametrize("store", ["int8", "fp16"])
 @pytest.mark.parametrize("fmt", ["binary-g16", "ternary-row", "int2-g16-zero", "e8p-row"])
-def test_more_salient_weights_leave_less_error(fmt: str) -> None:
+def test_more_salient_weights_leave_less_error(fmt: str, store: Any) -> None:
     w, stats = layer(3)
     errors = [
-        output_error(w, PBLLM(salient=part).quantize(w, stats, parse_format(fmt)).weight.dequantize(), stats)
+        output_error(w, PBLLM(salient=part, store=store).quantize(w, stats, parse_format(fmt)).weight.dequantize(), stats)
         for part in (0.0, 0.05, 0.2, 0.9)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -82,6 +110,8 @@ def test_what_cannot_be_is_refused() -> None:
     w, _ = layer()
     with pytest.raises(UsageError, match="salient=1"):
         PBLLM(salient=1.0)
+    with pytest.raises(UsageError, match="'int8' or 'fp16'"):
+        PBLLM(store="int4")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="measure"):
         PBLLM(measure="taste")  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="pb_llm"):

@@ -31,6 +31,8 @@ EXACT: list[tuple[str, str, dict[str, Any]]] = [
     ("aligned_groups", "int2-g16-zero", {"share": 1.0}),
     ("pb_llm", "binary-g32", {}),
     ("pb_llm", "binary-g32", {"salient": 0.0}),
+    ("pb_llm", "binary-g32", {"salient": 0.02, "store": "fp16"}),
+    ("pb_llm", "binary-g32", {"salient": 0.0, "store": "fp16"}),
     ("gptq", "int3-g32-zero", {}),
     ("aqlm", "aq2x4x4-row", {}),
 ]

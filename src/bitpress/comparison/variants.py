@@ -2,7 +2,7 @@
 
     rtn:     {weights: "int{bits}-g64-zero", quantizer: rtn, bits: [4, 3, 2]}
     gptq:    {weights: "int{bits}-g64-zero"}
-    higgs:   {quantizer: higgs, bits: {4: {weights: gauss8x2-g64}, 2: {weights: gauss4x2-g64}}}
+    higgs:   {quantizer: higgs, bits: {4: {weights: gauss8x2-row}, 2: {weights: gauss4x2-row}}}
 
 A file maps names to recipes; in a directory every file is one recipe, named by its stem. `{bits}` stands for the width in any text
 of a recipe, and one without it is run once, as of the width that `bits` names if that is a single one. `bits` lists the widths that a

@@ -2,10 +2,11 @@
 
 Source   Li et al. 2023, "Enabling Fast 2-bit LLM on GPUs: Memory Alignment and Asynchronous Dequantization", known here from
          the abstracts of two versions: 4 bits for the small share of groups with the largest range; later, the largest Hessian and range.
-Differs  a group of channels is chosen for all rows together and stored as columns; the columns in 4 bits are rounded first and
-         their error is fed to the others, as in GPTQ; scales are stored as the format says.
+Differs  groups are chosen by what 4 bits save of their cost, where the paper takes the largest range; for all rows together and stored as
+         columns, since a choice for each row would take a bit a weight to say; the columns in 4 bits are rounded first and their error is
+         fed to the others, as in GPTQ; scales are stored as the format says. Sparse outliers in 16 bits are the correction `outliers`.
 Needs    gram [in, in] float32.     Cost  as GPTQ.
-Update   score(g) = mean_j(1 / U[j, j]^2) * sum over rows range(w[row, g])^2;  the `share` of largest score in 4 bits
+Update   gain(g) = sum over rows and columns of the group of ((w - Q2(w))^2 - (w - Q4(w))^2) / U[j, j]^2;  the `share` of largest gain in 4 bits
 Fails    as GPTQ; FormatError for a format without groups of columns.
 """
 
@@ -73,10 +74,14 @@ class AlignedGroups(Quantizer):
 
     def choose(self, w: Float[torch.Tensor, "out in"], feedback: Feedback, fmt: Format) -> Bool[torch.Tensor, " in"]:
         """Return a mask of the columns of the groups that get 4 bits."""
-        tiles = in_blocks(w, fmt)
-        spread = (tiles.amax((1, 3)) - tiles.amin((1, 3))).square().sum(0)  # [across]
-        across, cols = tiles.shape[2], tiles.shape[3]
-        score = feedback.cost().view(across, cols).mean(1) * spread
+        cost, ratios = feedback.cost(), shrink_ratios("mse", self.steps, self.smallest)
+        left = []
+        for candidate in (fmt, twice_as_wide(fmt)):
+            params = candidate.fit(w, cost, ratios)
+            left.append(in_blocks((candidate.decode(candidate.encode(w, params), params) - w).square() * cost, fmt))
+        gain = left[0] - left[1]
+        across, cols = gain.shape[2], gain.shape[3]
+        score = gain.sum((0, 1, 3))
         count = min(round(self.share * across) or 1, across - 1) if 0 < self.share < 1 else round(self.share * across)
         chosen = torch.zeros(across, dtype=torch.bool)
         chosen[score.topk(count).indices] = True

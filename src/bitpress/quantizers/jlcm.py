@@ -3,7 +3,7 @@
 Source   Yvinec et al. 2023, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and Mappings", known here
          from its abstract: neurons are re-ordered so that those of similar distribution are adjacent and share a codebook.
 Differs  the joint learning of codebooks and mappings by gradients is left out; rows are similar if their root mean squares are;
-         groups are equally large; the order is stored as the weight's output map, 32 bits per row, where the paper's is folded into
+         groups are equally large; the order is stored as the weight's output map, 16 bits a row, where the paper's is folded into
          the network.
 Needs    nothing.                   Cost  one fit of the format.
 Update   order = argsort(rms of rows);  one block of parameters for every out / groups rows of w[order]

@@ -18,6 +18,7 @@ from bitpress.quantizers.higgs import HIGGS
 from bitpress.quantizers.hqq import HQQ
 from bitpress.quantizers.jlcm import JLCM
 from bitpress.quantizers.ldlq import LDLQ
+from bitpress.quantizers.lnq import LNQ
 from bitpress.quantizers.mr_gptq import MRGPTQ
 from bitpress.quantizers.pb_llm import PBLLM
 from bitpress.quantizers.ptq161 import PTQ161
@@ -62,5 +63,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "quip_sharp": QuIPSharp,
     "pvq": PVQ,
     "aqlm": AQLM,
+    "lnq": LNQ,
     "mr_gptq": MRGPTQ,
 }

@@ -1,10 +1,11 @@
 """SmoothQuant+: balance the inputs' channels against those of the weights, at the strength with the least output error.
 
-Source   Pan et al. 2023, "SmoothQuant+: Accurate and Efficient 4-bit Post-Training WeightQuantization for LLM" (the abstract is what
-         could be read); the smoothing as in the authors' public code (`smooth.py`).
-Differs  the strength is searched for every group of weights that share an input, by the error of their outputs, not once for the model;
-         `alpha` sets one for all. Mean magnitudes of the inputs, not the largest ones. Inputs made by one producer channel share a
-         factor. The search includes no smoothing at all.
+Source   Pan et al. 2023, "SmoothQuant+: Accurate and Efficient 4-bit Post-Training WeightQuantization for LLM": the abstract is what could
+         be read, and its public repository holds no code; the smoothing is SmoothQuant's.
+Differs  the strength is searched for every group of weights that share an input, by the error of their outputs, where the paper has one for
+         the model, by the model's loss: a scale search here sees one group of weights and no other. `alpha` sets one strength for all.
+         Mean magnitudes of the inputs, not the largest ones. Inputs made by one producer channel share a factor. The search includes no
+         smoothing at all.
 Needs    gram [in, in], mean_abs [in] float32.      Cost  O(grid * out * in^2) time, O(out * in) memory.
 Update   s = mean_abs^alpha / max |w|^(1 - alpha),  alpha = argmin over i / grid of sum over siblings tr(D gram D'),
          D = Q(w * s) / s - w

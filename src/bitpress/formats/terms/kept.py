@@ -44,13 +44,17 @@ class Kept:
     kind: ClassVar[str] = "kept"
 
     @classmethod
-    def place(cls, packed: Packed, axis: Axis, chosen: Bool[torch.Tensor, " n"]) -> "Kept":
-        """Return packed columns or rows at the places of `chosen`, in a weight that is zero elsewhere."""
-        count, n = int(chosen.sum()), chosen.shape[0]
+    def place(cls, packed: Packed, axis: Axis, chosen: Bool[torch.Tensor, "*parts n"]) -> "Kept":
+        """Return packed columns or rows at the places of `chosen`, in a weight that is zero elsewhere.
+
+        With an axis of parts, `chosen` holds the columns of every part, as many in each; a part is some rows, down to one.
+        """
+        chosen = chosen if chosen.ndim == 2 else chosen[None]
+        count, n = int(chosen[0].sum()), chosen.shape[1]
         assert packed.parts == 1
         assert packed.shape[1 if axis == "columns" else 0] == count
         shape = (packed.shape[0], n) if axis == "columns" else (n, packed.shape[1])
-        return cls(packed.format, axis, shape, count, _tensors(_pack(chosen[None]), packed))
+        return cls(packed.format, axis, shape, count, _tensors(_pack(chosen), packed), len(chosen))
 
     @property
     def packed(self) -> Packed:

@@ -12,9 +12,12 @@ __all__ = ["Shape", "column_bytes", "sparse_bytes", "term_bytes"]
 Shape = tuple[int, int]
 
 
-def term_bytes(kind: str, shape: Shape, parts: int, **spec: object) -> int:
-    """Return the bytes of a term by its kind and specification. Raises FormatError for one that the shape does not have."""
-    spec = spec if parts == 1 or kind == "sparse" else {**spec, "parts": parts}
+def term_bytes(kind: str, shape: Shape, parts: int, *, each: int = 1, **spec: object) -> int:
+    """Return the bytes of a term by its kind and specification, `each` parts of its own in every weight.
+
+    Raises FormatError for one that the shape does not have.
+    """
+    spec = spec if parts * each == 1 or kind == "sparse" else {**spec, "parts": parts * each}
     tensors = TERMS[kind].expected(spec, (shape[0] * parts, shape[1]))
     return sum(dtype.itemsize * math.prod(dims) for dtype, dims in tensors.values())
 
