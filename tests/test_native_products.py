@@ -350,8 +350,8 @@ def alone(term: Any) -> CompressedWeight:
 
 @functools.cache
 def usual(name: str) -> CompressedWeight:
-    """A weight of 19 rows (a whole strip and a bit) and 384 columns (more than a segment)."""
-    return alone(press(name, weights(19, 384, 11)))
+    """A weight of 19 rows (a whole strip and a bit; 20 where codes are for two) and 384 columns (more than a segment)."""
+    return alone(press(name, weights(19 if parse_format(name).rows_per_code == 1 else 20, 384, 11)))
 
 
 @pytest.mark.parametrize("name", [fmt.name for fmt in usual_formats()])
