@@ -19,6 +19,7 @@ from bitpress.quantizers.hqq import HQQ
 from bitpress.quantizers.jlcm import JLCM
 from bitpress.quantizers.ldlq import LDLQ
 from bitpress.quantizers.mr_gptq import MRGPTQ
+from bitpress.quantizers.one_bit import OneBit
 from bitpress.quantizers.pb_llm import PBLLM
 from bitpress.quantizers.ptq161 import PTQ161
 from bitpress.quantizers.ptqtp import PTQTP
@@ -47,6 +48,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "db_llm": DBLLM,
     "ptqtp": PTQTP,
     "bitnet_ptq": BitNetPTQ,
+    "one_bit": OneBit,
     "bitstack": BitStack,
     "ptq161": PTQ161,
     "gptaq": GPTAQ,
