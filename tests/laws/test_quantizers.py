@@ -197,6 +197,7 @@ def test_sick_statistics_end_no_further_away_than_rounding(name: str, sickness: 
 ROWS_TOGETHER = {
     "aqlm": "one codebook for all rows, begun with some of them by number",
     "bitstack": "singular vectors of the whole weight: their sums over rows are in another order",
+    "one_bit": "one matrix of rank one for the whole weight: its sums over rows are in another order",
     "ptq161": "scales of columns over all rows: their sums are in another order",
 }
 

@@ -155,6 +155,7 @@ GRIDS: dict[str, Row] = {
         f"gauss{b}x2": Row(FixedBook(f"gauss{b}x2", gaussian_points(b)), f"{1 << b} points best for normal weights in pairs")
         for b in (4, 6, 8)
     },
+    "gauss8x4": Row(FixedBook("gauss8x4", gaussian_points(8, 4)), "256 points best for normal weights in fours"),
     **{
         f"vq{b}x{span}": Row(LearnedBook(b, span), f"one of {1 << b} learned vectors of {span} weights")
         for b, span in ((4, 2), (6, 2), (8, 2), (8, 4), (12, 4))

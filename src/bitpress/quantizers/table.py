@@ -20,6 +20,7 @@ from bitpress.quantizers.jlcm import JLCM
 from bitpress.quantizers.ldlq import LDLQ
 from bitpress.quantizers.lnq import LNQ
 from bitpress.quantizers.mr_gptq import MRGPTQ
+from bitpress.quantizers.one_bit import OneBit
 from bitpress.quantizers.pb_llm import PBLLM
 from bitpress.quantizers.ptq161 import PTQ161
 from bitpress.quantizers.ptqtp import PTQTP
@@ -48,6 +49,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "db_llm": DBLLM,
     "ptqtp": PTQTP,
     "bitnet_ptq": BitNetPTQ,
+    "one_bit": OneBit,
     "bitstack": BitStack,
     "ptq161": PTQ161,
     "gptaq": GPTAQ,
