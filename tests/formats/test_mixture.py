@@ -131,3 +131,26 @@ def test_a_code_unused_in_all_tables_is_refused() -> None:
     mixture.check(torch.tensor([2], dtype=torch.uint8))
     with pytest.raises(FormatError):
         mixture.check(torch.tensor([3], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("native", ["on", "off"])
+@pytest.mark.parametrize("name", ["bitmod4", "fp4s", "fp8s", "pow3", "iq3k"])
+def test_codes_are_those_of_the_table_of_the_block(name: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole blocks and of single columns; with zeros of both signs, values half way between levels, and a block of zeros."""
+    if native == "off":
+        monkeypatch.setenv("BITPRESS_NATIVE", "off")
+    w = normal(12, 32, 64)
+    w[:, ::7], w[:, 1::7] = 0.0, -0.0
+    w[3] = 0.0
+    w[5] = torch.randint(-8, 9, (64,), generator=torch.Generator().manual_seed(13)) / 8
+    fmt = parse_format(f"{name}-g16")
+    params = fmt.fit(w)
+    assert isinstance(fmt.grid, Mixture)
+    codes = fmt.to_blocks(fmt.encode(w, params))
+    scale, which = params["scale"].reshape(-1, 1), params["which"].reshape(-1, 1)
+    assert len(which.unique()) > 1
+    for index, table in enumerate(fmt.grid.tables):
+        here = which[:, 0] == index
+        assert torch.equal(codes[here], table.encode(fmt.to_blocks(w)[here], {"scale": scale[here]}))
+    column = fmt.grid.encode(w[:, 17:18], fmt.columns(params, (32, 64), 17))
+    assert torch.equal(column, fmt.encode(w, params)[:, 17:18])

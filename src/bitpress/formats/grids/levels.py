@@ -33,7 +33,7 @@ from bitpress.formats.grids.grid import Params, StoredParam
 from bitpress.formats.layouts.dense import code_dtype
 from bitpress.formats.scale_store import Outer, ScaleStore, first_trials
 
-__all__ = ["Levels", "Rule", "root_mean_square"]
+__all__ = ["Levels", "Rule", "root_mean_square", "search_tables"]
 
 # Number of blocks whose scales are tried together; each ratio needs that many numbers.
 SEARCHED_TOGETHER = 1 << 16
@@ -143,7 +143,7 @@ class Levels:
         scale, table = params["scale"], self.table
         if table is not None and native.serves(values, scale):
             return native.encode_levels(values, scale, table)
-        boundaries, codes, negative_zero = _search_tables(self.levels, values.device)
+        boundaries, codes, negative_zero = search_tables(self.levels, values.device)
         scaled = (values / torch.where(scale == 0, 1.0, scale)).contiguous()
         chosen = codes[torch.bucketize(scaled, boundaries)]
         if negative_zero is not None:
@@ -188,15 +188,13 @@ def _byte_table(levels: tuple[float, ...]) -> torch.Tensor:
 
 @cache
 def _native_table(levels: tuple[float, ...]) -> native.LevelTable:
-    boundaries, codes, negative_zero = _search_tables(levels, torch.device("cpu"))
+    boundaries, codes, negative_zero = search_tables(levels, torch.device("cpu"))
     rising = _level_table(levels, torch.device("cpu"))[codes]
     return native.LevelTable(boundaries, rising, codes.to(torch.uint8), negative_zero)
 
 
 @cache
-def _search_tables(
-    levels: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int] | None]:
+def search_tables(levels: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int] | None]:
     """Return the boundaries between neighbouring levels, the code on each side, and the codes of zero and negative zero.
 
     `bucketize` puts a value at a boundary into the lower bin, so a boundary below an even code is one float lower.

@@ -19,7 +19,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
-from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.levels import Levels, search_tables
 from bitpress.formats.layouts.dense import code_dtype
 from bitpress.formats.scale_store import Outer, ScaleStore
 
@@ -100,12 +100,14 @@ class Mixture:
         return {"scale": best, "which": which}
 
     def encode(self, values: Float[torch.Tensor, "... n"], params: Params) -> Int[torch.Tensor, "... n"]:
-        which = params["which"].expand(*values.shape[:-1], 1)[..., 0]
-        scale = params["scale"].expand(*values.shape[:-1], 1)
-        codes = torch.empty(values.shape, dtype=code_dtype(self.code_bits), device=values.device)
-        for index, table in enumerate(self.tables):
-            here = which == index
-            codes[here] = table.encode(values[here], {"scale": scale[here]})
+        # One search for all tables: error feedback calls this for every column, where calls cost more than their work.
+        middles, order, zeros = _ranked(self.tables, values.device)
+        which = params["which"].long()[..., 0].expand(values.shape[:-1])
+        scaled = (values / torch.where(params["scale"] == 0, 1.0, params["scale"])).contiguous()
+        codes = order[which].gather(-1, torch.searchsorted(middles[which], scaled))
+        if zeros is not None:
+            zero, signed = (code[which][..., None] for code in zeros)
+            codes = torch.where((codes == zero) & torch.signbit(scaled), signed, codes)
         return codes
 
     def decode(self, codes: Int[torch.Tensor, "... n"], params: Params) -> Float[torch.Tensor, "... n"]:
@@ -137,6 +139,26 @@ def _errors(
 def _unused(table: Levels) -> frozenset[int]:
     used = {code for code, level in enumerate(table.levels) if not math.isnan(level)}
     return frozenset(range(1 << table.code_bits)) - used
+
+
+@cache
+def _ranked(
+    tables: tuple[Levels, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the boundaries between the levels of every table, the codes between them, and the codes of zero and negative zero.
+
+    Tables with fewer levels are filled up with boundaries that no value reaches.
+    """
+    found = [search_tables(table.levels, device) for table in tables]
+    most, dtype = max(len(codes) for _, codes, _ in found), code_dtype(tables[0].code_bits)
+    middles = [torch.nn.functional.pad(at, (0, most - 1 - len(at)), value=math.inf) for at, _, _ in found]
+    order = [torch.nn.functional.pad(codes, (0, most - len(codes))) for _, codes, _ in found]
+    zeros = None
+    if any(zero is not None for _, _, zero in found):
+        # A table without two zeros: a code that none has.
+        pairs = torch.tensor([zero or (-1, 0) for _, _, zero in found], dtype=torch.int16, device=device)
+        zeros = (pairs[:, 0], pairs[:, 1].to(dtype))
+    return torch.stack(middles), torch.stack(order).to(dtype), zeros
 
 
 @cache
