@@ -103,7 +103,7 @@ def test_a_row_that_is_one_group_is_left_where_it_is(name: str) -> None:
     assert torch.equal(weight.dequantize(), static.dequantize())
 
 
-@pytest.mark.parametrize("method", {type(m) for m in METHODS.values()}, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", dict.fromkeys(type(m) for m in METHODS.values()), ids=lambda m: m.__name__)
 def test_what_is_wrong_is_said(method: Any) -> None:
     with pytest.raises(UsageError, match="'static' or 'running'"):
         method(groups="moving")
