@@ -86,9 +86,9 @@ CASES: dict[str, Case] = {
     "mistral": Case("MistralConfig", "int4-g16", {"sliding_window": 15, "num_key_value_heads": 4, "head_dim": 32}),
     "qwen2": Case("Qwen2Config", "int3-g32-zero", QWEN2),
     "qwen3": Case(
-        "Qwen3Config", "e4m3-g32", {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+        "Qwen3Config", "vq6x2-row", {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
     ),
-    "smollm3": Case("SmolLM3Config", "int5-g16", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3": Case("SmolLM3Config", "int5-g32", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
     "gemma3_text": Case("Gemma3TextConfig", "int6-g32", GEMMA),
     "wide heads": Case(
         "MistralConfig",
@@ -331,8 +331,8 @@ def test_8_bit_activations_are_close(
     many = divergence(want.exact, engine.forward(tokens, "all"))
     engine.reset()
     few = steps(engine, tokens)
-    # The levels of nf4 are no whole numbers: the nearest bytes stand for them.
-    assert divergence(want.exact, few) <= (1.0 if name == "llama linear" else 0.02) * usual + 1e-5
+    # The levels of nf4 and the words of vq6x2 are no whole numbers: the nearest bytes stand for them, of a table or of a whole book.
+    assert divergence(want.exact, few) <= {"llama linear": 1.0, "qwen3": 2.0}.get(name, 0.02) * usual + 1e-5
     assert many <= 6 * usual
     if not engine.facts["expanded"]:  # those are in float up to four rows
         assert not torch.equal(few, steps(make_engine(pressed(name)), tokens)), "nothing was rounded"

@@ -1,7 +1,8 @@
 """Products of the native engine against decoded weights in float64, within bounds that are derived here from what the engine rounds.
 
 float activations   sums in float32; what `NativeLayout.expanded` names is rounded to fp16
-codes read through floats (`Linear.through_floats`)   exact up to four rows; more rows: as uncompressed weights, without their fp16
+codes that are decoded to floats (`Linear.reads`)   exact up to four rows; more rows: as uncompressed weights, without their fp16
+codes that are decoded to bytes                     a word or level is the nearest of 127 steps of the largest; else as other codes
 8-bit activations   besides, up to 4 rows are rounded in steps of max |x| / 8064 in pieces of a group, at most 128 columns wide; levels
                     of a table that are no whole multiples of one step become the nearest of 127 of them.
                     More rows: in steps of max |x| / 127 in pieces of at most 128 columns, what is far above the row's mean left
@@ -91,8 +92,11 @@ def codes_of(term: Packed) -> Iterator[Codes]:
             yield Codes(scale * digit, scale, cols, 1)
             below *= len(digits)
     else:
-        assert isinstance(grid, Levels)
-        levels = [0.0 if level != level else level for level in grid.levels]
+        if isinstance(grid, Levels):
+            levels = [0.0 if level != level else level for level in grid.levels]
+        else:  # a grid with nothing but scales
+            every = torch.arange(grid.num_codes, dtype=torch.uint8)[:, None]
+            levels = grid.decode(every, {"scale": torch.ones(1, 1)}).flatten().tolist()
         if grid.code_bits <= 4:
             step, reach, missed = nearest_steps(levels)
         else:
@@ -154,6 +158,36 @@ def fp16_step(w: torch.Tensor, gain: torch.Tensor | float) -> torch.Tensor:
     return w.abs() * 2.0**-11 + 2.0**-25 * gain
 
 
+def missed_by_bytes(term: Packed) -> torch.Tensor:
+    """Return the bound of what a weight and its byte differ by: half a step of 127 of the largest level or word, times the scale."""
+    rows, cols = term.format.block.resolve(term.shape, term.format.grid.span)
+    params, grid = term.unpack_params(), term.format.grid
+    down, across = term.format.block_grid(term.shape)
+    if isinstance(grid, Integer):  # small groups
+        return torch.zeros(term.shape, dtype=torch.float64)
+    if "levels" in params:
+        most = params["levels"].abs().amax(-1)
+    else:
+        scale = params["scale"].reshape(down, across).abs()
+        if "words" in params:
+            words = params["words"].reshape(-1, *params["words"].shape[-2:])
+            most = scale * sum(float(book.abs().max()) for book in words)
+        else:
+            count = 256 if grid.name == "olive4" else grid.num_codes  # its invalid codes are in between
+            codes = torch.arange(count).to(torch.uint8 if grid.code_bits <= 8 else torch.int32)[:, None]
+            tables = range(1 << next((p.bits for p in grid.params if p.name == "which"), 0))
+            values = [grid.decode(codes, {"scale": torch.ones(1, 1), "which": torch.full((1, 1), float(t))}) for t in tables]
+            most = scale * torch.cat(values).nan_to_num().abs().max()
+    pieces = len(params["words"]) if "words" in params and params["words"].ndim == 3 else 1
+    return (most.double() * pieces / 254 * (1 + 300 * EPS)).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+
+
+def missed_between_scales(term: Packed, w: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Return the bound of what tiles of bytes add where groups share a segment: those below 64 columns, or that do not fill lines."""
+    group = term.format.block.resolve(term.shape, term.format.grid.span)[1]
+    return half_steps(w.abs() + near, w.shape[1], SEGMENT) if group % 64 and group < w.shape[1] else torch.zeros_like(w)
+
+
 def parts_of(term: Packed, w: torch.Tensor) -> list[torch.Tensor]:
     """Return the matrices of codes that a term is the sum of."""
     return [codes.w for codes in codes_of(term)] if isinstance(term.format.grid, Planes) else [w]
@@ -201,7 +235,7 @@ def bound(
         w = sum((term.dequantize().double().abs() for term in weight.terms), torch.zeros(weight.shape).double())
         error += moved @ w.T
         x = x.sign() * (x.abs() + moved)  # what follows is about sizes only
-    through_floats = iter(strips.linear.through_floats)
+    reads = iter(strips.linear.reads)
     expanded = [term.dequantize() for term in weight.terms if is_expanded(term, weight, strips)]
     if expanded:
         w = sum(expanded, torch.zeros(weight.shape)).double()
@@ -210,9 +244,17 @@ def bound(
         w = term.dequantize().double()
         if is_expanded(term, weight, strips):
             continue
-        if isinstance(term, Packed) and all([next(through_floats) for _ in parts_of(term, w)]):
+        how = {next(reads) for _ in parts_of(term, w)} if isinstance(term, Packed) else set()
+        if how == {"floats"} or (how == {"bytes"} and (not in_bytes or (many and in_halves))):
             for part in parts_of(term, w):
                 add_dense(x, part, 2 * EPS * part.abs())
+        elif how == {"bytes"}:
+            for part in parts_of(term, w):
+                near = torch.zeros_like(part) if isinstance(term.format.grid, Planes) else missed_by_bytes(term)
+                if many:
+                    add(x, half_steps_beside(x), part, near + missed_between_scales(term, part, near))
+                else:
+                    add(x, half_steps(x, x.shape[1], PIECE, DIGITS), part, near)
         elif isinstance(term, LowRank):
             rank = term.rank
             a, b = (factor.double() for factor in term.factors())

@@ -114,12 +114,12 @@ void linear_row(const Linear &l, int row, Array<float, 1> to) {
     l.row(row, to.data());
 }
 
-// For every matrix of codes, whether products decode it to floats first.
-std::vector<bool> through_floats(const Linear &l) {
+// How products with 8-bit activations read every matrix of codes: "codes", or decoded to "bytes" or "floats" first.
+std::vector<std::string> reads(const Linear &l) {
     const nb::gil_scoped_release released;
     const Use use(l);
-    std::vector<bool> all;
-    for (const Coded &m : l.coded) all.push_back(!m.fast());
+    std::vector<std::string> all;
+    for (const Coded &m : l.coded) all.emplace_back(m.fast() ? "codes" : m.staged_in_bytes() ? "bytes" : "floats");
     return all;
 }
 
@@ -223,7 +223,7 @@ void bind_engine(nb::module_ &m) {
         .def_prop_ro("rows", [](const Linear &l) { return l.rows; })
         .def_prop_ro("columns", [](const Linear &l) { return l.columns; })
         .def_prop_ro("nbytes", &linear_bytes)
-        .def_prop_ro("through_floats", &through_floats);
+        .def_prop_ro("reads", &reads);
     nb::class_<Multiplier>(m, "Multiplier")
         .def(nb::init<int, const std::string &>(), nb::arg("threads"), nb::arg("path"))
         .def("multiply", &Multiplier::multiply, nb::arg("linear"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),

@@ -87,10 +87,17 @@ struct Coded {
     Aligned<uint8_t> points;   // of e8p: magnitudes [256][8] in quarters
     Path path;                 // of trellis
     int books = 1, word_bits = 0;
+    // Bytes next to words or levels, the step being `step`, less a zero of 128. Of words: four numbers of a word in 32 bits,
+    // [book][1 << word_bits][words of four], pairs twice; of levels: [table][16].
+    Aligned<uint32_t> near_words;
+    Aligned<uint8_t> near_levels;
     Aligned<uint8_t> lines;  // [strip][block][line of 64 bytes]
 
     // Whether products read the codes as they are.
     bool fast() const { return kind <= CodeKind::table && !fine; }
+    // Whether products with 8-bit activations decode codes to bytes a block at a time; otherwise to floats.
+    bool staged_in_bytes() const;
+    bool reads_bytes() const { return fast() || staged_in_bytes(); }
     // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
     bool small() const { return fast() && cut.per_segment == 1 && reach <= 63; }
     int strips() const { return (rows + STRIP - 1) / STRIP; }
@@ -99,6 +106,7 @@ struct Coded {
     size_t level_count() const { return size_t(1) << bits; }
     size_t bytes() const;
     void find_reach();
+    void find_near();  // the bytes of words and levels
 };
 
 // Sixteen-bit weights, for what has no codes or no layout of its own: [strip][column][16].

@@ -45,7 +45,7 @@ void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &line
         // First, for the others are made of it.
         if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
         for (const Coded &m : linear->coded) {
-            want(!bytes || (few && !m.fast()) ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
+            want(!bytes || (few && !m.reads_bytes()) ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
         }
         if (!linear->dense.empty() && bytes && !few) want(many(kernels), flat_cut(linear->columns), map);
         if (linear->down) {
@@ -170,7 +170,7 @@ void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
     const int rows = input.rows();
     begin(l, strip, rows, out, STRIP);
     for (const Coded &m : l.coded) {
-        if (input.bytes() && m.fast()) {
+        if (input.bytes() && m.reads_bytes()) {
             k.coded_bytes(m, strip, input.find(Form::direct, m.cut, l.map.get()).quantized, 0, rows, out);
         } else {
             const Form &x = input.find(Form::floats, m.cut, l.map.get());

@@ -215,6 +215,7 @@ Coded take_coded(const Part &part, int rows, int columns, nb::list &kept) {
     take_kind(part, m);
     borrow_array(part, "lines", size_t(m.strips()) * m.cut.blocks() * m.block_bytes(), m.lines, kept);
     m.find_reach();
+    m.find_near();
     return m;
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bitpress import native
 from bitpress.cli import screen
 from bitpress.cli.reports import describe_directory, show_inspection, show_plan
 from bitpress.pipeline.plan import place_in_block
@@ -102,6 +103,10 @@ def test_inspect_names_every_part_and_the_proof(made: Path, narrow: Callable[[],
         assert what in said, what
     assert "override *.v_proj int8-row by gptq" in said
     figures = facts["proof"]
+    for entry in facts["formats"].values():
+        stored = 8 * entry["bytes"] / entry["parameters"]
+        assert native.available() == (entry["bits_in_memory"] is not None)
+        assert entry["bits_in_memory"] is None or entry["bits_in_memory"] > 0.9 * stored
     assert f"{figures['kl_mean']:.4f}" in said
     assert "64 tokens of builtin:heldout in 2 windows" in said
     assert f"perplexity {figures['perplexity']:.3f} (original {figures['perplexity_original']:.3f})" in said

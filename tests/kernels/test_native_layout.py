@@ -33,6 +33,9 @@ EXCEPTIONS: dict[str, tuple[float, float, str]] = EXPANDED | {
     "tcq3.5-row": (1.1, 1.2, HALF_BITS),
     "tcq4.5-row": (1.1, 1.2, HALF_BITS),
     "pvq4k4-g4": (1.1, 1.2, "scales of 6 bits are held in 8"),
+    "ternary-g64-base3": (1.2, 1.25, "five codes a byte are held in 2 bits each, which products read directly"),
+    "ternarymed-g64-base3": (1.2, 1.25, "as ternary"),
+    "ternary-row-base3": (1.2, 1.27, "as ternary"),
     "planes2-g32-dq": (1.5, 1.65, "scales of several planes share factors: read as fp32"),
 }
 GRIDS = ("int2", "int3", "int4", "nf4", "ternary", "planes2", "e2m3")

@@ -45,8 +45,6 @@ OFFSET = 128
 MOST_APPROXIMATED = 16
 # Most bits of a code of a fixed book: its words are listed.
 MOST_LISTED = 12
-# Codes of base3: five numbers of three levels in a byte.
-TRITS = 5
 
 Make = Callable[[Packed, Params], dict[str, Any]]
 Recode = Callable[[Packed], torch.Tensor]
@@ -79,8 +77,6 @@ class Codes:
 
 def plan_codes(fmt: Format) -> list[Codes]:
     """Return how the codes of a format become native ones; nothing if they cannot."""
-    if fmt.layout == "base3" and isinstance(fmt.grid, Levels):
-        return [Codes(8, take=_bytes_as_stored, meaning=_trits)]
     plan = PLANS.get(type(fmt.grid))
     if plan is not None:
         return plan(fmt.grid)
@@ -106,21 +102,22 @@ def _planes(grid: Any) -> list[Codes]:
 
 
 def _levels(grid: Any) -> list[Codes]:
-    if grid.code_bits > 8:
-        return []
-    levels = _valid(grid.levels)
+    return _by_level(_valid(grid.levels), grid.code_bits) if grid.code_bits <= 8 else []
+
+
+def _by_level(levels: tuple[float, ...], bits: int) -> list[Codes]:
     if len(levels) <= MOST_APPROXIMATED:
-        return [Codes(grid.code_bits, levels=levels)]
+        return [Codes(bits, levels=levels)]
     even = _even_steps(levels)
     if even is None:
-        return [Codes(grid.code_bits, meaning=lambda term, params: _tables([levels], grid.code_bits))]
+        return [Codes(bits, meaning=lambda term, params: _tables([levels], bits))]
     whole, step = even
     zero = max(0, -int(whole.min()))
-    if (int(whole.max()) + zero).bit_length() > grid.code_bits:
-        return [Codes(grid.code_bits, levels=levels)]
+    if (int(whole.max()) + zero).bit_length() > bits:
+        return [Codes(bits, levels=levels)]
     # Whole numbers in as many bits by other codes: mxint8 and the like.
     table = torch.tensor(whole + zero).to(torch.uint8)
-    return [Codes(grid.code_bits, zero=zero, gain=step, take=lambda term: table[term.unpack_codes().int()])]
+    return [Codes(bits, zero=zero, gain=step, take=lambda term: table[term.unpack_codes().int()])]
 
 
 def _even_steps(levels: tuple[float, ...]) -> tuple[np.ndarray, float] | None:
@@ -196,37 +193,24 @@ def _listed(grid: Grid) -> list[Codes]:
     """Return the codes of a grid that has nothing but scales, by the values of all codes at the scale 1."""
     if [p.kind for p in grid.params] != ["scale"] or grid.code_bits > MOST_LISTED:
         return []
+    values = _words(grid)
+    if grid.span == 1:
+        return _by_level(tuple(values.flatten().tolist()), grid.code_bits)
+    half = values.half()
+    words = _halves(half) if torch.equal(half.float(), values) else values.contiguous().flatten().numpy()
+    return [Codes(grid.code_bits, meaning=lambda term, params: _book(grid.span, grid.code_bits, words))]
 
-    def meaning(term: Packed, params: Params) -> dict[str, Any]:
-        codes = torch.arange(grid.num_codes) if grid.num_codes == 1 << grid.code_bits else torch.arange(1 << grid.code_bits)
-        codes = codes.clamp(max=_last_code(grid)).to(torch.uint8 if grid.code_bits <= 8 else torch.int32)
-        values = grid.decode(codes[:, None], {"scale": torch.ones(1, 1)}).reshape(len(codes), grid.span)
-        values = torch.where(values.isnan(), 0.0, values)
-        if grid.span == 1:
-            return {"kind": "levels", "span": 1, "tables": 1, "levels": values.flatten().numpy()}
-        half = values.half()
-        exact = torch.equal(half.float(), values)
-        return _book(grid.span, grid.code_bits, _halves(half) if exact else values.contiguous().flatten().numpy())
 
-    return [Codes(grid.code_bits, meaning=meaning)]
+def _words(grid: Grid) -> torch.Tensor:
+    codes = torch.arange(1 << grid.code_bits).clamp(max=_last_code(grid))
+    codes = codes.to(torch.uint8 if grid.code_bits <= 8 else torch.int32)
+    values = grid.decode(codes[:, None], {"scale": torch.ones(1, 1)}).reshape(len(codes), grid.span)
+    return torch.where(values.isnan(), 0.0, values)
 
 
 def _last_code(grid: Grid) -> int:
     """Return the highest code that can be decoded. Grids with invalid codes in between (olive4) decode all of them."""
     return (1 << grid.code_bits) - 1 if grid.name.startswith("olive") else grid.num_codes - 1
-
-
-def _trits(term: Packed, params: Params) -> dict[str, Any]:
-    grid = term.format.grid
-    assert isinstance(grid, Levels)
-    codes = torch.arange(256)
-    digits = torch.stack([codes.div(3**i, rounding_mode="floor") % 3 for i in range(TRITS)], -1)
-    values = torch.tensor(grid.levels, dtype=torch.float32)[digits]
-    return _book(TRITS, 8, _halves(values.half()))
-
-
-def _bytes_as_stored(term: Packed) -> torch.Tensor:
-    return term.tensors["codes"]
 
 
 def _book(span: int, word_bits: int, words: np.ndarray, books: int = 1) -> dict[str, Any]:
