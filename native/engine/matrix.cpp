@@ -202,7 +202,6 @@ bool Coded::staged_in_bytes() const {
 void Coded::find_near() {
     if (fine) return;
     if (kind == CodeKind::e8p) step = 0.25f;
-    if (kind == CodeKind::trellis) step = 1.0f / 32.0f;
     const bool finite = std::all_of(levels.data(), levels.data() + levels.size(), [](float v) { return std::isfinite(v); });
     if (kind == CodeKind::levels && bits <= 4 && which.bits <= 4 && finite) {
         const std::vector<float> all(levels.data(), levels.data() + levels.size());
