@@ -225,7 +225,7 @@ void Coded::find_near() {
         most += top;
     }
     step = nearest_step(all, most);
-    if (span == 2 && books == 1 && word_bits <= 6) {  // the two numbers of every word apart, for shuffles
+    if (span == 2 && books == 1 && word_bits <= 8 && bits <= 8) {  // the two numbers of every word apart, for shuffles
         const size_t count = std::max<size_t>(16, size_t(1) << word_bits);
         near_levels.resize(2 * count);
         for (size_t i = 0; i < all.size(); ++i) near_levels[i % 2 * count + i / 2] = near_byte(all[i], step);

@@ -98,6 +98,8 @@ def assemble(checkpoint: CompressedCheckpoint, config: Any, head: str, note: Cal
     inside = _bits(reader.linears)
     layer_bytes = sum(made.nbytes for made, _ in reader.linears)
     table = reader.weight(names.embedding)
+    if isinstance(table, CompressedWeight) and table.output_map is not None:
+        table = table.dequantize()  # behind a map of the outputs a row takes all rows
     top = table if layout.tied else reader.weight(names.head)
     final_norm = reader.norm(names.final_norm)
     if isinstance(top, CompressedWeight):
