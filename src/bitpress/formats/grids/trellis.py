@@ -7,7 +7,7 @@ Source   Tseng et al. 2024, "QTIP: Quantization with Trellises and Incoherence P
 Differs  the code: a product with an odd number modulo 2^16 spreads the states evenly over (-1, 1), and an odd polynomial in whole
          numbers bends them to a normal distribution; the public codes add up bytes of a random number. A path is a whole column of
          the weight instead of a tile of 16 x 16: rows do not feed errors to each other, so no feedback is lost, and a path that
-         long loses little at its begin. A path begins in state 0; there is no tail-biting. 14 bits of state instead of 16. Half
+         long loses little where it begins. A path begins in state 0; there is no tail-biting. 14 bits of state instead of 16. Half
          bits a weight, by codes that add one bit more at every second row.
 Cost     encode: 2^state_bits operations a weight.   decode: about 15 operations on 16-bit numbers a weight.
 

@@ -59,7 +59,7 @@ class Arranged:
 
 
 def check_groups(groups: str) -> None:
-    """Raise UsageError for a setting that is none."""
+    """Raise UsageError for an unknown setting."""
     if groups not in ("static", "running"):
         raise UsageError(f"groups={groups!r}: must be 'static' or 'running'.")
 
