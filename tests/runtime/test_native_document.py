@@ -26,8 +26,9 @@ def test_the_examples_hold(pressed_original: Path) -> None:
 def test_the_lists_are_those_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite = runpy.run_path(str(ROOT / "scripts" / "list_native.py"))["rewrite"]
     assert rewrite(TEXT) == TEXT, "run make docs"
+    # A row more instead of one less: put back, it would stand at the end of its table.
     for table, row in ((GRIDS, "int8"), (GRIDS, "olive4"), (ARCHITECTURES, "llama")):
-        with monkeypatch.context() as without:
-            without.delitem(table, row)
+        with monkeypatch.context() as changed:
+            changed.setitem(table, f"another_{row}", table[row])
             assert rewrite(TEXT) != TEXT, "a changed table is seen"
-    assert {*re.findall(r"\w+", TEXT)} >= {*GRIDS, *ARCHITECTURES}
+    assert {*re.findall(r"[\w.]*\w", TEXT)} >= {*GRIDS, *ARCHITECTURES}
