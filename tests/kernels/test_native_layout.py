@@ -28,6 +28,7 @@ EXPANDED: dict[str, tuple[float, float, str]] = {
     "olive8-row": (1.9, 2.1, "its list of pairs is longer than its codes: expanded to 16 bits"),
 }
 EXCEPTIONS: dict[str, tuple[float, float, str]] = EXPANDED | {
+    "trits2-g128-base3": (1.2, 1.3, "4 bits a code instead of five digits a byte"),
     "tcq1.5-row": (1.3, 1.4, HALF_BITS),
     "tcq2.5-row": (1.15, 1.25, HALF_BITS),
     "tcq3.5-row": (1.1, 1.2, HALF_BITS),

@@ -200,7 +200,7 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
         lambda m: LearnedBook(int(m[1]), int(m[2])),
     ),
     (
-        re.compile(r"(tcq(?:[1-4](?:\.5)?|5))s(1[0-6])"),
+        re.compile(r"(tcq(?:(?:1|2|3|4)(?:\.5)?|5))s(1[0-6])"),
         "tcqNsB: a trellis with B bits of state, 10 to 16, where tcqN has 14",
         lambda m: trellis(m[1], int(m[2])),
     ),

@@ -106,7 +106,7 @@ class SpQR(Quantizer):
 
 def _one_group(fmt: Format, shape: tuple[int, int]) -> Format:
     """Return the format of a column of groups that stands alone, with scales of its own."""
-    return Format(fmt.grid, Block(*fmt.block.resolve(shape, fmt.grid.span)))
+    return Format(fmt.grid, Block(*fmt.block.resolve(shape, fmt.grid.span)), fmt.grid.usual_scale or fmt.scale)
 
 
 def leave_one_out(
