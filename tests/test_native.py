@@ -422,7 +422,7 @@ def test_words_of_sums_are_those_of_the_reference(
     assert float((one == nearest(vectors, words[0])).float().mean()) > 0.999
 
 
-@pytest.mark.parametrize(("count", "span"), [(256, 8), (100, 3), (16, 1), (2, 2)])
+@pytest.mark.parametrize(("count", "span"), [pytest.param(256, 8, marks=pytest.mark.release), (100, 3), (16, 1), (2, 2)])
 def test_words_of_the_nearest_sum_are_those_of_the_reference(count: int, span: int) -> None:
     vectors, words = draw(700, span), draw(2, count, span, seed=1)
     with threads(3):

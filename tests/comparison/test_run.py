@@ -91,7 +91,7 @@ def names(done: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(row["name"], row["bits"]) for row in done["rows"]]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.release)])
 def test_rows_are_what_eval_says_of_the_pressed_directory(
     architecture: str, run: Run, tiny_model: Callable[..., Path], recipes: Path, calibration: dict[str, Any], tmp_path: Path
 ) -> None:

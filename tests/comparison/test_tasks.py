@@ -136,6 +136,7 @@ def test_a_run_goes_on_and_a_new_task_costs_only_itself(run: Run, task_files: li
     assert run("plain", "gptq")["answers"] == []
 
 
+@pytest.mark.release
 def test_recipes_that_are_sure_to_be_asked_answer_while_they_are_pressed(
     run: Run, task_files: list[str], tmp_path: Path
 ) -> None:

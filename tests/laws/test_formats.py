@@ -61,11 +61,11 @@ PLAIN = [variants(grid)[0] for grid in [*GRIDS, *FAMILIES]]
 
 
 def every_run() -> set[str]:
-    """The thorough grids with all variants, and every other grid in groups of 16 and with two of its variants, taken in turn."""
+    """The thorough grids with all variants, and every other grid in groups of 16 and with one of its variants, taken in turn."""
     chosen = set(PLAIN)
     for turn, grid in enumerate([*GRIDS, *FAMILIES]):
         names = variants(grid)
-        chosen |= set(names) if grid in THOROUGH else {names[turn % len(names)], names[(turn + len(names) // 2) % len(names)]}
+        chosen |= set(names) if grid in THOROUGH else {names[turn % len(names)]}
     return chosen
 
 
@@ -122,7 +122,7 @@ def test_unpack_gives_back_what_was_packed(bits: int, rows: int, count: int, see
 
 
 @given(name=st.sampled_from(PLAIN), rows=st.integers(1, 3), codes=st.integers(1, 37), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 def test_every_layout_gives_back_any_codes_of_its_grids(name: str, rows: int, codes: int, seed: int) -> None:
     grid = parse_format(name).grid
     values = torch.randint(0, grid.num_codes, (rows, codes), generator=torch.Generator().manual_seed(seed))

@@ -259,6 +259,8 @@ def test_the_plan_refuses_what_no_weight_could_have(tiny_model: Callable[..., Pa
 
 # ----------------------------------------------------------------------------------------------------------------- the whole way
 
+# Whose parts the others have too.
+RELEASE = {"hadamard + gptq + lqer", "no calibration", "awq + spqr"}
 RECIPES: dict[str, dict[str, Any]] = {
     "hadamard + gptq + lqer": {"transforms": ["hadamard"], "corrections": [{"name": "lqer", "rank": 4}]},
     "both sides + svdquant": {
@@ -283,7 +285,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", RECIPES)
+@pytest.mark.parametrize("what", [pytest.param(what, marks=pytest.mark.release if what in RELEASE else ()) for what in RECIPES])
 def test_the_whole_way(
     what: str, tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Recipe], text_file: Path, tmp_path: Path
 ) -> None:

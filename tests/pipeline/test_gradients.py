@@ -76,7 +76,7 @@ def test_weights_and_gram_are_those_of_the_whole_model(tiny_model: Callable[...,
             assert not torch.allclose(stats.loss_gram, stats.gram, rtol=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.release)])
 def test_a_recipe_that_asks_for_it_gets_other_codes(tiny_model: Callable[..., Path], tmp_path: Path, architecture: str) -> None:
     model = tiny_model(architecture)
     shared = {"weights": "int3-row", "transforms": [], "quantizer": "gptq"}

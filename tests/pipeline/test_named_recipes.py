@@ -36,7 +36,7 @@ def test_moqe_presses_experts_alone(architecture: str, tiny_model: Callable[...,
         assert 0 < error.max() <= held[name].abs().max() / 3
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.release)])
 def test_qtip_goes_through_the_whole_road(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model(architecture)
     # Fewer states than the recipe's own: the same road in less time.
