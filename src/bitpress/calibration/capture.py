@@ -28,7 +28,7 @@ class Capture(TorchFunctionMode):
 
     If the inputs of the uncompressed model are needed too, run its forward first, inside `original`. `roles` names the weights of the
     block's attention, for statistics of its heads. `loss_weights` returns the weights of this forward's tokens for the input of a weight,
-    or None where each counts as 1.
+    or None where they are not known; such an input has no `loss_gram`.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class Capture(TorchFunctionMode):
         self._seen: dict[tuple[int, tuple[int, int], int], tuple[torch.Tensor, list[str]]] = {}
         self._recording = False
         self._originals: dict[str, torch.Tensor] = {}
+        # Inputs whose tokens the loss does not weigh one by one: an expert's, and positions that a model leaves out on its way.
+        self._unweighed: set[str] = set()
         self._attention: list[Attention] = []
         self._attended = False
         # Products with observed weights in this forward, and in a whole one if that number is constant.
@@ -129,6 +131,7 @@ class Capture(TorchFunctionMode):
                 "this method needs the attention of the block, but the block never calls torch's attention; use another method."
             )
         done = {leader: collector.finish() for leader, collector in self._collectors.items()}
+        done |= {leader: replace(done[leader], loss_gram=None) for leader in self._unweighed}
         return {name: self._with_heads(name, done[leader]) for name, leader in self._leader.items()}
 
     def _note(self, x: torch.Tensor, w: torch.Tensor, axis: int) -> None:
@@ -162,12 +165,11 @@ class Capture(TorchFunctionMode):
                 self._collectors[leader].add_original(x, original)
 
     def _add_by_loss(self, leader: str, x: torch.Tensor) -> None:
-        tokens = x.numel() // x.shape[-1]
         weights = self._loss_weights(leader)
-        # An expert's tokens, and positions that a model leaves out on its way, cannot be weighed.
-        if weights is None or weights.numel() != tokens:
-            weights = torch.ones(tokens)
-        self._collectors[leader].add_weighted("loss_gram", x, weights)
+        if weights is None or weights.numel() != x.numel() // x.shape[-1]:
+            self._unweighed.add(leader)
+        elif leader not in self._unweighed:
+            self._collectors[leader].add_weighted("loss_gram", x, weights)
 
     def _take_attention(self) -> None:
         """Add the token weights and head statistics of the forward that just ended."""

@@ -137,7 +137,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         measured = functools.partial(cached.measured, needs=method.needs)
     else:
         stream.start_(None if samples is None else samples.inputs, None)
-    return BlockCompressor(stream, method, plan.weights, sensitivity=gradients, measured=measured, looked_at=True)
+    return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
 
 
 def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str, Any]:

@@ -24,8 +24,7 @@ __all__ = ["BlockCompressor"]
 class BlockCompressor:
     """A visitor that compresses the weights of every block by a method; `made` is the block in work.
 
-    stream       the calibration text, started already
-    sensitivity  what `measure_gradients` found, by the names of parameters
+    stream       the calibration text, started already, with what `measure_gradients` found
     measured     returns the statistics of a block from an earlier pass over the uncompressed model: then no text is run, and if the
                  method needs no gram, a gram among them is used only to measure errors
     looked_at    whether later visitors run the block, so that its compressed weights must be loaded
@@ -38,12 +37,11 @@ class BlockCompressor:
         planned: Sequence[PlannedWeight],
         *,
         strict: bool = False,
-        sensitivity: Mapping[str, torch.Tensor] | None = None,
         measured: Callable[[int], Measured] | None = None,
         looked_at: bool = False,
     ) -> None:
         self.stream, self.method, self.planned, self.looked_at = stream, method, planned, looked_at
-        self.sensitivity, self.measured = sensitivity, measured
+        self.measured = measured
         self.weights = WeightCompressor(method, strict=strict)
         self.made = CompressedBlock()
 
@@ -90,7 +88,7 @@ class BlockCompressor:
         else:
             found = stream.capture_(block.index, observed, replaced, last=block.last, final=final)
         stats = found.stats
-        if self.sensitivity is not None and "sensitivity" in self.method.needs:
+        if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
         scales = rescale_block_(
@@ -99,10 +97,9 @@ class BlockCompressor:
         return stats, scales
 
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        assert self.sensitivity is not None
         found = {}
         for p in planned:
-            matrices = p.parameter.matrices(self.sensitivity[p.parameter.name])
+            matrices = p.parameter.matrices(self.stream.gradients[p.parameter.name])
             for part, matrix in zip(p.parameter.parts(), matrices, strict=True):
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)

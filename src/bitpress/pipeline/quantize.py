@@ -242,7 +242,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
         progress.advance("outer")
     del outer
-    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, sensitivity=gradients)
+    compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
     walk(model, [compressor, Committer(job, compressor, total, progress)], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
     model.drop_outer_()

@@ -28,6 +28,9 @@ from bitpress.recipes import LayerMethod, Method, Named
 
 __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
+# Said under calibration.gram=loss of a weight whose tokens it cannot weigh: of experts, and of inputs with other positions than the sample.
+ALIKE = "its tokens count alike: the loss does not tell how much each of them matters here"
+
 
 @dataclass(frozen=True)
 class CompressedParameter:
@@ -184,12 +187,14 @@ class WeightCompressor:
             parts = LayerMethod(fmt, quantizer, corrections=parts.corrections)
             with _named(name):
                 outcome = compress_matrix(w, alike, parts)
-            outcome = replace(outcome, fallbacks=(scarce,))
+            outcome, seen = replace(outcome, fallbacks=(scarce,)), None
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
                 outcome = compress_matrix(w, _needed(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
+        if seen is not None and "gram" in needs and "loss_gram" in self.method.needs and seen.loss_gram is None:
+            outcome = replace(outcome, fallbacks=(*outcome.fallbacks, ALIKE))
         decoded = outcome.weight.dequantize()
         changed = int(changed_rows(w, decoded, fmt).sum())
         if changed:

@@ -25,7 +25,8 @@ Worked example: the first states of tcq2, and the weights of the codes 3, 1, 0, 
     >>> (grid.decode(torch.tensor([[3, 1, 0, 2]], dtype=torch.uint8), {"scale": torch.ones(1, 1)}) * 32).int().tolist()
     [[-32, -12, -8, -46]]
 
-The constants of every width are those with the least squared error on normal weights that `scripts/fit_trellis.py` found.
+The constants of every width are the best of a random search for the least squared error on normal weights; `scripts/fit_trellis.py` makes
+such a search.
 """
 
 import itertools
@@ -40,6 +41,7 @@ from jaxtyping import Integer as Int
 from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
+from bitpress.formats.grids.levels import root_mean_square
 from bitpress.formats.layouts.dense import code_dtype
 from bitpress.formats.scale_store import Outer, ScaleStore
 
@@ -117,10 +119,7 @@ class Trellis:
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
         """Scale every block to the root mean square of the levels (`importance` is ignored); a block of zeros gets 0."""
-        # Divided by the largest magnitude, so that no square is out of the range of float32.
-        top = blocks.abs().amax(-1, keepdim=True)
-        mean_square = (blocks / torch.where(top == 0, 1.0, top)).square().mean(-1, keepdim=True)
-        return {"scale": top * mean_square.sqrt() / self.constants.rms}
+        return {"scale": root_mean_square(blocks) / self.constants.rms}
 
     def search(
         self,
