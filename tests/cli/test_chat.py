@@ -31,7 +31,7 @@ AT_PROMPT = "\x1b[?2004h"  # a terminal is told to mark what is pasted whenever 
 
 # Runs the command line; every prompt goes into a file, and an answer to a question with "wait" in it stands still until it is stopped.
 WATCHED = """
-import json, os, signal, sys
+import json, os, sys, time
 from bitpress.runtime.native.text import TextEngine
 from bitpress.runtime.native.engine import Engine
 stream, generate, waits = TextEngine.stream, Engine.generate, []
@@ -46,7 +46,8 @@ def standing(self, tokens, **options):
         if waits and count == 6:
             sys.stderr.write("STANDING")
             sys.stderr.flush()
-            signal.pause()
+            while True:  # a stop that comes between two calls is not lost, as it is in front of signal.pause
+                time.sleep(0.01)
 TextEngine.stream, Engine.generate = noted, standing
 from bitpress.cli.app import main
 main()
