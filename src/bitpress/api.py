@@ -38,6 +38,8 @@ def quantize(
     length: int | None = None,
     seed: int | None = None,
     skip: Sequence[str] = (),
+    embeddings: str | Mapping[str, Any] | None = None,
+    head: str | Mapping[str, Any] | None = None,
     strict: bool = False,
     force: bool = False,
     proof_tokens: int = 8192,
@@ -53,6 +55,8 @@ def quantize(
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
     calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
     skip        patterns of weights not to quantize, such as "*.down_proj"
+    embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; as stored by default
+    head        format of the output head likewise; one that is tied is the table too
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
     max_kl      publish nothing above this KL divergence, measured on `proof_tokens` of `proof_text`; 0 tokens leave the proof out
@@ -68,6 +72,7 @@ def quantize(
         quantizer=quantizer,
         calibration={"text": calibration, "samples": samples, "length": length, "seed": seed},
         skip=skip,
+        outer={"embeddings": embeddings, "head": head},
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with watch(progress) as shown:

@@ -10,7 +10,7 @@ import pytest
 from bitpress import native
 from bitpress.cli import screen
 from bitpress.cli.reports import describe_directory, show_inspection, show_plan
-from bitpress.pipeline.plan import place_in_block
+from bitpress.pipeline.planned_weight import place_in_block
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.recipes import build_method, make_recipe
 
@@ -118,3 +118,20 @@ def test_without_a_proof_inspect_says_how_to_have_one(pressed_original: Path, na
     assert facts["proof"] is None
     show_inspection(facts)
     assert "No proof" in narrow()
+
+
+def test_a_plan_and_an_inspection_tell_embeddings_and_head(
+    bitpress: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted = ("--weights", "int4-g16", "--quantizer", "rtn", "--embeddings", "int8-row", "--head", "int6-g16")
+    planned = bitpress("plan", tiny_model(), *wanted)
+    assert planned.code == 0, planned.err
+    rows = {line.split()[0]: line.split()[1:] for line in planned.out.splitlines() if line.strip()}
+    assert rows["model.embed_tokens"][:3] == ["1", "384x32", "int8-row"]
+    assert rows["lm_head"][:3] == ["1", "384x32", "int6-g16"]
+    assert "embeddings, head" in planned.out
+    assert bitpress("quantize", tiny_model(), tmp_path / "out", *wanted, "--proof-tokens", 0).code == 0
+    told = bitpress("inspect", tmp_path / "out").out
+    assert "int6-g16 by rtn" in told
+    again = bitpress("plan", tiny_model(), "--weights", "int4-g16", "--quantizer", "rtn", "--embeddings", "keep").out
+    assert "lm_head" not in again

@@ -11,7 +11,8 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import bitpress
-from bitpress.checkpoints.compressed import CompressedCheckpoint, WeightRecord
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.models.linears import list_kept_outside, list_weights
 from bitpress.models.streaming import StreamedModel

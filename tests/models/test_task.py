@@ -109,3 +109,10 @@ def test_a_model_of_no_task_is_refused(images: ImageClassifier, source: Path, tm
         "bitpress quantizes causal language models and image classifiers",
     ):
         quantize_directory(source, tmp_path / "out", recipe("rtn"), proof=Proof(tokens=0))
+
+
+def test_a_model_without_a_table_of_embeddings_has_none_to_compress(
+    images: ImageClassifier, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="embeddings: ViTForImageClassification has no matrix that this key could name"):
+        quantize_directory(source, tmp_path / "out", recipe("rtn", embeddings="int8-row"), proof=Proof(tokens=0))

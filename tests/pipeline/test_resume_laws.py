@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "roles of attention": {"quantizer": {"name": "boa"}},
     "factors of channels": {"transforms": [{"name": "awq-scale"}]},
     "a basis": {"transforms": [{"name": "hadamard"}]},
+    "embeddings and a head": {"embeddings": {"weights": "int8-row"}, "head": {"weights": "int6-g16"}},
 }
 EVENTS = ("kept", "objects", "activations", "journal torn", "journal", "staged", "outer", "manifest", "cleared")
 

@@ -167,7 +167,7 @@ def test_a_module_that_computes_in_its_own_way_does_not_round() -> None:
     layer = CompressedLayer(RTN().quantize(w, None, fmt).weight, ActivationFormat(fmt))
     model = nn.ModuleDict({"table": nn.Embedding(8, 16)})
     with pytest.raises(CheckpointError, match=r"table\.weight: its input is rounded .* Embedding is no plain linear layer"):
-        replace_(model, WeightParameter("table.weight", (8, 16)), layer, torch.float32)
+        replace_(model, WeightParameter("table.weight", (8, 16)), layer, torch.float32, {})
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bitpress.checkpoints.compressed import CompressedCheckpoint, WeightRecord, is_compressed
+from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats.stack_budget import choose_blocks
 

@@ -2,7 +2,7 @@
 
     bitpress.json           {"bitpress": 2, "files": {name: {"bytes", "sha256"}}, "weights": {parameter: ...}, "aliases": {...}, ...}
     bitpress.safetensors    what is in no block; a weight `a.b.weight` is stored as `a.b.term0.codes`, ...
-    bitpress-*.safetensors  one file a block
+    bitpress-*.safetensors  one file a block; bitpress-head.safetensors: an output head that is compressed
     config.json, the tokenizer's files: as transformers wants them
 
 A directory without a valid manifest is not a model. `report.json` and `README.md` tell how it was made; they hold times, differ from
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ValidationError
 
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
@@ -28,6 +28,7 @@ from bitpress.checkpoints.jsonfile import parse_json, read_json
 from bitpress.checkpoints.locks import describe_job
 from bitpress.checkpoints.manifest import JOB_DIRECTORY, MANIFEST_NAME, is_compressed
 from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.checkpoints.records import FileRecord, Manifest
 from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read_tensor
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
 from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
@@ -35,15 +36,13 @@ from bitpress.errors import BitpressError, CheckpointError, FormatError
 from bitpress.formats import CompressedLayer, CompressedWeight
 
 __all__ = [
+    "HEAD_NAME",
     "JOB_DIRECTORY",
     "MANIFEST_NAME",
     "OUTER_NAME",
     "VERSION",
     "WEIGHT_FILE_MARKS",
     "CompressedCheckpoint",
-    "FileRecord",
-    "Manifest",
-    "WeightRecord",
     "config_marks",
     "is_compressed",
 ]
@@ -52,6 +51,8 @@ VERSION = 2
 # The version whose weight files have transformers' own names.
 _FIRST = 1
 OUTER_NAME = "bitpress.safetensors"
+# A head that is compressed after the blocks.
+HEAD_NAME = "bitpress-head.safetensors"
 _BLOCK_PREFIX = "bitpress-"
 # transformers without bitpress looks for this file, and its error names it; the second one is that of older directories.
 WEIGHT_FILE_MARKS = (
@@ -64,65 +65,6 @@ _OPENED_BY_NAME = (
     *(*SIDE_FILES, *WEIGHT_FILE_MARKS, SINGLE_NAME, INDEX_NAME),
     *("adapter_config.json", "custom_generate", "tekken.json"),
 )
-
-
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FileRecord(_Closed):
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class WeightRecord(_Closed):
-    """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
-
-    `input` specifies the `ActivationFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
-    `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
-    """
-
-    spec: dict[str, Any]
-    transposed: bool
-    experts: int = Field(ge=0, le=65536)
-    errors: list[FiniteFloat] | None = None
-    flat: bool = False
-    input: dict[str, str] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = make(self)
-        absent = {"errors": None, "flat": False, "input": None}
-        return {key: value for key, value in values.items() if key not in absent or value != absent[key]}
-
-    def parameter(self, name: str) -> WeightParameter:
-        rows, cols = self.spec["shape"]
-        if self.experts and rows % self.experts:
-            raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
-        if self.flat and not self.experts:
-            raise CheckpointError(f"{name}: only experts can lie below each other (flat), and there are none.")
-        return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts, self.flat)
-
-
-class Manifest(_Closed):
-    """What a directory holds and how it was made.
-
-    `prompt_cost` are the nats a token that 8-bit inputs cost in prompts of the native engine, left out where it is not much.
-    """
-
-    bitpress: int
-    files: dict[str, FileRecord]
-    weights: dict[str, WeightRecord]
-    aliases: dict[str, str]
-    left_out: list[str]
-    recipe: dict[str, Any]
-    job: dict[str, Any]
-    prompt_cost: FiniteFloat | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = make(self)
-        return {key: value for key, value in values.items() if key != "prompt_cost" or value is not None}
 
 
 def config_marks(version: int = VERSION) -> dict[str, Any]:
@@ -274,11 +216,21 @@ class CompressedCheckpoint:
         return sum(record.bytes for name, record in self.manifest.files.items() if name.endswith(".safetensors"))
 
     @property
+    def outer(self) -> tuple[str, ...]:
+        """Names of the compressed weights that are in no block: embeddings and output head."""
+        files = {name: self.tensors[stored[0]][0].name for name, stored in self.stored.items() if stored}
+        return tuple(name for name, file in files.items() if file in (OUTER_NAME, HEAD_NAME))
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits a weight of the compressed weights, from the bytes stored for them."""
-        stored = sum(self.tensors[name][1].nbytes for names in self.stored.values() for name in names)
-        count = sum(r.spec["shape"][0] * r.spec["shape"][1] for r in self.manifest.weights.values())
-        return stored * 8 / count if count else 0.0
+        """Bits a weight of the compressed weights inside the blocks, from the bytes stored for them."""
+        return self.bits_of(self.manifest.weights.keys() - set(self.outer))
+
+    def bits_of(self, names: Collection[str]) -> float:
+        """Bits a weight of some compressed weights, 0 for none."""
+        stored = sum(self.tensors[tensor][1].nbytes for name in names for tensor in self.stored[name])
+        shapes = [self.manifest.weights[name].spec["shape"] for name in names]
+        return stored * 8 / sum(rows * columns for rows, columns in shapes) if shapes else 0.0
 
 
 def _read_manifest(root: Path, content: bytes | None = None) -> Manifest:

@@ -18,11 +18,13 @@ from bitpress.cli.options import (
     Cache,
     CalibrationText,
     Documents,
+    Embeddings,
     Head,
     Json,
     Length,
     Memory,
     Model,
+    OutputHead,
     PresetBits,
     PresetName,
     QuantizerName,
@@ -88,6 +90,8 @@ def quantize(
     length: Length = None,
     seed: Seed = None,
     skip: Skip = None,
+    embeddings: Embeddings = None,
+    head: OutputHead = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
     proof_tokens: Annotated[int, typer.Option(help="Evaluation tokens of the final comparison; 0 leaves it out.")] = 8192,
@@ -100,15 +104,16 @@ def quantize(
 ) -> None:
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
-        explain_preset(
-            recipe, preset, bits, as_json, {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
-        )
+        idle = {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
+        explain_preset(recipe, preset, bits, as_json, idle | {"--embeddings": embeddings, "--head": head})
         return
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_report
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
-    method = read_method(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    method = read_method(
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+    )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen)
@@ -137,6 +142,8 @@ def plan(
     length: Length = None,
     seed: Seed = None,
     skip: Skip = None,
+    embeddings: Embeddings = None,
+    head: OutputHead = None,
     whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -148,13 +155,15 @@ def plan(
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
-    method = read_method(recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip)
+    method = read_method(
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+    )
     text = method.recipe.calibration.text
     if method.needs and not text.startswith("hf:"):
         read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
         planned, streamed, _ = plan_run(resolve_model(model, screen), method)
-        seconds = estimate_seconds(streamed, method, planned.weights)
+        seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         for text in unmeant_bits(planned):
             screen.note(f"{text}.")
     if as_json:

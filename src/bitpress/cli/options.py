@@ -47,6 +47,15 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(help="Weights not to quantize, e.g. '*.down_proj'; '!*.experts.*' makes an exception. May be repeated."),
 ]
+Embeddings = Annotated[
+    str | None, typer.Option(metavar="FORMAT|keep", help="Format of the embedding table, e.g. int8-row; as stored by default.")
+]
+OutputHead = Annotated[
+    str | None,
+    typer.Option(
+        "--head", metavar="FORMAT|keep", help="Format of the output head, e.g. int6-g64; one that is tied is the table too."
+    ),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(

@@ -26,6 +26,8 @@ def read_method(
     length: int | None,
     seed: int | None,
     skip: list[str] | None,
+    embeddings: str | None = None,
+    head: str | None = None,
 ) -> "Method":
     """Build the recipe and the method of it. Raises UsageError, FormatError."""
     from bitpress.presets import preset_names
@@ -41,6 +43,7 @@ def read_method(
         quantizer=quantizer,
         calibration={"text": text, "samples": samples, "length": length, "seed": seed},
         skip=skip or (),
+        outer={"embeddings": embeddings, "head": head},
         sets=sets or (),
         option="--{}".format,
     )

@@ -17,7 +17,7 @@ from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.plan import Plan
-from bitpress.recipes import Method, told_overrides, told_weights
+from bitpress.recipes import OUTER, Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -41,6 +41,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
         {
+            **{key: told_outer(recipe[key]) for key in OUTER if key in recipe},
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
@@ -62,6 +63,11 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         reasons.setdefault(item["why"], []).append(item["file"])
     if reasons:
         table("\nFiles left behind", ("file", "why"), [(escape(_few(names)), why) for why, names in reasons.items()])
+
+
+def told_outer(own: Mapping[str, Any]) -> str:
+    """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
+    return f"{own['weights']} by {own['quantizer']['name']}"
 
 
 def told_original(report: Mapping[str, Any]) -> str:
@@ -107,6 +113,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
     totals = {
         "method": " + ".join(named.name for named in method.parts),
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight{', maps not counted' * maps}",
+        **({} if not plan.outer else {"embeddings, head": size(plan.outer_bytes)}),
         "kept as stored": size(plan.kept_bytes),
         "size": f"about {size(plan.published_bytes)}",
         "original": f"{size(plan.given_bytes)}, {ratio_text(plan.given_bytes / plan.published_bytes)}",
@@ -223,6 +230,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [("quantizer", part(recipe["quantizer"]))]
     lines += [("correction", part(c)) for c in recipe["corrections"]]
     lines += [("override", text) for text in told_overrides(recipe)]
+    lines += [(key, told_outer(recipe[key])) for key in OUTER if key in recipe]
     lines += [("skip", " ".join(recipe["skip"]))] * bool(recipe["skip"])
     lines += [("calibration", ", ".join(f"{key}={value}" for key, value in recipe["calibration"].items()))]
     rest = ("min_expert_tokens", "batch", "compute")

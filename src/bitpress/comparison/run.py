@@ -134,6 +134,11 @@ def _prepare(
             raise UsageError(
                 f"{name}: {text} is the calibration text of {seen.name}; the distance needs a text that it never saw."
             )
+    if told := [f"{c.label} ({key})" for c in candidates for key in c.method.outer]:
+        raise UsageError(
+            f"{told[0]}: a comparison is of the blocks, and embeddings and head stay as stored; leave the key out here, and measure "
+            "what it costs with `bitpress quantize`."
+        )
     model, loader = open_original(path, candidates[0].method.compute)
     stored = loader.stored_bytes(model.model.state_dict())
     plans = {}

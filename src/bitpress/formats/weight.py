@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from jaxtyping import Float
+from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
@@ -185,6 +186,13 @@ class CompressedWeight:
         if self.output_map is not None:
             raise FormatError("rows of a weight with an output map cannot be separated.")
         return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), self.input_map)
+
+    def rows(self, index: Int[torch.Tensor, " count"]) -> Float[torch.Tensor, "count in"]:
+        """Return some rows in float32, in any order. Of a weight in a single term of codes without maps, no others are decoded."""
+        only = self.terms[0]
+        if len(self.terms) > 1 or not isinstance(only, Packed) or self.input_map is not None or self.output_map is not None:
+            return self.dequantize()[index]
+        return only.rows(index)
 
     @staticmethod
     def stack_rows(weights: Sequence["CompressedWeight"]) -> "CompressedWeight":

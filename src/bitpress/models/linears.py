@@ -6,6 +6,8 @@ axes, or of two with the matrices below each other. What a parameter does follow
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from bitpress.checkpoints.parameter import WeightParameter, stem
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.uses import Axis, Product, Use
 
-__all__ = ["SKIPPED", "list_kept_outside", "list_weights", "overlooked", "skipping"]
+__all__ = ["SKIPPED", "OuterMatrices", "find_outer", "list_kept_outside", "list_weights", "overlooked", "skipping"]
 
 # Why a parameter is kept. The first two are products that nobody asked to keep: an error under --strict.
 UNKNOWN_PRODUCT = "a matrix product in a form that is not compressed"
@@ -76,6 +78,40 @@ def list_kept_outside(model: StreamedModel, skip: Sequence[str]) -> dict[str, st
         if pattern is not None and kept[name] in (OUTSIDE, UNUSED):
             kept[name] = f"{SKIPPED} ({pattern})"
     return kept
+
+
+@dataclass(frozen=True)
+class OuterMatrices:
+    """The table of embeddings [vocabulary, hidden] and the output head's weight, None where a model has none; one object if they are tied."""
+
+    embeddings: WeightParameter | None
+    head: WeightParameter | None
+
+    @property
+    def tied(self) -> bool:
+        return self.embeddings is not None and self.embeddings is self.head
+
+
+def find_outer(network: Any) -> OuterMatrices:
+    """Find the matrices before and behind the blocks of a model of transformers."""
+    try:
+        embeddings, head = network.get_input_embeddings(), network.get_output_embeddings()
+    except NotImplementedError:  # of models that take no tokens
+        return OuterMatrices(None, None)
+    ties = dict(network.all_tied_weights_keys)
+    names: dict[int, str] = {}
+    for name, module in network.named_modules():
+        names.setdefault(id(module), f"{name}.weight")
+
+    def parameter(module: Any, kind: type[torch.nn.Module]) -> WeightParameter | None:
+        if not isinstance(module, kind) or id(module) not in names:
+            return None
+        name = names[id(module)]
+        weight: Any = module.weight
+        return WeightParameter(ties.get(name, name), tuple(weight.shape), False)
+
+    table, top = parameter(embeddings, torch.nn.Embedding), parameter(head, torch.nn.Linear)
+    return OuterMatrices(table, table if table == top else top)
 
 
 def overlooked(kept: Mapping[str, str]) -> dict[str, list[str]]:

@@ -74,9 +74,13 @@ class StreamedModel:
     def load_outer_(self) -> dict[str, torch.Tensor]:
         """Load everything that is in no block (embeddings, norms, head) and give it as stored."""
         tensors = self.loader.load("", exclude=f"{self.stack}.")
+        self.fill_outer_(tensors)
+        return tensors
+
+    def fill_outer_(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set parameters that are in no block, and those that are tied to them."""
         self.fill_(tensors)
         restore_ties_(self.model)
-        return tensors
 
     def drop_outer_(self) -> None:
         """Return the memory of everything outside the blocks back."""

@@ -14,7 +14,7 @@ from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
-from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
 
@@ -46,7 +46,7 @@ class BlockCompressor:
         self.made = CompressedBlock()
 
     def visit_(self, block: LoadedBlock) -> None:
-        """Compress a block into `made`, and move the calibration text past it (not past the last block: nothing needs the outputs)."""
+        """Compress a block into `made`, and move the calibration text past it (not past the last block where nothing needs its outputs)."""
         stream, model, needs, tensors = self.stream, self.stream.model, self.method.needs, block.tensors
         planned = [p for p in self.planned if p.block == block.index]
         compressed = {p.parameter.name for p in planned}
@@ -63,14 +63,14 @@ class BlockCompressor:
                 name = p.parameter.name
                 result, decoded = self.weights.compress(p, tensors[name], stats, scales)
                 made.put_(result)
-                if self.looked_at or (needs and not (block.last and final)):
+                if self.looked_at or (needs and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
-        if not block.last and needs and not stream.follows_original and self.measured is None:
+        if stream.goes_on(block) and needs and not stream.follows_original and self.measured is None:
             stream.advance_(block.index)
 
     def _measure(
@@ -86,7 +86,7 @@ class BlockCompressor:
         if self.measured is not None:
             found = self.measured(block.index)
         else:
-            found = stream.capture_(block.index, observed, replaced, last=block.last, final=final)
+            found = stream.capture_(block.index, observed, replaced, goes_on=stream.goes_on(block), final=final)
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)

@@ -17,7 +17,7 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
-from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.planned_weight import PlannedWeight
 
 __all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor", "observe_weights", "token_weights"]
 
@@ -45,6 +45,7 @@ class CalibrationStream:
 
     needs             statistics that are collected of a block
     follows_original  blocks are fed what the uncompressed blocks before them give
+    feeds_head        the last block's outputs are needed too, by `capture_head`
     gradients         what `measure_gradients` found, for statistics in which tokens count by the loss
     before_advance    called each time before hidden states are overwritten
     """
@@ -56,15 +57,18 @@ class CalibrationStream:
         *,
         batch: int,
         follows_original: bool,
+        feeds_head: bool = False,
         gradients: Mapping[str, torch.Tensor] | None = None,
         check_stop: Callable[[], None] = lambda: None,
         before_advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.needs, self.batch, self.follows_original = model, frozenset(needs), batch, follows_original
+        self.feeds_head = feeds_head
         self.gradients, self.check_stop, self.before_advance = gradients or {}, check_stop, before_advance
         self.hidden: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
+        self._inputs: Inputs | None = None
         self._probe_positions = PROBE_LENGTH
 
     @property
@@ -76,6 +80,7 @@ class CalibrationStream:
         """Embed the calibration inputs, or take up hidden states that an earlier run stored."""
         if inputs is None:
             return
+        self._inputs = inputs
         batches = inputs.split(self.batch)
         both = bool(of_origin(self.needs, "original"))
         if stored is None:
@@ -128,7 +133,7 @@ class CalibrationStream:
         observed: Mapping[str, tuple[WeightParameter, Observed]],
         replaced: Mapping[str, torch.Tensor],
         *,
-        last: bool,
+        goes_on: bool,
         final: bool,
     ) -> Measured:
         """Run the calibration text through the loaded block.
@@ -165,11 +170,29 @@ class CalibrationStream:
                 self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
-            out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and not last)
-            if self.follows_original and not last and out is not None:
+            out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and goes_on)
+            if self.follows_original and goes_on and out is not None:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
+
+    def goes_on(self, block: LoadedBlock) -> bool:
+        """Return whether a block's outputs are needed."""
+        return not block.last or self.feeds_head
+
+    def capture_head(self, parameter: WeightParameter, needs: Collection[str]) -> Stats | None:
+        """Return the statistics of the output head's input, once the text is behind the last block; None where the head was never used."""
+        if not needs:
+            return None
+        assert self._inputs is not None
+        live = self.model.model.get_parameter(parameter.name)
+        capture = Capture([Observed(parameter.stem, live, not parameter.transposed, False)], needs)
+        assert self.hidden is not None
+        # One sample at a time: the first of them is run to its outputs, which for a language model are large.
+        for sample, hidden in zip(self._inputs.split(1), self.hidden.split(1), strict=True):
+            capture.run(partial(self.model.outputs, sample, hidden), whole=False)
+            self.check_stop()
+        return capture.finish().get(parameter.stem)
 
     def advance_(self, i: int) -> None:
         self.before_advance()
@@ -216,4 +239,4 @@ class StatisticsVisitor:
     def visit_(self, block: LoadedBlock) -> None:
         stream = self.stream
         observed = stream.observe(list_weights(stream.model, block.index, ())[0])
-        self.found = stream.capture_(block.index, observed, {}, last=block.last, final=True)
+        self.found = stream.capture_(block.index, observed, {}, goes_on=stream.goes_on(block), final=True)

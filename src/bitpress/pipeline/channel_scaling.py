@@ -16,7 +16,7 @@ from bitpress.errors import NumericsError
 from bitpress.formats import Format
 from bitpress.models.skeleton import set_parameter_
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.transforms.folding import Fold, apply_fold_, find_folds
 from bitpress.transforms.transform import ScaleSearch
 

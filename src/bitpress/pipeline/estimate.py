@@ -20,7 +20,8 @@ from bitpress.calibration.stats import STATISTICS, StatsCollector
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.outer_weights import PlannedOuter
+from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import WeightCompressor
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.recipes import Method, Named
@@ -39,9 +40,11 @@ BESIDE_PRODUCTS = 1.25
 STAGES = 1.3
 
 
-def estimate_seconds(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> float:
+def estimate_seconds(
+    model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], outer: Sequence[PlannedOuter] = ()
+) -> float:
     """Return the seconds that calibrating and quantizing the planned weights would take on this machine if nothing else ran on it."""
-    seconds = _pressing(model, method, weights)
+    seconds = _pressing(model, method, weights) + sum(_pressing(model, found.method, [found.planned]) for found in outer)
     needs = method.needs
     if not needs:
         return seconds

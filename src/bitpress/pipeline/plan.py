@@ -5,11 +5,9 @@ from shapes); memory and time (estimate.py) are estimates, and are called so.
 """
 
 import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,22 @@ from bitpress.calibration.stats import STATISTICS, of_origin
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
-from bitpress.formats import AnyFormat, Format
+from bitpress.formats import Format
 from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
+from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
 from bitpress.quantizers.quantizer import check_served
-from bitpress.recipes import LayerMethod, Method
+from bitpress.recipes import Method
 
 __all__ = [
     "Plan",
-    "PlannedWeight",
     "check_memory",
     "check_room",
     "make_plan",
     "overlooked_products",
-    "place_in_block",
     "unmeant_bits",
 ]
 
@@ -47,48 +45,13 @@ _BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
 
 
 @dataclass(frozen=True)
-class PlannedWeight:
-    """A weight with its parts; `nbytes` counts the terms of the quantizer and of the corrections (maps are not counted)."""
-
-    parameter: WeightParameter
-    method: LayerMethod
-    block: int
-
-    @property
-    def format(self) -> AnyFormat:
-        return self.method.format
-
-    @cached_property
-    def nbytes(self) -> int:
-        shape, parts, fmt = self.parameter.shape, max(self.parameter.experts, 1), self.format
-        own = (
-            self.method.quantizer.part.stored_bytes(fmt, shape, parts)
-            if isinstance(fmt, Format)
-            else fmt.nbytes(self.parameter.stacked_shape)
-        )
-        return own + sum(part.nbytes(shape, parts) for part in self.method.corrections)
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.parameter.stacked_shape)
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "name": self.parameter.stem,
-            "shape": list(self.parameter.parameter_shape),
-            "format": self.format.name,
-            "bytes": self.nbytes,
-            "bits_per_weight": self.nbytes * 8 / self.weights,
-        }
-
-
-@dataclass(frozen=True)
 class Plan:
     """Every weight with its format, the tensors that stay uncompressed, and totals.
 
     Bytes are exact but for entropy-coded weights, for single weights that a quantizer keeps apart as it finds them (`Quantizer.stored_bytes`), and for
     maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
 
+    outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
     given   the user's own file, if it was converted first
     """
 
@@ -102,6 +65,7 @@ class Plan:
     disk: int
     peak_memory: int
     side_bytes: int = 0
+    outer: tuple[PlannedOuter, ...] = ()
     given: Given | None = None
 
     @property
@@ -110,10 +74,15 @@ class Plan:
         return self.source_bytes + self.side_bytes if self.given is None else self.given.nbytes
 
     @property
+    def outer_bytes(self) -> int:
+        """Bytes of the compressed matrices outside the blocks."""
+        return sum(found.planned.nbytes for found in self.outer)
+
+    @property
     def published_bytes(self) -> int:
         """Estimate: bytes of the whole directory that is published."""
-        described = _BESIDE_A_WEIGHT * len(self.weights) + _BESIDE_A_BLOCK * (self.blocks + 1) + _BESIDE_ALL
-        return self.compressed_bytes + self.kept_bytes + self.side_bytes + described
+        described = _BESIDE_A_WEIGHT * (len(self.weights) + len(self.outer)) + _BESIDE_A_BLOCK * (self.blocks + 1) + _BESIDE_ALL
+        return self.compressed_bytes + self.outer_bytes + self.kept_bytes + self.side_bytes + described
 
     @property
     def bits_per_weight(self) -> float:
@@ -126,7 +95,7 @@ class Plan:
     def kinds(self) -> list[dict[str, Any]]:
         """Sum the weights that have the same place in a block, the same shape and the same format."""
         sums: dict[tuple[str, tuple[int, ...], str], list[PlannedWeight]] = {}
-        for w in self.weights:
+        for w in (*self.weights, *(found.planned for found in self.outer)):
             place = place_in_block(w.parameter.stem)
             sums.setdefault((place, w.parameter.parameter_shape, w.format.name), []).append(w)
         return [
@@ -144,13 +113,15 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         return {
             "weights": [w.row() for w in self.weights],
+            "outer": [{"key": found.key, **found.planned.row()} for found in self.outer],
             "kinds": self.kinds(),
             "kept": self.kept,
             "kept_by_reason": self.kept_by_reason,
             "blocks": self.blocks,
             "bits_per_weight": self.bits_per_weight,
-            "bytes": self.compressed_bytes + self.kept_bytes,
+            "bytes": self.compressed_bytes + self.outer_bytes + self.kept_bytes,
             "bytes_compressed_weights": self.compressed_bytes,
+            "bytes_outer": self.outer_bytes,
             "bytes_kept": self.kept_bytes,
             "bytes_source": self.source_bytes,
             "bytes_given": self.given_bytes,
@@ -188,11 +159,14 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict(), experts)
     _check_shapes(weights)
     _check_parts(weights, method)
-    compressed = {w.parameter.name for w in weights}
+    outer = plan_outer(model, method)
+    compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
+    kept = {name: reason for name, reason in kept.items() if name not in compressed}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
     length = model.task.positions(model.model.config, recipe.calibration.length)
     hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
+    outer_bytes = sum(found.planned.nbytes for found in outer)
     return Plan(
         weights=tuple(weights),
         kept=kept,
@@ -202,15 +176,10 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
         peak_memory=_peak_memory(model, method, weights, stored, hidden),
+        outer=outer,
     )
-
-
-def place_in_block(name: str) -> str:
-    """Return the place of a weight in its block: `model.layers.3.mlp.experts.7.up_proj` -> `mlp.experts.N.up_proj`."""
-    _, _, inside = re.sub(r"\.\d+(?=\.|$)", ".N", name).partition(".N.")
-    return inside or name
 
 
 def _sum_kept(stored: Mapping[str, int], kept: Mapping[str, str], stack: str) -> dict[str, dict[str, int]]:

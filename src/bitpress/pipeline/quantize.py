@@ -2,7 +2,6 @@
 
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +14,18 @@ from bitpress import native
 from bitpress.calibration import Samples
 from bitpress.calibration.stats import of_origin
 from bitpress.checkpoints.compressed import (
+    HEAD_NAME,
     JOB_DIRECTORY,
-    MANIFEST_NAME,
     OUTER_NAME,
     VERSION,
     CompressedCheckpoint,
-    FileRecord,
-    Manifest,
     config_marks,
 )
-from bitpress.checkpoints.directory import safe_file
-from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
+from bitpress.checkpoints.jsonfile import write_json_bytes
+from bitpress.checkpoints.records import FileRecord, Manifest
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
-from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
+from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.measure.evaluation import check_reloaded, evaluate
 from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
 from bitpress.measure.samples import draw_calibration, draw_evaluation
@@ -38,10 +35,12 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.calibration_stream import CalibrationStream
+from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
-from bitpress.pipeline.journal import Job, check_vacant, differences
+from bitpress.pipeline.journal import Job, check_vacant
+from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.pipeline.report import make_report, write_texts_
@@ -150,7 +149,7 @@ def quantize_directory(
         samples = draw_calibration(calibration, streamed.task, model, streamed.model.config)
     run = Run(model, streamed, loader, method, plan, samples)
     identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
-    finished = _finished(out, identity, force)
+    finished = find_finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
         return finished
@@ -197,7 +196,8 @@ class Committer:
         record = made.record()
         self.rows += record.rows
         if self.job is not None:
-            after = self.compressor.stream.state if self.resumable and not block.last else None
+            stream = self.compressor.stream
+            after = stream.state if self.resumable and stream.goes_on(block) else None
             shard = shard_name(block.index + 1, self.total)
             self.job.commit_behind(block.name, shard, made.tensors(), record.dump(), after)
         self.progress.advance(block.name, error=record.error)
@@ -207,7 +207,8 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     """Do the units that the journal lacks; return the seconds that took."""
     started = time.perf_counter()
     plan, model, method = run.plan, run.model, run.method
-    total = plan.blocks + 1
+    head = next((found for found in plan.outer if found.last), None)
+    total = plan.blocks + 1 + (head is not None)
     if len(job.units) == total:
         return 0.0
     if use_native() and not native.available():
@@ -228,6 +229,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         method.needs,
         batch=method.recipe.batch,
         follows_original=method.recipe.calibration.inputs == "original",
+        feeds_head=head is not None,
         gradients=gradients,
         check_stop=check_stop,
         before_advance=job.settle,
@@ -236,15 +238,29 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     if job.units:
         _gather(job)  # a journal that does not hold records is refused now, not after the last block
         progress.note(f"resuming after {job.units[-1].unit}")
-    stream.start_(inputs, job.activations())
     done = len(job.units)
+    of_head = None if head is None else outer[head.planned.parameter.name]
     if not done:
-        job.commit("outer", shard_name(0, total), outer, BlockRecord(kept=kept).dump(), stream.state)
+        made, decoded = compress_tables(plan.outer, outer, strict=strict)
+        model.fill_outer_(decoded)
+        stream.start_(inputs, None)
+        record = made.record().model_copy(update={"kept": kept})
+        job.commit("outer", OUTER_NAME, made.tensors(), record.dump(), stream.state)
         progress.advance("outer")
+        del made, decoded
+    else:
+        stream.start_(inputs, job.activations())
     del outer
     compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
-    walk(model, [compressor, Committer(job, compressor, total, progress)], first=max(done - 1, 0), check_stop=check_stop)
+    committer = Committer(job, compressor, plan.blocks + 1, progress)
+    walk(model, [compressor, committer], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
+    if head is not None and of_head is not None:
+        stats = stream.capture_head(head.planned.parameter, head.method.needs)
+        made, _ = compress_outer(head, of_head, stats, strict=strict)
+        record = made.record()
+        job.commit("head", HEAD_NAME, made.tensors(), record.dump(), None)
+        progress.advance("head", error=record.error)
     model.drop_outer_()
     return time.perf_counter() - started
 
@@ -360,37 +376,6 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
         recipe=recorded(method),
         job=job.identity,
     )
-
-
-def _finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
-    """Return the report of a model that is published in `out` already, if it is this one."""
-    if not (out / MANIFEST_NAME).exists():
-        return None
-    known = _known_job(out) if force else CompressedCheckpoint.open(out).manifest.job
-    if isinstance(known, dict):  # the names of files make no other model of an older directory
-        known = {**known, "directory": VERSION}
-    changed = differences(known, identity)
-    if changed and not force:
-        raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")
-    if changed or not (out / "report.json").exists():
-        return None
-    if (out / JOB_DIRECTORY).exists():
-        shutil.rmtree(out / JOB_DIRECTORY)  # killed after the manifest was written and before this was done
-    report = read_json(safe_file(out, "report.json"))
-    if not isinstance(report, dict) or not {"figures", "size", "run", "job", "layers", "fallbacks", "calibrated"} <= set(
-        report
-    ):
-        raise CheckpointError(f"{out / 'report.json'}: is no report of bitpress; use --force to make the model again.")
-    return report
-
-
-def _known_job(out: Path) -> Any:
-    """Return the identity of a model that may be replaced, whatever state its manifest is in."""
-    try:
-        manifest = read_json(out / MANIFEST_NAME)
-    except CheckpointError:
-        return None
-    return manifest.get("job") if isinstance(manifest, dict) else None
 
 
 def _counts(kinds: Sequence[str]) -> dict[str, int]:

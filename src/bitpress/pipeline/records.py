@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bitpress.checkpoints.compressed import WeightRecord
+from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError
 
 __all__ = ["BlockRecord", "LayerRow"]

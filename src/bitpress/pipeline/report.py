@@ -44,6 +44,7 @@ def make_report(
             "bytes_original": plan.given_bytes,
             "bytes_converted": None if given is None else source_bytes,
             "bytes_compressed_weights": plan.compressed_bytes,
+            "bytes_outer": plan.outer_bytes,
             "bytes_kept": plan.kept_bytes,
         },
         "calibration": dict(calibration) if calibration else None,

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from bitpress.calibration import Stats
-from bitpress.checkpoints.compressed import WeightRecord
 from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
@@ -20,7 +20,7 @@ from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
-from bitpress.pipeline.plan import PlannedWeight
+from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN

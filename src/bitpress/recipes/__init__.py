@@ -4,13 +4,14 @@ from bitpress.recipes.choice import choose_method
 from bitpress.recipes.kinds import KINDS
 from bitpress.recipes.method import LayerMethod, Method, Named, build_method
 from bitpress.recipes.parts import make_part, settings_of, spelled
-from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, NamedRecipe, Override, Recipe
+from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Calibration, NamedRecipe, Override, Recipe
 from bitpress.recipes.text import dump_recipe, load_recipe, make_method, make_recipe, told_overrides, told_weights
 
 __all__ = [
     "DEFAULT_QUANTIZER",
     "KINDS",
     "NAMED_RECIPES",
+    "OUTER",
     "Calibration",
     "LayerMethod",
     "Method",

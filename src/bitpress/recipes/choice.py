@@ -21,6 +21,7 @@ def choose_method(
     quantizer: str | Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
+    outer: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     option: Callable[[str], str] = str,
 ) -> Method:
@@ -28,6 +29,7 @@ def choose_method(
 
     recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
     calibration   settings of it that replace the recipe's; those that are None do not
+    outer         what the recipe's keys `embeddings` and `head` say; those that are None change nothing
     skip          patterns after the recipe's own
     option        returns the caller's spelling of an option, for messages
     """
@@ -55,4 +57,5 @@ def choose_method(
         values["calibration"] = {**values.get("calibration", {}), **chosen}
     if skip:
         values["skip"] = [*values.get("skip", ()), *skip]
+    values |= {key: value for key, value in (outer or {}).items() if value is not None}
     return make_method(values, sets)

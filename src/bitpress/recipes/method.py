@@ -5,7 +5,7 @@ The pipeline passes a `Method`, never the recipe. A new kind of part is one row 
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -13,18 +13,21 @@ import torch
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.corrections.correction import Correction
-from bitpress.formats import LOSSLESS, AnyFormat, find_format
-from bitpress.quantizers.quantizer import Quantizer
+from bitpress.formats import LOSSLESS, AnyFormat, Format, find_format
+from bitpress.quantizers.quantizer import Quantizer, is_served
+from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.parts import make_part, settings_of
-from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, Override, Recipe
+from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
+__all__ = ["OF_OUTPUT_HEADS", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
 P = TypeVar("P", bound=Any, covariant=True)
+# Statistics that a head has: those of its input.
+OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ class LayerMethod:
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them."""
+    """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
+
+    outer   by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
+    """
 
     recipe: Recipe
     parts: tuple[Named[Any], ...]
     format: AnyFormat
     overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
     compute: torch.dtype
+    outer: Mapping[str, "Method"] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -137,6 +144,9 @@ class Method:
         for key in LISTS:
             values[key] = [named.settings() for named in self.of_key(key)]
         values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
+        for key in OUTER:
+            del values[key]  # recipes of before have no such keys
+        values |= {key: {"weights": own.format.name, "quantizer": own.quantizer.settings()} for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
@@ -155,7 +165,27 @@ def build_method(recipe: Recipe) -> Method:
         )
         for override in recipe.overrides
     )
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute))
+    given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
+    outer = {key: _outer_method(recipe, key, own, quantizer) for key, own in given.items()}
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer)
+
+
+def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
+    """Build the method of a matrix outside the blocks. Without a quantizer of its own a head has the recipe's, where that takes its
+    format and needs no more than statistics of its input, and a table of embeddings is rounded."""
+    fmt = find_format(own.weights)
+    chosen = Named[Quantizer]("quantizer", "rtn", RTN(clip="mse"))
+    if own.quantizer is not None:
+        chosen = _named("quantizer", own.quantizer)
+    elif (
+        key == "head" and isinstance(fmt, Format) and usual.part.needs <= OF_OUTPUT_HEADS and is_served(usual.part.serves, fmt)
+    ):
+        chosen = usual
+    calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
+    alone = Recipe(
+        weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute
+    )
+    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute))
 
 
 def compute_dtype(compute: str) -> torch.dtype:

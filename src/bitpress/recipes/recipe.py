@@ -10,6 +10,8 @@ calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
+embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored
+head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
 compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
@@ -21,7 +23,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["DEFAULT_QUANTIZER", "DEFAULT_TRANSFORMS", "NAMED_RECIPES", "Calibration", "NamedRecipe", "Override", "Recipe"]
+__all__ = [
+    "DEFAULT_QUANTIZER",
+    "DEFAULT_TRANSFORMS",
+    "NAMED_RECIPES",
+    "OUTER",
+    "Calibration",
+    "NamedRecipe",
+    "OuterWeights",
+    "Override",
+    "Recipe",
+]
+
+# Keys of a recipe for the matrices outside the blocks.
+OUTER = ("embeddings", "head")
 
 
 DEFAULT_QUANTIZER = "gptq"
@@ -87,6 +102,13 @@ class Override(_Closed):
     quantizer: dict[str, Any] | None = None
 
 
+class OuterWeights(_Closed):
+    """What the embedding table or the output head is stored in. Without a quantizer, `method.outer_quantizer` chooses one."""
+
+    weights: str
+    quantizer: dict[str, Any] | None = None
+
+
 class Recipe(_Closed):
     """See the head of this file.
 
@@ -102,6 +124,8 @@ class Recipe(_Closed):
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
+    embeddings: OuterWeights | None = None
+    head: OuterWeights | None = None
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)
     compute: Literal["auto", "bf16", "fp32"] = "auto"

@@ -2,7 +2,7 @@
 
 from bitpress.calibration.stats import of_origin
 from bitpress.errors import UsageError
-from bitpress.recipes.method import Method
+from bitpress.recipes.method import OF_OUTPUT_HEADS, Method
 
 __all__ = ["check_composition"]
 
@@ -39,8 +39,29 @@ def check_composition(method: Method) -> None:
             raise UsageError(
                 "calibration.sequential follows compressed weights inside a block, so calibration.inputs must be pressed."
             )
+    _check_outer(method)
     transforms = method.of_key("transforms")
     first = next((at for at, named in enumerate(transforms) if named.kind == "basis"), len(transforms))
     late = [named.name for named in transforms[first:] if named.kind == "search"]
     if late:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")
+
+
+def _check_outer(method: Method) -> None:
+    for key, own in method.outer.items():
+        needs = own.quantizer.part.needs
+        if own.exact_formats():
+            raise UsageError(
+                f"{key}: {own.format.name} is a format of the blocks; leave {key} out to keep its bits as they are."
+            )
+        if key == "embeddings" and needs:
+            raise UsageError(
+                f"embeddings: {own.quantizer.name} needs statistics of inputs, and rows of a table are looked up; use rtn or hqq, "
+                "or for tied embeddings the key head."
+            )
+        if beyond := sorted(needs - OF_OUTPUT_HEADS):
+            raise UsageError(f"{key}: {own.quantizer.name} needs {beyond[0]}, which is measured inside blocks alone; use gptq.")
+        if needs and not method.needs:
+            raise UsageError(
+                f"{key}: {own.quantizer.name} needs calibration, and nothing else in this recipe does; use rtn for it."
+            )

@@ -16,7 +16,7 @@ from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
 from bitpress.recipes.parts import spelled
-from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, Calibration, Override, Recipe
+from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Calibration, OuterWeights, Override, Recipe
 from bitpress.recipes.rules import check_composition
 
 __all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_overrides", "told_weights"]
@@ -54,6 +54,9 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
             merged[key] = [_with_name(part, table_of(key)) for part in parts]
     merged = _with_format(where, merged)
+    for key in OUTER:
+        if key in merged:
+            merged[key] = _outer(f"{where}: {key}", merged[key])
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -106,6 +109,14 @@ def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "weights": read_format(given).name}
 
 
+def _outer(where: str, given: Any) -> Any:
+    """Return what a key for a matrix outside the blocks says as its settings; "keep" stands for none."""
+    if given == "keep":
+        return None
+    values = {"weights": given} if isinstance(given, str) else given
+    return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
+
+
 def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
     named = isinstance(part, Mapping) and isinstance(part.get("name"), str)
     return {**part, "name": spelled(part["name"], table)} if named else part
@@ -128,7 +139,11 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
         meant = next((long for long, name in deeper.items() if fold(name) == fold(key)), None)
         if meant is not None:
             return UsageError(f"{where}: there is no key {key!r}. Did you mean {meant!r}?")
-    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "overrides": Override}
+    tables: dict[str, type[BaseModel]] = {
+        "calibration": Calibration,
+        "overrides": Override,
+        **dict.fromkeys(OUTER, OuterWeights),
+    }
     known = (tables[outer[0]] if outer else Recipe).model_fields
     place = f"{where}: {'.'.join(path)}: " if outer else "" if where == "recipe" else f"{where}: "
     return UsageError(f"{place}{unknown_name(f'key of {outer[0]}' if outer else 'key of the recipe', key, known)}")

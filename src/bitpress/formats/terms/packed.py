@@ -121,6 +121,17 @@ class Packed:
         sliced = {name: t[t.shape[0] * start // whole : t.shape[0] * stop // whole] for name, t in self.tensors.items()}
         return Packed(self.format, (stop - start, self.shape[1]), sliced, parts)
 
+    def rows(self, index: Int[torch.Tensor, " count"]) -> Float[torch.Tensor, "count in"]:
+        """Return some rows in float32, in any order; only the blocks that hold them are decoded, where rows share nothing."""
+        if not self.format.rows_apart:
+            return self.dequantize()[index]
+        height, _ = self.format.block.resolve(self.shape, self.format.grid.span)
+        bands, at = torch.unique(index // height, return_inverse=True)
+        down = self.shape[0] // height
+        cut = {name: t.unflatten(0, (down, -1))[bands].flatten(0, 1) for name, t in self.tensors.items()}
+        some = Packed(self.format, (len(bands) * height, self.shape[1]), cut).dequantize()
+        return some[at * height + index % height]
+
     @classmethod
     def stack_rows(cls, terms: Sequence["Packed"]) -> "Packed":
         """Stack terms of one format and shape along the rows."""

@@ -110,7 +110,9 @@ class BitpressQuantizer(HfQuantizer):
             owner, leaf = _place(model, name)
             device, dtype = _device(_neighbour(model, name)), owner.__dict__.pop(leaf).dtype
             if is_packed:
-                replace_(model, record.parameter(name), checkpoint.read_layer(name), dtype).to(device)
+                layer = checkpoint.read_layer(name)
+                for packed in replace_(model, record.parameter(name), layer, dtype, checkpoint.manifest.aliases):
+                    packed.to(device)
             else:
                 owner._parameters[leaf] = torch.nn.Parameter(checkpoint.decode(name).to(device, dtype))
         model.tie_weights(recompute_mapping=False)
@@ -178,3 +180,6 @@ def register(_: Any = None) -> None:
     if "bitpress" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("bitpress")(BitpressConfig)
         register_quantizer("bitpress")(BitpressQuantizer)
+
+
+register()  # where this module is what imports transformers, nobody else does

@@ -6,9 +6,12 @@ tensors have moved to another device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Float
+from jaxtyping import Integer as Int
 from torch import nn
 
 from bitpress.checkpoints.parameter import WeightParameter
@@ -108,7 +111,8 @@ class PackedLinear(PackedWeight):
 class PackedParameter(PackedWeight):
     """Stands where a parameter stood whose module computes in its own way, such as the 3-d parameter of experts.
 
-    One expert is decoded where it is indexed; whatever else torch does with a parameter, it does with the decoded whole.
+    One expert is decoded where it is indexed, and of a table the rows that are looked up; whatever else torch does with a parameter, it
+    does with the decoded whole.
     """
 
     def __init__(self, weight: CompressedWeight, parameter: WeightParameter, dtype: torch.dtype) -> None:
@@ -123,6 +127,9 @@ class PackedParameter(PackedWeight):
     def shape(self) -> torch.Size:
         return torch.Size(self.parameter.parameter_shape)
 
+    def size(self, axis: int | None = None) -> torch.Size | int:
+        return self.shape if axis is None else self.shape[axis]
+
     @property
     def device(self) -> torch.device:
         return self.get_buffer(self.names[0]).device
@@ -135,6 +142,11 @@ class PackedParameter(PackedWeight):
         rows = self.parameter.shape[0]
         matrix = self.layer().weight.row_slice(expert * rows, (expert + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
+
+    def look_up(self, tokens: Int[torch.Tensor, " *shape"]) -> Float[torch.Tensor, "*shape width"]:
+        """Return the rows of tokens; torch's other settings of a lookup (a norm, sparse gradients) change no value here."""
+        found, at = torch.unique(tokens, return_inverse=True)
+        return self.layer().weight.rows(found).to(self.dtype)[at]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -155,6 +167,8 @@ class PackedParameter(PackedWeight):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if function is torch.embedding and isinstance(args[0], PackedParameter):
+            return args[0].look_up(args[1])
         given = {name: _whole(value) for name, value in (kwargs or {}).items()}
         return function(*map(_whole, args), **given)
 
@@ -165,11 +179,21 @@ def _whole(value: Any) -> Any:
     return value.tensor() if isinstance(value, PackedParameter) else value
 
 
-def replace_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype) -> PackedWeight:
-    """Put a packed layer where the parameter's module is, or a packed parameter where its module is no plain linear layer.
+def replace_(
+    model: Any, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype, aliases: Mapping[str, str]
+) -> list[PackedWeight]:
+    """Put a packed layer where the parameter's module is, or a packed parameter where its module is no plain linear layer; `aliases` are
+    the parameters that are tied, each with its original, and those of this one get the same codes.
 
     Returns what now stands there. Raises CheckpointError for a rounded input of a module that computes in its own way.
     """
+    tied = [alias for alias, original in aliases.items() if original == parameter.name]
+    if tied:  # nothing is left for transformers to tie
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in tied}
+    return [_put_(model, replace(parameter, name=name), layer, dtype) for name in (parameter.name, *tied)]
+
+
+def _put_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype) -> PackedWeight:
     from transformers.pytorch_utils import Conv1D
 
     owner_name, _, leaf = parameter.name.rpartition(".")

@@ -114,7 +114,7 @@ def fill_(
             set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
             continue
         if packed:
-            replace_(model, checkpoint.manifest.weights[name].parameter(name), value, dtype)
+            replace_(model, checkpoint.manifest.weights[name].parameter(name), value, dtype, checkpoint.manifest.aliases)
         else:
             set_parameter_(model, name, checkpoint.decoded(name, value).to(dtype))
         note(name)

@@ -1,0 +1,162 @@
+"""Embeddings and output head in few bits: every road reads the same, the plan knows the bytes, and what cannot work is said first."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitpress
+from bitpress import native
+from bitpress.checkpoints.compressed import HEAD_NAME, OUTER_NAME, CompressedCheckpoint
+from bitpress.comparison.run import compare_recipes
+from bitpress.comparison.variants import Variant
+from bitpress.errors import BitpressError, FormatError, UsageError
+from bitpress.formats import parse_format
+from bitpress.formats.terms.packed import Packed
+from bitpress.pipeline.quantize import plan_run
+from bitpress.recipes import make_method, make_recipe
+from bitpress.runtime.native.assemble import load_engine
+from bitpress.runtime.native.options import EngineOptions
+
+TOKENS = torch.tensor([[3, 90, 17, 200, 41, 5, 77, 90]])
+# A model, what is asked for, and the matrices that are compressed with their files.
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, str]]] = [
+    (
+        "llama",
+        {},
+        {"embeddings": "int8-row", "head": "int4-g16"},
+        {"model.embed_tokens": OUTER_NAME, "lm_head": HEAD_NAME},
+    ),
+    ("llama", {"tie_word_embeddings": True}, {"head": "int6-g16-zero"}, {"model.embed_tokens": HEAD_NAME}),
+    ("llama", {"tie_word_embeddings": True}, {"embeddings": "nf4-g16"}, {"model.embed_tokens": OUTER_NAME}),
+    (
+        "gemma3",
+        {},
+        {"head": "int6-g16", "embeddings": "int6-g16"},
+        {"model.embed_tokens": HEAD_NAME},
+    ),  # scaled by its own module
+    ("gpt2", {}, {"embeddings": {"weights": "int8-row", "quantizer": "hqq"}}, {"transformer.wte": OUTER_NAME}),
+    ("mixtral", {}, {"head": {"weights": "int4-g16", "quantizer": "rtn"}}, {"lm_head": OUTER_NAME}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "changes", "keys", "matrices"), CASES)
+def test_every_road_reads_the_same(
+    architecture: str,
+    changes: dict[str, Any],
+    keys: dict[str, Any],
+    matrices: dict[str, str],
+    tiny_model: Callable[..., Path],
+    gptq_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from bitpress.runtime.hf.bridge import BitpressConfig
+
+    model, recipe = tiny_model(architecture, **changes), make_recipe({**gptq_recipe().model_dump(exclude_unset=True), **keys})
+    plan, _, _ = plan_run(model, make_method(recipe.model_dump(exclude_unset=True)))
+    report = bitpress.quantize(model, tmp_path / "out", recipe=recipe, proof_tokens=0)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    assert {name.removesuffix(".weight") for name in checkpoint.outer} == set(matrices)
+    stored = 0
+    for name, file in matrices.items():
+        parts = [checkpoint.tensors[tensor] for tensor in checkpoint.stored[f"{name}.weight"]]
+        assert {path.name for path, _ in parts} == {file}
+        stored += sum(entry.nbytes for _, entry in parts)
+    assert stored == plan.outer_bytes == report["size"]["bytes_outer"]
+    assert checkpoint.bits_per_weight == plan.bits_per_weight, "the bits a weight are those of the blocks"
+
+    decoded = bitpress.load(tmp_path / "out")
+    with torch.no_grad():
+        expected = decoded(TOKENS).logits
+        for name in matrices:
+            assert not torch.equal(parameter(decoded, name), parameter(AutoModelForCausalLM.from_pretrained(model), name))
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits, expected)
+        assert torch.equal(bitpress.load(tmp_path / "out", weights="packed")(TOKENS).logits, expected)
+        with pytest.warns(UserWarning, match="quantization_config"):
+            packed = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "out", quantization_config=BitpressConfig(version=2, weights="packed")
+            )
+        assert torch.equal(packed(TOKENS).logits, expected)
+    if native.available() and architecture in ("llama", "gemma3"):
+        engine = load_engine(tmp_path / "out", EngineOptions(activations="none", head="keep"))
+        assert engine.facts["head"] == "as stored"
+        torch.testing.assert_close(engine.forward(TOKENS[0].numpy(), logits="all"), expected[0], rtol=0, atol=1e-2)
+
+
+def parameter(model: Any, stem: str) -> torch.Tensor:
+    found: torch.Tensor = model.get_parameter(f"{stem}.weight")
+    return found
+
+
+def test_a_head_is_fed_by_what_reaches_it(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Error feedback on the head's own inputs beats rounding on them, and a quantizer of its own is used."""
+    values = gptq_recipe().model_dump(exclude_unset=True)
+    rows = {}
+    for name in ("gptq", "rtn"):
+        keys = {**values, "head": {"weights": "int3-g16", "quantizer": name}}
+        report = bitpress.quantize(tiny_model(), tmp_path / name, recipe=keys, proof_tokens=0)
+        rows[name] = next(row for row in report["layers"] if row["name"] == "lm_head")
+        assert report["job"]["recipe"]["head"]["quantizer"]["name"] == name
+    assert rows["gptq"]["measured_on"] == "output"
+    assert rows["gptq"]["error"] < 0.8 * rows["gptq"]["error_rounded"]
+    assert rows["rtn"]["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "error", "says"),
+    [
+        ({}, {"embeddings": "int4-tensor"}, FormatError, "embeddings int4-tensor.* row cannot be read by itself"),
+        ({}, {"embeddings": "tcq2-row"}, FormatError, "row cannot be read by itself"),
+        ({}, {"embeddings": "int8-g48"}, FormatError, "embeddings int8-g48: model.embed_tokens: .*48"),
+        (
+            {},
+            {"embeddings": {"weights": "int8-row", "quantizer": "gptq"}},
+            UsageError,
+            "rows of a table are looked up; use rtn or hqq",
+        ),
+        ({}, {"head": {"weights": "int4-g16", "quantizer": "boa"}}, UsageError, "head: boa needs .* measured inside blocks"),
+        ({}, {"head": "dfloat11"}, UsageError, "dfloat11 is a format of the blocks"),
+        ({}, {"head": "int4-g17x"}, BitpressError, "int4-g17x"),
+        ({}, {"head": {"weights": "int4-g16", "quantiser": "rtn"}}, UsageError, "Did you mean 'quantizer'"),
+        ({"tie_word_embeddings": True}, {"embeddings": "int8-row", "head": "int6-g16"}, UsageError, "both are one matrix"),
+        (
+            {},
+            {"quantizer": "rtn", "head": {"weights": "int4-g16", "quantizer": "gptq"}},
+            UsageError,
+            "needs calibration, and nothing",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_first(
+    changes: dict[str, Any],
+    keys: dict[str, Any],
+    error: type[BitpressError],
+    says: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=says):
+        bitpress.quantize(tiny_model(**changes), tmp_path / "out", recipe={"weights": "int4-g16", **keys})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_leaves_them_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    variant = Variant("a", 4, make_method({"weights": "int4-g16", "head": "int8-row"}))
+    with pytest.raises(UsageError, match=r"a, 4 bits \(head\): a comparison is of the blocks"):
+        compare_recipes(tiny_model(), tmp_path / "out", [variant])
+
+
+@pytest.mark.parametrize("name", ["int8-row", "int4-g16-zero", "int3-4x8", "nf4-g16", "e8p-row", "int4-tensor"])
+def test_rows_are_those_of_the_decoded_whole(name: str) -> None:
+    w = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    fmt = parse_format(name)
+    params = fmt.fit(w)
+    packed = Packed.pack(fmt, fmt.encode(w, params), params)
+    index = torch.tensor([23, 0, 7, 7, 12])
+    assert torch.equal(packed.rows(index), packed.dequantize()[index])
