@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.formats import AnyFormat, Format
@@ -39,7 +38,7 @@ class PlannedWeight:
     def weights(self) -> int:
         return math.prod(self.parameter.stacked_shape)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         return {
             "name": self.parameter.stem,
             "shape": list(self.parameter.parameter_shape),

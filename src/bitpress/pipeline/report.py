@@ -37,6 +37,8 @@ def make_report(
     """
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
     notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
+    budget = identity["recipe"].get("budget")  # recipes of before have no such key
+    spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
     reached = sum(1 for row in rows if row.calibrated)
     return {
         "figures": written(figures, "the proof"),
@@ -47,6 +49,7 @@ def make_report(
             "bytes_outer": plan.outer_bytes,
             "bytes_kept": plan.kept_bytes,
         },
+        **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
         "calibrated": {"weights": reached, "of": len(rows)},
         "fallbacks": fallbacks,

@@ -1,0 +1,31 @@
+"""What a recipe does to a model that its user may not have meant: noted before any work."""
+
+from pathlib import Path
+
+from bitpress.errors import UsageError
+from bitpress.pipeline.plan import Plan, overlooked_products, unmeant_bits
+from bitpress.progress import Progress
+from bitpress.recipes import Method
+
+__all__ = ["note_oddities"]
+
+
+def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress: Progress) -> None:
+    """Note what a plan's user may not have meant. Raises UsageError for some of that if it is `strict`."""
+    for text in overlooked_products(plan):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")
+        progress.note(f"{text}.")
+    for text in unmeant_bits(plan):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict).")
+        progress.note(f"{text}.")
+    if (reason := method.no_default_scales()) is not None:
+        progress.note(f"{reason}; name a quantizer to choose.")
+    if plan.offer is not None and (excess := plan.offer.excess()) is not None:
+        progress.note(excess)
+    if plan.given is not None and plan.published_bytes > plan.given_bytes:
+        progress.note(
+            f"{out} will be larger than its source: about {plan.published_bytes / 1e6:.0f} MB from {plan.given_bytes / 1e6:.0f} MB "
+            f"({plan.given.text})."
+        )
