@@ -77,6 +77,13 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tokenize_once() -> None:
+    import tokenized_once
+
+    tokenized_once.install()
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short text of the package's own, for calibration and for proofs that take no time."""
