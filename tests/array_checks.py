@@ -5,7 +5,7 @@ checkable at run time stop it, and a function that is made anew at every call is
 checked (mypy holds the others), of functions and methods of modules and classes, and of the fields of dataclasses.
 
 A check costs more than many of the functions that it is put around, so a process checks the first FIRST calls of every function and
-then every EVERY-th one. With BITPRESS_CHECK_ARRAYS=all, which `make test-release` sets, it checks every call.
+then every EVERY-th one. With BITPRESS_TESTS=release, which `make test-release` sets, it checks every call.
 """
 
 import ast
@@ -64,7 +64,7 @@ def _check_function(function: Callable[..., Any], every: int) -> Callable[..., A
 def check_arrays(item: Any, every: int | None = None) -> Any:
     """Return a function whose arrays are checked when it is called, or a dataclass whose arrays are checked when it is made."""
     if every is None:
-        every = 1 if os.environ.get("BITPRESS_CHECK_ARRAYS") == "all" else EVERY
+        every = 1 if os.environ.get("BITPRESS_TESTS") == "release" else EVERY
     if not inspect.isclass(item):
         return _check_function(item, every)
     if dataclasses.is_dataclass(item) and "__init__" in vars(item):

@@ -66,7 +66,7 @@ def test_a_variable_of_the_environment_asks_for_all_calls(monkeypatch: pytest.Mo
     def same(w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
         return w
 
-    monkeypatch.setenv("BITPRESS_CHECK_ARRAYS", "all")
+    monkeypatch.setenv("BITPRESS_TESTS", "release")
     checked = check_arrays(same)
     for _ in range(FIRST + 2):
         with pytest.raises(TypeCheckError):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,7 +125,7 @@ def passes(grid: Grid, codes: torch.Tensor) -> bool:
 
 
 @given(bits=st.integers(1, 24), rows=st.integers(1, 5), count=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=examples(300, 1500), deadline=None, derandomize=True)
 def test_unpack_gives_back_what_was_packed(bits: int, rows: int, count: int, seed: int) -> None:
     codes = torch.randint(0, 1 << bits, (rows, count), generator=torch.Generator().manual_seed(seed)).to(code_dtype(bits))
     packed = dense.pack(codes, bits)
@@ -133,7 +134,7 @@ def test_unpack_gives_back_what_was_packed(bits: int, rows: int, count: int, see
 
 
 @given(name=st.sampled_from(PLAIN), rows=st.integers(1, 3), codes=st.integers(1, 37), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=examples(250, 1000), deadline=None, derandomize=True)
 def test_every_layout_gives_back_any_codes_of_its_grids(name: str, rows: int, codes: int, seed: int) -> None:
     grid = parse_format(name).grid
     values = torch.randint(0, grid.num_codes, (rows, codes), generator=torch.Generator().manual_seed(seed))
