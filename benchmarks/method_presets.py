@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import torch
-from method_rows import BEYOND, chooses_bits, keys_of, latest, seconds
+from method_rows import BEYOND, keys_of, knows_the_texts, latest, seconds
 from rows import ROOT
 
 from bitpress.calibration import Stats
@@ -31,7 +31,7 @@ SHARED_RULE = (
 
 def choose_presets() -> None:
     """Write src/bitpress/presets.json."""
-    rows = [row for row in latest() if row["bits"] is not None and not chooses_bits(row) and not reason_to_expand_of(row)]
+    rows = [row for row in latest() if row["bits"] is not None and not knows_the_texts(row) and not reason_to_expand_of(row)]
     some = rows[0]
     samples, texts = some["recipe"]["calibration"], some["sources"]
     read = " and ".join(f"{text['tokens']:,} held-out tokens of {name}" for name, text in texts.items())

@@ -7,18 +7,7 @@ from rows import ROOT, read_rows
 from bitpress.pipeline.identity import recorded
 from bitpress.recipes import build_method, make_recipe
 
-__all__ = [
-    "BEYOND",
-    "MODEL",
-    "RECIPES",
-    "chooses_bits",
-    "keys_of",
-    "knows_the_texts",
-    "latest",
-    "meant",
-    "processor_seconds",
-    "seconds",
-]
+__all__ = ["BEYOND", "MODEL", "RECIPES", "keys_of", "knows_the_texts", "latest", "meant", "processor_seconds", "seconds"]
 
 MODEL = "smollm2-135m-regauged"
 RECIPES = ROOT / "benchmarks" / "methods.yaml"
@@ -47,7 +36,7 @@ def meant(row: dict[str, Any]) -> dict[str, Any]:
 
 def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return what of a recipe is the method's own."""
-    found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections", "budget") if key in recipe}
+    found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections")}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
     return {**found, "calibration": calibration}
 
@@ -55,11 +44,6 @@ def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
 def knows_the_texts(row: dict[str, Any]) -> bool:
     """Whether the bits of a recipe's layers were chosen for this model, on a part of the evaluation texts."""
     return bool(row["recipe"].get("overrides"))
-
-
-def chooses_bits(row: dict[str, Any]) -> bool:
-    """Whether weights of a recipe have formats of their own: chosen by a budget, or by hand."""
-    return knows_the_texts(row) or "budget" in row["recipe"]
 
 
 def processor_seconds(row: dict[str, Any]) -> float:

@@ -25,7 +25,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "roles of attention": {"quantizer": {"name": "boa"}},
     "factors of channels": {"transforms": [{"name": "awq-scale"}]},
     "a basis": {"transforms": [{"name": "hadamard"}]},
-    "a budget of bits": {"budget": {"bits": 4.5, "among": ["int3-g32-zero", "int4-g32-zero", "int6-g32-zero"]}},
     "embeddings and a head": {"embeddings": {"weights": "int8-row"}, "head": {"weights": "int6-g16"}},
 }
 EVENTS = ("kept", "objects", "activations", "journal torn", "journal", "staged", "outer", "manifest", "cleared")

@@ -117,7 +117,7 @@ def quantize(
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = resolve_model(model, screen)
-        if not method.reads_text and any(v is not None for v in (calibration, samples, length, seed)):
+        if not method.needs and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
                 f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
@@ -159,14 +159,13 @@ def plan(
         recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
     )
     text = method.recipe.calibration.text
-    if method.reads_text and not text.startswith("hf:"):
+    if method.needs and not text.startswith("hf:"):
         read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
         planned, streamed, _ = plan_run(resolve_model(model, screen), method)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
-        excess = None if planned.offer is None else planned.offer.excess()
-        for text in [*(f"{text}." for text in unmeant_bits(planned)), *([] if excess is None else [excess])]:
-            screen.note(text)
+        for text in unmeant_bits(planned):
+            screen.note(f"{text}.")
     if as_json:
         print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
     else:

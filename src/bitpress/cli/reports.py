@@ -16,9 +16,8 @@ from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
 from bitpress.kernels.native_layout import lay_out
-from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
-from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
+from bitpress.recipes import OUTER, Method, told_overrides, told_weights
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -42,7 +41,6 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
         {
-            **({"budget": _told_spending(report["budget"])} if "budget" in report else {}),
             **{key: told_outer(recipe[key]) for key in OUTER if key in recipe},
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
@@ -67,12 +65,6 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         table("\nFiles left behind", ("file", "why"), [(escape(_few(names)), why) for why, names in reasons.items()])
 
 
-def _told_spending(budget: Mapping[str, Any]) -> str:
-    """Return what a budget asked for and what was spent: "3.300 bits asked, 3.297 spent: 12 weights int2-g64-zero, ..."."""
-    told = ", ".join(f"{count} weight{'s' * (count != 1)} {name}" for name, count in budget["weights"].items())
-    return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told}"
-
-
 def told_outer(own: Mapping[str, Any]) -> str:
     """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
     return f"{own['weights']} by {own['quantizer']['name']}"
@@ -92,16 +84,29 @@ def _few(names: Sequence[str]) -> str:
 def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
     """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
     if whole:
-        lines = [(r["name"], "x".join(map(str, r["shape"])), *_in_format(r)) for r in plan.rows()]
-        table("", ("weight", "shape", "format", "size", "bits"), lines, right=(3, 4))
+        lines = [
+            (r["name"], "x".join(map(str, r["shape"])), r["format"], size(r["bytes"]), r["bits_per_weight"])
+            for r in (w.row() for w in plan.weights)
+        ]
+        table(
+            "", ("weight", "shape", "format", "size", "bits"), [(*rest, f"{bits:.3f}") for *rest, bits in lines], right=(3, 4)
+        )
         if plan.kept:
             table("\nKept as stored", ("parameter", "why"), list(plan.kept.items()))
     else:
-        kinds = [(k["kind"], str(k["count"]), "x".join(map(str, k["shape"])), *_in_format(k)) for k in plan.kinds()]
+        kinds = [
+            (
+                k["kind"],
+                str(k["count"]),
+                "x".join(map(str, k["shape"])),
+                k["format"],
+                size(k["bytes"]),
+                f"{k['bits_per_weight']:.3f}",
+            )
+            for k in plan.kinds()
+        ]
         table("", ("weights", "count", "shape", "format", "size", "bits"), kinds, right=(1, 4, 5))
         out.print("[dim]--all lists every weight by its name.[/dim]")
-    if plan.offer is not None:
-        _show_offer(plan.offer)
     maps = bool(method.changes) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
     reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
@@ -118,26 +123,6 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
     }
     table("\nIn all", ("", ""), list(totals.items()))
-
-
-def _in_format(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return format, size and bits of a row of a plan."""
-    if row["format"] is None:
-        return "chosen in the run", "", ""
-    return row["format"], size(row["bytes"]), f"{row['bits_per_weight']:.3f}"
-
-
-def _show_offer(offer: Offer) -> None:
-    """Print the formats among which a budget chooses, and what they would take."""
-    told = offer.summary()
-    rows = [(o["format"], size(o["bytes"]), f"{o['bits_per_weight']:.3f}") for o in told["options"]]
-    table(
-        f"\n{told['weights']} weights in one of these formats", ("format", "size, if all have it", "bits"), rows, right=(1, 2)
-    )
-    out.print(
-        f"A budget of {offer.bits:g} bits a weight, over all weights of the blocks: the run measures what each format of each weight "
-        "costs the loss, and chooses then."
-    )
 
 
 def describe_directory(directory: Path) -> dict[str, Any]:
@@ -240,7 +225,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         settings = ", ".join(f"{key}={value}" for key, value in of.items() if key != "name")
         return f"{of['name']} ({settings})" if settings else str(of["name"])
 
-    lines = [("weights", told_budget(recipe) or str(recipe["weights"]))]
+    lines = [("weights", str(recipe["weights"]))]
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]
     lines += [("correction", part(c)) for c in recipe["corrections"]]

@@ -17,17 +17,7 @@ import torch
 from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.comparison.results import Results
-from bitpress.comparison.session import (
-    Comparison,
-    Timed,
-    attempt,
-    capture,
-    drawn,
-    known_of,
-    make_compressor,
-    noting,
-    settled_plan,
-)
+from bitpress.comparison.session import Comparison, Timed, attempt, capture, drawn, known_of, make_compressor, noting
 from bitpress.comparison.statistics_cache import StatisticsCache, forget
 from bitpress.comparison.tasks import choose_best, keys_of, measure_tasks, sure_to_answer, task_rows
 from bitpress.comparison.variants import Variant
@@ -38,10 +28,9 @@ from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
 from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
 from bitpress.models.walk import walk
-from bitpress.pipeline.budget import plan_method
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.journal import Job
-from bitpress.pipeline.plan import Plan, check_room
+from bitpress.pipeline.plan import Plan, check_room, make_plan
 from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, shard_name
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.progress import Progress, Silent
@@ -140,7 +129,7 @@ def _prepare(
     if tokens < 2 or length < 2:
         raise UsageError(f"texts need 2 tokens or more in windows of 2 or more, got {tokens} and {length}.")
     for name, text in texts.items():
-        seen = next((c for c in candidates if c.method.reads_text and c.recipe.calibration.text == text), None)
+        seen = next((c for c in candidates if c.method.needs and c.recipe.calibration.text == text), None)
         if seen is not None:
             raise UsageError(
                 f"{name}: {text} is the calibration text of {seen.name}; the distance needs a text that it never saw."
@@ -155,12 +144,12 @@ def _prepare(
     plans = {}
     for c in candidates:
         try:
-            plans[c] = plan_method(model, c.method, stored)
+            plans[c] = make_plan(model, c.method, stored)
         except BitpressError as error:
             raise type(error)(f"{c.label}: {error}") from error
     task, config = model.task, model.model.config
     heldout = {name: draw_evaluation(text, task, path, config, count=tokens, length=length)[0] for name, text in texts.items()}
-    wanted = {drawn(c.recipe.calibration) for c in candidates if c.method.reads_text}
+    wanted = {drawn(c.recipe.calibration) for c in candidates if c.method.needs}
     calibration = {c: draw_calibration(c, task, path, config) for c in sorted(wanted, key=str)}
     inputs = {name: samples.inputs for name, samples in heldout.items()}
     hashes = {name: samples.sha256 for name, samples in heldout.items()}
@@ -231,7 +220,7 @@ def _compress(
 ) -> dict[str, Any]:
     """Quantize the model by a variant while the evaluation texts walk along, and return the row's figures."""
     started, cpu = time.perf_counter(), time.process_time()
-    model, plan = made.model, settled_plan(made, c, check_stop)
+    model, plan = made.model, made.plans[c]
     texts, answers = EvaluationText(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
     judges = Timed((texts, answers))
     compressor = make_compressor(made, cached, c, check_stop)
@@ -283,7 +272,6 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
     nbytes, weights = sum(row.bytes for row in rows), sum(w.weights for w in plan.weights)
     return {
         "weights": told_weights(method.resolved()),
-        **({"formats": plan.by_format()} if method.options else {}),
         "bits_per_weight": nbytes * 8 / weights,
         "bytes": nbytes,
         "error": error,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 
 from bitpress.calibration import Samples, of_origin
 from bitpress.comparison.statistics_cache import StatisticsCache, capture_original
@@ -24,7 +23,6 @@ from bitpress.models.opening import OriginalLoader
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, Visitor
 from bitpress.pipeline.blocks import BlockCompressor
-from bitpress.pipeline.budget import measure_offer, settle_plan
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import recorded
@@ -32,17 +30,7 @@ from bitpress.pipeline.plan import Plan
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration, Method, Recipe
 
-__all__ = [
-    "Comparison",
-    "Timed",
-    "attempt",
-    "capture",
-    "drawn",
-    "known_of",
-    "make_compressor",
-    "noting",
-    "settled_plan",
-]
+__all__ = ["Comparison", "Timed", "attempt", "capture", "drawn", "known_of", "make_compressor", "noting"]
 
 # A method that is being written may break in any of these ways; the other recipes are not to suffer from that.
 FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -50,7 +38,7 @@ FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeEr
 
 @dataclass
 class Comparison:
-    """What all recipes share while they run; `figures` are those that budgets of the same formats choose by."""
+    """What all recipes share while they run."""
 
     path: Path
     model: StreamedModel
@@ -62,11 +50,10 @@ class Comparison:
     tasks: dict[str, QuestionSet]
     plans: dict[Variant, Plan]
     progress: Progress
-    figures: dict[object, dict[str, Float[torch.Tensor, " figures"]]] = field(default_factory=dict)
     outer: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def calibration(self, method: Method) -> Samples | None:
-        return self.samples[drawn(method.recipe.calibration)] if method.reads_text else None
+        return self.samples[drawn(method.recipe.calibration)] if method.needs else None
 
     def shares(self, method: Method) -> bool:
         """Whether the pass over the original serves a method: it calibrates just so, or needs nothing."""
@@ -125,25 +112,9 @@ def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, A
     return {"failed": None, **found, "peak_memory_bytes": peak_bytes(), "threads": torch.get_num_threads(), "finished": now}
 
 
-def settled_plan(made: Comparison, c: Variant, check_stop: Callable[[], None]) -> Plan:
-    """Return the plan of a variant, with the formats that its budget buys: measured once for the same formats and calibration."""
-    plan = made.plans[c]
-    if plan.offer is None:
-        return plan
-    samples = made.calibration(c.method)
-    assert samples is not None
-    offered = tuple((own[0].parameter.stem, *(w.format.name for w in own)) for own in plan.offer.free)
-    key = (drawn(c.recipe.calibration), offered)
-    if key not in made.figures:
-        made.figures[key] = measure_offer(made.model, plan.offer, samples.inputs, check_stop, made.progress)
-    stored = made.loader.stored_bytes(made.model.model.state_dict())
-    made.plans[c] = settle_plan(plan, made.model, c.method, stored, made.figures[key])
-    return made.plans[c]
-
-
 def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check_stop: Callable[[], None]) -> BlockCompressor:
     """Make a compressor that takes what the pass over the original has measured, or where that does not serve, runs its own samples."""
-    model, plan, method = made.model, settled_plan(made, c, check_stop), c.method
+    model, plan, method = made.model, made.plans[c], c.method
     felt = of_origin(method.needs, "loss")
     samples = made.calibration(method)
     gradients: Mapping[str, torch.Tensor] | None = None
@@ -165,7 +136,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         stream.embed_probe_(shared)  # the model learns what it passes to its blocks for inputs of the probe's shape
         measured = functools.partial(cached.measured, needs=method.needs)
     else:
-        stream.start_(samples.inputs if samples is not None and method.needs else None, None)
+        stream.start_(None if samples is None else samples.inputs, None)
     return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
 
 

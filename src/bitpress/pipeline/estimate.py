@@ -3,7 +3,6 @@
     reading       the text's passes through the blocks, by their products
     statistics    the sums that calibration takes over every input
     quantizing    the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
-    a budget      plain rounding to each of its formats
 
 Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
 runs here now. Reading and writing files, and the evaluation, are not included.
@@ -25,8 +24,7 @@ from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import WeightCompressor
 from bitpress.quantizers.quantizer import Quantizer
-from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import LayerMethod, Method, Named
+from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["estimate_seconds"]
@@ -48,11 +46,8 @@ def estimate_seconds(
     """Return the seconds that calibrating and quantizing the planned weights would take on this machine if nothing else ran on it."""
     seconds = _pressing(model, method, weights) + sum(_pressing(model, found.method, [found.planned]) for found in outer)
     needs = method.needs
-    if not method.reads_text:
+    if not needs:
         return seconds
-    if method.options:  # each is tried by plain rounding; all take about as long as the recipe's own format
-        rounded = [replace(w, method=LayerMethod(w.format, Named("quantizer", "rtn", RTN(clip="mse")))) for w in weights]
-        seconds += len(method.options) * _pressing(model, replace(method, parts=(), overrides=()), rounded)
     calibration = method.recipe.calibration
     tokens = calibration.samples * model.task.positions(model.model.config, calibration.length)
     text = model.model.config.get_text_config()
@@ -62,7 +57,7 @@ def estimate_seconds(
     inputs = {(w.block, w.parameter.stem.rpartition(".")[0], w.parameter.shape[1], w.parameter.experts) for w in weights}
     known: dict[int, float] = {}
     summing = 0.0
-    for _, _, cols, experts in inputs if needs else ():
+    for _, _, cols, experts in inputs:
         if cols not in known:
             known[cols] = _summing_seconds(needs, cols, heads, method.compute) / TOKENS
         summing += known[cols] * (min(active or experts, experts) if experts else 1)
@@ -72,9 +67,7 @@ def estimate_seconds(
 def _passes(method: Method) -> float:
     """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
-    backward = 4.0 * (bool(of_origin(needs, "loss")) + bool(method.options))
-    if not needs:
-        return backward
+    backward = 4.0 if of_origin(needs, "loss") else 0.0
     if calibration.inputs == "original":
         return backward + 1
     beside = bool(of_origin(needs, "original"))

@@ -3,8 +3,6 @@
     sensitivity    [out, in]               mean over samples of the squared gradient by the weight, of the loss on the samples
     token weights  [samples, positions]    for every input: how much each token's outputs matter. The mean over outputs of the squared
                                            gradient of the loss, targets drawn from the model's own predictions, divided by its mean
-    curvature      a number a weight       trace of the Fisher information of a token: what noise of variance v in the weight adds to the
-                                           KL divergence from the original is v / 2 times that, while v is small
 
 Source   Kim et al. 2025, "GuidedQuant: Large Language Model Quantization via Exploiting End Loss Guidance": activation gradients, averaged
          into groups of outputs, weigh the tokens of the layer's objective (the authors' README). Tseng et al. 2025, "Model-Preserving
@@ -12,15 +10,11 @@ Source   Kim et al. 2025, "GuidedQuant: Large Language Model Quantization via Ex
          targets (from reviews of the paper).
 Differs  drawn targets, where GuidedQuant has the loss on the text; one group: a token has one weight for each input, the mean over all
          outputs of all weights with that input, each scaled to a mean of 1. Weights that share an input still share its gram.
-         The trace is the squared norm of a sample's gradient on drawn targets, whose tokens are independent: nothing of the size of
-         the weights is held beside the gradients of one block.
 
 The whole model is held at once; of a sample only the states between blocks are kept, and each block runs again on the way back.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 import torch
 
@@ -32,7 +26,7 @@ from bitpress.models.task import Inputs
 from bitpress.pipeline.calibration_stream import observe_weights, token_weights
 from bitpress.progress import Progress
 
-__all__ = ["measure_curvature", "measure_gradients"]
+__all__ = ["measure_gradients"]
 
 SEED = 0
 
@@ -50,63 +44,28 @@ def measure_gradients(
     "sensitivity" is under the names of parameters, in their own shapes; for "loss_gram" token weights are under `token_weights(name)`.
     The model's outer parts must be loaded. Raises NumericsError when a gradient is not finite.
     """
-    _load_(model)  # first: parts watch the parameters that are loaded
-    felt = _Sensitivity(model, weights) if "sensitivity" in needs else None
-    counted = _TokenWeights(model, weights) if "loss_gram" in needs else None
-    _run(model, [part for part in (felt, counted) if part is not None], inputs, check_stop, progress)
-    found = ({} if felt is None else felt.mean(len(inputs))) | ({} if counted is None else counted.joined())
-    for name, value in found.items():
-        if not bool(torch.isfinite(value).all()):
-            raise NumericsError(f"{name}: the gradient of the loss is not finite; use --set compute=fp32.")
-    return found
-
-
-def measure_curvature(
-    model: StreamedModel,
-    weights: Sequence[Sequence[WeightParameter]],
-    inputs: Inputs,
-    check_stop: Callable[[], None],
-    progress: Progress,
-) -> dict[str, float]:
-    """Return the trace of the Fisher information of every parameter, in nats a token. The model's outer parts must be loaded.
-
-    Raises NumericsError when a gradient is not finite.
-    """
-    _load_(model)
-    felt = _Curvature(model, weights)
-    _run(model, [felt], inputs, check_stop, progress)
-    for name, value in felt.total.items():
-        if not math.isfinite(value):
-            raise NumericsError(f"{name}: the gradient of the loss is not finite; use --set compute=fp32.")
-    return {name: value / len(inputs) for name, value in felt.total.items()}
-
-
-class _Part(Protocol):
-    def add(self, sample: Inputs, hidden: Sequence[torch.Tensor]) -> None:
-        """Run a sample back through the blocks, from the states before and behind each of them."""
-        ...
-
-
-def _load_(model: StreamedModel) -> None:
     for i in range(len(model.blocks)):
         model.load_block_(i)
-
-
-def _run(
-    model: StreamedModel, parts: Sequence[_Part], inputs: Inputs, check_stop: Callable[[], None], progress: Progress
-) -> None:
-    """Hand every sample's states between the blocks to the parts, and drop the blocks, which are all loaded."""
+    felt = _Sensitivity(model, weights) if "sensitivity" in needs else None
+    counted = _TokenWeights(model, weights) if "loss_gram" in needs else None
     progress.begin("gradients of the loss", len(inputs))
     for sample in inputs.split(1):
         check_stop()
         hidden = [model.embed(sample)]
         for i in range(len(model.blocks)):
             hidden.append(model.run_block(i, hidden[-1]))
-        for part in parts:
-            part.add(sample, hidden)
+        if felt is not None:
+            felt.add(sample, hidden)
+        if counted is not None:
+            counted.add(sample, hidden)
         progress.advance("sample")
     for i in range(len(model.blocks)):
         model.drop_block_(i)
+    found = ({} if felt is None else felt.mean(len(inputs))) | ({} if counted is None else counted.joined())
+    for name, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise NumericsError(f"{name}: the gradient of the loss is not finite; use --set compute=fp32.")
+    return found
 
 
 class _Sensitivity:
@@ -124,29 +83,6 @@ class _Sensitivity:
 
     def mean(self, samples: int) -> dict[str, torch.Tensor]:
         return {name: value / samples for name, value in self.total.items()}
-
-
-class _Curvature:
-    def __init__(self, model: StreamedModel, weights: Sequence[Sequence[WeightParameter]]) -> None:
-        self.model = model
-        self.names = [[p.name for p in block] for block in weights]
-        self.total = {p.name: 0.0 for block in weights for p in block}
-        self.generator = torch.Generator().manual_seed(SEED)
-
-    def add(self, sample: Inputs, hidden: Sequence[torch.Tensor]) -> None:
-        drawn = 0
-
-        def loss(outputs: torch.Tensor) -> torch.Tensor:
-            nonlocal drawn
-            drawn = math.prod(outputs.shape[:-1])
-            return self.model.task.drawn_loss(outputs, self.generator)
-
-        gradient = self.model.loss_gradient(sample, hidden[-1], loss)
-        for i in reversed(range(len(self.model.blocks))):
-            gradient, found = self.model.block_gradients(i, hidden[i], gradient, self.names[i])
-            for name, value in zip(self.names[i], found, strict=True):
-                # The mean over `drawn` independent targets has that fraction of the information of one.
-                self.total[name] += drawn * float(value.float().square().sum())
 
 
 class _TokenWeights:

@@ -21,7 +21,6 @@ from bitpress.formats import Format
 from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
@@ -54,7 +53,6 @@ class Plan:
 
     outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
     given   the user's own file, if it was converted first
-    offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
 
     weights: tuple[PlannedWeight, ...]
@@ -69,7 +67,6 @@ class Plan:
     side_bytes: int = 0
     outer: tuple[PlannedOuter, ...] = ()
     given: Given | None = None
-    offer: Offer | None = None
 
     @property
     def given_bytes(self) -> int:
@@ -95,41 +92,27 @@ class Plan:
         """Return the parameters to compress of every block."""
         return [[w.parameter for w in self.weights if w.block == i] for i in range(self.blocks)]
 
-    def by_format(self) -> dict[str, int]:
-        """Count the weights of the blocks by the names of their formats."""
-        names = sorted(w.format.name for w in self.weights)
-        return {name: names.count(name) for name in dict.fromkeys(names)}
-
     def kinds(self) -> list[dict[str, Any]]:
-        """Sum the weights that have the same place in a block, the same shape and the same format. It is None until it is chosen."""
-        sums: dict[tuple[str, tuple[int, ...], str | None], list[PlannedWeight]] = {}
+        """Sum the weights that have the same place in a block, the same shape and the same format."""
+        sums: dict[tuple[str, tuple[int, ...], str], list[PlannedWeight]] = {}
         for w in (*self.weights, *(found.planned for found in self.outer)):
-            place, fmt = place_in_block(w.parameter.stem), None if self.is_open(w) else w.format.name
-            sums.setdefault((place, w.parameter.parameter_shape, fmt), []).append(w)
+            place = place_in_block(w.parameter.stem)
+            sums.setdefault((place, w.parameter.parameter_shape, w.format.name), []).append(w)
         return [
             {
                 "kind": place,
                 "count": len(found),
                 "shape": list(shape),
                 "format": fmt,
-                "bytes": None if fmt is None else sum(w.nbytes for w in found),
-                "bits_per_weight": None if fmt is None else sum(w.nbytes for w in found) * 8 / sum(w.weights for w in found),
+                "bytes": sum(w.nbytes for w in found),
+                "bits_per_weight": sum(w.nbytes for w in found) * 8 / sum(w.weights for w in found),
             }
             for (place, shape, fmt), found in sums.items()
         ]
 
-    def is_open(self, planned: PlannedWeight) -> bool:
-        """Whether the format of a weight is still to be chosen."""
-        return self.offer is not None and planned.parameter.stem in self.offer.names
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return what is planned for every weight of the blocks. What follows from its format is None until that is chosen."""
-        unknown = {"format": None, "bytes": None, "bits_per_weight": None}
-        return [{**w.row(), **(unknown if self.is_open(w) else {})} for w in self.weights]
-
     def as_dict(self) -> dict[str, Any]:
         return {
-            "weights": self.rows(),
+            "weights": [w.row() for w in self.weights],
             "outer": [{"key": found.key, **found.planned.row()} for found in self.outer],
             "kinds": self.kinds(),
             "kept": self.kept,
@@ -140,7 +123,6 @@ class Plan:
             "bytes_compressed_weights": self.compressed_bytes,
             "bytes_outer": self.outer_bytes,
             "bytes_kept": self.kept_bytes,
-            "budget": None if self.offer is None else self.offer.summary(),
             "bytes_source": self.source_bytes,
             "bytes_given": self.given_bytes,
             "bytes_side_files": self.side_bytes,
@@ -347,9 +329,8 @@ def _peak_memory(
     outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
     outputs: int = 4 * model.task.output_values(model.model.config, 512)
     proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
-    backward = BASE_BYTES + outer + _backward_bytes(model, method, weights)
     if not method.needs:
-        return max(BASE_BYTES + outer + block + largest, backward, proof)
+        return max(BASE_BYTES + outer + block + largest, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
     factor = 3 * max(widths, default=0) ** 2 * 8
@@ -357,7 +338,7 @@ def _peak_memory(
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
     pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
-    return max(pressing, backward, proof)
+    return max(pressing, BASE_BYTES + outer + _backward_bytes(model, method, weights), proof)
 
 
 def _squares(model: StreamedModel, method: Method) -> int:
@@ -375,7 +356,7 @@ def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
     """Estimate the memory of a backward pass: the whole model, a sum of squares beside it, and for one sample the states between
     blocks, a block's backward pass and the loss over the outputs."""
-    if not of_origin(method.needs, "loss") and not method.options:
+    if not of_origin(method.needs, "loss"):
         return 0
     config, length = model.model.config, method.recipe.calibration.length
     positions = model.task.positions(config, length)

@@ -34,7 +34,6 @@ from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.blocks import BlockCompressor
-from bitpress.pipeline.budget import choose_formats, plan_method
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
@@ -42,7 +41,7 @@ from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
-from bitpress.pipeline.plan import Plan, check_memory, check_room, overlooked_products, unmeant_bits
+from bitpress.pipeline.plan import Plan, check_memory, check_room, make_plan, overlooked_products, unmeant_bits
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.pipeline.report import make_report, write_texts_
 from bitpress.progress import Progress, Silent
@@ -108,8 +107,8 @@ class Proof:
 def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
     streamed, loader = open_original(model, method.compute)
-    plan = plan_method(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
-    if method.reads_text:
+    plan = make_plan(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
+    if method.needs:
         streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
@@ -140,13 +139,13 @@ def quantize_directory(
     calibration = method.recipe.calibration
     plan, streamed, loader = plan_run(model, method)
     check_memory(plan)
-    if proof.tokens and method.reads_text and proof.text == calibration.text:
+    if proof.tokens and method.needs and proof.text == calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
         config = streamed.model.config
         draw_evaluation(proof.text, streamed.task, model, config, count=proof.tokens, length=proof.length)
     samples = None
-    if method.reads_text:
+    if method.needs:
         samples = draw_calibration(calibration, streamed.task, model, streamed.model.config)
     run = Run(model, streamed, loader, method, plan, samples)
     identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
@@ -164,8 +163,6 @@ def quantize_directory(
         progress.note(f"{text}.")
     if (reason := method.no_default_scales()) is not None:
         progress.note(f"{reason}; name a quantizer to choose.")
-    if plan.offer is not None and (excess := plan.offer.excess()) is not None:
-        progress.note(excess)
     if plan.given is not None and plan.published_bytes > plan.given_bytes:
         progress.note(
             f"{out} will be larger than its source: about {plan.published_bytes / 1e6:.0f} MB from {plan.given_bytes / 1e6:.0f} MB "
@@ -176,7 +173,7 @@ def quantize_directory(
     job = Job.open(out, identity, force=force)
     try:
         with stoppable() as check_stop:
-            run, seconds = _compress(job, run, strict, check_stop, progress)
+            seconds = _compress(job, run, strict, check_stop, progress)
             return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds))
     finally:
         job.close()
@@ -206,28 +203,25 @@ class Committer:
         self.progress.advance(block.name, error=record.error)
 
 
-def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], progress: Progress) -> tuple[Run, float]:
-    """Do the units that the journal lacks; return the run, with the formats chosen that a budget buys, and the seconds that took."""
+def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], progress: Progress) -> float:
+    """Do the units that the journal lacks; return the seconds that took."""
     started = time.perf_counter()
-    model, method = run.model, run.method
-    inputs = None if run.samples is None else run.samples.inputs
-    stored = run.loader.stored_bytes(model.model.state_dict())
-    plan, kept = choose_formats(job, run.plan, model, method, stored, inputs, check_stop, progress)
-    run = replace(run, plan=plan)
+    plan, model, method = run.plan, run.model, run.method
     head = next((found for found in plan.outer if found.last), None)
     total = plan.blocks + 1 + (head is not None)
     if len(job.units) == total:
-        return run, 0.0
+        return 0.0
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
+    inputs = None if run.samples is None else run.samples.inputs
     outer = model.load_outer_()
-    inputs = inputs if method.needs else None  # what formats cost has been measured
+    kept: dict[str, str] | None = None
     gradients = None
     felt = of_origin(method.needs, "loss")
     if felt:
         if not job.units:
             assert inputs is not None
-            kept |= job.keep(GRADIENTS, measure_gradients(model, plan.by_block(), inputs, felt, check_stop, progress))
+            kept = job.keep(GRADIENTS, measure_gradients(model, plan.by_block(), inputs, felt, check_stop, progress))
         gradients = job.kept(GRADIENTS)
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
     stream = CalibrationStream(
@@ -250,7 +244,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         made, decoded = compress_tables(plan.outer, outer, strict=strict)
         model.fill_outer_(decoded)
         stream.start_(inputs, None)
-        record = made.record().model_copy(update={"kept": kept or None})
+        record = made.record().model_copy(update={"kept": kept})
         job.commit("outer", OUTER_NAME, made.tensors(), record.dump(), stream.state)
         progress.advance("outer")
         del made, decoded
@@ -268,7 +262,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         job.commit("head", HEAD_NAME, made.tensors(), record.dump(), None)
         progress.advance("head", error=record.error)
     model.drop_outer_()
-    return run, time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def finish_job(
@@ -296,8 +290,7 @@ def finish_job(
             left_behind=side.left,
             timing=clock.facts(),
         )
-        recipe = job.identity["recipe"]
-        head = front_matter(run.path, f"{recipe['budget']['bits']:g}-bits" if "budget" in recipe else recipe["weights"])
+        head = front_matter(run.path, job.identity["recipe"]["weights"])
         written = write_json_bytes(manifest.model_dump(mode="json"))
         others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
         job.stage(write_texts_(report, job.out.name, head, task, others))

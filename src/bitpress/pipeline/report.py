@@ -47,7 +47,6 @@ def make_report(
             "bytes_outer": plan.outer_bytes,
             "bytes_kept": plan.kept_bytes,
         },
-        **_of_budget(figures, plan, identity["recipe"]),
         "calibration": dict(calibration) if calibration else None,
         "calibrated": {"weights": reached, "of": len(rows)},
         "fallbacks": fallbacks,
@@ -60,14 +59,6 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
-
-
-def _of_budget(figures: Mapping[str, Any], plan: Plan, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a budget asked for, what is stored, maps included, and how many weights have each format; nothing without one."""
-    if "budget" not in recipe:
-        return {}
-    asked, spent = recipe["budget"]["bits"], figures["bits_per_weight"]
-    return {"budget": {"bits_asked": asked, "bits_spent": spent, "weights": plan.by_format()}}
 
 
 def write_texts_(

@@ -2,7 +2,7 @@
 
 Source   Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem"; the scale as in
          the authors' public code in transformers (`integrations/higgs.py`). The rotation is the transform `hadamard`, done before;
-         the grids, of single weights or of pairs, are `formats.grids.gaussian`; bits layer by layer are the key `budget` of a recipe.
+         the grids, of single weights or of pairs, are `formats.grids.gaussian`; bits layer by layer are `allocation.knapsack`.
 Differs  a whole row is rotated at once, and scales are those of the format's blocks, where the code rotates and scales 1,024 weights
          together. clip="mse" searches the scale; the paper's is the block's root mean square alone.
 Needs    nothing.                   Cost  O(out * in * 2^bits) time at most.

@@ -5,7 +5,7 @@ from bitpress.recipes.kinds import KINDS
 from bitpress.recipes.method import LayerMethod, Method, Named, build_method
 from bitpress.recipes.parts import make_part, settings_of, spelled
 from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Calibration, NamedRecipe, Override, Recipe
-from bitpress.recipes.text import dump_recipe, load_recipe, make_method, make_recipe, told_budget, told_overrides, told_weights
+from bitpress.recipes.text import dump_recipe, load_recipe, make_method, make_recipe, told_overrides, told_weights
 
 __all__ = [
     "DEFAULT_QUANTIZER",
@@ -28,7 +28,6 @@ __all__ = [
     "make_recipe",
     "settings_of",
     "spelled",
-    "told_budget",
     "told_overrides",
     "told_weights",
 ]

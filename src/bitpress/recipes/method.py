@@ -5,7 +5,7 @@ The pipeline passes a `Method`, never the recipe. A new kind of part is one row 
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,6 @@ from bitpress.formats import LOSSLESS, AnyFormat, Format, find_format
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
-from bitpress.recipes.options import find_options
 from bitpress.recipes.parts import make_part, settings_of
 from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
 from bitpress.transforms.basis import BasisChange
@@ -59,9 +58,7 @@ class LayerMethod:
 class Method:
     """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
 
-    outer    by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
-    options  formats among which the recipe's budget chooses, none without one
-    chosen   the format of a weight by its name, where it has been chosen
+    outer   by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
     """
 
     recipe: Recipe
@@ -70,8 +67,6 @@ class Method:
     overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
     compute: torch.dtype
     outer: Mapping[str, "Method"] = field(default_factory=dict)
-    options: tuple[Format, ...] = ()
-    chosen: Mapping[str, Format] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -108,11 +103,6 @@ class Method:
         needs: frozenset[str] = frozenset().union(*(named.part.needs for named in self.every_part))
         return needs | {"loss_gram"} if self.recipe.calibration.gram == "loss" else needs
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether the calibration text is read: for statistics, or to measure what formats cost the loss."""
-        return bool(self.needs or self.options)
-
     @cached_property
     def shared_needs(self) -> frozenset[str]:
         """Statistics that every weight needs, whichever quantizer it has."""
@@ -130,10 +120,6 @@ class Method:
 
     def for_layer(self, weight: str) -> LayerMethod:
         """Return the parts for a weight by its name: those of the last override that matches, else the recipe's."""
-        parts = self._of_recipe(weight)
-        return replace(parts, format=self.chosen[weight]) if weight in self.chosen else parts
-
-    def _of_recipe(self, weight: str) -> LayerMethod:
         for override, fmt, quantizer in reversed(self.overrides):
             if fnmatch.fnmatchcase(weight, override.match):
                 usual = self._default
@@ -160,10 +146,6 @@ class Method:
         values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
         for key in OUTER:
             del values[key]  # recipes of before have no such keys
-        if self.recipe.budget is None:
-            del values["budget"]
-        else:
-            values["budget"]["among"] = [fmt.name for fmt in self.options]
         values |= {key: {"weights": own.format.name, "quantizer": own.quantizer.settings()} for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
@@ -185,8 +167,7 @@ def build_method(recipe: Recipe) -> Method:
     )
     given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
     outer = {key: _outer_method(recipe, key, own, quantizer) for key, own in given.items()}
-    options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, options)
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:

@@ -12,8 +12,6 @@ skip: ["*.down_proj"]                   weights that stay as they are; "!*.exper
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored
 head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names
-budget: 3.3                             bits a weight on average, or {bits: 3.3, among: [int2-g64-zero, int4-g64-zero]}: what each format costs the
-                                        loss is measured, and every weight has the format that spends the bits best; left out: no choice
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
 compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
@@ -30,7 +28,6 @@ __all__ = [
     "DEFAULT_TRANSFORMS",
     "NAMED_RECIPES",
     "OUTER",
-    "Budget",
     "Calibration",
     "NamedRecipe",
     "OuterWeights",
@@ -112,13 +109,6 @@ class OuterWeights(_Closed):
     quantizer: dict[str, Any] | None = None
 
 
-class Budget(_Closed):
-    """Bits a weight on average, parameters counted, and the formats to choose among; left out, the other widths of the recipe's format."""
-
-    bits: float = Field(gt=0, allow_inf_nan=False, strict=True)
-    among: tuple[str, ...] | None = None
-
-
 class Recipe(_Closed):
     """See the head of this file.
 
@@ -136,7 +126,6 @@ class Recipe(_Closed):
     overrides: tuple[Override, ...] = ()
     embeddings: OuterWeights | None = None
     head: OuterWeights | None = None
-    budget: Budget | None = None
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)
     compute: Literal["auto", "bf16", "fp32"] = "auto"

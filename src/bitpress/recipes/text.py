@@ -16,10 +16,10 @@ from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
 from bitpress.recipes.parts import spelled
-from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Budget, Calibration, OuterWeights, Override, Recipe
+from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Calibration, OuterWeights, Override, Recipe
 from bitpress.recipes.rules import check_composition
 
-__all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_budget", "told_overrides", "told_weights"]
+__all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_overrides", "told_weights"]
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -57,11 +57,6 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     for key in OUTER:
         if key in merged:
             merged[key] = _outer(f"{where}: {key}", merged[key])
-    if "budget" in merged:
-        merged["budget"] = _budget(f"{where}: budget", merged["budget"])
-        match merged["budget"].get("among"):
-            case [str(first), *_]:  # stands for the recipe's own format, where that is not named
-                merged.setdefault("weights", first)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -77,13 +72,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
-    return "; ".join([told_budget(recipe) or recipe["weights"], *told_overrides(recipe)])
-
-
-def told_budget(recipe: Mapping[str, Any]) -> str | None:
-    """Say what the budget of a resolved recipe is: "3.3 bits of int2-g64, int3-g64"; None without one."""
-    budget = recipe.get("budget")  # recipes of before have no such key
-    return None if budget is None else f"{budget['bits']:g} bits of {', '.join(budget['among'])}"
+    return "; ".join([recipe["weights"], *told_overrides(recipe)])
 
 
 def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
@@ -128,15 +117,6 @@ def _outer(where: str, given: Any) -> Any:
     return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
 
 
-def _budget(where: str, given: Any) -> dict[str, Any]:
-    """Return what the key `budget` says as its settings, formats spelled as the tables do; a number alone is its bits."""
-    if not isinstance(given, Mapping):
-        return {"bits": given}
-    if not isinstance(given.get("among"), (list, tuple)):
-        return dict(given)
-    return {**given, "among": [_with_format(where, {"weights": name})["weights"] for name in given["among"]]}
-
-
 def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
     named = isinstance(part, Mapping) and isinstance(part.get("name"), str)
     return {**part, "name": spelled(part["name"], table)} if named else part
@@ -162,7 +142,6 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
     tables: dict[str, type[BaseModel]] = {
         "calibration": Calibration,
         "overrides": Override,
-        "budget": Budget,
         **dict.fromkeys(OUTER, OuterWeights),
     }
     known = (tables[outer[0]] if outer else Recipe).model_fields
