@@ -41,9 +41,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
 
-# Every combination of every law, for a release.
+# Every combination of every law with more examples, and the arrays of every call checked (tests/array_checks.py), for a release.
 test-release: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) -m ""
+	BITPRESS_TESTS=release OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) -m ""
 
 # The same tests with the newest release of every package that pyproject.toml allows. What a release deprecates is listed, not an error.
 test-newest:

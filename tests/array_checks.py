@@ -3,12 +3,17 @@
 `jaxtyping.install_import_hook` would check every argument of every function, with a wrapper around each: protocols that are not
 checkable at run time stop it, and a function that is made anew at every call is wrapped anew. Here only annotations of arrays are
 checked (mypy holds the others), of functions and methods of modules and classes, and of the fields of dataclasses.
+
+A check costs more than many of the functions that it is put around, so a process checks the first FIRST calls of every function and
+then every EVERY-th one. With BITPRESS_TESTS=release, which `make test-release` sets, it checks every call.
 """
 
 import ast
 import dataclasses
+import functools
 import importlib.machinery
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -18,7 +23,10 @@ from typing import Any, get_args
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
 
-__all__ = ["check_arrays", "install"]
+__all__ = ["EVERY", "FIRST", "check_arrays", "install"]
+
+FIRST = 32
+EVERY = 101  # a prime, so that calls which come in turns of some number are all met
 
 _MARK = "_check_arrays"
 
@@ -29,24 +37,38 @@ def _mentions_array(annotation: Any) -> bool:
     return any(_mentions_array(part) for part in get_args(annotation))
 
 
-def _check_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with its arrays checked, the same function where it takes and returns none."""
+def _check_function(function: Callable[..., Any], every: int) -> Callable[..., Any]:
+    """Return the function with the arrays of some calls checked, the same function where it takes and returns none."""
     arrays = {name: annotation for name, annotation in function.__annotations__.items() if _mentions_array(annotation)}
     if not arrays:
         return function
-    everything = function.__annotations__
-    function.__annotations__ = arrays  # of these alone the check is made
-    checked: Callable[..., Any] = jaxtyped(function, typechecker=beartype)
-    checked.__annotations__ = everything
-    return checked
+    calls = 0
+    checked: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, checked
+        calls += 1
+        if calls > FIRST and calls % every:
+            return function(*args, **kwargs)
+        if checked is None:  # made at the first call: most functions of the package are not called by one process
+            everything = function.__annotations__
+            function.__annotations__ = arrays  # of these alone the check is made
+            checked = jaxtyped(function, typechecker=beartype)
+            function.__annotations__ = everything
+        return checked(*args, **kwargs)
+
+    return sampled
 
 
-def check_arrays(item: Any) -> Any:
-    """Return a function whose arrays are checked at every call, or a dataclass whose arrays are checked when it is made."""
+def check_arrays(item: Any, every: int | None = None) -> Any:
+    """Return a function whose arrays are checked when it is called, or a dataclass whose arrays are checked when it is made."""
+    if every is None:
+        every = 1 if os.environ.get("BITPRESS_TESTS") == "release" else EVERY
     if not inspect.isclass(item):
-        return _check_function(item)
+        return _check_function(item, every)
     if dataclasses.is_dataclass(item) and "__init__" in vars(item):
-        item.__init__ = _check_function(item.__init__)
+        item.__init__ = _check_function(item.__init__, every)
     return item
 
 

@@ -1,5 +1,6 @@
 """Tiny models for every test: random weights under fixed seeds, a tokenizer trained here, nothing downloaded."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,10 @@ os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; te
 
 import array_checks
 import pytest
+import typer.main
+
+# Typer builds all commands anew at every call, which is a third of a call that is refused. Nothing changes an app once it is made.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 if (
     "bitpress" not in sys.modules
@@ -75,6 +80,13 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenize_once() -> None:
+    import tokenized_once
+
+    tokenized_once.install()
 
 
 @pytest.fixture(scope="session")

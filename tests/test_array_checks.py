@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from array_checks import check_arrays
+from array_checks import EVERY, FIRST, check_arrays
 from jaxtyping import Float, Int, TypeCheckError
 
 from bitpress.formats import parse_format
@@ -12,8 +12,9 @@ from bitpress.formats import parse_format
 
 def test_the_package_is_checked() -> None:
     fmt = parse_format("int4-g32")
+    # Other tests of this process may have used up the first calls: one of the next is checked.
     with pytest.raises(TypeCheckError, match="parameters"):
-        fmt.fit(torch.zeros(4, 32, dtype=torch.int64))  # type: ignore[arg-type]
+        [fmt.fit(torch.zeros(4, 32, dtype=torch.int64)) for _ in range(EVERY)]  # type: ignore[arg-type]
     fmt.fit(torch.zeros(4, 32))
 
 
@@ -45,3 +46,28 @@ def test_a_function_without_arrays_is_left_alone() -> None:
         return []
 
     assert check_arrays(plain) is plain
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_the_first_calls_and_every_so_many_are_checked(every: int) -> None:
+    def same(w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
+        return w
+
+    checked, seen = check_arrays(same, every), []
+    for call in range(1, FIRST + 30):
+        try:
+            checked(torch.zeros(2))
+        except TypeCheckError:
+            seen.append(call)
+    assert seen == [call for call in range(1, FIRST + 30) if call <= FIRST or call % every == 0]
+
+
+def test_a_variable_of_the_environment_asks_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same(w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
+        return w
+
+    monkeypatch.setenv("BITPRESS_TESTS", "release")
+    checked = check_arrays(same)
+    for _ in range(FIRST + 2):
+        with pytest.raises(TypeCheckError):
+            checked(torch.zeros(2))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -465,7 +466,7 @@ def drawn_cases(draw: st.DrawFn) -> tuple[str, int, int, int, int]:
 
 
 @given(drawn_cases())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(80, 300), deadline=None, derandomize=True)
 def test_every_shape_multiplies_as_it_decodes(case: tuple[str, int, int, int, int]) -> None:
     name, rows, columns, count, seed = case
     check(alone(press(name, weights(rows, columns, seed))), (count,), seed)

@@ -375,7 +375,11 @@ class StopAfter(Silent):
             raise JobStopped("stopped by the test")
 
 
-@pytest.mark.parametrize("what", ["hadamard + gptq + lqer", "everything", "another target, weight by weight"])
+@pytest.mark.parametrize(
+    "what",
+    # All parts of the first are in `everything`.
+    [pytest.param("hadamard + gptq + lqer", marks=pytest.mark.release), "everything", "another target, weight by weight"],
+)
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     what: str, tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -459,8 +463,16 @@ def test_scales_that_nothing_takes_are_left_alone_on_demand(
     assert all(name.endswith("mlp.c_proj.weight") for name in mapped)
 
 
-@pytest.mark.parametrize("search", SCALE_SEARCHES)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3", "mixtral"])
+def by_turns() -> list[Any]:
+    """Every architecture with one of the searches; with the others before a release."""
+    return [
+        pytest.param(architecture, search, marks=() if i % len(SCALE_SEARCHES) == k else pytest.mark.release)
+        for i, architecture in enumerate(["llama", "gpt2", "gemma3", "phi3", "mixtral"])
+        for k, search in enumerate(SCALE_SEARCHES)
+    ]
+
+
+@pytest.mark.parametrize(("architecture", "search"), by_turns())
 def test_what_takes_the_scales_is_published_with_them(
     tiny_model: Callable[..., Path], tmp_path: Path, architecture: str, search: str
 ) -> None:

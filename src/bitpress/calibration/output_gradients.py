@@ -43,6 +43,12 @@ class OutputGradients(TorchFunctionMode):
             out.register_hook(partial(self._keep, observed.name))
         return out
 
+    def __exit__(self, *raised: Any) -> None:
+        # An input holds the graph that its product hangs on, and the graph holds this object by its hooks: a circle through torch's own
+        # memory, which Python's collector does not see.
+        self._seen.clear()
+        super().__exit__(*raised)
+
     def _keep(self, name: str, gradient: torch.Tensor) -> None:
         squared = gradient.reshape(-1, gradient.shape[-1]).float().square().mean(-1)
         # A weight that is used twice on the same tokens counts with both uses.
