@@ -186,7 +186,7 @@ def build_method(recipe: Recipe) -> Method:
     given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
     outer = {key: _outer_method(recipe, key, own, quantizer) for key, own in given.items()}
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, options)
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, options=options)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
