@@ -26,7 +26,7 @@ from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.quantize import plan_run
 from bitpress.progress import Silent
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import Calibration, Named, dump_recipe, make_method, make_recipe
+from bitpress.recipes import Calibration, dump_recipe, make_method, make_recipe
 
 AMONG = ["int2-g16-zero", "int3-g16-zero", "int4-g16-zero", "int6-g16-zero"]
 TOKENS = torch.randint(0, 384, (32, 24), generator=torch.Generator().manual_seed(5))
@@ -78,7 +78,7 @@ def test_errors_are_those_of_rounding(tiny_model: Callable[..., Path]) -> None:
     stack = loader.load("model.layers.0.")[name].flatten(0, 1)
     for found, width in zip(figures[name][1:].tolist(), (4, 2), strict=True):
         fmt = parse_format(f"int{width}-g16")
-        w_hat = RTN(clip="mse").quantize(stack, None, fmt).weight.dequantize()
+        w_hat = RTN().quantize(stack, None, fmt).weight.dequantize()
         assert found == pytest.approx(float((stack - w_hat).square().sum() / stack.square().sum()), rel=1e-4)
     assert set(figures) == {w.parameter.stem for w in plan.weights}
     plenty = replace(plan.offer, bits=40.0)
@@ -86,7 +86,7 @@ def test_errors_are_those_of_rounding(tiny_model: Callable[..., Path]) -> None:
     assert {fmt.name for fmt in plenty.choose(figures).values()} == {"int4-g16"}
 
 
-def test_errors_are_those_in_the_basis_of_the_recipe(tiny_model: Callable[..., Path]) -> None:
+def test_errors_are_those_of_a_recipe_without_statistics(tiny_model: Callable[..., Path]) -> None:
     method = make_method({"weights": "gauss4x2-row", "quantizer": "higgs", "budget": 3, "compute": "fp32"})
     plan, model, loader = plan_run(tiny_model(), method)
     assert plan.offer is not None
@@ -95,7 +95,7 @@ def test_errors_are_those_in_the_basis_of_the_recipe(tiny_model: Callable[..., P
     name = "model.layers.1.mlp.down_proj"
     w = loader.load("model.layers.1.")[f"{name}.weight"]
     for found, fmt in zip(figures[name][1:].tolist(), method.options, strict=True):
-        parts = replace(method.for_layer(name), format=fmt, quantizer=Named("quantizer", "rtn", RTN(clip="mse")))
+        parts = replace(method.for_layer(name), format=fmt)
         assert len(parts.changes) == 1
         w_hat = compress_matrix(w, None, parts).weight.dequantize()
         assert found == pytest.approx(float((w - w_hat).square().sum() / w.square().sum()), rel=1e-3)
@@ -260,7 +260,7 @@ def test_compared_recipes_choose_by_the_calibration_text(
     recipes = tmp_path / "recipes.yaml"
     among = f"among: [{', '.join(AMONG)}]"
     recipes.write_text(
-        f"more: {{quantizer: rtn, weights: int3-g16-zero, budget: {{bits: 4.5, {among}}}}}\n"
+        f"more: {{quantizer: {{name: rtn, clip: mse}}, weights: int3-g16-zero, budget: {{bits: 4.5, {among}}}}}\n"
         f"fewer: {{quantizer: gptq, weights: int4-g16-zero, budget: {{bits: 3.8, {among}}}}}\n"
     )
     drawn = {"text": str(text_file), "samples": 8, "length": 32}
@@ -275,7 +275,8 @@ def test_compared_recipes_choose_by_the_calibration_text(
     for row, bits in zip(found["rows"], (4.5, 3.8), strict=True):
         assert bits - 0.2 < row["bits_per_weight"] <= bits
         assert row["weights"].startswith(f"{bits} bits of int2-g16-zero, int3-g16-zero")
-    report = press(tiny_model(), tmp_path / "alone", text_file, budget={"bits": 4.5, "among": AMONG}, compute="fp32")
+    keys = {"quantizer": {"name": "rtn", "clip": "mse"}, "budget": {"bits": 4.5, "among": AMONG}, "compute": "fp32"}
+    report = press(tiny_model(), tmp_path / "alone", text_file, **keys)
     assert found["rows"][0]["formats"] == report["budget"]["weights"]
     with pytest.raises(UsageError, match="is the calibration text of more"):
         compare_recipes(tiny_model(), tmp_path / "judged", made, {"same": str(text_file)}, tokens=64, length=32)

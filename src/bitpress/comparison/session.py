@@ -28,6 +28,7 @@ from bitpress.pipeline.budget import measure_offer, settle_plan
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import recorded
+from bitpress.pipeline.offer import trial_parts
 from bitpress.pipeline.plan import Plan
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration, Method, Recipe
@@ -132,8 +133,8 @@ def settled_plan(made: Comparison, c: Variant, check_stop: Callable[[], None]) -
         return plan
     samples = made.calibration(c.method)
     assert samples is not None
-    offered = tuple((own[0].parameter.stem, *(w.format.name for w in own)) for own in plan.offer.free)
-    key = (drawn(c.recipe.calibration), offered, tuple(map(repr, c.method.changes)))
+    offered = tuple((own[0].parameter.stem, *(repr(trial_parts(w)) for w in own)) for own in plan.offer.free)
+    key = (drawn(c.recipe.calibration), offered)
     if key not in made.figures:
         made.figures[key] = measure_offer(made.model, plan.offer, samples.inputs, check_stop, made.progress)
     stored = made.loader.stored_bytes(made.model.model.state_dict())

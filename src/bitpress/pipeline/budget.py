@@ -1,9 +1,10 @@
 """A budget of bits: what each format of each weight costs the loss, measured before the first block, and the formats that it buys.
 
 Source   Malinovskii et al. 2024, HIGGS (`allocation.linearity`): a factor of the weight times the relative squared error of the format.
-Differs  errors are those of plain rounding with clipping by squared error, after those changes of basis that need no statistics: the part
-         of the error that quantizer, corrections and other transforms take away is taken to be the same for all formats.
-Cost     the whole model in memory and a pass of the calibration text back and forth, then a rounding of every weight for each format.
+Differs  errors are those of the recipe's changes of basis and quantizer where they need no statistics, as HIGGS does not. Rounding with
+         clipping stands for a quantizer that does: the part of the error that it takes away, as corrections and other transforms do,
+         is taken to be the same for all formats.
+Cost     the whole model in memory and a pass of the calibration text back and forth, then a trial of every weight in each format.
 
 The choice is made from these figures alone. They are kept with the job, so a resumed run chooses the same.
 """
@@ -21,15 +22,15 @@ from bitpress.formats.reach import lost_rows, widened
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.task import Inputs
 from bitpress.models.walk import LoadedBlock, walk
+from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.gradients import measure_curvature
 from bitpress.pipeline.journal import Job
-from bitpress.pipeline.offer import Offer
+from bitpress.pipeline.offer import Offer, trial_parts
 from bitpress.pipeline.plan import Plan, make_plan
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.progress import Progress
-from bitpress.quantizers.rtn import RTN
+from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Method
-from bitpress.transforms.basis import into_basis
 
 __all__ = ["choose_formats", "measure_offer", "plan_method", "settle_plan", "told_formats"]
 
@@ -95,13 +96,13 @@ def measure_offer(
     blocks = [[own for own in offer.free if own[0].block == i] for i in range(len(model.blocks))]
     traces = measure_curvature(model, [[own[0].parameter for own in block] for block in blocks], inputs, check_stop, progress)
     progress.begin("errors of the formats", len(blocks))
-    rounded = _Rounding(blocks)
-    walk(model, [rounded], check_stop=check_stop, note=progress.advance)
+    tried = _Trials(blocks)
+    walk(model, [tried], check_stop=check_stop, note=progress.advance)
     found = {}
     for own in offer.free:
         parameter = own[0].parameter
-        (factor,) = curved_factors([traces[parameter.name]], [rounded.mean_squares[parameter.name]])
-        found[parameter.stem] = torch.tensor([factor, *rounded.errors[parameter.name]], dtype=torch.float64)
+        (factor,) = curved_factors([traces[parameter.name]], [tried.mean_squares[parameter.name]])
+        found[parameter.stem] = torch.tensor([factor, *tried.errors[parameter.name]], dtype=torch.float64)
         if not bool(torch.isfinite(found[parameter.stem]).all()):
             raise NumericsError(f"{parameter.stem}: the error of a format of the budget is not finite; skip the weight.")
     return found
@@ -128,8 +129,8 @@ def _options(plans: Mapping[Format, Plan]) -> tuple[tuple[PlannedWeight, ...], .
     return tuple(found)
 
 
-class _Rounding:
-    """A visitor that rounds weights to each of their formats; figures are by the names of parameters, those of experts together."""
+class _Trials:
+    """A visitor that tries weights in each of their formats; figures are by the names of parameters, those of experts together."""
 
     def __init__(self, blocks: list[list[tuple[PlannedWeight, ...]]]) -> None:
         self.blocks = blocks
@@ -145,15 +146,13 @@ class _Rounding:
 
 
 def _error(matrices: Sequence[Float[torch.Tensor, "out in"]], option: PlannedWeight) -> float:
-    """Return the relative squared error of rounding a weight, all experts together, in the basis that the recipe rotates it to."""
-    fmt, lost, energy = option.format, 0.0, 0.0
+    """Return the relative squared error of a weight in a format, all experts together."""
+    parts, fmt, lost, energy = trial_parts(option), option.format, 0.0, 0.0
     assert isinstance(fmt, Format)
     for w in matrices:
-        for change in option.method.changes:
-            if not change.needs:
-                w = into_basis(w, change.plan(w, None, fmt))
-        held = widened(fmt) or fmt if bool(lost_rows(w, fmt).any()) else fmt
-        lost += _energy(w - RTN(clip="mse").quantize(w, None, held).weight.dequantize())
+        wide = widened(fmt) if bool(lost_rows(w, fmt).any()) else None
+        held = wide if wide is not None and is_served(parts.quantizer.part.serves, wide) else fmt
+        lost += _energy(w - compress_matrix(w, None, replace(parts, format=held)).weight.dequantize())
         energy += _energy(w)
     return lost / energy if energy > 0 else 0.0
 

@@ -3,7 +3,7 @@
     reading       the text's passes through the blocks, by their products
     statistics    the sums that calibration takes over every input
     quantizing    the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
-    a budget      plain rounding to each of its formats
+    a budget      a trial of each of its formats
 
 Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
 runs here now. Reading and writing files, and the evaluation, are not included.
@@ -21,12 +21,12 @@ from bitpress.calibration.stats import STATISTICS, StatsCollector
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.offer import trial_parts
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import WeightCompressor
 from bitpress.quantizers.quantizer import Quantizer
-from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import LayerMethod, Method, Named
+from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["estimate_seconds"]
@@ -50,9 +50,9 @@ def estimate_seconds(
     needs = method.needs
     if not method.reads_text:
         return seconds
-    if method.options:  # each is tried by plain rounding; all take about as long as the recipe's own format
-        rounded = [replace(w, method=LayerMethod(w.format, Named("quantizer", "rtn", RTN(clip="mse")))) for w in weights]
-        seconds += len(method.options) * _pressing(model, replace(method, parts=(), overrides=()), rounded)
+    if method.options:  # each takes about as long as the recipe's own format
+        tried = [replace(w, method=trial_parts(w)) for w in weights]
+        seconds += len(method.options) * _pressing(model, replace(method, parts=(), overrides=()), tried)
     calibration = method.recipe.calibration
     tokens = calibration.samples * model.task.positions(model.model.config, calibration.length)
     text = model.model.config.get_text_config()

@@ -10,8 +10,20 @@ from jaxtyping import Float
 from bitpress.allocation.linearity import check_budget, spend
 from bitpress.formats import Format
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import LayerMethod, Named
 
-__all__ = ["Offer"]
+__all__ = ["Offer", "trial_parts"]
+
+
+def trial_parts(option: PlannedWeight) -> LayerMethod:
+    """Return the parts by which the error of a format is measured: those of the recipe that need no statistics.
+
+    Rounding with clipping by squared error stands for a quantizer that needs some.
+    """
+    parts = option.method
+    quantizer = Named("quantizer", "rtn", RTN(clip="mse")) if parts.quantizer.part.needs else parts.quantizer
+    return LayerMethod(parts.format, quantizer, tuple(change for change in parts.changes if not change.needs))
 
 
 @dataclass(frozen=True)
