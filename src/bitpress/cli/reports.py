@@ -41,7 +41,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
         {
-            **{key: told_outer(recipe[key]) for key in OUTER if key in recipe},
+            **{row["key"]: f"{row['format']} by {row['quantizer']}, {size(row['bytes'])}" for row in report.get("outer", ())},
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
@@ -65,9 +65,9 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         table("\nFiles left behind", ("file", "why"), [(escape(_few(names)), why) for why, names in reasons.items()])
 
 
-def told_outer(own: Mapping[str, Any]) -> str:
+def told_outer(own: Mapping[str, Any] | str) -> str:
     """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
-    return f"{own['weights']} by {own['quantizer']['name']}"
+    return own if isinstance(own, str) else f"{own['weights']} by {own['quantizer']['name']}"
 
 
 def told_original(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.parts import make_part, settings_of
-from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
+from bitpress.recipes.recipe import AUTO_OUTER, DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
@@ -59,6 +59,7 @@ class Method:
     """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
 
     outer   by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
+    auto    those of these keys that are "auto": left out where the model has no such matrix, or one that cannot take the format
     """
 
     recipe: Recipe
@@ -67,6 +68,7 @@ class Method:
     overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
     compute: torch.dtype
     outer: Mapping[str, "Method"] = field(default_factory=dict)
+    auto: frozenset[str] = frozenset()
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -146,7 +148,10 @@ class Method:
         values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
         for key in OUTER:
             del values[key]  # recipes of before have no such keys
-        values |= {key: {"weights": own.format.name, "quantizer": own.quantizer.settings()} for key, own in self.outer.items()}
+        values |= {
+            key: "auto" if key in self.auto else {"weights": own.format.name, "quantizer": own.quantizer.settings()}
+            for key, own in self.outer.items()
+        }
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
@@ -166,8 +171,14 @@ def build_method(recipe: Recipe) -> Method:
         for override in recipe.overrides
     )
     given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
-    outer = {key: _outer_method(recipe, key, own, quantizer) for key, own in given.items()}
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer)
+    auto = frozenset(key for key, own in given.items() if own == "auto")
+    if auto and _exact_formats(recipe):  # who keeps weights bit for bit keeps these too
+        given, auto = {key: own for key, own in given.items() if key not in auto}, frozenset()
+    outer = {
+        key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
+        for key, own in given.items()
+    }
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, auto)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
