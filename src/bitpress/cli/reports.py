@@ -86,7 +86,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
     if whole:
         lines = [
             (r["name"], "x".join(map(str, r["shape"])), r["format"], size(r["bytes"]), r["bits_per_weight"])
-            for r in (w.row() for w in plan.weights)
+            for r in (w.row() for w in (*plan.weights, *(found.planned for found in plan.outer)))
         ]
         table(
             "", ("weight", "shape", "format", "size", "bits"), [(*rest, f"{bits:.3f}") for *rest, bits in lines], right=(3, 4)
