@@ -55,7 +55,7 @@ def quantize(
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
     calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
     skip        patterns of weights not to quantize, such as "*.down_proj"
-    embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; as stored by default
+    embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe
     head        format of the output head likewise; one that is tied is the table too
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`

@@ -56,7 +56,9 @@ def find_preset(name: str, bits: int) -> Preset:
         raise UsageError(f"preset {name} has no recipe of {bits} bits; it has {', '.join(choices)}{other}.")
     choice = choices[str(bits)]
     others = tuple(Figures(**other) for other in choice["others"])
-    return Preset(name, bits, table["rules"][name], table["bench"], choice["recipe"], Figures(**choice["chosen"]), others)
+    # The bench is of the blocks; embeddings and head are as in every run without a recipe.
+    recipe = {**choice["recipe"], "embeddings": "auto", "head": "auto"}
+    return Preset(name, bits, table["rules"][name], table["bench"], recipe, Figures(**choice["chosen"]), others)
 
 
 def preset_keys(

@@ -73,7 +73,7 @@ def test_plan_sums_by_kind_and_by_reason(tiny_model: Callable[..., Path], narrow
 def test_the_whole_list_is_in_the_json_and_behind_an_option(bitpress: Run, tiny_model: Callable[..., Path]) -> None:
     command = ("plan", tiny_model("llama"), "--weights", "int4-g16", "--quantizer", "rtn")
     found = json.loads(bitpress(*command, "--json").out)
-    assert len(found["weights"]) == sum(row["count"] for row in found["kinds"]) == 14
+    assert len(found["weights"]) + len(found["outer"]) == sum(row["count"] for row in found["kinds"]) == 14 + 2
     assert "model.layers.1.mlp.up_proj" in bitpress(*command, "--all").out
     assert "model.layers.1.mlp.up_proj" not in bitpress(*command).out
 
@@ -133,5 +133,6 @@ def test_a_plan_and_an_inspection_tell_embeddings_and_head(
     assert bitpress("quantize", tiny_model(), tmp_path / "out", *wanted, "--proof-tokens", 0).code == 0
     told = bitpress("inspect", tmp_path / "out").out
     assert "int6-g16 by rtn" in told
-    again = bitpress("plan", tiny_model(), "--weights", "int4-g16", "--quantizer", "rtn", "--embeddings", "keep").out
+    keep = ("--embeddings", "keep", "--head", "keep")
+    again = bitpress("plan", tiny_model(), "--weights", "int4-g16", "--quantizer", "rtn", *keep).out
     assert "lm_head" not in again

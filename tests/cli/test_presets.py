@@ -93,7 +93,7 @@ def test_bits_alone_are_the_preset_balanced(bits: int) -> None:
 
 def test_bits_beside_a_quantizer_are_its_format() -> None:
     recipe = read_method(None, None, 3, None, "GPTQ", *[None] * 6).recipe
-    assert recipe == make_recipe({"weights": "int3-g64-zero", "quantizer": "gptq"})
+    assert recipe == make_recipe({"weights": "int3-g64-zero", "quantizer": "gptq", "embeddings": "auto", "head": "auto"})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bitpress.errors import BitpressError, FormatError, UsageError
 from bitpress.formats import parse_format
 from bitpress.formats.terms.packed import Packed
 from bitpress.pipeline.quantize import plan_run
-from bitpress.recipes import make_method, make_recipe
+from bitpress.recipes import choose_method, make_method, make_recipe
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.options import EngineOptions
 
@@ -160,3 +160,31 @@ def test_rows_are_those_of_the_decoded_whole(name: str) -> None:
     packed = Packed.pack(fmt, fmt.encode(w, params), params)
     index = torch.tensor([23, 0, 7, 7, 12])
     assert torch.equal(packed.rows(index), packed.dequantize()[index])
+
+
+@pytest.mark.parametrize(
+    ("changes", "values", "formats"),
+    [
+        ({}, {}, {"lm_head": "int8-row", "model.embed_tokens": "int8-row"}),
+        ({"tie_word_embeddings": True}, {}, {"model.embed_tokens": "int8-row"}),
+        ({}, {"head": "int6-g16"}, {"lm_head": "int6-g16", "model.embed_tokens": "int8-row"}),
+        ({"tie_word_embeddings": True}, {"head": "int6-g16"}, {"model.embed_tokens": "int6-g16"}),
+        ({"tie_word_embeddings": True}, {"embeddings": "keep"}, {}),
+        ({}, {"embeddings": "keep"}, {"lm_head": "int8-row"}),
+        ({}, {"skip": ["lm_head"]}, {"model.embed_tokens": "int8-row"}),
+        ({}, {"skip": ["*", "!*.v_proj"]}, {}),
+        ({}, {"weights": "dfloat11"}, {}),
+        ({}, {"recipe": {"weights": "int4-g16"}}, {}),
+    ],
+)
+def test_what_nobody_names_is_in_8_bits(
+    changes: dict[str, Any], values: dict[str, Any], formats: dict[str, str], tiny_model: Callable[..., Path]
+) -> None:
+    skip = values.get("skip", ())
+    outer = {key: values.get(key) for key in ("embeddings", "head")}
+    weights = None if "recipe" in values else values.get("weights", "int4-g16")
+    method = choose_method(values.get("recipe"), weights=weights, skip=skip, outer=outer)
+    plan, _, _ = plan_run(tiny_model("llama", dtype="bfloat16", **changes), method)
+    assert {found.planned.parameter.stem: found.planned.format.name for found in plan.outer} == formats
+    again = make_method(method.resolved())
+    assert (again.outer.keys(), again.auto) == (method.outer.keys(), method.auto), "the recorded recipe says the same"

@@ -48,12 +48,15 @@ Skip = Annotated[
     typer.Option(help="Weights not to quantize, e.g. '*.down_proj'; '!*.experts.*' makes an exception. May be repeated."),
 ]
 Embeddings = Annotated[
-    str | None, typer.Option(metavar="FORMAT|keep", help="Format of the embedding table, e.g. int8-row; as stored by default.")
+    str | None,
+    typer.Option(metavar="FORMAT|keep", help="Format of the embedding table, int8-row by default where there is one."),
 ]
 OutputHead = Annotated[
     str | None,
     typer.Option(
-        "--head", metavar="FORMAT|keep", help="Format of the output head, e.g. int6-g64; one that is tied is the table too."
+        "--head",
+        metavar="FORMAT|keep",
+        help="Format of the output head, int8-row by default; one that is tied is the table too.",
     ),
 ]
 Tasks = Annotated[

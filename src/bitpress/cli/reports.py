@@ -43,7 +43,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         {**report["figures"], "bytes": report["size"]["bytes"]},
         {
             **({"budget": _told_spending(report["budget"])} if "budget" in report else {}),
-            **{key: told_outer(recipe[key]) for key in OUTER if key in recipe},
+            **{row["key"]: f"{row['format']} by {row['quantizer']}, {size(row['bytes'])}" for row in report.get("outer", ())},
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
@@ -73,9 +73,9 @@ def _told_spending(budget: Mapping[str, Any]) -> str:
     return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told}"
 
 
-def told_outer(own: Mapping[str, Any]) -> str:
+def told_outer(own: Mapping[str, Any] | str) -> str:
     """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
-    return f"{own['weights']} by {own['quantizer']['name']}"
+    return own if isinstance(own, str) else f"{own['weights']} by {own['quantizer']['name']}"
 
 
 def told_original(report: Mapping[str, Any]) -> str:
@@ -92,7 +92,8 @@ def _few(names: Sequence[str]) -> str:
 def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
     """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
     if whole:
-        lines = [(r["name"], "x".join(map(str, r["shape"])), *_in_format(r)) for r in plan.rows()]
+        rows = [*plan.rows(), *(found.planned.row() for found in plan.outer)]
+        lines = [(str(r["name"]), "x".join(map(str, r["shape"])), *_in_format(r)) for r in rows]
         table("", ("weight", "shape", "format", "size", "bits"), lines, right=(3, 4))
         if plan.kept:
             table("\nKept as stored", ("parameter", "why"), list(plan.kept.items()))

@@ -16,7 +16,7 @@ from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, FormatError, UsageError
 from bitpress.formats import Format
-from bitpress.models.linears import find_outer
+from bitpress.models.linears import find_outer, skipping
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
@@ -45,21 +45,35 @@ class PlannedOuter:
 
 
 def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]:
-    """Plan the matrices that the recipe names. Raises UsageError for a model that has none, FormatError for a format that does not suit."""
+    """Plan the matrices that the recipe names. Raises UsageError for a model that has none, FormatError for a format that does not suit.
+
+    What the recipe leaves to bitpress ("auto") raises nothing: a matrix that cannot take it stays as stored.
+    """
     if not method.outer:
         return ()
     found = find_outer(model.model)
     matrices = dict(zip(OUTER, (found.embeddings, found.head), strict=True))
-    for key in method.outer:
-        if matrices[key] is None:
-            raise UsageError(f"{key}: {type(model.model).__name__} has no matrix that this key could name; leave it out.")
-    if not found.tied:
-        return tuple(_planned(key, matrices[key], own, looked_up=key == "embeddings") for key, own in method.outer.items())
-    if len({own.format.name for own in method.outer.values()}) > 1:
-        told = " and ".join(f"{key} {own.format.name}" for key, own in method.outer.items())
+    own = dict(method.outer)
+    if found.tied and method.auto != set(OUTER):  # what one key says of a matrix, or that it is kept, counts for the other too
+        own = {key: value for key, value in own.items() if key not in method.auto}
+    if found.tied and len({value.format.name for value in own.values()}) > 1:
+        told = " and ".join(f"{key} {value.format.name}" for key, value in own.items())
         raise UsageError(f"{told}: both are one matrix in this model (tied), so their formats must be the same; leave one out.")
-    key = "head" if "head" in method.outer else "embeddings"
-    return (_planned(key, found.embeddings, method.outer[key], looked_up=True),)
+    if found.tied and len(own) > 1:
+        del own["embeddings"]
+    planned: list[PlannedOuter] = []
+    for key, value in own.items():
+        matrix, auto = matrices[key], key in method.auto
+        if matrix is None and not auto:
+            raise UsageError(f"{key}: {type(model.model).__name__} has no matrix that this key could name; leave it out.")
+        if matrix is None or (auto and skipping((matrix.stem, matrix.name), method.recipe.skip) is not None):
+            continue
+        try:
+            planned.append(_planned(key, matrix, value, looked_up=found.tied or key == "embeddings"))
+        except FormatError:
+            if not auto:
+                raise
+    return tuple(planned)
 
 
 def compress_outer(
@@ -89,8 +103,7 @@ def compress_tables(
     return made, decoded
 
 
-def _planned(key: str, parameter: WeightParameter | None, method: Method, *, looked_up: bool) -> PlannedOuter:
-    assert parameter is not None
+def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up: bool) -> PlannedOuter:
     planned = PlannedWeight(parameter, method.for_layer(parameter.stem), OUTSIDE)
     fmt, quantizer = planned.format, planned.method.quantizer
     where = f"{key} {fmt.name}: {parameter.stem}"

@@ -54,6 +54,9 @@ def make_report(
         "calibrated": {"weights": reached, "of": len(rows)},
         "fallbacks": fallbacks,
         "notes": notes,
+        "outer": [
+            {"key": found.key, "quantizer": found.planned.method.quantizer.name, **found.planned.row()} for found in plan.outer
+        ],
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},
         "left_out": list(left_out),

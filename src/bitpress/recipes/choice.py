@@ -6,7 +6,7 @@ from typing import Any
 
 from bitpress.presets import preset_keys
 from bitpress.recipes.method import Method
-from bitpress.recipes.recipe import Recipe
+from bitpress.recipes.recipe import OUTER, Recipe
 from bitpress.recipes.text import load_recipe, make_method
 
 __all__ = ["choose_method"]
@@ -29,7 +29,7 @@ def choose_method(
 
     recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
     calibration   settings of it that replace the recipe's; those that are None do not
-    outer         what the recipe's keys `embeddings` and `head` say; those that are None change nothing
+    outer         what the recipe's keys `embeddings` and `head` say; those that are None change nothing, and are "auto" without a recipe
     skip          patterns after the recipe's own
     option        returns the caller's spelling of an option, for messages
     """
@@ -57,5 +57,7 @@ def choose_method(
         values["calibration"] = {**values.get("calibration", {}), **chosen}
     if skip:
         values["skip"] = [*values.get("skip", ()), *skip]
+    if recipe is None:
+        values = {**dict.fromkeys(OUTER, "auto"), **values}
     values |= {key: value for key, value in (outer or {}).items() if value is not None}
     return make_method(values, sets)

@@ -19,7 +19,7 @@ from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.options import find_options
 from bitpress.recipes.parts import make_part, settings_of
-from bitpress.recipes.recipe import DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
+from bitpress.recipes.recipe import AUTO_OUTER, DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
@@ -62,6 +62,7 @@ class Method:
     outer    by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
     options  formats among which the recipe's budget chooses, none without one
     chosen   the format of a weight by its name, where it has been chosen
+    auto     those of the keys of `outer` that are "auto": left out where the model has no such matrix, or one that cannot take the format
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class Method:
     overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
     compute: torch.dtype
     outer: Mapping[str, "Method"] = field(default_factory=dict)
+    auto: frozenset[str] = frozenset()
     options: tuple[Format, ...] = ()
     chosen: Mapping[str, Format] = field(default_factory=dict)
 
@@ -164,7 +166,10 @@ class Method:
             del values["budget"]
         else:
             values["budget"]["among"] = [fmt.name for fmt in self.options]
-        values |= {key: {"weights": own.format.name, "quantizer": own.quantizer.settings()} for key, own in self.outer.items()}
+        values |= {
+            key: "auto" if key in self.auto else {"weights": own.format.name, "quantizer": own.quantizer.settings()}
+            for key, own in self.outer.items()
+        }
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
@@ -184,9 +189,15 @@ def build_method(recipe: Recipe) -> Method:
         for override in recipe.overrides
     )
     given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
-    outer = {key: _outer_method(recipe, key, own, quantizer) for key, own in given.items()}
+    auto = frozenset(key for key, own in given.items() if own == "auto")
+    if auto and _exact_formats(recipe):  # who keeps weights bit for bit keeps these too
+        given, auto = {key: own for key, own in given.items() if key not in auto}, frozenset()
+    outer = {
+        key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
+        for key, own in given.items()
+    }
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, options=options)
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, auto, options)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:

@@ -121,9 +121,9 @@ def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outer(where: str, given: Any) -> Any:
-    """Return what a key for a matrix outside the blocks says as its settings; "keep" stands for none."""
-    if given == "keep":
-        return None
+    """Return what a key for a matrix outside the blocks says as its settings; "keep" stands for none, "auto" for itself."""
+    if given in ("keep", "auto"):
+        return None if given == "keep" else given
     values = {"weights": given} if isinstance(given, str) else given
     return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
 
