@@ -1,5 +1,6 @@
 """Embeddings and output head in few bits: every road reads the same, the plan knows the bytes, and what cannot work is said first."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,28 @@ def test_what_nobody_names_is_in_8_bits(
     assert {found.planned.parameter.stem: found.planned.format.name for found in plan.outer} == formats
     again = make_method(method.resolved())
     assert (again.outer.keys(), again.auto) == (method.outer.keys(), method.auto), "the recorded recipe says the same"
+
+
+def test_a_head_that_8_bits_would_cost_much_stays_as_stored(
+    tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model(), tmp_path / "wide")
+    weights = load_file(tmp_path / "wide" / "model.safetensors")
+    weights["lm_head.weight"][:, 0] *= 3000.0  # every row has one value that takes the whole range
+    weights["lm_head.weight"][:, 1:] *= 30.0
+    save_file(weights, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
+    calibration = {"calibration": str(text_file), "samples": 4, "length": 32}
+    report = bitpress.quantize(tmp_path / "wide", tmp_path / "out", weights="int4-g16", proof_tokens=0, **calibration)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    assert checkpoint.outer == ("model.embed_tokens.weight",)
+    assert torch.equal(bitpress.load(tmp_path / "out").lm_head.weight, weights["lm_head.weight"])
+    (note,) = [item["what"] for item in report["notes"] if item["weight"] == "lm_head"]
+    assert "kept in float32: int8-row would cost about" in note
+    assert [row["key"] for row in report["outer"]] == ["embeddings"]
+    assert report["size"]["bytes_outer"] == sum(row["bytes"] for row in report["outer"])
+    asked = bitpress.quantize(
+        tmp_path / "wide", tmp_path / "asked", weights="int4-g16", head="int8-row", proof_tokens=0, **calibration
+    )
+    assert [row["key"] for row in asked["outer"]] == ["embeddings", "head"]

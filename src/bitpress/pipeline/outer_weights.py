@@ -19,6 +19,7 @@ from bitpress.formats import Format
 from bitpress.models.linears import find_outer, skipping
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.records import LayerRow
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import OUTER, Method
@@ -27,6 +28,9 @@ __all__ = ["PlannedOuter", "compress_outer", "compress_tables", "plan_outer"]
 
 # In the place of a block's number.
 OUTSIDE = -1
+# Nats a token that a head may lose by what nobody asked for ("auto"); one that would lose more stays as stored.
+MOST_HEAD_COST = 0.001
+ROWS_TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class PlannedOuter:
     key     the recipe's key that it is compressed by
     method  what that key says, as a recipe of its own
     last    whether it is compressed after the blocks
+    auto    whether bitpress chose the format
     """
 
     key: str
     planned: PlannedWeight
     method: Method
     last: bool
+    auto: bool
 
 
 def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]:
@@ -69,7 +75,7 @@ def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]
         if matrix is None or (auto and skipping((matrix.stem, matrix.name), method.recipe.skip) is not None):
             continue
         try:
-            planned.append(_planned(key, matrix, value, looked_up=found.tied or key == "embeddings"))
+            planned.append(_planned(key, matrix, value, looked_up=found.tied or key == "embeddings", auto=auto))
         except FormatError:
             if not auto:
                 raise
@@ -84,8 +90,40 @@ def compress_outer(
     known = {} if stats is None else {found.planned.parameter.stem: stats}
     compressed, decoded = compressor.compress(found.planned, original, known, None)
     made = CompressedBlock()
+    if found.auto and stats is not None and (cost := head_cost(original, decoded, stats)) > MOST_HEAD_COST:
+        made.kept[found.planned.parameter.name] = original
+        made.notes.append(_kept_row(compressed.row, original, cost))
+        return made, original
     made.put_(compressed)
     return made, decoded
+
+
+def head_cost(original: torch.Tensor, decoded: torch.Tensor, stats: Stats) -> float:
+    """Estimate the KL divergence that a compressed head costs, in nats a token.
+
+    An error of a logit has the variance e gram e' over tokens, e the error of its row; small independent errors of variance v cost v / 2.
+    """
+    gram, total = stats.need_gram("head"), 0.0
+    for rows, others in zip(original.split(ROWS_TOGETHER), decoded.split(ROWS_TOGETHER), strict=True):
+        error = rows.float() - others.float()
+        total += float((error @ gram).mul_(error).sum())
+    return total / original.shape[0] / 2
+
+
+def _kept_row(row: LayerRow, original: torch.Tensor, cost: float) -> LayerRow:
+    dtype = str(original.dtype).removeprefix("torch.")
+    note = f"kept in {dtype}: {row.format} would cost about {cost:.2g} nats a token; --head {row.format} asks for it"
+    bits = 8.0 * original.element_size()
+    return row.model_copy(
+        update={
+            "format": dtype,
+            "bytes": original.nbytes,
+            "bits_per_weight": bits,
+            "error": 0.0,
+            "calibrated": False,
+            "notes": [note],
+        }
+    )
 
 
 def compress_tables(
@@ -103,7 +141,7 @@ def compress_tables(
     return made, decoded
 
 
-def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up: bool) -> PlannedOuter:
+def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up: bool, auto: bool) -> PlannedOuter:
     planned = PlannedWeight(parameter, method.for_layer(parameter.stem), OUTSIDE)
     fmt, quantizer = planned.format, planned.method.quantizer
     where = f"{key} {fmt.name}: {parameter.stem}"
@@ -119,4 +157,4 @@ def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up:
         raise FormatError(f"{where}: {error}") from error
     if quantizer.part.keeps_map and looked_up:
         raise FormatError(f"{where}: {quantizer.name} keeps a map with the matrix, and a row is looked up without one.")
-    return PlannedOuter(key, planned, method, last=key == "head" and bool(method.needs))
+    return PlannedOuter(key, planned, method, last=key == "head" and bool(method.needs), auto=auto)

@@ -40,14 +40,19 @@ def make_report(
     budget = identity["recipe"].get("budget")  # recipes of before have no such key
     spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
     reached = sum(1 for row in rows if row.calibrated)
+    formats = {row.name: row.format for row in rows}
+    # A head that bitpress chose a format for may have stayed as stored; its row says why.
+    outer = [found for found in plan.outer if formats[found.planned.parameter.stem] == found.planned.format.name]
+    outer_bytes = sum(found.planned.nbytes for found in outer)
+    as_stored = sum(row.bytes for row in rows if row.name in {f.planned.parameter.stem for f in plan.outer if f not in outer})
     return {
         "figures": written(figures, "the proof"),
         "size": {
             "bytes_original": plan.given_bytes,
             "bytes_converted": None if given is None else source_bytes,
             "bytes_compressed_weights": plan.compressed_bytes,
-            "bytes_outer": plan.outer_bytes,
-            "bytes_kept": plan.kept_bytes,
+            "bytes_outer": outer_bytes,
+            "bytes_kept": plan.kept_bytes + as_stored,
         },
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
@@ -55,7 +60,7 @@ def make_report(
         "fallbacks": fallbacks,
         "notes": notes,
         "outer": [
-            {"key": found.key, "quantizer": found.planned.method.quantizer.name, **found.planned.row()} for found in plan.outer
+            {"key": found.key, "quantizer": found.planned.method.quantizer.name, **found.planned.row()} for found in outer
         ],
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},

@@ -45,10 +45,12 @@ class CompressedParameter:
 
 @dataclass
 class CompressedBlock:
-    """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are."""
+    """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are;
+    `notes` are rows of those of these that were to be compressed."""
 
     parameters: dict[str, CompressedParameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: list[LayerRow] = field(default_factory=list)
 
     def put_(self, compressed: CompressedParameter) -> None:
         """Record a parameter, in place of an earlier result for it."""
@@ -68,7 +70,7 @@ class CompressedBlock:
         return BlockRecord(
             weights={name: p.record for name, p in made.items()},
             digests={name: p.digest for name, p in made.items()},
-            rows=[p.row for p in made.values()],
+            rows=[*(p.row for p in made.values()), *self.notes],
         )
 
 
