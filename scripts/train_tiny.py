@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,19 @@ from bitpress.progress import Progress
 from bitpress.screen import Screen
 from bitpress.settings import cache_directory
 
-__all__ = ["MODELS", "Plan", "Row", "batch_of", "build_model", "heldout_windows", "rate", "save", "train", "train_tokenizer"]
+__all__ = [
+    "MODELS",
+    "Plan",
+    "Row",
+    "balance",
+    "batch_of",
+    "build_model",
+    "heldout_windows",
+    "rate",
+    "save",
+    "train",
+    "train_tokenizer",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "src" / "bitpress" / "tiny_models"
@@ -102,7 +115,7 @@ MODELS: dict[str, TinyModel] = {
             "num_experts_per_tok": 2,
             "sliding_window": None,
         },
-        Plan(steps=450, cosine_steps=800, cool_from=150, peak_rate=2e-3, aux=0.02),
+        Plan(steps=350, cosine_steps=350, cool_from=350, peak_rate=2e-3, aux=0.05),
     ),
 }
 
@@ -197,6 +210,19 @@ def judge(model: Any, windows: torch.Tensor) -> float:
     return sum(losses) / len(windows)
 
 
+def balance(routed: Sequence[torch.Tensor], choices: int) -> torch.Tensor:
+    """Return the sum over layers of what unequal use of the experts costs: 1 a layer at equal use.
+
+    The `aux_loss` of transformers pools the layers: where one of them never uses an expert, another one can make up for it.
+    """
+    total = torch.zeros(())
+    for logits in routed:
+        experts = logits.shape[-1]
+        chosen = torch.bincount(logits.topk(choices, dim=-1).indices.flatten(), minlength=experts) / (len(logits) * choices)
+        total = total + experts * (chosen * logits.softmax(-1).mean(0)).sum()
+    return total
+
+
 def train(model: Any, windows: torch.Tensor, heldout: torch.Tensor, plan: Plan, folder: Path, progress: Progress) -> list[Row]:
     """Train `model` in place to the end of the plan, from the checkpoint in `folder` if there is one; return the curve."""
     optimizer = _optimizer(model, plan)
@@ -209,7 +235,7 @@ def train(model: Any, windows: torch.Tensor, heldout: torch.Tensor, plan: Plan, 
             group["lr"] = rate(plan, step)
         output = model(input_ids=inputs, **({"output_router_logits": True} if plan.aux else {}))
         loss = _loss(output.logits, inputs)
-        (loss + plan.aux * output.aux_loss if plan.aux else loss).backward()
+        (loss + plan.aux * balance(output.router_logits, model.config.num_experts_per_tok) if plan.aux else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -39,6 +39,19 @@ def test_the_default_beats_rounding_on_trained_weights(quantize: Quantize) -> No
     assert report["figures"]["runtime"]["kl_mean"] < 0.0006
 
 
+def test_every_expert_sees_calibration_text_and_not_the_same_share(quantize: Quantize) -> None:
+    report = quantize("bitpress-tiny-moe", weights="int4-g64-zero", quantizer="gptq")
+    assert report["calibrated"] == {"weights": 18, "of": 18}
+    assert report["fallbacks"] == []
+    experts = [layer for layer in report["layers"] if isinstance(layer["tokens"], list)]
+    assert len(experts) == 6  # two stacks of 8 in each of 3 blocks
+    for layer in experts:
+        assert len(layer["tokens"]) == 8
+        assert sum(layer["tokens"]) == 2 * 16 * 256
+        assert min(layer["tokens"]) >= 32, layer["name"]
+        assert max(layer["tokens"]) > 1.2 * min(layer["tokens"]), layer["name"]  # a router that decides
+
+
 @pytest.mark.parametrize("name", SHIPPED_MODELS)
 def test_its_widths_fit_every_usual_group(name: str) -> None:
     config = read_json(resolve_model(name) / "config.json")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from progress_record import Said
 from tiny_texts import SHARED_RUN, chunks, holds_chunk, without_shared
-from train_tiny import MODELS, Plan, batch_of, build_model, rate, train
+from train_tiny import MODELS, Plan, balance, batch_of, build_model, rate, train
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32,
@@ -60,6 +60,18 @@ def test_every_round_over_the_text_has_every_window_once_in_an_order_of_its_own(
     rounds = [torch.cat([batch_of(windows, PLAN, 4 * turn + at) for at in range(4)]).flatten().tolist() for turn in range(2)]
     assert all(len(set(taken)) == 8 for taken in rounds)
     assert rounds[0] != rounds[1]
+
+
+def test_an_expert_that_one_layer_never_uses_costs_though_another_layer_uses_it_the_more() -> None:
+    def routed(*pairs: tuple[int, int]) -> torch.Tensor:
+        logits = torch.full((len(pairs), 4), -20.0)
+        for row, pair in enumerate(pairs):
+            logits[row, list(pair)] = 20.0
+        return logits
+
+    even = routed((0, 1), (2, 3))
+    assert balance([even, even], 2).item() == pytest.approx(2.0)
+    assert balance([routed((0, 1), (0, 1)), routed((2, 3), (2, 3))], 2).item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("plan", [PLAN, *(tiny.plan for tiny in MODELS.values())])

@@ -93,6 +93,7 @@ class ShippedModel:
 
 SHIPPED_MODELS: dict[str, ShippedModel] = {
     "bitpress-tiny": ShippedModel("a small Llama, trained on public-domain text, for tests and quick tables", 5_770_496),
+    "bitpress-tiny-moe": ShippedModel("its mixture of 8 experts, of which 2 run for a token", 6_364_928),
 }
 
 
