@@ -1,6 +1,7 @@
 """MODEL on the command line: paths, GGUF files, named models and the hub; nothing is fetched, pip is replaced."""
 
 import hashlib
+import math
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,7 @@ from bitpress.checkpoints import gguf_file, named, regauge
 from bitpress.checkpoints.gguf_file import GgufModel
 from bitpress.checkpoints.gguf_header import GgufHeader
 from bitpress.checkpoints.given import Given, read_given
-from bitpress.checkpoints.named import NAMED_MODELS, describe_models, resolve_model
+from bitpress.checkpoints.named import NAMED_MODELS, SHIPPED_MODELS, describe_models, resolve_model
 from bitpress.errors import CheckpointError, DiskError
 
 CONTENT = b"GGUF and so on"
@@ -65,6 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     table = {"tiny": entry, "tiny-regauged": replace(entry, regauge_seed=5)}
     monkeypatch.setattr(named, "NAMED_MODELS", table)
+    monkeypatch.setattr(named, "SHIPPED_MODELS", {})
     return calls
 
 
@@ -208,6 +210,39 @@ def test_a_path_that_is_not_there_names_its_neighbours(tmp_path: Path, monkeypat
         resolve_model("out/smollm2-4bi.gguf")
     with pytest.raises(CheckpointError, match="holds smollm2-4bit"):
         resolve_model("./out/x")
+
+
+@pytest.mark.parametrize("name", SHIPPED_MODELS)
+def test_a_shipped_model_is_in_the_package_and_what_its_row_says(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("started pip"))
+    said = Said()
+    path = resolve_model(name.upper(), said)
+    assert said.lines == []
+    assert not cache.exists()  # neither fetched nor copied
+    assert path.is_relative_to(Path(named.__file__).parents[1])
+    files = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
+    assert {file.name for file in path.iterdir()} == files
+    assert sum(file.stat().st_size for file in path.iterdir()) < 20e6
+    with safe_open(path / "model.safetensors", "pt") as tensors:
+        slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
+        assert {part.get_dtype() for part in slices} == {"BF16"}
+        assert sum(math.prod(part.get_shape()) for part in slices) == SHIPPED_MODELS[name].parameters
+    (row,) = [row for row in describe_models() if row["name"] == name]
+    assert (row["cached"], row["bytes_to_fetch"], row["path"]) == (True, 0, str(path))
+    (tmp_path / name).mkdir()
+    assert resolve_model(name) == Path(name)  # a directory of the user's comes first
 
 
 def test_nearest_name_is_offered() -> None:

