@@ -16,8 +16,11 @@ from bitpress.comparison.variants import Variant
 from bitpress.errors import BitpressError, FormatError, UsageError
 from bitpress.formats import parse_format
 from bitpress.formats.terms.packed import Packed
+from bitpress.pipeline.calibration_stream import CalibrationStream
+from bitpress.pipeline.outer_weights import compress_tables
 from bitpress.pipeline.quantize import plan_run
 from bitpress.recipes import choose_method, make_method, make_recipe
+from bitpress.runtime.hf.layers import PackedParameter
 from bitpress.runtime.native.assemble import load_engine
 from bitpress.runtime.native.options import EngineOptions
 
@@ -214,3 +217,93 @@ def test_a_head_that_8_bits_would_cost_much_stays_as_stored(
         tmp_path / "wide", tmp_path / "asked", weights="int4-g16", head="int8-row", proof_tokens=0, **calibration
     )
     assert [row["key"] for row in asked["outer"]] == ["embeddings", "head"]
+
+
+def test_a_packed_table_decodes_what_is_looked_up(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitpress.quantize(tiny_model(), tmp_path / "out", weights="int4-g16", quantizer="rtn", proof_tokens=0)
+    decoded, model = bitpress.load(tmp_path / "out"), bitpress.load(tmp_path / "out", weights="packed")
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedParameter, "tensor", lambda self: pytest.fail("the whole table was decoded"))
+        model(TOKENS.int())
+    table, whole = model.get_input_embeddings(), decoded.get_input_embeddings()
+    for wrong in (torch.tensor([[-1]]), torch.tensor([[384]]), torch.tensor([[True]]), torch.tensor([[1]], dtype=torch.int16)):
+        with pytest.raises((IndexError, RuntimeError)) as expected:
+            whole(wrong)
+        with pytest.raises(type(expected.value)):
+            table(wrong)
+    empty = torch.zeros(1, 0, dtype=torch.int64)
+    assert table(empty).shape == whole(empty).shape == (1, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "says"),
+    [
+        ({}, {"skip": ["lm_head"], "head": "int6-g16"}, "head int6-g16 and skip 'lm_head' contradict each other"),
+        (
+            {"tie_word_embeddings": True},
+            {"head": "keep", "embeddings": "int8-row"},
+            "embeddings names a format and the other key says keep",
+        ),
+        (
+            {"tie_word_embeddings": True},
+            {"head": {"weights": "int8-row", "quantizer": "gptq"}, "embeddings": {"weights": "int8-row", "quantizer": "hqq"}},
+            "both must say the same",
+        ),
+        ({}, {"head": "int8-row", "overrides": [{"match": "lm_head", "weights": "int8-row"}]}, "goes under the key head"),
+        ({}, {"head": {"quantizer": "rtn"}}, r"head\.weights: it is missing"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(
+    changes: dict[str, Any], keys: dict[str, Any], says: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        bitpress.quantize(tiny_model(**changes), tmp_path / "out", recipe={"weights": "int4-g16", **keys})
+
+
+def test_tied_matrices_go_under_either_name(tiny_model: Callable[..., Path]) -> None:
+    path = tiny_model("llama", tie_word_embeddings=True)
+
+    def planned(**values: Any) -> list[tuple[str, str, str]]:
+        plan, _, _ = plan_run(path, make_method({"weights": "int4-g16", "embeddings": "auto", "head": "auto", **values}))
+        assert not plan.outer or "lm_head.weight" not in plan.kept
+        return [(f.key, f.planned.format.name, f.planned.method.quantizer.name) for f in plan.outer]
+
+    assert planned() == [("head", "int8-row", "gptq")]
+    assert planned(embeddings=None) == [("head", "int8-row", "gptq")]
+    assert planned(skip=["lm_head"]) == planned(skip=["*embed_tokens"]) == planned(embeddings="keep") == []
+    running = {"name": "gptq", "groups": "running"}
+    assert planned(quantizer=running) == [("head", "int8-row", "rtn")], "no row is looked up through a map"
+    assert planned(head={"weights": "int6-g16", "quantizer": "hqq"}) == [("head", "int6-g16", "hqq")]
+    assert planned(embeddings={"weights": "int6-g16", "quantizer": "hqq"}, head="int6-g16") == [
+        ("embeddings", "int6-g16", "hqq")
+    ]
+
+
+def test_single_settings_reach_what_is_chosen_by_default() -> None:
+    def head(*sets: str, given: Any = "auto") -> tuple[str, str]:
+        own = make_method({"weights": "int4-g16", "head": given}, sets).outer["head"]
+        return own.format.name, own.quantizer.name
+
+    assert head("head.weights=int6-g16") == ("int6-g16", "gptq")
+    assert head("head.quantizer=rtn") == ("int8-row", "rtn")
+    assert head("head.quantizer.damp=0.1") == ("int8-row", "gptq")
+    assert head("head.quantizer=hqq", given="int6-g16") == ("int6-g16", "hqq")
+
+
+def test_what_follows_the_original_starts_from_its_embeddings(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any]
+) -> None:
+    method = make_method({**gptq_recipe().model_dump(exclude_unset=True), "quantizer": "gptaq", "embeddings": "int2-g16"})
+    plan, model, _ = plan_run(tiny_model(), method)
+    outer = model.load_outer_()
+    _, decoded = compress_tables(plan.outer, outer)
+    stream = CalibrationStream(model, method.needs, batch=2, follows_original=False)
+    original = model.embed(TOKENS)
+    stream.start_(TOKENS, None, lambda: model.fill_outer_(decoded))
+    assert stream.beside is not None
+    assert stream.hidden is not None
+    assert torch.equal(stream.beside, original)
+    assert torch.equal(stream.hidden, model.embed(TOKENS))
+    assert not torch.equal(stream.hidden, original)

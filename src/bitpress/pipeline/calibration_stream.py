@@ -76,17 +76,25 @@ class CalibrationStream:
         """What the next block is fed, as `start_` takes it up again."""
         return self.hidden if self._streams is None else self._streams
 
-    def start_(self, inputs: Inputs | None, stored: torch.Tensor | None) -> None:
-        """Embed the calibration inputs, or take up hidden states that an earlier run stored."""
+    def start_(
+        self, inputs: Inputs | None, stored: torch.Tensor | None, fill_table_: Callable[[], None] = lambda: None
+    ) -> None:
+        """Embed the calibration inputs, or take up hidden states that an earlier run stored.
+
+        `fill_table_` puts compressed embeddings into the model: what follows the original is embedded before it is called.
+        """
         if inputs is None:
             return
         self._inputs = inputs
         batches = inputs.split(self.batch)
         both = bool(of_origin(self.needs, "original"))
         if stored is None:
-            stored = torch.cat([self.model.embed(batch) for batch in batches])
-            if both:
-                stored = torch.stack([stored, stored])
+            beside = torch.cat([self.model.embed(batch) for batch in batches]) if both or self.follows_original else None
+            fill_table_()
+            stored = beside if self.follows_original else torch.cat([self.model.embed(batch) for batch in batches])
+            assert stored is not None
+            if beside is not None and both:
+                stored = torch.stack([stored, beside])
         else:
             for batch in {batch.shape[0]: batch for batch in batches}.values():
                 self.model.embed(batch)  # the model learns again what it passes to its blocks for this shape

@@ -7,13 +7,14 @@ A lookup reads one row, so rows of a table may share nothing. Then each row is r
 no code.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from bitpress.calibration import Stats
-from bitpress.checkpoints.parameter import WeightParameter
+from bitpress.checkpoints.parameter import WeightParameter, stem
 from bitpress.errors import BitpressError, FormatError, UsageError
 from bitpress.formats import Format
 from bitpress.models.linears import find_outer, skipping
@@ -23,6 +24,7 @@ from bitpress.pipeline.records import LayerRow
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import OUTER, Method
+from bitpress.recipes.recipe import OuterWeights
 
 __all__ = ["PlannedOuter", "compress_outer", "compress_tables", "plan_outer"]
 
@@ -59,27 +61,64 @@ def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]
         return ()
     found = find_outer(model.model)
     matrices = dict(zip(OUTER, (found.embeddings, found.head), strict=True))
-    own = dict(method.outer)
-    if found.tied and method.auto != set(OUTER):  # what one key says of a matrix, or that it is kept, counts for the other too
-        own = {key: value for key, value in own.items() if key not in method.auto}
-    if found.tied and len({value.format.name for value in own.values()}) > 1:
-        told = " and ".join(f"{key} {value.format.name}" for key, value in own.items())
-        raise UsageError(f"{told}: both are one matrix in this model (tied), so their formats must be the same; leave one out.")
-    if found.tied and len(own) > 1:
-        del own["embeddings"]
+    own = _of_one_matrix(method) if found.tied else dict(method.outer)
     planned: list[PlannedOuter] = []
     for key, value in own.items():
         matrix, auto = matrices[key], key in method.auto
         if matrix is None and not auto:
             raise UsageError(f"{key}: {type(model.model).__name__} has no matrix that this key could name; leave it out.")
-        if matrix is None or (auto and skipping((matrix.stem, matrix.name), method.recipe.skip) is not None):
+        if matrix is None or _is_skipped(key, matrix, value, model, method):
             continue
+        looked_up = found.tied or key == "embeddings"
         try:
-            planned.append(_planned(key, matrix, value, looked_up=found.tied or key == "embeddings", auto=auto))
+            planned.append(_planned(key, matrix, value, looked_up=looked_up, auto=auto))
         except FormatError:
             if not auto:
                 raise
+            if (
+                key == "head" and "embeddings" in method.auto
+            ):  # a quantizer that does not suit a table: rounding does, or nothing
+                with contextlib.suppress(FormatError):
+                    planned.append(_planned(key, matrix, method.outer["embeddings"], looked_up=looked_up, auto=True))
     return tuple(planned)
+
+
+def _of_one_matrix(method: Method) -> dict[str, Method]:
+    """Return what the recipe says of tied embeddings under one key: what is said of one counts for both. Raises UsageError."""
+    said = {"embeddings": method.recipe.embeddings, "head": method.recipe.head}
+    named = {key: value for key, value in said.items() if isinstance(value, OuterWeights)}
+    if "keep" in said.values():
+        if named:
+            raise UsageError(
+                f"{next(iter(named))} names a format and the other key says keep, and both are one matrix in this model (tied)."
+            )
+        return {}
+    if not named:
+        return {"head": method.outer["head"]} if "head" in method.outer else dict(method.outer)
+    formats = {key: method.outer[key].format.name for key in named}
+    quantizers = {key: value.quantizer for key, value in named.items() if value.quantizer is not None}
+    if len(set(formats.values())) > 1 or (len(quantizers) > 1 and quantizers["embeddings"] != quantizers["head"]):
+        told = " and ".join(f"{key} {name}" for key, name in formats.items())
+        raise UsageError(f"{told}: both are one matrix in this model (tied), so both must say the same; leave one out.")
+    key = next(iter(quantizers)) if len(quantizers) == 1 else "head" if "head" in named else "embeddings"
+    return {key: method.outer[key]}
+
+
+def _is_skipped(key: str, matrix: WeightParameter, own: Method, model: StreamedModel, method: Method) -> bool:
+    """Return whether `skip` leaves a matrix out, under any of its names. Raises UsageError where the recipe also names a format for it."""
+    aliases = [alias for alias, original in dict(model.model.all_tied_weights_keys).items() if original == matrix.name]
+    names = [name for full in (matrix.name, *aliases) for name in (stem(full), full)]
+    for override in method.recipe.overrides:
+        if override.match in names:
+            raise UsageError(f"overrides: {override.match!r} is in no block; what it is stored in goes under the key {key}.")
+    pattern = skipping(names, method.recipe.skip)
+    if pattern is None or (pattern == "*" and key not in method.auto):  # "*" is said of the blocks
+        return False
+    if key not in method.auto:
+        raise UsageError(
+            f"{key} {own.format.name} and skip {pattern!r} contradict each other for {matrix.stem}; leave one out."
+        )
+    return True
 
 
 def compress_outer(

@@ -174,12 +174,13 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     if not weights:
         raise UsageError(f"nothing is left to compress: skip ({', '.join(recipe.skip)}) leaves every weight as it is.")
     experts = {name for w in weights for name in w.parameter.pattern_names[2:]}
+    outer = plan_outer(model, method)
     check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict(), experts)
     _check_shapes(weights)
     _check_parts(weights, method)
-    outer = plan_outer(model, method)
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
-    kept = {name: reason for name, reason in kept.items() if name not in compressed}
+    ties = dict(model.model.all_tied_weights_keys)
+    kept = {name: reason for name, reason in kept.items() if ties.get(name, name) not in compressed}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
     length = model.task.positions(model.model.config, recipe.calibration.length)
     hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
@@ -195,7 +196,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
         disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
-        peak_memory=_peak_memory(model, method, weights, stored, hidden),
+        peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
         outer=outer,
     )
 
@@ -358,6 +359,17 @@ def _peak_memory(
     batch = tokens * widest * 4 * 4
     pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
     return max(pressing, backward, proof)
+
+
+def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: dict[str, int], hidden: int) -> int:
+    """Estimate the memory of compressing a matrix outside the blocks: five copies in float32, and its gram with what is solved of it."""
+    kept = sum(size for name, size in stored.items() if not name.startswith(f"{model.stack}."))
+
+    def work(found: PlannedOuter) -> int:
+        rows, columns = found.planned.parameter.shape
+        return rows * columns * 4 * 5 + (columns**2 * (4 + 3 * 8) if found.last else 0)
+
+    return BASE_BYTES + kept + hidden + max(map(work, outer), default=0)
 
 
 def _squares(model: StreamedModel, method: Method) -> int:

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     of_head = None if head is None else outer[head.planned.parameter.name]
     if not done:
         made, decoded = compress_tables(plan.outer, outer, strict=strict)
-        model.fill_outer_(decoded)
-        stream.start_(inputs, None)
+        stream.start_(inputs, None, partial(model.fill_outer_, decoded))
         record = made.record().model_copy(update={"kept": kept or None})
         job.commit("outer", OUTER_NAME, made.tensors(), record.dump(), stream.state)
         progress.advance("outer")

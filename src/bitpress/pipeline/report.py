@@ -39,7 +39,9 @@ def make_report(
     notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
     budget = identity["recipe"].get("budget")  # recipes of before have no such key
     spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
-    reached = sum(1 for row in rows if row.calibrated)
+    never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics
+    by_inputs = [row for row in rows if row.name not in never]
+    reached = sum(1 for row in by_inputs if row.calibrated)
     formats = {row.name: row.format for row in rows}
     # A head that bitpress chose a format for may have stayed as stored; its row says why.
     outer = [found for found in plan.outer if formats[found.planned.parameter.stem] == found.planned.format.name]
@@ -56,7 +58,7 @@ def make_report(
         },
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
-        "calibrated": {"weights": reached, "of": len(rows)},
+        "calibrated": {"weights": reached, "of": len(by_inputs)},
         "fallbacks": fallbacks,
         "notes": notes,
         "outer": [

@@ -161,7 +161,8 @@ class Method:
             values[key] = [named.settings() for named in self.of_key(key)]
         values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
         for key in OUTER:
-            del values[key]  # recipes of before have no such keys
+            if values[key] != "keep":
+                del values[key]  # recipes of before have no such keys
         if self.recipe.budget is None:
             del values["budget"]
         else:
@@ -188,7 +189,8 @@ def build_method(recipe: Recipe) -> Method:
         )
         for override in recipe.overrides
     )
-    given = {key: own for key, own in zip(OUTER, (recipe.embeddings, recipe.head), strict=True) if own is not None}
+    said = zip(OUTER, (recipe.embeddings, recipe.head), strict=True)
+    given = {key: own for key, own in said if own is not None and own != "keep"}
     auto = frozenset(key for key, own in given.items() if own == "auto")
     if auto and _exact_formats(recipe):  # who keeps weights bit for bit keeps these too
         given, auto = {key: own for key, own in given.items() if key not in auto}, frozenset()
@@ -205,12 +207,10 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
     format and needs no more than statistics of its input, and a table of embeddings is rounded."""
     fmt = find_format(own.weights)
     chosen = Named[Quantizer]("quantizer", "rtn", RTN(clip="mse"))
-    if own.quantizer is not None:
-        chosen = _named("quantizer", own.quantizer)
-    elif (
-        key == "head" and isinstance(fmt, Format) and usual.part.needs <= OF_OUTPUT_HEADS and is_served(usual.part.serves, fmt)
-    ):
+    if key == "head" and isinstance(fmt, Format) and usual.part.needs <= OF_OUTPUT_HEADS and is_served(usual.part.serves, fmt):
         chosen = usual
+    if own.quantizer is not None:
+        chosen = _named("quantizer", {"name": chosen.name, **own.quantizer})
     calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
     alone = Recipe(
         weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute

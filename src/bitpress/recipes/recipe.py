@@ -138,8 +138,8 @@ class Recipe(_Closed):
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
-    embeddings: OuterWeights | Literal["auto"] | None = None
-    head: OuterWeights | Literal["auto"] | None = None
+    embeddings: OuterWeights | Literal["auto", "keep"] | None = None
+    head: OuterWeights | Literal["auto", "keep"] | None = None
     budget: Budget | None = None
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)

@@ -16,7 +16,17 @@ from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
 from bitpress.recipes.parts import spelled
-from bitpress.recipes.recipe import DEFAULT_QUANTIZER, NAMED_RECIPES, OUTER, Budget, Calibration, OuterWeights, Override, Recipe
+from bitpress.recipes.recipe import (
+    AUTO_OUTER,
+    DEFAULT_QUANTIZER,
+    NAMED_RECIPES,
+    OUTER,
+    Budget,
+    Calibration,
+    OuterWeights,
+    Override,
+    Recipe,
+)
 from bitpress.recipes.rules import check_composition
 
 __all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_budget", "told_overrides", "told_weights"]
@@ -121,9 +131,9 @@ def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outer(where: str, given: Any) -> Any:
-    """Return what a key for a matrix outside the blocks says as its settings; "keep" stands for none, "auto" for itself."""
+    """Return what a key for a matrix outside the blocks says as its settings; "keep" and "auto" stand for themselves."""
     if given in ("keep", "auto"):
-        return None if given == "keep" else given
+        return given
     values = {"weights": given} if isinstance(given, str) else given
     return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
 
@@ -145,6 +155,7 @@ def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
 def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> UsageError:
     """Say what is wrong with the keys of a recipe, and what was meant."""
     at, wrong = value_fault(error)
+    at = tuple(part for part in at if part != OuterWeights.__name__)
     if error.errors()[0]["type"] != "extra_forbidden":
         return UsageError(f"{where}: {'.'.join(map(str, at))}: {wrong}")
     path = [str(part) for part in at]
@@ -178,7 +189,8 @@ def _set_(values: dict[str, Any], text: str) -> None:
     target = values
     for parent in parents:
         inner = target.get(parent, {})
-        inner = {"name": inner} if isinstance(inner, str) else inner
+        if isinstance(inner, str):
+            inner = {"weights": AUTO_OUTER if inner == "auto" else inner} if parent in OUTER else {"name": inner}
         if not isinstance(inner, dict):
             raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
         target[parent] = dict(inner)

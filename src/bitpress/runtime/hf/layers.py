@@ -143,8 +143,13 @@ class PackedParameter(PackedWeight):
         matrix = self.layer().weight.row_slice(expert * rows, (expert + 1) * rows).dequantize().to(self.dtype)
         return matrix.T if self.parameter.transposed else matrix
 
+    def can_look_up(self, tokens: Any, table: Any, padding: Any = None, max_norm: Any = None, *rest: Any) -> bool:
+        """Return whether rows can be taken one by one: with tokens that torch would take, and no norm to hold. Else torch has the whole."""
+        plain = isinstance(tokens, torch.Tensor) and tokens.dtype in (torch.int32, torch.int64) and max_norm is None
+        return plain and tokens.numel() > 0 and int(tokens.min()) >= 0 and int(tokens.max()) < self.shape[0]
+
     def look_up(self, tokens: Int[torch.Tensor, " *shape"]) -> Float[torch.Tensor, "*shape width"]:
-        """Return the rows of tokens; torch's other settings of a lookup (a norm, sparse gradients) change no value here."""
+        """Return the rows of tokens, of which `can_look_up` holds; no other row is decoded."""
         found, at = torch.unique(tokens, return_inverse=True)
         return self.layer().weight.rows(found).to(self.dtype)[at]
 
@@ -167,8 +172,8 @@ class PackedParameter(PackedWeight):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if function is torch.embedding and isinstance(args[0], PackedParameter):
-            return args[0].look_up(args[1])
+        if function is torch.nn.functional.embedding and isinstance(args[1], PackedParameter) and args[1].can_look_up(*args):
+            return args[1].look_up(args[0])
         given = {name: _whole(value) for name, value in (kwargs or {}).items()}
         return function(*map(_whole, args), **given)
 
