@@ -79,6 +79,11 @@ def test_no_worse_than_rounding_on_what_it_measures(name: str, fmt: str) -> None
 SUMS = 2 * (64 + 24) * 2.0**-24
 
 
+# A relative squared error at which books of this small case hold nearly every weight: what is left is how finely values are stored (half
+# precision, salient weights in 8 bits), and says nothing of a method.
+EXACT = 2e-6
+
+
 def own_parts(gram: torch.Tensor, cols: int) -> torch.Tensor:
     """Return the gram with zeros outside the squares of `cols` inputs along its diagonal."""
     number = torch.arange(gram.shape[0]) // cols
@@ -98,7 +103,7 @@ def check_error(quantizer: Any, fmt: str) -> None:
         # It weighs every block by its own part of the gram and leaves out what blocks have in common: that is held to its word.
         measured = dataclasses.replace(stats, gram=own_parts(stats.need_gram("test"), parsed.block.resolve((24, 64), 1)[1]))
     limit = 1 + SUMS if quantizer.least_squares else LOOSE
-    assert output_error(w, ours, measured) <= output_error(w, plain, measured) * limit
+    assert output_error(w, ours, measured) <= max(output_error(w, plain, measured) * limit, EXACT)
     # What is stored is what a reader of the specification looks for, so that its bytes are those that the format has.
     assert torch.equal(CompressedWeight.build(weight.spec(), weight.tensors()).dequantize(), ours)
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from bitpress.calibration.stats import Stats
-from bitpress.formats import CompressedWeight, Format, Packed, Params
+from bitpress.formats import CompressedWeight, Format, Packed, Params, Streamed
 from bitpress.quantizers.quantizer import Outcome, Quantizer
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -43,8 +43,9 @@ class AWQ(Quantizer):
         w = w.float()
         tiles = diagonal_tiles(gram, fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[1])
         limit = block_limits(w, fmt)
-        best = fmt.fit(w)
+        first = best = fmt.fit(w)
         error = partial_errors(w, best, fmt, tiles)
+        whole = float(error.sum())
         clipped = torch.zeros_like(error, dtype=torch.bool)
         for ratio in shrink_ratios("mse", self.steps, self.smallest)[1:]:
             # Parameters of the whole weight (a codebook) stay as first fitted, so that blocks can choose independently.
@@ -54,6 +55,9 @@ class AWQ(Quantizer):
             error = torch.where(better, trial_error, error)
             clipped |= better
             best = fmt.choose(better, trial, best)
+        if isinstance(fmt.grid, Streamed) and float(partial_errors(w, best, fmt, tiles).sum()) > whole:
+            # A path runs through all blocks below each other: what is better for each of them may be worse together.
+            best, clipped = first, torch.zeros_like(clipped)
         weight = CompressedWeight((Packed.pack(fmt, fmt.encode(w, best), best),))
         return Outcome(weight, figures={"clipped": float(clipped.float().mean())})
 
