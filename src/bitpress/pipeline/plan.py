@@ -291,7 +291,11 @@ def _check_parts(weights: Sequence[PlannedWeight], method: Method) -> None:
         parameter = planned.parameter
         name, quantizer = planned.method.quantizer.name, planned.method.quantizer.part
         if changes and parameter.experts:
-            wrong.setdefault(f"{changes}: the maps of experts cannot be stacked.", []).append(parameter.stem)
+            wrong.setdefault(
+                f"{changes}: the maps of experts cannot be stacked; with --weights {method.recipe.weights} and neither preset nor --bits "
+                "the recipe suits experts.",
+                [],
+            ).append(parameter.stem)
         if parameter.experts and quantizer.keeps_map:
             wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
                 parameter.stem
