@@ -30,7 +30,7 @@ def quantize(text_file: Path, tmp_path: Path) -> Quantize:
 def test_the_default_beats_rounding_on_trained_weights(quantize: Quantize) -> None:
     rounded = quantize("bitpress-tiny", weights="int4-g64-zero", quantizer="rtn")
     report = quantize("bitpress-tiny")
-    assert report["calibrated"] == {"weights": 42, "of": 42}
+    assert report["calibrated"] == {"weights": 43, "of": 43}  # 7 in each block, and the tied table
     assert report["fallbacks"] == []
     assert report["figures"]["runtime"]["name"] == "native"
     assert report["figures"]["bits_per_weight"] <= rounded["figures"]["bits_per_weight"]
@@ -41,7 +41,7 @@ def test_the_default_beats_rounding_on_trained_weights(quantize: Quantize) -> No
 
 def test_every_expert_sees_calibration_text_and_not_the_same_share(quantize: Quantize) -> None:
     report = quantize("bitpress-tiny-moe", weights="int4-g64-zero", quantizer="gptq")
-    assert report["calibrated"] == {"weights": 18, "of": 18}
+    assert report["calibrated"] == {"weights": 19, "of": 19}  # 6 in each block, and the tied table
     assert report["fallbacks"] == []
     experts = [layer for layer in report["layers"] if isinstance(layer["tokens"], list)]
     assert len(experts) == 6  # two stacks of 8 in each of 3 blocks
