@@ -1,4 +1,4 @@
-"""bitpress: press pretrained language models into few bits, prove what that cost, and run them.
+"""bitpress: quantize pretrained language models to few bits, prove what that cost, and run them.
 
     import bitpress
     report = bitpress.quantize("smollm2-135m", "out/smollm2-4bit")

@@ -307,14 +307,14 @@ def walk_the_road(model_type: str, folder: Path, recipe: dict[str, Any]) -> str:
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if hasattr(original.config, "rescale_every"):
         original.config.rescale_every = 0
-    pressed = CompressedCheckpoint.open(out)
+    compressed = CompressedCheckpoint.open(out)
     with torch.no_grad():
-        for name, record in pressed.manifest.weights.items():
-            decoded = record.parameter(name).restore(pressed.read_weight(name).dequantize())
+        for name, record in compressed.manifest.weights.items():
+            decoded = record.parameter(name).restore(compressed.read_weight(name).dequantize())
             original.get_parameter(name).copy_(decoded)
         own = original.state_dict()
-        for name, entry in pressed.plain.items():  # scales may have been folded into norms
-            own[name].copy_(read_tensor(pressed.tensors[name][0], entry))
+        for name, entry in compressed.plain.items():  # scales may have been folded into norms
+            own[name].copy_(read_tensor(compressed.tensors[name][0], entry))
         expected = original(input_ids=TOKENS, use_cache=False).logits
         for form in ("decoded", "packed"):
             got = bitpress.load(out, weights=form, dtype="fp32")(input_ids=TOKENS, use_cache=False).logits

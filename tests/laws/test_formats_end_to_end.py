@@ -1,4 +1,4 @@
-"""Every row of the format table through the whole way: pressed by rounding and by GPTQ, written, verified, reloaded, same output.
+"""Every row of the format table through the whole way: compressed by rounding and by GPTQ, written, verified, reloaded, same output.
 
 Each weight of a tiny model gets another row, so one run serves as many rows as the model has weights.
 """
@@ -55,7 +55,7 @@ def test_every_row_goes_the_whole_way(
         "calibration": {"text": str(text_file), "samples": 4, "length": 32},
     }
     bitpress.quantize(model, tmp_path / "out", recipe=recipe, proof_tokens=0)
-    pressed = CompressedCheckpoint.open(tmp_path / "out", verify=True)
+    compressed = CompressedCheckpoint.open(tmp_path / "out", verify=True)
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
         decoded = bitpress.load(tmp_path / "out")
@@ -64,7 +64,7 @@ def test_every_row_goes_the_whole_way(
         assert torch.isfinite(logits).all()
         torch.testing.assert_close(packed(tokens).logits, logits, rtol=1e-4, atol=1e-4)
     for weight, name in chosen.items():
-        stored = pressed.read_weight(f"{weight}.weight")
+        stored = compressed.read_weight(f"{weight}.weight")
         assert stored.spec()["terms"][0]["format"] == parse_format(name).name
         assert torch.equal(stored.dequantize().to(decoded.dtype), decoded.get_submodule(weight).weight)
 

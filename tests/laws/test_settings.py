@@ -204,13 +204,13 @@ def engine_logits(model: Any, config: Any) -> torch.Tensor:
     plain = {
         name: value for name, value in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)
     }
-    pressed = SimpleNamespace(
+    compressed = SimpleNamespace(
         plain=plain,
         tensors={name: (value,) for name, value in plain.items()},
         manifest=SimpleNamespace(weights={}, prompt_cost=None),
         root=".",
     )
-    parts = assemble(pressed, config, "keep", lambda text: None)  # type: ignore[arg-type]
+    parts = assemble(compressed, config, "keep", lambda text: None)  # type: ignore[arg-type]
     made = make_engine(parts, EngineOptions(activations="none", threads=1))
     return made.forward(ids(config).tolist(), "all")
 

@@ -1,4 +1,4 @@
-"""Bytes of a plan against those of weights that were pressed."""
+"""Bytes of a plan against those of weights that were compressed."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ TOKENS = torch.arange(6, 38).reshape(2, 16)
 
 
 @pytest.fixture(scope="module")
-def pressed(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def compressed(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Return an architecture's original and its int4-g16 by plain rounding, made once."""
     made: dict[str, tuple[Path, Path]] = {}
 
@@ -62,9 +62,9 @@ def with_decoded_weights(source: Path, out: Path) -> Any:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_way_to_open_a_model_gives_the_same_logits(
-    architecture: str, pressed: Callable[[str], tuple[Path, Path]]
+    architecture: str, compressed: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    source, out = pressed(architecture)
+    source, out = compressed(architecture)
     replaced = with_decoded_weights(source, out)
     expected = logits(replaced)
     original = logits(AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager"))
@@ -87,8 +87,8 @@ def test_every_way_to_open_a_model_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generate_works_and_packed_is_smaller(architecture: str, pressed: Callable[[str], tuple[Path, Path]]) -> None:
-    _, out = pressed(architecture)
+def test_generate_works_and_packed_is_smaller(architecture: str, compressed: Callable[[str], tuple[Path, Path]]) -> None:
+    _, out = compressed(architecture)
     decoded, packed = bitpress.load(out), bitpress.load(out, weights="packed")
     theirs = AutoModelForCausalLM.from_pretrained(out)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
@@ -106,8 +106,8 @@ def test_generate_works_and_packed_is_smaller(architecture: str, pressed: Callab
 
 
 @pytest.mark.parametrize("loader", [AutoModel, AutoModelForSequenceClassification])
-def test_another_class_than_was_compressed_is_named(loader: Any, pressed: Callable[[str], tuple[Path, Path]]) -> None:
-    _, out = pressed("llama")
+def test_another_class_than_was_compressed_is_named(loader: Any, compressed: Callable[[str], tuple[Path, Path]]) -> None:
+    _, out = compressed("llama")
     with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM.*open it with AutoModelForCausalLM"):
         loader.from_pretrained(out)
 
@@ -115,9 +115,9 @@ def test_another_class_than_was_compressed_is_named(loader: Any, pressed: Callab
 @pytest.mark.parametrize("weights", ["decoded", "packed"])
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])  # biases; experts
 def test_a_model_changes_its_type_as_a_whole(
-    architecture: str, weights: str, pressed: Callable[[str], tuple[Path, Path]]
+    architecture: str, weights: str, compressed: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    _, out = pressed(architecture)
+    _, out = compressed(architecture)
     model = bitpress.load(out, weights=weights).to(torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
@@ -143,27 +143,27 @@ def test_the_type_is_the_originals_where_the_configuration_is_silent(tiny_model:
     assert torch.equal(logits(ours), logits(theirs))
 
 
-def test_the_generation_settings_are_the_originals(pressed: Callable[[str], tuple[Path, Path]]) -> None:
-    _, out = pressed("llama")
+def test_the_generation_settings_are_the_originals(compressed: Callable[[str], tuple[Path, Path]]) -> None:
+    _, out = compressed("llama")
     ours, theirs = bitpress.load(out).generation_config, AutoModelForCausalLM.from_pretrained(out).generation_config
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (0, 1, 1)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 1)
 
 
-def test_a_copied_directory_is_the_same_model(pressed: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, out = pressed("llama")
+def test_a_copied_directory_is_the_same_model(compressed: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, out = compressed("llama")
     shutil.copytree(out, tmp_path / "copy")
     (tmp_path / "copy" / "report.json").unlink()  # which nothing reads
     assert torch.equal(logits(bitpress.load(tmp_path / "copy")), logits(bitpress.load(out)))
 
 
 def test_one_model_class_by_name(
-    pressed: Callable[[str], tuple[Path, Path]], to_first_version: Callable[[Path], Path], tmp_path: Path
+    compressed: Callable[[str], tuple[Path, Path]], to_first_version: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """Not the automatic class: it gives the configuration no path, so the checks run when the weights are looked for."""
     from transformers import LlamaForCausalLM
 
-    _, out = pressed("llama")
+    _, out = compressed("llama")
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(out)), logits(bitpress.load(out)))
     hostile = tmp_path / "hostile"
     shutil.copytree(out, hostile)
@@ -181,7 +181,7 @@ def test_one_model_class_by_name(
 
 
 @pytest.mark.parametrize(("option", "value"), [("weights", "packd"), ("dtype", "int8")])
-def test_a_wrong_option_is_named(option: str, value: str, pressed: Callable[[str], tuple[Path, Path]]) -> None:
-    _, out = pressed("llama")
+def test_a_wrong_option_is_named(option: str, value: str, compressed: Callable[[str], tuple[Path, Path]]) -> None:
+    _, out = compressed("llama")
     with pytest.raises(UsageError, match=value):
         bitpress.load(out, **{option: value})

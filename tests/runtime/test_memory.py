@@ -39,15 +39,15 @@ def stacked(
     return source, out
 
 
-def terms(pressed: CompressedCheckpoint) -> dict[str, int]:
-    return {name: len(record.spec["terms"]) for name, record in pressed.manifest.weights.items()}
+def terms(compressed: CompressedCheckpoint) -> dict[str, int]:
+    return {name: len(record.spec["terms"]) for name, record in compressed.manifest.weights.items()}
 
 
-def ends(pressed: CompressedCheckpoint) -> tuple[int, int]:
+def ends(compressed: CompressedCheckpoint) -> tuple[int, int]:
     """The least that can be loaded, and all."""
-    every = sum(entry.nbytes for _, entry in pressed.tensors.values())
-    behind = [name for name in pressed.tensors if any(f".term{k}." in name for k in range(1, TERMS))]
-    return every - sum(pressed.tensors[name][1].nbytes for name in behind), every
+    every = sum(entry.nbytes for _, entry in compressed.tensors.values())
+    behind = [name for name in compressed.tensors if any(f".term{k}." in name for k in range(1, TERMS))]
+    return every - sum(compressed.tensors[name][1].nbytes for name in behind), every
 
 
 @torch.no_grad()
@@ -61,43 +61,49 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def test_budgets_from_the_least_to_all(stacked: tuple[Path, Path]) -> None:
-    pressed = CompressedCheckpoint.open(stacked[1])
-    least, every = ends(pressed)
-    assert set(terms(within(pressed, least)).values()) == {1}
-    assert terms(within(pressed, every)) == terms(within(pressed, 10 * every)) == dict.fromkeys(pressed.manifest.weights, TERMS)
+    compressed = CompressedCheckpoint.open(stacked[1])
+    least, every = ends(compressed)
+    assert set(terms(within(compressed, least)).values()) == {1}
+    assert (
+        terms(within(compressed, every))
+        == terms(within(compressed, 10 * every))
+        == dict.fromkeys(compressed.manifest.weights, TERMS)
+    )
     sizes = []
-    before = terms(within(pressed, least))
+    before = terms(within(compressed, least))
     for budget in range(least, every + 1, (every - least) // 40):
-        part = within(pressed, budget)
+        part = within(compressed, budget)
         assert part.nbytes <= budget
         assert all(count >= before[name] for name, count in terms(part).items()), "a larger budget only adds"
         sizes.append(part.nbytes)
         before = terms(part)
     assert len(set(sizes)) > 20, "steps are single terms"
-    assert any(len(set(terms(within(pressed, b)).values())) > 1 for b in sizes), "weights differ in what more bytes bring them"
+    assert any(len(set(terms(within(compressed, b)).values())) > 1 for b in sizes), (
+        "weights differ in what more bytes bring them"
+    )
 
 
 def test_logits_are_those_of_the_first_terms(stacked: tuple[Path, Path]) -> None:
-    pressed = CompressedCheckpoint.open(stacked[1])
-    least, every = ends(pressed)
+    compressed = CompressedCheckpoint.open(stacked[1])
+    least, every = ends(compressed)
     for budget in (least, (least + every) // 2, every):
-        part = within(pressed, budget)
+        part = within(compressed, budget)
         model = bitpress.load(stacked[1], memory=budget)
         decoded = load(stacked[1], weights="decoded", dtype="fp32", memory=budget)
         expected = load(stacked[1], dtype="fp32")
         for name, count in terms(part).items():
-            whole = pressed.read_weight(name)
+            whole = compressed.read_weight(name)
             first = CompressedWeight(whole.terms[:count], whole.input_map, whole.output_map).dequantize()
             assert torch.equal(part.read_weight(name).dequantize(), first)
-            expected.get_parameter(name).data = pressed.manifest.weights[name].parameter(name).restore(first)
+            expected.get_parameter(name).data = compressed.manifest.weights[name].parameter(name).restore(first)
         assert torch.equal(logits(decoded), logits(expected))
         # The same weights, multiplied in another order in float32.
         torch.testing.assert_close(logits(model), logits(expected), rtol=1e-3, atol=1e-3)
 
 
 def test_no_more_is_held_than_the_budget(stacked: tuple[Path, Path]) -> None:
-    pressed = CompressedCheckpoint.open(stacked[1])
-    least, every = ends(pressed)
+    compressed = CompressedCheckpoint.open(stacked[1])
+    least, every = ends(compressed)
     rotations = held_bytes(bitpress.load(stacked[1], memory=every)) - every
     assert 0 <= rotations < 1024, "beside what is read a model holds only the frequencies of its positions"
     for budget in (least, least + (every - least) // 3, (least + every) // 2):
@@ -163,10 +169,10 @@ def test_figures_of_other_terms_are_refused(errors: Any, stacked: tuple[Path, Pa
 
 def test_the_plan_counts_every_term(stacked: tuple[Path, Path]) -> None:
     source, out = stacked
-    pressed = CompressedCheckpoint.open(out)
-    plan, _, _ = plan_run(source, build_method(make_recipe(pressed.manifest.recipe)))
-    terms_alone = [n for names in pressed.stored.values() for n in names if ".term" in n]
-    assert plan.compressed_bytes == sum(pressed.tensors[name][1].nbytes for name in terms_alone)
+    compressed = CompressedCheckpoint.open(out)
+    plan, _, _ = plan_run(source, build_method(make_recipe(compressed.manifest.recipe)))
+    terms_alone = [n for names in compressed.stored.values() for n in names if ".term" in n]
+    assert plan.compressed_bytes == sum(compressed.tensors[name][1].nbytes for name in terms_alone)
 
 
 def test_other_manifests_say_nothing_of_terms(stacked: tuple[Path, Path], pressed_original: Path) -> None:

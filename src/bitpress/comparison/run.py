@@ -296,7 +296,7 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
 
 
 def _seconds_of_capture(made: Comparison, captured: StatisticsCache, method: Method) -> float | None:
-    """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its pressing."""
+    """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its quantizing."""
     if not method.needs or not made.shares(method):
         return 0.0
     return None if captured.seconds is None else round(captured.seconds, 2)

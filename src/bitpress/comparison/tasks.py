@@ -51,7 +51,7 @@ def keys_of(made: Comparison, c: Variant | None) -> dict[str, dict[str, Any]]:
 
 
 def task_rows(keys: Mapping[str, Row], figures: Mapping[str, Row], found: Row) -> list[dict[str, Any]]:
-    """Return the rows of tasks with their figures; `found` is what the pressing that they came from says of itself."""
+    """Return the rows of tasks with their figures; `found` is what the quantizing that they came from says of itself."""
     shared = {key: found[key] for key in ("failed", "peak_memory_bytes", "threads", "finished")}
     return [{**keys[task], **shared, **told} for task, told in figures.items()]
 

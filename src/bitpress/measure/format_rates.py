@@ -1,6 +1,6 @@
 """What number formats cost and lose on a model's own weights, and on data of known distributions beside them.
 
-The weights are those that `quantize` would press: the linear products of the blocks, read one at a time. Where a directory is no model
+The weights are those that `quantize` would compress: the linear products of the blocks, read one at a time. Where a directory is no model
 of a known task that can be walked (an encoder), every matrix in it but the embeddings is read, and a note says so.
 """
 

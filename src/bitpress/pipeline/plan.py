@@ -358,8 +358,8 @@ def _peak_memory(
     tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = tokens * widest * 4 * 4
-    pressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
-    return max(pressing, backward, proof)
+    compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
+    return max(compressing, backward, proof)
 
 
 def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: dict[str, int], hidden: int) -> int:

@@ -1,4 +1,4 @@
-"""The main job: plan, press block by block into a journal, stage, prove, publish."""
+"""The main job: plan, compress block by block into a journal, stage, prove, publish."""
 
 import math
 import platform
