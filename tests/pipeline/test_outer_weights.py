@@ -307,3 +307,18 @@ def test_what_follows_the_original_starts_from_its_embeddings(
     assert torch.equal(stream.beside, original)
     assert torch.equal(stream.hidden, model.embed(TOKENS))
     assert not torch.equal(stream.hidden, original)
+
+
+def test_a_head_with_wider_scales_is_told_as_it_is_stored(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model(), tmp_path / "small")
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    weights["lm_head.weight"] *= 1e-8  # scales below half precision
+    save_file(weights, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    report = bitpress.quantize(tmp_path / "small", tmp_path / "out", weights="int4-g16", quantizer="rtn", proof_tokens=0)
+    (head,) = [row for row in report["outer"] if row["key"] == "head"]
+    assert head["format"] == "int8-row-fp32"
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    stored = [checkpoint.tensors[name][1].nbytes for outer in checkpoint.outer for name in checkpoint.stored[outer]]
+    assert report["size"]["bytes_outer"] == sum(stored)

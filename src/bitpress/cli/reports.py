@@ -16,6 +16,7 @@ from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
 from bitpress.kernels.native_layout import lay_out
+from bitpress.pipeline.budget import told_formats
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
@@ -69,8 +70,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
 
 def _told_spending(budget: Mapping[str, Any]) -> str:
     """Return what a budget asked for and what was spent: "3.300 bits asked, 3.297 spent: 12 weights int2-g64-zero, ..."."""
-    told = ", ".join(f"{count} weight{'s' * (count != 1)} {name}" for name, count in budget["weights"].items())
-    return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told}"
+    return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told_formats(budget['weights'])}"
 
 
 def told_outer(own: Mapping[str, Any] | str) -> str:

@@ -82,7 +82,7 @@ def choose_formats(
         kept = job.keep(FIGURES, measure_offer(model, plan.offer, inputs, check_stop, progress))
     figures = dict(job.kept(FIGURES))
     settled = settle_plan(plan, model, method, stored, figures)
-    progress.note(f"formats chosen: {told_formats(settled)}")
+    progress.note(f"formats chosen: {told_formats(settled.by_format())}")
     return settled, kept
 
 
@@ -115,9 +115,9 @@ def settle_plan(plan: Plan, model: StreamedModel, method: Method, stored: dict[s
     return replace(chosen, side_bytes=plan.side_bytes, given=plan.given, disk=chosen.disk + plan.side_bytes)
 
 
-def told_formats(plan: Plan) -> str:
-    """Count the weights of a plan by their formats: "12 weights int2-g64-zero, 200 weights int3-g64-zero"."""
-    return ", ".join(f"{count} weight{'s' * (count != 1)} {name}" for name, count in plan.by_format().items())
+def told_formats(counts: Mapping[str, int]) -> str:
+    """Say how many weights have each format: "12 weights int2-g64-zero, 200 weights int3-g64-zero"."""
+    return ", ".join(f"{count} weight{'s' * (count != 1)} {name}" for name, count in counts.items())
 
 
 def _options(plans: Mapping[Format, Plan]) -> tuple[tuple[PlannedWeight, ...], ...]:

@@ -25,14 +25,12 @@ from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import OUTER, Method
 from bitpress.recipes.recipe import OuterWeights
+from bitpress.runtime.native.assemble import MOST_HEAD_COST, ROUNDED_TOGETHER
 
 __all__ = ["PlannedOuter", "compress_outer", "compress_tables", "plan_outer"]
 
 # In the place of a block's number.
 OUTSIDE = -1
-# Nats a token that a head may lose by what nobody asked for ("auto"); one that would lose more stays as stored.
-MOST_HEAD_COST = 0.001
-ROWS_TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,8 @@ def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]
         except FormatError:
             if not auto:
                 raise
-            if (
-                key == "head" and "embeddings" in method.auto
-            ):  # a quantizer that does not suit a table: rounding does, or nothing
+            # A quantizer that does not suit a table: rounding does, or nothing.
+            if key == "head" and "embeddings" in method.auto:
                 with contextlib.suppress(FormatError):
                     planned.append(_planned(key, matrix, method.outer["embeddings"], looked_up=looked_up, auto=True))
     return tuple(planned)
@@ -129,7 +126,8 @@ def compress_outer(
     known = {} if stats is None else {found.planned.parameter.stem: stats}
     compressed, decoded = compressor.compress(found.planned, original, known, None)
     made = CompressedBlock()
-    if found.auto and stats is not None and (cost := head_cost(original, decoded, stats)) > MOST_HEAD_COST:
+    # What nobody asked for may cost a head as much as the engine's own rounding may.
+    if found.auto and stats is not None and (cost := _head_cost(original, decoded, stats)) > MOST_HEAD_COST:
         made.kept[found.planned.parameter.name] = original
         made.notes.append(_kept_row(compressed.row, original, cost))
         return made, original
@@ -137,13 +135,13 @@ def compress_outer(
     return made, decoded
 
 
-def head_cost(original: torch.Tensor, decoded: torch.Tensor, stats: Stats) -> float:
+def _head_cost(original: torch.Tensor, decoded: torch.Tensor, stats: Stats) -> float:
     """Estimate the KL divergence that a compressed head costs, in nats a token.
 
     An error of a logit has the variance e gram e' over tokens, e the error of its row; small independent errors of variance v cost v / 2.
     """
     gram, total = stats.need_gram("head"), 0.0
-    for rows, others in zip(original.split(ROWS_TOGETHER), decoded.split(ROWS_TOGETHER), strict=True):
+    for rows, others in zip(original.split(ROUNDED_TOGETHER), decoded.split(ROUNDED_TOGETHER), strict=True):
         error = rows.float() - others.float()
         total += float((error @ gram).mul_(error).sum())
     return total / original.shape[0] / 2

@@ -279,6 +279,7 @@ def finish_job(
             facts.rows,
             run.plan,
             job.identity,
+            compressed=facts.weights.keys(),
             calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
             source_bytes=loader.source.nbytes,
             given=loader.source.given,

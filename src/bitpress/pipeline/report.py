@@ -1,6 +1,6 @@
 """The report of a run as data, and the model card made from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -10,6 +10,7 @@ from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import ratio_text, shown, written
 from bitpress.models.task import Task
 from bitpress.pipeline.front_matter import write_front_matter
+from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
 from bitpress.version import INSTALL
@@ -23,6 +24,7 @@ def make_report(
     plan: Plan,
     identity: Mapping[str, Any],
     *,
+    compressed: Collection[str],
     calibration: Mapping[str, Any] | None,
     source_bytes: int,
     given: Given | None,
@@ -32,7 +34,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for a NaN or an infinity.
 
-    `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
+    `compressed` are the names of the parameters that are stored so; `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
     these, or the tensors and the files beside them. `write_texts_` enters the published bytes and their ratio.
     """
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
@@ -42,18 +44,18 @@ def make_report(
     never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics
     by_inputs = [row for row in rows if row.name not in never]
     reached = sum(1 for row in by_inputs if row.calibrated)
-    formats = {row.name: row.format for row in rows}
+    by_name = {row.name: row for row in rows}
     # A head that bitpress chose a format for may have stayed as stored; its row says why.
-    outer = [found for found in plan.outer if formats[found.planned.parameter.stem] == found.planned.format.name]
-    outer_bytes = sum(found.planned.nbytes for found in outer)
-    as_stored = sum(row.bytes for row in rows if row.name in {f.planned.parameter.stem for f in plan.outer if f not in outer})
+    outer = [(found, by_name[found.planned.parameter.stem]) for found in plan.outer]
+    made = [(found, row) for found, row in outer if found.planned.parameter.name in compressed]
+    as_stored = sum(row.bytes for found, row in outer if found.planned.parameter.name not in compressed)
     return {
         "figures": written(figures, "the proof"),
         "size": {
             "bytes_original": plan.given_bytes,
             "bytes_converted": None if given is None else source_bytes,
             "bytes_compressed_weights": plan.compressed_bytes,
-            "bytes_outer": outer_bytes,
+            "bytes_outer": sum(row.bytes for _, row in made),
             "bytes_kept": plan.kept_bytes + as_stored,
         },
         **({} if budget is None else {"budget": spent}),
@@ -61,9 +63,7 @@ def make_report(
         "calibrated": {"weights": reached, "of": len(by_inputs)},
         "fallbacks": fallbacks,
         "notes": notes,
-        "outer": [
-            {"key": found.key, "quantizer": found.planned.method.quantizer.name, **found.planned.row()} for found in outer
-        ],
+        "outer": [_outer_row(found, row) for found, row in made],
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},
         "left_out": list(left_out),
@@ -72,6 +72,11 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
+
+
+def _outer_row(found: PlannedOuter, row: LayerRow) -> dict[str, object]:
+    stored = row.model_dump(include={"name", "shape", "format", "bytes", "bits_per_weight"})
+    return {"key": found.key, "quantizer": found.planned.method.quantizer.name, **stored}
 
 
 def write_texts_(
