@@ -60,7 +60,7 @@ def compare(out: Path, bits: str, only: list[str], options: list[str]) -> dict[s
 
 def measure(out: Path, bits: str, only: list[str], options: list[str]) -> None:
     """Run the comparison and keep the rows that are new; rows of recipes that failed are printed and not kept."""
-    compared = compare(out, bits, only, ["--compute", "bf16", *options])  # rows of all machines in the same arithmetic
+    compared = compare(out, bits, only, options)
     known = {(row["name"], row["bits"], row["finished"]) for row in read_rows("methods") if row["kind"] == "recipe"}
     shared = {"model": MODEL, "compute": compared["compute"], "sources": compared["texts"], "noise": compared["floor"]}
     for row in compared["rows"]:
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods")
     parser.add_argument("--tokens", help="of every held-out text; rows of other numbers are not put in one table")
     parser.add_argument("--samples", help="calibration windows")
+    parser.add_argument("--compute", default="bf16", help="bf16, the arithmetic of most rows, or fp32, for processors that emulate bf16")
     parser.add_argument(
         "--tasks", help="multiple-choice tasks for the best recipes of every width by their rows, such as arc-easy,piqa"
     )
@@ -142,7 +143,7 @@ def main() -> None:
     elif not options.render:
         for name in missing():
             print(f"{name}: has no recipe in {RECIPES.name}", file=sys.stderr)
-        given = [("--tokens", options.tokens), ("--samples", options.samples)]
+        given = [("--compute", options.compute), ("--tokens", options.tokens), ("--samples", options.samples)]
         if options.tasks:
             given += [("--tasks", options.tasks), ("--documents", options.documents), ("--best", str(options.best))]
             wanted = best(options.bits, options.only, options.best)
