@@ -1,19 +1,21 @@
 """Sources of every ecosystem: what is written is read back as it was, and a new ecosystem is two files."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
-from bitpress.exchange.source import LayerFormat, Source, StoredLayer
-from bitpress.exchange.table import ECOSYSTEMS, LAYER_FORMATS, open_source
+from bitpress.exchange.export_directory import DirectoryExporter
+from bitpress.exchange.plain_layer import make_plain, plain_layer, unpack_plain
+from bitpress.exchange.source import LayerFormat, StoredLayer
+from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS, LAYER_FORMATS, Directories, open_source
 from bitpress.formats import MAPS, TERMS, ActivationFormat, CompressedLayer, CompressedWeight, Map, Packed, Term, parse_format
 from bitpress.formats.maps.map import Chain, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
@@ -22,6 +24,7 @@ from bitpress.formats.terms.kept import keep_columns
 from bitpress.formats.terms.low_rank import low_rank
 from bitpress.formats.terms.sign_low_rank import sign_low_rank
 from bitpress.formats.terms.sparse import sparse
+from bitpress.pipeline.exporting import export_model
 
 OUT, IN = 8, 24
 
@@ -146,27 +149,47 @@ class Signed:
     """
 
     about: ClassVar[str] = "a directory of signed bytes"
+    tables: ClassVar[bool] = True
+    marks: ClassVar[frozenset[str]] = frozenset({"weight_q", "weight_s"})
+    suffixes: ClassVar[frozenset[str]] = marks
 
     @staticmethod
-    def owns(path: Path) -> bool:
-        settings = path / "config.json"
-        return (
-            settings.is_file()
-            and json.loads(settings.read_text()).get("quantization_config", {}).get("quant_method") == "signed"
-        )
+    def claims(config: Mapping[str, Any]) -> bool:
+        return bool(config.get("quantization_config", {}).get("quant_method") == "signed")
 
     @staticmethod
-    def open(path: Path) -> Source:
-        return SignedSource(load_file(path / "model.safetensors"))
+    def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
+        return {name: {"bits": 8} for name in layers}
+
+    @staticmethod
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        rows, columns = tensors["weight_q"].shape
+        return rows, columns
+
+    @staticmethod
+    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {**config, "quantization_config": {"quant_method": "signed"}}
+
+    @staticmethod
+    def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    @staticmethod
+    def refuses(spec: Mapping[str, Any], input_spec: Mapping[str, str] | None = None) -> str | None:
+        plain = plain_layer(spec, input_spec)
+        if isinstance(plain, str):
+            return plain
+        return None if plain.format.name == "int8-row" and not plain.ordered else "signed bytes are int8-row without maps"
+
+    @staticmethod
+    def nearest(bits: float, shape: tuple[int, int]) -> str | None:
+        return "int8-row"
 
     @staticmethod
     def write(layer: CompressedLayer) -> StoredLayer:
-        (term, *more), weight = layer.weight.terms, layer.weight
-        if more or not isinstance(term, Packed) or term.format.name != "int8-row" or weight.input_map or weight.output_map:
-            raise FormatError("a directory of signed bytes holds int8-row without maps or other terms.")
-        if layer.input is not None:
-            raise FormatError("a directory of signed bytes does not round inputs.")
-        codes, params = term.unpack()
+        if (why := Signed.refuses(layer.weight.spec(), layer.input_spec())) is not None:
+            raise FormatError(f"{why}.")
+        _, codes, params, _ = unpack_plain(layer)
         return StoredLayer({"weight_q": (codes.int() - 128).to(torch.int8), "weight_s": params["scale"].half()}, {"bits": 8})
 
     @staticmethod
@@ -174,23 +197,7 @@ class Signed:
         if stored.entry != {"bits": 8} or stored.tensors.keys() != {"weight_q", "weight_s"}:
             raise FormatError("signed bytes are weight_q and weight_s, of 8 bits.")
         codes = (stored.tensors["weight_q"].int() + 128).to(torch.uint8)
-        scale = {"scale": stored.tensors["weight_s"].float()}
-        return CompressedLayer(CompressedWeight((Packed.pack(parse_format("int8-row"), codes, scale),)))
-
-
-@dataclass(frozen=True)
-class SignedSource:
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def names(self) -> Collection[str]:
-        return {name.removesuffix("_q") for name in self.tensors if not name.endswith("_s")}
-
-    def read(self, name: str) -> torch.Tensor | CompressedLayer:
-        if name in self.tensors:
-            return self.tensors[name]
-        parts = {part: self.tensors[name.removesuffix("weight") + part] for part in ("weight_q", "weight_s")}
-        return Signed.read(StoredLayer(parts, {"bits": 8}))
+        return make_plain(parse_format("int8-row"), codes, {"scale": stored.tensors["weight_s"].float()})
 
 
 def write_signed(source: Path, out: Path) -> dict[str, CompressedLayer]:
@@ -214,13 +221,14 @@ def write_signed(source: Path, out: Path) -> dict[str, CompressedLayer]:
 def test_a_made_up_ecosystem_is_two_files(
     tiny_model: Callable[..., Path], pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files to touch for a new ecosystem: 2, its own (the classes above) and the table (the two lines below)."""
+    """Files to touch for a new ecosystem: 2, its own (the class above) and the table (the row whose doing the next lines are)."""
     original, path = tiny_model("llama"), tmp_path / "signed"
     layers = write_signed(original, path)
     with pytest.raises(CheckpointError, match="no checkpoint that can be read here"):
         open_source(path)
-    monkeypatch.setitem(ECOSYSTEMS, "signed", Signed)
+    monkeypatch.setitem(ECOSYSTEMS, "signed", Directories(Signed))
     monkeypatch.setitem(LAYER_FORMATS, "signed", Signed)
+    monkeypatch.setitem(EXPORTERS, "signed", DirectoryExporter(Signed))
     source, plain = open_source(path), load_file(original / "model.safetensors")
     assert set(source.names) == set(plain)
     for name in source.names:
@@ -233,3 +241,9 @@ def test_a_made_up_ecosystem_is_two_files(
     assert check_law(LAYER_FORMATS["signed"]) == {"term bytes"}
     for other in (original, pressed_original, path):
         assert sum(ecosystem.owns(other) for ecosystem in ECOSYSTEMS.values()) == 1
+    out = tmp_path / "again"
+    exported = export_model(path, out, "signed")  # imported, then exported: the same tensors
+    assert {fate.how for fate in exported.fates.values()} == {"exact"}
+    stored, again = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in stored.items())

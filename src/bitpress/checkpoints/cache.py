@@ -2,6 +2,7 @@
 
     <cache>/models/<name>/           named models, converted
     <cache>/gguf/<sha256>/           .gguf files, converted;  gguf/known/: hashes of files that were seen, a few bytes each
+    <cache>/imported/<sha256>/       models that other tools quantized, in our own format with their codes
     <cache>/files/<sha256><suffix>   what was fetched from the Python package index
     <cache>/layouts/*.layout         models as the native engine has laid them out (elsewhere with BITPRESS_LAYOUTS)
 
@@ -114,6 +115,9 @@ def _converted() -> Iterator[CacheEntry]:
         if _HASH.fullmatch(path.name):
             given = read_given(path)
             yield _entry("gguf", path, read_file_name(path), "converted" if given is None else _told(given))
+    for path in _entries(cache_directory() / "imported"):
+        if _HASH.fullmatch(path.name):
+            yield _entry("imported", path, read_file_name(path), "quantized by another tool, its codes in our own format")
 
 
 def _files() -> Iterator[CacheEntry]:
@@ -162,7 +166,7 @@ def _size(path: Path) -> int:
 
 
 def _check_idle() -> None:
-    for folder in ("models", "gguf", "files"):
+    for folder in ("models", "gguf", "imported", "files"):
         for path in _entries(cache_directory() / folder):
             found = _WORKSHOP.fullmatch(path.name)
             if found is not None and _is_running(int(found[1])):

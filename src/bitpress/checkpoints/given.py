@@ -75,4 +75,4 @@ def read_file_name(root: Path) -> str | None:
 def is_in_cache(root: Path) -> bool:
     """Claim that a directory is one that a conversion made in the cache."""
     root, cache = root.resolve(), cache_directory().resolve()
-    return root.parent in (cache / "gguf", cache / "models")
+    return root.parent in (cache / "gguf", cache / "imported", cache / "models")

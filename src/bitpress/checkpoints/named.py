@@ -35,7 +35,17 @@ from bitpress.packages import Member, Package, cache_errors, fetch_member, kept_
 from bitpress.progress import Progress, Silent
 from bitpress.settings import cache_directory
 
-__all__ = ["NAMED_MODELS", "SHIPPED_MODELS", "NamedModel", "ShippedModel", "describe_models", "find_origin", "resolve_model"]
+__all__ = [
+    "NAMED_MODELS",
+    "SHIPPED_MODELS",
+    "NamedModel",
+    "ShippedModel",
+    "describe_models",
+    "find_origin",
+    "is_made",
+    "make_once",
+    "resolve_model",
+]
 
 CONVERSION = 2  # raised when the same file would become another directory
 _HUB_SECONDS = 10
@@ -141,7 +151,7 @@ def describe_models() -> list[dict[str, Any]]:
     ]
     for name, entry in NAMED_MODELS.items():
         path = _named_path(name)
-        cached = _is_made(path, _origin_of(entry))
+        cached = is_made(path, _origin_of(entry))
         to_fetch = 0 if cached or kept_path(_package(entry).members[0]).exists() else entry.fetch_bytes
         rows.append(
             {
@@ -160,7 +170,7 @@ def describe_models() -> list[dict[str, Any]]:
 def _resolve_named(name: str, progress: Progress) -> Path:
     entry, path = NAMED_MODELS[name], _named_path(name)
     origin = _origin_of(entry)
-    if _is_made(path, origin) and hold(path):
+    if is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given | None:
@@ -171,14 +181,14 @@ def _resolve_named(name: str, progress: Progress) -> Path:
         # Re-gauged weights are no longer those of the file, so that its size says nothing about theirs.
         return describe_given([read_gguf_header(file)]) if entry.regauge_seed is None else None
 
-    return _make_once(path, origin, build)
+    return make_once(path, origin, build)
 
 
 def _resolve_gguf(file: Path, progress: Progress) -> Path:
     parts = find_parts(file)
     sha256 = hash_of_parts([_known_hash(part) for part, _ in parts])
     path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
-    if _is_made(path, origin) and hold(path):
+    if is_made(path, origin) and hold(path):
         return path
 
     def build(target: Path) -> Given:
@@ -194,7 +204,7 @@ def _resolve_gguf(file: Path, progress: Progress) -> Path:
         return describe_given([header for _, header in parts])
 
     progress.note(f"{file}: converting to a model directory, once")
-    return _make_once(path, origin, build, file.name)
+    return make_once(path, origin, build, file.name)
 
 
 def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progress) -> None:
@@ -280,7 +290,7 @@ def _hint(model: str) -> str:
     return f"{meant}MODEL is a directory, a .gguf file, org/name of a hub, or a named model ({', '.join(names)})."
 
 
-def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
+def is_made(path: Path, origin: Mapping[str, Any]) -> bool:
     if not (path / ORIGIN).is_file():
         return False
     try:
@@ -290,7 +300,7 @@ def _is_made(path: Path, origin: Mapping[str, Any]) -> bool:
         return False  # it is made again
 
 
-def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None], file: str | None = None) -> Path:
+def make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Given | None], file: str | None = None) -> Path:
     """Let `build` fill a temporary directory beside `path`, then rename it to `path`; the first process to finish wins.
 
     `build` returns a description of the source file, if there is one, and `file` is its name, for a list of the cache.
@@ -308,12 +318,12 @@ def _make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Gi
         with cache_errors(cache_directory()):
             (made / ORIGIN).write_bytes(write_json_bytes(written))
             _sync(made)
-            if path.exists() and not _is_made(path, origin):  # of an older conversion
+            if path.exists() and not is_made(path, origin):  # of an older conversion
                 os.rename(path, workshop / "old")
             try:
                 os.rename(made, path)
             except OSError:
-                if not _is_made(path, origin):
+                if not is_made(path, origin):
                     raise
             fsync_directory(path.parent)
     finally:

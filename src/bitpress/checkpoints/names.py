@@ -61,8 +61,17 @@ class NameMap:
             return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
 
         made = {target: read(source) for target, source in self.plain.items() if wanted(target)}
+        return made | self.load_conversions(read, prefix, exclude)
+
+    def load_conversions(
+        self, read: Callable[[str], torch.Tensor], prefix: str, exclude: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Make the parameters of these names that are put together of several tensors, or otherwise differ from what is stored."""
+        made: dict[str, torch.Tensor] = {}
         for conversion in self.conversions:
-            if wanted(conversion.first_target):
+            if conversion.first_target.startswith(prefix) and not (
+                exclude is not None and conversion.first_target.startswith(exclude)
+            ):
                 made |= self._convert(conversion, read)
         return made
 

@@ -31,6 +31,7 @@ __all__ = [
     "decode_floats",
     "encode_config",
     "encode_floats",
+    "quantization_of",
     "read_config",
 ]
 
@@ -70,6 +71,11 @@ def read_config(root: Path, *, foreign: bool = True) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{root / 'config.json'}: holds no model_type; it is not the configuration of a model.")
     return config
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """Return what a configuration says of how its weights are quantized, under transformers' key or that of MLX; None if nothing."""
+    return config.get("quantization_config", config.get("quantization"))
 
 
 def _no_model(root: Path) -> str:
@@ -117,12 +123,12 @@ class SourceCheckpoint:
     tensors: Mapping[str, tuple[Path, TensorEntry]]
 
     @classmethod
-    def open(cls, path: str | Path) -> "SourceCheckpoint":
-        """Open a directory and check every header in it. Raises CheckpointError."""
+    def open(cls, path: str | Path, *, quantized: bool = False) -> "SourceCheckpoint":
+        """Open a directory and check every header in it; with `quantized`, one that another tool quantized too. Raises CheckpointError."""
         root = open_directory(path)
         config = read_config(root)
-        if config.get("quantization_config") is not None:
-            quantization = config["quantization_config"]
+        quantization = quantization_of(config)
+        if quantization is not None and not quantized:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); use the original model.")
         index = read_index(root, foreign=True)

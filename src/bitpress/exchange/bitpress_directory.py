@@ -4,8 +4,9 @@ tensors   term0.codes, term0.scale, in.order, input.scale, ...
 entry     {"spec": {"shape", "terms", "input_map", "output_map"}, "input": {"format", "parameters"}}; `input` only where there is one
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.errors import FormatError
@@ -25,6 +26,10 @@ class BitpressDirectory:
     @staticmethod
     def open(path: Path) -> Source:
         return CompressedCheckpoint.open(path)
+
+    @staticmethod
+    def refuses(spec: Mapping[str, Any], input_spec: Mapping[str, str] | None = None) -> str | None:
+        return None
 
     @staticmethod
     def write(layer: CompressedLayer) -> StoredLayer:

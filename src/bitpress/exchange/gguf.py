@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,7 @@ class _Values:
     """Parameters by the names that transformers has for them."""
 
     path: Path
+    config: Mapping[str, Any]
     state: Mapping[str, torch.Tensor]
 
     @property
@@ -41,4 +42,5 @@ class Gguf:
 
     @staticmethod
     def open(path: Path) -> Source:
-        return _Values(path, load_gguf(path, Silent()).state)
+        model = load_gguf(path, Silent())
+        return _Values(path, model.config.to_dict(), model.state)

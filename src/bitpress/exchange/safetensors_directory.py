@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bitpress.checkpoints.compressed import is_compressed
-from bitpress.checkpoints.source import SourceCheckpoint, read_config
+from bitpress.checkpoints.source import SourceCheckpoint, quantization_of, read_config
 from bitpress.exchange.source import Source
 
 __all__ = ["SafetensorsDirectory"]
@@ -15,7 +15,7 @@ class SafetensorsDirectory:
 
     @staticmethod
     def owns(path: Path) -> bool:
-        return path.is_dir() and not is_compressed(path) and read_config(path).get("quantization_config") is None
+        return path.is_dir() and not is_compressed(path) and quantization_of(read_config(path)) is None
 
     @staticmethod
     def open(path: Path) -> Source:

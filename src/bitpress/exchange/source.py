@@ -7,13 +7,27 @@ pure: `write` returns what is stored, and `read` makes the same layer of that ag
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.formats import CompressedLayer
+from bitpress.progress import Progress
 
-__all__ = ["Ecosystem", "LayerFormat", "Source", "StoredLayer"]
+__all__ = [
+    "DirectoryFormat",
+    "Ecosystem",
+    "Exporter",
+    "Fate",
+    "Fates",
+    "ForeignSource",
+    "LayerFormat",
+    "Source",
+    "StoredLayer",
+    "Target",
+]
 
 
 class Source(Protocol):
@@ -22,23 +36,44 @@ class Source(Protocol):
     @property
     def names(self) -> Collection[str]: ...
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return transformers' configuration of the model, without what it says of how weights are stored."""
+        ...
+
     def read(self, name: str) -> torch.Tensor | CompressedLayer:
         """Return a parameter as it is stored. Raises CheckpointError."""
+        ...
+
+
+class ForeignSource(Source, Protocol):
+    """A checkpoint that another tool quantized."""
+
+    @property
+    def parameters(self) -> Mapping[str, TensorEntry]:
+        """Return name, type and shape of every parameter, those of a compressed layer as if it were stored plainly."""
+        ...
+
+    def hashes(self) -> Mapping[str, str]:
+        """Return the SHA-256 of every file that decides what the model computes."""
+        ...
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """Return the files that go with the model, such as its tokenizer, by their names."""
         ...
 
 
 class Ecosystem(Protocol):
     """The checkpoints of one tool."""
 
-    about: ClassVar[str]
+    @property
+    def about(self) -> str: ...
 
-    @staticmethod
-    def owns(path: Path) -> bool:
+    def owns(self, path: Path) -> bool:
         """Claim that a path is a checkpoint of this ecosystem and of no other. Raises CheckpointError for a broken one."""
         ...
 
-    @staticmethod
-    def open(path: Path) -> Source:
+    def open(self, path: Path) -> Source:
         """Open a checkpoint and check it. Raises CheckpointError, MemoryLimitError."""
         ...
 
@@ -59,11 +94,100 @@ class LayerFormat(Protocol):
     """How one tool stores compressed layers: `read(write(layer))` is the layer."""
 
     @staticmethod
+    def refuses(spec: Mapping[str, Any], input_spec: Mapping[str, str] | None = None) -> str | None:
+        """Return why the tool cannot hold a layer of these specifications bit for bit; None if it can."""
+        ...
+
+    @staticmethod
     def write(layer: CompressedLayer) -> StoredLayer:
-        """Return what is stored for a layer. Raises FormatError for one that the ecosystem cannot hold."""
+        """Return what is stored for a layer. Raises FormatError for one that `refuses` refuses."""
         ...
 
     @staticmethod
     def read(stored: StoredLayer) -> CompressedLayer:
         """Return the layer. Raises FormatError or UsageError if the stored tensors do not make one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one compressed weight in an export.
+
+    how     exact: its codes are carried over; decoded: its values are stored in 16 bits; rounded: quantized again, into `format`
+    why     why it is not exact
+    """
+
+    how: Literal["exact", "decoded", "rounded"]
+    format: str | None = None
+    why: str | None = None
+
+
+Fates = Mapping[str, Fate]
+
+
+class Target(LayerFormat, Protocol):
+    """An ecosystem that layers can leave for. `tables`: whether it reads compressed tables, whose rows are looked up."""
+
+    tables: ClassVar[bool]
+
+    @staticmethod
+    def nearest(bits: float, shape: tuple[int, int]) -> str | None:
+        """Return the format of most use with at most about so many bits that holds a weight `[out, in]`; None if there is none."""
+        ...
+
+
+class Exporter(Protocol):
+    """A way for a whole model to leave. `target`: where its layers go; None if every weight is decoded into 16 bits."""
+
+    @property
+    def about(self) -> str: ...
+
+    @property
+    def target(self) -> "type[Target] | None": ...
+
+    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        """Write a model into what is not there yet; return the relative squared error that each weight gained which is not exact.
+
+        Raises UsageError, DiskError, and FormatError for layers that cannot stand beside each other.
+        """
+        ...
+
+
+class DirectoryFormat(Target, Protocol):
+    """How one tool stores compressed layers in a directory of safetensors files and a config.json.
+
+    marks      names, below a layer's, of the tensors that together tell a compressed layer from a plain one
+    suffixes   names of all tensors that a compressed layer may have, its bias apart
+    """
+
+    about: ClassVar[str]
+    marks: ClassVar[frozenset[str]]
+    suffixes: ClassVar[frozenset[str]]
+
+    @staticmethod
+    def claims(config: Mapping[str, Any]) -> bool:
+        """Whether a configuration says that its weights are stored in this way."""
+        ...
+
+    @staticmethod
+    def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
+        """Return what a configuration says of each of these layers, which come with their tensors below their names.
+
+        Raises FormatError for a version or a setting that is not known, by name.
+        """
+        ...
+
+    @staticmethod
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        """Return the shape `[out, in]` of a layer's weight. Raises FormatError for tensors that have none."""
+        ...
+
+    @staticmethod
+    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a model's configuration with what it must say so that the tool reads layers of these entries."""
+        ...
+
+    @staticmethod
+    def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a configuration without what it says of how weights are stored."""
         ...

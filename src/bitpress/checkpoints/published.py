@@ -1,0 +1,49 @@
+"""Files and directories that appear whole or not at all: written under another name beside their place, then renamed."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bitpress.checkpoints.durable import fsync_directory
+from bitpress.errors import DiskError, UsageError
+
+__all__ = ["published"]
+
+
+@contextlib.contextmanager
+def published(out: Path, *, file: bool = False) -> Iterator[Path]:
+    """Return a place to write a new directory, or with `file` a new file; it becomes `out` at the end, and nothing stays after an error.
+
+    Raises UsageError if `out` exists, DiskError.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists already; choose another name, or remove it first.")
+    parent = out.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=parent))
+    except OSError as error:
+        raise DiskError(f"{parent}: cannot be written to: {error.strerror}.") from error
+    made = workshop / out.name
+    try:
+        if not file:
+            made.mkdir()
+        yield made
+        with _disk_errors(out):
+            if os.path.lexists(out):  # made meanwhile; a rename would replace a file without a word
+                raise UsageError(f"{out}: was made by another process meanwhile; nothing was written.")
+            os.rename(made, out)
+        fsync_directory(parent)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be put into place: {error.strerror}.") from error

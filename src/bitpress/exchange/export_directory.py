@@ -1,0 +1,176 @@
+"""Export into directories that other tools read: safetensors files, config.json and what goes with the model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
+from bitpress.checkpoints.durable import write_durably
+from bitpress.checkpoints.jsonfile import write_json_bytes
+from bitpress.checkpoints.published import published
+from bitpress.checkpoints.safetensors_file import read_tensor, serialize
+from bitpress.checkpoints.side_files import find_side_files, read_side_file
+from bitpress.checkpoints.source import SIDE_FILES, encode_config
+from bitpress.errors import BitpressError, FormatError
+from bitpress.exchange.source import DirectoryFormat, Fate, Fates, Target
+from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
+from bitpress.progress import Progress
+
+__all__ = ["DirectoryExporter", "PlainExporter", "added_error", "round_again"]
+
+# Bytes of one weight file, about.
+SHARD = 2 << 30
+
+
+@dataclass(frozen=True)
+class DirectoryExporter:
+    """Layers in the way of one tool; what it cannot hold and may be decoded is stored in the type of the model's configuration."""
+
+    format: type[DirectoryFormat]
+
+    @property
+    def about(self) -> str:
+        return self.format.about
+
+    @property
+    def target(self) -> type[Target]:
+        return self.format
+
+    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        named = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        dtype = {"float16": torch.float16, "float32": torch.float32}.get(named, torch.bfloat16)
+        return _export(checkpoint, out, self.format, fates, dtype, progress)
+
+
+@dataclass(frozen=True)
+class PlainExporter:
+    """Every weight decoded, in one 16-bit type."""
+
+    dtype: torch.dtype
+
+    @property
+    def about(self) -> str:
+        return f"a plain model directory, every weight decoded into {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def target(self) -> None:
+        return None
+
+    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        return _export(checkpoint, out, None, fates, self.dtype, progress)
+
+
+def _export(
+    checkpoint: CompressedCheckpoint,
+    out: Path,
+    format: type[DirectoryFormat] | None,
+    fates: Fates,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> dict[str, float]:
+    made = _Made(checkpoint, format, fates, dtype, progress)
+    progress.begin(f"exporting to {out.name}", len(checkpoint.plain) + len(fates))
+    with published(out) as workshop:
+        _write_shards(made.tensors(), workshop)
+        marks = ("quantization_config", "transformers_weights", "torch_dtype")
+        config = {key: value for key, value in checkpoint.config.items() if key not in marks}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        if format is not None and made.entries:
+            config = format.configure(config, made.entries)
+        write_durably(workshop / "config.json", [encode_config(config)])
+        weights = {name for name in checkpoint.manifest.files if name.endswith(".safetensors")}
+        for name, path in find_side_files(checkpoint.root, weights, SIDE_FILES).carried.items():
+            (workshop / name).parent.mkdir(exist_ok=True)
+            write_durably(workshop / name, [read_side_file(path)])
+    return made.added
+
+
+class _Made:
+    """The tensors of an export, one parameter after the other, and what is learned on the way."""
+
+    def __init__(
+        self,
+        checkpoint: CompressedCheckpoint,
+        format: type[DirectoryFormat] | None,
+        fates: Fates,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.format, self.fates, self.dtype, self.progress = checkpoint, format, fates, dtype, progress
+        self.entries: dict[str, Mapping[str, Any]] = {}
+        self.added: dict[str, float] = {}
+
+    def tensors(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the tensors of every parameter. Raises FormatError by its name."""
+        for name in self.checkpoint.plain:
+            value = read_tensor(*self.checkpoint.tensors[name])
+            yield {name: value.to(self.dtype) if value.is_floating_point() else value}
+            self.progress.advance(name)
+        for name, fate in self.fates.items():
+            try:
+                yield self._compressed(name, fate)
+            except BitpressError as error:
+                raise FormatError(f"{name}: {error}") from error
+            self.progress.advance(name)
+
+    def _compressed(self, name: str, fate: Fate) -> dict[str, torch.Tensor]:
+        layer = self.checkpoint.read_layer(name)
+        if fate.how == "decoded" or self.format is None:
+            decoded = self.checkpoint.decoded(name, layer)
+            value = decoded.to(self.dtype)
+            self.added[name] = added_error(decoded, value.float())
+            return {name: value.contiguous()}
+        if fate.how == "rounded":
+            assert fate.format is not None
+            layer, self.added[name] = round_again(layer, fate.format)
+        stored = self.format.write(layer)
+        stem = name.removesuffix(".weight")
+        self.entries[stem] = stored.entry
+        return {f"{stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
+
+
+def round_again(layer: CompressedLayer, name: str) -> tuple[CompressedLayer, float]:
+    """Return a layer with its decoded weight rounded into a format, by clipping for the least squared error, and the error that this adds."""
+    format, w = parse_format(name), layer.weight.dequantize()
+    params = format.fit(w, shrink=tuple(1 - i / 40 for i in range(20)))
+    term = Packed.pack(format, format.encode(w, params), params)
+    return CompressedLayer(CompressedWeight((term,))), added_error(w, term.dequantize())
+
+
+def added_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return the size of a change relative to what is changed, as a ratio of squares; 0 for a weight of zeros."""
+    size = float(before.double().square().sum())
+    return float((after.double() - before.double()).square().sum()) / size if size else 0.0
+
+
+def _write_shards(parameters: Iterator[dict[str, torch.Tensor]], target: Path) -> None:
+    """Write tensors into one weight file, or into several with an index."""
+    index: dict[str, int] = {}
+    held: dict[str, torch.Tensor] = {}
+    size = total = count = 0
+
+    def flush() -> None:
+        nonlocal held, size, count
+        count += 1
+        write_durably(target / f"part-{count}.safetensors", serialize(held, {"format": "pt"}))
+        index.update(dict.fromkeys(held, count))
+        held, size = {}, 0
+
+    for tensors in parameters:
+        held |= tensors
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        if size >= SHARD:
+            flush()
+    if held or not count:
+        flush()
+    names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for i, name in enumerate(names, 1):
+        (target / f"part-{i}.safetensors").rename(target / name)
+    if count > 1:
+        weight_map = {name: names[part - 1] for name, part in sorted(index.items())}
+        write_durably(target / INDEX_NAME, [write_json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})])

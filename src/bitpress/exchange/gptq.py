@@ -1,0 +1,205 @@
+"""GPTQ checkpoints: integers of 2, 3, 4 or 8 bits, as AutoGPTQ, GPTQModel, auto-round, vLLM and transformers read and write them.
+
+    X.qweight   int32 [in * bits / 32, out]       codes down the inputs, least significant bits first, over the ends of words at 3 bits
+    X.qzeros    int32 [groups, out * bits / 32]   zero points along the outputs; version 1 stores each less 1, version 2 as it is
+    X.scales    float16 or bfloat16 [groups, out]
+    X.g_idx     int32 [in]                        the group of every input
+
+    w_hat[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
+
+Version 1 (`checkpoint_format: gptq`) cannot hold a zero point of 0, which its readers take for 2^bits or, after a wrap, for 0. So it is
+written where no zero points are stored (they are 2^(bits - 1) everywhere), and version 2 where they are. A checkpoint has one version.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Integer as Int
+
+from bitpress.checkpoints.safetensors_file import TensorEntry
+from bitpress.errors import FormatError
+from bitpress.exchange.plain_layer import PlainLayer, make_plain, plain_layer, unpack_plain
+from bitpress.exchange.source import StoredLayer
+from bitpress.exchange.words import join_words, split_words
+from bitpress.formats import Block, CompressedLayer, Format, Integer
+
+__all__ = ["Gptq"]
+
+_WIDTHS = (2, 3, 4, 8)
+_STORES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_VERSIONS = ("gptq", "gptq_v2")
+# Of a group's settings in the file: what the tensors' meaning depends on. Others tell how the codes were chosen.
+_KEYS = frozenset({"bits", "group_size", "desc_act", "sym", "checkpoint_format"})
+
+
+class Gptq:
+    about: ClassVar[str] = "GPTQ's integers of 2, 3, 4 and 8 bits, in groups of inputs"
+    tables: ClassVar[bool] = False
+    marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
+    suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+
+    @staticmethod
+    def claims(config: Mapping[str, Any]) -> bool:
+        settings = config.get("quantization_config")
+        return isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "gptqmodel")
+
+    @staticmethod
+    def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
+        settings = config["quantization_config"]
+        if settings.get("is_marlin_format") or settings.get("checkpoint_format", "gptq") not in _VERSIONS:
+            kind = "marlin" if settings.get("is_marlin_format") else settings["checkpoint_format"]
+            raise FormatError(f"quantization_config: checkpoint_format {kind!r}; these are read: {', '.join(_VERSIONS)}.")
+        base = {
+            "bits": settings.get("bits"),
+            "group_size": settings.get("group_size", -1),
+            "desc_act": bool(settings.get("desc_act", False)),
+            "sym": bool(settings.get("sym", True)),
+            "checkpoint_format": settings.get("checkpoint_format", "gptq"),
+        }
+        own = settings.get("dynamic") or {}
+        return {name: base | _dynamic(own, name) for name in layers}
+
+    @staticmethod
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        bits = _bits(entry)
+        words = tensors["qweight"].shape
+        if len(words) != 2 or words[0] * 32 % bits:
+            raise FormatError(f"qweight {list(words)} does not hold codes of {bits} bits.")
+        return words[1], words[0] * 32 // bits
+
+    @staticmethod
+    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        if len({entry["checkpoint_format"] for entry in entries.values()}) > 1:
+            raise FormatError(
+                "some weights have zero points and others have none, which GPTQ stores in two versions; a checkpoint has one. "
+                "Give all weights formats with `-zero`, or none."
+            )
+        ordered = sorted(entries.items())
+        counted = [tuple(sorted(entry.items())) for _, entry in ordered]
+        base = dict(Counter(counted).most_common(1)[0][0])
+        own = {
+            rf"+:^{re.escape(name)}$": {key: value for key, value in entry.items() if base[key] != value}
+            for name, entry in ordered
+            if entry != base
+        }
+        settings = {"quant_method": "gptq", **base, "lm_head": "lm_head" in entries}
+        return {**config, "quantization_config": settings | ({"dynamic": own} if own else {})}
+
+    @staticmethod
+    def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    @staticmethod
+    def refuses(spec: Mapping[str, Any], input_spec: Mapping[str, str] | None = None) -> str | None:
+        plain = plain_layer(spec, input_spec)
+        return plain if isinstance(plain, str) else _refuses(plain)
+
+    @staticmethod
+    def nearest(bits: float, shape: tuple[int, int]) -> str | None:
+        for width in sorted(_WIDTHS, reverse=True):
+            for group in ("g128", "g64", "g32"):
+                name = f"int{width}-{group}"
+                fits = shape[1] % int(group[1:]) == 0 and shape[0] * width % 32 == 0 and shape[1] * width % 32 == 0
+                if width <= bits and fits:
+                    return name
+        return None
+
+    @staticmethod
+    def write(layer: CompressedLayer) -> StoredLayer:
+        plain, codes, params, order = unpack_plain(layer)
+        refused = _refuses(plain)
+        if refused is not None:
+            raise FormatError(f"{refused}.")
+        grid, (out, width) = plain.format.grid, plain.shape
+        assert isinstance(grid, Integer)
+        group = plain.format.block.resolve(plain.shape, 1)[1]
+        groups = torch.arange(width) // group
+        if order is not None:
+            codes, groups = codes[:, torch.argsort(order)], groups[torch.argsort(order)]
+        across = width // group
+        zero = torch.full((out, across), 1 << grid.bits >> 1) if not grid.zero else params["zero"].long()
+        version = "gptq_v2" if grid.zero else "gptq"
+        stored = zero if grid.zero else zero - 1
+        scale = params["scale"].to(torch.float16 if plain.format.scale == "fp16" else torch.bfloat16)
+        tensors = {
+            "qweight": join_words(codes.T, grid.bits, down=True),
+            "qzeros": join_words(stored.T, grid.bits),
+            "scales": scale.T.contiguous(),
+            "g_idx": groups.to(torch.int32),
+        }
+        entry = {
+            "bits": grid.bits,
+            "group_size": -1 if plain.format.block.cols == "all" else group,
+            "desc_act": order is not None,
+            "sym": not grid.zero,
+            "checkpoint_format": version,
+        }
+        return StoredLayer(tensors, entry)
+
+    @staticmethod
+    def read(stored: StoredLayer) -> CompressedLayer:
+        entry, tensors = stored.entry, stored.tensors
+        if set(entry) != _KEYS:
+            raise FormatError(f"a layer of GPTQ is described by {sorted(_KEYS)}, not {sorted(entry)}.")
+        bits = _bits(entry)
+        if not Gptq.marks <= tensors.keys() <= Gptq.suffixes:
+            raise FormatError(f"a layer of GPTQ has {sorted(Gptq.suffixes)}, not {sorted(tensors)}.")
+        codes = split_words(tensors["qweight"], bits, down=True).T
+        out, width = codes.shape
+        group = width if entry["group_size"] in (-1, None) else entry["group_size"]
+        if type(group) is not int or group < 1 or width % group:
+            raise FormatError(f"group_size {group!r} does not divide the {width} inputs.")
+        across = width // group
+        scales, zeros = tensors["scales"], split_words(tensors["qzeros"], bits)
+        if tuple(scales.shape) != (across, out) or tuple(zeros.shape) != (across, out) or scales.dtype not in _STORES:
+            raise FormatError(
+                f"scales are {scales.dtype} {list(scales.shape)} and zero points {list(zeros.shape)}, where {[across, out]} are needed."
+            )
+        order = _order(tensors.get("g_idx"), width, group)
+        zeros = zeros if entry["checkpoint_format"] == "gptq_v2" else (zeros.long() + 1) % (1 << bits)
+        symmetric = bool((zeros == 1 << bits >> 1).all())
+        grid = Integer(bits, zero=not symmetric)
+        fmt = Format(grid, Block(1, "all" if group == width else group), _STORES[scales.dtype])
+        params = {"scale": scales.T.float().contiguous()} | ({} if symmetric else {"zero": zeros.T.float().contiguous()})
+        return make_plain(fmt, codes if order is None else codes[:, order], params, order)
+
+
+def _bits(entry: Mapping[str, Any]) -> int:
+    if type(entry["bits"]) is not int or entry["bits"] not in _WIDTHS:
+        raise FormatError(f"bits {entry['bits']!r}; GPTQ checkpoints hold {', '.join(map(str, _WIDTHS))}.")
+    return int(entry["bits"])
+
+
+def _dynamic(own: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings of the first rule of `dynamic` that matches a layer. A rule that leaves layers out says nothing of these."""
+    for rule, values in own.items():
+        if not rule.startswith("-") and re.match(rule.removeprefix("+:"), name):
+            return {key: value for key, value in values.items() if key in _KEYS}
+    return {}
+
+
+def _refuses(plain: PlainLayer) -> str | None:
+    grid, block, (out, width) = plain.format.grid, plain.format.block, plain.shape
+    if not isinstance(grid, Integer) or grid.bits not in _WIDTHS or plain.format.layout != "dense":
+        return f"{plain.format.name} is not a format of GPTQ, which holds int2, int3, int4 and int8 in groups of inputs"
+    if block.rows != 1 or plain.format.scale not in ("fp16", "bf16"):
+        return f"{plain.format.name}: GPTQ has one fp16 or bf16 scale for each group of inputs of a row"
+    if out * grid.bits % 32 or width * grid.bits % 32:
+        return f"codes of {grid.bits} bits of a weight {list(plain.shape)} do not fill words of 32 bits"
+    return None
+
+
+def _order(groups: torch.Tensor | None, width: int, group: int) -> Int[torch.Tensor, " in"] | None:
+    """Return the order that puts the inputs of every group side by side; None if they are already."""
+    if groups is None:
+        return None
+    if tuple(groups.shape) != (width,) or groups.dtype not in (torch.int32, torch.int64):
+        raise FormatError(f"g_idx is {groups.dtype} {list(groups.shape)} where the group of each of {width} inputs is needed.")
+    groups = groups.long()
+    order = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[order], torch.arange(width) // group):
+        raise FormatError(f"g_idx does not put {group} inputs into each of {width // group} groups.")
+    return None if torch.equal(order, torch.arange(width)) else order

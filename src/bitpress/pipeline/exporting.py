@@ -1,0 +1,109 @@
+"""Models on their way in and out: any checkpoint opened as a directory of our own, and a model exported to what other runtimes load."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.named import resolve_model
+from bitpress.errors import NumericsError, UsageError, unknown_name
+from bitpress.exchange.fates import plan_fates
+from bitpress.exchange.source import Fates, ForeignSource
+from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
+from bitpress.formats import CompressedLayer
+from bitpress.pipeline.importing import import_source
+from bitpress.progress import Progress, Silent
+
+__all__ = ["Exported", "export_model", "open_model"]
+
+# Ecosystems whose models are opened as they are.
+_OWN = ("bitpress", "safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    added   the relative squared error that each weight gained, by the name of its parameter, for weights whose codes were not carried over
+    """
+
+    to: str
+    out: Path
+    nbytes: int
+    fates: Fates
+    added: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        kinds = [fate.how for fate in self.fates.values()]
+        return {
+            "to": self.to,
+            "out": str(self.out),
+            "bytes": self.nbytes,
+            "weights": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "not_exact": {
+                name: {"how": fate.how, "format": fate.format, "why": fate.why, "added_error": self.added.get(name)}
+                for name, fate in self.fates.items()
+                if fate.how != "exact"
+            },
+        }
+
+
+def open_model(model: str | Path, progress: Progress | None = None) -> Path:
+    """Return a directory that every loader opens: MODEL itself, or if another tool quantized it its codes in a directory of the cache.
+
+    Raises CheckpointError, DiskError, MemoryLimitError.
+    """
+    progress = progress or Silent()
+    if is_compressed(model):
+        return Path(model)
+    path = resolve_model(str(model), progress)
+    owner = find_ecosystem(path)
+    if owner is None or owner in _OWN:
+        return path
+    return import_source(cast(ForeignSource, open_source(path)), owner, Path(model).name, progress)
+
+
+def export_model(
+    model: str | Path, out: str | Path, to: str, *, requantize: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Write a compressed model, of any ecosystem, as what other runtimes load; read it back, and compare every weight.
+
+    to           a row of `bitpress.exchange.table.EXPORTERS`
+    requantize   round weights again whose codes the target cannot hold; else they are an error
+
+    Raises UsageError, CheckpointError, DiskError, NumericsError.
+    """
+    progress, out = progress or Silent(), Path(out)
+    if to not in EXPORTERS:
+        raise unknown_name("export", to, EXPORTERS)
+    directory = open_model(model, progress)
+    if not is_compressed(directory):
+        raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
+    checkpoint = CompressedCheckpoint.open(directory)
+    exporter = EXPORTERS[to]
+    fates = plan_fates(checkpoint, to, exporter, requantize)
+    added = exporter.export(checkpoint, out, fates, progress)
+    _read_back(checkpoint, out, fates, progress)
+    return Exported(to, out, _size(out), fates, added)
+
+
+def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:
+    """Raise NumericsError unless every weight whose codes were carried over is the same when it is read again."""
+    source = open_source(out)
+    progress.begin("reading back", len(fates))
+    for name, fate in fates.items():
+        if fate.how == "exact":
+            got = source.read(name)
+            if not isinstance(got, CompressedLayer) or not torch.equal(
+                got.weight.dequantize(), checkpoint.read_weight(name).dequantize()
+            ):
+                raise NumericsError(f"{out}: {name} is another weight when it is read back; do not use this export.")
+        progress.advance(name)
+
+
+def _size(out: Path) -> int:
+    if out.is_file():
+        return out.stat().st_size
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
