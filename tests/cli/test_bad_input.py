@@ -90,8 +90,9 @@ def test_a_directory_without_a_model_says_what_to_write(bitpress: Run, tmp_path:
 
 def test_a_model_that_is_quantized_already_is_refused(bitpress: Run, pressed_original: Path, out: Path) -> None:
     done = bitpress("quantize", pressed_original, out, *RTN)
-    assert done.code == 3
-    assert "is quantized already (quant_method 'bitpress'); use the original model" in done.error
+    assert done.code == 2
+    assert "is quantized already (bitpress, 5.12 bits a weight)" in done.error
+    assert "--requantize" in done.error
     assert not out.exists()
 
 

@@ -43,7 +43,10 @@ def bench(
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
 def inspect(
-    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
+    directory: Annotated[
+        str | None,
+        typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or a model that another tool quantized."),
+    ] = None,
     machine: Annotated[bool, typer.Option("--machine", help="Describe this machine instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +59,11 @@ def inspect(
         facts = describe_machine()
         print_json(facts) if as_json else show_machine(facts)
         return
-    facts = describe_directory(directory)
+    from bitpress.pipeline.exporting import open_model
+
+    with Screen() as screen:
+        found = open_model(directory, screen)
+    facts = {**describe_directory(found), "directory": directory}
     print_json(facts) if as_json else show_inspection(facts)
 
 

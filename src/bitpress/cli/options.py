@@ -12,6 +12,7 @@ from bitpress.runtime.sampling import LIMITS
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
 Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
 RecipeFile = Annotated[

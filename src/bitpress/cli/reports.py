@@ -226,8 +226,9 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     else:
         out.print("\n[bold]Proof[/bold]")
         figures_table({key: value for key, value in proof.items() if key not in ("bits_per_weight", "bytes")}, {})
-    versions = facts["job"]["versions"] if isinstance(facts["job"], dict) else {}
-    out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
+    versions = facts["job"].get("versions", {}) if isinstance(facts["job"], dict) else {}
+    if versions:
+        out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
 
@@ -239,6 +240,8 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         settings = ", ".join(f"{key}={value}" for key, value in of.items() if key != "name")
         return f"{of['name']} ({settings})" if settings else str(of["name"])
 
+    if "imported" in recipe:
+        return [("quantized by", f"another tool, whose {recipe['imported']} layers were taken over")]
     lines = [("weights", told_budget(recipe) or str(recipe["weights"]))]
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]
