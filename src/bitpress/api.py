@@ -12,7 +12,8 @@ from bitpress.measure.evaluation import evaluate as _evaluate
 from bitpress.measure.evaluation import evaluate_alone as _evaluate_alone
 from bitpress.measure.multiple_choice import DOCUMENTS
 from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
-from bitpress.pipeline.exporting import export_model, open_model, open_to_quantize
+from bitpress.pipeline.exporting import export_for, export_model, open_model, open_to_quantize
+from bitpress.pipeline.for_runtime import choose_for, fit_to
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Progress
 from bitpress.recipes import Recipe, choose_method
@@ -41,6 +42,7 @@ def quantize(
     skip: Sequence[str] = (),
     embeddings: str | Mapping[str, Any] | None = None,
     head: str | Mapping[str, Any] | None = None,
+    runtime: str | None = None,
     strict: bool = False,
     force: bool = False,
     requantize: bool = False,
@@ -59,6 +61,7 @@ def quantize(
     skip        patterns of weights not to quantize, such as "*.down_proj"
     embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe
     head        format of the output head likewise; one that is tied is the table too
+    runtime     choose what this runtime can load, and export to it at the end, into `out`
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
     requantize  quantize a model that is quantized already; else that is an error
@@ -67,20 +70,18 @@ def quantize(
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
+    outer, named = {"embeddings": embeddings, "head": head}, recipe is not None or preset is not None
+    weights, bits, outer = choose_for(runtime, bits, weights, outer, named=named)
+    text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
     made = choose_method(
-        recipe,
-        preset=preset,
-        bits=bits,
-        weights=weights,
-        quantizer=quantizer,
-        calibration={"text": calibration, "samples": samples, "length": length, "seed": seed},
-        skip=skip,
-        outer={"embeddings": embeddings, "head": head},
+        recipe, preset=preset, bits=bits, weights=weights, quantizer=quantizer, calibration=text, skip=skip, outer=outer
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with watch(progress) as shown:
         source = open_to_quantize(model, shown, requantize=requantize)
-        return quantize_directory(source, Path(out), made, strict=strict, force=force, proof=proof, progress=shown)
+        made, out = fit_to(made, source, runtime), Path(out)
+        report = quantize_directory(source, out, made, strict=strict, force=force, proof=proof, progress=shown)
+        return report if runtime is None else {**report, "exported": export_for(out, runtime, shown)}
 
 
 def evaluate(

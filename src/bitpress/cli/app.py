@@ -19,6 +19,7 @@ from bitpress.cli.options import (
     CalibrationText,
     Documents,
     Embeddings,
+    ForRuntime,
     Head,
     Json,
     Length,
@@ -93,6 +94,7 @@ def quantize(
     skip: Skip = None,
     embeddings: Embeddings = None,
     head: OutputHead = None,
+    runtime: ForRuntime = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
     requantize: Requantize = False,
@@ -109,25 +111,31 @@ def quantize(
         idle = {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
         explain_preset(recipe, preset, bits, as_json, idle | {"--embeddings": embeddings, "--head": head})
         return
+    from bitpress.cli.exchange import show_export
     from bitpress.cli.reports import show_report
-    from bitpress.pipeline.exporting import open_to_quantize
+    from bitpress.pipeline.exporting import export_for, open_to_quantize
+    from bitpress.pipeline.for_runtime import fit_to
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
         source = open_to_quantize(model, screen, requantize=requantize)
+        method = fit_to(method, source, runtime)
         if not method.reads_text and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
                 f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
         report = quantize_directory(source, output, method, strict=strict, force=force, proof=proof, progress=screen)
+        exported = None if runtime is None else export_for(output, runtime, screen)
     if as_json:
-        print_json(report)
+        print_json(report if exported is None else {**report, "exported": exported})
     else:
         show_report(report, output)
+        if exported is not None:
+            show_export(exported)
 
 
 @app.command(epilog="Example: bitpress plan smollm2-135m --bits 4")
@@ -146,34 +154,41 @@ def plan(
     skip: Skip = None,
     embeddings: Embeddings = None,
     head: OutputHead = None,
+    runtime: ForRuntime = None,
     requantize: Requantize = False,
     whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
+    from bitpress.cli.exchange import show_targets
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
+    from bitpress.pipeline.for_runtime import carriers, fit_to
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):
         read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
-        planned, streamed, _ = plan_run(open_to_quantize(model, screen, requantize=requantize), method)
+        source = open_to_quantize(model, screen, requantize=requantize)
+        method = fit_to(method, source, runtime)
+        planned, streamed, _ = plan_run(source, method)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         excess = None if planned.offer is None else planned.offer.excess()
         for text in [*(f"{text}." for text in unmeant_bits(planned)), *([] if excess is None else [excess])]:
             screen.note(text)
+    leaves = carriers(planned.weights, method)
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
     else:
         show_plan(planned, method, seconds, whole=whole)
+        show_targets(leaves)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")

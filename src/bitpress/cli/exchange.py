@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from bitpress.cli.options import Json
 from bitpress.cli.screen import Screen, out, print_json, size, table
 
-__all__ = ["app"]
+__all__ = ["app", "show_export", "show_targets"]
 
 app = typer.Typer()
 
@@ -22,8 +23,6 @@ Again = Annotated[
     bool,
     typer.Option("--requantize", help="Round weights again whose codes the target cannot hold, and tell the error that adds."),
 ]
-# Weights that are listed by name; more are counted.
-_SHOWN = 8
 
 
 @app.command(epilog="Example: bitpress export out/smollm2-4bit out/smollm2-gptq --to gptq")
@@ -41,14 +40,17 @@ def convert(model: Given, output: Written, to: To, requantize: Again = False, as
 @app.command(epilog="Example: bitpress targets")
 def targets(as_json: Json = False) -> None:
     """List what models can be exported to, and what can be read."""
+    from bitpress.exchange.runtimes import RUNTIMES
     from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS
 
+    runtimes = {name: runtime.about for name, runtime in RUNTIMES.items()}
     written = {name: exporter.about for name, exporter in EXPORTERS.items()}
     read = {name: ecosystem.about for name, ecosystem in ECOSYSTEMS.items()}
     if as_json:
-        print_json({"written": written, "read": read})
+        print_json({"written": written, "read": read, "runtimes": runtimes})
         return
     table("Written by `bitpress export MODEL OUT --to TARGET`", ("target", "what it is"), list(written.items()))
+    table("\nLoaded by what `--for RUNTIME` chooses", ("runtime", "what it is"), list(runtimes.items()))
     table("\nRead, wherever a command takes a MODEL", ("ecosystem", "what it is"), list(read.items()))
 
 
@@ -57,10 +59,10 @@ def _export(model: str, output: Path, to: str, *, requantize: bool, as_json: boo
 
     with Screen() as screen:
         done = export_model(model, output, to, requantize=requantize, progress=screen).as_dict()
-    print_json(done) if as_json else _show(done)
+    print_json(done) if as_json else show_export(done)
 
 
-def _show(done: Mapping[str, Any]) -> None:
+def show_export(done: Mapping[str, Any]) -> None:
     """Print what an export wrote, and what of it is not code for code."""
     counts = ", ".join(f"{count} {how}" for how, count in done["weights"].items())
     out.print(f"[bold]{done['out']}[/bold]  {done['to']}, {size(done['bytes'])}; weights: {counts}; read back")
@@ -71,3 +73,12 @@ def _show(done: Mapping[str, Any]) -> None:
     told = [(how, why, str(len(errors)), f"{max(errors):.2g}") for (how, why), errors in rows.items()]
     if told:
         table("Not code for code", ("what", "why", "weights", "relative error added, at most"), told, right=(2, 3))
+
+
+def show_targets(leaves: Mapping[str, str | None]) -> None:
+    """Print what the weights of a plan could be exported to bit for bit, and why not to the others."""
+    able = [name for name, why in leaves.items() if why is None]
+    out.print(f"\nCan be exported code for code to: {', '.join(able) or 'nothing'}, and decoded to bf16 and fp16.")
+    for name, why in leaves.items():
+        if why is not None:
+            out.print(f"Not to {name}: {escape(why)}.")

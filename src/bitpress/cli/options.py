@@ -13,6 +13,12 @@ Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named m
 Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
+ForRuntime = Annotated[
+    str | None,
+    typer.Option(
+        "--for", metavar="RUNTIME", help="Choose what this runtime can load (`bitpress targets`), and export to it at the end."
+    ),
+]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
 RecipeFile = Annotated[

@@ -13,13 +13,14 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent
 from bitpress.errors import NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
+from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
 from bitpress.formats import CompressedLayer
 from bitpress.pipeline.importing import decode_model, import_source
 from bitpress.progress import Progress, Silent
 
-__all__ = ["Exported", "export_model", "open_model", "open_to_quantize"]
+__all__ = ["Exported", "export_for", "export_model", "open_model", "open_to_quantize"]
 
 # Ecosystems whose models are opened as they are.
 _OWN = ("bitpress", "safetensors")
@@ -120,6 +121,21 @@ def export_model(
     added = exporter.export(checkpoint, out, fates, progress)
     _read_back(checkpoint, out, fates, progress)
     return Exported(to, out, _size(out), fates, added)
+
+
+def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, object]:
+    """Export a model for a runtime into its own directory, unless that is done already; return what was written.
+
+    Raises UsageError, DiskError, NumericsError.
+    """
+    found = RUNTIMES[runtime]
+    out = directory / found.name
+    if out.exists():
+        progress.note(f"{out}: is there already")
+        checkpoint = CompressedCheckpoint.open(directory, verify=False)
+        fates = plan_fates(checkpoint, found.target, EXPORTERS[found.target], requantize=False)
+        return Exported(found.target, out, _size(out), fates).as_dict()
+    return export_model(directory, out, found.target, progress=progress).as_dict()
 
 
 def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:
