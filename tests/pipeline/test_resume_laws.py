@@ -37,7 +37,9 @@ class Stopped(BaseException):
 
 def content(out: Path) -> dict[str, bytes]:
     manifest = json.loads((out / MANIFEST_NAME).read_text())
-    return {name: (out / name).read_bytes() for name in [*manifest["files"], MANIFEST_NAME]}
+    files = {name: (out / name).read_bytes() for name in [*manifest["files"], MANIFEST_NAME]}
+    errors = [row["held_out"] for row in json.loads((out / "report.json").read_text())["layers"]]
+    return files | {"errors on held-out tokens": json.dumps(errors).encode()}
 
 
 @pytest.fixture(scope="module")

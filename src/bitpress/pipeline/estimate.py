@@ -208,7 +208,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
     }
     if head is not None and rows % head == 0:
         made["row_gram"] = torch.eye(head).repeat(rows // head, 1, 1)
-    return Stats(TOKENS, **{name: value for name, value in made.items() if name in needs})
+    return Stats.named(TOKENS, {name: value for name, value in made.items() if name in needs})
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -331,7 +331,7 @@ def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.needs:
         return 0
     streams = 2 if of_origin(method.needs, "original") else 1
-    return streams * method.recipe.calibration.samples * of_sample
+    return streams * method.recipe.calibration.drawn * of_sample
 
 
 def _peak_memory(
@@ -353,11 +353,12 @@ def _peak_memory(
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, backward, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
-    grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
+    positions = model.task.positions(model.model.config, method.recipe.calibration.length)
+    held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
+    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
-    batch = tokens * widest * 4 * 4
+    batch = method.recipe.batch * positions * widest * 4 * 4
     compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
     return max(compressing, backward, proof)
 
