@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "both streams": {"quantizer": {"name": "gptaq"}},
     "both streams for a target": {"transforms": [{"name": "qep"}]},
     "sensitivities": {"quantizer": {"name": "squeezellm"}, "weights": "kmeans3-g32"},
+    "curvature by inputs and outputs": {"quantizer": {"name": "yaqa"}, "calibration": {"gram": "loss"}},
     "passes inside a block": {"calibration": {"sequential": True}},
     "original inputs": {"calibration": {"inputs": "original"}},
     "roles of attention": {"quantizer": {"name": "boa"}},

@@ -8,6 +8,8 @@
     head_gram       [heads, in, in]     the gram of the inputs as each head's attention mixes them; for value weights
     loss_gram       [in, in]            the gram of tokens weighted by the loss's squared gradient by what is made of them, weights of mean 1
     sensitivity     [out, in]           mean over texts of the squared gradient of the loss
+    output_gram     [out, out]          the gram of the loss's gradients by a token's outputs, tokens weighted by the squared norm of their
+                                        input; its diagonal of mean 1
 
 Products of bf16 values are exact in float32 and are added up in float32, a batch of at most a few thousand tokens at a time.
 """
@@ -66,6 +68,7 @@ STATISTICS: dict[str, Statistic] = {
     "head_gram": Statistic(("heads", "in", "in"), "attention"),
     "loss_gram": Statistic(("in", "in"), "loss"),
     "sensitivity": Statistic(("out", "in"), "loss"),
+    "output_gram": Statistic(("out", "out"), "loss"),
 }
 
 
@@ -97,6 +100,7 @@ class Stats:
     head_gram: Float[torch.Tensor, "heads in in"] | None = None
     loss_gram: Float[torch.Tensor, "in in"] | None = None
     sensitivity: Float[torch.Tensor, "out in"] | None = None
+    output_gram: Float[torch.Tensor, "out out"] | None = None
     held_out: HeldOut | None = None
 
     @classmethod
@@ -126,7 +130,7 @@ class Stats:
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 
         Statistics that cannot be known after the change are left out: mean_abs and sensitivity in another basis, and under `rows`
-        all statistics of output rows.
+        all statistics of output rows but the output_gram.
         """
         if isinstance(change, Chain):
             stats = self
@@ -152,7 +156,11 @@ class Stats:
                 loss_gram=twice(self.loss_gram),
                 sensitivity=None if self.sensitivity is None or by_channel is None else by_channel(self.sensitivity),
             )
-        return changed if rows is None else replace(changed, row_gram=None, head_gram=None, sensitivity=None)
+        if rows is None:
+            return changed
+        outputs = self.output_gram  # of gradients by y' where y = `rows` y'
+        outputs = None if outputs is None else rows.apply_transposed(rows.apply_transposed(outputs).mT).mT.contiguous()
+        return replace(changed, row_gram=None, head_gram=None, sensitivity=None, output_gram=outputs)
 
     def by_loss(self) -> "Stats":
         """Return the statistics with `loss_gram`, where it was measured, in the place of the gram."""

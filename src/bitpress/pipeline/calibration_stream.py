@@ -19,7 +19,15 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.planned_weight import PlannedWeight
 
-__all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor", "observe_weights", "token_weights"]
+__all__ = [
+    "HEAD_STATISTICS",
+    "CalibrationStream",
+    "Measured",
+    "StatisticsVisitor",
+    "observe_weights",
+    "output_gram_of",
+    "token_weights",
+]
 
 # Statistics for which it must be known which weights make a block's attention.
 HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "heads" in statistic.shape)
@@ -250,6 +258,11 @@ def observe_weights(model: StreamedModel, parameters: Sequence[WeightParameter])
 def token_weights(name: str) -> str:
     """Return the key of the token weights of a weight's input among the results of `measure_gradients`."""
     return f"tokens of {name}"
+
+
+def output_gram_of(name: str) -> str:
+    """Return the key of a weight's output_gram among the results of `measure_gradients`."""
+    return f"outputs of {name}"
 
 
 class StatisticsVisitor:

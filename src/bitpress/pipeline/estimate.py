@@ -204,6 +204,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
         "cross": 0.01 * gram,
         "attention_gram": gram,
         "loss_gram": gram,
+        "output_gram": torch.eye(rows),
         "sensitivity": torch.rand(rows, cols, generator=torch.Generator().manual_seed(2)),
     }
     if head is not None and rows % head == 0:
