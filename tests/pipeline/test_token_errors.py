@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from bitpress.calibration.held_out import MASSIVE, HeldOut
 from bitpress.cli.reports import show_report
 from bitpress.pipeline.quantize import Proof, quantize_directory
-from bitpress.pipeline.token_errors import FAR, measure_classes, note_classes, token_errors
+from bitpress.pipeline.records import TokenErrors
+from bitpress.pipeline.token_errors import FAR, far_classes, measure_classes, note_ordinary, token_errors
 
 WINDOWS, POSITIONS = 4, 32
 
@@ -85,7 +86,10 @@ def massive(
 
 def test_a_massive_first_token_hides_what_the_others_suffer(massive: tuple[dict[str, Any], Path]) -> None:
     report, _ = massive
-    assert report["held_out"] == {"samples": WINDOWS, "massive_above": MASSIVE, "noted_above": FAR}
+    far = report["held_out"]["weights_far"]
+    assert report["held_out"] == {"weights_far": far, "samples": WINDOWS, "massive_above": MASSIVE, "far_above": FAR}
+    notes = [note for row in report["layers"] for note in row["notes"] if "held-out text" in note]
+    assert 0 < far["others"] == len(notes)
     row = next(row for row in report["layers"] if row["name"].endswith("h.0.mlp.c_proj"))
     errors = row["held_out"]
     assert errors["first"]["tokens"] == WINDOWS
@@ -104,6 +108,7 @@ def test_the_report_and_the_card_show_it(massive: tuple[dict[str, Any], Path], c
     show_report(report, out)
     shown = capsys.readouterr().out
     assert "ordinary tokens in 4 held-out windows" in shown
+    assert "Errors above 4 times that of all tokens: ordinary tokens in" in shown
     row = max(report["layers"], key=lambda row: row["held_out"]["others"]["error"])
     assert {"first", "others", "all"} <= set(row["held_out"])
     figures = [f"{row['held_out'][n]['error']:.4g}" for n in ("others", "massive", "first", "all") if n in row["held_out"]]
@@ -141,12 +146,17 @@ def test_of_experts_no_position_is_known(
     assert {row["held_out"]["first"]["tokens"] for row in attention} == {1}
 
 
-def test_the_farthest_class_is_noted() -> None:
+def test_only_far_ordinary_tokens_are_noted() -> None:
     held_out, w, candidates = made_up()
     errors = token_errors([measure_classes(w, candidates, held_out)])
     assert errors is not None
-    assert note_classes(errors) == []
-    assert note_classes(None) == []
-    far = errors | {"massive": errors["massive"].model_copy(update={"error": 1.01 * FAR * errors["all"].error})}
-    assert note_classes(far)[0].startswith("tokens with massive activations have an error of 0.03")
-    assert "more than plain rounding's" in note_classes(far)[0]
+    assert note_ordinary(errors) == note_ordinary(None) == far_classes(errors) == far_classes(None) == []
+    whole = errors["all"].error
+
+    def moved(name: str, factor: float) -> dict[str, TokenErrors]:
+        return errors | {name: errors[name].model_copy(update={"error": factor * FAR * whole, "error_rounded": whole})}
+
+    assert far_classes(moved("massive", 1.01)) == ["massive"]
+    assert note_ordinary(moved("massive", 1.01)) == []
+    assert note_ordinary(moved("others", 0.99)) == []
+    assert "more than plain rounding's" in note_ordinary(moved("others", 1.01))[0]

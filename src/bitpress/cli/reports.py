@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+# Classes of held-out tokens as people read them.
+_CLASSES = {"others": "ordinary", "massive": "massive", "first": "first"}
+
+
 def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
     run = report["run"]
@@ -72,7 +76,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
 
 def _show_token_errors(report: Mapping[str, Any]) -> None:
     """Print the layers whose ordinary tokens have the largest errors, with the errors of the other classes of held-out tokens."""
-    classes = ("others", "massive", "first", "all")
+    classes = (*_CLASSES, "all")
     told = [row for row in report["layers"] if row.get("held_out")]
     worst = sorted(told, key=lambda row: -row["held_out"].get("others", row["held_out"]["all"])["error"])[:5]
     rows = [
@@ -81,8 +85,14 @@ def _show_token_errors(report: Mapping[str, Any]) -> None:
     ]
     samples = report["held_out"]["samples"]
     windows = f"{samples} held-out window{'s' * (samples != 1)}"
-    columns = ("layer", "ordinary tokens", "massive", "first", "all")
+    columns = ("layer", *_CLASSES.values(), "all")
     table(f"\nLargest relative errors of ordinary tokens in {windows}", columns, rows, right=(1, 2, 3, 4))
+    far = report["held_out"]["weights_far"]
+    counted = ", ".join(f"{of} tokens in {far[name]}" for name, of in _CLASSES.items() if far[name])
+    if counted:
+        out.print(
+            f"[dim]Errors above {report['held_out']['far_above']:g} times that of all tokens: {counted} of {len(told)} weights.[/dim]"
+        )
 
 
 def _told_spending(budget: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from bitpress.calibration.held_out import MASSIVE
+from bitpress.calibration.held_out import MASSIVE, TOKEN_CLASSES
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.side_files import LeftBehind
@@ -14,7 +14,7 @@ from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
-from bitpress.pipeline.token_errors import FAR
+from bitpress.pipeline.token_errors import FAR, far_classes
 from bitpress.version import INSTALL
 
 __all__ = ["make_card", "make_report", "write_texts_"]
@@ -63,7 +63,7 @@ def make_report(
         },
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
-        "held_out": {"samples": held_out, "massive_above": MASSIVE, "noted_above": FAR} if held_out else None,
+        "held_out": _held_out(rows, held_out) if held_out else None,
         "calibrated": {"weights": reached, "of": len(by_inputs)},
         "fallbacks": fallbacks,
         "notes": notes,
@@ -76,6 +76,13 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
+
+
+def _held_out(rows: Sequence[LayerRow], samples: int) -> dict[str, object]:
+    """Say on how much held-out text errors were measured, and how many weights have a class of tokens that is far off."""
+    far = [name for row in rows for name in far_classes(row.held_out)]
+    counts = {name: far.count(name) for name in TOKEN_CLASSES}
+    return {"samples": samples, "massive_above": MASSIVE, "far_above": FAR, "weights_far": counts}
 
 
 def _outer_row(found: PlannedOuter, row: LayerRow) -> dict[str, object]:

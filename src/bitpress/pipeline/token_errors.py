@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
-from bitpress.calibration.held_out import TOKEN_CLASSES, HeldOut
+from bitpress.calibration.held_out import TOKEN_CLASSES, HeldOut, TokenClass
 from bitpress.calibration.stats import products_of
 from bitpress.finite import all_finite
 from bitpress.pipeline.records import TokenErrors
 
-__all__ = ["FAR", "ClassEnergies", "measure_classes", "note_classes", "token_errors"]
+__all__ = ["FAR", "ClassEnergies", "far_classes", "measure_classes", "note_ordinary", "token_errors"]
 
-# The class with the largest error is noted if that is more than this many times the error of all tokens.
+# A class is far off if its error is more than this many times that of all tokens.
 FAR = 4.0
 # Outputs that are computed at a time: for 2,048 tokens 16 MB.
 ROWS_TOGETHER = 2048
@@ -86,16 +86,15 @@ def _relative(energies: ClassEnergies) -> TokenErrors:
     return TokenErrors(tokens=energies.tokens, error_rounded=rounded, error=compressed)
 
 
-def note_classes(errors: Mapping[str, TokenErrors] | None) -> list[str]:
-    """Return a note on the class whose error is the farthest above that of all tokens, if it is more than `FAR` times that."""
-    if errors is None or len(errors) < 3:
+def far_classes(errors: Mapping[str, TokenErrors] | None) -> list[TokenClass]:
+    """Return the classes whose error is more than `FAR` times that of all tokens."""
+    return [name for name in TOKEN_CLASSES if errors and name in errors and errors[name].error > FAR * errors["all"].error]
+
+
+def note_ordinary(errors: Mapping[str, TokenErrors] | None) -> list[str]:
+    """Return a note where ordinary tokens are far off: nearly all tokens are such. Of other classes the report counts the weights."""
+    if errors is None or "others" not in far_classes(errors):
         return []
-    name = max(TOKEN_CLASSES, key=lambda c: errors[c].error if c in errors else 0.0)
-    own, whole = errors[name], errors["all"]
-    if own.error <= FAR * whole.error:
-        return []
-    told = {"first": "the first tokens of windows", "massive": "tokens with massive activations", "others": "ordinary tokens"}[
-        name
-    ]
+    own, whole = errors["others"], errors["all"]
     beside = f", more than plain rounding's {own.error_rounded:.3g}" if own.error > own.error_rounded else ""
-    return [f"{told} have an error of {own.error:.3g}{beside}; all tokens together {whole.error:.3g} (held-out text)"]
+    return [f"ordinary tokens have an error of {own.error:.3g}{beside}; all tokens together {whole.error:.3g} (held-out text)"]

@@ -22,7 +22,7 @@ from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_classes, token_errors
+from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
@@ -146,7 +146,7 @@ class WeightCompressor:
             calibrated=all(m.calibrated for m in matrices),
             tokens=tokens if parameter.experts else tokens[0],
             held_out=by_class,
-            notes=[*_dead_inputs(stats[name] for name, _ in named if name in stats), *note_classes(by_class)],
+            notes=[*_dead_inputs(stats[name] for name, _ in named if name in stats), *note_ordinary(by_class)],
             fallbacks=fallbacks,
             seconds=round(time.perf_counter() - started, 3),
         )
