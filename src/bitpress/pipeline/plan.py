@@ -21,6 +21,7 @@ from bitpress.formats import Format
 from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.gradients import gradient_bytes
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
@@ -195,7 +196,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _gradients(method, weights) + 32 * 2**20,
         peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
         outer=outer,
     )
@@ -323,7 +324,7 @@ def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.needs:
         return 0
     streams = 2 if of_origin(method.needs, "original") else 1
-    return streams * method.recipe.calibration.samples * of_sample
+    return streams * method.recipe.calibration.drawn * of_sample
 
 
 def _peak_memory(
@@ -345,11 +346,12 @@ def _peak_memory(
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, backward, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
-    grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
+    positions = model.task.positions(model.model.config, method.recipe.calibration.length)
+    held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
+    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
-    batch = tokens * widest * 4 * 4
+    batch = method.recipe.batch * positions * widest * 4 * 4
     compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
     return max(compressing, backward, proof)
 
@@ -372,9 +374,8 @@ def _squares(model: StreamedModel, method: Method) -> int:
     return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
 
 
-def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Return the bytes of the tensors that are measured before the first block and stored for a resumed run."""
-    return 4 * sum(w.weights for w in weights) * len(of_origin(method.needs, "loss"))
+def _gradients(method: Method, weights: Sequence[PlannedWeight]) -> int:
+    return gradient_bytes(method.needs, [w.parameter for w in weights])
 
 
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
@@ -384,7 +385,7 @@ def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[Plan
         return 0
     config, length = model.model.config, method.recipe.calibration.length
     positions = model.task.positions(config, length)
-    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(method, weights)
+    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _gradients(method, weights)
     states = len(model.blocks) * positions * model.width * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
     back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)

@@ -208,6 +208,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
     outer = model.load_outer_()
     inputs = inputs if method.needs else None  # what formats cost has been measured
+    held_out = None if run.samples is None or inputs is None else run.samples.held_out
     kept |= _keep_gradients(job, run, check_stop, progress)
     gradients = job.kept(GRADIENTS) if of_origin(method.needs, "loss") else None
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
@@ -229,13 +230,13 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     of_head = None if head is None else outer[head.planned.parameter.name]
     if not done:
         made, decoded = compress_tables(plan.outer, outer, strict=strict)
-        stream.start_(inputs, None, partial(model.fill_outer_, decoded))
+        stream.start_(inputs, None, partial(model.fill_outer_, decoded), held_out)
         record = made.record().model_copy(update={"kept": kept or None})
         job.commit("outer", OUTER_NAME, made.tensors(), record.dump(), stream.state)
         progress.advance("outer")
         del made, decoded
     else:
-        stream.start_(inputs, job.activations())
+        stream.start_(inputs, job.activations(), held_out=held_out)
     del outer
     compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
     committer = Committer(job, compressor, plan.blocks + 1, progress)
@@ -268,6 +269,7 @@ def finish_job(
     release()
     loader, samples, task = run.loader, run.samples, run.model.task
     facts = _gather(job)
+    further = samples.held_out if samples is not None and any(row.held_out for row in facts.rows) else None
     side = loader.source.side_files()
     files = _side_files(loader, side)
     manifest = _manifest(job, loader, run.method, files, facts)
@@ -281,6 +283,7 @@ def finish_job(
             job.identity,
             compressed=facts.weights.keys(),
             calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
+            held_out=0 if further is None else len(further),
             source_bytes=loader.source.nbytes,
             given=loader.source.given,
             left_out=list(loader.names.left_out),

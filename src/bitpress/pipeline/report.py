@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from bitpress.calibration.held_out import MASSIVE, TOKEN_CLASSES
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.side_files import LeftBehind
@@ -13,6 +14,7 @@ from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
+from bitpress.pipeline.token_errors import FAR, far_classes
 from bitpress.version import INSTALL
 
 __all__ = ["make_card", "make_report", "write_texts_"]
@@ -26,6 +28,7 @@ def make_report(
     *,
     compressed: Collection[str],
     calibration: Mapping[str, Any] | None,
+    held_out: int,
     source_bytes: int,
     given: Given | None,
     left_out: Sequence[str],
@@ -34,7 +37,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Put a run's figures together; every value can be written as JSON (`figures`). Raises NumericsError for a NaN or an infinity.
 
-    `compressed` are the names of the parameters that are stored so; `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
+    `compressed` are the names of the parameters that are stored so; `held_out` counts the samples that errors were measured on beside those of calibration; `source_bytes` are those of the tensors that were read. Sizes are compared with what the user gave: the file that was converted to
     these, or the tensors and the files beside them. `write_texts_` enters the published bytes and their ratio.
     """
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
@@ -60,6 +63,7 @@ def make_report(
         },
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
+        "held_out": _held_out(rows, held_out) if held_out else None,
         "calibrated": {"weights": reached, "of": len(by_inputs)},
         "fallbacks": fallbacks,
         "notes": notes,
@@ -72,6 +76,13 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
+
+
+def _held_out(rows: Sequence[LayerRow], samples: int) -> dict[str, object]:
+    """Say on how much held-out text errors were measured, and how many weights have a class of tokens that is far off."""
+    far = [name for row in rows for name in far_classes(row.held_out)]
+    counts = {name: far.count(name) for name in TOKEN_CLASSES}
+    return {"samples": samples, "massive_above": MASSIVE, "far_above": FAR, "weights_far": counts}
 
 
 def _outer_row(found: PlannedOuter, row: LayerRow) -> dict[str, object]:

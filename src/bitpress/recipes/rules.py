@@ -19,6 +19,9 @@ def check_composition(method: Method) -> None:
     if "sensitivity" in method.needs and method.changes:
         changes = ", ".join(named.name for named in method.changes)
         raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
+    if "output_gram" in method.needs and method.searches:
+        scales = ", ".join(named.name for named in method.of("search"))
+        raise UsageError(f"how the loss depends on outputs is not known once {scales} has scaled them; leave it out.")
     compared = sorted(of_origin(method.needs, "original"))
     if compared and calibration.inputs == "original":
         raise UsageError(
