@@ -70,8 +70,8 @@ def quantize(
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    outer, named = {"embeddings": embeddings, "head": head}, recipe is not None or preset is not None
-    weights, bits, outer = choose_for(runtime, bits, weights, outer, named=named)
+    said, named = {"embeddings": embeddings, "head": head}, recipe is not None or preset is not None
+    weights, bits, outer = choose_for(runtime, bits, weights, said, named=named)
     text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
     made = choose_method(
         recipe, preset=preset, bits=bits, weights=weights, quantizer=quantizer, calibration=text, skip=skip, outer=outer

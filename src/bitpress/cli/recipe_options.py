@@ -37,8 +37,8 @@ def read_method(
 
     if file is not None and preset is None and bits is None and file.name.lower() in preset_names() and not file.exists():
         raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
-    outer = {"embeddings": embeddings, "head": head}
-    weights, bits, outer = choose_for(runtime, bits, weights, outer, named=file is not None or preset is not None)
+    said = {"embeddings": embeddings, "head": head}
+    weights, bits, outer = choose_for(runtime, bits, weights, said, named=file is not None or preset is not None)
     return choose_method(
         file,
         preset=preset,
