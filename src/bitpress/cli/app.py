@@ -35,6 +35,7 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    Width,
     is_set,
     refuse_idle,
 )
@@ -185,6 +186,7 @@ def evaluate(
     tasks: Tasks = None,
     documents: Documents = 500,
     memory: Memory = None,
+    width: Width = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -197,9 +199,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
-    from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
+    from bitpress.checkpoints.width import open_part
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
     from bitpress.evaluation.tasks import check_task
@@ -218,7 +220,7 @@ def evaluate(
     with Screen() as screen:
         given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen)
         original = None if against is None else resolve_model(against, screen)
-        part = None if memory is None else open_within(given, memory)
+        part = open_part(given, memory, width)
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
         if original is not None:
             figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
