@@ -37,6 +37,7 @@ from bitpress.cli.options import (
     Skip,
     Tasks,
     Weights,
+    Width,
     is_set,
     refuse_idle,
 )
@@ -203,6 +204,7 @@ def evaluate(
     tasks: Tasks = None,
     documents: Documents = 500,
     memory: Memory = None,
+    width: Width = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -215,8 +217,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
-    from bitpress.checkpoints.budget import open_within
     from bitpress.checkpoints.named import resolve_model
+    from bitpress.checkpoints.width import open_part
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
     from bitpress.evaluation.tasks import check_task
@@ -236,7 +238,7 @@ def evaluate(
     with Screen() as screen:
         given = open_model(directory, screen)
         original = None if against is None else resolve_model(against, screen)
-        part = None if memory is None else open_within(given, memory)
+        part = open_part(given, memory, width)
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
         if original is not None:
             figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads
+from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads, Width
 from bitpress.cli.screen import Screen, out, print_json
 from bitpress.errors import UsageError
 
@@ -25,6 +25,7 @@ def bench(
     activations: Activations = None,
     cache: Cache = None,
     head: Head = None,
+    width: Width = None,
     as_json: Json = False,
 ) -> None:
     """Measure the native engine's speed on a model, beside the speed of the machine."""
@@ -37,7 +38,9 @@ def bench(
         raise unknown_name("measurement", what, ("decode", "prefill"))
     options = EngineOptions.of({"activations": activations, "cache": cache, "head": head, "threads": threads})
     measure, usual = (bench_decode, 64) if what == "decode" else (bench_prefill, 512)
-    facts = measure(directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats)
+    facts = measure(
+        directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats, width=width
+    )
     print_json(facts) if as_json else show_speed(facts)
 
 

@@ -50,6 +50,9 @@ Context = Annotated[int | None, typer.Option(min=2, help="native: tokens to make
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Read only so much of a model quantized by bitstack, e.g. 60MB.")
 ]
+Width = Annotated[
+    int | None, typer.Option(metavar="8|4|2", help="Read a nested model (bipolar8-...-nested) at so many bits a weight.")
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(help="Weights not to quantize, e.g. '*.down_proj'; '!*.experts.*' makes an exception. May be repeated."),

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bitpress.checkpoints.budget import open_within
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.width import open_part
 from bitpress.errors import MemoryLimitError, NumericsError, UsageError
 from bitpress.formats.digest import digest
 from bitpress.measure.runtimes import Runtime, choose_opened, native_runtime, opening, transformers_runtime
@@ -75,6 +75,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
+    width: int | None = None,
     runtime: str | None = None,
     engine: EngineOptions = USUAL,
     with_runtime: bool = False,
@@ -84,7 +85,8 @@ def evaluate(
 
     Gives kl_mean, kl_ci95, top1_agreement, perplexity, perplexity_original, bits_per_weight and bytes (from what is stored),
     tokens and tokens_per_second (tokens that the candidate's decoded weights scored per second, loading left out).
-    With `memory`, a model of stacks is read only so far (`checkpoints.budget`), and bits and bytes are those of what is read.
+    With `memory`, a model of stacks is read only so far (`checkpoints.budget`), with `width`, a nested one at so many bits a weight
+    (`checkpoints.width`); bits and bytes are those of what is read.
     runtime         measure what this runtime gives ("native", "transformers", "auto": the one that `run` chooses) in place of the
                     decoded weights in float32
     engine          options of the native engine
@@ -93,8 +95,8 @@ def evaluate(
     """
     progress = progress or Silent()
     directory, against = Path(directory), Path(against)
-    if checkpoint is None and memory is not None:
-        checkpoint = open_within(directory, memory)
+    if checkpoint is None:
+        checkpoint = open_part(directory, memory, width)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
     chosen = _open_runtime(directory, checkpoint, runtime, engine)
@@ -132,6 +134,7 @@ def evaluate_alone(
     dtype: torch.dtype = torch.float32,
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
+    width: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model directory, compressed or not, on held-out text, without an original beside it.
@@ -140,8 +143,8 @@ def evaluate_alone(
     for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
     """
     directory, progress = Path(directory), progress or Silent()
-    if checkpoint is None and memory is not None:
-        checkpoint = open_within(directory, memory)
+    if checkpoint is None:
+        checkpoint = open_part(directory, memory, width)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
     model = open_streamed(directory, dtype, checkpoint)
