@@ -152,6 +152,7 @@ def plan(
     from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
+    from bitpress.pipeline.oddities import told_untied
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
@@ -165,7 +166,10 @@ def plan(
         planned, streamed, _ = plan_run(resolve_model(model, screen), method)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         excess = None if planned.offer is None else planned.offer.excess()
-        for text in [*(f"{text}." for text in unmeant_bits(planned)), *([] if excess is None else [excess])]:
+        for text in [
+            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
+            *([] if excess is None else [excess]),
+        ]:
             screen.note(text)
     if as_json:
         print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
