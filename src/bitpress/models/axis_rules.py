@@ -138,8 +138,8 @@ class Rule:
             self._pin("channels are picked")
 
     def _is_number(self, value: Any) -> bool:
-        """Whether a value is one number, or one for every token."""
-        return not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[-1] == 1
+        """Whether a value is one number, or one for every token, be it as often as there are channels."""
+        return not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[-1] == 1 or value.stride(-1) == 0
 
     def _add(self, a: Any, b: Any) -> None:
         if self._is_number(a) or self._is_number(b):

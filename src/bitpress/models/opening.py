@@ -36,7 +36,9 @@ class OriginalLoader:
 
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
         tensors = self.names.load(self._read, prefix, exclude)
-        return tensors if self.rotated is None else self.rotated.apply(tensors)
+        if self.rotated is not None:
+            self.rotated.apply_(tensors)
+        return tensors
 
     @property
     def untied(self) -> Mapping[str, str]:
@@ -54,6 +56,11 @@ class OriginalLoader:
         held |= {alias: held[original] for alias, original in self.untied.items() if original in held}
         wanted = {name: value for name, value in state.items() if name not in self.aliases}
         return {name: held.get(name, value.numel() * value.element_size()) for name, value in wanted.items()}
+
+    def untied_bytes(self) -> int:
+        """Return the bytes that untied parameters take in the model, and have no tensor for in the source."""
+        sizes = {name: self.source.tensors[source][1].nbytes for name, source in self.names.plain.items()}
+        return sum(sizes[original] for original in self.untied.values())
 
     def _read(self, name: str) -> torch.Tensor:
         value = self.source.read(name)

@@ -16,7 +16,7 @@ from bitpress.transforms.rotate import Rotate, Rotation
 __all__ = ["RotatedNetwork"]
 
 # Values that are in float64 at a time.
-_TOGETHER = 1 << 24
+_TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,21 @@ class RotatedNetwork:
     heads: tuple[Turn, ...]
     untied: Mapping[str, str] = field(default_factory=dict)
 
-    def apply(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the rotated network's tensors. Those given are all of a block, or all outside the blocks.
+    def apply_(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put the rotated network's tensors in place of the source's. Those given are all of a block, or all outside the blocks.
 
         Raises NumericsError for a norm that adds a bias where its gain is 0.
         """
-        made = dict(tensors)
-        made |= {alias: tensors[original] for alias, original in self.untied.items() if original in tensors}
-        done = {name: self._turned(value, turns, tensors) for name, value in made.items() if (turns := self._turns_of(name))}
-        norms = {} if self.residual is None else self.residual.norms
+        tensors |= {alias: tensors[original] for alias, original in self.untied.items() if original in tensors}
+        norms = {} if self.residual is None else {k: norm for k, norm in self.residual.norms.items() if k in tensors}
+        gains = {name: tensors[name].double() + norm.offset for name, norm in norms.items()}
+        for name, value in list(tensors.items()):
+            if turns := self._turns_of(name):
+                tensors[name] = self._turned(value, turns, gains)
         for name, norm in norms.items():
-            if name in tensors:
-                done |= self._normed(norm, tensors)
-        return made | done
+            if norm.bias is not None:
+                tensors[norm.bias] = self._bias(norm, gains[name], tensors[norm.bias])
+            tensors[name] = torch.full_like(tensors[name], 1 - norm.offset)
 
     def check(self) -> None:
         """Raise FormatError for a width that has no such rotation."""
@@ -63,22 +65,21 @@ class RotatedNetwork:
         assert self.residual is not None
         return self.rotate.of_residual(self.residual.width, centred=self.residual.centred)
 
-    def _turned(self, value: torch.Tensor, turns: Sequence[Turn], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _turned(self, value: torch.Tensor, turns: Sequence[Turn], gains: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a tensor in the new basis of each of its axes that are turned."""
         rest = [axis for axis in range(value.ndim) if axis not in {turn.axis for turn in turns}]
         if len(rest) == value.ndim - 1 and rest:  # slice by slice along an axis that stays
             step = max(1, _TOGETHER // max(math.prod(value.shape) // value.shape[rest[0]], 1))
             parts = value.split(step, rest[0])
-            return torch.cat([self._turn(part, turns, tensors) for part in parts], rest[0])
-        return self._turn(value, turns, tensors)
+            return torch.cat([self._turn(part, turns, gains) for part in parts], rest[0])
+        return self._turn(value, turns, gains)
 
-    def _turn(self, value: torch.Tensor, turns: Sequence[Turn], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _turn(self, value: torch.Tensor, turns: Sequence[Turn], gains: Mapping[str, torch.Tensor]) -> torch.Tensor:
         work = value.double()
         for turn in turns:
             last = work.movedim(turn.axis, -1)
             if turn.gain is not None:
-                assert self.residual is not None
-                last = last * _gain(self.residual.norms[turn.gain], tensors)
+                last = last * gains[turn.gain]
             rotation = self._rotation(turn)
             if turn.heads is None:
                 last = rotation.apply(last.contiguous())
@@ -88,23 +89,14 @@ class RotatedNetwork:
             work = last.movedim(-1, turn.axis)
         return work.to(value.dtype).contiguous()
 
-    def _normed(self, norm: Norm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return a norm's gain of 1 and its bias."""
+    def _bias(self, norm: Norm, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return the bias of a norm whose gain has become 1."""
         assert self.residual is not None
-        weight = tensors[norm.weight]
-        done = {norm.weight: torch.full_like(weight, 1 - norm.offset)}
-        if norm.bias is not None:
-            gain, bias = _gain(norm, tensors), tensors[norm.bias]
-            if bool(((gain == 0) & (bias != 0)).any()):
-                raise NumericsError(
-                    f"{norm.weight}: is 0 for a channel to which {norm.bias} adds, so it cannot be folded into the next weights; "
-                    "leave rotate out, or use residual=false."
-                )
-            shift = torch.where(gain == 0, 0.0, bias.double() / torch.where(gain == 0, 1.0, gain))
-            rotation = self.rotate.of_residual(self.residual.width, centred=self.residual.centred)
-            done[norm.bias] = rotation.apply(shift).to(bias.dtype)
-        return done
-
-
-def _gain(norm: Norm, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return tensors[norm.weight].double() + norm.offset
+        if bool(((gain == 0) & (bias != 0)).any()):
+            raise NumericsError(
+                f"{norm.weight}: is 0 for a channel to which {norm.bias} adds, so it cannot be folded into the next weights; "
+                "leave rotate out, or use residual: false."
+            )
+        shift = bias.double() / torch.where(gain == 0, 1.0, gain)
+        rotation = self.rotate.of_residual(self.residual.width, centred=self.residual.centred)
+        return rotation.apply(shift).to(bias.dtype)

@@ -116,7 +116,15 @@ def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, Original
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
-    plan = replace(plan, side_bytes=side.nbytes, given=loader.source.given, disk=plan.disk + side.nbytes, untied=loader.untied)
+    stored = plan.source_bytes - loader.untied_bytes()
+    plan = replace(
+        plan,
+        source_bytes=stored,
+        side_bytes=side.nbytes,
+        given=loader.source.given,
+        disk=plan.disk + side.nbytes,
+        untied=loader.untied,
+    )
     return plan, streamed, loader
 
 
