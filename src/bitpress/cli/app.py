@@ -167,6 +167,7 @@ def plan(
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
     from bitpress.pipeline.for_runtime import carriers, fit_to
+    from bitpress.pipeline.oddities import told_untied
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
@@ -182,7 +183,10 @@ def plan(
         planned, streamed, _ = plan_run(source, method)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         excess = None if planned.offer is None else planned.offer.excess()
-        for text in [*(f"{text}." for text in unmeant_bits(planned)), *([] if excess is None else [excess])]:
+        for text in [
+            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
+            *([] if excess is None else [excess]),
+        ]:
             screen.note(text)
     leaves = carriers(planned.weights, method)
     if as_json:

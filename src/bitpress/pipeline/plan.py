@@ -7,7 +7,7 @@ from shapes); memory and time (estimate.py) are estimates, and are called so.
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Plan:
     maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
 
     outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
+    untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
@@ -71,6 +72,7 @@ class Plan:
     outer: tuple[PlannedOuter, ...] = ()
     given: Given | None = None
     offer: Offer | None = None
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def given_bytes(self) -> int:
@@ -148,6 +150,7 @@ class Plan:
             "bytes_published_estimate": self.published_bytes,
             "ratio": self.given_bytes / self.published_bytes,
             "given": None if self.given is None else self.given.as_dict(),
+            "untied": dict(self.untied),
             "disk_bytes_needed": self.disk,
             "peak_memory_bytes_estimate": self.peak_memory,
         }
@@ -311,13 +314,11 @@ def _check_parts(weights: Sequence[PlannedWeight], method: Method) -> None:
 def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
     if wrong:
         parts = [f"{reason} Layers: {_shorten(names)}." for reason, names in wrong.items()]
-        more = [f"{len(parts) - 2} more such reasons."] * (len(parts) > 2)
-        raise FormatError(" ".join([*parts[:2], *more, advice]))
+        raise FormatError(" ".join([*parts[:2], *[f"{len(parts) - 2} more such reasons."] * (len(parts) > 2), advice]))
 
 
 def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:2])
-    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _activation_bytes(method: Method, of_sample: int) -> int:

@@ -109,14 +109,22 @@ class Proof:
 
 def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
-    streamed, loader = open_original(model, method.compute)
+    streamed, loader = open_original(model, method.compute, method.rotate)
     plan = plan_method(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
     if method.reads_text:
         streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
-    plan = replace(plan, side_bytes=side.nbytes, given=loader.source.given, disk=plan.disk + side.nbytes)
+    stored = plan.source_bytes - loader.untied_bytes()
+    plan = replace(
+        plan,
+        source_bytes=stored,
+        side_bytes=side.nbytes,
+        given=loader.source.given,
+        disk=plan.disk + side.nbytes,
+        untied=loader.untied,
+    )
     return plan, streamed, loader
 
 
@@ -355,7 +363,7 @@ def _gather(job: Job) -> BlockRecord:
 
 def _side_files(loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
     """Make the configuration; take over what goes with the model."""
-    config = {k: v for k, v in loader.source.config.items() if k not in ("auto_map", "transformers_weights")}
+    config = {k: v for k, v in loader.config.items() if k not in ("auto_map", "transformers_weights")}
     config |= config_marks()
     files = {name: read_side_file(path) for name, path in side.carried.items()}
     files["config.json"] = encode_config(config)
@@ -372,7 +380,7 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
         bitpress=VERSION,
         files=records,
         weights=facts.weights,
-        aliases=dict(loader.names.aliases),
+        aliases=loader.aliases,
         left_out=list(loader.names.left_out),
         recipe=recorded(method),
         job=job.identity,

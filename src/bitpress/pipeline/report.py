@@ -7,10 +7,12 @@ from typing import Any
 from bitpress.calibration.held_out import MASSIVE, TOKEN_CLASSES
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.jsonfile import write_json_bytes
+from bitpress.checkpoints.parameter import stem
 from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import ratio_text, shown, written
 from bitpress.models.task import Task
 from bitpress.pipeline.front_matter import write_front_matter
+from bitpress.pipeline.oddities import told_untied
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.plan import Plan
 from bitpress.pipeline.records import LayerRow
@@ -42,6 +44,7 @@ def make_report(
     """
     fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
     notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
+    notes += [{"weight": stem(alias), "what": text} for alias, text in zip(plan.untied, told_untied(plan), strict=True)]
     budget = identity["recipe"].get("budget")  # recipes of before have no such key
     spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
     never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics

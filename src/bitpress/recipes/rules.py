@@ -44,6 +44,11 @@ def check_composition(method: Method) -> None:
             )
     _check_outer(method)
     transforms = method.of_key("transforms")
+    behind = [named.name for named in transforms[1:] if named.kind == "network"]
+    if behind:
+        raise UsageError(
+            f"{behind[0]} changes the whole network before anything is measured of it, so it goes first, and once."
+        )
     first = next((at for at, named in enumerate(transforms) if named.kind == "basis"), len(transforms))
     late = [named.name for named in transforms[first:] if named.kind == "search"]
     if late:
