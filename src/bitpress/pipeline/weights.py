@@ -22,6 +22,7 @@ from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
@@ -81,6 +82,7 @@ class _Matrix:
     decoded     its decoded values, if they are known already
     errors      relative squared errors of plain rounding and of the result; of the layer's output if `on_output`
     calibrated  whether calibration statistics decided the codes, without a fallback
+    picture     what it looks like, for the report; None of a weight without loss
     """
 
     outcome: Outcome
@@ -88,6 +90,7 @@ class _Matrix:
     errors: tuple[float, float] = (0.0, 0.0)
     on_output: bool = False
     calibrated: bool = False
+    picture: MatrixPicture | None = None
 
 
 class WeightCompressor:
@@ -129,6 +132,7 @@ class WeightCompressor:
             errors=_errors_by_terms(outcomes, len(weight.terms)),
             flat=parameter.flat,
         )
+        pictures = [m.picture for m in matrices if m.picture is not None]
         tokens = [stats[name].tokens if name in stats else 0 for name, _ in named]
         row = LayerRow(
             name=parameter.stem,
@@ -144,6 +148,7 @@ class WeightCompressor:
             notes=_dead_inputs(stats[name] for name, _ in named if name in stats),
             fallbacks=fallbacks,
             seconds=round(time.perf_counter() - started, 3),
+            picture=draw_weight(pictures) if pictures else None,
         )
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
@@ -215,7 +220,8 @@ class WeightCompressor:
             plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
-        return _Matrix(outcome, stored, (before, after), usable is not None and usable.gram is not None, calibrated)
+        on_output = usable is not None and usable.gram is not None
+        return _Matrix(outcome, stored, (before, after), on_output, calibrated, look_at(unscaled, w_hat, usable))
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may have no tokens."""
