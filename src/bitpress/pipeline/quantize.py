@@ -49,6 +49,7 @@ from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
+from bitpress.report.document import REPORT_NAME
 from bitpress.runtime.prompt import read_generation_file
 from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
@@ -294,7 +295,8 @@ def finish_job(
         )
         written = write_json_bytes(manifest.model_dump(mode="json"))
         others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
-        job.stage(write_texts_(report, job.out.name, head, task, others) | write_report_page(report, job.out.name))
+        texts = write_texts_(report, job.out.name, head, task, others)
+        job.stage(texts | write_report_page(texts[REPORT_NAME], job.out.name))
     except BitpressError:  # of what is not published, nothing lies where a model would
         job.unstage([*files, *TEXTS])
         raise

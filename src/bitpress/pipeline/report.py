@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from bitpress.checkpoints.given import Given
-from bitpress.checkpoints.jsonfile import write_json_bytes
+from bitpress.checkpoints.jsonfile import parse_json, write_json_bytes
 from bitpress.checkpoints.side_files import LeftBehind
 from bitpress.figures import ratio_text, shown, written
 from bitpress.models.task import Task
@@ -115,9 +115,12 @@ def write_texts_(
         total = found
 
 
-def write_report_page(report: Mapping[str, object], name: str) -> dict[str, bytes]:
-    """Return report.html. It does not count: no reader of the model needs it, and `bitpress report` writes it again at any time."""
-    return {"report.html": write_page(check_report(report, name), name).encode()}
+def write_report_page(data: bytes, name: str) -> dict[str, bytes]:
+    """Return report.html for the bytes of report.json, as `bitpress report` writes it again at any time.
+
+    It does not count in the size of the directory: no reader of the model needs it.
+    """
+    return {"report.html": write_page(check_report(parse_json(data, REPORT_NAME), name), name).encode()}
 
 
 def _write_data(report: Mapping[str, object]) -> bytes:
