@@ -84,6 +84,35 @@ def verify(directory: Directory, as_json: Json = False) -> None:
         )
 
 
+@app.command(epilog="Example: bitpress report out/smollm2-4bit out/smollm2-3bit --html comparison.html")
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories that bitpress wrote; several are compared.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page to look at and to forward.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was done to a model and what it cost, or compare several."""
+    from bitpress.cli.report_command import read_reports, show_comparison, write_html
+    from bitpress.cli.reports import show_report
+    from bitpress.report.document import dump_report
+
+    reports = read_reports(directories)
+    if html is not None:
+        write_html(reports, html)
+    values = {name: dump_report(found) for name, found in reports}
+    if as_json:
+        print_json(values if len(values) > 1 else next(iter(values.values())))
+    elif html is not None:
+        out.print(f"{html}: {html.stat().st_size:,} bytes", markup=False)
+    elif len(reports) == 1:
+        show_report(next(iter(values.values())), directories[0])
+    else:
+        show_comparison(reports)
+
+
 @app.command(epilog="Example: bitpress methods gptq")
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show only this method, with all its settings.")] = None,

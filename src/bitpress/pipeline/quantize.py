@@ -46,9 +46,10 @@ from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.pipeline.report import make_report, write_texts_
+from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
+from bitpress.report.document import REPORT_NAME
 from bitpress.runtime.prompt import read_generation_file
 from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
@@ -284,11 +285,16 @@ def finish_job(
     job.stage(files)
     try:
         manifest, figures = _prove(job, run, manifest, facts, proof, progress, check_stop)
+        recipe = job.identity["recipe"]
+        head = front_matter(run.path, f"{recipe['budget']['bits']:g}-bits" if "budget" in recipe else recipe["weights"])
+        base = head.get("base_model")
         report = make_report(
             figures,
             facts.rows,
             run.plan,
             job.identity,
+            model=base if isinstance(base, str) else run.path.name,
+            auto_class=task.auto_class,
             compressed=facts.weights.keys(),
             calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
             held_out=0 if further is None else len(further),
@@ -298,13 +304,12 @@ def finish_job(
             left_behind=side.left,
             timing=clock.facts(),
         )
-        recipe = job.identity["recipe"]
-        head = front_matter(run.path, f"{recipe['budget']['bits']:g}-bits" if "budget" in recipe else recipe["weights"])
         written = write_json_bytes(manifest.model_dump(mode="json"))
         others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
-        job.stage(write_texts_(report, job.out.name, head, task, others))
+        texts = write_texts_(report, job.out.name, head, task, others)
+        job.stage(texts | write_report_page(texts[REPORT_NAME], job.out.name))
     except BitpressError:  # of what is not published, nothing lies where a model would
-        job.unstage([*files, "report.json", "README.md"])
+        job.unstage([*files, *TEXTS])
         raise
     job.publish({}, written)
     return report
