@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "methods")
     parser.add_argument("--tokens", help="of every held-out text; rows of other numbers are not put in one table")
     parser.add_argument("--samples", help="calibration windows")
-    parser.add_argument("--compute", default="bf16", help="bf16, the arithmetic of most rows, or fp32, for processors that emulate bf16")
+    parser.add_argument(
+        "--compute", default="bf16", help="bf16, the arithmetic of most rows, or fp32, for processors that emulate bf16"
+    )
     parser.add_argument(
         "--tasks", help="multiple-choice tasks for the best recipes of every width by their rows, such as arc-easy,piqa"
     )
