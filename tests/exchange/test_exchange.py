@@ -1,7 +1,7 @@
 """Sources of every ecosystem: what is written is read back as it was, and a new ecosystem is two files."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
 from bitpress.exchange.export_directory import DirectoryExporter
 from bitpress.exchange.plain_layer import make_plain, plain_layer, unpack_plain
-from bitpress.exchange.source import LayerFormat, StoredLayer
+from bitpress.exchange.source import LayerFormat, ReadTensor, StoredLayer
 from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS, LAYER_FORMATS, Directories, open_source
 from bitpress.formats import MAPS, TERMS, ActivationFormat, CompressedLayer, CompressedWeight, Map, Packed, Term, parse_format
 from bitpress.formats.maps.map import Chain, Permutation, Scale
@@ -162,12 +162,14 @@ class Signed:
         return {name: {"bits": 8} for name in layers}
 
     @staticmethod
-    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: ReadTensor) -> tuple[int, int]:
         rows, columns = tensors["weight_q"].shape
         return rows, columns
 
     @staticmethod
-    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def configure(
+        config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], plain: Collection[str]
+    ) -> dict[str, Any]:
         return {**config, "quantization_config": {"quant_method": "signed"}}
 
     @staticmethod

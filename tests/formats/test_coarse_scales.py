@@ -27,7 +27,7 @@ def relative(name: str, shrink: tuple[float, ...] = (1.0,)) -> float:
 
 
 def test_stores_of_a_few_bits_are_coarse() -> None:
-    assert set(COARSE) == {"e8m0", "fp8", "s4", "s6", "s8", "p2row", "dq"}
+    assert set(COARSE) == {"e8m0", "fp8", "fp8over", "s4", "s6", "s8", "p2row", "dq"}
 
 
 @pytest.mark.parametrize("name", COARSE)

@@ -92,7 +92,7 @@ def write_directory(
     config = {key: value for key, value in checkpoint.config.items() if key not in marks}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if format is not None and made.entries:
-        config = format.configure(config, made.entries)
+        config = format.configure(config, made.entries, made.matrices)
     write_durably(target / "config.json", [encode_config(config)])
     weights = {name for name in checkpoint.manifest.files if name.endswith(".safetensors")}
     for name, path in find_side_files(checkpoint.root, weights, SIDE_FILES).carried.items():
@@ -102,7 +102,12 @@ def write_directory(
 
 
 class _Made:
-    """The tensors of an export, one parameter after the other, and what is learned on the way."""
+    """The tensors of an export, one parameter after the other, and what is learned on the way.
+
+    entries    what the configuration must say of compressed layers
+    added      the error that weights gained
+    matrices   layers whose weight is a matrix that is stored as it is
+    """
 
     def __init__(
         self,
@@ -115,11 +120,13 @@ class _Made:
         self.checkpoint, self.format, self.fates, self.dtype, self.progress = checkpoint, format, fates, dtype, progress
         self.entries: dict[str, Mapping[str, Any]] = {}
         self.added: dict[str, float] = {}
+        self.matrices: list[str] = []
 
     def tensors(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the tensors of every parameter. Raises FormatError by its name."""
         for name in self.checkpoint.plain:
             value = read_tensor(*self.checkpoint.tensors[name])
+            self._note_plain(name, value)
             yield {name: value.to(self.dtype) if value.is_floating_point() else value}
             self.progress.advance(name)
         for name, fate in self.fates.items():
@@ -135,6 +142,7 @@ class _Made:
             decoded = self.checkpoint.decoded(name, layer)
             value = decoded.to(self.dtype)
             self.added[name] = added_error(decoded, value.float())
+            self._note_plain(name, value)
             return {name: value.contiguous()}
         if fate.how == "rounded":
             assert fate.format is not None
@@ -143,6 +151,10 @@ class _Made:
         stem = name.removesuffix(".weight")
         self.entries[stem] = stored.entry
         return {f"{stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
+
+    def _note_plain(self, name: str, value: torch.Tensor) -> None:
+        if name.endswith(".weight") and value.ndim == 2:
+            self.matrices.append(name.removesuffix(".weight"))
 
 
 def round_again(layer: CompressedLayer, name: str) -> tuple[CompressedLayer, float]:

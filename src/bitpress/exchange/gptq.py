@@ -13,16 +13,15 @@ written where no zero points are stored (they are 2^(bits - 1) everywhere), and 
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Integer as Int
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
-from bitpress.exchange.plain_layer import PlainLayer, make_plain, plain_layer, unpack_plain
-from bitpress.exchange.source import StoredLayer
+from bitpress.exchange.plain_layer import PlainLayer, make_plain, order_of_groups, plain_layer, unpack_plain
+from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
 from bitpress.formats import Block, CompressedLayer, Format, Integer
 
@@ -63,7 +62,7 @@ class Gptq:
         return {name: base | _dynamic(own, name) for name in layers}
 
     @staticmethod
-    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: ReadTensor) -> tuple[int, int]:
         bits = _bits(entry)
         words = tensors["qweight"].shape
         if len(words) != 2 or words[0] * 32 % bits:
@@ -71,7 +70,9 @@ class Gptq:
         return words[1], words[0] * 32 // bits
 
     @staticmethod
-    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def configure(
+        config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], plain: Collection[str]
+    ) -> dict[str, Any]:
         if len({entry["checkpoint_format"] for entry in entries.values()}) > 1:
             raise FormatError(
                 "some weights have zero points and others have none, which GPTQ stores in two versions; a checkpoint has one. "
@@ -85,6 +86,8 @@ class Gptq:
             for name, entry in ordered
             if entry != base
         }
+        # Layers of blocks: what is outside of them is not quantized unless the file says so.
+        own |= {rf"-:^{re.escape(name)}$": {} for name in sorted(plain) if re.search(r"\.\d+\.", name)}
         settings = {"quant_method": "gptq", **base, "lm_head": "lm_head" in entries}
         return {**config, "quantization_config": settings | ({"dynamic": own} if own else {})}
 
@@ -159,7 +162,7 @@ class Gptq:
             raise FormatError(
                 f"scales are {scales.dtype} {list(scales.shape)} and zero points {list(zeros.shape)}, where {[across, out]} are needed."
             )
-        order = _order(tensors.get("g_idx"), width, group)
+        order = order_of_groups(tensors.get("g_idx"), width, group)
         zeros = zeros if entry["checkpoint_format"] == "gptq_v2" else (zeros.long() + 1) % (1 << bits)
         symmetric = bool((zeros == 1 << bits >> 1).all())
         grid = Integer(bits, zero=not symmetric)
@@ -191,16 +194,3 @@ def _refuses(plain: PlainLayer) -> str | None:
     if out * grid.bits % 32 or width * grid.bits % 32:
         return f"codes of {grid.bits} bits of a weight {list(plain.shape)} do not fill words of 32 bits"
     return None
-
-
-def _order(groups: torch.Tensor | None, width: int, group: int) -> Int[torch.Tensor, " in"] | None:
-    """Return the order that puts the inputs of every group side by side; None if they are already."""
-    if groups is None:
-        return None
-    if tuple(groups.shape) != (width,) or groups.dtype not in (torch.int32, torch.int64):
-        raise FormatError(f"g_idx is {groups.dtype} {list(groups.shape)} where the group of each of {width} inputs is needed.")
-    groups = groups.long()
-    order = torch.argsort(groups, stable=True)
-    if not torch.equal(groups[order], torch.arange(width) // group):
-        raise FormatError(f"g_idx does not put {group} inputs into each of {width // group} groups.")
-    return None if torch.equal(order, torch.arange(width)) else order

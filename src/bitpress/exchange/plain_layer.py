@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Integer as Int
 
 from bitpress.errors import BitpressError, FormatError
-from bitpress.formats import CompressedLayer, CompressedWeight, Format, Packed, parse_format
+from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, Format, Packed, parse_format
 from bitpress.formats.grids.grid import Params
 from bitpress.formats.maps.map import Permutation
 
-__all__ = ["PlainLayer", "make_plain", "plain_layer", "unpack_plain"]
+__all__ = ["PlainLayer", "make_packed", "make_plain", "order_of_groups", "plain_layer", "unpack_plain"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,30 @@ def make_plain(fmt: Format, codes: torch.Tensor, params: Params, order: torch.Te
     term = Packed.pack(fmt, codes, params)
     term.check()
     return CompressedLayer(CompressedWeight((term,), None if order is None else Permutation.of(order)))
+
+
+def make_packed(
+    fmt: Format,
+    shape: tuple[int, int],
+    tensors: Mapping[str, torch.Tensor],
+    order: torch.Tensor | None = None,
+    input: ActivationFormat | None = None,
+) -> CompressedLayer:
+    """Put such a layer together of the tensors of its term as we store them, and check it. Raises FormatError."""
+    made = CompressedLayer(
+        CompressedWeight((Packed(fmt, shape, tensors),), None if order is None else Permutation.of(order)), input
+    )
+    return CompressedLayer.build(made.weight.spec(), made.tensors(), made.input_spec())
+
+
+def order_of_groups(groups: torch.Tensor | None, width: int, group: int) -> Int[torch.Tensor, " in"] | None:
+    """Return the order that puts the inputs of every group side by side; None if they are already."""
+    if groups is None:
+        return None
+    if tuple(groups.shape) != (width,) or groups.dtype not in (torch.int32, torch.int64):
+        raise FormatError(f"g_idx is {groups.dtype} {list(groups.shape)} where the group of each of {width} inputs is needed.")
+    groups = groups.long()
+    order = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[order], torch.arange(width) // group):
+        raise FormatError(f"g_idx does not put {group} inputs into each of {width // group} groups.")
+    return None if torch.equal(order, torch.arange(width)) else order

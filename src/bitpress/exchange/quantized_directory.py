@@ -13,7 +13,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.checkpoints.side_files import read_side_file
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import BitpressError, CheckpointError
-from bitpress.exchange.source import DirectoryFormat, StoredLayer
+from bitpress.exchange.source import DirectoryFormat, ReadTensor, StoredLayer
 from bitpress.formats import CompressedLayer
 
 __all__ = ["QuantizedDirectory"]
@@ -64,7 +64,7 @@ class QuantizedDirectory:
             if name in plain:
                 raise CheckpointError(f"{self.root}: {name!r} is stored both compressed and as it is.")
             try:
-                shape = self.format.shape(self.entries[layer], tensors)
+                shape = self.format.shape(self.entries[layer], tensors, self._reader(layer))
             except BitpressError as error:
                 raise CheckpointError(f"{self.root}: {layer}: {error}") from error
             plain[name] = TensorEntry(name, "BF16", shape, 0, 0)
@@ -83,11 +83,15 @@ class QuantizedDirectory:
             if name not in self.source.tensors:
                 raise CheckpointError(f"{self.root}: holds no {name!r}.")
             return self.source.read(name)
-        tensors = {leaf: self.source.read(f"{layer}.{leaf}") for leaf in self.layers[layer]}
+        read = self._reader(layer)
+        tensors = {leaf: read(leaf) for leaf in self.layers[layer]}
         try:
             return self.format.read(StoredLayer(tensors, self.entries[layer]))
         except BitpressError as error:
             raise CheckpointError(f"{self.root}: {layer}: {error}") from error
+
+    def _reader(self, layer: str) -> ReadTensor:
+        return lambda leaf: self.source.read(f"{layer}.{leaf}")
 
 
 def _find_layers(tensors: Mapping[str, TensorEntry], format: type[DirectoryFormat]) -> dict[str, dict[str, TensorEntry]]:

@@ -4,7 +4,7 @@ A source returns parameters by name, a tensor or a `CompressedLayer`; convention
 pure: `write` returns what is stored, and `read` makes the same layer of that again.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -24,6 +24,7 @@ __all__ = [
     "Fates",
     "ForeignSource",
     "LayerFormat",
+    "ReadTensor",
     "Source",
     "StoredLayer",
     "Target",
@@ -153,6 +154,9 @@ class Exporter(Protocol):
         ...
 
 
+ReadTensor = Callable[[str], torch.Tensor]
+
+
 class DirectoryFormat(Target, Protocol):
     """How one tool stores compressed layers in a directory of safetensors files and a config.json.
 
@@ -178,13 +182,21 @@ class DirectoryFormat(Target, Protocol):
         ...
 
     @staticmethod
-    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
-        """Return the shape `[out, in]` of a layer's weight. Raises FormatError for tensors that have none."""
+    def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: ReadTensor) -> tuple[int, int]:
+        """Return the shape `[out, in]` of a layer's weight. Raises FormatError for tensors that have none.
+
+        `read` reads one of these tensors, for a tool that stores the shape in one.
+        """
         ...
 
     @staticmethod
-    def configure(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a model's configuration with what it must say so that the tool reads layers of these entries."""
+    def configure(
+        config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], plain: Collection[str]
+    ) -> dict[str, Any]:
+        """Return a model's configuration with what it must say so that the tool reads layers of these entries.
+
+        `plain` names the other layers: those whose weight is a matrix that is stored as it is.
+        """
         ...
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from bitpress.checkpoints.source import read_config
 from bitpress.errors import CheckpointError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
+from bitpress.exchange.compressed_tensors import CompressedTensors
 from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.gptq import Gptq
@@ -18,7 +19,10 @@ from bitpress.exchange.source import DirectoryFormat, Ecosystem, Exporter, Layer
 __all__ = ["DIRECTORY_FORMATS", "ECOSYSTEMS", "EXPORTERS", "LAYER_FORMATS", "Directories", "find_ecosystem", "open_source"]
 
 # Ways to store compressed layers in directories of safetensors files: a row is all that reading and writing them takes.
-DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {"gptq": Gptq}
+DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+}
 
 
 @dataclass(frozen=True)

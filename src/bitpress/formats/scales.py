@@ -11,6 +11,7 @@ better scales then keeps them fixed.
     e8m0    2^(byte - 127)       -                                     OCP MX; ZeroQuant-FP, constraint M1
     p2row   2^-code, or 0        float32 a row of blocks               ZeroQuant-FP, constraint M2
     fp8     float8 e4m3          float32 a tensor                      NVFP4
+    fp8over float8 e4m3          float32 a tensor, which divides it    NVFP4 of compressed-tensors
     s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ; s6: the k-quants of llama.cpp
     dq      8-bit dynamic map    float32 a 256 scales, float32 offset  bitsandbytes' nested statistics
 """
@@ -132,23 +133,28 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MicroFloat:
-    """A float8 e4m3 a scale, times one float32 for the tensor: that of the largest scale over 448, the largest float8."""
+    """A float8 e4m3 a scale, times one float32 for the tensor: that of the largest scale over 448, the largest float8.
 
+    With `divides`, the float32 is the inverse and the float8 is divided by it: the product with a rounded inverse is another number.
+    """
+
+    divides: bool = False
     largest: float = 448.0
 
     def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
         top = scale.max().reshape(1, 1).float() / self.largest
-        return {"tensor": torch.where(top > 0, top, 1.0)}
+        top = torch.where(top > 0, top, 1.0)
+        return {"tensor": (1 / top).clamp(max=torch.finfo(torch.float32).max) if self.divides else top}
 
     def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        return self._codes(scale, outer).float() * outer["tensor"]
+        return self._decoded(self._codes(scale, outer), outer["tensor"])
 
     def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
         # The bytes of float8 rise with their numbers; 126 is the largest and 1 the smallest above 0.
         nearest = self._codes(scale, outer).view(torch.uint8).to(torch.int16)
         below, above = (nearest - 1).clamp(min=1), (nearest + 1).clamp(max=126)
         floats = (torch.where(nearest > 0, code, nearest).to(torch.uint8).view(torch.float8_e4m3fn) for code in (below, above))
-        low, high = (value.float() * outer["tensor"] for value in floats)
+        low, high = (self._decoded(value, outer["tensor"]) for value in floats)
         return low, high
 
     @property
@@ -160,8 +166,10 @@ class MicroFloat:
         return {"": self._codes(scale, outer).view(torch.uint8).contiguous(), "tensor": outer["tensor"].reshape(1)}
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        scale = stored[""].contiguous().view(torch.float8_e4m3fn).float()
-        return scale * stored["tensor"].reshape(1, 1)
+        tensor = stored["tensor"].reshape(1, 1)
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError("the scale of a tensor is a NaN or an infinity.")
+        return self._decoded(stored[""].contiguous().view(torch.float8_e4m3fn), tensor)
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, across)), "tensor": (torch.float32, (1,))}
@@ -173,12 +181,16 @@ class MicroFloat:
     def coarseness(self) -> float:
         return 1 / 8
 
+    def _decoded(self, codes: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return codes.float() / tensor if self.divides else codes.float() * tensor
+
     def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError("a scale is not finite.")
         # A block that is not all zeros keeps at least the smallest scale there is, the smallest float8 above 0.
         lowest = torch.where(scale > 0, 2.0**-9, 0.0)
-        return (scale / outer["tensor"]).clamp_(lowest, torch.tensor(self.largest, device=scale.device)).to(torch.float8_e4m3fn)
+        scaled = scale * outer["tensor"] if self.divides else scale / outer["tensor"]
+        return scaled.clamp_(lowest, torch.tensor(self.largest, device=scale.device)).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -373,6 +385,7 @@ SCALES: dict[str, ScaleStore] = {
     "fp32": Plain("fp32", torch.float32),
     "e8m0": PowerOfTwo(),
     "fp8": MicroFloat(),
+    "fp8over": MicroFloat(divides=True),
     "s4": IntegerCodes(4),
     "s6": IntegerCodes(6),
     "s8": IntegerCodes(8),

@@ -126,9 +126,7 @@ def evaluate(
         figures["runtime"] = {"name": chosen.name, "settings": dict(chosen.settings)}
     if "kl_by_window" in figures:
         figures["by_text"] = [dataclasses.asdict(found) for found in by_kind(samples.kinds, figures.pop("kl_by_window"))]
-    stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
-    if checkpoint is not None:
-        stored = {"bits_per_weight": checkpoint.bits_per_weight, "bytes": checkpoint.nbytes}
+    stored = {"bits_per_weight": checkpoint and checkpoint.bits_per_weight, "bytes": checkpoint and checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 

@@ -54,27 +54,22 @@ def make_report(
 
     `model` is the original's name, `auto_class` transformers' class for it; `compressed` are the names of the parameters that are stored
     so; `held_out` counts the samples that errors were measured on beside those of calibration; `source_bytes` are those of the tensors
-    that were read. Sizes are compared with what the user gave: the file that was converted to
-    these, or the tensors and the files beside them. `write_texts_` enters the published bytes and their ratio.
+    that were read. Sizes are compared with what the user gave: the file that was converted to these, or the tensors and the files beside
+    them. `write_texts_` enters the published bytes and their ratio.
     """
-    proof = {key: value for key, value in figures.items() if key != "continuations"}
-    fallbacks = [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks]
-    notes = [{"weight": row.name, "what": text} for row in rows for text in row.notes]
-    notes += [{"weight": stem(alias), "what": text} for alias, text in zip(plan.untied, told_untied(plan), strict=True)]
+    untied = [{"weight": stem(alias), "what": text} for alias, text in zip(plan.untied, told_untied(plan), strict=True)]
     budget = identity["recipe"].get("budget")  # recipes of before have no such key
     spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
     never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics
     by_inputs = [row for row in rows if row.name not in never]
-    reached = sum(1 for row in by_inputs if row.calibrated)
-    by_name = {row.name: row for row in rows}
     # A head that bitpress chose a format for may have stayed as stored; its row says why.
-    outer = [(found, by_name[found.planned.parameter.stem]) for found in plan.outer]
+    outer = [(found, row) for found in plan.outer for row in rows if row.name == found.planned.parameter.stem]
     made = [(found, row) for found, row in outer if found.planned.parameter.name in compressed]
     as_stored = sum(row.bytes for found, row in outer if found.planned.parameter.name not in compressed)
     return {
         "model": model,
         "auto_class": auto_class,
-        "figures": written(proof, "the proof"),
+        "figures": written({key: value for key, value in figures.items() if key != "continuations"}, "the proof"),
         "continuations": figures.get("continuations"),
         "size": {
             "bytes_original": plan.given_bytes,
@@ -86,9 +81,9 @@ def make_report(
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
         "held_out": _held_out(rows, held_out) if held_out else None,
-        "calibrated": {"weights": reached, "of": len(by_inputs)},
-        "fallbacks": fallbacks,
-        "notes": notes,
+        "calibrated": {"weights": sum(row.calibrated for row in by_inputs), "of": len(by_inputs)},
+        "fallbacks": [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks],
+        "notes": [{"weight": row.name, "what": text} for row in rows for text in row.notes] + untied,
         "outer": [_outer_row(found, row) for found, row in made],
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},

@@ -263,6 +263,21 @@ class Calibrated(_Open):
     of: int
 
 
+class HeldOut(_Open):
+    """Errors on tokens that calibration did not count.
+
+    samples         windows of them
+    massive_above   how many times the median a token's energy is that makes it massive
+    far_above       how many times a weight's error over all a class's error is that is called far
+    weights_far     weights with such a class, by class
+    """
+
+    samples: int
+    massive_above: float
+    far_above: float
+    weights_far: dict[str, int]
+
+
 class RunFacts(_Open):
     seconds: float
     seconds_pressing: float
@@ -295,6 +310,7 @@ class Report(_Open):
     job: JobIdentity
     model: str | None = None
     auto_class: str = "AutoModelForCausalLM"
+    held_out: HeldOut | None = None
     notes: list[Remark] = []
     outer: list[OuterRow] = []
     kept: dict[str, str] = {}
