@@ -106,7 +106,7 @@ def test_settings_of_single_layers_are_read_and_written() -> None:
         name: dict(Gptq.write(layer(fmt)).entry)
         for name, fmt in (("a.q", "int4-g32"), ("a.k", "int4-g32"), ("a.v", "int8-g32"))
     }
-    config = Gptq.configure({"model_type": "llama"}, entries)
+    config = Gptq.configure({"model_type": "llama"}, entries, ())
     assert config["quantization_config"]["bits"] == 4
     assert Gptq.entries(config, {name: {} for name in entries}) == entries
     assert Gptq.plain(config) == {"model_type": "llama"}
@@ -115,7 +115,7 @@ def test_settings_of_single_layers_are_read_and_written() -> None:
 def test_two_versions_in_one_checkpoint_are_refused() -> None:
     entries = {name: Gptq.write(layer(name)).entry for name in ("int4-g32", "int4-g32-zero")}
     with pytest.raises(FormatError, match="two versions"):
-        Gptq.configure({}, entries)
+        Gptq.configure({}, entries, ())
 
 
 def test_a_version_that_is_not_known_is_refused_by_its_name() -> None:
