@@ -25,18 +25,24 @@ class ForeignRuntime:
     source: str
 
 
+_INTEGERS = {bits: tuple(f"int{bits}-{block}" for block in ("g128", "g64", "g32", "row")) for bits in (4, 8)}
+
 RUNTIMES: dict[str, ForeignRuntime] = {
     "vllm": ForeignRuntime(
-        about="vLLM and SGLang, weights in few bits and everything else in 16",
-        target="gptq",
-        formats={
-            2: ("int2-g128", "int2-g64", "int2-g32", "int2-row"),
-            3: ("int3-g128", "int3-g64", "int3-g32", "int3-row"),
-            4: ("int4-g128", "int4-g64", "int4-g32", "int4-row"),
-            8: ("int8-g128", "int8-g64", "int8-g32", "int8-row"),
-        },
+        about="vLLM and SGLang: integers without zero points in groups of 128, 64 or 32, or one for a row; everything else in 16 bits",
+        target="compressed-tensors",
+        formats=_INTEGERS,
         table="keep",
-        name="gptq",
-        source="vllm/model_executor/layers/quantization/gptq.py: 2, 3, 4 and 8 bits",
+        name="vllm",
+        source="vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py (4 and 8 bits in every "
+        "version, others in new ones) and utils/marlin_utils.py (groups of 32, 64, 128, rows)",
+    ),
+    "transformers": ForeignRuntime(
+        about="transformers with the package compressed-tensors, on any device",
+        target="compressed-tensors",
+        formats=_INTEGERS,
+        table="keep",
+        name="transformers",
+        source="compressed_tensors/compressors/pack_quantized",
     ),
 }
