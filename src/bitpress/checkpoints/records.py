@@ -43,7 +43,7 @@ class WeightRecord(_Closed):
         rows, cols = self.spec["shape"]
         if self.experts and rows % self.experts:
             raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
-        maps = [self.spec[key] for key in ("input_map", "output_map") if isinstance(self.spec[key], dict)]
+        maps = [m for m in (self.spec.get("input_map"), self.spec.get("output_map")) if isinstance(m, dict)]
         if any(change.get("parts", self.experts) != self.experts for change in maps):
             raise CheckpointError(f"{name}: its maps are not those of {self.experts} experts.")
         if self.flat and not self.experts:
