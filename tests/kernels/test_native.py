@@ -123,7 +123,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta" in refusal(CompressedWeight((replace(term, tensors={n: t.to("meta") for n, t in term.tensors.items()}),)))
     assert "no layout" in refusal(CompressedWeight((packed("int4-g1", left),)))
     assert "without a layout" in refusal(CompressedWeight((*w.terms, low_rank(left, 2, "int4-g1"))))
-    assert refusal(CompressedWeight((*w.terms, low_rank(left, 2, "int8-row")))) == ""
+    assert refusal(CompressedWeight((*w.terms, low_rank(left, 3, "int8-row")))) == ""
     assert "several" in refusal(CompressedWeight((*w.terms, low_rank(left, 2), low_rank(left, 2))))
     rounded = CompressedLayer(w, ActivationFormat(parse_format("int8-row")))
     assert "int8-row dynamic" in (Native.refuses(rounded) or "")
