@@ -10,6 +10,9 @@ import bitpress
 from bitpress.calibration import builtin_texts
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.checkpoints.named import SHIPPED_MODELS, resolve_model
+from bitpress.pipeline.quantize import plan_run
+from bitpress.presets import find_preset, preset_names, preset_widths
+from bitpress.recipes import build_method, make_recipe
 
 Quantize = Callable[..., Any]
 
@@ -50,6 +53,14 @@ def test_every_expert_sees_calibration_text_and_not_the_same_share(quantize: Qua
         assert sum(layer["tokens"]) == 2 * 16 * 256
         assert min(layer["tokens"]) >= 32, layer["name"]
         assert max(layer["tokens"]) > 1.2 * min(layer["tokens"]), layer["name"]  # a router that decides
+
+
+def test_every_preset_suits_experts() -> None:
+    model = resolve_model("bitpress-tiny-moe")
+    for name in preset_names():
+        for bits in preset_widths(name):
+            plan, *_ = plan_run(model, build_method(make_recipe(find_preset(name, bits).recipe)))
+            assert len(plan.weights) == 18, (name, bits)
 
 
 @pytest.mark.parametrize("name", SHIPPED_MODELS)

@@ -14,7 +14,7 @@ from typing import Any
 from bitpress.errors import UsageError, fold, unknown_name
 from bitpress.foreign import foreign_hint
 
-__all__ = ["DEFAULT_PRESET", "Figures", "Preset", "find_preset", "preset_keys", "preset_names"]
+__all__ = ["DEFAULT_PRESET", "Figures", "Preset", "find_preset", "preset_keys", "preset_names", "preset_widths"]
 
 DEFAULT_PRESET = "balanced"
 
@@ -44,6 +44,11 @@ class Preset:
 
 def preset_names() -> list[str]:
     return list(_table()["rules"])
+
+
+def preset_widths(name: str) -> list[int]:
+    """Return the numbers of bits that a preset has a recipe of."""
+    return [int(bits) for bits in _table()["choices"][_known(name)]]
 
 
 def find_preset(name: str, bits: int) -> Preset:
@@ -83,7 +88,7 @@ def preset_keys(
         )
     if bits is None:
         if name is not None:
-            widths = ", ".join(_table()["choices"][_known(name)])
+            widths = ", ".join(map(str, preset_widths(name)))
             raise UsageError(f"{option('preset')} {_known(name)} needs {option('bits')}; it has {widths}.")
         return {}
     if name is None and (beside_recipe or weights):

@@ -223,6 +223,12 @@ def add_scale_map(bad: float) -> Change:
     return change
 
 
+def maps_of_experts(h: Hostile) -> None:
+    """Put the maps of two experts behind a weight that is none."""
+    h.tensors(lambda t: (t.pop(f"{Q}.in.order"), t.update({f"{Q}.out.scale": torch.ones(32)})))
+    spec(lambda s: s.update(input_map=None, output_map={"kind": "parts", "parts": 2, "map": {"kind": "scale"}}))(h)
+
+
 def untie(h: Hostile) -> None:
     """Let the configuration say that the head is a matrix of its own; the manifest says it is the embedding."""
     config(tie_word_embeddings=False)(h)
@@ -519,6 +525,17 @@ ARITHMETIC = {
     "specification: chain of nine": Attack(
         spec(lambda s: s.update(output_map={"kind": "chain", "maps": [{"kind": "scale"}] * 9})), "2 to 8 maps"
     ),
+    "specification: maps of 7 parts": Attack(
+        spec(lambda s: s.update(output_map={"kind": "parts", "parts": 7, "map": {"kind": "scale"}})), "must divide the rows"
+    ),
+    "specification: maps of [2] parts": Attack(
+        spec(lambda s: s.update(output_map={"kind": "parts", "parts": [2], "map": {"kind": "scale"}})), "must divide the rows"
+    ),
+    "specification: parts of parts": Attack(
+        spec(lambda s: s.update(input_map=None, output_map={"kind": "parts", "parts": 2, "map": {"kind": "parts"}})),
+        "unknown map",
+    ),
+    "weight: maps of experts without experts": Attack(maps_of_experts, "not those of 0 experts"),
     "weight: rows that experts do not divide": Attack(
         manifest(lambda m: m["weights"][f"{Q}.weight"].update(experts=5)), "do not divide among 5 experts"
     ),

@@ -45,7 +45,7 @@ def test_every_table_is_listed(bitpress: Run) -> None:
     names = {kind: [r["name"] for r in rows if r["kind"] == kind] for kind in ("grid", "family", "scale", "layout", "short")}
     assert {name.split("-")[0] for name in names["grid"]} == set(GRIDS)
     assert {name.split("-")[0] for name in names["grid"] if name.endswith("-zero")} == {
-        name for name, row in GRIDS.items() if row.zero and row.zero != row.grid
+        name for name, row in GRIDS.items() if row.zeros and row.zeros["zero"] != row.grid
     }
     assert names["scale"] == list(SCALES)
     assert names["layout"] == list(LAYOUTS)
@@ -64,7 +64,7 @@ def test_the_usual_formats_are_one_a_grid_and_the_named_ones() -> None:
     assert {fmt.grid.name for fmt in formats} == set(GRIDS)
     assert {parse_format(name) for name in SHORT} <= set(formats)
     with_zero = {fmt.grid.name for fmt in formats if any(p.name == "zero" for p in fmt.grid.params)}
-    assert {name for name, row in GRIDS.items() if row.zero} <= with_zero
+    assert {name for name, row in GRIDS.items() if row.zeros} <= with_zero
     assert next(fmt for fmt in formats if fmt.grid.name == "ternary").layout == "base3", "the tightest layout"
 
 

@@ -24,6 +24,10 @@ HALF_BITS = "all rows of a path take the bits of its wider rows"
 # What is above `MOST`: the least and the most that it may be, and the reason.
 EXPANDED: dict[str, tuple[float, float, str]] = {
     "pvq8k5-g8": (6.0, 6.6, "its list of points is longer than its codes: expanded to 16 bits"),
+    **{
+        f"int{bits}-g64-zerofp16": (14 / (bits + 0.5), 16.3 / (bits + 0.5), "zero points between codes: expanded to 16 bits")
+        for bits in (2, 3, 4)
+    },
     "olive4a-row": (3.9, 4.1, "every block chooses between two lists of pairs: expanded to 16 bits"),
     "olive8-row": (1.9, 2.1, "its list of pairs is longer than its codes: expanded to 16 bits"),
 }

@@ -267,12 +267,18 @@ def byte_tokenizer() -> Any:
 
 
 def recipes(text: Path) -> dict[str, dict[str, Any]]:
-    """Return what every architecture is tried with: rounding, and the default on a short text."""
+    """Return what every architecture is tried with: rounding, and the default and a preset's parts on a short text."""
     calibration = {"text": str(text), "samples": 4, "length": 32}
     some = {"calibration": calibration, "batch": 2, "min_expert_tokens": 1, "compute": "fp32"}
     return {
         "rounding": {"weights": "int4-g32-zero", "quantizer": {"name": "rtn"}},
         "default": {"weights": "int4-g32-zero", **some},
+        "preset": {
+            "weights": "int4-g32-zero",
+            "transforms": ["balance", {"name": "hadamard", "outputs": True}],
+            "quantizer": {"name": "ldlq", "passes": 2},
+            **some,
+        },
     }
 
 

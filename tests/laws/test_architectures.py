@@ -79,6 +79,13 @@ def test_one_of_every_kind_works(name: str, tmp_path: Path, text_file: Path) -> 
     assert LAW["walk_the_road"](name, tmp_path, LAW["recipes"](text_file)["rounding"]) == "works"
 
 
+# Experts that are stored transposed and multiplied in one batch; the release tries all others.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", known(["llama4_text"]))
+def test_presets_suit_experts(name: str, tmp_path: Path, text_file: Path) -> None:
+    assert LAW["walk_the_road"](name, tmp_path, LAW["recipes"](text_file)["preset"]) == "works"
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", known(REFUSED))
 def test_what_cannot_work_is_refused_in_one_line(name: str, tmp_path: Path, text_file: Path) -> None:
@@ -90,7 +97,7 @@ def test_what_cannot_work_is_refused_in_one_line(name: str, tmp_path: Path, text
 
 @pytest.mark.release
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("recipe", ["rounding", "default"])
+@pytest.mark.parametrize("recipe", ["rounding", "default", "preset"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_works_or_is_refused(name: str, recipe: str, tmp_path: Path, text_file: Path) -> None:
     try:

@@ -49,7 +49,7 @@ def variants(name: str) -> list[str]:
         turn = list(GRIDS).index(name) if name in GRIDS else 0
         stores = [stores[turn % len(stores)], stores[(turn + len(stores) // 2) % len(stores)]]
     plain = row.in_block("").removeprefix(f"{name}-")
-    extras = [f"-{scale}" for scale in stores] + (["-zero", "-zero-s6"] if row.zero else [])
+    extras = [f"-{scale}" for scale in stores] + [e for zero in row.zeros for e in (f"-{zero}", f"-{zero}-s6")]
     for layout_name, layout in LAYOUTS.items():
         if layout_name != "dense" and not layout.refuses(row.grid.code_bits, row.grid.num_codes):
             extras.append(f"{plain}-{layout_name}")

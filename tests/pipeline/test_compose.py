@@ -244,12 +244,6 @@ def refused(tiny_model: Callable[..., Path], architecture: str, **values: Any) -
 def test_the_plan_refuses_what_no_weight_could_have(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     said = refused(tiny_model, "llama", weights="int4-g16", quantizer="rtn", corrections=[{"name": "svdquant", "rank": 33}])
     assert "svdquant: rank 33 is more than weights [32, 32] have" in said
-    said = refused(tiny_model, "mixtral", weights="int4-g16", quantizer="rtn", transforms=["hadamard"])
-    assert "the maps of experts cannot be stacked" in said
-    assert "experts.gate_up_proj" in said
-    for weights, quantizer in (("binary-tensor", "bitstack"), ("int4-g16", {"name": "gptq", "groups": "running"})):
-        said = refused(tiny_model, "mixtral", weights=weights, quantizer=quantizer)
-        assert "it keeps a map with every weight, and those of experts cannot be stacked" in said
     plan_run(tiny_model("mixtral"), build_method(make_recipe({"weights": "int4-g16", "quantizer": "gptq"})))
     monkeypatch.setitem(QUANTIZERS, "choosy", Choosy)
     said = refused(tiny_model, "llama", weights="nf4-g16", quantizer="choosy")
@@ -311,6 +305,43 @@ def test_the_whole_way(
     pressed = CompressedCheckpoint.open(tmp_path / "out")
     assert sum(row["bytes"] for row in rows.values()) == report["size"]["bytes_compressed_weights"] + _not_planned(pressed)
     assert sum(row["error"] for row in rows.values()) < sum(row["error_rounded"] for row in rows.values())
+
+
+# Maps on both sides, of experts that saw no text too, and maps that the quantizer itself keeps.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "balance + hadamard + ldlq": {
+        "transforms": ["balance", {"name": "hadamard", "outputs": True}],
+        "quantizer": {"name": "ldlq", "passes": 2},
+    },
+    "rsq, running groups": {"transforms": ["hadamard"], "quantizer": {"name": "rsq", "groups": "running"}},
+    "ptq161": {"weights": "binary-row", "quantizer": "ptq161"},
+}
+
+
+@pytest.mark.parametrize("what", EXPERTS)
+def test_experts_have_maps_too(
+    what: str, tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    recipe = gptq_recipe(**{"min_expert_tokens": 48, **EXPERTS[what]})
+    report = quantize_directory(model, tmp_path / "out", recipe, proof=Proof(tokens=64, length=32))
+    assert any("fewer than 48" in fallback["what"] for fallback in report["fallbacks"])
+    compressed = CompressedCheckpoint.open(tmp_path / "out")
+    name = next(name for name in compressed.manifest.weights if "experts" in name)
+    record, weight = compressed.manifest.weights[name], compressed.read_weight(name)
+    assert weight.parts == record.experts == 4
+    single = [part.dequantize() for part in weight.apart()]
+    assert all(part.parts == 1 and part.input_map is not None for part in weight.apart())
+    assert torch.equal(torch.cat(single), weight.dequantize())
+    rows = record.parameter(name).shape[0]
+    assert torch.equal(weight.row_slice(rows, 3 * rows).dequantize(), torch.cat(single[1:3]))
+    # Every map is that of its own expert: as it was before all were stacked.
+    original = load_file(next(model.glob("*.safetensors")))
+    named = "w2" if "down" in name else "w1"
+    for expert, found in enumerate(single):
+        wanted = original[f"model.layers.0.block_sparse_moe.experts.{expert}.{named}.weight"]
+        found = found[: len(wanted)]
+        assert (found - wanted).norm() < 0.8 * wanted.norm()
 
 
 def _not_planned(pressed: CompressedCheckpoint) -> int:

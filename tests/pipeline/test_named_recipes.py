@@ -41,8 +41,6 @@ def test_qtip_goes_through_the_whole_road(architecture: str, tiny_model: Callabl
     model = tiny_model(architecture, num_hidden_layers=1)
     # Fewer states than the recipe's own: the same road in less time.
     changes: dict[str, object] = {"weights": "tcq2s10-row", "calibration": Calibration(samples=4, length=64)}
-    if architecture == "mixtral":
-        changes["transforms"] = ()  # the maps of experts cannot be stacked, their paths can
     recipe = load_recipe("qtip").model_copy(update=changes)
     quantize_directory(model, tmp_path / "qtip", recipe, proof=Proof(tokens=128))
     rounded = make_recipe({"weights": "int2-row", "quantizer": "rtn"})

@@ -31,7 +31,7 @@ def test_the_shrinkage_of_a_small_norm() -> None:
     assert values[4] == 0
 
 
-@pytest.mark.parametrize("name", ["int3-g16-zero-fp32", "int4-row-fp32", "int3-2x16-zero-fp32"])
+@pytest.mark.parametrize("name", ["int3-g16-zero-fp32", "int4-row-fp32", "int3-2x16-zero-fp32", "int4-g16-zerofp16-fp32"])
 def test_a_step_is_the_mean_of_a_block(name: str) -> None:
     w, fmt = weight(), parse_format(name)
     params = fmt.fit(w)
@@ -42,14 +42,17 @@ def test_a_step_is_the_mean_of_a_block(name: str) -> None:
         own = slice(down * rows, (down + 1) * rows), slice(across * cols, (across + 1) * cols)
         zero = float(params["zero"][down, across]) if "zero" in params else float(2 ** (fmt.grid.code_bits - 1))
         q, target = codes[own].float() - zero, w[own] - shrink(w[own] - w_hat[own], 2000.0, 0.7)
-        scale = (target * q).sum() / q.square().sum()
+        scale = (target * q).sum() / q.square().sum() if fmt.zero != "zerofp16" else params["scale"][down, across]
         torch.testing.assert_close(found["scale"][down, across], scale, rtol=1e-4, atol=0.0)
         if "zero" in params:
             mean = (codes[own].float() - target / scale).mean()
-            assert float(found["zero"][down, across]) == float(mean.round().clamp(0, fmt.grid.num_codes - 1))
+            stored = mean.round().clamp(0, fmt.grid.num_codes - 1) if fmt.zero == "zero" else mean.half().float()
+            assert float(found["zero"][down, across]) == pytest.approx(
+                float(stored), rel=2**-10 if fmt.zero == "zerofp16" else 0
+            )
 
 
-@pytest.mark.parametrize("name", ["int2-g16-zero", "int4-g16", "int3-2x16-zero", "int4-g16-zero-s6"])
+@pytest.mark.parametrize("name", ["int2-g16-zero", "int4-g16", "int3-2x16-zero", "int4-g16-zero-s6", "int4-g16-zerofp16"])
 def test_no_block_is_worse_in_the_norm(name: str) -> None:
     w, fmt = weight(), parse_format(name)
     outcome = HQQ().quantize(w, None, fmt)
@@ -60,6 +63,17 @@ def test_no_block_is_worse_in_the_norm(name: str) -> None:
     )
     assert (ours <= plain * (1 + 1e-6)).all()
     assert outcome.figures["moved"] == float((ours < plain).float().mean()) > 0.1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_between_codes_are_worth_more_than_their_bits_in_the_norm(bits: int) -> None:
+    """The method's own format: floats move, codes do not. Both with the scales of the range."""
+    w = weight(64, 256)
+    lost = []
+    for zero in ("zero", "zerofp16"):
+        w_hat = HQQ(scales=False).quantize(w, None, parse_format(f"int{bits}-g64-{zero}")).weight.dequantize()
+        lost.append(float((w - w_hat).abs().pow(0.7).sum()))
+    assert lost[1] < 0.97 * lost[0]
 
 
 def test_formats_without_scaled_integers_are_refused() -> None:

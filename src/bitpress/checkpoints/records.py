@@ -43,6 +43,9 @@ class WeightRecord(_Closed):
         rows, cols = self.spec["shape"]
         if self.experts and rows % self.experts:
             raise CheckpointError(f"{name}: {rows} rows do not divide among {self.experts} experts.")
+        maps = [m for m in (self.spec.get("input_map"), self.spec.get("output_map")) if isinstance(m, dict)]
+        if any(change.get("parts", self.experts) != self.experts for change in maps):
+            raise CheckpointError(f"{name}: its maps are not those of {self.experts} experts.")
         if self.flat and not self.experts:
             raise CheckpointError(f"{name}: only experts can lie below each other (flat), and there are none.")
         return WeightParameter(name, (rows // max(self.experts, 1), cols), self.transposed, self.experts, self.flat)

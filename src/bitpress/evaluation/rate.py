@@ -132,7 +132,7 @@ def draw_source(name: str, shape: tuple[int, int], seed: int = 0) -> Float[torch
 
 def _learns(fmt: Format) -> bool:
     """Return whether a fit minimizes the squared error by itself: if it finds levels, or several scales per block, together."""
-    return any(p.kind == "value" or p.shape for p in fmt.grid.params)
+    return any(p.shape for p in fmt.grid.params)
 
 
 def _round(w: Float[torch.Tensor, "out in"], fmt: Format, ratios: Sequence[float]) -> tuple[float, int]:

@@ -54,10 +54,15 @@ class Format:
     def name(self) -> str:
         """The canonical name, `int4-g64-zero`; `parse_format(name)` returns this format."""
         parts = [self.grid.name, self.block.name]
-        parts += ["zero"] if any(p.name == "zero" for p in self.grid.params) else []
+        parts += [self.zero] if self.zero else []
         parts += [self.scale] if self.scale != self.grid.usual_scale else []
         parts += [self.layout] if self.layout != "dense" else []
         return "-".join(parts)
+
+    @property
+    def zero(self) -> str:
+        """How a zero point is stored, as the name says it: `zero` as a code, `zerofp16` as a float; "" if there is none."""
+        return next(({"code": "zero", "value": "zerofp16"}[p.kind] for p in self.grid.params if p.name == "zero"), "")
 
     @property
     def store(self) -> ScaleStore:

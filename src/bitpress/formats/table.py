@@ -1,13 +1,14 @@
 """The table of number formats: names to grids, and the parser of format names.
 
-int4-g64-zero-bf16    grid, block, then in any order: `zero`, how scales are kept (`formats.scales`), a layout (`formats.layouts.table`)
+int4-g64-zero-bf16    grid, block, then in any order: `zero` or `zerofp16` (zero points that are codes, or floats), how scales are kept
+                      (`formats.scales`), a layout (`formats.layouts.table`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitpress.errors import FormatError, UsageError, shown, unknown_name
 from bitpress.foreign import foreign_hint
@@ -18,6 +19,7 @@ from bitpress.formats.grids.bitmod import bitmod
 from bitpress.formats.grids.block_float import signed_magnitudes, twos_complement
 from bitpress.formats.grids.codebook import FixedBook, LearnedBook
 from bitpress.formats.grids.denormal_integer import DenormalInteger
+from bitpress.formats.grids.float_zero import FloatZero
 from bitpress.formats.grids.gaussian import gaussian_levels, gaussian_points
 from bitpress.formats.grids.gaussian_mixture import GaussianMixture
 from bitpress.formats.grids.grid import Grid
@@ -43,6 +45,7 @@ __all__ = [
     "PATTERNS",
     "SHORT",
     "UNNAMED_STORES",
+    "ZEROS",
     "Row",
     "describe_formats",
     "find_grid",
@@ -58,14 +61,14 @@ __all__ = [
 class Row:
     """A grid of the table and its description.
 
-    zero      the same grid with a stored zero point, if it has one
+    zeros     the same grid with a stored zero point, by the part of a name that says how it is stored
     nearest   whether `encode` always finds the nearest of all codes; False for an approximate search
     block     its usual block, if `formats.listing` cannot derive that from the grid
     """
 
     grid: Grid
     about: str
-    zero: Grid | None = None
+    zeros: Mapping[str, Grid] = field(default_factory=dict)
     nearest: bool = True
     block: str = ""
 
@@ -86,8 +89,15 @@ def _minifloat(
 
 
 GRIDS: dict[str, Row] = {
-    "int1": Row(Integer(1, zero=True), "0 and 1 less a zero point", Integer(1, zero=True)),
-    **{f"int{b}": Row(Integer(b), f"{b}-bit integers", Integer(b, zero=True)) for b in range(2, 9)},
+    "int1": Row(Integer(1, zero=True), "0 and 1 less a zero point", {"zero": Integer(1, zero=True)}),
+    **{
+        f"int{b}": Row(
+            Integer(b),
+            f"{b}-bit integers",
+            {"zero": Integer(b, zero=True)} | ({"zerofp16": FloatZero(b)} if b <= 4 else {}),
+        )
+        for b in range(2, 9)
+    },
     **{f"bipolar{b}": Row(Levels(f"bipolar{b}", bipolar(b)), "odd integers, symmetric, no zero") for b in range(1, 9)},
     **{
         f"e{x}m{bits - 1 - x}": Row(_minifloat(x, bits - 1 - x), f"{bits}-bit minifloat")
@@ -116,7 +126,7 @@ GRIDS: dict[str, Row] = {
         for b in (4, 8)
     },
     **{
-        f"dint{b}": Row(DenormalInteger(b), f"{b}-bit integers and two halves", DenormalInteger(b, zero=True))
+        f"dint{b}": Row(DenormalInteger(b), f"{b}-bit integers and two halves", {"zero": DenormalInteger(b, zero=True)})
         for b in range(3, 9)
     },
     "flint4": Row(
@@ -211,6 +221,9 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
     ),
 )
 
+# How a zero point may be stored, and what is said of a grid that has one.
+ZEROS: dict[str, str] = {"zero": ", with a zero point", "zerofp16": ", with a zero point between codes"}
+
 # The stores of MX grids whose name has none. Such a name says OCP's powers of two and meant these: only files may still have it.
 UNNAMED_STORES: dict[str, str] = {
     **dict.fromkeys(("mxfp8", "mxfp6", "mxfp6e3m2", "mxfp4", "mxint8"), "fp16"),
@@ -252,14 +265,15 @@ def find_row(name: str) -> Row:
     raise unknown_name("number grid", name, GRIDS, listed)
 
 
-def find_grid(name: str, zero: bool = False) -> Grid:
-    """Return the grid of a name. Raises UsageError or FormatError."""
+def find_grid(name: str, zero: str = "") -> Grid:
+    """Return the grid of a name, the one with zero points of a kind of ZEROS if `zero` is one. Raises UsageError or FormatError."""
     row = find_row(name)
     if not zero:
         return row.grid
-    if row.zero is None:
-        raise FormatError(f"{name} has no variant with a zero point; leave out `zero`.")
-    return row.zero
+    if zero not in row.zeros:
+        others = f"; it has {', '.join(row.zeros)}." if row.zeros else f"; leave out `{zero}`."
+        raise FormatError(f"{name} has no variant with a zero point of {zero}" + others)
+    return row.zeros[zero]
 
 
 def stored_format(name: str) -> Format:
@@ -283,16 +297,17 @@ def _parse(name: str, unnamed: Mapping[str, str]) -> Format:
     if block is None:
         raise FormatError(f"{name!r}: {rest[0]!r} is no block; blocks are row, tensor, gN and RxC, for example g64, 16x64.")
     flags = rest[1:]
-    known = {"zero", *SCALES, *LAYOUTS}
+    known = {*ZEROS, *SCALES, *LAYOUTS}
     for flag in flags:
         if flag not in known:
             raise unknown_name(f"part of format {name!r}", flag, known)
     scales = [flag for flag in flags if flag in SCALES]
     layouts = [flag for flag in flags if flag in LAYOUTS]
-    if len(flags) != len(set(flags)) or len(scales) > 1 or len(layouts) > 1:
+    zeros = [flag for flag in flags if flag in ZEROS]
+    if len(flags) != len(set(flags)) or max(map(len, (scales, layouts, zeros))) > 1:
         raise FormatError(f"{name!r} repeats a part; the order is grid-block[-zero][-scale][-layout].")
-    if "zero" in flags:
-        grid = find_grid(head, zero=True)
+    if zeros:
+        grid = find_grid(head, zeros[0])
     scale = scales[0] if scales else grid.usual_scale or unnamed.get(head)
     if scale is None:
         raise FormatError(f"{name!r} names no store of its scales, which are powers of two in MX: use {head}-{rest[0]}-e8m0.")
@@ -303,22 +318,22 @@ def describe_formats() -> list[dict[str, object]]:
     """Return every grid with its bits in blocks of 64 and in rows of 4,096, for people and for machines."""
     rows: list[dict[str, object]] = []
     for row in GRIDS.values():
-        for zero, grid in ((False, row.grid), (True, row.zero)):
-            if grid is None or (zero and grid == row.grid):
+        for zero, grid in (("", row.grid), *row.zeros.items()):
+            if zero and grid == row.grid:
                 continue
             costs = {}
             for block in ("g64", "row"):
                 fmt = Format(grid, Block(1, 64 if block == "g64" else "all"), grid.usual_scale or "e8m0")
                 costs[block] = fmt.nbytes((4096, 4096)) * 8 / 4096**2
-            suffix = "-zero" if zero else ""
+            suffix = f"-{zero}" if zero else ""
             rows.append(
                 {
                     "name": row.in_block("g64") + suffix,
-                    "about": row.about + (", with a zero point" if zero else ""),
+                    "about": row.about + ZEROS.get(zero, ""),
                     "bits": fmt.code_bits_per_weight,
                     "levels": grid.num_codes,
                     "span": grid.span,
-                    "zero_point": zero,
+                    "zero_point": bool(zero),
                     "bits_per_weight_g64": costs["g64"],
                     "bits_per_weight_row": costs["row"],
                     "needs": f"in_features a multiple of N for gN, any shape for row and tensor; span {grid.span}",

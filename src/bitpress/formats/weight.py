@@ -2,7 +2,7 @@
 
     w_hat = T_out (sum of dequantized terms) T_in
 
-A term is anything with the verbs of `Term` and a row of the table `TERMS`: packed codes, low-rank pairs, sparse outliers.
+Weights stacked along the rows (experts) may have maps of their own (`PartMaps`); each of them is such a product then. A term is anything with the verbs of `Term` and a row of the table `TERMS`: packed codes, low-rank pairs, sparse outliers.
 The specification (JSON) and the tensors together are the whole weight. `expected` derives the tensors from the specification alone,
 so that a reader can check a file before it reads any data.
 """
@@ -19,12 +19,14 @@ from jaxtyping import Integer as Int
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
 from bitpress.formats.maps.map import MAPS, Map, split_kind
+from bitpress.formats.maps.parts import PartMaps
 from bitpress.formats.terms.dfloat11 import DFloat11
 from bitpress.formats.terms.kept import Kept
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sign_low_rank import SignLowRank
 from bitpress.formats.terms.sparse import Sparse
+from bitpress.formats.terms.specs import covered
 
 __all__ = ["TERMS", "CompressedWeight", "Term"]
 
@@ -32,6 +34,7 @@ __all__ = ["TERMS", "CompressedWeight", "Term"]
 # empty term of a small file could ask for any amount of memory.
 SMALL = 1 << 20
 WEIGHTS_A_BIT = 64
+ANY_MAPS: dict[str, Any] = {**MAPS, PartMaps.kind: PartMaps}
 
 
 class Term(Protocol):
@@ -106,8 +109,20 @@ class CompressedWeight:
     def bits_per_weight(self) -> float:
         return self.nbytes * 8 / (self.shape[0] * self.shape[1])
 
+    @property
+    def parts(self) -> int:
+        """The number of weights stacked along the rows that have maps of their own, 1 where none has."""
+        return max(len(change.maps) if isinstance(change, PartMaps) else 1 for change in (self.input_map, self.output_map))
+
+    def apart(self) -> list["CompressedWeight"]:
+        """Return the parts of a stack, sharing memory; the weight itself where it has no maps of parts."""
+        height = self.shape[0] // self.parts
+        return [self] if self.parts == 1 else [self.row_slice(a, a + height) for a in range(0, self.shape[0], height)]
+
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
         """Return the weight in float32, maps included."""
+        if self.parts > 1:
+            return torch.cat([part.dequantize() for part in self.apart()])
         w = self.terms[0].dequantize()
         for term in self.terms[1:]:
             w = w + term.dequantize()
@@ -141,10 +156,11 @@ class CompressedWeight:
         for i, entry in enumerate(spec["terms"]):
             kind, rest = split_kind(entry, "term", TERMS)
             tensors |= {f"term{i}.{name}": t for name, t in TERMS[kind].expected(rest, shape).items()}
-        for side, key, size in (("in", "input_map", shape[1]), ("out", "output_map", shape[0])):
+        parts = _parts(spec, shape[0])
+        for side, key, size in (("in", "input_map", shape[1]), ("out", "output_map", shape[0] // parts)):
             if spec[key] is not None:
-                kind, rest = split_kind(spec[key], "map", MAPS)
-                tensors |= {f"{side}.{name}": t for name, t in MAPS[kind].expected(rest, size).items()}
+                kind, rest = split_kind(spec[key], "map", ANY_MAPS)
+                tensors |= {f"{side}.{name}": t for name, t in ANY_MAPS[kind].expected(rest, size).items()}
         stored, weights = sum(dtype.itemsize * math.prod(dims) for dtype, dims in tensors.values()), shape[0] * shape[1]
         if weights > SMALL and stored * 8 * WEIGHTS_A_BIT < weights:
             raise FormatError(
@@ -173,8 +189,8 @@ class CompressedWeight:
             if entry is None:
                 changes.append(None)
             else:
-                kind, rest = split_kind(entry, "map", MAPS)
-                changes.append(MAPS[kind].build(rest, _below(tensors, f"{side}.")))
+                kind, rest = split_kind(entry, "map", ANY_MAPS)
+                changes.append(ANY_MAPS[kind].build(rest, _below(tensors, f"{side}.")))
         weight = cls(tuple(terms), changes[0], changes[1])
         for part in (*weight.terms, weight.input_map, weight.output_map):
             if part is not None:
@@ -183,9 +199,15 @@ class CompressedWeight:
 
     def row_slice(self, start: int, stop: int) -> "CompressedWeight":
         """Return some rows as a separate weight (one expert of a stack), sharing memory."""
-        if self.output_map is not None:
+        first, last = covered(self.shape[0], self.parts, start, stop)
+        height = self.shape[0] // self.parts
+        if self.output_map is not None and (self.parts == 1 or start % height or stop % height):
             raise FormatError("rows of a weight with an output map cannot be separated.")
-        return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), self.input_map)
+        input_map, output_map = (
+            PartMaps.of(change.maps[first:last]) if isinstance(change, PartMaps) else change
+            for change in (self.input_map, self.output_map)
+        )
+        return CompressedWeight(tuple(t.row_slice(start, stop) for t in self.terms), input_map, output_map)
 
     def rows(self, index: Int[torch.Tensor, " count"]) -> Float[torch.Tensor, "count in"]:
         """Return some rows in float32, in any order. Of a weight in a single term of codes without maps, no others are decoded."""
@@ -196,13 +218,31 @@ class CompressedWeight:
 
     @staticmethod
     def stack_rows(weights: Sequence["CompressedWeight"]) -> "CompressedWeight":
-        """Stack weights along the rows (experts); they must have no maps and the same kinds of terms."""
-        if any(w.input_map is not None or w.output_map is not None for w in weights):
-            raise FormatError("only weights without maps can be stacked.")
-        kinds = [type(term) for term in weights[0].terms]
-        if any([type(term) for term in w.terms] != kinds for w in weights):
-            raise FormatError("only weights with the same kinds of terms, in the same order, can be stacked.")
-        return CompressedWeight(tuple(kind.stack_rows([w.terms[i] for w in weights]) for i, kind in enumerate(kinds)))
+        """Stack weights along the rows (experts); they must have the same kinds of terms and of maps.
+
+        One without single weights apart may stand among others that have some.
+        """
+        kinds = [type(term) for term in max((w.terms for w in weights), key=len)]
+        rows = [_with_kinds(w.terms, kinds) for w in weights]
+        terms = tuple(kind.stack_rows([row[i] for row in rows]) for i, kind in enumerate(kinds))
+        return CompressedWeight(
+            terms, PartMaps.of([w.input_map for w in weights]), PartMaps.of([w.output_map for w in weights])
+        )
+
+
+def _with_kinds(terms: Sequence[Term], kinds: Sequence[type[Term]]) -> list[Term]:
+    """Return terms of these kinds, an empty one where a sparse one is missing. Raises FormatError for other terms."""
+    left, filled = list(terms), list[Term]()
+    for kind in kinds:
+        if left and type(left[0]) is kind:
+            filled.append(left.pop(0))
+        elif kind is Sparse:
+            filled.append(Sparse.empty(terms[0].shape))
+        else:
+            break
+    if left or len(filled) < len(kinds):
+        raise FormatError("only weights with the same kinds of terms, in the same order, can be stacked.")
+    return filled
 
 
 def _map_spec(change: Map | None) -> dict[str, Any] | None:
@@ -211,6 +251,16 @@ def _map_spec(change: Map | None) -> dict[str, Any] | None:
 
 def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _parts(spec: Mapping[str, Any], rows: int) -> int:
+    """Return the parts that have maps of their own, 1 where none has. Raises FormatError unless both maps agree and divide the rows."""
+    maps = [spec[key] for key in ("input_map", "output_map") if isinstance(spec[key], Mapping)]
+    counts = [change.get("parts") if change.get("kind") == PartMaps.kind else 1 for change in maps] or [1]
+    parts = counts[0]
+    if any(count != parts for count in counts) or type(parts) is not int or parts < 1 or rows % parts:
+        raise FormatError(f"the maps of a weight of {rows} rows are of {counts} parts; one number must divide the rows.")
+    return parts
 
 
 def _shape(spec: Mapping[str, Any]) -> tuple[int, int]:

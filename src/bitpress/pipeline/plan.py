@@ -286,17 +286,9 @@ def overlooked_products(plan: Plan) -> list[str]:
 
 def _check_parts(weights: Sequence[PlannedWeight], method: Method) -> None:
     wrong: dict[str, list[str]] = {}
-    changes = ", ".join(named.name for named in method.changes)
-    suits = f"with --weights {method.recipe.weights} and neither preset nor --bits the recipe suits experts."
     for planned in weights:
         parameter = planned.parameter
         name, quantizer = planned.method.quantizer.name, planned.method.quantizer.part
-        if changes and parameter.experts:
-            wrong.setdefault(f"{changes}: the maps of experts cannot be stacked; {suits}", []).append(parameter.stem)
-        if parameter.experts and quantizer.keeps_map:
-            wrong.setdefault(f"{name}: it keeps a map with every weight, and those of experts cannot be stacked.", []).append(
-                parameter.stem
-            )
         if isinstance(planned.format, Format):
             try:
                 check_served(name, quantizer.serves, planned.format)

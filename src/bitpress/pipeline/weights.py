@@ -30,6 +30,8 @@ __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
 # Said under calibration.gram=loss of a weight whose tokens it cannot weigh: of experts, and of inputs with other positions than the sample.
 ALIKE = "its tokens count alike: the loss does not tell how much each of them matters here"
+# Statistics that no expert has; every quantizer that needs them has a way without.
+UNKNOWN_OF_EXPERTS = frozenset({"cross", "attention_gram"})
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,12 @@ class WeightCompressor:
         needs = parts.quantizer.part.needs | self.method.shared_needs
         scarce = self._scarce(name, parameter, stats, needs)
         if scarce is not None:
-            # Experts of one stack have the same kinds of terms, so this one is compressed in the same way, as if all its channels were alike.
+            # Experts of one stack have the same kinds of terms and of maps, so this one is compressed in the same way, as if all its
+            # channels were alike.
             alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
-            known = parts.quantizer.part.needs <= {"gram", "mean_abs"}
+            known = parts.quantizer.part.needs <= {"gram", "mean_abs"} | UNKNOWN_OF_EXPERTS
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
-            parts = LayerMethod(fmt, quantizer, corrections=parts.corrections)
+            parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)
             with _named(name):
                 outcome = compress_matrix(w, alike, parts)
             outcome, seen = replace(outcome, fallbacks=(scarce,)), None

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 
 from bitpress.calibration.stats import Stats
-from bitpress.errors import FormatError, UsageError
-from bitpress.formats import CompressedWeight, Format, Kept, Packed, find_row
+from bitpress.errors import UsageError
+from bitpress.formats import CompressedWeight, Format, Kept, Packed
+from bitpress.formats.table import find_grid
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, check_feedback, prepare
 from bitpress.quantizers.mechanisms.outliers import in_blocks
 from bitpress.quantizers.mechanisms.storage import column_bytes
@@ -124,9 +125,4 @@ class AlignedGroups(Quantizer):
 
 def twice_as_wide(fmt: Format) -> Format:
     """Return the format of 4 bits with the same kind of grid."""
-    name = fmt.grid.name.replace("2", "4")
-    row = find_row(name)
-    grid = row.zero if any(p.name == "zero" for p in fmt.grid.params) else row.grid
-    if grid is None:
-        raise FormatError(f"{name} has no variant with a zero point; leave out `zero`.")
-    return Format(grid, fmt.block, fmt.scale, fmt.layout)
+    return Format(find_grid(fmt.grid.name.replace("2", "4"), fmt.zero), fmt.block, fmt.scale, fmt.layout)

@@ -5,8 +5,8 @@ Source   Guo et al. 2024, "decoupleQ: Towards 2-bit Post-Training Uniform Quanti
          as in the authors' public code (`quant.py`, `moq_quant.py`).
 Differs  only the first stage, one weight at a time, without training scales and norms on a block's output. Codes by the paper's
          second approximation (GPTQ's columns), then by `sweeps` of coordinate descent (`Descent`), which the paper lacks (sweeps=0
-         for the paper's way). Its first approximation (projected gradients) is left out. Zero points are rounded to the codes of the
-         format, scales are positive and rounded as stored; scales are solved for again under these zero points. Without a stored
+         for the paper's way). Its first approximation (projected gradients) is left out. Zero points are rounded as the
+         format stores them, scales are positive and rounded as stored; scales are solved for again under these zero points. Without a stored
          zero point only scales are solved for.
 Needs    gram [in, in] float32.     Cost  O(rounds * (sweeps + 2) * out * in^2 + in^3) time, O(in^2) memory.
 Update   codes = argmin under (scale, offset), then  (scale, offset) = argmin of
@@ -26,7 +26,7 @@ from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
 from bitpress.quantizers.mechanisms.coordinate_descent import LAZY, Descent, prepare_descent
 from bitpress.quantizers.mechanisms.error_feedback import Columns, Order, check_feedback, prepare
-from bitpress.quantizers.mechanisms.scales import stored_scales
+from bitpress.quantizers.mechanisms.scales import stored_scales, stored_zeros
 from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -97,7 +97,7 @@ def solve_affine(
     ones = torch.ones_like(params["scale"])
     if "zero" in params:
         scale, offset = _solve(w, codes.float(), descent.gram, fmt, offsets=True)
-        zero = (-offset / scale).nan_to_num(0.0, 0.0, 0.0).round_().clamp_(0, fmt.grid.num_codes - 1)
+        zero = stored_zeros(fmt, (-offset / scale).nan_to_num(0.0, 0.0, 0.0))
         params = _better(w, codes, descent, fmt, params, {"scale": scale, "zero": zero})
     scale, _ = _solve(w, fmt.decode(codes, {**params, "scale": ones}), descent.gram, fmt, offsets=False)
     return _better(w, codes, descent, fmt, params, {"scale": scale})

@@ -2,13 +2,15 @@
 
 Source   Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml.github.io); the loop and its
          settings as in the authors' public code (`optimize_weights_proximal_legacy`).
-Differs  zero points are integer codes of the format, not floats. Moving them alone has little effect, so scales, which HQQ leaves
-         fixed, are solved for too. The best parameters are kept block by block, by the minimised norm, where the original stops when
-         the mean error of the whole weight grows. The range of a block includes 0. With the original's beta an error below 0.17
-         shrinks to nothing, so most weights get plain least squares.
+Differs  only in formats with zero points between codes (int4-g64-zerofp16) are they floats, as HQQ's are; zero points that are codes
+         seldom move, so scales, which HQQ leaves as they begin, are solved for there too (`scales` says so for any format). The best
+         parameters are kept block by block, by the minimised norm, where the original stops when the mean error of the whole weight
+         grows. The range of a block includes 0. With the original's beta an error below 0.17 shrinks to nothing, so most weights get
+         plain least squares.
 Needs    nothing.                   Cost  O(rounds * out * in) time.
 Update   rest = shrink(w - w_hat),  shrink(x) = sign(x) max(|x| - |x|^(norm - 1) / beta, 0);  beta *= growth
-         scale = sum (w - rest) q / sum q^2,  q = codes - zero;   zero = mean(codes - (w - rest) / scale);   sums over a block
+         zero = mean(codes - (w - rest) / scale);   with `scales` before it  scale = sum (w - rest) q / sum q^2,  q = codes - zero;
+         sums over a block
 Fails    NumericsError when a weight is not finite. The first parameters are those of min-max rounding: never worse in the norm.
 """
 
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from bitpress.calibration.stats import Stats
 from bitpress.errors import UsageError
 from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.quantizers.mechanisms.scales import stored_scales
+from bitpress.quantizers.mechanisms.scales import stored_scales, stored_zeros
 from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 
 __all__ = ["HQQ", "shrink"]
@@ -29,10 +31,13 @@ __all__ = ["HQQ", "shrink"]
 
 @dataclass(frozen=True)
 class HQQ(Quantizer):
+    """`scales` says whether scales are solved for; None: unless the format has zero points between codes."""
+
     rounds: int = 20
     norm: float = 0.7
     beta: float = 10.0
     growth: float = 1.01
+    scales: bool | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset()
     transforms: ClassVar[tuple[str, ...]] = ()
@@ -71,14 +76,16 @@ class HQQ(Quantizer):
         codes = fmt.encode(w, params)
         target = w - shrink(w - fmt.decode(codes, params), beta, self.norm)
         levels = fmt.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
-        scale = stored_scales(fmt, params, block_sums(target * levels, fmt) / block_sums(levels.square(), fmt))
+        scale = params["scale"]
+        if fmt.zero != "zerofp16" if self.scales is None else self.scales:
+            scale = stored_scales(fmt, params, block_sums(target * levels, fmt) / block_sums(levels.square(), fmt))
         params = {**params, "scale": scale}
         if "zero" not in params:
             return params
         down, across = scale.shape
         count = w.numel() // (down * across)
         mean = (block_sums(codes.float(), fmt) - block_sums(target, fmt) / torch.where(scale > 0, scale, 1.0)) / count
-        return {**params, "zero": mean.round_().clamp_(0, fmt.grid.num_codes - 1)}
+        return {**params, "zero": stored_zeros(fmt, mean)}
 
     def errors(self, w: Float[torch.Tensor, "out in"], fmt: Format, params: Params) -> Float[torch.Tensor, "down across"]:
         """Return every block's sum of |error|^norm."""

@@ -55,7 +55,7 @@ class PTQ161(Quantizer):
 
     @property
     def keeps_map(self) -> bool:
-        return True
+        return self.steps > 1
 
     def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
         width = shape[1]
@@ -79,8 +79,10 @@ class PTQ161(Quantizer):
         signs = fmt.decode(fmt.encode(w[:, rest], params), params)
         target = w if kept is None else w - kept.dequantize()
         a, r = self._factors(signs, (target @ near)[:, rest], near[rest][:, rest])
-        candidates = [_put_together(kept, fmt, signs, rest, None)]
-        candidates.append(_put_together(kept, fmt, signs * a[:, None], rest, r if self.steps > 1 else None))
+        # Experts are stacked with a map each, so there is one of ones where the factors do not help.
+        plain, fitted = (torch.ones_like(r), r) if self.keeps_map else (None, None)
+        candidates = [_put_together(kept, fmt, signs, rest, plain)]
+        candidates.append(_put_together(kept, fmt, signs * a[:, None], rest, fitted))
         errors = output_errors(w, [c.dequantize() for c in candidates], stats)
         better = errors[1] <= errors[0]
         fallbacks = (

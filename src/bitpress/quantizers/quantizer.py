@@ -58,7 +58,7 @@ class Quantizer(Protocol):
 
     @property
     def keeps_map(self) -> bool:
-        """Whether its weights have a map of their own, which cannot be stacked."""
+        """Whether its weights have a map of their own; then every one of them has."""
         return False
 
     def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:

@@ -38,6 +38,11 @@ class Sparse:
 
     kind: ClassVar[str] = "sparse"
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int]) -> "Sparse":
+        """Return a term without any weight."""
+        return cls(shape, {"row_start": torch.zeros(shape[0] + 1, dtype=torch.int32)})
+
     @property
     def count(self) -> int:
         return self.tensors["value"].numel() if "value" in self.tensors else 0

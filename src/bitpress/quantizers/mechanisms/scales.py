@@ -7,7 +7,7 @@ from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
 from bitpress.formats.format import shared_name
 
-__all__ = ["stored_scales"]
+__all__ = ["stored_scales", "stored_zeros"]
 
 
 def stored_scales(fmt: Format, params: Params, scale: Float[torch.Tensor, "down across"]) -> Float[torch.Tensor, "down across"]:
@@ -21,3 +21,10 @@ def stored_scales(fmt: Format, params: Params, scale: Float[torch.Tensor, "down 
         return fmt.store.round(torch.where((scale > 0) & torch.isfinite(scale), scale, old), outer)
     except NumericsError:
         return old
+
+
+def stored_zeros(fmt: Format, zero: Float[torch.Tensor, "down across"]) -> Float[torch.Tensor, "down across"]:
+    """Return the nearest zero points that a format stores: codes, or floats up to as far beyond the codes as there are codes."""
+    if fmt.zero == "zero":
+        return zero.round().clamp(0, fmt.grid.num_codes - 1)
+    return zero.clamp(-fmt.grid.num_codes, 2 * fmt.grid.num_codes).half().float()
