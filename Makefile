@@ -94,6 +94,8 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_formats.py
 	$(BIN)/python scripts/list_methods.py
 	$(BIN)/python scripts/list_native.py
+	$(BIN)/python scripts/list_exchange.py
+	$(BIN)/python scripts/list_report.py
 	$(BIN)/python scripts/list_architectures.py
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render

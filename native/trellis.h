@@ -19,7 +19,8 @@ constexpr int kMostShift = 8;
 
 // Finds the path that minimises  sum of weights[i] * (values[i] - levels[state i])^2  and returns its new bits, one entry a value.
 // values, weights, codes [sequences, length]; without weights (null) all are 1.
-// Every sequence is searched alone, so the result is the same whatever `threads` is. Of equal paths the one of the lower states wins.
+// Sequences are shared out among the threads; where there are fewer of them, several threads search one path, some states each. Every cost
+// is computed alone, so the result is the same whatever `threads` is. Of equal paths the one of the lower states wins.
 void encode_trellis(const float *values, const float *weights, std::uint8_t *codes, std::int64_t sequences, std::int64_t length,
                     const Trellis &trellis, int threads);
 

@@ -71,7 +71,12 @@ def _patterns(serves: tuple[str, ...]) -> str:
 def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "| name | what it does | works on | needs | paper |"
     yield "|---|---|---|---|---|"
-    on = {"groups": "weights that share an input", "weights": "each weight alone", "targets": "what each weight's codes aim at"}
+    on = {
+        "network": "the whole network",
+        "groups": "weights that share an input",
+        "weights": "each weight alone",
+        "targets": "what each weight's codes aim at",
+    }
     for row in rows:
         if row["kind"] == "transform":
             yield _line((f"`{row['name']}`", row["summary"], on[row["works_on"]], ", ".join(row["needs"]) or "-", row["paper"]))

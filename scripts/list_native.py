@@ -25,7 +25,6 @@ def rewrite(text: str) -> str:
     sections = {
         "model types": _wrapped((f"`{name}`" for name in ARCHITECTURES), ", "),
         "grids with a native layout": _wrapped((name for name, fits in laid_out.items() if fits), " ", indent="    "),
-        "expanded grids": _wrapped((name for name, fits in laid_out.items() if not fits), " ", indent="    "),
     }
     return rewrite_sections(TARGET.name, text, sections)
 

@@ -33,6 +33,7 @@ from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.table import find_grid
 from bitpress.formats.terms.dfloat11 import dfloat11
+from bitpress.formats.terms.kept import Kept
 from bitpress.formats.terms.low_rank import LowRank, low_rank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sign_low_rank import sign_low_rank
@@ -241,7 +242,10 @@ def bound(
     if expanded:
         w = sum(expanded, torch.zeros(weight.shape)).double()
         add_dense(x, w, fp16_step(w, w.abs().amax(1, keepdim=True)))
+    whole = x
     for term in weight.terms:
+        # A term of some columns multiplies those of the input alone.
+        term, x = (term.packed, whole[:, term.chosen()[0]]) if isinstance(term, Kept) else (term, whole)
         w = term.dequantize().double()
         if is_expanded(term, weight, strips):
             continue
@@ -277,7 +281,7 @@ def bound(
                     add(x, half_steps(x, codes.group, PIECE, DIGITS), codes.w, missed)
     # A product is rounded once for every addition behind it: those of its columns, of the inner ones of a low-rank pair, and a
     # few scales, gains and terms, each in float32 and each twice where the path has no fused multiply-add.
-    return error + (x.shape[1] + rank + 16) * EPS * size
+    return error + (whole.shape[1] + rank + 16) * EPS * size
 
 
 def mapped(x: torch.Tensor, change: Map) -> tuple[torch.Tensor, torch.Tensor]:
@@ -480,6 +484,10 @@ def rotation(block: int) -> Hadamard:
     return Hadamard.random(200, block, generator(13))
 
 
+def kept(name: str, w: torch.Tensor, chosen: torch.Tensor) -> Kept:
+    return Kept.place(press(name, w[:, chosen].contiguous()), "columns", chosen)
+
+
 def composed() -> dict[str, CompressedWeight]:
     """Weights of several terms and with maps, [37, 200]."""
     w = weights(37, 200, 21)
@@ -488,6 +496,8 @@ def composed() -> dict[str, CompressedWeight]:
     few = sparse(rest, torch.rand(w.shape, generator=generator(6)) < 0.03)
     none = sparse(rest, torch.zeros_like(w).bool())
     thin = low_rank(rest, 5)
+    first = torch.ones(200, dtype=torch.bool)
+    first[torch.randperm(200, generator=generator(14))[:40]] = False
     order, scale = permutation(200), Scale(torch.rand(200, generator=generator(7)) + 0.5)
     terms = (packed, thin, few)
     return {
@@ -504,6 +514,9 @@ def composed() -> dict[str, CompressedWeight]:
         "low-rank in codes": CompressedWeight((packed, low_rank(rest, 6, "int8-row"))),
         "signs of low rank": CompressedWeight((packed, sign_low_rank(rest, 4))),
         "sparse alone": alone(few),
+        "columns in two formats": CompressedWeight((kept("int2-g10", w, first), kept("int4-g5", w, ~first)), order),
+        "columns beside all": CompressedWeight((packed, thin, kept("e4m3-row", rest, ~first), kept("int8-row", rest, first))),
+        "columns alone": alone(kept("int3-g16-zero", w, first)),
         "stacked": CompressedWeight.stack_rows(
             [CompressedWeight((press("int4-tensor-zero", part), low_rank(part, 2))) for part in (w[:18], w[18:36])]
         ),
@@ -559,6 +572,8 @@ def test_what_is_expanded_is_named(name: str) -> None:
     "name",
     [
         "all three",
+        "columns in two formats",
+        "columns beside all",
         "permutation, all three",
         "two packed and tables",
         "chain, all three",

@@ -33,9 +33,9 @@ Linear *make_linear(int rows, int columns) {
 void add_codes(Linear &l, Bytes2 codes, int bits, int group, const std::string &kind, Bytes2 scales, float gain,
                std::optional<Bytes2> zeros, int zero, std::optional<Array<const uint8_t, 1>> table,
                std::optional<Array<const float, 1>> levels, int threads, int tall, float step, nb::handle shared,
-               nb::handle meaning) {
+               nb::handle meaning, const std::string &packing, std::optional<Array<const int32_t, 1>> picked) {
     const int used = checked_threads(threads);
-    CodesGiven given{codes, bits, group, kind, scales, gain, zeros, zero, table, levels, tall, step, shared, meaning};
+    CodesGiven given{codes, bits, group, kind, scales, gain, zeros, zero, table, levels, tall, step, shared, meaning, packing, picked};
     CodedParts parts = take_codes(given, l.rows, l.columns);
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
@@ -63,8 +63,20 @@ void set_low_rank(Linear &l, Halves down, Halves up, bool half, int threads) {
     const auto turn = l.turns.fill();
     const int rank = int(down.shape(0));
     auto first = std::make_unique<Dense>(lay_out_dense(rank, l.columns, down.data(), half, nullptr, used));
-    l.up = std::make_unique<Dense>(lay_out_dense(l.rows, rank, up.data(), half, nullptr, used));
-    l.down = std::move(first);
+    l.up = {std::make_unique<Dense>(lay_out_dense(l.rows, rank, up.data(), half, nullptr, used)), nullptr};
+    l.down = {std::move(first), nullptr};
+}
+
+// Takes the codes of two layers as the factors of a low-rank product; those layers are empty afterwards.
+void set_low_rank_codes(Linear &l, Linear &down, Linear &up) {
+    need(&down != &up && &down != &l && &up != &l, "down, up and the layer must be three");
+    need(down.columns == l.columns && up.rows == l.rows && up.columns == down.rows, "down must be [rank, columns] and up [rows, rank]");
+    const nb::gil_scoped_release released;
+    const auto turn = l.turns.fill(), of_down = down.turns.fill(), of_up = up.turns.fill();
+    need(down.coded.size() == 1 && up.coded.size() == 1, "factors must have one matrix of codes each");
+    l.down = {nullptr, std::make_unique<Coded>(std::move(down.coded[0]))};
+    l.up = {nullptr, std::make_unique<Coded>(std::move(up.coded[0]))};
+    down.coded.clear(), up.coded.clear();
 }
 
 void set_sparse(Linear &l, Array<const int64_t, 1> starts, Array<const int32_t, 1> columns, Row values) {
@@ -209,11 +221,13 @@ void bind_engine(nb::module_ &m) {
         .def("add_codes", &add_codes, nb::arg("codes").noconvert(), nb::arg("bits"), nb::arg("group"), nb::arg("kind"),
              nb::arg("scales").noconvert(), nb::arg("gain"), nb::arg("zeros").noconvert().none(), nb::arg("zero"),
              nb::arg("table").noconvert().none(), nb::arg("levels").noconvert().none(), nb::arg("threads"), nb::arg("tall") = 1,
-             nb::arg("step") = 1.0f, nb::arg("shared") = nb::none(), nb::arg("meaning") = nb::none())
+             nb::arg("step") = 1.0f, nb::arg("shared") = nb::none(), nb::arg("meaning") = nb::none(),
+             nb::arg("packing") = "planes", nb::arg("picked").noconvert().none() = nb::none())
         .def("add_dense", &add_dense, nb::arg("values").noconvert(), nb::arg("half"), nb::arg("gain").noconvert().none(),
              nb::arg("threads"))
         .def("set_low_rank", &set_low_rank, nb::arg("down").noconvert(), nb::arg("up").noconvert(), nb::arg("half"),
              nb::arg("threads"))
+        .def("set_low_rank_codes", &set_low_rank_codes, nb::arg("down"), nb::arg("up"))
         .def("set_sparse", &set_sparse, nb::arg("starts").noconvert(), nb::arg("columns").noconvert(),
              nb::arg("values").noconvert())
         .def("set_bias", &set_bias, nb::arg("bias").noconvert())

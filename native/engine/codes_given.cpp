@@ -13,15 +13,16 @@ namespace bitpress {
 
 namespace {
 
-constexpr const char *KIND_NAMES[CODE_KINDS] = {"whole", "table", "levels", "own", "halves", "words", "e8p", "trellis"};
-constexpr int MOST_TABLES = 256, MOST_SPAN = 32, MOST_WORD_BITS = 16;
+constexpr const char *KIND_NAMES[CODE_KINDS] = {"whole", "table", "levels", "own", "halves", "words", "e8p", "trellis", "pairs", "pyramid"};
+constexpr const char *PACKING_NAMES[PACKINGS] = {"planes", "trits", "uneven"};
+constexpr int MOST_TABLES = 256, MOST_SPAN = 32, MOST_WORD_BITS = 16, MOST_PULSES = 32, MOST_PLANES = 4;
 
 ScaleKind scale_kind(const std::string &name) {
     static const std::map<std::string, ScaleKind> kinds = {
         {"fp32", ScaleKind::f32}, {"fp16", ScaleKind::f16}, {"bf16", ScaleKind::bf16},   {"e8m0", ScaleKind::e8m0}, {"fp8", ScaleKind::e4m3},
-        {"s4", ScaleKind::s4},    {"s8", ScaleKind::s8},    {"p2row", ScaleKind::p2row}, {"dq", ScaleKind::dq}};
+        {"s4", ScaleKind::s4},    {"s6", ScaleKind::s6}, {"s8", ScaleKind::s8},    {"p2row", ScaleKind::p2row}, {"dq", ScaleKind::dq}};
     const auto found = kinds.find(name);
-    need(found != kinds.end(), "scales must be fp32, fp16, bf16, e8m0, fp8, s4, s8, p2row or dq");
+    need(found != kinds.end(), "scales must be fp32, fp16, bf16, e8m0, fp8, s4, s6, s8, p2row or dq");
     return found->second;
 }
 
@@ -39,6 +40,16 @@ bool codes_fit(const Bytes2 &codes, int size, int bits) {
     return fit(reinterpret_cast<const uint32_t *>(codes.data()), count, bits);
 }
 
+bool fit_trits(const Bytes2 &codes) { return std::all_of(codes.data(), codes.data() + codes.size(), [](uint8_t code) { return code < 3; }); }
+
+// Whether the codes of even rows fit so many bits.
+bool fit_uneven(const Bytes2 &codes, int even) {
+    for (size_t row = 0; row < codes.shape(0); row += 2) {
+        if (!fit(codes.data() + row * codes.shape(1), codes.shape(1), even)) return false;
+    }
+    return true;
+}
+
 template <class T> Aligned<T> copied(const T *from, size_t count) {
     Aligned<T> to(count);
     if (count) std::memcpy(to.data(), from, count * sizeof(T));
@@ -52,7 +63,7 @@ PerBlock shape_of(int rows, int groups, int tall, int bits) {
 }
 
 void take_shared(Scales &s, nb::handle given) {
-    need(given.is_none() != (s.has_rows() || s.kind == ScaleKind::dq), "s4, s8, p2row and dq have shared values, and no others");
+    need(given.is_none() != (s.has_rows() || s.kind == ScaleKind::dq), "s4, s6, s8, p2row and dq have shared values, and no others");
     if (given.is_none()) return;
     const Part part("shared", given);
     if (s.has_rows()) {
@@ -60,6 +71,7 @@ void take_shared(Scales &s, nb::handle given) {
         s.rows.resize(s.row_count());
         std::memcpy(s.rows.data(), rows.data(), rows.size() * sizeof(float));
     } else {
+        s.planes = part.whole("planes", 1, MOST_PLANES), s.plane = part.whole("plane", 0, s.planes - 1);
         const auto levels = part.array<float>("levels", 256);
         const auto factors = part.array<float>("factors", s.shared_count() - 256);
         s.shared.resize(s.shared_count());
@@ -87,12 +99,15 @@ Aligned<uint16_t> striped(const Coded &m, const uint16_t *from) {
 
 void take_meaning(Coded &m, const Part &part) {
     m.kind = code_kind(taken<std::string>(part.at("kind"), part.path("kind"), "a name"));
-    const bool one_each = m.kind == CodeKind::levels || m.kind == CodeKind::own || m.kind == CodeKind::halves || m.kind == CodeKind::trellis;
+    const bool one_each = m.kind == CodeKind::levels || m.kind == CodeKind::own || m.kind == CodeKind::halves || m.kind == CodeKind::trellis ||
+                          m.kind == CodeKind::pairs;
     need(!one_each || m.bits <= 8, "codes of single weights have at most 8 bits");
     need(!m.zeros.any() || m.kind == CodeKind::halves, "only whole and half numbers have zero points");
-    if (m.kind == CodeKind::levels) {
+    if (m.kind == CodeKind::levels || m.kind == CodeKind::pairs) {
+        const bool is_pair = m.kind == CodeKind::pairs;
+        need(!is_pair || (m.span == 1 && m.group % 2 == 0), "groups of pairs have whole pairs of columns");
         const int tables = part.whole("tables", 1, MOST_TABLES);
-        const auto levels = part.array<float>("levels", size_t(tables) << m.bits);
+        const auto levels = part.array<float>("levels", size_t(tables) << (m.bits + is_pair));
         if (tables > 1) {
             const PerBlock &each = m.scales.each;
             int bits = 1;
@@ -102,7 +117,7 @@ void take_meaning(Coded &m, const Part &part) {
             for (size_t i = 0; i < which.size(); ++i) need(which.data()[i] < tables, "a block names a table that is not there");
             m.which.fill(which.data());
         }
-        m.levels.resize(m.level_count() << m.which.bits);  // as many tables as blocks can name
+        m.levels.resize(m.level_count() << (m.which.bits + is_pair));  // as many tables as blocks can name
         std::memcpy(m.levels.data(), levels.data(), levels.size() * sizeof(float));
     } else if (m.kind == CodeKind::own) {
         const PerBlock &each = m.scales.each;
@@ -125,16 +140,38 @@ void take_meaning(Coded &m, const Part &part) {
     } else if (m.kind == CodeKind::trellis) {
         need(m.span == 1, "a code of a path is that of one column");
         m.path.take(part.array<int32_t>("path", Path::COUNT).data());
+    } else if (m.kind == CodeKind::pyramid) {
+        m.pulses = part.whole("pulses", 1, MOST_PULSES);
     }
 }
 
+Packing packing_of(const std::string &name) {
+    const auto *found = std::find_if(PACKING_NAMES, PACKING_NAMES + PACKINGS, [&](const char *each) { return name == each; });
+    need(found != PACKING_NAMES + PACKINGS, "packing must be planes, trits or uneven");
+    return Packing(found - PACKING_NAMES);
+}
+
 }  // namespace
+
+void check_packing(const Coded &m) {
+    need(m.packing != Packing::trits || (m.kind <= CodeKind::table && m.bits == 2), "trits are codes of 2 bits for whole numbers or a table");
+    need(m.packing != Packing::uneven || (m.kind == CodeKind::trellis && m.bits >= 2), "only codes of a path have a bit more in every second row");
+}
+
+void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns) {
+    const size_t count = picked.shape(0);
+    need(count >= 1 && count <= size_t(columns), "picked columns must be 1 to all of the layer's");
+    for (size_t i = 0; i < count; ++i) {
+        need(picked.data()[i] >= (i == 0 ? 0 : picked.data()[i - 1] + 1) && picked.data()[i] < columns, "picked columns must rise and be those of the layer");
+    }
+    m.picked = copied(picked.data(), count);
+}
 
 const char *code_kind_name(CodeKind kind) { return KIND_NAMES[int(kind)]; }
 
 CodeKind code_kind(const std::string &name) {
     const auto *found = std::find_if(KIND_NAMES + 2, KIND_NAMES + CODE_KINDS, [&](const char *each) { return name == each; });
-    need(found != KIND_NAMES + CODE_KINDS, "codes must be levels, own, halves, words, e8p or trellis");
+    need(found != KIND_NAMES + CODE_KINDS, "codes must be levels, own, halves, words, e8p, trellis, pairs or pyramid");
     return CodeKind(found - KIND_NAMES);
 }
 
@@ -142,8 +179,9 @@ size_t own_count(const Coded &m) { return m.kind == CodeKind::own ? m.scales.eac
 
 size_t word_count(const Coded &m) { return (size_t(m.books) << m.word_bits) * size_t(m.span); }
 
-CodedParts take_codes(const CodesGiven &given, int rows, int columns) {
+CodedParts take_codes(const CodesGiven &given, int rows, int all_columns) {
     const int bits = given.bits;
+    const int columns = given.picked ? int(std::min(given.picked->shape(0), size_t(all_columns))) : all_columns;
     const bool has_meaning = !given.meaning.is_none();
     need(bits >= 1 && bits <= (has_meaning ? 24 : 8), "bits must be 1 to 8, or up to 24 for words");
     need(given.group >= 1 && given.group <= columns, "group must be 1 to the number of columns");
@@ -156,7 +194,8 @@ CodedParts take_codes(const CodesGiven &given, int rows, int columns) {
          "a table has a byte and a level for every code, at least 16 of them, and no zero points");
     CodedParts parts{{}, columns, given.codes.data(), bits <= 8 ? 1 : bits <= 16 ? 2 : 4};
     Coded &m = parts.made;
-    m.rows = rows, m.group = given.group, m.gain = given.gain, m.step = given.step, m.zero = given.table ? 128 : given.zero;
+    if (given.picked) take_picked(m, *given.picked, all_columns);
+    m.rows = rows, m.packing = packing_of(given.packing), m.group = given.group, m.gain = given.gain, m.step = given.step, m.zero = given.table ? 128 : given.zero;
     std::optional<Part> meaning;
     if (has_meaning) m.span = meaning.emplace("meaning", given.meaning).whole("span", 1, std::min(MOST_SPAN, columns));
     m.bits = stored_bits(bits, m.span);
@@ -186,6 +225,9 @@ CodedParts take_codes(const CodesGiven &given, int rows, int columns) {
         m.levels = copied(given.levels->data(), entries);
     }
     if (has_meaning) take_meaning(m, *meaning);
+    check_packing(m);
+    need(m.packing != Packing::trits || fit_trits(given.codes), "a trit is 0, 1 or 2");
+    need(m.packing != Packing::uneven || fit_uneven(given.codes, m.bits - 1), "a code of an even row is too large for its bits");
     return parts;
 }
 

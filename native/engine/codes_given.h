@@ -16,8 +16,10 @@ using Bytes2 = Array<const uint8_t, 2>;
 // table    a byte and a level for every code, up to 8 bits
 // step     of the bytes of a table: a level is next to step * (byte - 128)
 // tall     rows of a block
-// shared   what scales share: {"rows"} of s4, s8 and p2row, {"levels", "factors", "offset"} of dq
+// shared   what scales share: {"rows"} of s4, s6, s8 and p2row, {"levels", "factors", "offset", "planes", "plane"} of dq
 // meaning  of codes that are neither whole numbers nor of one table: {"kind", ...} (take_meaning)
+// packing  planes, trits or uneven
+// picked   the columns of the layer that these are, rising; none where these are all
 struct CodesGiven {
     Bytes2 codes;
     int bits, group;
@@ -31,8 +33,15 @@ struct CodesGiven {
     int tall;
     float step;
     nanobind::handle shared, meaning;
+    std::string packing;
+    std::optional<Array<const int32_t, 1>> picked;
 };
 CodedParts take_codes(const CodesGiven &given, int rows, int columns);
+
+// Throws std::invalid_argument for a packing that codes of their kind and bits do not have.
+void check_packing(const Coded &m);
+// Takes the columns of a layer of `columns`, rising.
+void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns);
 
 // The name of a kind of codes, and the kind of a name that is not of `whole` and `table`.
 const char *code_kind_name(CodeKind kind);

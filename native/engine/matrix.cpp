@@ -89,6 +89,41 @@ template <class T> void fill_block(uint8_t *to, const T *const rows[STRIP], int 
     }
 }
 
+// Codes below 3 of 16 rows, five of them in a byte: columns c, c + 4, ... c + 16 of byte c % 4. The byte is the number of the five digits as a
+// part of 243, in 256ths rounded up, so that three times the byte has the first digit above its lower 8 bits, and the rest in them.
+void fill_trits(uint8_t *to, const uint8_t *const rows[STRIP], int count, int width) {
+    constexpr int DIGITS = 5, ALL = 243;
+    for (int c = 0; c < width; c += TRITS_CHUNK, to += 64) {
+        for (int k = 0; k < 64; ++k) {
+            int number = 0;
+            for (int digit = 0; digit < DIGITS; ++digit) {
+                const int at = c + 4 * digit + k % 4;
+                number = number * 3 + (rows[k / 4] != nullptr && at < count ? rows[k / 4][at] : 0);
+            }
+            to[k] = uint8_t((number * 256 + ALL - 1) / ALL);
+        }
+    }
+}
+
+// Codes of 16 rows of which the odd ones have a bit more. That bit of 32 columns is a byte's place in the row itself, that of the next 32 in
+// the row before.
+void fill_uneven(uint8_t *to, const uint8_t *const rows[STRIP], int count, int width, int bits) {
+    const int even = bits - 1, lines = UNEVEN_CHUNK * even / 32;
+    for (int c = 0; c < width; c += UNEVEN_CHUNK, to += 64 * (lines + 1)) {
+        const uint8_t *here[STRIP];
+        for (int r = 0; r < STRIP; ++r) here[r] = rows[r] != nullptr ? rows[r] + c : nullptr;
+        fill_block(to, here, count - c, UNEVEN_CHUNK, even);
+        uint8_t *last = to + 64 * lines;
+        std::memset(last, 0, 64);
+        for (int r = 1; r < STRIP; r += 2) {
+            for (int i = 0; here[r] != nullptr && i < std::min(UNEVEN_CHUNK, count - c); ++i) {
+                const int quad = i / 4, row = quad < 8 ? r : r - 1;
+                last[row * 4 + i % 4] |= uint8_t((here[r][i] >> even & 1) << quad % 8);
+            }
+        }
+    }
+}
+
 template <class T> void fill_strip(Coded &m, int strip, const uint8_t *codes, int columns) {
     const Cut &cut = m.cut;
     const size_t in_row = size_t(columns + m.span - 1) / m.span;
@@ -100,7 +135,13 @@ template <class T> void fill_strip(Coded &m, int strip, const uint8_t *codes, in
             rows[r] = r < count_rows ? reinterpret_cast<const T *>(codes) + at : nullptr;
         }
         const int count = (cut.columns_of(b) + m.span - 1) / m.span;
-        fill_block(const_cast<uint8_t *>(m.block(strip, b)), rows, count, cut.width / m.span, m.bits);
+        uint8_t *to = const_cast<uint8_t *>(m.block(strip, b));
+        if constexpr (sizeof(T) == 1) {
+            if (m.packing == Packing::trits) fill_trits(to, rows, count, cut.width);
+            if (m.packing == Packing::uneven) fill_uneven(to, rows, count, cut.width, m.bits);
+            if (m.packing != Packing::planes) continue;
+        }
+        fill_block(to, rows, count, cut.width / m.span, m.bits);
     }
 }
 
@@ -149,8 +190,13 @@ Cut make_cut(int columns, int group, int chunk) {
     return cut;
 }
 
+int Coded::chunk() const {
+    if (packing == Packing::planes) return chunk_of(bits, span);
+    return packing == Packing::trits ? TRITS_CHUNK : UNEVEN_CHUNK;
+}
+
 void set_cut(Coded &m, int columns) {
-    const int chunk = chunk_of(m.bits, m.span);
+    const int chunk = m.chunk();
     // A twentieth more for whole lines in every group is worth products that read the codes as they are.
     const bool apart = m.group < columns && m.group % m.span != 0;
     m.fine = apart || padded_columns(columns, m.group, chunk) * 20 > padded_columns(columns, columns, chunk) * 21;
@@ -159,7 +205,7 @@ void set_cut(Coded &m, int columns) {
 
 size_t Coded::bytes() const {
     return lines.bytes() + scales.bytes() + zeros.values.bytes() + which.values.bytes() + own.bytes() + words.bytes() + halves.bytes() +
-           points.bytes() + near_words.bytes() + near_levels.bytes() + (levels.size() > 16 ? levels.bytes() : 0);
+           points.bytes() + counts.bytes() + near_words.bytes() + near_levels.bytes() + (levels.size() > 16 ? levels.bytes() : 0) + picked.bytes();
 }
 
 void Coded::find_reach() {
@@ -172,11 +218,31 @@ void Coded::find_reach() {
     reach = std::max(reach, 1);
 }
 
+// N(numbers, pulses) = N(numbers - 1, pulses) + N(numbers - 1, pulses - 1) + N(numbers, pulses - 1), as `formats/grids/pyramid.py` counts.
+void Coded::count_points() {
+    if (kind != CodeKind::pyramid) return;
+    const int wide = pulses + 1;
+    counts.resize(size_t(span) * wide * (1 + wide));
+    uint32_t *first = counts.data() + size_t(span) * wide;
+    for (int after = 0; after < span; ++after) {
+        uint32_t *row = counts.data() + size_t(after) * wide;
+        for (int k = 0; k < wide; ++k) row[k] = k == 0 ? 1 : after == 0 ? 0 : row[k - wide] + row[k - wide - 1] + row[k - 1];
+        for (int k = 0; k < wide; ++k) {
+            uint32_t below = 0;
+            for (int size = 0; size < wide; ++size, ++first) {
+                *first = below;
+                if (size <= k) below += row[k - size] * (size == 0 ? 1 : 2);
+            }
+        }
+    }
+}
+
 Coded lay_out(CodedParts parts, int threads) {
     Coded m = std::move(parts.made);
     set_cut(m, parts.columns);
     m.find_reach();
     m.find_near();
+    m.count_points();
     const int strips = m.strips();
     m.lines.resize(size_t(strips) * m.cut.blocks() * m.block_bytes());
     parallel(threads, [&](int thread) {
@@ -262,7 +328,7 @@ size_t Linear::bytes() const {
     size_t total = bias.bytes() + (map ? map->bytes() : 0) + (out_map ? out_map->bytes() : 0);
     for (const Coded &m : coded) total += m.bytes();
     for (const Dense &m : dense) total += m.bytes();
-    if (down) total += down->bytes() + up->bytes();
+    if (down.any()) total += down.bytes() + up.bytes();
     if (sparse) total += sparse->bytes();
     return total;
 }
@@ -280,62 +346,6 @@ void Path::take(const int32_t *from) {
 void Path::give(int32_t *to) const {
     to[0] = state_bits, to[1] = shifts[0], to[2] = shifts[1], to[3] = multiplier;
     std::copy(polynomial, polynomial + 5, to + 4);
-}
-
-void Linear::row(int r, float *out) const {
-    if (out_map == nullptr) return inner_row(r, out);
-    std::vector<float> unit(size_t(rows), 0.0f), factors(static_cast<size_t>(rows)), each(static_cast<size_t>(columns));
-    unit[size_t(r)] = 1.0f;
-    out_map->apply_transposed(unit.data(), factors.data());
-    std::fill(out, out + columns, 0.0f);
-    for (int k = 0; k < rows; ++k) {
-        if (factors[size_t(k)] == 0.0f) continue;
-        inner_row(k, each.data());
-        for (int c = 0; c < columns; ++c) out[c] += factors[size_t(k)] * each[size_t(c)];
-    }
-}
-
-void Linear::inner_row(int r, float *out) const {
-    std::vector<float> terms(size_t(columns), 0.0f);
-    const int strip = r / STRIP, lane = r % STRIP;
-    std::vector<float> panel;
-    for (const Coded &m : coded) {
-        if (!m.fast()) {  // a whole strip of them, as products decode it
-            panel.resize(size_t(m.cut.padded()) * STRIP);
-            choose_kernels(nullptr).decode_coded(m, strip, panel.data());
-            for (int b = 0; b < m.cut.blocks(); ++b) {
-                const float *from = panel.data() + size_t(b) * m.cut.width * STRIP + lane;
-                for (int c = 0; c < m.cut.columns_of(b); ++c) terms[size_t(m.cut.first_column(b) + c)] += from[size_t(c) * STRIP];
-            }
-            continue;
-        }
-        for (int c = 0; c < columns; ++c) {
-            const int g = c / m.cut.group, code = code_at(m, r, c);
-            const float scale = scale_at(m.scales, r, g);
-            if (m.kind == CodeKind::table) terms[c] += m.levels[code] * (scale * m.gain);
-            else terms[c] += float(code - (m.zeros.any() ? int(m.zeros.code(r, g)) : m.zero)) * (scale * m.gain);
-        }
-    }
-    auto dense_row = [&](const Dense &m, int at, float factor) {
-        const float gain = m.gain.size() ? m.gain[at] : 1.0f;
-        for (int c = 0; c < m.columns; ++c) {
-            const uint16_t value = m.strip(at / STRIP)[size_t(c) * STRIP + at % STRIP];
-            terms[c] += factor * (gain * (m.half ? from_f16(value) : from_bf16(value)));
-        }
-    };
-    for (const Dense &m : dense) dense_row(m, r, 1.0f);
-    if (down) {
-        for (int k = 0; k < up->columns; ++k) {
-            const uint16_t value = up->strip(strip)[size_t(k) * STRIP + lane];
-            const float gain = up->gain.size() ? up->gain[r] : 1.0f;
-            dense_row(*down, k, gain * (up->half ? from_f16(value) : from_bf16(value)));
-        }
-    }
-    if (sparse) {
-        for (int64_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) terms[sparse->column(i)] += sparse->value(i);
-    }
-    if (map) map->apply_transposed(terms.data(), out);
-    else std::copy(terms.begin(), terms.end(), out);
 }
 
 }  // namespace bitpress

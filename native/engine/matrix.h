@@ -41,6 +41,7 @@ struct Cut {
 
 // The fewest columns of codes of so many bits, `span` columns each, that fill whole lines.
 int chunk_of(int bits, int span = 1);
+constexpr int TRITS_CHUNK = 20, UNEVEN_CHUNK = 64;
 // The bits that codes are stored in, so that a chunk is no longer than a block.
 int stored_bits(int bits, int span);
 // Cuts `columns` into blocks of whole chunks. Throws std::invalid_argument where padded columns cannot be counted.
@@ -55,8 +56,17 @@ Cut make_cut(int columns, int group, int chunk);
 //   words     a vector of a book, or the sum of one from each of several books
 //   e8p       a point of the E8 lattice: the signs and the row of the magnitudes
 //   trellis   bits of a path down the column: a weight is made of its own code and those of the rows above it
-enum class CodeKind : uint8_t { whole, table, levels, own, halves, words, e8p, trellis };
-constexpr int CODE_KINDS = 8;
+//   pairs     two neighbors: a normal value each, or an outlier beside a victim; a block may name one of several tables of both
+//   pyramid   the number of a point whose coordinates' magnitudes have a sum, and whose length is the scale
+enum class CodeKind : uint8_t { whole, table, levels, own, halves, words, e8p, trellis, pairs, pyramid };
+constexpr int CODE_KINDS = 10;
+
+// How the lines of a block hold codes.
+//   planes    of 8, 4, 2 and 1 bits, the low ones first
+//   trits     codes below 3, five of them in a byte
+//   uneven    codes of odd rows have a bit more than those of even ones: planes of the others' bits, and a plane of the odd rows' highest
+enum class Packing : uint8_t { planes, trits, uneven };
+constexpr int PACKINGS = 3;
 
 // What makes a weight of a path. `formats/grids/trellis.py` has the rule.
 struct Path {
@@ -72,6 +82,7 @@ struct Coded {
     int rows = 0, bits = 0, zero = 0, span = 1;  // span: columns of a code
     Cut cut;
     CodeKind kind = CodeKind::whole;
+    Packing packing = Packing::planes;
     int group = 0;      // columns that share a scale
     bool fine = false;  // groups that do not fill chunks: a block of codes has several scales
     float gain = 1;
@@ -85,6 +96,9 @@ struct Coded {
     Aligned<float> words;      // [book][1 << word_bits][span], or
     Aligned<uint16_t> halves;  // in fp16
     Aligned<uint8_t> points;   // of e8p: magnitudes [256][8] in quarters
+    int pulses = 0;            // of pyramid: the sum of the magnitudes
+    Aligned<uint32_t> counts;  // of pyramid: points of so many numbers and pulses [span][pulses + 1], then the first of each size of the
+                               // next number [span][pulses + 1][pulses + 1]
     Path path;                 // of trellis
     int books = 1, word_bits = 0;
     // Bytes next to words or levels, the step being `step`, less a zero of 128. Of words: four numbers of a word in 32 bits,
@@ -92,21 +106,29 @@ struct Coded {
     Aligned<uint32_t> near_words;
     Aligned<uint8_t> near_levels;
     Aligned<uint8_t> lines;  // [strip][block][line of 64 bytes]
+    Aligned<int32_t> picked;  // the columns of the layer that these are, none where these are all
 
     // Whether products read the codes as they are.
-    bool fast() const { return kind <= CodeKind::table && !fine; }
+    bool fast() const { return kind <= CodeKind::table && !fine && packing == Packing::planes; }
     // Whether products with 8-bit activations decode codes to bytes a block at a time; otherwise to floats.
     bool staged_in_bytes() const;
     bool reads_bytes() const { return fast() || staged_in_bytes(); }
     // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
     bool small() const { return fast() && cut.per_segment == 1 && reach <= 63; }
     int strips() const { return (rows + STRIP - 1) / STRIP; }
-    size_t block_bytes() const { return size_t(cut.width) / span * bits * STRIP / 8; }
+    int chunk() const;  // the fewest columns that fill whole lines
+    size_t block_bytes() const {
+        if (packing == Packing::trits) return size_t(cut.width) / TRITS_CHUNK * 64;
+        return size_t(cut.width) / span * (packing == Packing::uneven ? 2 * bits - 1 : 2 * bits) * STRIP / 16;
+    }
+    // Where column `c` of these is among the columns of the layer.
+    int column(int c) const { return picked.size() ? picked[size_t(c)] : c; }
     const uint8_t *block(int strip, int b) const { return lines.data() + (size_t(strip) * cut.blocks() + b) * block_bytes(); }
     size_t level_count() const { return size_t(1) << bits; }
     size_t bytes() const;
     void find_reach();
     void find_near();  // the bytes of words and levels
+    void count_points();  // of pyramid
 };
 
 // Sixteen-bit weights, for what has no codes or no layout of its own: [strip][column][16].
@@ -135,6 +157,21 @@ struct Sparse {
     size_t bytes() const { return starts.size() * 8 + (narrow.size() + halves.size()) * 2 + (wide.size() + floats.size()) * 4; }
 };
 
+// One factor of a low-rank product: in 16 bits, or in codes.
+struct Factor {
+    std::unique_ptr<Dense> dense;
+    std::unique_ptr<Coded> coded;
+
+    bool any() const { return dense != nullptr || coded != nullptr; }
+    int rows() const { return coded ? coded->rows : dense->rows; }
+    int columns() const { return coded ? coded->cut.columns : dense->columns; }
+    int width() const { return coded ? coded->cut.padded() : dense->columns; }  // of the rows that it is multiplied with
+    int strips() const { return (rows() + STRIP - 1) / STRIP; }
+    size_t bytes() const { return coded ? coded->bytes() : dense->bytes(); }
+    // to[column] += factor * the row's weights
+    void add_row(int r, float factor, float *to) const;
+};
+
 // Who is at a layer. Those who fill it take turns; nobody fills it while it is in use: by a product under way, by arrays of its memory,
 // or by a model for as long as there is one, whose plans it would no longer fit.
 class Turns {
@@ -156,7 +193,7 @@ struct Linear {
     mutable Turns turns;
     std::vector<Coded> coded;
     std::vector<Dense> dense;
-    std::unique_ptr<Dense> down, up;  // a low-rank product: up @ (down @ x)
+    Factor down, up;  // a low-rank product: up @ (down @ x)
     std::unique_ptr<Sparse> sparse;
     Aligned<float> bias;
     std::shared_ptr<const InputMap> map, out_map;

@@ -33,6 +33,7 @@ uint8_t near_byte(float value, float step) { return uint8_t(128 + std::lrint(std
 bool Coded::staged_in_bytes() const {
     if (fine) return kind <= CodeKind::table && group % 4 == 0;
     if (fast()) return false;
+    if (packing == Packing::trits) return kind <= CodeKind::table;
     return near_words.size() || near_levels.size() || kind == CodeKind::e8p || kind == CodeKind::trellis || (kind == CodeKind::own && bits <= 4);
 }
 

@@ -16,7 +16,11 @@ void PerBlock::fill(const uint8_t *from) {
     for (int r = 0; r < down(); ++r) {
         for (int g = 0; g < groups; ++g, from += bytes) {
             const size_t at = index(r * tall, g);
-            if (bits < 8) values[at * bits / 8] |= uint8_t(*from << at * bits % 8);
+            if (bits == 6) {
+                uint8_t *p = values.data() + at / 16 * SIX;
+                const size_t i = at % 16;
+                p[i / 2] |= uint8_t((*from & 15) << i % 2 * 4), p[8 + i / 4] |= uint8_t((*from >> 4) << i % 4 * 2);
+            } else if (bits < 8) values[at * bits / 8] |= uint8_t(*from << at * bits % 8);
             else std::memcpy(values.data() + at * bytes, from, bytes);
         }
     }
@@ -29,6 +33,7 @@ int scale_bits(ScaleKind kind) {
         case ScaleKind::bf16: return 16;
         case ScaleKind::s4:
         case ScaleKind::p2row: return 4;
+        case ScaleKind::s6: return 6;
         default: return 8;
     }
 }
@@ -40,6 +45,7 @@ float scale_at(const Scales &s, int row, int group) {
         const unsigned code = each.code(row, group);
         return (s.kind == ScaleKind::s4 ? float(code) : SHIFTS[code]) * s.rows[size_t(block_row)];
     }
+    if (each.bits == 6) return float(each.code(row, group)) * s.rows[size_t(block_row)];
     const uint8_t *p = each.bytes_of(row, group);
     uint16_t half;
     float full;
@@ -50,7 +56,7 @@ float scale_at(const Scales &s, int row, int group) {
         case ScaleKind::e8m0: return bits_to_float(*p == 0 ? 1u << 22 : uint32_t(*p) << 23);
         case ScaleKind::s8: return float(*p) * s.rows[size_t(block_row)];
         case ScaleKind::dq: {
-            const size_t at = size_t(block_row) * each.groups + group;
+            const size_t at = (size_t(block_row) * each.groups + group) * s.planes + s.plane;
             return std::max(s.shared[*p] * s.shared[256 + at / SHARED_BY] + s.offset, 0.0f);
         }
         default: return from_f16(uint16_t((*p & 0x80) << 8 | (*p & 0x7f) << 7)) * 256.0f;

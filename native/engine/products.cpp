@@ -7,119 +7,11 @@ namespace bitpress {
 
 namespace {
 
-Cut flat_cut(int columns) { return make_cut(columns, columns, chunk_of(8)); }
-
-}  // namespace
-
-void Input::want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear) {
-    for (size_t i = 0; i < used_; ++i) {
-        const Form &form = forms_[i];
-        if (form.kind == kind && form.cut == cut && form.map == map && form.linear == linear) return;
-    }
-    if (used_ == forms_.size()) forms_.emplace_back();
-    Form &form = forms_[used_++];
-    form.kind = kind;
-    form.cut = cut;
-    form.map = map;
-    form.linear = linear;
-    if (kind == Form::direct) form.quantized.fit(cut, rows_);
-    else if (kind == Form::tiled) form.tiles.fit(cut, rows_);
-    else if (kind == Form::halved) form.halves.fit(cut, rows_);
-    else {
-        form.width = kind == Form::floats ? cut.padded() : cut.columns;
-        form.values.resize(size_t(rows_) * form.width);
-    }
-}
-
-void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &linears, int rows, bool bytes) {
-    if (rows == rows_ && bytes == bytes_ && linears == planned_) return;
-    rows_ = rows;
-    bytes_ = bytes;
-    planned_.clear();
-    used_ = 0;
-    const bool few = rows <= MOST_ROWS;
-    for (const Linear *linear : linears) {
-        const InputMap *map = linear->map.get();
-        Cut whole;
-        whole.columns = linear->columns;
-        // First, for the others are made of it.
-        if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
-        for (const Coded &m : linear->coded) {
-            want(!bytes || (few && !m.reads_bytes()) ? Form::floats : few ? Form::direct : many(kernels), m.cut, map);
-        }
-        if (!linear->dense.empty() && bytes && !few) want(many(kernels), flat_cut(linear->columns), map);
-        if (linear->down) {
-            whole.columns = linear->down->rows;
-            want(Form::inner, whole, map, linear);
-        }
-    }
-    planned_ = linears;
-}
-
-const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear) const {
-    for (size_t i = 0; i < used_; ++i) {
-        const Form &form = forms_[i];
-        if (form.kind == kind && form.cut == cut && form.map == map && form.linear == linear) return form;
-    }
-    __builtin_unreachable();
-}
-
-int64_t Input::apart() const {
-    int64_t total = 0;
-    for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].kind != Form::tiled) continue;
-        for (int row = 0; row < rows_; ++row) total += forms_[i].tiles.apart_counts[row];
-    }
-    return total;
-}
-
-int64_t Input::values() const {
-    int64_t total = 0;
-    for (size_t i = 0; i < used_; ++i) total += forms_[i].kind == Form::tiled ? int64_t(rows_) * forms_[i].cut.columns : 0;
-    return total;
-}
-
-void Input::prepare(const Kernels &kernels, const float *x, int row) {
-    auto source = [&](const InputMap *map) -> const float * {
-        for (size_t i = 0; i < used_; ++i) {
-            if (forms_[i].kind == Form::mapped && forms_[i].map == map) {
-                return forms_[i].values.data() + size_t(row) * forms_[i].width;
-            }
-        }
-        return x;
-    };
-    for (size_t i = 0; i < used_; ++i) {
-        Form &form = forms_[i];
-        if (form.kind == Form::mapped) {
-            float *to = form.values.data() + size_t(row) * form.width;
-            if (form.map == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
-            else form.map->apply(x, to);
-        } else if (form.kind == Form::direct) {
-            Quantized &q = form.quantized;
-            kernels.quantize(source(form.map), q.cut, q.values.data() + size_t(row) * 2 * q.cut.padded(),
-                             q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
-        } else if (form.kind == Form::tiled) {
-            kernels.quantize_tiled(source(form.map), row, form.tiles);
-        } else if (form.kind == Form::halved) {
-            kernels.halve(source(form.map), row, form.halves);
-        } else if (form.kind == Form::floats) {
-            kernels.pad(source(form.map), form.cut, form.values.data() + size_t(row) * form.width);
-        } else {
-            const Dense &down = *form.linear->down;
-            const float *from = source(form.map);
-            float *to = form.values.data() + size_t(row) * form.width;
-            for (int s = 0; s < down.strips(); ++s) {
-                float out[STRIP] = {};
-                kernels.dense_floats(down, s, from, down.columns, 1, out);
-                std::memcpy(to + s * STRIP, out, size_t(std::min(STRIP, down.rows - s * STRIP)) * sizeof(float));
-            }
-        }
-    }
-}
-
-namespace {
-
 using Form = Input::Form;
+
+const Form &form_of(const Input &input, Form::Kind kind, const Linear &l, const Coded &m) {
+    return input.find(kind, m.cut, l.map.get(), nullptr, m.picked.data());
+}
 
 const Form &mapped(const Input &input, const Linear &l) {
     Cut whole;
@@ -129,7 +21,7 @@ const Form &mapped(const Input &input, const Linear &l) {
 
 const Form &inner(const Input &input, const Linear &l) {
     Cut whole;
-    whole.columns = l.down->rows;
+    whole.columns = l.down.rows();
     return input.find(Form::inner, whole, l.map.get(), &l);
 }
 
@@ -171,14 +63,14 @@ void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
     begin(l, strip, rows, out, STRIP);
     for (const Coded &m : l.coded) {
         if (input.bytes() && m.reads_bytes()) {
-            k.coded_bytes(m, strip, input.find(Form::direct, m.cut, l.map.get()).quantized, 0, rows, out);
+            k.coded_bytes(m, strip, form_of(input, Form::direct, l, m).quantized, 0, rows, out);
         } else {
-            const Form &x = input.find(Form::floats, m.cut, l.map.get());
+            const Form &x = form_of(input, Form::floats, l, m);
             k.coded_floats(m, strip, x.values.data(), x.width, rows, out);
         }
     }
     for (const Dense &m : l.dense) k.dense_floats(m, strip, mapped(input, l).values.data(), l.columns, rows, out);
-    if (l.up) k.dense_floats(*l.up, strip, inner(input, l).values.data(), l.up->columns, rows, out);
+    if (l.up.any()) add_factor(k, l.up, strip, inner(input, l).values.data(), rows, out);
     if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
     finish(k, p, strip, rows, out, STRIP);
 }
@@ -187,6 +79,14 @@ void panel_of(const Kernels &k, const Dense &m, int strip, const float *x, int r
     scratch.panel.resize(size_t(m.columns) * STRIP);
     k.decode_dense(m, strip, scratch.panel.data());
     k.panel_floats(scratch.panel.data(), m.columns, x, m.columns, rows, out, stride);
+}
+
+void panel_of_up(const Kernels &k, const Linear &l, int strip, const Input &input, float *out, int stride, Scratch &scratch) {
+    const Form &x = inner(input, l);
+    if (l.up.dense) return panel_of(k, *l.up.dense, strip, x.values.data(), input.rows(), out, stride, scratch);
+    scratch.panel.resize(size_t(l.up.width()) * STRIP);
+    k.decode_coded(*l.up.coded, strip, scratch.panel.data());
+    k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, input.rows(), out, stride);
 }
 
 // One of the two strips that share a tile product; no linear where there is only one.
@@ -198,7 +98,7 @@ struct Half {
 // Whether a tile product is all that a whole strip takes.
 bool is_single(const Half &h) {
     const Linear &l = *h.linear;
-    return l.coded.size() + l.dense.size() == 1 && !l.down && !l.sparse && (h.strip + 1) * STRIP <= l.rows;
+    return l.coded.size() + l.dense.size() == 1 && !l.down.any() && !l.sparse && (h.strip + 1) * STRIP <= l.rows;
 }
 
 // Two strips, many rows: scratch.out[row][32]. The sums of whole strips that take a single product are put where they belong at
@@ -212,7 +112,8 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     }
     const auto form = [&](const Half &h) -> const void * {
         const Linear &l = *h.linear;
-        return &input.find(Input::many(k), l.coded.empty() ? flat_cut(l.columns) : l.coded[0].cut, l.map.get());
+        if (!l.coded.empty()) return &form_of(input, Input::many(k), l, l.coded[0]);
+        return &input.find(Input::many(k), flat_cut(l.columns), l.map.get());
     };
     const bool done = put.mode != Put::stay && halves[1].linear != nullptr && is_single(halves[0]) && is_single(halves[1]) &&
                       form(halves[0]) == form(halves[1]);
@@ -261,7 +162,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     for (size_t t = 0; t < coded; ++t) {
         with_tiles(
             [&](const Linear &l) -> const Form * {
-                return t < l.coded.size() ? &input.find(Input::many(k), l.coded[t].cut, l.map.get()) : nullptr;
+                return t < l.coded.size() ? &form_of(input, Input::many(k), l, l.coded[t]) : nullptr;
             },
             [&](const Linear &l) { return l.coded[t].small(); },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
@@ -285,7 +186,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
         const Linear &l = *halves[i].linear;
         const int strip = halves[i].strip;
         float *here = out + i * STRIP;
-        if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, here, 2 * STRIP, scratch);
+        if (l.up.any()) panel_of_up(k, l, strip, input, here, 2 * STRIP, scratch);
         if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), here, 2 * STRIP);
     }
     return done;
@@ -310,11 +211,11 @@ void paneled(const Kernels &k, const Product &p, int strip, const Input &input, 
     for (const Coded &m : l.coded) {
         scratch.panel.resize(size_t(m.cut.padded()) * STRIP);
         k.decode_coded(m, strip, scratch.panel.data());
-        const Form &x = input.find(Form::floats, m.cut, l.map.get());
+        const Form &x = form_of(input, Form::floats, l, m);
         k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, rows, out, STRIP);
     }
     for (const Dense &m : l.dense) panel_of(k, m, strip, mapped(input, l).values.data(), rows, out, STRIP, scratch);
-    if (l.up) panel_of(k, *l.up, strip, inner(input, l).values.data(), rows, out, STRIP, scratch);
+    if (l.up.any()) panel_of_up(k, l, strip, input, out, STRIP, scratch);
     if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), out, STRIP);
     finish(k, p, strip, rows, out, STRIP);
 }

@@ -8,6 +8,11 @@
 
 namespace bitpress {
 
+// How the columns of sixteen-bit weights are cut for products with 8-bit activations.
+Cut flat_cut(int columns);
+// out[row][16] += a strip of one factor of a low-rank term times rows of x, of its `width()`
+void add_factor(const Kernels &kernels, const Factor &factor, int strip, const float *x, int rows, float *out);
+
 // One output of a phase: rows [row * stride + output feature].
 struct Product {
     const Linear *linear;
@@ -29,13 +34,18 @@ class Input {
         Cut cut;
         const InputMap *map;   // that the row has been through, or null
         const Linear *linear;  // whose low-rank term it is, or null
+        const int32_t *picked; // of the row's columns, or null for all
         Quantized quantized;
         Tiled tiles;
         HalfRows halves;
         Aligned<float> values;  // [row][width]
         int width;
+
+        bool is(Kind k, const Cut &c, const InputMap *m, const Linear *l, const int32_t *p) const {
+            return kind == k && cut == c && map == m && linear == l && picked == p;
+        }
     };
-    const Form &find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr) const;
+    const Form &find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr, const int32_t *picked = nullptr) const;
     int rows() const { return rows_; }
     bool bytes() const { return bytes_; }
     // How products of many rows read a row: in bytes, or in bf16 where the processor has tiles for it.
@@ -45,7 +55,7 @@ class Input {
     int64_t values() const;
 
   private:
-    void want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr);
+    void want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr, const int32_t *picked = nullptr);
     std::vector<Form> forms_;
     size_t used_ = 0;
     int rows_ = 0;

@@ -48,13 +48,16 @@ nb::dict give_scales(const Scales &s, nb::handle owner) {
     nb::dict d;
     d["kind"] = int(s.kind), d["tall"] = s.each.tall, d["values"] = as_array(s.each.values.data(), s.each.values.size(), owner);
     if (s.rows.size()) d["rows"] = as_array(s.rows.data(), s.rows.size(), owner);
-    if (s.shared.size()) d["shared"] = as_array(s.shared.data(), s.shared.size(), owner), d["offset"] = s.offset;
+    if (s.shared.size()) d["shared"] = as_array(s.shared.data(), s.shared.size(), owner), d["offset"] = s.offset, d["planes"] = s.planes, d["plane"] = s.plane;
     return d;
 }
 
 nb::dict give_coded(const Coded &m, nb::handle owner) {
     nb::dict d;
-    d["kind"] = int(m.kind), d["bits"] = m.bits, d["span"] = m.span, d["group"] = m.group, d["zero"] = m.zero, d["gain"] = m.gain, d["step"] = m.step;
+    d["rows"] = m.rows, d["kind"] = int(m.kind), d["bits"] = m.bits, d["span"] = m.span, d["group"] = m.group, d["zero"] = m.zero, d["gain"] = m.gain, d["step"] = m.step;
+    d["packing"] = int(m.packing), d["is_picked"] = m.picked.size() != 0;
+    if (m.picked.size()) d["picked"] = as_array(m.picked.data(), m.picked.size(), owner);
+    if (m.kind == CodeKind::pyramid) d["pulses"] = m.pulses;
     d["scales"] = give_scales(m.scales, owner);
     d["lines"] = as_array(m.lines.data(), m.lines.size(), owner);
     d["has_zeros"] = m.zeros.any(), d["has_which"] = m.which.any(), d["is_half"] = m.halves.size() != 0;
@@ -118,7 +121,8 @@ nb::dict give(nb::handle linear) {
     for (const Coded &m : l.coded) coded.append(give_coded(m, self));
     for (const Dense &m : l.dense) dense.append(give_dense(m, self));
     d["coded"] = coded, d["dense"] = dense;
-    if (l.down != nullptr) d["down"] = give_dense(*l.down, self), d["up"] = give_dense(*l.up, self);
+    const auto give_factor = [&](const Factor &f) { return f.coded ? give_coded(*f.coded, self) : give_dense(*f.dense, self); };
+    if (l.down.any()) d["down"] = give_factor(l.down), d["up"] = give_factor(l.up);
     if (l.sparse != nullptr) {
         nb::dict s;
         s["starts"] = as_array(l.sparse->starts.data(), l.sparse->starts.size(), self);
@@ -151,7 +155,9 @@ void take_scales(const Part &part, int rows, int groups, Scales &s) {
     need(rows % s.each.tall == 0, "tall must divide the rows");
     copy_array(part, "values", s.each.size(), s.each.values);
     if (s.has_rows()) copy_array(part, "rows", s.row_count(), s.rows);
-    if (s.kind == ScaleKind::dq) copy_array(part, "shared", s.shared_count(), s.shared), s.offset = part.number("offset");
+    if (s.kind != ScaleKind::dq) return;
+    s.planes = part.whole("planes", 1, 4), s.plane = part.whole("plane", 0, s.planes - 1);
+    copy_array(part, "shared", s.shared_count(), s.shared), s.offset = part.number("offset");
 }
 
 bool all_finite(const Aligned<float> &values) {
@@ -162,7 +168,8 @@ void take_kind(const Part &part, Coded &m) {
     const PerBlock &each = m.scales.each;
     if (m.kind <= CodeKind::halves) need(m.bits <= 8 && m.span == 1, "codes of single weights have at most 8 bits");
     const bool has_zeros = part.claim("has_zeros"), has_which = part.claim("has_which"), is_half = part.claim("is_half");
-    need(!has_which || m.kind == CodeKind::levels, "only levels have tables to choose among");
+    const bool is_pair = m.kind == CodeKind::pairs;
+    need(!has_which || m.kind == CodeKind::levels || is_pair, "only levels and pairs have tables to choose among");
     need(!is_half || m.kind == CodeKind::words, "only words are in fp16");
     if (has_zeros) {
         need(m.kind == CodeKind::whole || m.kind == CodeKind::halves, "only whole and half numbers have zero points");
@@ -176,11 +183,12 @@ void take_kind(const Part &part, Coded &m) {
         need(m.zero == 128, "the bytes of a table are for a zero of 128");
         std::memcpy(m.table, part.array<uint8_t>("table", entries).data(), entries);
         copy_array(part, "levels", entries, m.levels);
-    } else if (m.kind == CodeKind::levels) {
-        int bits = 0;
+    } else if (m.kind == CodeKind::levels || is_pair) {
+        need(!is_pair || (m.bits <= 8 && m.span == 1 && m.group % 2 == 0), "groups of pairs have whole pairs of columns");
+        int bits = is_pair ? 1 : 0;
         if (has_which) {
             take_per_block({part.path("which"), part.at("which")}, each, 8, m.which);
-            bits = m.which.bits;
+            bits += m.which.bits;
         }
         // As many tables as blocks can name.
         copy_array(part, "levels", m.level_count() << bits, m.levels);
@@ -196,13 +204,19 @@ void take_kind(const Part &part, Coded &m) {
     } else if (m.kind == CodeKind::trellis) {
         need(m.bits <= 8 && m.span == 1, "codes of single weights have at most 8 bits");
         m.path.take(part.array<int32_t>("path", Path::COUNT).data());
+    } else if (m.kind == CodeKind::pyramid) {
+        m.pulses = part.whole("pulses", 1, 32);
     }
+    check_packing(m);
     need(all_finite(m.levels) && all_finite(m.words), "levels must be finite");
 }
 
-Coded take_coded(const Part &part, int rows, int columns, nb::list &kept) {
+Coded take_coded(const Part &part, int rows, int all_columns, nb::list &kept) {
     Coded m;
-    m.rows = rows;
+    if (part.claim("is_picked")) take_picked(m, taken<Array<const int32_t, 1>>(part.at("picked"), part.path("picked"), "whole numbers", false), all_columns);
+    const int columns = m.picked.size() ? int(m.picked.size()) : all_columns;
+    m.rows = part.whole("rows", rows, rows);
+    m.packing = Packing(part.whole("packing", 0, PACKINGS - 1));
     m.kind = CodeKind(part.whole("kind", 0, CODE_KINDS - 1));
     m.bits = part.whole("bits", 1, 24);
     m.span = part.whole("span", 1, std::min(32, columns));
@@ -216,6 +230,7 @@ Coded take_coded(const Part &part, int rows, int columns, nb::list &kept) {
     borrow_array(part, "lines", size_t(m.strips()) * m.cut.blocks() * m.block_bytes(), m.lines, kept);
     m.find_reach();
     m.find_near();
+    m.count_points();
     return m;
 }
 
@@ -226,6 +241,11 @@ Dense take_dense(const Part &part, int rows, int columns, nb::list &kept) {
     borrow_array(part, "values", size_t(m.strips()) * columns * STRIP, m.values, kept);
     if (part.claim("has_gain")) copy_array(part, "gain", size_t(m.strips()) * STRIP, m.gain);
     return m;
+}
+
+Factor take_factor(const Part &part, int rows, int columns, nb::list &kept) {
+    if (part.has("lines")) return {nullptr, std::make_unique<Coded>(take_coded(part, rows, columns, kept))};
+    return {std::make_unique<Dense>(take_dense(part, rows, columns, kept)), nullptr};
 }
 
 std::unique_ptr<Sparse> take_sparse(const Part &part, int rows, int columns) {
@@ -264,8 +284,8 @@ Linear *take(nb::handle stored) {
     if (part.has("down")) {
         const Part down(part.path("down"), part.at("down")), up(part.path("up"), part.at("up"));
         const int rank = down.whole("rows", 1);
-        l->down = std::make_unique<Dense>(take_dense(down, rank, l->columns, kept));
-        l->up = std::make_unique<Dense>(take_dense(up, l->rows, rank, kept));
+        l->down = take_factor(down, rank, l->columns, kept);
+        l->up = take_factor(up, l->rows, rank, kept);
     }
     if (part.has("sparse")) l->sparse = take_sparse({part.path("sparse"), part.at("sparse")}, l->rows, l->columns);
     if (part.has("bias")) copy_array(part, "bias", size_t(l->strips()) * STRIP, l->bias);

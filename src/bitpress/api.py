@@ -1,10 +1,10 @@
 """The Python interface: the commands as functions."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitpress.checkpoints.compressed import is_compressed
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
@@ -12,16 +12,18 @@ from bitpress.measure.evaluation import evaluate as _evaluate
 from bitpress.measure.evaluation import evaluate_alone as _evaluate_alone
 from bitpress.measure.multiple_choice import DOCUMENTS
 from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
+from bitpress.pipeline.exporting import export_for, export_model, open_model, open_to_quantize
+from bitpress.pipeline.for_runtime import choose_for, fit_to
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Progress
 from bitpress.recipes import Recipe, choose_method
 from bitpress.runtime.native.options import EngineOptions
-from bitpress.runtime.opening import load
+from bitpress.runtime.opening import load as _load
 from bitpress.screen import watch
 
 _OF_ENGINE = ("activations", "cache", "head")
 
-__all__ = ["evaluate", "evaluate_tasks", "load", "load_tokenizer", "quantize"]
+__all__ = ["evaluate", "evaluate_tasks", "export", "load", "load_tokenizer", "quantize"]
 
 
 def quantize(
@@ -40,8 +42,10 @@ def quantize(
     skip: Sequence[str] = (),
     embeddings: str | Mapping[str, Any] | None = None,
     head: str | Mapping[str, Any] | None = None,
+    runtime: str | None = None,
     strict: bool = False,
     force: bool = False,
+    requantize: bool = False,
     proof_tokens: int = 8192,
     proof_text: str = "builtin:heldout",
     max_kl: float | None = None,
@@ -57,27 +61,27 @@ def quantize(
     skip        patterns of weights not to quantize, such as "*.down_proj"
     embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe
     head        format of the output head likewise; one that is tied is the table too
+    runtime     choose what this runtime can load, and export to it at the end, into `out`
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
+    requantize  quantize a model that is quantized already; else that is an error
     max_kl      publish nothing above this KL divergence, measured on `proof_tokens` of `proof_text`; 0 tokens leave the proof out
     progress    None: a bar if standard error is a terminal, else silence; True: a bar there, lines in a log; False: silence; or a Progress
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
+    said, named = {"embeddings": embeddings, "head": head}, recipe is not None or preset is not None
+    weights, bits, outer = choose_for(runtime, bits, weights, said, named=named)
+    text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
     made = choose_method(
-        recipe,
-        preset=preset,
-        bits=bits,
-        weights=weights,
-        quantizer=quantizer,
-        calibration={"text": calibration, "samples": samples, "length": length, "seed": seed},
-        skip=skip,
-        outer={"embeddings": embeddings, "head": head},
+        recipe, preset=preset, bits=bits, weights=weights, quantizer=quantizer, calibration=text, skip=skip, outer=outer
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with watch(progress) as shown:
-        source = resolve_model(str(model), shown)
-        return quantize_directory(source, Path(out), made, strict=strict, force=force, proof=proof, progress=shown)
+        source = open_to_quantize(model, shown, requantize=requantize)
+        made, out = fit_to(made, source, runtime), Path(out)
+        report = quantize_directory(source, out, made, strict=strict, force=force, proof=proof, progress=shown)
+        return report if runtime is None else {**report, "exported": export_for(out, runtime, shown)}
 
 
 def evaluate(
@@ -94,7 +98,7 @@ def evaluate(
     if against is None and through:
         raise UsageError(f"{through[0]} needs `against`, the original to measure the distance from.")
     with watch(progress) as shown:
-        given = _find(directory, shown)
+        given = open_model(directory, shown)
         if against is None:
             return _evaluate_alone(given, progress=shown, **settings)
         return _evaluate(given, resolve_model(str(against), shown), engine=engine, progress=shown, **settings)
@@ -112,8 +116,27 @@ def evaluate_tasks(
     Returns acc, acc_stderr, acc_norm, acc_norm_stderr and documents by task. Raises the errors of `bitpress.errors`.
     """
     with watch(progress) as shown:
-        return _evaluate_tasks(_find(directory, shown), tasks, documents=documents, progress=shown)
+        return _evaluate_tasks(open_model(directory, shown), tasks, documents=documents, progress=shown)
 
 
-def _find(directory: str | Path, progress: Progress) -> Path:
-    return Path(directory) if is_compressed(directory) else resolve_model(str(directory), progress)
+@functools.wraps(_load)
+def load(directory: str | Path, **settings: Any) -> Any:
+    return _load(open_model(directory), **settings)
+
+
+def export(
+    model: str | Path, out: str | Path, to: str, *, requantize: bool = False, progress: Progress | bool | None = None
+) -> dict[str, object]:
+    """Write a compressed model as a file or directory that other runtimes load, and read it back.
+
+    model       a directory that bitpress wrote, or a model that another tool quantized
+    out         what to write; it must not exist
+    to          gptq, bf16, ...: `bitpress export --help` lists them
+    requantize  round weights again whose codes the target cannot hold; else they are an error
+    progress    as in `quantize`
+
+    Returns what was written: its bytes, how many weights kept their codes, and for each other one why, and the error that it gained.
+    Raises the errors of `bitpress.errors`.
+    """
+    with watch(progress) as shown:
+        return export_model(model, out, to, requantize=requantize, progress=shown).as_dict()

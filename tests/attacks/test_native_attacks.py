@@ -183,24 +183,49 @@ def meaning_arguments(kind: str) -> dict[str, Any]:
         path = np.array([14, 2, 2, 47143, 1549, -4328, 20308, -32138, 17408], np.int32)
         codes = rng.integers(0, 4, (ROWS, COLUMNS), np.uint8)
         return made | {"bits": 2, "codes": codes, "meaning": {"kind": kind, "span": 1, "path": path}}
+    if kind == "pairs":
+        codes, which = rng.integers(0, 16, (ROWS, COLUMNS), np.uint8), rng.integers(0, 3, ROWS * GROUPS, np.uint8)
+        levels = {"kind": kind, "span": 1, "tables": 3, "levels": f32(3 * 2 * 16), "which": which}
+        return made | {"bits": 4, "codes": codes, "meaning": levels}
+    if kind == "pyramid":
+        codes = rng.integers(0, 1 << 9, (ROWS, COLUMNS // 4), np.uint16).view(np.uint8)
+        point = {"kind": kind, "span": 4, "pulses": 5}
+        return made | {"bits": 10, "group": 20, "scales": u16(ROWS, 2).view(np.uint8), "codes": codes, "meaning": point}
     assert kind == "e8p"
     codes = rng.integers(0, 1 << 16, (ROWS, COLUMNS // 8), np.uint16).view(np.uint8)
     points = {"kind": kind, "span": 8, "points": u8(2048, value=2)}
     return made | {"bits": 16, "group": COLUMNS, "scales": u16(ROWS, 1).view(np.uint8), "codes": codes, "meaning": points}
 
 
-KINDS = ("levels", "own", "halves", "words", "e8p", "trellis")
+KINDS = ("levels", "own", "halves", "words", "e8p", "trellis", "pairs", "pyramid")
+
+
+def packed_arguments(packing: str) -> dict[str, Any]:
+    """Return codes of some columns, packed in another way than as planes."""
+    rng, picked = np.random.default_rng(9), np.arange(1, COLUMNS, 2, dtype=np.int32)
+    count = len(picked)
+    made = {**codes_arguments(), "picked": picked, "packing": packing, "zeros": None, "bits": 2, "group": count}
+    made["scales"] = u16(ROWS, 1).view(np.uint8)
+    if packing == "trits":
+        return made | {"codes": rng.integers(0, 3, (ROWS, count), np.uint8)}
+    codes = rng.integers(0, 4, (ROWS, count), np.uint8)
+    codes[::2] &= 1
+    path = np.array([14, 1, 2, 37613, 1459, -3656, 19268, -32284, 18057], np.int32)
+    return made | {"codes": codes, "meaning": {"kind": "trellis", "span": 1, "path": path}}
+
+
+PACKINGS = ("trits", "uneven")
 
 
 def shared_arguments(kind: str) -> dict[str, Any]:
     """Return codes whose scales share values."""
     made = {**codes_arguments(), "kind": kind, "scales": u8(ROWS, GROUPS, value=7)}
     if kind == "dq":
-        return made | {"shared": {"levels": f32(256), "factors": f32(1), "offset": 0.5}}
+        return made | {"shared": {"levels": f32(256), "factors": f32(1), "offset": 0.5, "planes": 2, "plane": 1}}
     return made | {"shared": {"rows": f32(ROWS)}}
 
 
-SHARED = ("s4", "s8", "p2row", "dq")
+SHARED = ("s4", "s6", "s8", "p2row", "dq")
 
 
 def dense_arguments() -> dict[str, Any]:
@@ -299,7 +324,7 @@ def dictionary_attacks() -> list[tuple[str, dict[str, Any]]]:
             elif key == "offset":
                 wrong = {repr(n): n for n in (None, "1", [1], 10**40, np.nan)}
             else:
-                wrong |= {repr(n): n for n in (1.5, 0, -1, 33)}
+                wrong |= {repr(n): n for n in (1.5, -1, 33, *([0] if key != "plane" else []))}
             attacks += [
                 (f"{kind}.{key}: {name}", {**good, argument: {**good[argument], key: other}}) for name, other in wrong.items()
             ]
@@ -314,6 +339,21 @@ def dictionary_attacks() -> list[tuple[str, dict[str, Any]]]:
     attacks.append(("codes of 25 bits", {**words, "bits": 25}))
     attacks.append(("a scale's code of 5 bits", {**shared_arguments("s4"), "scales": u8(ROWS, GROUPS, value=16)}))
     return attacks
+
+
+def picked_attacks() -> list[tuple[str, Any]]:
+    """Columns that are not as many as the codes', or not those of the layer, rising."""
+    good = packed_arguments("trits")["picked"]
+    behind, before, twice = good.copy(), good.copy(), good.copy()
+    behind[-1], before[0], twice[3] = COLUMNS, -1, twice[2]
+    return [
+        *((name, other) for name, other in variants(good).items() if name != "None"),
+        ("none given", None),
+        ("behind the last", behind),
+        ("before the first", before),
+        ("one twice", twice),
+        ("far", np.full_like(good, 2**31 - 1)),
+    ]
 
 
 def linear_attacks() -> list[Any]:
@@ -364,6 +404,17 @@ def linear_attacks() -> list[Any]:
         ("add_codes", {"shared": {}}, "shared values of plain scales"),
         ("add_codes", {"meaning": {}}, "a meaning without a kind"),
         ("add_codes", {"meaning": 1}, "a meaning that is a number"),
+        ("add_codes", {"packing": "bytes"}, "a packing that there is not"),
+        ("add_codes", {"packing": None}, "a packing of None"),
+        ("add_codes", {"packing": "uneven"}, "an uneven packing of whole numbers"),
+        ("add_codes", {"packing": "trits"}, "trits of 4 bits"),
+        ("add_codes", {**packed_arguments("trits"), "codes": u8(ROWS, COLUMNS // 2, value=3)}, "a trit of 3"),
+        (
+            "add_codes",
+            {**packed_arguments("uneven"), "codes": u8(ROWS, COLUMNS // 2, value=2)},
+            "an even row of an odd one's bits",
+        ),
+        *(("add_codes", {**packed_arguments("trits"), "picked": at}, f"picked: {what}") for what, at in picked_attacks()),
         ("set_out_map", {"steps": map_steps()}, "a map of the columns"),
         *(("add_codes", change, what) for what, change in dictionary_attacks()),
         ("add_codes", {"threads": 1025}, "too many threads"),
@@ -403,7 +454,8 @@ def full_linear(rows: int = ROWS, columns: int = COLUMNS) -> Any:
     arguments["zeros"] = rng.integers(0, 16, (rows, groups), np.uint8)
     linear.add_codes(**arguments)
     if (rows, columns) == (ROWS, COLUMNS):
-        for other in (*map(meaning_arguments, KINDS), *map(shared_arguments, SHARED), table_arguments()):
+        others = (*map(meaning_arguments, KINDS), *map(shared_arguments, SHARED), *map(packed_arguments, PACKINGS))
+        for other in (*others, table_arguments()):
             linear.add_codes(**other)
     linear.add_dense((rng.random((rows, columns)) - 0.5).astype(np.float16).view(np.uint16), True, f32(rows), 1)
     linear.set_low_rank(u16(3, columns), u16(rows, 3), True, 1)
@@ -1208,6 +1260,40 @@ def test_a_model_takes_its_own_sequences_only() -> None:
     gc.collect()
     text.truncate(0)  # a sequence outlives its model
     assert text.length == 0
+
+
+# ---- factors in codes ----
+
+
+def coded_layer(rows: int, columns: int) -> Any:
+    linear = native.library().Linear(rows, columns)
+    scales = np.ones((rows, 1), np.float16).view(np.uint8)
+    codes = np.random.default_rng(rows).integers(0, 16, (rows, columns), np.uint8)
+    linear.add_codes(codes, 4, columns, "fp16", scales, 1.0, None, 8, None, None, 1)
+    return linear
+
+
+def test_factors_are_taken_from_layers_of_their_shapes_alone() -> None:
+    library = native.library()
+    linear, down, up = library.Linear(ROWS, COLUMNS), coded_layer(6, COLUMNS), coded_layer(ROWS, 6)
+    attacks = {
+        "no rank": lambda: linear.set_low_rank_codes(coded_layer(5, COLUMNS), up),
+        "other rows": lambda: linear.set_low_rank_codes(down, coded_layer(ROWS + 1, 6)),
+        "other columns": lambda: linear.set_low_rank_codes(coded_layer(6, COLUMNS - 1), up),
+        "no codes": lambda: linear.set_low_rank_codes(library.Linear(6, COLUMNS), up),
+        "a layer twice": lambda: coded_layer(COLUMNS, COLUMNS).set_low_rank_codes(*[coded_layer(COLUMNS, COLUMNS)] * 2),
+        "itself": lambda: linear.set_low_rank_codes(linear, linear),
+        "None": lambda: linear.set_low_rank_codes(None, up),
+    }
+    said = outcomes(attacks)
+    assert {name: what for name, what in said.items() if not what.startswith("refused: ")} == {}
+    x = draw_x(6)
+    expected = multiply(up, multiply(down, x, in_bytes=False), in_bytes=False)
+    linear.set_low_rank_codes(down, up)
+    again = library.restore_linear(library.store_linear(linear))
+    for made in (linear, again):
+        np.testing.assert_allclose(multiply(made, x, in_bytes=False), expected, rtol=1e-5, atol=1e-4)
+    assert not multiply(down, x).any(), "the layer that a factor was taken from is empty"
 
 
 # ---- layers that were stored ----

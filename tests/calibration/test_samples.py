@@ -176,6 +176,21 @@ def test_seed_decides(tokenizer: Any) -> None:
     assert first.sha256 != other.sha256
 
 
+def test_held_out_windows_come_after_the_others_and_change_none(tokenizer: Any) -> None:
+    documents = [numbered("a", 40), numbered("b", 40)]
+    alone = sample_windows(documents, tokenizer, samples=8, length=20, seed=1)
+    both = sample_windows(documents, tokenizer, samples=8, length=20, seed=1, held_out=3)
+    assert alone.held_out is None
+    assert torch.equal(both.inputs, alone.inputs)
+    assert (both.sha256, both.kinds) == (alone.sha256, alone.kinds)
+    assert both.held_out is not None
+    assert len(both.held_out) == 3
+    assert not {tuple(w) for w in both.held_out.tolist()} & {tuple(w) for w in both.inputs.tolist()}
+    all_of_it = sample_windows(documents, tokenizer, samples=38, length=20, seed=1, held_out=4)
+    assert all_of_it.held_out is not None
+    assert len(all_of_it.held_out) == 2, "the text has 40 windows"
+
+
 def test_short_kind_is_made_up_for(tokenizer: Any) -> None:
     windows = sample_windows([numbered("a", 100), numbered("b", 10)], tokenizer, samples=10, length=50, seed=0)
     assert windows.kinds == ("a", "b", "a", "b", *"aaaaaa")

@@ -147,6 +147,6 @@ def test_every_statistic_follows_a_map_or_is_left_out() -> None:
 
 
 def test_a_table_says_where_statistics_come_from() -> None:
-    assert of_origin(STATISTICS, "loss") == {"sensitivity", "loss_gram"}
+    assert of_origin(STATISTICS, "loss") == {"sensitivity", "loss_gram", "output_gram"}
     assert of_origin({"gram", "cross"}, "original") == {"cross"}
-    assert {field.name for field in dataclasses.fields(Stats)} == {"tokens", *STATISTICS}
+    assert {field.name for field in dataclasses.fields(Stats)} == {"tokens", "held_out", *STATISTICS}

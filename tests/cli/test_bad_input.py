@@ -90,8 +90,9 @@ def test_a_directory_without_a_model_says_what_to_write(bitpress: Run, tmp_path:
 
 def test_a_model_that_is_quantized_already_is_refused(bitpress: Run, pressed_original: Path, out: Path) -> None:
     done = bitpress("quantize", pressed_original, out, *RTN)
-    assert done.code == 3
-    assert "is quantized already (quant_method 'bitpress'); use the original model" in done.error
+    assert done.code == 2
+    assert "is quantized already (bitpress, 5.12 bits a weight)" in done.error
+    assert "--requantize" in done.error
     assert not out.exists()
 
 
@@ -442,6 +443,9 @@ def test_an_unfinished_job_of_another_recipe_is_refused(bitpress: Run, llama: Pa
         (("run", "DIR", "--prompt", "a", "--head", "Q4_0"), "nearest here: weights int4-g32"),
         (("run", ""), "an argument is empty"),
         (("eval", "DIR", "--memory", "-5"), "for example 60MB"),
+        (("eval", "DIR", "--width", "4"), "no weight is nested"),
+        (("run", "DIR", "--prompt", "a", "--width", "4"), "no weight is nested"),
+        (("bench", "decode", "DIR", "--width", "3"), "8, 4 or 2 bits a weight"),
         (("eval", "DIR", "--text", ""), "--text: its value is empty"),
         (("plan", "MODEL", "--weights", "int4-g16", "--calibration", "missing.txt"), "does not exist"),
         (("formats", "--measure", "MODEL", "--format", "q4_k_m"), "nearest here: weights int4-g32-zero"),

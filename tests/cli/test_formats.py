@@ -1,6 +1,5 @@
 """`bitpress formats`: every table, in a hundred columns, and what is measured of a model as a table, as JSON and as a picture."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -10,12 +9,10 @@ import pytest
 
 from bitpress.cli import screen
 from bitpress.cli.app import main
-from bitpress.errors import UsageError
 from bitpress.evaluation.rate import best_rows
 from bitpress.formats import GRIDS, LAYOUTS, PATTERNS, SCALES, SHORT, parse_format
 from bitpress.formats.listing import usual_formats
 from bitpress.measure import format_rates as rates
-from bitpress.report.rate_picture import check_picture
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -94,7 +91,6 @@ def test_a_model_is_measured(bitpress: Run, tiny_model: Callable[..., Path], tmp
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_picture_is_drawn(suffix: str, bitpress: Run, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     target = tmp_path / f"formats{suffix}"
     names = ("int2-g16", "int3-g16", "int4-g16-zero", "nf4-row", "mxfp4", "e2m1-g16")
     formats = [part for name in names for part in ("--format", name)]
@@ -125,17 +121,9 @@ def test_a_picture_is_drawn(suffix: str, bitpress: Run, tiny_model: Callable[...
 def test_wrong_use_is_one_clear_line(
     arguments: tuple[str, ...], code: int, says: str, bitpress: Run, tiny_model: Callable[..., Path]
 ) -> None:
-    if "x.gif" in arguments or "no/such/folder/x.png" in arguments:
-        pytest.importorskip("matplotlib")
     done = bitpress("formats", *(tiny_model("llama") if word == "MODEL" else word for word in arguments))
     assert done[0] == code, done
     lines = [line for line in done[2].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert says in lines[0]
     assert done[1] == ""
-
-
-def test_without_matplotlib_a_picture_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs matplotlib: pip install matplotlib"):
-        check_picture(tmp_path / "x.png")

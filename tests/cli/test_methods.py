@@ -10,7 +10,7 @@ from bitpress.cli import screen
 from bitpress.cli.app import main
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 
 
 def listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -44,6 +44,7 @@ def test_every_method_is_listed_with_all_there_is_to_know(
     assert lqer["settings"] == {"rank": 32, "dtype": "fp16", "scale": "mean_abs"}
     assert lqer["needs"] == ["gram", "mean_abs"]
     works_on = {r["name"]: r["works_on"] for r in rows if r["kind"] == "transform"}
+    assert {n for n, on in works_on.items() if on == "network"} == set(NETWORK_CHANGES)
     assert {n for n, on in works_on.items() if on == "weights"} == set(BASIS_CHANGES)
     assert {n for n, on in works_on.items() if on == "groups"} == set(SCALE_SEARCHES)
     assert {n for n, on in works_on.items() if on == "targets"} == set(TARGETS)

@@ -41,7 +41,7 @@ def test_a_gguf_file_and_a_name_are_made_into_directories_first(
         progress.note(f"{model}: converting to a model directory, once")
         return tiny_model("llama")
 
-    monkeypatch.setattr("bitpress.checkpoints.named.resolve_model", resolve)
+    monkeypatch.setattr("bitpress.pipeline.exporting.resolve_model", resolve)
     for name in ("model.gguf", "smollm2-135m"):
         done = bitpress("run", name, *ASK)
         assert done.code == 0, done.err

@@ -31,9 +31,9 @@ def gpt2(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def expanded(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama in a format without a layout in strips."""
-    out = tmp_path_factory.mktemp("run") / "pvq"
-    recipe = make_recipe({"weights": "pvq8k5-g8", "quantizer": {"name": "rtn"}})
+    """A llama in a format that has more than 16 bits a weight."""
+    out = tmp_path_factory.mktemp("run") / "single"
+    recipe = make_recipe({"weights": "int4-g1", "quantizer": {"name": "rtn"}})
     quantize_directory(tiny_model("llama"), out, recipe, proof=Proof(tokens=0))
     return out
 
@@ -63,7 +63,7 @@ def test_options_of_the_native_engine(bitpress: Run, pressed_original: Path) -> 
 
 @needs_native
 def test_formats_that_are_expanded_are_named(bitpress: Run, expanded: Path) -> None:
-    assert "expanded to 16 bits: pvq8k5-g8" in bitpress("run", expanded, *ASK).err
+    assert "expanded to 16 bits: int4-g1" in bitpress("run", expanded, *ASK).err
 
 
 def test_transformers_where_the_engine_does_not_know_the_model(bitpress: Run, gpt2: Path) -> None:

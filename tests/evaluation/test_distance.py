@@ -8,7 +8,7 @@ import torch
 from bitpress import native
 from bitpress.errors import NumericsError, UsageError
 from bitpress.evaluation import measure_distance
-from bitpress.evaluation.distance import compare_rows
+from bitpress.evaluation.distance import by_kind, compare_rows
 
 
 def tables(
@@ -118,3 +118,22 @@ def test_native_rows_say_whose_logits_are_not_finite(value: float, place: int) -
     sick[1, place] = value
     for p, q, wanted in ((fine, fine, 0), (sick, fine, 1), (fine, sick, 2), (sick, sick, 3)):
         assert native.compare_rows(p, q, following)[1] == compare_rows(p, q, following)[1] == wanted
+
+
+@pytest.mark.parametrize(("length", "edges"), [(2, [(0, 0), (1, 1)]), (11, [(0, 0), (1, 1), (2, 3), (4, 7), (8, 10)])])
+def test_positions_and_windows_are_parts_of_the_mean(length: int, edges: list[tuple[int, int]]) -> None:
+    tokens, p, q = tables(6, length=length)
+    got = measure_distance(reader(p), reader(q), tokens)
+    log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert [(part.first, part.last) for part in got.by_position] == edges
+    for part in got.by_position:
+        means = kl[:, part.first : part.last + 1].mean(1)
+        assert part.kl_mean == pytest.approx(float(means.mean()), rel=1e-4)
+        assert part.kl_ci95 == pytest.approx(2.776 * float(means.std()) / math.sqrt(5), rel=1e-3)
+    assert got.kl_by_window == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
+    kinds = by_kind(["prose", "verse", "prose", "letters", "prose"], got.kl_by_window)
+    assert [(found.text, found.windows) for found in kinds] == [("prose", 3), ("verse", 1), ("letters", 1)]
+    assert kinds[0].kl_mean == pytest.approx(float(kl[[0, 2, 4]].mean()), rel=1e-4)
+    assert kinds[0].kl_ci95 == pytest.approx(4.303 * float(kl[[0, 2, 4]].mean(1).std()) / math.sqrt(3), rel=1e-3)
+    assert kinds[1].kl_ci95 == math.inf

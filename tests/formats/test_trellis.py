@@ -88,6 +88,24 @@ def test_native_search_finds_the_path_of_the_reference(name: str, weighted: bool
     assert torch.equal(found, best_path(values, weights, 10, shifts, levels))
 
 
+@pytest.mark.skipif(not native.available(), reason="no native library here")
+@pytest.mark.parametrize(("name", "sequences"), [("tcq2", 1), ("tcq2", 2), ("tcq2.5", 1), ("tcq5", 3)])
+def test_threads_that_share_a_path_find_the_same_one(name: str, sequences: int) -> None:
+    """Of 2^14 states, up to four threads take some each where there are fewer paths than threads."""
+    grid = trellis(name)
+    values = normal(sequences, 130)
+    shifts, levels = torch.tensor(grid.constants.shifts, dtype=torch.int32), grid.levels(DEVICE)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 4, 7):
+            torch.set_num_threads(count)
+            found.append(native.encode_trellis(values, None, grid.state_bits, shifts, levels))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+    assert torch.equal(found[0], best_path(values, None, grid.state_bits, grid.constants.shifts, levels))
+
+
 # Squared error of lattices with a second book at 2, 3 and 4 bits (e8p, e8p + e81b, e8p + e8p), and what any code of a rate leaves at least.
 LATTICES = {"tcq2": 0.0910, "tcq3": 0.0293, "tcq4": 0.0086}
 

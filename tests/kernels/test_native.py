@@ -8,6 +8,7 @@ import torch
 from bitpress import native
 from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, parse_format
 from bitpress.formats.maps.map import Permutation
+from bitpress.formats.terms.kept import keep_columns
 from bitpress.formats.terms.low_rank import low_rank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import sparse
@@ -38,11 +39,17 @@ def weight(name: str = "int4-g32-zero", rest: str = "") -> CompressedWeight:
     if rest == "order":
         return CompressedWeight((term,), Permutation(torch.randperm(IN, generator=generator).to(torch.int32)))
     left = w - term.dequantize()
-    more = {"": (), "low_rank": (low_rank(left, 3),), "sparse": (sparse(left, left.abs() > 0.2),)}[rest]
-    return CompressedWeight((term, *more))
+    more = {
+        "": (),
+        "low_rank": (low_rank(left, 3),),
+        "sparse": (sparse(left, left.abs() > 0.2),),
+        "factors in codes": (low_rank(left, 3, "int8-row"),),
+        "columns": (keep_columns(left, torch.arange(8), parse_format("int8-row"))[0],),
+    }
+    return CompressedWeight((term, *more[rest]))
 
 
-@pytest.mark.parametrize("rest", ["", "low_rank", "sparse", "order"])
+@pytest.mark.parametrize("rest", ["", "low_rank", "sparse", "factors in codes", "columns", "order"])
 @pytest.mark.parametrize("name", ["int4-g32-zero", "int2-g32", "int8-row", "nf4-g32", "mxfp4", "nvfp4"])
 def test_products_are_the_references(name: str, rest: str) -> None:
     w = weight(name, rest)
@@ -58,7 +65,7 @@ def test_products_are_the_references(name: str, rest: str) -> None:
             exact = given.double() @ decoded.T
             # A sum of IN products in float32, its terms in any order, and two more roundings a term; then one to x's own type.
             bound = (IN + 4) * 2.0**-24 * (given.double().abs() @ decoded.abs().T) + torch.finfo(dtype).eps * exact.abs()
-            if rest == "low_rank":  # two products in a row, the inner vector rounded as the outer sum is
+            if rest in ("low_rank", "factors in codes"):  # two products in a row, the inner vector rounded as the outer sum is
                 bound = bound * 3
             assert bool(((y.double() - exact).abs() <= bound).all())
 
@@ -114,8 +121,9 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     left = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(6))
     term = packed("int4-g32-zero", left)
     assert "meta" in refusal(CompressedWeight((replace(term, tensors={n: t.to("meta") for n, t in term.tensors.items()}),)))
-    assert "no layout" in refusal(CompressedWeight((packed("pvq8k5-g8", left),)))
-    assert "packed" in refusal(CompressedWeight((*w.terms, low_rank(left, 2, "int8-row"))))
+    assert "no layout" in refusal(CompressedWeight((packed("int4-g1", left),)))
+    assert "without a layout" in refusal(CompressedWeight((*w.terms, low_rank(left, 2, "int4-g1"))))
+    assert refusal(CompressedWeight((*w.terms, low_rank(left, 3, "int8-row")))) == ""
     assert "several" in refusal(CompressedWeight((*w.terms, low_rank(left, 2), low_rank(left, 2))))
     rounded = CompressedLayer(w, ActivationFormat(parse_format("int8-row")))
     assert "int8-row dynamic" in (Native.refuses(rounded) or "")

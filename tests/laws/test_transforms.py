@@ -19,12 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 from bitpress.calibration import Stats
 from bitpress.calibration.capture import Capture, Observed
+from bitpress.errors import CheckpointError
 from bitpress.formats import CompressedLayer, CompressedWeight, Scale, parse_format
 from bitpress.kernels.reference import Reference
+from bitpress.models.rotating import find_rotated
+from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.transforms import Fold, apply_fold_, find_folds
 from bitpress.transforms.basis import Maps, into_basis, with_maps
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
-from bitpress.transforms.table import BASIS_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 
 LIMIT = 1e-6
 FMT = parse_format("int4-g16")
@@ -232,8 +235,48 @@ def test_the_laws_know_every_site_that_is_declared() -> None:
     assert list(PLACEMENTS) == list(get_args(Placement))
     for name, row in TRANSFORMS.items():
         assert bool(row.sites) == (name not in TARGETS), name
-        assert set(row.sites) <= {"layer input", "layer output"}, name
+        known = {"residual", "value"} if name in NETWORK_CHANGES else {"layer input", "layer output"}
+        assert set(row.sites) <= known, name
         assert all(placements and placements <= set(PLACEMENTS) for placements in row.sites.values()), name
+
+
+# What of a network has one basis only, and why: norms of what blocks add to the stream; attentions whose experts read them.
+ONE_BASIS = {
+    ("gemma3", "residual"): "post_attention_layernorm: its gain",
+    ("jetmoe", "values"): "is not the input of a product",
+}
+
+
+@pytest.mark.parametrize("name", NETWORK_CHANGES)
+@pytest.mark.parametrize(("site", "kind"), [("residual", "hadamard"), ("values", "orthogonal")])
+def test_changes_of_the_network_keep_the_function(
+    name: str, site: str, kind: str, spine: str, models: Callable[[str], Spine]
+) -> None:
+    of = models(spine)
+    change = NETWORK_CHANGES[name](kind=kind, residual=site == "residual", values=site == "values")  # type: ignore[arg-type]
+    config, ties = of.model.config.to_dict(), dict(of.model.all_tied_weights_keys)
+    if (spine, site) in ONE_BASIS:
+        with pytest.raises(CheckpointError, match=ONE_BASIS[spine, site]):
+            find_rotated(config, ties, change, spine)
+        return
+    rotated, values = find_rotated(config, ties, change, spine)
+    tensors = {key: p.detach().clone() for key, p in of.model.named_parameters()}
+    before = dict(tensors)
+    rotated.apply_(tensors)
+    turned = {turn.parameter for turn in rotated.heads}
+    if rotated.residual is not None:
+        turned |= {turn.parameter for turn in rotated.residual.turns}
+        norms = rotated.residual.norms.values()
+        assert all(bool((tensors[norm.weight] + norm.offset == 1).all()) for norm in norms)
+        assert len(norms) == 5
+    assert not [key for key in turned if torch.equal(tensors[key], before.get(key, before[ties.get(key, key)]))]
+    model = build_skeleton(build_config(values), torch.float64)
+    for key, buffer in of.model.named_buffers():
+        model.get_buffer(key).copy_(buffer)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    assert not any(p.is_meta for p in model.parameters())
+    assert moved(model, of) < LIMIT
 
 
 @pytest.mark.parametrize("name", TARGETS)

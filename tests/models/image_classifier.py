@@ -51,13 +51,26 @@ class ImageClassifier:
     def check_inputs(self, inputs: torch.Tensor, config: Any, where: str) -> None:
         assert inputs.shape[1:] == (config.num_channels, config.image_size, config.image_size)
 
-    def draw(self, data: str, path: Path, config: Any, *, samples: int, length: int, seed: int, chat: bool = False) -> Samples:
+    def draw(
+        self,
+        data: str,
+        path: Path,
+        config: Any,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        chat: bool = False,
+        held_out: int = 0,
+    ) -> Samples:
         kind, _, number = data.partition(":")
         if kind != "noise":
             raise CalibrationError(f"{data}: unknown images; use noise:SEED.")
         shape = (samples, config.num_channels, config.image_size, config.image_size)
-        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed + int(number)))
-        return Samples(inputs, (kind,) * samples, hashlib.sha256(inputs.numpy().tobytes()).hexdigest())
+        generator = torch.Generator().manual_seed(seed + int(number))
+        inputs = torch.randn(shape, generator=generator)
+        further = torch.randn((held_out, *shape[1:]), generator=generator) if held_out else None
+        return Samples(inputs, (kind,) * samples, hashlib.sha256(inputs.numpy().tobytes()).hexdigest(), further)
 
     def count(self, inputs: torch.Tensor) -> dict[str, int]:
         return {"images": len(inputs)}

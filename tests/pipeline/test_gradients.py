@@ -12,7 +12,7 @@ from bitpress.comparison.run import compare_recipes
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import UsageError
 from bitpress.models.walk import walk
-from bitpress.pipeline.calibration_stream import CalibrationStream, StatisticsVisitor, token_weights
+from bitpress.pipeline.calibration_stream import CalibrationStream, StatisticsVisitor, output_gram_of, token_weights
 from bitpress.pipeline.gradients import SEED, measure_gradients
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
@@ -24,7 +24,7 @@ SHARED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_a
 
 
 def by_hand(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return inputs and mean squared gradients by the outputs of every linear of the first block, from transformers' model alone."""
+    """Return the inputs of every linear of the first block and the gradients by its outputs, from transformers' model alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -36,7 +36,7 @@ def by_hand(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
 
             def watch(_: Any, args: Any, out: torch.Tensor, name: str = name) -> None:
                 inputs.setdefault(name, []).append(args[0][0].detach())
-                out.register_hook(lambda g: felt.setdefault(name, []).append(g[0].square().mean(-1)))
+                out.register_hook(lambda g: felt.setdefault(name, []).append(g[0]))
 
             module.register_forward_hook(watch)
     generator = torch.Generator().manual_seed(SEED)
@@ -47,9 +47,36 @@ def by_hand(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     return {n: torch.stack(parts) for n, parts in inputs.items()}, {n: torch.stack(parts) for n, parts in felt.items()}
 
 
+def test_output_grams_are_those_of_the_whole_model(tiny_model: Callable[..., Path]) -> None:
+    path = tiny_model("llama")
+    inputs, gradients = by_hand(path)
+    plan, model, _ = plan_run(path, build_method(make_recipe(RECIPE)))
+    model.load_outer_()
+    found = measure_gradients(model, plan.by_block(), TOKENS, {"output_gram"}, lambda: None, Silent())
+    assert set(found) == {output_gram_of(p.stem) for block in plan.by_block() for p in block}, "nothing else was asked for"
+    for name, g in gradients.items():
+        g, x = g.flatten(0, 1).double(), inputs[name].flatten(0, 1).double()
+        expected = (g * x.square().sum(-1, keepdim=True)).T @ g
+        gram = found[output_gram_of(f"model.layers.0.{name}")]
+        assert torch.equal(gram, gram.T)
+        torch.testing.assert_close(gram.double(), expected / expected.diagonal().mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_have_no_output_gram_and_say_so(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = gptq_recipe(quantizer={"name": "yaqa"}, transforms=[], min_expert_tokens=1)
+    report = quantize_directory(tiny_model("mixtral"), tmp_path / "out", recipe, proof=Proof(tokens=0))
+    told = [item["weight"] for item in report["fallbacks"] if "without feedback across rows" in item["what"]]
+    experts = {row["name"] for row in report["layers"] if isinstance(row["tokens"], list)}
+    assert experts
+    assert set(told) == experts
+
+
 def test_weights_and_gram_are_those_of_the_whole_model(tiny_model: Callable[..., Path]) -> None:
     path = tiny_model("llama")
-    inputs, felt = by_hand(path)
+    inputs, gradients = by_hand(path)
+    felt = {name: g.square().mean(-1) for name, g in gradients.items()}
     plan, model, _ = plan_run(path, build_method(make_recipe(RECIPE)))
     model.load_outer_()
     found = measure_gradients(model, plan.by_block(), TOKENS, {"loss_gram"}, lambda: None, Silent())
@@ -113,6 +140,10 @@ def test_compared_recipes_share_one_pass(tiny_model: Callable[..., Path], tmp_pa
     [
         ({"quantizer": "gptaq"}, "cross goes with the gram of all tokens alike"),
         ({"quantizer": "rsq"}, "attention_gram goes with the gram of all tokens alike"),
+        (
+            {"quantizer": "yaqa", "transforms": ["awq-scale"]},
+            "how the loss depends on outputs is not known once awq-scale has scaled them",
+        ),
         ({"quantizer": "rtn", "transforms": []}, "nothing in this recipe needs the gram"),
     ],
 )

@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "both streams": {"quantizer": {"name": "gptaq"}},
     "both streams for a target": {"transforms": [{"name": "qep"}]},
     "sensitivities": {"quantizer": {"name": "squeezellm"}, "weights": "kmeans3-g32"},
+    "curvature by inputs and outputs": {"quantizer": {"name": "yaqa"}, "calibration": {"gram": "loss"}},
     "passes inside a block": {"calibration": {"sequential": True}},
     "original inputs": {"calibration": {"inputs": "original"}},
     "roles of attention": {"quantizer": {"name": "boa"}},
@@ -37,7 +38,9 @@ class Stopped(BaseException):
 
 def content(out: Path) -> dict[str, bytes]:
     manifest = json.loads((out / MANIFEST_NAME).read_text())
-    return {name: (out / name).read_bytes() for name in [*manifest["files"], MANIFEST_NAME]}
+    files = {name: (out / name).read_bytes() for name in [*manifest["files"], MANIFEST_NAME]}
+    errors = [row["held_out"] for row in json.loads((out / "report.json").read_text())["layers"]]
+    return files | {"errors on held-out tokens": json.dumps(errors).encode()}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ class Capture(TorchFunctionMode):
     """Collects statistics of every observed weight while active. Call `next_batch` between forwards, or let `run` do both.
 
     If the inputs of the uncompressed model are needed too, run its forward first, inside `original`. `roles` names the weights of the
-    block's attention, for statistics of its heads. `loss_weights` returns the weights of this forward's tokens for the input of a weight,
+    block's attention, for statistics of its heads. Inputs of a forward `run` with `held_out` are kept and not counted. `loss_weights` returns the weights of this forward's tokens for the input of a weight,
     or None where they are not known; such an input has no `loss_gram`.
     """
 
@@ -50,6 +50,8 @@ class Capture(TorchFunctionMode):
         # by another tensor, which would then look like the same input.
         self._seen: dict[tuple[int, tuple[int, int], int], tuple[torch.Tensor, list[str]]] = {}
         self._recording = False
+        # Windows and positions of a forward whose inputs are kept and not counted.
+        self._held_out: tuple[int, int] | None = None
         self._originals: dict[str, torch.Tensor] = {}
         # Inputs whose tokens the loss does not weigh one by one: an expert's, and positions that a model leaves out on its way.
         self._unweighed: set[str] = set()
@@ -70,12 +72,20 @@ class Capture(TorchFunctionMode):
             self._products += 1
             if self._products == self._leave_after:
                 raise _Left
-        if self._attention_needed and not self._recording and is_attention(func):
+        if self._attention_needed and not self._recording and self._held_out is None and is_attention(func):
             self._attention.append(Attention.of(args, kwargs))
         return func(*args, **kwargs)
 
-    def run(self, forward: Callable[[], torch.Tensor], *, whole: bool, original: bool = False) -> torch.Tensor | None:
-        """Run a forward, of the uncompressed model if `original`, and record its inputs.
+    def run(
+        self,
+        forward: Callable[[], torch.Tensor],
+        *,
+        whole: bool,
+        original: bool = False,
+        held_out: tuple[int, int] | None = None,
+    ) -> torch.Tensor | None:
+        """Run a forward, of the uncompressed model if `original`, and record its inputs. With `held_out`, its windows and positions, inputs
+        are kept and not counted.
 
         Without `whole`, a forward stops after its last product with an observed weight and the result is None, once an earlier forward
         has shown which product that is.
@@ -83,13 +93,14 @@ class Capture(TorchFunctionMode):
         self._products = 0
         needs_all = whole or self._attention_needed or self._heads is not None
         self._leave_after = None if needs_all else self._products_of_whole
+        self._held_out = held_out
         try:
             with self.original() if original else self:
                 out = forward()
         except _Left:
             return None
         finally:
-            self._leave_after = None
+            self._leave_after, self._held_out = None, None
             if not original:
                 self.next_batch()
         if not any(w.expert for w in self._by_address.values()):
@@ -152,11 +163,16 @@ class Capture(TorchFunctionMode):
                 self._originals[observed.name] = x.clone()
             return
         counted = self._seen.setdefault((x.data_ptr(), (x.numel(), x.shape[-1]), x._version), (x, []))[1]
+        if self._held_out is not None and observed.name not in self._leader:
+            return  # an expert that no counted token reached
         leader = self._leader.setdefault(observed.name, counted[0] if counted else observed.name)
         if leader not in counted:
             counted.append(leader)
             if leader not in self._collectors:
                 self._collectors[leader] = StatsCollector(self._needs, observed.in_features)
+            if self._held_out is not None:
+                self._collectors[leader].hold_out(x, None if observed.expert else self._held_out)
+                return
             self._collectors[leader].add(x, observed.name)
             if "loss_gram" in self._needs:
                 self._add_by_loss(leader, x)

@@ -52,12 +52,14 @@ class Document:
 class Samples:
     """Inputs drawn for a model, such as token windows [samples, length]; the kind of text of each, and a SHA-256 of all.
 
-    The hash of token windows is that of the tokens as little-endian 64-bit numbers.
+    The hash of token windows is that of the tokens as little-endian 64-bit numbers. `held_out` are further inputs like them, on which
+    errors may be measured; there may be fewer than were asked for.
     """
 
     inputs: Shaped[torch.Tensor, "samples ..."]
     kinds: tuple[str, ...]
     sha256: str
+    held_out: Shaped[torch.Tensor, "further ..."] | None = None
 
 
 def builtin_texts(role: Role) -> dict[str, str]:
@@ -89,9 +91,16 @@ def read_texts(spec: str) -> list[Document]:
 
 
 def sample_windows(
-    documents: Sequence[Document], tokenizer: Any, *, samples: int, length: int, seed: int, chat: bool = False
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    chat: bool = False,
+    held_out: int = 0,
 ) -> Samples:
-    """Draw `samples` windows of `length` tokens, in turn from every kind of text that has one left.
+    """Draw `samples` windows of `length` tokens, in turn from every kind of text that has one left, and at most `held_out` after them.
 
     `chat` puts passages of plain text into the user's turn of the chat template; conversations always go through it. If the
     tokenizer puts a token before every text, every window begins with it. Raises CalibrationError, UsageError.
@@ -120,11 +129,12 @@ def sample_windows(
             "use fewer samples, a shorter length or more text."
         )
     turns = itertools.zip_longest(*([(kind, window) for window in drawn[kind]] for kind in kinds))
-    taken = [pair for turn in turns for pair in turn if pair is not None][:samples]
+    taken = [pair for turn in turns for pair in turn if pair is not None][: samples + held_out]
     first = torch.tensor(begin, dtype=torch.int64)
     windows = torch.stack([torch.cat([first, window]) for _, window in taken])
-    sha256 = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
-    return Samples(windows, tuple(kind for kind, _ in taken), sha256)
+    drawn_windows, further = windows[:samples], windows[samples:]
+    sha256 = hashlib.sha256(drawn_windows.numpy().astype("<i8").tobytes()).hexdigest()
+    return Samples(drawn_windows, tuple(kind for kind, _ in taken[:samples]), sha256, further if len(further) else None)
 
 
 def _read_builtin(spec: str) -> list[Document]:

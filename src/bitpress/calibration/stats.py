@@ -8,11 +8,13 @@
     head_gram       [heads, in, in]     the gram of the inputs as each head's attention mixes them; for value weights
     loss_gram       [in, in]            the gram of tokens weighted by the loss's squared gradient by what is made of them, weights of mean 1
     sensitivity     [out, in]           mean over texts of the squared gradient of the loss
+    output_gram     [out, out]          the gram of the loss's gradients by a token's outputs, tokens weighted by the squared norm of their
+                                        input; its diagonal of mean 1
 
 Products of bf16 values are exact in float32 and are added up in float32, a batch of at most a few thousand tokens at a time.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,11 +24,23 @@ from jaxtyping import Float
 
 from bitpress import native
 from bitpress.arithmetic import has_fast_bf16
+from bitpress.calibration.held_out import HeldOut, hold_out, join_held_out
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
 
-__all__ = ["STATISTICS", "Origin", "Statistic", "Stats", "StatsCollector", "WeightedGram", "add_gram_", "mirrored", "of_origin"]
+__all__ = [
+    "STATISTICS",
+    "Origin",
+    "Statistic",
+    "Stats",
+    "StatsCollector",
+    "WeightedGram",
+    "add_gram_",
+    "mirrored",
+    "of_origin",
+    "products_of",
+]
 
 Origin = Literal["input", "original", "attention", "loss"]
 WeightedGram = Literal["attention_gram", "loss_gram"]
@@ -54,6 +68,7 @@ STATISTICS: dict[str, Statistic] = {
     "head_gram": Statistic(("heads", "in", "in"), "attention"),
     "loss_gram": Statistic(("in", "in"), "loss"),
     "sensitivity": Statistic(("out", "in"), "loss"),
+    "output_gram": Statistic(("out", "out"), "loss"),
 }
 
 
@@ -71,7 +86,10 @@ TILE = 192
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of one layer; `rescaled` gives those of the same layer after a scaling of its input's channels."""
+    """Statistics of one layer; `rescaled` gives those of the same layer after a scaling of its input's channels.
+
+    `held_out` are inputs that no statistic counts; errors are measured on them, by the layer's own input and weight.
+    """
 
     tokens: int
     gram: Float[torch.Tensor, "in in"] | None = None
@@ -82,6 +100,14 @@ class Stats:
     head_gram: Float[torch.Tensor, "heads in in"] | None = None
     loss_gram: Float[torch.Tensor, "in in"] | None = None
     sensitivity: Float[torch.Tensor, "out in"] | None = None
+    output_gram: Float[torch.Tensor, "out out"] | None = None
+    held_out: HeldOut | None = None
+
+    @classmethod
+    def named(cls, tokens: int, found: Mapping[str, torch.Tensor]) -> "Stats":
+        """Make statistics from tensors by their names."""
+        values: Mapping[str, Any] = found
+        return cls(tokens, **values)
 
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
         """Return the statistics for the input `x * factor` and the weight `w / factor`."""
@@ -104,7 +130,7 @@ class Stats:
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 
         Statistics that cannot be known after the change are left out: mean_abs and sensitivity in another basis, and under `rows`
-        all statistics of output rows.
+        all statistics of output rows but the output_gram.
         """
         if isinstance(change, Chain):
             stats = self
@@ -130,7 +156,11 @@ class Stats:
                 loss_gram=twice(self.loss_gram),
                 sensitivity=None if self.sensitivity is None or by_channel is None else by_channel(self.sensitivity),
             )
-        return changed if rows is None else replace(changed, row_gram=None, head_gram=None, sensitivity=None)
+        if rows is None:
+            return changed
+        outputs = self.output_gram  # of gradients by y' where y = `rows` y'
+        outputs = None if outputs is None else rows.apply_transposed(rows.apply_transposed(outputs).mT).mT.contiguous()
+        return replace(changed, row_gram=None, head_gram=None, sensitivity=None, output_gram=outputs)
 
     def by_loss(self) -> "Stats":
         """Return the statistics with `loss_gram`, where it was measured, in the place of the gram."""
@@ -160,6 +190,7 @@ class StatsCollector:
         self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
         self._cross: torch.Tensor | None = None
         self._weighted: dict[WeightedGram, torch.Tensor] = {}
+        self._held_out: list[HeldOut] = []
 
     def add(self, x: Float[torch.Tensor, "*batch in"], where: str) -> None:
         """Add a batch. Raises NumericsError, naming `where`, when a value is not finite."""
@@ -172,7 +203,7 @@ class StatsCollector:
             if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
                 native.add_gram_(self._gram, x.contiguous())
             else:
-                with _products_of(x.dtype):
+                with products_of(x.dtype):
                     add_gram_(self._gram[: self.in_features, : self.in_features], x.float())
         if self._sum_abs is not None:
             # A few tokens in float32 while they are in the processor's cache; the total in float64.
@@ -188,7 +219,7 @@ class StatsCollector:
         if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
             native.add_product_(self._cross, difference, given)
         else:
-            with _products_of(x.dtype):
+            with products_of(x.dtype):
                 self._cross[: self.in_features, : self.in_features].addmm_(difference.float().T, given.float())
 
     def add_weighted(
@@ -198,8 +229,12 @@ class StatsCollector:
         if kind not in self._weighted:
             self._weighted[kind] = torch.zeros(self.in_features, self.in_features)
         weighted = x.reshape(-1, self.in_features).float() * weight.sqrt()[:, None]
-        with _products_of(x.dtype):
+        with products_of(x.dtype):
             add_gram_(self._weighted[kind], weighted)
+
+    def hold_out(self, x: Float[torch.Tensor, "*batch in"], whole: tuple[int, int] | None) -> None:
+        """Keep a batch that no statistic counts; `whole` as for `held_out.hold_out`."""
+        self._held_out.append(hold_out(x, whole))
 
     def finish(self) -> Stats:
         tokens = max(self.tokens, 1)
@@ -218,6 +253,7 @@ class StatsCollector:
             cross,
             attention_gram=weighted.get("attention_gram"),
             loss_gram=weighted.get("loss_gram"),
+            held_out=join_held_out(self._held_out),
         )
 
 
@@ -228,7 +264,7 @@ def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]
 
 
 @contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
+def products_of(dtype: torch.dtype) -> Iterator[None]:
     """Multiply float32 values that bf16 holds exactly in bf16 if that is faster; the setting is global, so it is restored."""
     if dtype != torch.bfloat16 or not has_fast_bf16():
         yield

@@ -7,14 +7,13 @@ order, so that a larger budget only adds terms. The bytes counted are those of a
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError, MemoryLimitError, UsageError
 from bitpress.formats.stack_budget import choose_blocks
 
-__all__ = ["open_within", "parse_bytes", "within"]
+__all__ = ["parse_bytes", "within"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmg]i?)?b?", re.ASCII | re.IGNORECASE)
@@ -27,13 +26,6 @@ def parse_bytes(size: int | str) -> int:
     if count < 1:
         raise UsageError(f"memory={size!r}: must be a number of bytes, for example 60MB, 1.5GB or 64MiB.")
     return count
-
-
-def open_within(directory: str | Path, memory: int | str) -> CompressedCheckpoint:
-    """Open a directory that bitpress wrote, within a budget. Raises UsageError for any other model."""
-    if not is_compressed(directory):
-        raise UsageError(f"{directory}: bitpress did not write this model, so it cannot be loaded in part; leave out memory.")
-    return within(CompressedCheckpoint.open(directory), memory)
 
 
 def within(checkpoint: CompressedCheckpoint, memory: int | str) -> CompressedCheckpoint:

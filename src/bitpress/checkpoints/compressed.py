@@ -15,7 +15,7 @@ Directories of version 1 have transformers' own names (model-*.safetensors and a
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
 from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
 from bitpress.errors import BitpressError, CheckpointError, FormatError
 from bitpress.formats import CompressedLayer, CompressedWeight
+from bitpress.formats.nested import left_out_bytes, weight_at_width
 
 __all__ = [
     "HEAD_NAME",
@@ -77,7 +78,8 @@ def config_marks(version: int = VERSION) -> dict[str, Any]:
 class CompressedCheckpoint:
     """A directory that has passed every check; content used as an address is checked when a weight is read.
 
-    `cut` where some terms of its weights are left out (`checkpoints.budget`): what is not in `tensors` is never read.
+    `cut` where some terms of its weights are left out (`checkpoints.budget`): what is not in `tensors` is never read. `width` are the
+    bits that nested weights are read at (`checkpoints.width`), by default all of them.
     """
 
     root: Path
@@ -86,6 +88,7 @@ class CompressedCheckpoint:
     tensors: Mapping[str, tuple[Path, TensorEntry]]
     stored: Mapping[str, tuple[str, ...]]
     cut: bool = False
+    width: int | None = None
 
     @classmethod
     def open(
@@ -145,7 +148,8 @@ class CompressedCheckpoint:
         prefix = self._parameter(parameter).stem + "."
         tensors = {name.removeprefix(prefix): read_tensor(*self.tensors[name]) for name in self.stored[parameter]}
         try:
-            return CompressedLayer.build(record.spec, tensors, record.input)
+            layer = CompressedLayer.build(record.spec, tensors, record.input)
+            return layer if self.width is None else replace(layer, weight=weight_at_width(layer.weight, self.width))
         except BitpressError as error:
             raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
 
@@ -210,10 +214,13 @@ class CompressedCheckpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weight files, or where terms are left out of the tensors that are read."""
-        if self.cut:
-            return sum(entry.nbytes for _, entry in self.tensors.values())
+        """Bytes of all weight files, or where terms or bits are left out of what is read."""
+        if self.cut or self.width is not None:
+            return sum(entry.nbytes for _, entry in self.tensors.values()) - sum(map(self._left_out, self.manifest.weights))
         return sum(record.bytes for name, record in self.manifest.files.items() if name.endswith(".safetensors"))
+
+    def _left_out(self, name: str) -> int:
+        return 0 if self.width is None else left_out_bytes(self.manifest.weights[name].spec, self.width)
 
     @property
     def outer(self) -> tuple[str, ...]:
@@ -227,8 +234,9 @@ class CompressedCheckpoint:
         return self.bits_of(self.manifest.weights.keys() - set(self.outer))
 
     def bits_of(self, names: Collection[str]) -> float:
-        """Bits a weight of some compressed weights, 0 for none."""
+        """Bits a weight of some compressed weights, 0 for none; those that are read."""
         stored = sum(self.tensors[tensor][1].nbytes for name in names for tensor in self.stored[name])
+        stored -= sum(map(self._left_out, names))
         shapes = [self.manifest.weights[name].spec["shape"] for name in names]
         return stored * 8 / sum(rows * columns for rows, columns in shapes) if shapes else 0.0
 

@@ -10,7 +10,13 @@ from pathlib import Path
 from bitpress.checkpoints.durable import fsync_directory
 from bitpress.errors import DiskError, UsageError
 
-__all__ = ["published"]
+__all__ = ["check_absent", "published"]
+
+
+def check_absent(out: Path) -> None:
+    """Raise UsageError if something has this name."""
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists already; choose another name, or remove it first.")
 
 
 @contextlib.contextmanager
@@ -19,8 +25,7 @@ def published(out: Path, *, file: bool = False) -> Iterator[Path]:
 
     Raises UsageError if `out` exists, DiskError.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"{out}: exists already; choose another name, or remove it first.")
+    check_absent(out)
     parent = out.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

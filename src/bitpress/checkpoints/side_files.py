@@ -65,7 +65,7 @@ _REFUSED_STARTS = (
 _OWN = "a published directory has its own file of this name"
 _REPLACED = frozenset({"config.json", "model.safetensors.index.json"})
 _RESERVED = {
-    **dict.fromkeys((MANIFEST_NAME, "report.json", "readme.md"), _OWN),
+    **dict.fromkeys((MANIFEST_NAME, "report.json", "report.html", "readme.md"), _OWN),
     "adapter_config.json": "transformers would look for the adapter that it describes",
     **dict.fromkeys(("quantize_config.json", "quantization_config.json", "hf_quant_config.json"), "it describes other weights"),
 }

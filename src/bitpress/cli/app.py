@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bitpress.cli import cache, compare_command, info, run
+from bitpress.cli import cache, compare_command, exchange, info, run
 from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
@@ -19,6 +19,7 @@ from bitpress.cli.options import (
     CalibrationText,
     Documents,
     Embeddings,
+    ForRuntime,
     Head,
     Json,
     Length,
@@ -29,12 +30,14 @@ from bitpress.cli.options import (
     PresetName,
     QuantizerName,
     RecipeFile,
+    Requantize,
     Samples,
     Seed,
     Sets,
     Skip,
     Tasks,
     Weights,
+    Width,
     is_set,
     refuse_idle,
 )
@@ -92,8 +95,10 @@ def quantize(
     skip: Skip = None,
     embeddings: Embeddings = None,
     head: OutputHead = None,
+    runtime: ForRuntime = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
+    requantize: Requantize = False,
     proof_tokens: Annotated[int, typer.Option(help="Evaluation tokens of the final comparison; 0 leaves it out.")] = 8192,
     proof_text: Annotated[str, typer.Option(help="Evaluation text of the final comparison.")] = "builtin:heldout",
     max_kl: Annotated[float | None, typer.Option(help="Publish nothing above this KL divergence (exit 6).")] = None,
@@ -107,25 +112,31 @@ def quantize(
         idle = {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
         explain_preset(recipe, preset, bits, as_json, idle | {"--embeddings": embeddings, "--head": head})
         return
-    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.exchange import show_export
     from bitpress.cli.reports import show_report
+    from bitpress.pipeline.exporting import export_for, open_to_quantize
+    from bitpress.pipeline.for_runtime import fit_to
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
-        source = resolve_model(model, screen)
+        source = open_to_quantize(model, screen, requantize=requantize)
+        method = fit_to(method, source, runtime)
         if not method.reads_text and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
                 f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
         report = quantize_directory(source, output, method, strict=strict, force=force, proof=proof, progress=screen)
+        exported = None if runtime is None else export_for(output, runtime, screen)
     if as_json:
-        print_json(report)
+        print_json(report if exported is None else {**report, "exported": exported})
     else:
         show_report(report, output)
+        if exported is not None:
+            show_export(exported)
 
 
 @app.command(epilog="Example: bitpress plan smollm2-135m --bits 4")
@@ -144,33 +155,45 @@ def plan(
     skip: Skip = None,
     embeddings: Embeddings = None,
     head: OutputHead = None,
+    runtime: ForRuntime = None,
+    requantize: Requantize = False,
     whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
-    from bitpress.checkpoints.named import resolve_model
+    from bitpress.cli.exchange import show_targets
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
+    from bitpress.pipeline.exporting import open_to_quantize
+    from bitpress.pipeline.for_runtime import carriers, fit_to
+    from bitpress.pipeline.oddities import told_untied
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head
+        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):
         read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
     with Screen() as screen:
-        planned, streamed, _ = plan_run(resolve_model(model, screen), method)
+        source = open_to_quantize(model, screen, requantize=requantize)
+        method = fit_to(method, source, runtime)
+        planned, streamed, _ = plan_run(source, method)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         excess = None if planned.offer is None else planned.offer.excess()
-        for text in [*(f"{text}." for text in unmeant_bits(planned)), *([] if excess is None else [excess])]:
+        for text in [
+            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
+            *([] if excess is None else [excess]),
+        ]:
             screen.note(text)
+    leaves = carriers(planned.weights, method)
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved()})
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
     else:
         show_plan(planned, method, seconds, whole=whole)
+        show_targets(leaves)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")
@@ -185,6 +208,7 @@ def evaluate(
     tasks: Tasks = None,
     documents: Documents = 500,
     memory: Memory = None,
+    width: Width = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -197,15 +221,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
-    from bitpress.checkpoints.budget import open_within
-    from bitpress.checkpoints.compressed import is_compressed
     from bitpress.checkpoints.named import resolve_model
+    from bitpress.checkpoints.width import open_part
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
     from bitpress.evaluation.tasks import check_task
     from bitpress.measure.evaluation import evaluate as measure
     from bitpress.measure.evaluation import evaluate_alone
     from bitpress.measure.multiple_choice import evaluate_tasks
+    from bitpress.pipeline.exporting import open_model
 
     names = parse_tasks(tasks)
     for name in names:
@@ -216,9 +240,9 @@ def evaluate(
     refuse_idle(context, "--tasks", not names, ("documents",))
     on_text = against is not None or not names or is_set(context, "text", "tokens", "length", "seed")
     with Screen() as screen:
-        given = Path(directory) if is_compressed(directory) else resolve_model(directory, screen)
+        given = open_model(directory, screen)
         original = None if against is None else resolve_model(against, screen)
-        part = None if memory is None else open_within(given, memory)
+        part = open_part(given, memory, width)
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
         if original is not None:
             figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
@@ -236,6 +260,7 @@ def evaluate(
 
 app.add_typer(run.app)
 app.add_typer(compare_command.app)
+app.add_typer(exchange.app)
 app.add_typer(info.app)
 app.add_typer(cache.app)
 

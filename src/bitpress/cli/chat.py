@@ -49,11 +49,12 @@ def _open(directory: Path, request: Request) -> Speaker:
     if (source := open_plain(directory)) is not None:
         from bitpress.cli.chat_transformers import speak_plain
 
-        check_options(directory, request.runtime, native_options + transformers_options)
+        only_compressed = native_options + transformers_options + ("--width",) * (request.width is not None)
+        check_options(directory, request.runtime, only_compressed)
         speaker = speak_plain(source, request)
         say(speaker.line())
         return speaker
-    model, head = OpenedModel(directory), request.engine.head_format
+    model, head = OpenedModel(directory, width=request.width), request.engine.head_format
     had_layout = model.has_layout(head)
     if not had_layout:
         from bitpress.formats import parse_format

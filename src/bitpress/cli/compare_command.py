@@ -20,6 +20,7 @@ from bitpress.cli.options import (
     Model,
     Only,
     Recipes,
+    Requantize,
     Results,
     Samples,
     Seed,
@@ -59,6 +60,7 @@ def compare(
     best: Best = 3,
     keep: Keep = False,
     forget_capture: ForgetCapture = False,
+    requantize: Requantize = False,
     as_json: Json = False,
 ) -> None:
     """Measure many recipes on one model, where everything but the recipe is the same.
@@ -66,10 +68,10 @@ def compare(
     Recipes without inputs of their own are calibrated on those of the original's blocks, which one pass collects for all. Exits 1
     when a recipe failed; the others are measured all the same.
     """
-    from bitpress.checkpoints.named import resolve_model
     from bitpress.cli.compare import Board, parse_texts, parse_widths
     from bitpress.comparison.run import HELDOUT, compare_recipes
     from bitpress.comparison.variants import read_candidates
+    from bitpress.pipeline.exporting import open_to_quantize
     from bitpress.recipes import make_recipe
 
     given = chosen(text=calibration, samples=samples, length=length, seed=seed, inputs=inputs)
@@ -81,7 +83,7 @@ def compare(
         for note in notes:
             board.note(note)
         done = compare_recipes(
-            resolve_model(model, board),
+            open_to_quantize(model, board, requantize=requantize),
             output,
             candidates,
             texts,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads
+from bitpress.cli.options import Activations, Cache, Directory, Head, Json, Threads, Width
 from bitpress.cli.screen import Screen, out, print_json
 from bitpress.errors import UsageError
 
@@ -25,6 +25,7 @@ def bench(
     activations: Activations = None,
     cache: Cache = None,
     head: Head = None,
+    width: Width = None,
     as_json: Json = False,
 ) -> None:
     """Measure the native engine's speed on a model, beside the speed of the machine."""
@@ -37,13 +38,18 @@ def bench(
         raise unknown_name("measurement", what, ("decode", "prefill"))
     options = EngineOptions.of({"activations": activations, "cache": cache, "head": head, "threads": threads})
     measure, usual = (bench_decode, 64) if what == "decode" else (bench_prefill, 512)
-    facts = measure(directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats)
+    facts = measure(
+        directory, options, context=context, tokens=usual if tokens is None else tokens, repeats=repeats, width=width
+    )
     print_json(facts) if as_json else show_speed(facts)
 
 
 @app.command(epilog="Example: bitpress inspect out/smollm2-4bit")
 def inspect(
-    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")] = None,
+    directory: Annotated[
+        str | None,
+        typer.Argument(metavar="DIR", help="A directory that bitpress wrote, or a model that another tool quantized."),
+    ] = None,
     machine: Annotated[bool, typer.Option("--machine", help="Describe this machine instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +62,11 @@ def inspect(
         facts = describe_machine()
         print_json(facts) if as_json else show_machine(facts)
         return
-    facts = describe_directory(directory)
+    from bitpress.pipeline.exporting import open_model
+
+    with Screen() as screen:
+        found = open_model(directory, screen)
+    facts = {**describe_directory(found), "directory": directory}
     print_json(facts) if as_json else show_inspection(facts)
 
 
@@ -72,6 +82,35 @@ def verify(directory: Directory, as_json: Json = False) -> None:
         out.print(
             f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['weights']} weights: all as published."
         )
+
+
+@app.command(epilog="Example: bitpress report out/smollm2-4bit out/smollm2-3bit --html comparison.html")
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories that bitpress wrote; several are compared.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page to look at and to forward.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was done to a model and what it cost, or compare several."""
+    from bitpress.cli.report_command import read_reports, show_comparison, write_html
+    from bitpress.cli.reports import show_report
+    from bitpress.report.document import dump_report
+
+    reports = read_reports(directories)
+    if html is not None:
+        write_html(reports, html)
+    values = {name: dump_report(found) for name, found in reports}
+    if as_json:
+        print_json(values if len(values) > 1 else next(iter(values.values())))
+    elif html is not None:
+        out.print(f"{html}: {html.stat().st_size:,} bytes", markup=False)
+    elif len(reports) == 1:
+        show_report(next(iter(values.values())), directories[0])
+    else:
+        show_comparison(reports)
 
 
 @app.command(epilog="Example: bitpress methods gptq")

@@ -17,12 +17,12 @@ def describe_methods() -> list[dict[str, Any]]:
     """List every table: name, kind, what it does, its paper, the statistics it needs, its settings.
 
     `bits`, the least and the most that a method is meant for, are a quantizer's; so are the transforms that its paper puts before it.
-    A transform's row says by `works_on` whether it scales "groups" of weights that share an input, changes the basis of "weights" or
-    the "targets" that their codes aim at.
+    A transform's row says by `works_on` whether it changes the "network" as a whole, scales "groups" of weights that share an input, or
+    changes the basis of "weights" or the "targets" that their codes aim at.
     """
     from bitpress.corrections.table import CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
-    from bitpress.transforms.table import BASIS_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
 
     rows = []
     tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
@@ -34,7 +34,8 @@ def describe_methods() -> list[dict[str, Any]]:
             if kind == "quantizer":
                 row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
             if kind == "transform":
-                row["works_on"] = "weights" if name in BASIS_CHANGES else "targets" if name in TARGETS else "groups"
+                on: dict[str, Mapping[str, Any]] = {"network": NETWORK_CHANGES, "weights": BASIS_CHANGES, "targets": TARGETS}
+                row["works_on"] = next((what for what, table in on.items() if name in table), "groups")
             rows.append(row)
     return rows
 

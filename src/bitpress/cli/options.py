@@ -12,6 +12,13 @@ from bitpress.runtime.sampling import LIMITS
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
 Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
+ForRuntime = Annotated[
+    str | None,
+    typer.Option(
+        "--for", metavar="RUNTIME", help="Choose what this runtime can load (`bitpress targets`), and export to it at the end."
+    ),
+]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
 RecipeFile = Annotated[
@@ -42,6 +49,9 @@ Head = Annotated[
 Context = Annotated[int | None, typer.Option(min=2, help="native: tokens to make room for.")]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Read only so much of a model quantized by bitstack, e.g. 60MB.")
+]
+Width = Annotated[
+    int | None, typer.Option(metavar="8|4|2", help="Read a nested model (bipolar8-...-nested) at so many bits a weight.")
 ]
 Skip = Annotated[
     list[str] | None,

@@ -16,15 +16,15 @@ __all__ = ["check_options", "find_model", "load_plain", "open_plain"]
 
 
 def find_model(model: str) -> Path:
-    """Return the directory of a model, compressed or not; a .gguf file or a named model is converted or fetched first."""
+    """Return the directory of a model, compressed or not; what another tool quantized, or a named model, is taken over or fetched first."""
     if not model:
         raise UsageError("the model has no name; write a directory, a .gguf file or a named model (`bitpress models`).")
     if is_compressed(model):
         return Path(model)
-    from bitpress.checkpoints.named import resolve_model  # not needed for a directory of bitpress, which should answer at once
+    from bitpress.pipeline.exporting import open_model  # not needed for a directory of bitpress, which should answer at once
 
     with Screen() as screen:
-        return resolve_model(model, screen)
+        return open_model(model, screen)
 
 
 def open_plain(directory: Path) -> "SourceCheckpoint | None":

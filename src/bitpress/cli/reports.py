@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+# Classes of held-out tokens as people read them.
+_CLASSES = {"others": "ordinary", "massive": "massive", "first": "first"}
+
+
 def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
     run = report["run"]
@@ -57,6 +61,8 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         [(row["name"], f"{row['error_rounded']:.4g}", f"{row['error']:.4g}") for row in worst],
         right=(1, 2),
     )
+    if report.get("held_out"):  # reports of before have none
+        _show_token_errors(report)
     if report["fallbacks"]:
         table("\nFallbacks", ("layer", "what"), [(item["weight"], item["what"]) for item in report["fallbacks"]])
     if report.get("notes"):  # reports of before have none
@@ -66,6 +72,27 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
         reasons.setdefault(item["why"], []).append(item["file"])
     if reasons:
         table("\nFiles left behind", ("file", "why"), [(escape(_few(names)), why) for why, names in reasons.items()])
+
+
+def _show_token_errors(report: Mapping[str, Any]) -> None:
+    """Print the layers whose ordinary tokens have the largest errors, with the errors of the other classes of held-out tokens."""
+    classes = (*_CLASSES, "all")
+    told = [row for row in report["layers"] if row.get("held_out")]
+    worst = sorted(told, key=lambda row: -row["held_out"].get("others", row["held_out"]["all"])["error"])[:5]
+    rows = [
+        (row["name"], *(f"{errors[name]['error']:.4g}" if name in errors else "" for name in classes))
+        for row, errors in ((row, row["held_out"]) for row in worst)
+    ]
+    samples = report["held_out"]["samples"]
+    windows = f"{samples} held-out window{'s' * (samples != 1)}"
+    columns = ("layer", *_CLASSES.values(), "all")
+    table(f"\nLargest relative errors of ordinary tokens in {windows}", columns, rows, right=(1, 2, 3, 4))
+    far = report["held_out"]["weights_far"]
+    counted = ", ".join(f"{of} tokens in {far[name]}" for name, of in _CLASSES.items() if far[name])
+    if counted:
+        out.print(
+            f"[dim]Errors above {report['held_out']['far_above']:g} times that of all tokens: {counted} of {len(told)} weights.[/dim]"
+        )
 
 
 def _told_spending(budget: Mapping[str, Any]) -> str:
@@ -226,8 +253,9 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     else:
         out.print("\n[bold]Proof[/bold]")
         figures_table({key: value for key, value in proof.items() if key not in ("bits_per_weight", "bytes")}, {})
-    versions = facts["job"]["versions"] if isinstance(facts["job"], dict) else {}
-    out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
+    versions = facts["job"].get("versions", {}) if isinstance(facts["job"], dict) else {}
+    if versions:
+        out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
         out.print(f"{alias} is {original}")
 
@@ -239,6 +267,8 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         settings = ", ".join(f"{key}={value}" for key, value in of.items() if key != "name")
         return f"{of['name']} ({settings})" if settings else str(of["name"])
 
+    if "imported" in recipe:
+        return [("quantized by", f"another tool, whose {recipe['imported']} layers were taken over")]
     lines = [("weights", told_budget(recipe) or str(recipe["weights"]))]
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]

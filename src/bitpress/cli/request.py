@@ -20,6 +20,7 @@ class Request:
     runtime: str = "auto"
     packed: bool = False
     memory: str | None = None
+    width: int | None = None
     engine: EngineOptions = USUAL
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from bitpress.cli.options import (
     Threads,
     TopK,
     TopP,
+    Width,
 )
 from bitpress.cli.screen import err, print_json
 from bitpress.errors import UsageError
@@ -60,6 +61,7 @@ def run(
     context: Context = None,
     packed: Packed = False,
     memory: Memory = None,
+    width: Width = None,
     as_json: Json = False,
 ) -> None:
     """Generate text with a compressed model, or with any other as it is.
@@ -79,6 +81,7 @@ def run(
         runtime=runtime,
         packed=packed,
         memory=memory,
+        width=width,
         engine=EngineOptions.of(engine),
     )
     directory = find_model(model)

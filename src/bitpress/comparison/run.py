@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bitpress.calibration import Samples
 from bitpress.checkpoints.compressed import MANIFEST_NAME
 from bitpress.checkpoints.jsonfile import read_json
 from bitpress.comparison.results import Results
@@ -151,21 +152,23 @@ def _prepare(
             "what it costs with `bitpress quantize`."
         )
     model, loader = open_original(path, candidates[0].method.compute)
-    stored = loader.stored_bytes(model.model.state_dict())
-    plans = {}
+    calibration = dict[Calibration, Samples]()
+    plans: dict[Variant, Plan] = {}
+    shared = shared.model_copy(update={"inputs": "original"})
+    made = Comparison(path, model, loader, {}, {}, shared, calibration, {}, plans, progress)
     for c in candidates:
         try:
-            plans[c] = plan_method(model, c.method, stored)
+            own, own_loader = made.opened(c.method)
+            plans[c] = plan_method(own, c.method, own_loader.stored_bytes(own.model.state_dict()))
         except BitpressError as error:
             raise type(error)(f"{c.label}: {error}") from error
     task, config = model.task, model.model.config
     heldout = {name: draw_evaluation(text, task, path, config, count=tokens, length=length)[0] for name, text in texts.items()}
     wanted = {drawn(c.recipe.calibration) for c in candidates if c.method.reads_text}
-    calibration = {c: draw_calibration(c, task, path, config) for c in sorted(wanted, key=str)}
-    inputs = {name: samples.inputs for name, samples in heldout.items()}
-    hashes = {name: samples.sha256 for name, samples in heldout.items()}
-    shared = shared.model_copy(update={"inputs": "original"})
-    return Comparison(path, model, loader, inputs, hashes, shared, calibration, {}, plans, progress)
+    calibration |= {c: draw_calibration(c, task, path, config) for c in sorted(wanted, key=str)}
+    made.texts |= {name: samples.inputs for name, samples in heldout.items()}
+    made.hashes |= {name: samples.sha256 for name, samples in heldout.items()}
+    return made
 
 
 def _run(
@@ -192,8 +195,7 @@ def _run(
         floor = results.find({"kind": "floor"})
     if not pending and floor is not None:
         return
-    outer = made.model.load_outer_()
-    made.outer = outer if keep else {}
+    made.model.load_outer_()
     captured = capture(made, results.out / "capture", identity, check_stop)
     try:
         if floor is None:
@@ -231,13 +233,16 @@ def _compress(
 ) -> dict[str, Any]:
     """Quantize the model by a variant while the evaluation texts walk along, and return the row's figures."""
     started, cpu = time.perf_counter(), time.process_time()
-    model, plan = made.model, settled_plan(made, c, check_stop)
+    model, _ = made.opened(c.method)
+    outer = model.load_outer_() if c.method.rotate is not None or keep is not None else {}
+    plan = settled_plan(made, c, check_stop)
     texts, answers = EvaluationText(model, made.texts), Answers(model, {name: made.tasks[name] for name in tasks})
     judges = Timed((texts, answers))
     compressor = make_compressor(made, cached, c, check_stop)
     texts.start_()
     answers.start_()
-    job = None if keep is None else _open_job(made, c, keep, source)
+    job = None if keep is None else _open_job(made, c, keep, source, outer)
+    del outer
     try:
         made.progress.begin(c.label, plan.blocks)
         committer = Committer(job, compressor, plan.blocks + 1, made.progress, resumable=False)
@@ -247,7 +252,7 @@ def _compress(
         # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.
         made.progress.begin(f"{c.label}, judged", sum(len(w) for w in made.texts.values()) + count_batches(answers.tasks))
         note = noting(made, check_stop)
-        figures = distances((model, cached.states()), (model, texts.states), made.texts, note)
+        figures = distances((made.model, cached.states()), (model, texts.states), made.texts, note)
         answered = answers.accuracies(note)
         measured = time.perf_counter() - started - seconds
         if job is not None:
@@ -256,6 +261,8 @@ def _compress(
     finally:
         if job is not None:
             job.close()
+        if c.method.rotate is not None:
+            model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
         "kl_mean": _mean_kl(figures),
@@ -270,7 +277,7 @@ def _compress(
 
 
 def _publish(made: Comparison, job: Job, c: Variant, check_stop: Callable[[], None], clock: Clock) -> None:
-    run = Run(made.path, made.model, made.loader, c.method, made.plans[c], made.calibration(c.method))
+    run = Run(made.path, *made.opened(c.method), c.method, made.plans[c], made.calibration(c.method))
     finish_job(job, run, Proof(tokens=0), made.progress, check_stop, clock)
 
 
@@ -321,13 +328,13 @@ def _is_kept(made: Comparison, c: Variant, out: Path, source: Mapping[str, str])
     return isinstance(known, dict) and known.get("job") == _identity(made, c, source)
 
 
-def _open_job(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> Job:
+def _open_job(made: Comparison, c: Variant, out: Path, source: Mapping[str, str], outer: dict[str, torch.Tensor]) -> Job:
     folder = _folder(out, c)
     if folder.exists():
         shutil.rmtree(folder)  # of a recipe that has changed, or of a run that was stopped
     job = Job.open(folder, _identity(made, c, source))
     total = len(made.model.blocks) + 1
-    job.commit("outer", shard_name(0, total), made.outer, BlockRecord().dump(), None)
+    job.commit("outer", shard_name(0, total), outer, BlockRecord().dump(), None)
     return job
 
 

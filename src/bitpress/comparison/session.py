@@ -20,7 +20,7 @@ from bitpress.comparison.variants import Variant
 from bitpress.errors import BitpressError, DiskError, JobStopped
 from bitpress.evaluation import QuestionSet
 from bitpress.memory import peak_bytes, release, reset_peak
-from bitpress.models.opening import OriginalLoader
+from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, Visitor
 from bitpress.pipeline.blocks import BlockCompressor
@@ -32,6 +32,7 @@ from bitpress.pipeline.offer import trial_parts
 from bitpress.pipeline.plan import Plan
 from bitpress.progress import Progress
 from bitpress.recipes import Calibration, Method, Recipe
+from bitpress.transforms.rotate import Rotate
 
 __all__ = [
     "Comparison",
@@ -64,14 +65,24 @@ class Comparison:
     plans: dict[Variant, Plan]
     progress: Progress
     figures: dict[object, dict[str, Float[torch.Tensor, " figures"]]] = field(default_factory=dict)
-    outer: dict[str, torch.Tensor] = field(default_factory=dict)
+    rotated: dict[Rotate, tuple[StreamedModel, OriginalLoader]] = field(default_factory=dict)
+
+    def opened(self, method: Method) -> tuple[StreamedModel, OriginalLoader]:
+        """Return the model that a method compresses: the original, or that in another basis."""
+        if method.rotate is None:
+            return self.model, self.loader
+        if method.rotate not in self.rotated:
+            self.rotated[method.rotate] = open_original(self.path, self.model.dtype, method.rotate)
+        return self.rotated[method.rotate]
 
     def calibration(self, method: Method) -> Samples | None:
         return self.samples[drawn(method.recipe.calibration)] if method.reads_text else None
 
     def shares(self, method: Method) -> bool:
-        """Whether the pass over the original serves a method: it calibrates just so, or needs nothing."""
+        """Whether the pass over the original serves a method: it calibrates just so, or needs nothing. In another basis nothing does."""
         recipe = method.recipe
+        if method.rotate is not None:
+            return False
         alike = recipe.calibration.model_copy(update={"gram": self.shared.gram})
         return not method.needs or (alike == self.shared and recipe.batch == _batch())
 
@@ -119,8 +130,9 @@ def attempt(made: Comparison, work: Callable[[], dict[str, Any]]) -> dict[str, A
         what = " ".join(str(error).split())[:300]
         found = {"failed": f"{type(error).__name__}: {what} ({Path(frame.filename).name}:{frame.lineno})"}
     finally:
-        for i in range(len(made.model.blocks)):
-            made.model.drop_block_(i)
+        for model in (made.model, *(model for model, _ in made.rotated.values())):
+            for i in range(len(model.blocks)):
+                model.drop_block_(i)
         release()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     return {"failed": None, **found, "peak_memory_bytes": peak_bytes(), "threads": torch.get_num_threads(), "finished": now}
@@ -134,21 +146,22 @@ def settled_plan(made: Comparison, c: Variant, check_stop: Callable[[], None]) -
     samples = made.calibration(c.method)
     assert samples is not None
     offered = tuple((own[0].parameter.stem, *(repr(trial_parts(w)) for w in own)) for own in plan.offer.free)
-    key = (drawn(c.recipe.calibration), offered)
+    key = (drawn(c.recipe.calibration), c.method.rotate, offered)
+    model, loader = made.opened(c.method)
     if key not in made.figures:
-        made.figures[key] = measure_offer(made.model, plan.offer, samples.inputs, check_stop, made.progress)
-    stored = made.loader.stored_bytes(made.model.model.state_dict())
-    made.plans[c] = settle_plan(plan, made.model, c.method, stored, made.figures[key])
+        made.figures[key] = measure_offer(model, plan.offer, samples.inputs, check_stop, made.progress)
+    stored = loader.stored_bytes(model.model.state_dict())
+    made.plans[c] = settle_plan(plan, model, c.method, stored, made.figures[key])
     return made.plans[c]
 
 
 def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check_stop: Callable[[], None]) -> BlockCompressor:
     """Make a compressor that takes what the pass over the original has measured, or where that does not serve, runs its own samples."""
-    model, plan, method = made.model, settled_plan(made, c, check_stop), c.method
+    model, plan, method = made.opened(c.method)[0], settled_plan(made, c, check_stop), c.method
     felt = of_origin(method.needs, "loss")
     samples = made.calibration(method)
     gradients: Mapping[str, torch.Tensor] | None = None
-    if felt and felt <= cached.needs and samples is made.samples.get(drawn(made.shared)):
+    if felt and method.rotate is None and felt <= cached.needs and samples is made.samples.get(drawn(made.shared)):
         gradients = cached.gradients
     elif felt and samples is not None:
         gradients = measure_gradients(model, plan.by_block(), samples.inputs, felt, check_stop, made.progress)

@@ -57,7 +57,7 @@ class StatisticsCache:
                     if key not in tensors:  # weights that share an input share its statistics
                         tensors[key] = read(key)
                     held[kind] = tensors[key]
-            stats[weight] = Stats(entry["tokens"], **held)
+            stats[weight] = Stats.named(entry["tokens"], held)
         return Measured(stats, facts["groups"], read("probe"))
 
     @property

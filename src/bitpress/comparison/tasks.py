@@ -93,11 +93,14 @@ def _answer(
     made: Comparison, captured: StatisticsCache | None, c: Variant | None, tasks: Sequence[str], check_stop: Callable[[], None]
 ) -> dict[str, Any]:
     """Return what the rows of the original, or of a recipe that quantizes the model for it, say of some tasks."""
-    model = made.model
+    model = made.model if c is None else made.opened(c.method)[0]
+    rotated = model is not made.model
     answers = Answers(model, {name: made.tasks[name] for name in tasks})
     label = "original" if c is None else c.label
 
     def work() -> dict[str, Any]:
+        if rotated:
+            model.load_outer_()
         total = len(model.blocks)
         compressor = [] if c is None or captured is None else [make_compressor(made, captured, c, check_stop)]
         answers.start_()
@@ -107,4 +110,8 @@ def _answer(
         made.progress.begin(f"{label}, answering", count_batches(answers.tasks))
         return {"tasks": answers.accuracies(noting(made, check_stop))}
 
-    return attempt(made, work)
+    try:
+        return attempt(made, work)
+    finally:
+        if rotated:
+            model.drop_outer_()

@@ -4,12 +4,14 @@
     agreement           share of positions where both name the same most likely token
     perplexity          exp of the mean negative log-likelihood of the next token inside a window
 
-The 95 % interval is that of the mean over windows (Student's t), because positions of one window are not independent.
+The 95 % interval is that of the mean over windows (Student's t), because positions of one window are not independent. So it is for the
+distance at some positions (0, 1, 2 to 3, 4 to 7, ...: the error of a model with little context before it differs most) and on some windows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,17 +20,48 @@ from jaxtyping import Integer as Int
 from bitpress import native
 from bitpress.errors import NumericsError, UsageError
 
-__all__ = ["Distance", "Perplexity", "measure_distance", "measure_perplexity"]
+__all__ = [
+    "AtPositions",
+    "Distance",
+    "OnWindows",
+    "Perplexity",
+    "by_kind",
+    "measure_distance",
+    "measure_perplexity",
+    "without_details",
+]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 # Positions compared at once in torch; 16 x 49,152 floats are 3 MB, so that intermediate results stay in the processor's cache.
 ROWS = 16
+# Figures of a distance that are lists.
+_DETAILS = ("kl_by_window", "by_position")
+
+
+@dataclass(frozen=True)
+class AtPositions:
+    """The mean KL divergence at the positions `first` to `last` of all windows, counted from 0."""
+
+    first: int
+    last: int
+    kl_mean: float
+    kl_ci95: float
+
+
+@dataclass(frozen=True)
+class OnWindows:
+    """The mean KL divergence on the windows of one kind of text."""
+
+    text: str
+    windows: int
+    kl_mean: float
+    kl_ci95: float
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The result of `measure_distance`. `kl_ci95` and `top1_ci95` are half widths."""
+    """The result of `measure_distance`. `kl_ci95` and `top1_ci95` are half widths; `kl_by_window` are the means of single windows."""
 
     kl_mean: float
     kl_ci95: float
@@ -38,6 +71,8 @@ class Distance:
     perplexity_original: float
     tokens: int
     windows: int
+    kl_by_window: tuple[float, ...] = ()
+    by_position: tuple[AtPositions, ...] = ()
 
 
 def measure_distance(
@@ -52,14 +87,17 @@ def measure_distance(
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise UsageError(f"evaluation needs windows of 2 tokens or more, got {list(windows.shape)}.")
-    kl, agree, nll_p, nll_q = [], [], [], []
+    kl, agree, nll_p, nll_q, at = [], [], [], [], []
     for i, window in enumerate(windows):
         p, q = original(window[None])[0], candidate(window[None])[0]
         if p.shape != q.shape:
             raise UsageError(
                 f"the two models have vocabularies of {p.shape[-1]} and {q.shape[-1]} tokens; they cannot be compared."
             )
-        sums = _compare(p, q, window)
+        figures = _compare(p, q, window)
+        # KL is never negative; rounding can make a position -1e-9, which the mean keeps, unclipped.
+        sums = [math.fsum(column) for column in figures.tolist()]
+        at.append(figures[0].tolist())
         kl.append(sums[0] / window.numel())
         agree.append(sums[1] / window.numel())
         nll_p.append(sums[2] / (window.numel() - 1))
@@ -74,7 +112,31 @@ def measure_distance(
         perplexity_original=_exp(_mean(nll_p)),
         tokens=windows.numel(),
         windows=windows.shape[0],
+        kl_by_window=tuple(kl),
+        by_position=_by_position(at),
     )
+
+
+def by_kind(kinds: Sequence[str], values: Sequence[float]) -> tuple[OnWindows, ...]:
+    """Return the mean and its interval over the windows of every kind of text, in the order of the kinds' first windows."""
+    own = {kind: [value for at, value in zip(kinds, values, strict=True) if at == kind] for kind in dict.fromkeys(kinds)}
+    return tuple(OnWindows(kind, len(found), _mean(found), _half_width(found)) for kind, found in own.items())
+
+
+def without_details(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a distance without the figures of single windows and positions."""
+    return {name: value for name, value in figures.items() if name not in _DETAILS}
+
+
+def _by_position(rows: Sequence[Sequence[float]]) -> tuple[AtPositions, ...]:
+    """Return the distance at position 0, at 1, at 2 to 3, at 4 to 7 and so on; a row holds the divergences of one window."""
+    length, found, first = len(rows[0]), [], 0
+    while first < length:
+        last = min(max(2 * first, 1), length) - 1
+        means = [_mean(row[first : last + 1]) for row in rows]
+        found.append(AtPositions(first, last, _mean(means), _half_width(means)))
+        first = last + 1
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -117,8 +179,8 @@ def measure_perplexity(
 
 def _compare(
     p: Float[torch.Tensor, "length vocabulary"], q: Float[torch.Tensor, "length vocabulary"], window: torch.Tensor
-) -> list[float]:
-    """Sum KL, agreements and both negative log-likelihoods over one window."""
+) -> Float[torch.Tensor, "4 length"]:
+    """Return KL, agreement and both negative log-likelihoods at every position of one window."""
     following = torch.cat([window[1:], window.new_full((1,), -1)])
     if native.available() and p.device.type == q.device.type == "cpu" and p.shape[-1] > 0:
         if p.dtype != q.dtype or p.dtype not in (torch.float32, torch.bfloat16):
@@ -128,8 +190,7 @@ def _compare(
         figures, bad = compare_rows(p, q, following)
     if bad:
         raise NumericsError(f"the logits of {'the original' if bad & 1 else 'the compressed model'} are not finite.")
-    # KL is never negative; rounding can make a position -1e-9, which the mean keeps, unclipped.
-    return [math.fsum(column) for column in figures.tolist()]
+    return figures
 
 
 def compare_rows(
@@ -148,7 +209,7 @@ def compare_rows(
     return torch.cat(figures, 1), bad
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
@@ -156,7 +217,7 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _half_width(values: list[float]) -> float:
+def _half_width(values: Sequence[float]) -> float:
     """Return half the 95 % interval of the mean; infinite for a single window."""
     n = len(values)
     if n < 2:

@@ -20,7 +20,7 @@ from bitpress.exchange.source import DirectoryFormat, Fate, Fates, Target
 from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.progress import Progress
 
-__all__ = ["DirectoryExporter", "PlainExporter", "added_error", "round_again"]
+__all__ = ["DirectoryExporter", "PlainExporter", "added_error", "round_again", "write_directory"]
 
 # Bytes of one weight file, about.
 SHARD = 2 << 30
@@ -72,20 +72,32 @@ def _export(
     dtype: torch.dtype,
     progress: Progress,
 ) -> dict[str, float]:
-    made = _Made(checkpoint, format, fates, dtype, progress)
     progress.begin(f"exporting to {out.name}", len(checkpoint.plain) + len(fates))
     with published(out) as workshop:
-        _write_shards(made.tensors(), workshop)
-        marks = ("quantization_config", "transformers_weights", "torch_dtype")
-        config = {key: value for key, value in checkpoint.config.items() if key not in marks}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        if format is not None and made.entries:
-            config = format.configure(config, made.entries, made.matrices)
-        write_durably(workshop / "config.json", [encode_config(config)])
-        weights = {name for name in checkpoint.manifest.files if name.endswith(".safetensors")}
-        for name, path in find_side_files(checkpoint.root, weights, SIDE_FILES).carried.items():
-            (workshop / name).parent.mkdir(exist_ok=True)
-            write_durably(workshop / name, [read_side_file(path)])
+        return write_directory(checkpoint, workshop, format, fates, dtype, progress)
+
+
+def write_directory(
+    checkpoint: CompressedCheckpoint,
+    target: Path,
+    format: type[DirectoryFormat] | None,
+    fates: Fates,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> dict[str, float]:
+    """Write a model into an empty directory, decoded values in a type; return the error that each weight gained which is not exact."""
+    made = _Made(checkpoint, format, fates, dtype, progress)
+    _write_shards(made.tensors(), target)
+    marks = ("quantization_config", "transformers_weights", "torch_dtype")
+    config = {key: value for key, value in checkpoint.config.items() if key not in marks}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if format is not None and made.entries:
+        config = format.configure(config, made.entries, made.matrices)
+    write_durably(target / "config.json", [encode_config(config)])
+    weights = {name for name in checkpoint.manifest.files if name.endswith(".safetensors")}
+    for name, path in find_side_files(checkpoint.root, weights, SIDE_FILES).carried.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        write_durably(target / name, [read_side_file(path)])
     return made.added
 
 

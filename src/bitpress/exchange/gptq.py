@@ -102,13 +102,14 @@ class Gptq:
 
     @staticmethod
     def nearest(bits: float, shape: tuple[int, int]) -> str | None:
-        for width in sorted(_WIDTHS, reverse=True):
-            for group in ("g128", "g64", "g32"):
-                name = f"int{width}-{group}"
-                fits = shape[1] % int(group[1:]) == 0 and shape[0] * width % 32 == 0 and shape[1] * width % 32 == 0
-                if width <= bits and fits:
-                    return name
-        return None
+        fitting = {
+            width + 16 / group: f"int{width}-g{group}"
+            for width in _WIDTHS
+            for group in (32, 64, 128)
+            if shape[1] % group == 0 and shape[0] * width % 32 == 0
+        }
+        within = [size for size in fitting if size <= bits]
+        return fitting[max(within) if within else min(fitting)] if fitting else None
 
     @staticmethod
     def write(layer: CompressedLayer) -> StoredLayer:
@@ -165,7 +166,7 @@ class Gptq:
         zeros = zeros if entry["checkpoint_format"] == "gptq_v2" else (zeros.long() + 1) % (1 << bits)
         symmetric = bool((zeros == 1 << bits >> 1).all())
         grid = Integer(bits, zero=not symmetric)
-        fmt = Format(grid, Block(1, "all" if group == width else group), _STORES[scales.dtype])
+        fmt = Format(grid, Block(1, "all" if entry["group_size"] in (-1, None) else group), _STORES[scales.dtype])
         params = {"scale": scales.T.float().contiguous()} | ({} if symmetric else {"zero": zeros.T.float().contiguous()})
         return make_plain(fmt, codes if order is None else codes[:, order], params, order)
 

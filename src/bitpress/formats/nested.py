@@ -10,15 +10,45 @@ Needs    a weight of `bipolar8` in the layout `nested`.
     64 (2 h - 3), 2 l - 63 and 64.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.format import Format
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
-from bitpress.formats.table import find_grid
+from bitpress.formats.layouts.table import LAYOUTS
+from bitpress.formats.table import find_grid, stored_format
 from bitpress.formats.terms.packed import Packed
+from bitpress.formats.weight import CompressedWeight
 
-__all__ = ["narrow"]
+__all__ = ["NESTED_WIDTHS", "is_nested", "left_out_bytes", "narrow", "weight_at_width"]
+
+# Bits that a nested weight can be read at: all of them first.
+NESTED_WIDTHS = (8, 4, 2)
+
+
+def is_nested(spec: Mapping[str, Any]) -> bool:
+    """Return whether a weight of this specification has a term that can be read at several widths."""
+    return any(_is_nested(stored_format(term["format"])) for term in spec["terms"] if term["kind"] == "packed")
+
+
+def weight_at_width(weight: CompressedWeight, width: int) -> CompressedWeight:
+    """Return a weight with its nested terms read at `width` bits; other terms stay as they are. Raises FormatError, NumericsError."""
+    terms = tuple(
+        narrow(term, width) if width < 8 and isinstance(term, Packed) and _is_nested(term.format) else term
+        for term in weight.terms
+    )
+    return replace(weight, terms=terms)
+
+
+def left_out_bytes(spec: Mapping[str, Any], width: int) -> int:
+    """Return the bytes of codes that a weight of this specification is read without at `width` bits."""
+    rows, columns = map(int, spec["shape"])
+    nested = [term for term in spec["terms"] if term["kind"] == "packed" and _is_nested(stored_format(term["format"]))]
+    return len(nested) * rows * (LAYOUTS["nested"].row_bytes(columns, 8) - row_bytes(columns, width))
 
 
 def narrow(packed: Packed, bits: int) -> Packed:
@@ -27,7 +57,7 @@ def narrow(packed: Packed, bits: int) -> Packed:
     Raises FormatError for other grids, layouts and bits, and NumericsError if such a scale cannot be stored.
     """
     fmt = packed.format
-    if fmt.grid.name != "bipolar8" or fmt.layout != "nested":
+    if not _is_nested(fmt):
         raise FormatError(f"{fmt.name} cannot be narrowed; store the weight as bipolar8-{fmt.block.name}-nested.")
     if bits not in (4, 2):
         raise FormatError(f"a weight of 8 bits can be narrowed to 4 or 2 bits, not to {bits}.")
@@ -38,6 +68,10 @@ def narrow(packed: Packed, bits: int) -> Packed:
         codes = pack(unpack(codes, 2, count) << 2 | unpack(packed.tensors["codes"][:, plane : 2 * plane], 2, count), 4)
     tensors = {"codes": codes, **_scales_times(packed, 1 << (8 - bits))}
     return Packed(Format(find_grid(f"bipolar{bits}"), fmt.block, fmt.scale), packed.shape, tensors, packed.parts)
+
+
+def _is_nested(fmt: Format) -> bool:
+    return fmt.grid.name == "bipolar8" and fmt.layout == "nested"
 
 
 def _scales_times(packed: Packed, factor: int) -> dict[str, torch.Tensor]:

@@ -16,13 +16,12 @@ from bitpress import native
 from bitpress.formats import CompressedLayer, CompressedWeight
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.sparse import Sparse
-from bitpress.kernels.native_layout import NativeLayout, lay_out, reason_to_expand
+from bitpress.kernels.native_layout import NativeLayout, lay_out, packed_factors, reason_to_expand
 from bitpress.kernels.reference import Reference
 
 __all__ = ["Native"]
 
 ROWS = 1 << 16  # of x at once
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class Native:
@@ -87,7 +86,7 @@ def _refusal(weight: CompressedWeight) -> str | None:
     pairs = [term for term in weight.terms if isinstance(term, LowRank)]
     if len(pairs) > 1 or sum(isinstance(term, Sparse) for term in weight.terms) > 1:
         return "it has several terms of one kind beside the codes"
-    if any(tensor.dtype not in SIXTEEN_BITS for term in pairs for tensor in term.tensors.values()):
-        return "the factors of its low-rank term are packed"
+    if any(t.packed_factors() is not None and packed_factors(t) is None for t in pairs):
+        return "the factors of its low-rank term are in a format without a layout in strips"
     reason = reason_to_expand(weight)
     return None if reason is None else f"{reason} has no layout in strips"

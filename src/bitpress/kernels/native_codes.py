@@ -10,12 +10,22 @@ A grid becomes one or several `Codes`. Native code knows these kinds (`native/en
     halves   whole codes, and two that are half a step
     words    vectors of a book, or sums of one from each of several
     e8p      points of the E8 lattice, from 256 rows of magnitudes
+    trellis  bits of a path down the column
+    pairs    two neighbors: normal values, or an outlier beside a victim
+    pyramid  numbers of points whose coordinates' magnitudes have one sum
+
+and these ways to hold them:
+
+    planes   of 8, 4, 2 and 1 bits
+    trits    five codes below 3 in a byte, as the layout base3
+    uneven   codes whose odd rows have a bit more
 
 Grids of other kinds have no layout.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +42,9 @@ from bitpress.formats.grids.kmeans import KMeans
 from bitpress.formats.grids.lattice import E8P
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.grids.mixture import Mixture
+from bitpress.formats.grids.outlier_pair import OutlierPair, PairTable
 from bitpress.formats.grids.planes import Planes
+from bitpress.formats.grids.pyramid import Pyramid
 from bitpress.formats.grids.trellis import Trellis
 from bitpress.formats.terms.packed import Packed
 
@@ -62,6 +74,7 @@ class Codes:
     meaning: Make | None = None
     plane: int = 0
     planes: int = 1
+    packing: str = "planes"
 
     def table(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the bytes of the levels, the levels themselves and the step of the bytes."""
@@ -77,10 +90,8 @@ class Codes:
 
 def plan_codes(fmt: Format) -> list[Codes]:
     """Return how the codes of a format become native ones; nothing if they cannot."""
-    plan = PLANS.get(type(fmt.grid))
-    if plan is not None:
-        return plan(fmt.grid)
-    return _listed(fmt.grid)
+    plans = PLANS.get(type(fmt.grid), _listed)(fmt.grid)
+    return [replace(plan, packing="trits") for plan in plans] if fmt.layout == "base3" else plans
 
 
 def _integer(grid: Any) -> list[Codes]:
@@ -164,7 +175,6 @@ def _additive(grid: Any) -> list[Codes]:
 
 def _trellis(grid: Any) -> list[Codes]:
     shifts = grid.constants.shifts
-    # Rows of a strip have codes of one width: half bits a weight take as many as their wider rows.
     path = [grid.state_bits, shifts[0], shifts[-1], grid.constants.multiplier, *grid.constants.polynomial]
 
     def take(term: Packed) -> torch.Tensor:
@@ -175,9 +185,43 @@ def _trellis(grid: Any) -> list[Codes]:
         Codes(
             max(shifts),
             take=take,
+            packing="planes" if shifts[0] == shifts[-1] else "uneven",
             meaning=lambda term, params: {"kind": "trellis", "span": 1, "path": np.array(path, np.int32)},
         )
     ]
+
+
+def _pairs(grid: Any) -> list[Codes]:
+    bits = grid.tables[0].bits
+    if len(grid.tables) == 1 and grid.code_bits <= MOST_LISTED:
+        return _listed(grid)
+
+    def take(term: Packed) -> torch.Tensor:
+        codes = term.unpack_codes()
+        return torch.stack([codes & (1 << bits) - 1, codes >> bits], -1).flatten(1).to(torch.uint8)
+
+    def meaning(term: Packed, params: Params) -> dict[str, Any]:
+        levels = np.array([_signed_levels(table) for table in grid.tables], np.float32).flatten()
+        which = {"which": params["which"].to(torch.uint8).flatten().numpy()} if "which" in params else {}
+        return {"kind": "pairs", "span": 1, "tables": len(grid.tables), "levels": levels} | which
+
+    return [Codes(bits, take=take, meaning=meaning)]
+
+
+def _signed_levels(table: PairTable) -> list[list[float]]:
+    """Return the value of every digit, beside a normal one and beside a victim; 0 where it has none."""
+    ranks = range(-table.zero, table.zero + 2)
+    beside_normal, beside_victim = (
+        [math.copysign(values[abs(r)], r) if abs(r) < len(values) else 0.0 for r in ranks]
+        for values in (table.normal, (0.0, *table.outlier))
+    )
+    return [beside_normal, beside_victim]
+
+
+def _pyramid(grid: Any) -> list[Codes]:
+    if grid.code_bits <= MOST_LISTED:
+        return _listed(grid)
+    return [Codes(grid.code_bits, meaning=lambda term, params: {"kind": "pyramid", "span": grid.span, "pulses": grid.pulses})]
 
 
 def _lattice(grid: Any) -> list[Codes]:
@@ -260,5 +304,7 @@ PLANS: dict[type, Callable[[Any], list[Codes]]] = {
     LearnedBook: _learned,
     AdditiveBook: _additive,
     Trellis: _trellis,
+    OutlierPair: _pairs,
+    Pyramid: _pyramid,
     type(E8P): _lattice,
 }

@@ -1,8 +1,9 @@
 """The native layout: compressed weights in strips of 16 output rows side by side, as native code reads them.
 
     codes    1 to 8 bits as planes of 4, 2 and 1 bits (8 bits: bytes), line after line of 64 bytes: 16 rows x 4 columns of bytes that
-             hold 2, 4 or 8 columns each; every group of columns is padded to whole lines
-    scales   fp32, fp16, bf16, e8m0 or e4m3 as the format stores them, 16 rows side by side; zero points likewise
+             hold 2, 4 or 8 columns each; every group of columns is padded to whole lines. Trits: 5 columns a byte. Terms of some columns
+             hold those alone
+    scales   as the format stores them, 16 rows side by side; zero points likewise
     table    grids of up to 16 levels: the levels in float, and the bytes nearest to them for products with 8-bit activations
     map      of the inputs, applied to a row before its product: gathers, scales, rotations that are products of small factors
     dense    fp16 with a factor a row, or bf16: terms whose grids have no layout here, and weights that are not compressed
@@ -24,6 +25,7 @@ from bitpress.formats import CompressedWeight
 from bitpress.formats.format import Format
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
+from bitpress.formats.terms.kept import Kept
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
@@ -31,7 +33,7 @@ from bitpress.formats.weight import Term
 from bitpress.kernels.native_codes import plan_codes
 from bitpress.kernels.native_scales import native_scales
 
-__all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "reason_to_expand"]
+__all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "packed_factors", "reason_to_expand"]
 
 
 @dataclass
@@ -113,6 +115,10 @@ def _flat(values: torch.Tensor) -> np.ndarray:
 def _term_reason(term: Term) -> str | None:
     if isinstance(term, Packed):
         return None if term.parts == 1 and has_layout(term.format) and _is_smaller(term) else term.format.name
+    if isinstance(term, Kept):
+        if term.axis == "rows" or term.parts > 1:
+            return f"{term.axis} kept in {term.format.name}"
+        return _term_reason(term.packed) if term.count else None
     if isinstance(term, LowRank):
         return None if term.parts == 1 else "low_rank of a stack"
     return None if isinstance(term, Sparse) else term.kind
@@ -139,7 +145,10 @@ def _add_terms(strips: NativeLayout, terms: tuple[Term, ...]) -> None:
     for term in terms:
         reason = _term_reason(term)
         if isinstance(term, Packed) and reason is None:
-            _add_packed(strips, term)
+            _add_packed(strips.linear, term)
+        elif isinstance(term, Kept) and reason is None:
+            if term.count:
+                _add_packed(strips.linear, term.packed, term.chosen()[0].nonzero()[:, 0])
         elif isinstance(term, LowRank) and reason is None and not low_rank:
             low_rank = True
             _set_low_rank(strips, term)
@@ -170,10 +179,24 @@ def _add_dense(strips: NativeLayout, w: torch.Tensor) -> None:
 
 
 def _set_low_rank(strips: NativeLayout, term: LowRank) -> None:
+    if (packed := packed_factors(term)) is not None:
+        up, down = (native.library().Linear(*factor.shape) for factor in packed)
+        for linear, factor in zip((up, down), packed, strict=True):
+            _add_packed(linear, factor)
+        strips.linear.set_low_rank_codes(down, up)
+        return
     a, b = term.factors()
     kind = term.tensors["a"].dtype if "a" in term.tensors else torch.float16
     kind = kind if kind in (torch.float16, torch.bfloat16) else torch.float16
     strips.linear.set_low_rank(_halves(b.to(kind)), _halves(a.to(kind)), kind == torch.float16, torch.get_num_threads())
+
+
+def packed_factors(term: LowRank) -> tuple[Packed, Packed] | None:
+    """Return the factors [out, rank] and [rank, in] of a term whose codes products read; None where they are read in 16 bits."""
+    packed = term.packed_factors()
+    if packed is None or any(_term_reason(factor) is not None or len(plan_codes(factor.format)) > 1 for factor in packed):
+        return None
+    return packed
 
 
 def _set_sparse(strips: NativeLayout, term: Sparse) -> None:
@@ -192,7 +215,8 @@ def has_layout(fmt: Format) -> bool:
     return bool(plan_codes(fmt))
 
 
-def _add_packed(strips: NativeLayout, term: Packed) -> None:
+def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -> None:
+    """Add the codes of a term: of all columns of a layer, or of those picked."""
     fmt = term.format
     rows, cols = fmt.block.resolve(term.shape, fmt.grid.span)
     down, across = fmt.block_grid(term.shape)
@@ -201,7 +225,7 @@ def _add_packed(strips: NativeLayout, term: Packed) -> None:
         scales = native_scales(term, plan.plane, plan.planes)
         table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
         zeros = params["zero"].to(torch.uint8).reshape(down, across).contiguous().numpy() if "zero" in params else None
-        strips.linear.add_codes(
+        linear.add_codes(
             _code_bytes(plan.take(term), plan.bits),
             plan.bits,
             cols,
@@ -217,6 +241,8 @@ def _add_packed(strips: NativeLayout, term: Packed) -> None:
             step=step,
             shared=scales.shared,
             meaning=None if plan.meaning is None else plan.meaning(term, params),
+            packing=plan.packing,
+            picked=None if picked is None else picked.to(torch.int32).numpy(),
         )
 
 

@@ -32,7 +32,9 @@ def native_scales(term: Packed, plane: int = 0, planes: int = 1) -> NativeScales
         return NativeScales("e8m0", np.full((down, across), 127, np.uint8))
     made = STORES.get(fmt.scale, _expanded)(term, down, across * planes)
     each = made.values.reshape(down, across, planes, -1)[:, :, plane]
-    return NativeScales(made.kind, np.ascontiguousarray(each).reshape(down, -1), made.gain, made.shared)
+    # Factors of dq are those of the scales of all planes side by side.
+    shared = {**(made.shared or {}), "planes": planes, "plane": plane} if made.kind == "dq" else made.shared
+    return NativeScales(made.kind, np.ascontiguousarray(each).reshape(down, -1), made.gain, shared)
 
 
 def _plain(term: Packed, down: int, across: int) -> NativeScales:
@@ -50,9 +52,8 @@ def _fp8(term: Packed, down: int, across: int) -> NativeScales:
 def _by_row(term: Packed, down: int, across: int) -> NativeScales:
     store = term.format.store
     bits = store.bits if isinstance(store, IntegerCodes) else 4
-    kind = {"s6": "s8"}.get(term.format.scale, term.format.scale)
     codes = unpack(term.tensors["scale"], bits, across)
-    return NativeScales(kind, _as_bytes(codes, down), 1.0, {"rows": _flat(term.tensors["scale_row"])})
+    return NativeScales(term.format.scale, _as_bytes(codes, down), 1.0, {"rows": _flat(term.tensors["scale_row"])})
 
 
 def _double_quantized(term: Packed, down: int, across: int) -> NativeScales:
@@ -61,8 +62,6 @@ def _double_quantized(term: Packed, down: int, across: int) -> NativeScales:
         "factors": _flat(term.tensors["scale_block"]),
         "offset": float(term.tensors["scale_offset"]),
     }
-    if down * across != int(np.prod(term.format.block_grid(term.shape))):
-        return _expanded(term, down, across)  # planes: scales that share a factor are not those of one plane
     return NativeScales("dq", _as_bytes(term.tensors["scale"], down), 1.0, shared)
 
 

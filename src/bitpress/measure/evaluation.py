@@ -3,6 +3,7 @@
 Two distances: that of the weights, in float32, and that of the runtime which the user gets, with its own types and roundings.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 
-from bitpress.checkpoints.budget import open_within
+from bitpress.calibration import Samples
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.width import open_part
 from bitpress.errors import MemoryLimitError, NumericsError, UsageError
+from bitpress.evaluation.distance import by_kind, without_details
 from bitpress.formats.digest import digest
+from bitpress.measure.continuations import continue_texts
 from bitpress.measure.runtimes import Runtime, choose_opened, native_runtime, opening, transformers_runtime
 from bitpress.measure.samples import draw_evaluation
 from bitpress.models.opening import open_streamed
@@ -24,7 +28,7 @@ from bitpress.progress import Progress, Silent
 from bitpress.runtime.native.options import USUAL, EngineOptions
 from bitpress.runtime.opening import OpenedModel
 
-__all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone", "measure_runtime"]
+__all__ = ["check_reloaded", "compare", "evaluate", "evaluate_alone"]
 
 # Samples that go through a block together while proving.
 BATCH = 4
@@ -75,6 +79,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
+    width: int | None = None,
     runtime: str | None = None,
     engine: EngineOptions = USUAL,
     with_runtime: bool = False,
@@ -83,18 +88,21 @@ def evaluate(
     """Compare a compressed (or any other) model directory with the original on held-out text.
 
     Gives kl_mean, kl_ci95, top1_agreement, perplexity, perplexity_original, bits_per_weight and bytes (from what is stored),
-    tokens and tokens_per_second (tokens that the candidate's decoded weights scored per second, loading left out).
-    With `memory`, a model of stacks is read only so far (`checkpoints.budget`), and bits and bytes are those of what is read.
+    tokens and tokens_per_second (tokens that the candidate's decoded weights scored per second, loading left out), and of language models
+    by_text and by_position, the distance on every kind of text and at the positions of a window.
+    With `memory`, a model of stacks is read only so far (`checkpoints.budget`), with `width`, a nested one at so many bits a weight
+    (`checkpoints.width`); bits and bytes are those of what is read.
     runtime         measure what this runtime gives ("native", "transformers", "auto": the one that `run` chooses) in place of the
                     decoded weights in float32
     engine          options of the native engine
-    with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS
+    with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS; and of
+                    models that generate `continuations`: texts of both models
     Raises CheckpointError, CalibrationError, NumericsError, UsageError, KernelUnavailable, MemoryLimitError.
     """
     progress = progress or Silent()
     directory, against = Path(directory), Path(against)
-    if checkpoint is None and memory is not None:
-        checkpoint = open_within(directory, memory)
+    if checkpoint is None:
+        checkpoint = open_part(directory, memory, width)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
     chosen = _open_runtime(directory, checkpoint, runtime, engine)
@@ -113,12 +121,12 @@ def evaluate(
         figures = _compare(p, q, inputs, progress)
         if with_runtime and checkpoint is not None:
             first = inputs[: task.cut(config, RUNTIME_TOKENS, length)[0]]
-            figures["runtime"] = measure_runtime(p, q, checkpoint, first, progress)
+            figures |= _as_run(p, q, checkpoint, first, samples, progress)
     if chosen is not None:
         figures["runtime"] = {"name": chosen.name, "settings": dict(chosen.settings)}
-    stored: dict[str, Any] = {"bits_per_weight": None, "bytes": None}
-    if checkpoint is not None:
-        stored = {"bits_per_weight": checkpoint.bits_per_weight, "bytes": checkpoint.nbytes}
+    if "kl_by_window" in figures:
+        figures["by_text"] = [dataclasses.asdict(found) for found in by_kind(samples.kinds, figures.pop("kl_by_window"))]
+    stored = {"bits_per_weight": checkpoint and checkpoint.bits_per_weight, "bytes": checkpoint and checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
 
 
@@ -132,6 +140,7 @@ def evaluate_alone(
     dtype: torch.dtype = torch.float32,
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
+    width: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model directory, compressed or not, on held-out text, without an original beside it.
@@ -140,8 +149,8 @@ def evaluate_alone(
     for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
     """
     directory, progress = Path(directory), progress or Silent()
-    if checkpoint is None and memory is not None:
-        checkpoint = open_within(directory, memory)
+    if checkpoint is None:
+        checkpoint = open_part(directory, memory, width)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
     model = open_streamed(directory, dtype, checkpoint)
@@ -186,10 +195,10 @@ def _through_engine(p: Stream, runtime: Runtime, inputs: torch.Tensor) -> dict[s
     return {**figures, **_speed(p.model.task, inputs, seconds)}
 
 
-def measure_runtime(
-    p: Stream, q: Stream, checkpoint: CompressedCheckpoint, inputs: Inputs, progress: Progress
+def _as_run(
+    p: Stream, q: Stream, checkpoint: CompressedCheckpoint, inputs: Inputs, samples: Samples, progress: Progress
 ) -> dict[str, Any]:
-    """Measure the runtime that `run` would choose for a directory, with its defaults: name, settings and distance.
+    """Measure the runtime that `run` would choose for a directory, with its defaults: name, settings, distance, texts.
 
     p and q are the original and the decoded weights, prepared for these inputs first. Where the engine has no room, `unmeasured` says so
     in place of figures. Raises CheckpointError where it does not open what was written.
@@ -200,17 +209,29 @@ def measure_runtime(
             runtime = native_runtime(checkpoint) if name == "native" else transformers_runtime(checkpoint)
         except MemoryLimitError as error:
             progress.note(str(error))
-            return {"name": name, "settings": {}, "unmeasured": str(error)}
-        if runtime.engine is not None:
-            candidate: Any = runtime.logits
-        elif runtime.dtype == q.model.dtype:
-            candidate = q.scorer()
-        else:
-            assert runtime.dtype is not None
-            progress.begin("evaluating, as loaded", len(q.model.blocks))
-            candidate = _prepared(open_streamed(checkpoint.root, runtime.dtype, checkpoint), inputs, progress).scorer()
-        figures = p.model.task.distance(p.scorer(), candidate, inputs)
-    return {"name": name, "settings": dict(runtime.settings), **figures}
+            return {"runtime": {"name": name, "settings": {}, "unmeasured": str(error)}}
+        figures: dict[str, Any] = {"runtime": _measure_runtime(p, q, checkpoint, runtime, inputs, progress)}
+    if p.model.task.generates:
+        progress.begin("generating texts", 1)
+        figures["continuations"] = continue_texts(p.model, checkpoint, runtime, samples).model_dump()
+        progress.advance("texts")
+    return figures
+
+
+def _measure_runtime(
+    p: Stream, q: Stream, checkpoint: CompressedCheckpoint, runtime: Runtime, inputs: Inputs, progress: Progress
+) -> dict[str, Any]:
+    """Measure a runtime that has opened a directory: name, settings and distance."""
+    if runtime.engine is not None:
+        candidate: Any = runtime.logits
+    elif runtime.dtype == q.model.dtype:
+        candidate = q.scorer()
+    else:
+        assert runtime.dtype is not None
+        progress.begin("evaluating, as loaded", len(q.model.blocks))
+        candidate = _prepared(open_streamed(checkpoint.root, runtime.dtype, checkpoint), inputs, progress).scorer()
+    figures = without_details(p.model.task.distance(p.scorer(), candidate, inputs))
+    return {"name": runtime.name, "settings": dict(runtime.settings), **figures}
 
 
 def check_reloaded(

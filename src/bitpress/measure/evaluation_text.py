@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from bitpress.evaluation.distance import without_details
 from bitpress.figures import written
 from bitpress.measure.evaluation import BATCH
 from bitpress.models.streaming import StreamedModel
@@ -55,7 +56,7 @@ def distances(
             note(f"{text}, sample {done}")
 
         measured = original[0].task.distance(_scorer(*original, name), _scorer(*candidate, name), inputs, say)
-        found[name] = written(measured, name)
+        found[name] = written(without_details(measured), name)
     return found
 
 

@@ -11,10 +11,11 @@ __all__ = ["draw_calibration", "draw_evaluation"]
 
 
 def draw_calibration(calibration: Calibration, task: Task, model: Path, config: Any) -> Samples:
-    """Draw the samples that a recipe calibrates on. Raises CalibrationError, CheckpointError."""
+    """Draw the samples that a recipe calibrates on, and those that are held out. Raises CalibrationError, CheckpointError."""
     c = calibration
     task.check_length(config, c.length)
-    return task.draw(c.text, model, config, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat)
+    drawn = {"samples": c.samples, "held_out": c.held_out, "length": c.length, "seed": c.seed}
+    return task.draw(c.text, model, config, chat=c.chat, **drawn)
 
 
 def draw_evaluation(

@@ -75,8 +75,22 @@ class Task(Protocol):
         """Raise CheckpointError for inputs that the model does not take."""
         ...
 
-    def draw(self, data: str, path: Path, config: Any, *, samples: int, length: int, seed: int, chat: bool = False) -> Samples:
-        """Read the data that a name stands for and draw samples for the model in `path`. Raises CalibrationError, CheckpointError."""
+    def draw(
+        self,
+        data: str,
+        path: Path,
+        config: Any,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        chat: bool = False,
+        held_out: int = 0,
+    ) -> Samples:
+        """Read the data that a name stands for and draw samples for the model in `path`, and at most `held_out` further ones.
+
+        The samples do not depend on `held_out`. Raises CalibrationError, CheckpointError.
+        """
         ...
 
     def count(self, inputs: Inputs) -> Mapping[str, int]:

@@ -25,7 +25,7 @@ from bitpress.exhaustion import is_out_of_memory
 from bitpress.models.hollow import BREAKS
 from bitpress.models.task import Task
 
-__all__ = ["Axis", "Product", "Use", "find_uses"]
+__all__ = ["Axis", "Product", "Use", "as_meta", "find_uses", "tensors_in", "weightless", "written_argument"]
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ class _Trace(TorchDispatchMode):
     def run(self, length: int) -> None:
         config: Any = self.model.config
         inputs = self.task.trial(config, 1, length)
-        with _weightless(self.model) as parameters, torch.no_grad():
+        with weightless(self.model) as parameters, torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.ndim >= 2:
                     self._parameters[self._address(parameter)] = name
@@ -137,7 +137,7 @@ class _Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         weights = [t for t in tensors if t.is_meta]
         if weights and len(weights) == len(tensors):
             return self._of_weights(func, args, kwargs, weights)
@@ -155,7 +155,7 @@ class _Trace(TorchDispatchMode):
             kwargs["device"] = torch.device("meta")
         out = func(*args, **kwargs)
         names = _NOTHING.union(*(self._names(w) for w in weights))
-        for made in _tensors(out):
+        for made in tensors_in(out):
             address = self._address(made)
             if address not in self._parameters:  # a view of a parameter is that parameter
                 self._computed[address] = names | self._computed.get(address, _NOTHING)
@@ -180,13 +180,13 @@ class _Trace(TorchDispatchMode):
                 self.uses[name].computed = True
             else:
                 self.uses[name].others.add(function)
-        written = _written(func, args, kwargs)
+        written = written_argument(func, args, kwargs)
         if written is not None and not written.is_meta:
             self._set_sources(written, made_of | self._sources_of(written))
             return written
-        shapes = func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs))
+        shapes = func(*tree_map(as_meta, args), **tree_map(as_meta, kwargs))
         out = tree_map(self._draw, shapes)
-        for made in _tensors(out):
+        for made in tensors_in(out):
             self._set_sources(made, made_of)
         return out
 
@@ -219,7 +219,7 @@ class _Trace(TorchDispatchMode):
             return
         if func.overloadpacket in (aten.mul, aten.mul_):
             self._note_gates(tensors)
-        for made in _tensors(out):
+        for made in tensors_in(out):
             address = self._address(made)
             if made.dtype == torch.int64:
                 chooser = next((t for t, of in zip(tensors, sources, strict=True) if of and t.is_floating_point()), None)
@@ -270,7 +270,7 @@ class _Trace(TorchDispatchMode):
 
 
 @contextmanager
-def _weightless(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Parameter]]:
+def weightless(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Put parameters without values into a model, and ones for vectors; put its own back afterwards."""
     made: dict[int, torch.nn.Parameter] = {}
     names: dict[str, torch.nn.Parameter] = {}
@@ -295,19 +295,19 @@ def _weightless(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Parameter
             module._parameters[leaf] = parameter
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []
+    return [t for part in value for t in tensors_in(part)] if isinstance(value, (tuple, list)) else []
 
 
-def _as_meta(value: Any) -> Any:
+def as_meta(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and not value.is_meta:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+def written_argument(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """Return the argument that a function changes in its place."""
     for at, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

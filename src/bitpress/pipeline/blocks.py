@@ -12,7 +12,7 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
-from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured
+from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
@@ -90,6 +90,9 @@ class BlockCompressor:
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
+        if "output_gram" in self.method.needs:
+            gradients = stream.gradients
+            stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe

@@ -112,7 +112,14 @@ def settle_plan(plan: Plan, model: StreamedModel, method: Method, stored: dict[s
     """Return a plan with the formats that its offer buys by what was measured."""
     assert plan.offer is not None
     chosen = make_plan(model, replace(method, chosen=plan.offer.choose(figures)), stored)
-    return replace(chosen, side_bytes=plan.side_bytes, given=plan.given, disk=chosen.disk + plan.side_bytes)
+    return replace(
+        chosen,
+        side_bytes=plan.side_bytes,
+        given=plan.given,
+        untied=plan.untied,
+        source_bytes=plan.source_bytes,
+        disk=chosen.disk + plan.side_bytes,
+    )
 
 
 def told_formats(counts: Mapping[str, int]) -> str:

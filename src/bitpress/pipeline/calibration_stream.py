@@ -19,7 +19,15 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.channel_scaling import PROBE_LENGTH
 from bitpress.pipeline.planned_weight import PlannedWeight
 
-__all__ = ["HEAD_STATISTICS", "CalibrationStream", "Measured", "StatisticsVisitor", "observe_weights", "token_weights"]
+__all__ = [
+    "HEAD_STATISTICS",
+    "CalibrationStream",
+    "Measured",
+    "StatisticsVisitor",
+    "observe_weights",
+    "output_gram_of",
+    "token_weights",
+]
 
 # Statistics for which it must be known which weights make a block's attention.
 HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "heads" in statistic.shape)
@@ -69,6 +77,7 @@ class CalibrationStream:
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
         self._inputs: Inputs | None = None
+        self._counted = 0
         self._probe_positions = PROBE_LENGTH
 
     @property
@@ -77,17 +86,25 @@ class CalibrationStream:
         return self.hidden if self._streams is None else self._streams
 
     def start_(
-        self, inputs: Inputs | None, stored: torch.Tensor | None, fill_table_: Callable[[], None] = lambda: None
+        self,
+        inputs: Inputs | None,
+        stored: torch.Tensor | None,
+        fill_table_: Callable[[], None] = lambda: None,
+        held_out: Inputs | None = None,
     ) -> None:
         """Embed the calibration inputs, or take up hidden states that an earlier run stored.
 
-        `fill_table_` puts compressed embeddings into the model: what follows the original is embedded before it is called.
+        `fill_table_` puts compressed embeddings into the model: what follows the original is embedded before it is called. Inputs that are
+        `held_out` go through the blocks beside the others and count in no statistic.
         """
         if inputs is None:
             return
-        self._inputs = inputs
-        batches = inputs.split(self.batch)
         both = bool(of_origin(self.needs, "original"))
+        self._counted = len(inputs)
+        if stored is not None and stored.shape[-3] == len(inputs):
+            held_out = None  # stored by a version that held out nothing
+        self._inputs = inputs if held_out is None else torch.cat([inputs, held_out])
+        batches = [self._inputs[rows] for rows in self._rows(len(self._inputs))]
         if stored is None:
             beside = torch.cat([self.model.embed(batch) for batch in batches]) if both or self.follows_original else None
             fill_table_()
@@ -171,14 +188,16 @@ class CalibrationStream:
         compressed = {name: self.model.model.get_parameter(name).data for name in original}
         for rows, hidden in batches:
             counted = rows
-            if self.beside is not None:
+            held_out = (hidden.shape[0], hidden.shape[1]) if rows.start >= self._counted else None
+            if self.beside is not None and held_out is None:
                 self.model.fill_(original)
                 beside = self.beside[rows]
                 out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
                 self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
-            out = capture.run(partial(self.model.run_block, i, hidden), whole=self.follows_original and goes_on)
+            whole = self.follows_original and goes_on
+            out = capture.run(partial(self.model.run_block, i, hidden), whole=whole, held_out=held_out)
             if self.follows_original and goes_on and out is not None:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
@@ -197,8 +216,9 @@ class CalibrationStream:
         capture = Capture([Observed(parameter.stem, live, not parameter.transposed, False)], needs)
         assert self.hidden is not None
         # One sample at a time: the first of them is run to its outputs, which for a language model are large.
-        for sample, hidden in zip(self._inputs.split(1), self.hidden.split(1), strict=True):
-            capture.run(partial(self.model.outputs, sample, hidden), whole=False)
+        for at, (sample, hidden) in enumerate(zip(self._inputs.split(1), self.hidden.split(1), strict=True)):
+            held_out = (1, hidden.shape[1]) if at >= self._counted else None
+            capture.run(partial(self.model.outputs, sample, hidden), whole=False, held_out=held_out)
             self.check_stop()
         return capture.finish().get(parameter.stem)
 
@@ -217,9 +237,12 @@ class CalibrationStream:
     def batches(self) -> list[tuple[slice, torch.Tensor]]:
         if self.hidden is None:
             raise CalibrationError("no calibration text was given, and this method needs statistics of the inputs.")
-        size = self.batch
-        starts = range(0, self.hidden.shape[0], size)
-        return [(slice(a, a + size), self.hidden[a : a + size]) for a in starts]
+        return [(rows, self.hidden[rows]) for rows in self._rows(self.hidden.shape[0])]
+
+    def _rows(self, total: int) -> list[slice]:
+        """Return the rows of every batch; those that are held out have batches of their own."""
+        starts = [*range(0, self._counted, self.batch), *range(self._counted, total, self.batch)]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], total], strict=True)]
 
 
 def observe_weights(model: StreamedModel, parameters: Sequence[WeightParameter]) -> dict[str, tuple[WeightParameter, Observed]]:
@@ -235,6 +258,11 @@ def observe_weights(model: StreamedModel, parameters: Sequence[WeightParameter])
 def token_weights(name: str) -> str:
     """Return the key of the token weights of a weight's input among the results of `measure_gradients`."""
     return f"tokens of {name}"
+
+
+def output_gram_of(name: str) -> str:
+    """Return the key of a weight's output_gram among the results of `measure_gradients`."""
+    return f"outputs of {name}"
 
 
 class StatisticsVisitor:

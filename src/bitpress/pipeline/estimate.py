@@ -204,11 +204,12 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
         "cross": 0.01 * gram,
         "attention_gram": gram,
         "loss_gram": gram,
+        "output_gram": torch.eye(rows),
         "sensitivity": torch.rand(rows, cols, generator=torch.Generator().manual_seed(2)),
     }
     if head is not None and rows % head == 0:
         made["row_gram"] = torch.eye(head).repeat(rows // head, 1, 1)
-    return Stats(TOKENS, **{name: value for name, value in made.items() if name in needs})
+    return Stats.named(TOKENS, {name: value for name, value in made.items() if name in needs})
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -1,5 +1,6 @@
 """Models on their way in and out: any checkpoint opened as a directory of our own, and a model exported to what other runtimes load."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -7,16 +8,19 @@ from typing import cast
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.given import read_given
 from bitpress.checkpoints.named import resolve_model
+from bitpress.checkpoints.published import check_absent
 from bitpress.errors import NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
+from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
 from bitpress.formats import CompressedLayer
-from bitpress.pipeline.importing import import_source
+from bitpress.pipeline.importing import decode_model, import_source
 from bitpress.progress import Progress, Silent
 
-__all__ = ["Exported", "export_model", "open_model"]
+__all__ = ["Exported", "export_for", "export_model", "open_model", "open_to_quantize"]
 
 # Ecosystems whose models are opened as they are.
 _OWN = ("bitpress", "safetensors")
@@ -65,6 +69,35 @@ def open_model(model: str | Path, progress: Progress | None = None) -> Path:
     return import_source(cast(ForeignSource, open_source(path)), owner, Path(model).name, progress)
 
 
+def open_to_quantize(model: str | Path, progress: Progress, *, requantize: bool = False) -> Path:
+    """Return the directory of a model that can be quantized; one that is quantized already only with `requantize`, decoded.
+
+    Named models are as bitpress ships them. Raises UsageError for a quantized one without `requantize`, CheckpointError, DiskError.
+    """
+    path = Path(model) if is_compressed(model) else resolve_model(str(model), progress)
+    owner = find_ecosystem(path)
+    if owner is None or owner == "safetensors":
+        given = read_given(path)
+        if given is not None and given.is_quantized and os.path.exists(model):
+            _check_again(str(model), given.text, requantize, progress)
+        return path
+    if requantize and owner != "bitpress":
+        path = import_source(cast(ForeignSource, open_source(path)), owner, Path(model).name, progress)
+    bits = f", {CompressedCheckpoint.open(path, verify=False).bits_per_weight:.2f} bits a weight" if is_compressed(path) else ""
+    _check_again(str(model), f"{owner}{bits}", requantize, progress)
+    return decode_model(path, Path(model).name, progress)
+
+
+def _check_again(model: str, what: str, requantize: bool, progress: Progress) -> None:
+    """Raise UsageError for a model that is quantized already, unless it may be quantized again; then say so."""
+    if not requantize:
+        raise UsageError(
+            f"{model}: is quantized already ({what}), and quantizing it again adds a second error to the first; "
+            "use the original model, or --requantize."
+        )
+    progress.note(f"{model}: is quantized already ({what}); it is quantized again, which adds a second error to the first")
+
+
 def export_model(
     model: str | Path, out: str | Path, to: str, *, requantize: bool = False, progress: Progress | None = None
 ) -> Exported:
@@ -77,7 +110,8 @@ def export_model(
     """
     progress, out = progress or Silent(), Path(out)
     if to not in EXPORTERS:
-        raise unknown_name("export", to, EXPORTERS)
+        raise unknown_name("target", to, EXPORTERS, command="bitpress targets")
+    check_absent(out)
     directory = open_model(model, progress)
     if not is_compressed(directory):
         raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
@@ -87,6 +121,21 @@ def export_model(
     added = exporter.export(checkpoint, out, fates, progress)
     _read_back(checkpoint, out, fates, progress)
     return Exported(to, out, _size(out), fates, added)
+
+
+def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, object]:
+    """Export a model for a runtime into its own directory, unless that is done already; return what was written.
+
+    Raises UsageError, DiskError, NumericsError.
+    """
+    found = RUNTIMES[runtime]
+    out = directory / found.name
+    if out.exists():
+        progress.note(f"{out}: is there already")
+        checkpoint = CompressedCheckpoint.open(directory, verify=False)
+        fates = plan_fates(checkpoint, found.target, EXPORTERS[found.target], requantize=False)
+        return Exported(found.target, out, _size(out), fates).as_dict()
+    return export_model(directory, out, found.target, progress=progress).as_dict()
 
 
 def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:

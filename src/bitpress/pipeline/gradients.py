@@ -3,6 +3,8 @@
     sensitivity    [out, in]               mean over samples of the squared gradient by the weight, of the loss on the samples
     token weights  [samples, positions]    for every input: how much each token's outputs matter. The mean over outputs of the squared
                                            gradient of the loss, targets drawn from the model's own predictions, divided by its mean
+    output_gram    [out, out]              mean over tokens of g g' |x|^2, divided by the mean of its diagonal: g the gradient of the same loss by
+                                           a token's outputs, x its input
     curvature      a number a weight       trace of the Fisher information of a token: what noise of variance v in the weight adds to the
                                            KL divergence from the original is v / 2 times that, while v is small
 
@@ -10,6 +12,8 @@ Source   Kim et al. 2025, "GuidedQuant: Large Language Model Quantization via Ex
          into groups of outputs, weigh the tokens of the layer's objective (the authors' README). Tseng et al. 2025, "Model-Preserving
          Adaptive Rounding" (YAQA): the curvature of the divergence from the original is the Fisher information, which asks for drawn
          targets (from reviews of the paper).
+         The token weights and the output_gram are the factors of the Fisher information of independent tokens, the mean of
+         (x x') kron (g g'), each found with the identity in the other's place.
 Differs  drawn targets, where GuidedQuant has the loss on the text; one group: a token has one weight for each input, the mean over all
          outputs of all weights with that input, each scaled to a mean of 1. Weights that share an input still share its gram.
          The trace is the squared norm of a sample's gradient on drawn targets, whose tokens are independent: nothing of the size of
@@ -25,14 +29,15 @@ from typing import Protocol
 import torch
 
 from bitpress.calibration.output_gradients import OutputGradients
+from bitpress.calibration.stats import mirrored, of_origin
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import NumericsError
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.task import Inputs
-from bitpress.pipeline.calibration_stream import observe_weights, token_weights
+from bitpress.pipeline.calibration_stream import observe_weights, output_gram_of, token_weights
 from bitpress.progress import Progress
 
-__all__ = ["measure_curvature", "measure_gradients"]
+__all__ = ["gradient_bytes", "measure_curvature", "measure_gradients"]
 
 SEED = 0
 
@@ -47,14 +52,17 @@ def measure_gradients(
 ) -> dict[str, torch.Tensor]:
     """Return what the statistics among `needs` ask of the loss, float32.
 
-    "sensitivity" is under the names of parameters, in their own shapes; for "loss_gram" token weights are under `token_weights(name)`.
-    The model's outer parts must be loaded. Raises NumericsError when a gradient is not finite.
+    "sensitivity" is under the names of parameters, in their own shapes; for "loss_gram" token weights are under `token_weights(name)`;
+    "output_gram" is under `output_gram_of(name)`, for weights of no expert. The model's outer parts must be loaded. Raises NumericsError when a gradient is not finite.
     """
     _load_(model)  # first: parts watch the parameters that are loaded
     felt = _Sensitivity(model, weights) if "sensitivity" in needs else None
-    counted = _TokenWeights(model, weights) if "loss_gram" in needs else None
+    drawn = {"loss_gram", "output_gram"} & set(needs)
+    counted = _ByOutputs(model, weights, grams="output_gram" in needs) if drawn else None
     _run(model, [part for part in (felt, counted) if part is not None], inputs, check_stop, progress)
-    found = ({} if felt is None else felt.mean(len(inputs))) | ({} if counted is None else counted.joined())
+    found = {} if felt is None else felt.mean(len(inputs))
+    if counted is not None:
+        found |= (counted.joined() if "loss_gram" in needs else {}) | counted.output_grams_()
     for name, value in found.items():
         if not bool(torch.isfinite(value).all()):
             raise NumericsError(f"{name}: the gradient of the loss is not finite; use --set compute=fp32.")
@@ -149,9 +157,20 @@ class _Curvature:
                 self.total[name] += drawn * float(value.float().square().sum())
 
 
-class _TokenWeights:
-    def __init__(self, model: StreamedModel, weights: Sequence[Sequence[WeightParameter]]) -> None:
+def gradient_bytes(needs: Collection[str], weights: Sequence[WeightParameter]) -> int:
+    """Estimate the bytes of what `measure_gradients` finds, as it is held in memory and stored for a resumed run; token weights take less."""
+    values = sum(math.prod(p.parameter_shape) for p in weights) * len(of_origin(needs, "loss") - {"output_gram"})
+    values += sum(p.shape[0] ** 2 for p in weights if not p.experts) if "output_gram" in needs else 0
+    return 4 * values
+
+
+class _ByOutputs:
+    """The gradients by the outputs of every weight: token weights, and with `grams` the output_gram."""
+
+    def __init__(self, model: StreamedModel, weights: Sequence[Sequence[WeightParameter]], *, grams: bool) -> None:
         self.model = model
+        alone = [p for block in weights for p in block if grams and not p.experts]
+        self.grams = {p.parts()[0]: torch.zeros(p.shape[0], p.shape[0]) for p in alone}
         self.observed = [[w for _, w in observe_weights(model, block).values()] for block in weights]
         self.samples: dict[str, list[torch.Tensor]] = {}
         self.leader_of: dict[str, str] = {}
@@ -161,12 +180,22 @@ class _TokenWeights:
         task = self.model.task
         gradient = self.model.loss_gradient(sample, hidden[-1], lambda outputs: task.drawn_loss(outputs, self.generator))
         for i in reversed(range(len(self.model.blocks))):
-            watched = OutputGradients(self.observed[i])
+            watched = OutputGradients(self.observed[i], self.grams)
             with watched:
                 gradient, _ = self.model.block_gradients(i, hidden[i], gradient, ())
             self.leader_of |= watched.leader_of
             for name, squared in watched.found.items():
                 self.samples.setdefault(name, []).append(squared)
+
+    def output_grams_(self) -> dict[str, torch.Tensor]:
+        """Return the output_gram of every weight whose outputs the loss depends on; the sums are used up."""
+        found = {}
+        for name in list(self.grams):
+            gram = mirrored(self.grams.pop(name))
+            mean = float(gram.diagonal().mean())
+            if mean > 0:
+                found[output_gram_of(name)] = gram.div_(mean)
+        return found
 
     def joined(self) -> dict[str, torch.Tensor]:
         """Return the weights of every input under each of its weights' names; those that not every sample gave alike are left out."""

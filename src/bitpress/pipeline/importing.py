@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bitpress.checkpoints.compressed import HEAD_NAME, OUTER_NAME, VERSION, config_marks
+from bitpress.checkpoints.compressed import HEAD_NAME, OUTER_NAME, VERSION, CompressedCheckpoint, config_marks
 from bitpress.checkpoints.durable import write_durably
 from bitpress.checkpoints.given import is_in_cache
 from bitpress.checkpoints.jsonfile import write_json_bytes
@@ -23,7 +23,8 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, serialize
 from bitpress.checkpoints.source import encode_config
 from bitpress.errors import CheckpointError, FormatError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
-from bitpress.exchange.source import ForeignSource
+from bitpress.exchange.export_directory import write_directory
+from bitpress.exchange.source import Fate, ForeignSource
 from bitpress.formats import CompressedLayer
 from bitpress.models.linears import find_outer, list_weights
 from bitpress.models.skeleton import build_config
@@ -31,7 +32,7 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.progress import Progress
 from bitpress.settings import cache_directory
 
-__all__ = ["import_source"]
+__all__ = ["decode_model", "import_source"]
 
 # Raised when the same checkpoint would become another directory.
 IMPORT = 1
@@ -51,6 +52,26 @@ def import_source(source: ForeignSource, kind: str, name: str, progress: Progres
     made: Path = make_once(path, origin, lambda target: _write(source, kind, hashes, target, progress), name)
     assert is_in_cache(made)
     return made
+
+
+def decode_model(directory: Path, name: str, progress: Progress) -> Path:
+    """Return the directory in the cache that holds a compressed model with every weight decoded to float32, making it first if needed.
+
+    Raises CheckpointError, also where the inputs of products are rounded, which decoded weights do not do; DiskError.
+    """
+    checkpoint = CompressedCheckpoint.open(directory)
+    files = {file: record.sha256 for file, record in sorted(checkpoint.manifest.files.items())}
+    digest = hashlib.sha256(write_json_bytes({"decoded": files, "import": IMPORT})).hexdigest()
+    path, origin = cache_directory() / "imported" / digest, {"import": IMPORT, "kind": "decoded", "sha256": digest}
+    if is_made(path, origin) and hold(path):
+        return path
+
+    def build(target: Path) -> None:
+        fates = dict.fromkeys(checkpoint.manifest.weights, Fate("decoded"))
+        progress.begin("decoding", len(checkpoint.plain) + len(fates))
+        write_directory(checkpoint, target, None, fates, torch.float32, progress)
+
+    return make_once(path, origin, build, name)
 
 
 def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: Path, progress: Progress) -> None:

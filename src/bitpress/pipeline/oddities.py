@@ -7,7 +7,15 @@ from bitpress.pipeline.plan import Plan, overlooked_products, unmeant_bits
 from bitpress.progress import Progress
 from bitpress.recipes import Method
 
-__all__ = ["note_oddities"]
+__all__ = ["note_oddities", "told_untied"]
+
+
+def told_untied(plan: Plan) -> list[str]:
+    """Say which parameters of a plan have a matrix of their own that had none in the source."""
+    return [
+        f"{alias} and {original} are one matrix in the source (tied) and two in the rotated model, which is larger by that"
+        for alias, original in plan.untied.items()
+    ]
 
 
 def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress: Progress) -> None:
@@ -19,6 +27,8 @@ def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress:
     for text in unmeant_bits(plan):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
+        progress.note(f"{text}.")
+    for text in told_untied(plan):
         progress.note(f"{text}.")
     if (reason := method.no_default_scales()) is not None:
         progress.note(f"{reason}; name a quantizer to choose.")

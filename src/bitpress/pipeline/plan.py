@@ -7,7 +7,7 @@ from shapes); memory and time (estimate.py) are estimates, and are called so.
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bitpress.formats import Format
 from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.gradients import gradient_bytes
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
@@ -53,6 +54,7 @@ class Plan:
     maps, which are small and not counted; `peak_memory` is an estimate, and so is what manifest, report and headers take.
 
     outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
+    untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
@@ -70,6 +72,7 @@ class Plan:
     outer: tuple[PlannedOuter, ...] = ()
     given: Given | None = None
     offer: Offer | None = None
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def given_bytes(self) -> int:
@@ -147,6 +150,7 @@ class Plan:
             "bytes_published_estimate": self.published_bytes,
             "ratio": self.given_bytes / self.published_bytes,
             "given": None if self.given is None else self.given.as_dict(),
+            "untied": dict(self.untied),
             "disk_bytes_needed": self.disk,
             "peak_memory_bytes_estimate": self.peak_memory,
         }
@@ -195,7 +199,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _kept_statistics(method, weights) + 32 * 2**20,
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _gradients(method, weights) + 32 * 2**20,
         peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
         outer=outer,
     )
@@ -310,20 +314,18 @@ def _check_parts(weights: Sequence[PlannedWeight], method: Method) -> None:
 def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
     if wrong:
         parts = [f"{reason} Layers: {_shorten(names)}." for reason, names in wrong.items()]
-        more = [f"{len(parts) - 2} more such reasons."] * (len(parts) > 2)
-        raise FormatError(" ".join([*parts[:2], *more, advice]))
+        raise FormatError(" ".join([*parts[:2], *[f"{len(parts) - 2} more such reasons."] * (len(parts) > 2), advice]))
 
 
 def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:2])
-    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.needs:
         return 0
     streams = 2 if of_origin(method.needs, "original") else 1
-    return streams * method.recipe.calibration.samples * of_sample
+    return streams * method.recipe.calibration.drawn * of_sample
 
 
 def _peak_memory(
@@ -345,11 +347,12 @@ def _peak_memory(
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, backward, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
-    grams = sum(n * n * 4 for n in widths) * (1 + _squares(model, method))
+    positions = model.task.positions(model.model.config, method.recipe.calibration.length)
+    held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
+    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
     factor = 3 * max(widths, default=0) ** 2 * 8
-    tokens = method.recipe.batch * model.task.positions(model.model.config, method.recipe.calibration.length)
     widest = max((max(w.parameter.shape) for w in weights), default=0)
-    batch = tokens * widest * 4 * 4
+    batch = method.recipe.batch * positions * widest * 4 * 4
     compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
     return max(compressing, backward, proof)
 
@@ -372,9 +375,8 @@ def _squares(model: StreamedModel, method: Method) -> int:
     return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
 
 
-def _kept_statistics(method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Return the bytes of the tensors that are measured before the first block and stored for a resumed run."""
-    return 4 * sum(w.weights for w in weights) * len(of_origin(method.needs, "loss"))
+def _gradients(method: Method, weights: Sequence[PlannedWeight]) -> int:
+    return gradient_bytes(method.needs, [w.parameter for w in weights])
 
 
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
@@ -384,7 +386,7 @@ def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[Plan
         return 0
     config, length = model.model.config, method.recipe.calibration.length
     positions = model.task.positions(config, length)
-    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _kept_statistics(method, weights)
+    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _gradients(method, weights)
     states = len(model.blocks) * positions * model.width * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
     back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)

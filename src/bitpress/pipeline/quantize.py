@@ -46,9 +46,10 @@ from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
 from bitpress.pipeline.records import BlockRecord, LayerRow
-from bitpress.pipeline.report import make_report, write_texts_
+from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
+from bitpress.report.document import REPORT_NAME
 from bitpress.runtime.prompt import read_generation_file
 from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
@@ -109,14 +110,22 @@ class Proof:
 
 def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
-    streamed, loader = open_original(model, method.compute)
+    streamed, loader = open_original(model, method.compute, method.rotate)
     plan = plan_method(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
     if method.reads_text:
         streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
-    plan = replace(plan, side_bytes=side.nbytes, given=loader.source.given, disk=plan.disk + side.nbytes)
+    stored = plan.source_bytes - loader.untied_bytes()
+    plan = replace(
+        plan,
+        source_bytes=stored,
+        side_bytes=side.nbytes,
+        given=loader.source.given,
+        disk=plan.disk + side.nbytes,
+        untied=loader.untied,
+    )
     return plan, streamed, loader
 
 
@@ -208,6 +217,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
     outer = model.load_outer_()
     inputs = inputs if method.needs else None  # what formats cost has been measured
+    held_out = None if run.samples is None or inputs is None else run.samples.held_out
     kept |= _keep_gradients(job, run, check_stop, progress)
     gradients = job.kept(GRADIENTS) if of_origin(method.needs, "loss") else None
     # Hidden states of the unit that is being written are read until it is; only then may the next block overwrite them.
@@ -229,13 +239,13 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     of_head = None if head is None else outer[head.planned.parameter.name]
     if not done:
         made, decoded = compress_tables(plan.outer, outer, strict=strict)
-        stream.start_(inputs, None, partial(model.fill_outer_, decoded))
+        stream.start_(inputs, None, partial(model.fill_outer_, decoded), held_out)
         record = made.record().model_copy(update={"kept": kept or None})
         job.commit("outer", OUTER_NAME, made.tensors(), record.dump(), stream.state)
         progress.advance("outer")
         del made, decoded
     else:
-        stream.start_(inputs, job.activations())
+        stream.start_(inputs, job.activations(), held_out=held_out)
     del outer
     compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
     committer = Committer(job, compressor, plan.blocks + 1, progress)
@@ -268,32 +278,38 @@ def finish_job(
     release()
     loader, samples, task = run.loader, run.samples, run.model.task
     facts = _gather(job)
+    further = samples.held_out if samples is not None and any(row.held_out for row in facts.rows) else None
     side = loader.source.side_files()
     files = _side_files(loader, side)
     manifest = _manifest(job, loader, run.method, files, facts)
     job.stage(files)
     try:
         manifest, figures = _prove(job, run, manifest, facts, proof, progress, check_stop)
+        recipe = job.identity["recipe"]
+        head = front_matter(run.path, f"{recipe['budget']['bits']:g}-bits" if "budget" in recipe else recipe["weights"])
+        base = head.get("base_model")
         report = make_report(
             figures,
             facts.rows,
             run.plan,
             job.identity,
+            model=base if isinstance(base, str) else run.path.name,
+            auto_class=task.auto_class,
             compressed=facts.weights.keys(),
             calibration=None if samples is None else {**task.count(samples.inputs), "kinds": _counts(samples.kinds)},
+            held_out=0 if further is None else len(further),
             source_bytes=loader.source.nbytes,
             given=loader.source.given,
             left_out=list(loader.names.left_out),
             left_behind=side.left,
             timing=clock.facts(),
         )
-        recipe = job.identity["recipe"]
-        head = front_matter(run.path, f"{recipe['budget']['bits']:g}-bits" if "budget" in recipe else recipe["weights"])
         written = write_json_bytes(manifest.model_dump(mode="json"))
         others = len(written) + sum(unit.bytes for unit in job.units) + sum(map(len, files.values()))
-        job.stage(write_texts_(report, job.out.name, head, task, others))
+        texts = write_texts_(report, job.out.name, head, task, others)
+        job.stage(texts | write_report_page(texts[REPORT_NAME], job.out.name))
     except BitpressError:  # of what is not published, nothing lies where a model would
-        job.unstage([*files, "report.json", "README.md"])
+        job.unstage([*files, *TEXTS])
         raise
     job.publish({}, written)
     return report
@@ -352,7 +368,7 @@ def _gather(job: Job) -> BlockRecord:
 
 def _side_files(loader: OriginalLoader, side: SideFiles) -> dict[str, bytes]:
     """Make the configuration; take over what goes with the model."""
-    config = {k: v for k, v in loader.source.config.items() if k not in ("auto_map", "transformers_weights")}
+    config = {k: v for k, v in loader.config.items() if k not in ("auto_map", "transformers_weights")}
     config |= config_marks()
     files = {name: read_side_file(path) for name, path in side.carried.items()}
     files["config.json"] = encode_config(config)
@@ -369,7 +385,7 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
         bitpress=VERSION,
         files=records,
         weights=facts.weights,
-        aliases=dict(loader.names.aliases),
+        aliases=loader.aliases,
         left_out=list(loader.names.left_out),
         recipe=recorded(method),
         job=job.identity,

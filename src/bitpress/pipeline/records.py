@@ -2,44 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError
+from bitpress.report.document import LayerRow, TokenErrors
 
-__all__ = ["BlockRecord", "LayerRow"]
+__all__ = ["BlockRecord", "LayerRow", "TokenErrors"]
 
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LayerRow(_Closed):
-    """The report's entry for a weight.
-
-    bits_per_weight  from the bytes that are stored, maps included
-    error_rounded    relative squared error of plain rounding in the same format; `error` that of the weight as compressed
-    measured_on      "output": errors are those of the layer's output on the calibration inputs; "weight": of the weight itself
-    calibrated       whether calibration statistics decided the codes, and no part fell back
-    tokens           calibration tokens that reached the weight; for experts, a number for each
-    seconds          time spent on compressing it
-    """
-
-    name: str
-    shape: list[int]
-    format: str
-    bytes: int
-    bits_per_weight: float
-    error_rounded: float
-    error: float
-    measured_on: Literal["output", "weight"]
-    calibrated: bool
-    tokens: int | list[int]
-    notes: list[str]
-    fallbacks: list[str]
-    seconds: float = 0.0
 
 
 class BlockRecord(_Closed):

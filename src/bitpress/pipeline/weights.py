@@ -22,6 +22,8 @@ from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
+from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
@@ -83,6 +85,8 @@ class _Matrix:
     decoded     its decoded values, if they are known already
     errors      relative squared errors of plain rounding and of the result; of the layer's output if `on_output`
     calibrated  whether calibration statistics decided the codes, without a fallback
+    held_out    the energies of the same errors on held-out tokens, by class
+    picture     what it looks like, for the report; None of a weight without loss
     """
 
     outcome: Outcome
@@ -90,6 +94,8 @@ class _Matrix:
     errors: tuple[float, float] = (0.0, 0.0)
     on_output: bool = False
     calibrated: bool = False
+    held_out: Mapping[str, ClassEnergies] = field(default_factory=dict)
+    picture: MatrixPicture | None = None
 
 
 class WeightCompressor:
@@ -131,7 +137,9 @@ class WeightCompressor:
             errors=_errors_by_terms(outcomes, len(weight.terms)),
             flat=parameter.flat,
         )
+        pictures = [m.picture for m in matrices if m.picture is not None]
         tokens = [stats[name].tokens if name in stats else 0 for name, _ in named]
+        by_class = token_errors([m.held_out for m in matrices])
         row = LayerRow(
             name=parameter.stem,
             shape=list(parameter.parameter_shape),
@@ -143,9 +151,11 @@ class WeightCompressor:
             measured_on="output" if any(m.on_output for m in matrices) else "weight",
             calibrated=all(m.calibrated for m in matrices),
             tokens=tokens if parameter.experts else tokens[0],
-            notes=_dead_inputs(stats[name] for name, _ in named if name in stats),
+            held_out=by_class,
+            notes=[*_dead_inputs(stats[name] for name, _ in named if name in stats), *note_ordinary(by_class)],
             fallbacks=fallbacks,
             seconds=round(time.perf_counter() - started, 3),
+            picture=draw_weight(pictures) if pictures else None,
         )
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
@@ -218,7 +228,10 @@ class WeightCompressor:
             plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
         before, after = output_errors(unscaled, (plain, w_hat), usable)
-        return _Matrix(outcome, stored, (before, after), usable is not None and usable.gram is not None, calibrated)
+        held_out = None if usable is None else usable.held_out
+        by_class = {} if held_out is None else measure_classes(unscaled, (plain, w_hat), held_out)
+        on_output, picture = usable is not None and usable.gram is not None, look_at(unscaled, w_hat, usable)
+        return _Matrix(outcome, stored, (before, after), on_output, calibrated, by_class, picture)
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:
         """Say why a weight cannot be compressed by its statistics, or None. Only experts may have no tokens."""

@@ -13,18 +13,17 @@ Fails    as GPTQ; if a row_gram cannot be factored, its head has no feedback acr
          attention of their own (fused projections, experts, feed-forward layers) are rounded by GPTQ.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from jaxtyping import Integer as Int
 
 from bitpress.calibration.stats import Stats
 from bitpress.errors import CalibrationError, UsageError
-from bitpress.formats import CompressedWeight, Format, Packed, Params
-from bitpress.quantizers.mechanisms.error_feedback import Columns, Feedback, Order, check_feedback, prepare
+from bitpress.formats import CompressedWeight, Format, Packed
+from bitpress.quantizers.mechanisms.error_feedback import Order, check_feedback, prepare
+from bitpress.quantizers.mechanisms.row_feedback import round_by_rows, round_chosen
 from bitpress.quantizers.quantizer import Outcome, Quantizer, check_served
 from bitpress.quantizers.rtn import shrink_ratios
 
@@ -67,7 +66,7 @@ class BoA(Quantizer):
         importance = torch.stack([feedback.importance for feedback in feedbacks]).repeat_interleave(w.shape[0] // len(grams), 0)
         params = fmt.fit(w, importance, shrink_ratios(self.clip, self.steps, self.smallest))
         if by_row is None:
-            codes, _ = self._round(w, fmt, params, feedbacks, torch.arange(w.shape[0])[None])
+            codes, _ = round_chosen(w, fmt, params, feedbacks, torch.arange(w.shape[0])[None], self.lazy)
             return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": 0.0})
         heads, row = by_row.shape[0], by_row.shape[1]
         if heads * row != w.shape[0] or heads % len(grams):
@@ -80,44 +79,8 @@ class BoA(Quantizer):
                 f"a head's row gram could not be factored at damping {self.damp_limit}; no feedback across its rows"
             )
         factors = torch.stack([torch.eye(row) if factor is None else factor for factor in across])
-        open_ = w.unflatten(0, (heads, row)).clone()
-        codes = torch.empty(0)
-        every = torch.arange(w.shape[0]).view(heads, row)
-        for start in range(0, row, self.rows):
-            now, later = slice(start, start + self.rows), slice(start + self.rows, None)
-            found, w_hat = self._round(open_.flatten(0, 1), fmt, params, feedbacks, every[:, now])
-            codes = found.new_empty(w.shape[0], found.shape[1]) if start == 0 else codes
-            codes[every[:, now].flatten()] = found
-            rounded = w_hat.unflatten(0, (heads, -1))
-            errors = torch.linalg.solve_triangular(factors[:, now, now].mT, open_[:, now] - rounded, upper=False)
-            open_[:, later] -= factors[:, now, later].mT @ errors
+        codes = round_by_rows(w, fmt, params, feedbacks, factors, torch.arange(row), self.rows, self.lazy)
         return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": float(heads)})
-
-    def _round(
-        self,
-        w: Float[torch.Tensor, "out in"],
-        fmt: Format,
-        params: Params,
-        feedbacks: Sequence[Feedback],
-        chosen: Int[torch.Tensor, "heads each"],
-    ) -> tuple[Int[torch.Tensor, "rows codes"], Float[torch.Tensor, "rows in"]]:
-        """Round the chosen rows by columns, with feedback by each head's own gram or by the shared one; return codes and values."""
-        codes, values = [], []
-        for feedback, rows in zip(feedbacks, chosen.chunk(len(feedbacks)), strict=True):
-            at = rows.flatten()
-            part, own, took = w, params, at
-            if fmt.block.rows == 1:  # else rows of a block have parameters together, and all are rounded
-                part, own, took = w[at], _rows_of(fmt, params, at), torch.arange(len(at))
-            columns = Columns(fmt, part, feedback.importance, (1.0,), static=True, params=own)
-            columns.round_(feedback.order, feedback.factor, self.lazy)
-            codes.append(columns.codes[took])
-            values.append(fmt.decode(columns.codes, own)[took])
-        return torch.cat(codes), torch.cat(values)
-
-
-def _rows_of(fmt: Format, params: Params, rows: Int[torch.Tensor, " rows"]) -> Params:
-    """Return the parameters of some rows, for blocks of one row."""
-    return {p.name: params[p.name][rows] if p.scope == "block" else params[p.name] for p in fmt.grid.params}
 
 
 def attention_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats) -> float:

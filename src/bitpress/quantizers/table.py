@@ -32,6 +32,7 @@ from bitpress.quantizers.rsq import RSQ
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.spqr import SpQR
 from bitpress.quantizers.squeezellm import SqueezeLLM
+from bitpress.quantizers.yaqa import YAQA
 
 __all__ = ["QUANTIZERS"]
 
@@ -57,6 +58,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "boa": BoA,
     "aespa": Aespa,
     "ldlq": LDLQ,
+    "yaqa": YAQA,
     "quantease": QuantEase,
     "comq": COMQ,
     "decoupleq": DecoupleQ,

@@ -21,6 +21,7 @@ from bitpress.recipes.options import find_options
 from bitpress.recipes.parts import make_part, settings_of
 from bitpress.recipes.recipe import AUTO_OUTER, DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
 from bitpress.transforms.basis import BasisChange
+from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
@@ -90,6 +91,11 @@ class Method:
     @cached_property
     def searches(self) -> tuple[ScaleSearch, ...]:
         return tuple(named.part for named in self.of("search"))
+
+    @cached_property
+    def rotate(self) -> Rotate | None:
+        """Return the rotation of the whole network, which comes before everything else."""
+        return next((named.part for named in self.of("network")), None)
 
     @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:

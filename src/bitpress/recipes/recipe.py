@@ -86,6 +86,11 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
 }
 
 
+# Calibration samples for each that is held out, and the most that are: errors are measured on those, and nothing else is.
+SAMPLES_A_HELD_OUT = 32
+MOST_HELD_OUT = 4
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,6 +104,16 @@ class Calibration(_Closed):
     inputs: Literal["pressed", "original"] = "pressed"
     gram: Literal["input", "loss"] = "input"
     sequential: bool = False
+
+    @property
+    def held_out(self) -> int:
+        """The samples that are drawn beside those of calibration, to measure errors on."""
+        return min(-(-self.samples // SAMPLES_A_HELD_OUT), MOST_HELD_OUT)
+
+    @property
+    def drawn(self) -> int:
+        """All samples that are drawn."""
+        return self.samples + self.held_out
 
 
 class Override(_Closed):

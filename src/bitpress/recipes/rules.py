@@ -19,6 +19,9 @@ def check_composition(method: Method) -> None:
     if "sensitivity" in method.needs and method.changes:
         changes = ", ".join(named.name for named in method.changes)
         raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
+    if "output_gram" in method.needs and method.searches:
+        scales = ", ".join(named.name for named in method.of("search"))
+        raise UsageError(f"how the loss depends on outputs is not known once {scales} has scaled them; leave it out.")
     compared = sorted(of_origin(method.needs, "original"))
     if compared and calibration.inputs == "original":
         raise UsageError(
@@ -41,6 +44,11 @@ def check_composition(method: Method) -> None:
             )
     _check_outer(method)
     transforms = method.of_key("transforms")
+    behind = [named.name for named in transforms[1:] if named.kind == "network"]
+    if behind:
+        raise UsageError(
+            f"{behind[0]} changes the whole network before anything is measured of it, so it goes first, and once."
+        )
     first = next((at for at, named in enumerate(transforms) if named.kind == "basis"), len(transforms))
     late = [named.name for named in transforms[first:] if named.kind == "search"]
     if late:

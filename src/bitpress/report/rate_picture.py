@@ -1,9 +1,8 @@
 """The picture of measured formats: signal-to-noise ratio against stored bits, and below it the distance of each from the bound.
 
-matplotlib is an extra (`bench`), so it is imported only for a picture.
+matplotlib takes most of a second to import, so it is imported only for a picture.
 """
 
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,6 @@ def check_picture(target: Path) -> None:
         raise UsageError(f"{target}: a picture must be a .png or .svg file.")
     if not target.parent.is_dir():
         raise UsageError(f"{target}: the folder {target.parent} does not exist.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--picture needs matplotlib: pip install matplotlib.")
 
 
 def family_of(name: str) -> str:

@@ -37,11 +37,15 @@ def _silent(text: str) -> None:
 
 
 class OpenedModel:
-    """A directory that bitpress wrote. With `verify`, the SHA-256 of every file is compared with the manifest before weights are read."""
+    """A directory that bitpress wrote. With `verify`, the SHA-256 of every file is compared with the manifest before weights are read.
 
-    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
+    `width` are the bits that its nested weights are read at, by default all of them.
+    """
+
+    def __init__(self, directory: str | Path, *, verify: bool = True, width: int | None = None) -> None:
         self.directory = Path(directory)
         self._verify = verify
+        self._width = width
         self._checkpoint: CompressedCheckpoint | None = None
         self._is_verified = not verify
         self._manifest: bytes | None = None
@@ -51,7 +55,7 @@ class OpenedModel:
     @classmethod
     def of(cls, checkpoint: "CompressedCheckpoint") -> "OpenedModel":
         """Take a checkpoint that is opened and verified already."""
-        model = cls(checkpoint.root, verify=False)
+        model = cls(checkpoint.root, verify=False, width=checkpoint.width)
         model._checkpoint = checkpoint
         return model
 
@@ -75,7 +79,12 @@ class OpenedModel:
     def _open(self, *, verify: bool) -> None:
         from bitpress.checkpoints.compressed import CompressedCheckpoint
 
-        self._checkpoint = CompressedCheckpoint.open(self.directory, content=self._manifest, verify=verify)
+        checkpoint = CompressedCheckpoint.open(self.directory, content=self._manifest, verify=verify)
+        if self._width is not None:
+            from bitpress.checkpoints.width import at_width
+
+            checkpoint = at_width(checkpoint, self._width)
+        self._checkpoint = checkpoint
 
     @functools.cached_property
     def config(self) -> Any:
@@ -90,7 +99,7 @@ class OpenedModel:
         return path is not None and path.is_file() and available() and self._is_complete
 
     def _layout_path(self, head: str) -> Path | None:
-        return None if self._manifest is None else layout_path(self._manifest_hash, head)
+        return None if self._manifest is None else layout_path(self._manifest_hash, head, self._width)
 
     @functools.cached_property
     def _manifest_hash(self) -> str:
@@ -169,10 +178,15 @@ class OpenedModel:
 
 
 def load_native(
-    directory: str | Path, options: EngineOptions = USUAL, *, verify: bool = True, note: Note = _silent
+    directory: str | Path,
+    options: EngineOptions = USUAL,
+    *,
+    width: int | None = None,
+    verify: bool = True,
+    note: Note = _silent,
 ) -> TextEngine:
     """Load a directory into the native engine, with its tokenizer: see `OpenedModel.load_native`."""
-    return OpenedModel(directory, verify=verify).load_native(options, note=note)
+    return OpenedModel(directory, verify=verify, width=width).load_native(options, note=note)
 
 
 def load(
@@ -187,6 +201,7 @@ def load(
     head: str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    width: int | None = None,
     verify: bool = True,
     note: Note = _silent,
 ) -> Any:
@@ -194,6 +209,7 @@ def load(
 
     runtime      "transformers": a model of transformers, ready for `generate`; "native": a `runtime.native.text.TextEngine`; "auto": native
                  if it knows the model
+    width        bits a weight that a nested model (weights `bipolar8-...-nested`) is read at: 8 (default), 4 or 2
     verify       check the SHA-256 of every file first
 
     Of transformers:
@@ -210,12 +226,12 @@ def load(
     context      tokens to make room for; by default the model's own limit, 32,768 at most
     threads      by default as many as the process may use
 
-    Raises CheckpointError if anything in the directory differs from its manifest, UsageError for an option of the other runtime,
-    KernelUnavailable if the native engine does not know the model.
+    Raises CheckpointError if anything in the directory differs from its manifest, UsageError for an option of the other runtime or a
+    width that the model does not have, KernelUnavailable if the native engine does not know the model.
     """
     of_transformers = {"weights": weights, "dtype": dtype, "memory": memory}
     of_native = EngineOptions(activations, cache, head, context, threads)
-    model = OpenedModel(directory, verify=verify)
+    model = OpenedModel(directory, verify=verify, width=width)
     selection = model.select(
         runtime,
         native=of_native.chosen(),

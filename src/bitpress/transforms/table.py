@@ -1,4 +1,5 @@
-"""The table of transforms: searches for channel factors (for groups of weights), changes of basis and of target (for single weights).
+"""The table of transforms: changes of the whole network, searches for channel factors (for groups of weights), changes of basis and of
+target (for single weights).
 
 Every row declares its sites, and whether it is folded or stays online there (`transforms.sites`).
 """
@@ -9,11 +10,14 @@ from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.hadamard import HadamardBasis
 from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
+from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.smooth_plus import SmoothPlus
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["BASIS_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRANSFORMS"]
+__all__ = ["BASIS_CHANGES", "NETWORK_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRANSFORMS"]
+
+NETWORK_CHANGES: dict[str, type[Rotate]] = {"rotate": Rotate}
 
 SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {"awq-scale": AWQScale, "smooth-plus": SmoothPlus}
 
@@ -25,4 +29,9 @@ BASIS_CHANGES: dict[str, type[BasisChange]] = {
 
 TARGETS: dict[str, type[Target]] = {"qep": QEP}
 
-TRANSFORMS: dict[str, type[ScaleSearch] | type[BasisChange] | type[Target]] = {**SCALE_SEARCHES, **BASIS_CHANGES, **TARGETS}
+TRANSFORMS: dict[str, type[Rotate] | type[ScaleSearch] | type[BasisChange] | type[Target]] = {
+    **NETWORK_CHANGES,
+    **SCALE_SEARCHES,
+    **BASIS_CHANGES,
+    **TARGETS,
+}

@@ -73,6 +73,10 @@ class LowRank:
         a, b = (self._packed(name).dequantize() if self._is_packed else self.tensors[name].float() for name in "ab")
         return a, b
 
+    def packed_factors(self) -> tuple[Packed, Packed] | None:
+        """Return both factors as codes, or None for those in 16 bits."""
+        return (self._packed("a"), self._packed("b")) if self._is_packed else None
+
     def spec(self) -> dict[str, Any]:
         return with_parts({"rank": self.rank, "dtype": self.dtype}, self.parts)
 

@@ -85,9 +85,22 @@ class CausalLM:
                 f"{where}: its tokenizer gives token {int(inputs.max())}, but the model has only {vocabulary}; they do not belong together."
             )
 
-    def draw(self, data: str, path: Path, config: Any, *, samples: int, length: int, seed: int, chat: bool = False) -> Samples:
-        windows = draw_windows(data, path, samples=samples, length=length, seed=seed, chat=chat)
-        self.check_inputs(windows.inputs, config, str(path))
+    def draw(
+        self,
+        data: str,
+        path: Path,
+        config: Any,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        chat: bool = False,
+        held_out: int = 0,
+    ) -> Samples:
+        windows = draw_windows(data, path, samples=samples, length=length, seed=seed, chat=chat, held_out=held_out)
+        for drawn in (windows.inputs, windows.held_out):
+            if drawn is not None:
+                self.check_inputs(drawn, config, str(path))
         return windows
 
     def count(self, inputs: Tokens) -> dict[str, int]:
@@ -125,10 +138,12 @@ class CausalLM:
         return figures
 
 
-def draw_windows(text: str, path: Path, *, samples: int, length: int, seed: int, chat: bool = False) -> Samples:
+def draw_windows(
+    text: str, path: Path, *, samples: int, length: int, seed: int, chat: bool = False, held_out: int = 0
+) -> Samples:
     """Read a text, tokenize it as the model in `path` does, and draw windows. Raises CalibrationError, CheckpointError."""
     tokenizer: Any = load_tokenizer(path)
-    return sample_windows(read_texts(text), tokenizer, samples=samples, length=length, seed=seed, chat=chat)
+    return sample_windows(read_texts(text), tokenizer, samples=samples, length=length, seed=seed, chat=chat, held_out=held_out)
 
 
 def context_length(config: Any) -> int | None:

@@ -8,6 +8,7 @@ import torch
 
 from bitpress.checkpoints.budget import within
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.width import at_width
 from bitpress.errors import UsageError
 from bitpress.models.skeleton import build_config, build_skeleton, set_parameter_
 from bitpress.runtime.hf.layers import refuse_saving, replace_
@@ -24,6 +25,7 @@ def load(
     weights: Literal["decoded", "packed"] = "decoded",
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     memory: int | str | None = None,
+    width: int | None = None,
     verify: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> Any:
@@ -34,6 +36,7 @@ def load(
     dtype       what the rest computes in; "auto" is the original's type
     memory      of a model of stacks (the quantizer bitstack), read only so many terms that all that is read takes at most these bytes,
                 as a number or like "60MB"; what is decoded is larger
+    width       bits a weight that a nested model is read at: 8 (default), 4 or 2
     verify      check the SHA-256 of every file first
 
     Raises CheckpointError when anything in the directory is not as its manifest says and for "decoded" where inputs are rounded,
@@ -41,6 +44,8 @@ def load(
     """
     check_options(weights, dtype)
     checkpoint = CompressedCheckpoint.open(directory, verify=verify)
+    if width is not None:
+        checkpoint = at_width(checkpoint, width)
     return load_opened(checkpoint, build_config(checkpoint.config), weights=weights, dtype=dtype, memory=memory, note=note)
 
 

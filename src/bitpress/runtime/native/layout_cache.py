@@ -70,12 +70,12 @@ def hash_manifest(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()
 
 
-def layout_path(manifest_hash: str, head: str) -> Path | None:
-    """Return the path at which the layout of a model with a head of this format is cached; None if caching is off."""
+def layout_path(manifest_hash: str, head: str, width: int | None = None) -> Path | None:
+    """Return the path at which the layout of a model with a head of this format, at this width, is cached; None if caching is off."""
     folder = layout_directory()
     if folder is None:
         return None
-    key = f"{__version__} {VERSION} {RULES} {head} {manifest_hash}"
+    key = f"{__version__} {VERSION} {RULES} {head} {manifest_hash}" + (f" {width}" if width is not None else "")
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.layout"
 
 

@@ -29,13 +29,19 @@ READ_BYTES = 1 << 29  # larger than the processor's caches
 
 
 def bench_decode(
-    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 64, repeats: int = 5
+    directory: str | Path,
+    options: EngineOptions = USUAL,
+    *,
+    context: int = 0,
+    tokens: int = 64,
+    repeats: int = 5,
+    width: int | None = None,
 ) -> dict[str, Any]:
     """Measure the decoding of single tokens after a text of `context` tokens.
 
     The bytes of a token are those of all weights that it is multiplied with and of the keys and values that it attends to.
     """
-    engine, facts = _load(directory, options, max(context, 1) + tokens, repeats)
+    engine, facts = _load(directory, options, max(context, 1) + tokens, repeats, width)
     text = _random_tokens(engine, max(context, 1))
     _run(engine, text)
 
@@ -63,13 +69,19 @@ def bench_decode(
 
 
 def bench_prefill(
-    directory: str | Path, options: EngineOptions = USUAL, *, context: int = 0, tokens: int = 512, repeats: int = 5
+    directory: str | Path,
+    options: EngineOptions = USUAL,
+    *,
+    context: int = 0,
+    tokens: int = 512,
+    repeats: int = 5,
+    width: int | None = None,
 ) -> dict[str, Any]:
     """Measure reading a prompt of `tokens` tokens after a text of `context` tokens.
 
     Operations are two for every weight in the blocks' linear layers; attention and the head, which runs once, are not counted.
     """
-    engine, facts = _load(directory, options, context + tokens, repeats)
+    engine, facts = _load(directory, options, context + tokens, repeats, width)
     text = _random_tokens(engine, context + tokens)
     if context:
         _run(engine, text[:context])
@@ -107,11 +119,13 @@ def cache_positions(layout: Layout, length: int) -> float:
     return sum(min(length, window or length) for window in layout.window) / layout.layers
 
 
-def _load(directory: str | Path, options: EngineOptions, room: int, repeats: int) -> tuple[Engine, dict[str, Any]]:
+def _load(
+    directory: str | Path, options: EngineOptions, room: int, repeats: int, width: int | None
+) -> tuple[Engine, dict[str, Any]]:
     if repeats < 1:
         raise UsageError(f"repeats={repeats}: it must be 1 or more.")
     start = time.perf_counter()
-    text = load_native(directory, replace(options, context=room))
+    text = load_native(directory, replace(options, context=room), width=width)
     seconds, engine = time.perf_counter() - start, text.engine
     facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded", *BITS)}
     facts |= {"directory": str(directory), "repeats": repeats, "load_seconds": seconds, "file_bytes": text.file_bytes}

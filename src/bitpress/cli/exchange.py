@@ -1,0 +1,84 @@
+"""The commands that take models to other runtimes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from bitpress.cli.options import Json
+from bitpress.cli.screen import Screen, out, print_json, size, table
+
+__all__ = ["app", "show_export", "show_targets"]
+
+app = typer.Typer()
+
+Given = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory that bitpress wrote, or a model that another tool quantized.")
+]
+Written = Annotated[Path, typer.Argument(metavar="OUT", help="What to write, a file or a directory; it must not exist.")]
+To = Annotated[str, typer.Option("--to", metavar="TARGET", help="What to write it as (`bitpress targets`).")]
+Again = Annotated[
+    bool,
+    typer.Option("--requantize", help="Round weights again whose codes the target cannot hold, and tell the error that adds."),
+]
+
+
+@app.command(epilog="Example: bitpress export out/smollm2-4bit out/smollm2-gptq --to gptq")
+def export(model: Given, output: Written, to: To, requantize: Again = False, as_json: Json = False) -> None:
+    """Write a compressed model as other runtimes load it, code for code, and read it back."""
+    _export(model, output, to, requantize=requantize, as_json=as_json)
+
+
+@app.command(epilog="Example: bitpress convert model-gptq out/model-bf16 --to bf16")
+def convert(model: Given, output: Written, to: To, requantize: Again = False, as_json: Json = False) -> None:
+    """Write a model that another tool quantized in the way of a third; `export` under another name."""
+    _export(model, output, to, requantize=requantize, as_json=as_json)
+
+
+@app.command(epilog="Example: bitpress targets")
+def targets(as_json: Json = False) -> None:
+    """List what models can be exported to, and what can be read."""
+    from bitpress.exchange.runtimes import RUNTIMES
+    from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS
+
+    runtimes = {name: runtime.about for name, runtime in RUNTIMES.items()}
+    written = {name: exporter.about for name, exporter in EXPORTERS.items()}
+    read = {name: ecosystem.about for name, ecosystem in ECOSYSTEMS.items()}
+    if as_json:
+        print_json({"written": written, "read": read, "runtimes": runtimes})
+        return
+    table("Written by `bitpress export MODEL OUT --to TARGET`", ("target", "what it is"), list(written.items()))
+    table("\nLoaded by what `--for RUNTIME` chooses", ("runtime", "what it is"), list(runtimes.items()))
+    table("\nRead, wherever a command takes a MODEL", ("ecosystem", "what it is"), list(read.items()))
+
+
+def _export(model: str, output: Path, to: str, *, requantize: bool, as_json: bool) -> None:
+    from bitpress.pipeline.exporting import export_model
+
+    with Screen() as screen:
+        done = export_model(model, output, to, requantize=requantize, progress=screen).as_dict()
+    print_json(done) if as_json else show_export(done)
+
+
+def show_export(done: Mapping[str, Any]) -> None:
+    """Print what an export wrote, and what of it is not code for code."""
+    counts = ", ".join(f"{count} {how}" for how, count in done["weights"].items())
+    out.print(f"[bold]{done['out']}[/bold]  {done['to']}, {size(done['bytes'])}; weights: {counts}; read back")
+    rows: dict[tuple[str, str], list[float]] = {}
+    for entry in done["not_exact"].values():
+        how = f"rounded into {entry['format']}" if entry["format"] else entry["how"]
+        rows.setdefault((how, entry["why"] or ""), []).append(entry["added_error"] or 0.0)
+    told = [(how, why, str(len(errors)), f"{max(errors):.2g}") for (how, why), errors in rows.items()]
+    if told:
+        table("Not code for code", ("what", "why", "weights", "relative error added, at most"), told, right=(2, 3))
+
+
+def show_targets(leaves: Mapping[str, str | None]) -> None:
+    """Print what the weights of a plan could be exported to bit for bit, and why not to the others."""
+    able = [name for name, why in leaves.items() if why is None]
+    out.print(f"\nCan be exported code for code to: {', '.join(able) or 'nothing'}, and decoded to bf16 and fp16.")
+    for name, why in leaves.items():
+        if why is not None:
+            out.print(f"Not to {name}: {escape(why)}.")

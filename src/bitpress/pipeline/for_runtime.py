@@ -1,0 +1,161 @@
+"""Recipes for other runtimes: formats that they have, by bits and shapes, and whether a plan can leave for a target at all."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bitpress.errors import UsageError, unknown_name
+from bitpress.exchange.runtimes import RUNTIMES, ForeignRuntime
+from bitpress.exchange.source import Target
+from bitpress.exchange.table import EXPORTERS
+from bitpress.formats import Format, parse_format
+from bitpress.models.linears import list_weights
+from bitpress.models.opening import open_original
+from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.recipes import Method, build_method
+from bitpress.recipes.recipe import Override
+
+__all__ = ["carriers", "choose_for", "find_runtime", "fit_to"]
+
+USUAL_BITS = 4
+# Parts of a block whose weights a server joins into one product, so that they must be stored alike.
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def find_runtime(name: str) -> ForeignRuntime:
+    """Return a runtime by its name. Raises UsageError."""
+    if name not in RUNTIMES:
+        raise unknown_name("runtime", name, RUNTIMES)
+    return RUNTIMES[name]
+
+
+def choose_for(
+    runtime: str | None, bits: int | None, weights: str | None, outer: Mapping[str, object], *, named: bool
+) -> tuple[str | None, int | None, dict[str, object]]:
+    """Return weights, bits and what `embeddings` and `head` say, with a runtime's own where nothing is said.
+
+    named   whether a recipe or a preset says what the weights are
+    Raises UsageError for bits that the runtime does not have.
+    """
+    if runtime is None:
+        return weights, bits, dict(outer)
+    found = find_runtime(runtime)
+    outer = {key: said or found.table for key, said in outer.items()}
+    if named or weights is not None:
+        return weights, bits, outer
+    bits = USUAL_BITS if bits is None else bits
+    if bits not in found.formats:
+        raise UsageError(f"{runtime} has no weights of {bits} bits; it has {', '.join(map(str, sorted(found.formats)))}.")
+    return found.formats[bits][0], None, outer
+
+
+def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
+    """Return a method whose formats suit a runtime and the shapes of a model's weights; the method itself without a runtime.
+
+    A weight whose shape the recipe's format does not suit gets the next of the runtime's formats of the same bits that does. Raises UsageError
+    that names the first weight which the runtime could not load, and why.
+    """
+    if runtime is None:
+        return method
+    found = find_runtime(runtime)
+    streamed, _ = open_original(model, method.compute)
+    chain = next((formats for formats in found.formats.values() if method.format.name in _names(formats)), ())
+    weights = _weights(streamed, method)
+    target = _target(found.target)
+    own: list[Override] = []
+    for planned in weights:
+        if planned.format != method.format or _refusal(planned, method, target) is None:
+            continue
+        other = next((name for name in chain if _suits(_in_format(planned, name), method, target)), None)
+        if other is not None:
+            own.append(Override(match=planned.parameter.stem, weights=parse_format(other).name))
+    if own:
+        recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
+        method = build_method(recipe)
+        weights = _weights(streamed, method)
+    for planned in weights:
+        why = _refusal(planned, method, target)
+        if why is not None:
+            raise UsageError(
+                f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
+            )
+    _check_joined(weights, runtime)
+    return method
+
+
+def carriers(weights: tuple[PlannedWeight, ...], method: Method) -> dict[str, str | None]:
+    """Return for every target why it could not hold the weights of a plan bit for bit; None where it could."""
+    told: dict[str, str | None] = {}
+    for name, exporter in EXPORTERS.items():
+        if exporter.target is None:
+            continue
+        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target) for planned in weights}
+        first = next((f"{stem}: {why}" for stem, why in reasons.items() if why is not None), None)
+        told[name] = first
+    return told
+
+
+def _target(name: str) -> type[Target]:
+    target = EXPORTERS[name].target
+    assert target is not None, f"{name} decodes every weight"
+    return target
+
+
+def _names(formats: tuple[str, ...]) -> set[str]:
+    return {parse_format(name).name for name in formats}
+
+
+def _weights(model: StreamedModel, method: Method) -> list[PlannedWeight]:
+    found = [(p, i) for i in range(len(model.blocks)) for p in list_weights(model, i, method.recipe.skip)[0]]
+    return [PlannedWeight(p, method.for_layer(p.stem), i) for p, i in found]
+
+
+def _in_format(planned: PlannedWeight, name: str) -> PlannedWeight:
+    """Return a planned weight in another format."""
+    return PlannedWeight(planned.parameter, replace(planned.method, format=parse_format(name)), planned.block)
+
+
+def _suits(planned: PlannedWeight, method: Method, target: type[Target]) -> bool:
+    return _refusal(planned, method, target) is None
+
+
+def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> str | None:
+    """Return why a target cannot hold a weight as it is planned."""
+    fmt = planned.format
+    if isinstance(fmt, Format):
+        try:
+            fmt.block_grid(planned.parameter.shape)
+        except ValueError as error:  # FormatError
+            return str(error).removesuffix(".")
+    return target.refuses(planned_spec(planned, method), None)
+
+
+def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
+    """Return what a weight's specification will be, as far as a plan can say: maps and terms by their kinds."""
+    fmt, layer, shape = planned.format, planned.method, planned.parameter.shape
+    terms = [{"kind": "packed", "format": fmt.name} if isinstance(fmt, Format) else {"kind": fmt.name}]
+    if isinstance(fmt, Format) and layer.quantizer.part.stored_bytes(fmt, shape, 1) != fmt.nbytes(shape):
+        terms.append({"kind": f"what {layer.quantizer.name} keeps beside them"})
+    terms += [{"kind": named.name} for named in method.corrections]
+    online = [named.name for named in method.changes] + [n.name for n in method.of("search") if n.part.run_time]
+    ordered = layer.quantizer.settings().get("groups") == "running"
+    kind = " and ".join(online) if online else "permutation" if ordered else None
+    return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
+
+
+def _check_joined(weights: list[PlannedWeight], runtime: str) -> None:
+    """Raise UsageError where weights that a server joins have several formats."""
+    by_name = {planned.parameter.stem: planned for planned in weights}
+    for stem, planned in by_name.items():
+        parent, _, leaf = stem.rpartition(".")
+        for group in _JOINED:
+            if leaf != group[0]:
+                continue
+            others = [by_name[name] for part in group[1:] if (name := f"{parent}.{part}") in by_name]
+            differing = next((other for other in others if other.format != planned.format), None)
+            if differing is not None:
+                raise UsageError(
+                    f"{runtime} joins {stem} and {differing.parameter.stem} into one product, and their formats differ "
+                    f"({planned.format.name}, {differing.format.name}); give them the same."
+                )

@@ -1,0 +1,133 @@
+"""Models on their way out and in: what leaves is read back the same, computes the same, and nothing is lost or rounded in silence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bitpress
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.pipeline.exporting import export_model, open_model, open_to_quantize
+from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.progress import Silent
+from bitpress.recipes import make_recipe
+
+TOKENS = torch.arange(1, 25).reshape(2, 12)
+
+
+def logits(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = bitpress.load(directory, dtype="fp32")(TOKENS).logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(pressed_original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in int4-g32-zero with permuted inputs, as GPTQ stores it."""
+    out = tmp_path_factory.mktemp("exported") / "gptq"
+    done = export_model(pressed_original, out, "gptq")
+    assert {fate.how for fate in done.fates.values()} == {"exact"}
+    return out
+
+
+def test_an_exported_model_computes_the_same(exported: Path, pressed_original: Path) -> None:
+    taken_over = open_model(exported)
+    assert taken_over != exported
+    assert open_model(exported) == taken_over, "it is taken over once"
+    assert torch.equal(logits(exported), logits(pressed_original))
+
+
+def test_codes_are_carried_over_and_back(exported: Path, pressed_original: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    export_model(exported, again, "gptq")
+    first, second = load_file(exported / "model.safetensors"), load_file(again / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    config = json.loads((exported / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    assert (exported / "tokenizer.json").read_bytes() == (pressed_original / "tokenizer.json").read_bytes()
+
+
+def test_a_decoded_export_is_a_plain_model_within_half_a_step_of_bfloat16(pressed_original: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bf16"
+    done = export_model(pressed_original, out, "bf16")
+    assert max(done.added.values()) < 2**-16
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    checkpoint, held = CompressedCheckpoint.open(pressed_original), load_file(out / "model.safetensors")
+    for name in checkpoint.manifest.weights:
+        assert torch.equal(held[name], checkpoint.decode(name).to(torch.bfloat16))
+
+
+def test_what_a_target_cannot_hold_is_rounded_only_if_asked(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    given = tmp_path / "nf4"
+    recipe = make_recipe({"weights": "nf4-g32", "quantizer": "rtn"})
+    quantize_directory(tiny_model("llama"), given, recipe, proof=Proof(tokens=0))
+    with pytest.raises(
+        UsageError, match=r"weights cannot be carried over to gptq.*nf4-g32 is not a format of GPTQ.*--requantize"
+    ):
+        export_model(given, tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()
+    done = export_model(given, tmp_path / "out", "gptq", requantize=True)
+    assert {(fate.how, fate.format) for fate in done.fates.values()} == {("rounded", "int4-g32")}
+    assert all(0 < error < 0.05 for error in done.added.values())
+
+
+def test_a_table_in_few_bits_is_decoded_where_the_target_has_none(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    recipe = make_recipe({"weights": "int4-g32", "quantizer": "rtn", "embeddings": "int8-row"})
+    quantize_directory(tiny_model("llama"), given, recipe, proof=Proof(tokens=0))
+    done = export_model(given, tmp_path / "out", "gptq")
+    fates = {name: (fate.how, fate.why) for name, fate in done.fates.items() if fate.how != "exact"}
+    assert fates == {"model.embed_tokens.weight": ("decoded", "its rows are looked up")}
+
+
+def test_a_stopped_export_leaves_nothing(pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitpress.exchange.gptq import Gptq
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gptq, "configure", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(pressed_original, tmp_path / "out", "gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_not_replaced(pressed_original: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        export_model(pressed_original, tmp_path / "out", "gptq")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_unknown_target_and_a_model_that_is_not_compressed(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'gptq'"):
+        export_model(tiny_model("llama"), tmp_path / "out", "gtpq")
+    with pytest.raises(UsageError, match="is not compressed"):
+        export_model(tiny_model("llama"), tmp_path / "out", "gptq")
+
+
+def test_a_quantized_model_is_quantized_again_only_if_asked(exported: Path, pressed_original: Path, tmp_path: Path) -> None:
+    for model in (exported, pressed_original):
+        with pytest.raises(UsageError, match=r"is quantized already \(.*--requantize"):
+            open_to_quantize(model, Silent())
+        source = open_to_quantize(model, Silent(), requantize=True)
+        checkpoint, held = CompressedCheckpoint.open(pressed_original), load_file(source / "model.safetensors")
+        for name in checkpoint.manifest.weights:
+            assert torch.equal(held[name], checkpoint.decode(name)), "decoded in float32, not rounded once more"
+
+
+def test_a_layer_without_one_of_its_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in exported.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(".scales"))]
+    save_file(tensors, damaged / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        open_model(damaged)
