@@ -71,6 +71,8 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
         f"input {name}": lambda name=name: CompressedLayer(CompressedWeight((packed(draw(OUT, IN)),)), inputs(name))
         for name in ("int8-row", "int8-tensor-zero")
     },
+    "term zeros": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int4-g8-zero"),))),
+    "term floats": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, 64), "nf4-g64-dq"),))),
     "term bytes": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int8-row"),))),
     "all": lambda: CompressedLayer(
         CompressedWeight((packed(draw(IN, IN)), low_rank(draw(IN, IN), 1)), MAP["chain"](), MAP["scale"]()), inputs("e4m3-g8")

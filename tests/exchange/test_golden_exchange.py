@@ -17,16 +17,30 @@ from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.source import DirectoryFormat, StoredLayer
-from bitpress.exchange.table import DIRECTORY_FORMATS, find_ecosystem
+from bitpress.exchange.table import DIRECTORY_FORMATS, READ_ALONE, find_ecosystem
 from bitpress.formats import CompressedLayer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "exchange"
-FILES = {"compressed-tensors": ("compressed_tensors",)}
+FILES = {
+    "awq": ("awq",),
+    "bitsandbytes": ("bitsandbytes",),
+    "bitsandbytes-int8": ("bitsandbytes_int8",),
+    "compressed-tensors": ("compressed_tensors",),
+}
+FORMATS = DIRECTORY_FORMATS | READ_ALONE
 CASES = [(row, file) for row, files in FILES.items() for file in files]
+WRITTEN = [(row, file) for row, file in CASES if row in DIRECTORY_FORMATS]
+# Units of the last place of float32 that decoded weights may be away, and why: LLM.int8() multiplies by two rounded numbers, we by one.
+AWAY = {"bitsandbytes-int8": 2}
+# Configurations that say nothing of how a layer is stored: the tensors do.
+SAY_NOTHING = ("bitsandbytes", "bitsandbytes-int8")
 # Layers that are read exactly and written in another way, and why.
 WRITTEN_OTHERWISE = {
     "floats.odd_block": "blocks that do not divide the weight are read in smaller ones",
+    "nf4_stored": "bytes that are stored as another type",
 }
+# Layers that are read exactly and not written: their blocks run over the ends of rows, and are read as smaller ones.
+NOT_WRITTEN = ("nf4_across", "nf4_nested_across", "nf4_odd")
 
 
 @cache
@@ -59,25 +73,28 @@ def test_a_checkpoint_of_the_tool_is_read_as_the_tool_reads_it(row: str, file: s
     tensors, decoded, told = golden(file)
     path = write(tmp_path / "model", tensors, told)
     assert find_ecosystem(path) == row
-    source = QuantizedDirectory.open(path, DIRECTORY_FORMATS[row])
+    source = QuantizedDirectory.open(path, FORMATS[row])
     assert source.layers.keys() == decoded.keys()
     for name, expected in decoded.items():
         layer = source.read(f"{name}.weight")
         assert isinstance(layer, CompressedLayer)
-        assert torch.equal(layer.weight.dequantize().to(expected.dtype), expected), name
+        got = layer.weight.dequantize().to(expected.dtype)
+        torch.testing.assert_close(got, expected, rtol=AWAY.get(row, 0) * 2.0**-23, atol=0)
         assert source.parameters[f"{name}.weight"].shape == tuple(expected.shape), name
 
 
-@pytest.mark.parametrize(("row", "file"), CASES)
+@pytest.mark.parametrize(("row", "file"), WRITTEN)
 def test_a_layer_is_written_as_the_tool_wrote_it(row: str, file: str, tmp_path: Path) -> None:
     tensors, decoded, told = golden(file)
-    form = DIRECTORY_FORMATS[row]
+    form = FORMATS[row]
     source = QuantizedDirectory.open(write(tmp_path / "model", tensors, told), form)
     entries: dict[str, Mapping[str, Any]] = {}
     for name in decoded:
         layer = source.read(f"{name}.weight")
         assert isinstance(layer, CompressedLayer)
-        assert form.refuses(layer.weight.spec(), layer.input_spec()) is None, name
+        assert (form.refuses(layer.weight.spec(), layer.input_spec()) is not None) == (name in NOT_WRITTEN), name
+        if name in NOT_WRITTEN:
+            continue
         stored = form.write(layer)
         entries[name] = json.loads(json.dumps(dict(stored.entry)))
         again = form.read(StoredLayer(stored.tensors, entries[name]))
@@ -93,7 +110,7 @@ def test_a_layer_is_written_as_the_tool_wrote_it(row: str, file: str, tmp_path: 
             assert (got.dtype, got.shape) == (value.dtype, value.shape), (name, leaf)
             assert torch.equal(got.view(torch.uint8), value.view(torch.uint8)), (name, leaf)
     config = form.configure(form.plain(source.source.config), entries, [])
-    read = form.entries(json.loads(json.dumps(config)), source.layers)
+    read = form.entries(json.loads(json.dumps(config)), {name: source.layers[name] for name in entries})
     assert {name: json.loads(json.dumps(dict(entry))) for name, entry in read.items()} == entries
 
 
@@ -107,7 +124,7 @@ def damaged(value: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("row", "file"), CASES)
 def test_damaged_tensors_are_refused_or_another_weight_and_never_a_crash(row: str, file: str, tmp_path: Path) -> None:
     tensors, decoded, told = golden(file)
-    form: type[DirectoryFormat] = DIRECTORY_FORMATS[row]
+    form: type[DirectoryFormat] = FORMATS[row]
     entries = QuantizedDirectory.open(write(tmp_path / "model", tensors, told), form).entries
     refused: list[str] = []
     for name in decoded:
@@ -128,7 +145,7 @@ def test_damaged_tensors_are_refused_or_another_weight_and_never_a_crash(row: st
 def test_absurd_settings_are_refused_in_one_line(row: str, file: str, tmp_path: Path) -> None:
     """Every number, name and list of the configuration in turn becomes something else."""
     tensors, decoded, told = golden(file)
-    form = DIRECTORY_FORMATS[row]
+    form = FORMATS[row]
     count, refused = 0, list[str]()
     for changed in changes(told):
         if not form.claims({"model_type": "llama", **changed}):
@@ -141,7 +158,8 @@ def test_absurd_settings_are_refused_in_one_line(row: str, file: str, tmp_path: 
                     source.read(f"{name}.weight")
         except CheckpointError as error:
             refused.append(str(error))
-    assert len(refused) > count / 4 > 0
+    assert count
+    assert len(refused) > count / 4 or row in SAY_NOTHING
     assert not any("\n" in line for line in refused)
 
 

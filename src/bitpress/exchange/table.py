@@ -7,7 +7,10 @@ import torch
 
 from bitpress.checkpoints.source import read_config
 from bitpress.errors import CheckpointError
+from bitpress.exchange.awq import Awq
 from bitpress.exchange.bitpress_directory import BitpressDirectory
+from bitpress.exchange.bitsandbytes import Bitsandbytes
+from bitpress.exchange.bitsandbytes_int8 import BitsandbytesInt8
 from bitpress.exchange.compressed_tensors import CompressedTensors
 from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
 from bitpress.exchange.gguf import Gguf
@@ -16,13 +19,26 @@ from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.safetensors_directory import SafetensorsDirectory
 from bitpress.exchange.source import DirectoryFormat, Ecosystem, Exporter, LayerFormat, Source
 
-__all__ = ["DIRECTORY_FORMATS", "ECOSYSTEMS", "EXPORTERS", "LAYER_FORMATS", "Directories", "find_ecosystem", "open_source"]
+__all__ = [
+    "DIRECTORY_FORMATS",
+    "ECOSYSTEMS",
+    "EXPORTERS",
+    "LAYER_FORMATS",
+    "READ_ALONE",
+    "Directories",
+    "find_ecosystem",
+    "open_source",
+]
 
 # Ways to store compressed layers in directories of safetensors files: a row is all that reading and writing them takes.
 DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {
+    "awq": Awq,
+    "bitsandbytes": Bitsandbytes,
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
 }
+# The same for what is read and not written.
+READ_ALONE: dict[str, type[DirectoryFormat]] = {"bitsandbytes-int8": BitsandbytesInt8}
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ ECOSYSTEMS: dict[str, Ecosystem] = {
     "bitpress": BitpressDirectory(),
     "safetensors": SafetensorsDirectory(),
     "gguf": Gguf(),
-    **{name: Directories(format) for name, format in DIRECTORY_FORMATS.items()},
+    **{name: Directories(format) for name, format in (DIRECTORY_FORMATS | READ_ALONE).items()},
 }
 
 LAYER_FORMATS: dict[str, type[LayerFormat]] = {"bitpress": BitpressDirectory, **DIRECTORY_FORMATS}

@@ -61,6 +61,6 @@ def split_apart(
 
 
 def _rows(words: torch.Tensor, down: bool) -> torch.Tensor:
-    if words.ndim != 2 or words.dtype not in (torch.int32, torch.uint32):
+    if words.ndim != 2 or not words.numel() or words.dtype not in (torch.int32, torch.uint32):
         raise FormatError(f"packed codes are {words.dtype} {list(words.shape)} where 32-bit words in two axes are needed.")
     return (words.T if down else words).contiguous().view(torch.int32)
