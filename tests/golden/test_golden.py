@@ -144,7 +144,7 @@ def test_integers_are_those_of_ml_dtypes(bits: int) -> None:
     codes = torch.arange(1 << bits, dtype=torch.uint8)
     signed = find_grid(f"int{bits}").decode(codes ^ (1 << (bits - 1)), ONE)
     assert torch.equal(signed, golden("ml_dtypes")[f"int{bits}/levels"])
-    unsigned = find_grid(f"int{bits}", zero=True).decode(codes, {**ONE, "zero": torch.zeros(())})
+    unsigned = find_grid(f"int{bits}", "zero").decode(codes, {**ONE, "zero": torch.zeros(())})
     assert torch.equal(unsigned, golden("ml_dtypes")[f"uint{bits}/levels"])
 
 

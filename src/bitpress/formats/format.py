@@ -19,6 +19,7 @@ from bitpress.formats.block import Block
 from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam, Streamed
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import ScaleStore, first_trials
 from bitpress.formats.scales import SCALES
 
@@ -54,7 +55,7 @@ class Format:
     def name(self) -> str:
         """The canonical name, `int4-g64-zero`; `parse_format(name)` returns this format."""
         parts = [self.grid.name, self.block.name]
-        parts += ["zero"] if any(p.name == "zero" for p in self.grid.params) else []
+        parts += [p.name for p in self.grid.params if p.name in ("zero", "min")]
         parts += [self.scale] if self.scale != self.grid.usual_scale else []
         parts += [self.layout] if self.layout != "dense" else []
         return "-".join(parts)
@@ -92,9 +93,16 @@ class Format:
             )
         return shape[0] // rows, shape[1] // cols
 
-    def expected(self, shape: tuple[int, int]) -> Expected:
-        """Return dtype and shape of every tensor that a packed weight of this shape stores."""
+    def whole_runs(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return `block_grid`, of a weight whose rows hold whole runs of scales. Raises FormatError for another."""
         down, across = self.block_grid(shape)
+        if isinstance(self.store, RunCodes):
+            self.store.check(self.name, shape[1], across)
+        return down, across
+
+    def expected(self, shape: tuple[int, int]) -> Expected:
+        """Return dtype and shape of every tensor that a packed weight of this shape stores. Raises FormatError for one that does not fit."""
+        down, across = self.whole_runs(shape)
         codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
         tensors: Expected = {"codes": (torch.uint8, (shape[0] // self.rows_per_code, codes))}
         for p in self.grid.params:
@@ -128,7 +136,7 @@ class Format:
         """
         if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
-        grid = self.block_grid((w.shape[0], w.shape[1]))
+        grid = (self.whole_runs if shared is None else self.block_grid)((w.shape[0], w.shape[1]))
         blocks = self.to_blocks(w.float())
         weights = None if importance is None else self.to_blocks(importance.float().expand(w.shape))
         # A few blocks at a time: the search reads them once per ratio, and they should stay in the processor's cache.

@@ -37,14 +37,15 @@ def usual_format(grid: Grid, block: str = "") -> Format:
 
 
 def usual_formats() -> list[Format]:
-    """Return one format per grid of the table, a second one if it has a variant with a zero point, and the named formats."""
+    """Return one format per grid of the table, another for each variant with a zero point or a minimum, and the named formats."""
     formats: dict[str, Format] = {}
     for name, row in GRIDS.items():
         fmt = parse_format(name) if name in SHORT else usual_format(row.grid, row.block)
         formats[fmt.name] = fmt
-        if row.zero is not None and row.zero != row.grid:
-            with_zero = usual_format(row.zero, row.block)
-            formats[with_zero.name] = with_zero
+        for grid in row.variants.values():
+            if grid != row.grid:
+                other = usual_format(grid, row.block)
+                formats[other.name] = other
     for name in SHORT.values():
         formats.setdefault(name, parse_format(name))
     return list(formats.values())
@@ -55,9 +56,8 @@ def describe_tables() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for entry in describe_formats():
         head = str(entry["name"]).split("-")[0]
-        fmt = (
-            parse_format(head) if head in SHORT else usual_format(find_grid(head, bool(entry["zero_point"])), GRIDS[head].block)
-        )
+        variant = "zero" if entry["zero_point"] else "min" if entry["minimum"] else ""
+        fmt = parse_format(head) if head in SHORT else usual_format(find_grid(head, variant), GRIDS[head].block)
         fits = [n for n, at in LAYOUTS.items() if at.refuses(fmt.grid.code_bits, fmt.grid.num_codes) is None]
         row = {"kind": "grid", **entry, "usual": fmt.name, "bits_per_weight": _bits(fmt), "layouts": fits}
         rows.append(row | {"stored": [_stored(p, fmt) for p in fmt.grid.params]})

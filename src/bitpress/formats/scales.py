@@ -11,8 +11,9 @@ better scales then keeps them fixed.
     e8m0    2^(byte - 127)       -                                     OCP MX; ZeroQuant-FP, constraint M1
     p2row   2^-code, or 0        float32 a row of blocks               ZeroQuant-FP, constraint M2
     fp8     float8 e4m3          float32 a tensor                      NVFP4
-    s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ; s6: the k-quants of llama.cpp
+    s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ
     dq      8-bit dynamic map    float32 a 256 scales, float32 offset  bitsandbytes' nested statistics
+    s4x16 s6x8 i6x8 i6x16 i8x16  float16 a run of a row's blocks       llama.cpp's K-quants (`formats.scale_runs`)
 """
 
 import math
@@ -25,6 +26,7 @@ from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import Outer, ScaleStore, Shapes
 
 __all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts"]
@@ -376,6 +378,11 @@ SCALES: dict[str, ScaleStore] = {
     "s4": IntegerCodes(4),
     "s6": IntegerCodes(6),
     "s8": IntegerCodes(8),
+    "s4x16": RunCodes(4, 16),
+    "s6x8": RunCodes(6, 8),
+    "i6x8": RunCodes(6, 8, signed=True),
+    "i6x16": RunCodes(6, 16, signed=True),
+    "i8x16": RunCodes(8, 16, signed=True),
     "p2row": RowShifts(),
     "dq": DoubleQuantized(),
 }

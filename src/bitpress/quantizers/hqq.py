@@ -39,7 +39,7 @@ class HQQ(Quantizer):
     summary: ClassVar[str] = "half-quadratic fit of scales and zero points to the weights; no data"
     paper: ClassVar[str] = "yardstick: HQQ"
     bits: ClassVar[tuple[float, float]] = (2, 8)
-    serves: ClassVar[tuple[str, ...]] = ("int*",)
+    serves: ClassVar[tuple[str, ...]] = ("int*", "!*-min*")
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or not 0 < self.norm <= 1 or not self.beta > 0 or not self.growth >= 1:
