@@ -72,6 +72,7 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
         for name in ("int8-row", "int8-tensor-zero")
     },
     "term bytes": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int8-row"),))),
+    "term blocks": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, 64), "q4_0"),))),
     "all": lambda: CompressedLayer(
         CompressedWeight((packed(draw(IN, IN)), low_rank(draw(IN, IN), 1)), MAP["chain"](), MAP["scale"]()), inputs("e4m3-g8")
     ),

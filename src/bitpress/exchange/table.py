@@ -9,6 +9,7 @@ from bitpress.checkpoints.source import read_config
 from bitpress.errors import CheckpointError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
+from bitpress.exchange.export_gguf import GgufExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.gptq import Gptq
 from bitpress.exchange.quantized_directory import QuantizedDirectory
@@ -45,11 +46,12 @@ ECOSYSTEMS: dict[str, Ecosystem] = {
     **{name: Directories(format) for name, format in DIRECTORY_FORMATS.items()},
 }
 
-LAYER_FORMATS: dict[str, type[LayerFormat]] = {"bitpress": BitpressDirectory, **DIRECTORY_FORMATS}
+LAYER_FORMATS: dict[str, type[LayerFormat]] = {"bitpress": BitpressDirectory, "gguf": Gguf, **DIRECTORY_FORMATS}
 
 # What a model can be exported to.
 EXPORTERS: dict[str, Exporter] = {
     **{name: DirectoryExporter(format) for name, format in DIRECTORY_FORMATS.items()},
+    "gguf": GgufExporter(),
     "bf16": PlainExporter(torch.bfloat16),
     "fp16": PlainExporter(torch.float16),
 }
