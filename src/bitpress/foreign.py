@@ -27,24 +27,20 @@ _SYMMETRIC = "integers with a scale for every"
 _ROWS = "8-bit integers with a scale for every row"
 
 FOREIGN: tuple[Foreign, ...] = (
-    # llama.cpp
-    Foreign(r"q([458])_0(?:_[48]_[48])?", "llama.cpp", "int{}-g32", None, f"{_SYMMETRIC} 32", ("q4_0", "Q5_0", "Q8_0")),
-    Foreign(r"q8_k(?:_\w+)?", "llama.cpp", "int8-g32", None, f"{_SYMMETRIC} 32", ("Q8_K", "Q8_K_XL")),
-    Foreign(r"q([458])_1", "llama.cpp", "int{}-g32-zero", None, "a scale and a zero point for every 32", ("q4_1", "Q5_1")),
-    Foreign(r"(?:ud_)?q2_k(?:_\w+)?", "llama.cpp", "int2-g16-zero", None, "a scale and a zero point for every 16", ("Q2_K",)),
-    Foreign(r"(?:ud_)?q([36])_k(?:_\w+)?", "llama.cpp", "int{}-g16", None, f"{_SYMMETRIC} 16", ("Q3_K_L", "Q6_K")),
+    # llama.cpp: its types have their own names here (`SHORT` of `formats.table`); these are its mixes and other types
+    Foreign(r"q([458])_0_[48]_[48]", "llama.cpp", "q{}_0", None, "the same, in another order of bytes", ("Q4_0_4_4",)),
+    Foreign(r"q8_k(?:_\w+)?|q8_1", "llama.cpp", "q8_0", None, f"{_SYMMETRIC} 32", ("Q8_K", "Q8_K_XL")),
     Foreign(
-        r"(?:ud_)?q([45])_k(?:_\w+)?",
+        r"(?:ud_)?q([23456])_k_\w+",
         "llama.cpp",
-        "int{}-g32-zero",
+        "q{}_k",
         None,
-        "a scale and a zero point for every 32",
-        ("q4_k_m", "Q4_K_S", "Q5_K_M", "UD-Q4_K_XL"),
+        "the type of most of its weights",
+        ("q4_k_m", "Q4_K_S", "Q3_K_L", "UD-Q4_K_XL"),
     ),
-    Foreign(r"iq4_(?:nl|xs)", "llama.cpp", "iq4nl-g32", None, "the same 4-bit levels", ("IQ4_XS", "iq4_nl")),
-    Foreign(r"(?:ud_)?iq3_\w+", "llama.cpp", "int3-g64-zero", None, f"3-bit {_DEFAULT}", ("IQ3_XXS", "iq3_m")),
+    Foreign(r"(?:ud_)?iq3_\w+", "llama.cpp", "q3_k", None, "3 bits with scales in two levels", ("IQ3_XXS", "iq3_m")),
     Foreign(r"(?:ud_)?iq2_\w+", "llama.cpp", "e8p-row", "quip_sharp", "2 bits by the E8 lattice", ("IQ2_XXS", "iq2_m")),
-    Foreign(r"(?:ud_)?iq1_\w+|tq[12]_0", "llama.cpp", "ternary-g64", None, "three levels", ("IQ1_S", "TQ1_0", "tq2_0")),
+    Foreign(r"(?:ud_)?iq1_\w+", "llama.cpp", "ternary-g64", None, "three levels", ("IQ1_S",)),
     # Plain types
     Foreign(
         r"q0b?f(?:16|32)|b?f(?:p|loat)?_?(?:16|32)|16_?bits?",

@@ -27,7 +27,8 @@ def relative(name: str, shrink: tuple[float, ...] = (1.0,)) -> float:
 
 
 def test_stores_of_a_few_bits_are_coarse() -> None:
-    assert set(COARSE) == {"e8m0", "fp8", "fp8over", "s4", "s6", "s8", "p2row", "dq"}
+    runs = {"s4x16", "s6x8", "i6x8", "i6x16", "i8x16"}
+    assert set(COARSE) == {"e8m0", "fp8", "fp8over", "s4", "s6", "s8", "p2row", "dq"} | runs
 
 
 @pytest.mark.parametrize("name", COARSE)
@@ -60,8 +61,8 @@ def test_the_scales_beside_are_the_next_ones_that_the_store_holds(name: str) -> 
 def test_no_scale_beside_the_full_range_is_better(grid: str, store: str, shrink: tuple[float, ...], weighted: bool) -> None:
     head, _, zero = grid.partition("-")
     fmt = parse_format(f"{head}-g32-{store}{'-' * bool(zero)}{zero}")
-    w = normal(4, 256, 3)
-    importance = torch.rand(256, generator=torch.Generator().manual_seed(4)) if weighted else None
+    w = normal(4, 512, 3)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(4)) if weighted else None
     chosen = fmt.fit(w, importance, shrink)
     error = by_block(fmt, w, chosen, importance)
     fitted = fmt.grid.fit(fmt.to_blocks(w), None if importance is None else fmt.to_blocks(importance.expand(w.shape)))

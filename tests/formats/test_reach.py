@@ -37,7 +37,7 @@ NAMES = [
 
 
 def weight() -> torch.Tensor:
-    return torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    return torch.randn(16, 512, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
 def relative_error(w: torch.Tensor, name: str) -> torch.Tensor:

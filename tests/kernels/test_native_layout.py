@@ -8,8 +8,10 @@ import torch
 
 from bitpress import native
 from bitpress.formats import CompressedWeight
+from bitpress.formats.grids.minimum_integer import MinimumInteger
 from bitpress.formats.grids.planes import Planes
 from bitpress.formats.listing import usual_formats
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.kept import Kept
@@ -36,6 +38,14 @@ NAMES = sorted(
         *("olive4a-g16", "olive8-g64", "pvq8k5-g64", "int4-g16-s6", "int4-16x16-s6"),
     }
 )
+# The inputs of a weight of one of these formats: whole runs of scales, or blocks.
+WIDE = {name: 512 for name in NAMES if isinstance(parse_format(name).store, RunCodes) or parse_format(name).block.cols == 256}
+# Scales of runs are read as fp32, and a minimum is a bit of every weight beside its number.
+LARGER = {
+    name: 2.7
+    for name in NAMES
+    if isinstance(parse_format(name).store, RunCodes) or isinstance(parse_format(name).grid, MinimumInteger)
+}
 
 
 def compressed(name: str, w: torch.Tensor) -> CompressedWeight:
@@ -53,18 +63,19 @@ def test_bytes_in_memory_are_at_most_a_tenth_above_those_of_the_file(name: str) 
     fmt = parse_format(name)
     # Parameters of a few values: what is compared is sizes, and a fit of some grids takes long.
     weight = CompressedWeight((Packed(fmt, SHAPE, {n: torch.zeros(d, dtype=t) for n, (t, d) in fmt.expected(SHAPE).items()}),))
-    assert lay_out(weight).nbytes <= MOST * weight.nbytes
+    assert lay_out(weight).nbytes <= LARGER.get(name, MOST) * weight.nbytes
     assert reason_to_expand(weight) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_that_the_format_decodes_to_the_bit(name: str) -> None:
     height = 576 if "576x1" in name else 192
-    weight = compressed(name, drawn(height)[:, : 48 if height == 576 else 384].contiguous())
+    weight = compressed(name, drawn(height)[:, : 48 if height == 576 else WIDE.get(name, 384)].contiguous())
     strips, decoded = lay_out(weight), weight.dequantize()
     assert strips.expanded == []
     for row in (0, 17, height - 1):
-        if isinstance(parse_format(name).grid, Planes):  # added up in another order
+        # Added up in another order, or multiplied by an inverse.
+        if isinstance(parse_format(name).grid, Planes) or "fp8over" in name:
             assert torch.allclose(strips.row(row), decoded[row], rtol=2**-22, atol=1e-9)
         else:
             assert torch.equal(strips.row(row), decoded[row])

@@ -27,8 +27,10 @@ from bitpress.formats import (
 )
 from bitpress.formats.grids.grid import Grid
 from bitpress.formats.grids.integer import Integer
+from bitpress.formats.grids.minimum_integer import MinimumInteger
 from bitpress.formats.layouts import dense
 from bitpress.formats.layouts.dense import code_dtype
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.table import UNNAMED_STORES
 
 # A name of every family that has no row for each member.
@@ -50,6 +52,7 @@ def variants(name: str) -> list[str]:
         stores = [stores[turn % len(stores)], stores[(turn + len(stores) // 2) % len(stores)]]
     plain = row.in_block("").removeprefix(f"{name}-")
     extras = [f"-{scale}" for scale in stores] + [e for zero in row.zeros for e in (f"-{zero}", f"-{zero}-s6")]
+    extras += ["-min", "-min-s6x8", "-min-fp8"] if row.minimum else []
     for layout_name, layout in LAYOUTS.items():
         if layout_name != "dense" and not layout.refuses(row.grid.code_bits, row.grid.num_codes):
             extras.append(f"{plain}-{layout_name}")
@@ -80,6 +83,8 @@ def named(names: list[str]) -> list[Any]:
 
 def weight(fmt: Format, rows: int, blocks: int, seed: int) -> torch.Tensor:
     """Rows in pairs; an odd width where the block is a whole row."""
+    if isinstance(fmt.store, RunCodes):  # rows of whole runs
+        blocks = -(-blocks // fmt.store.run) * fmt.store.run
     cols = 16 * blocks - (fmt.grid.span if fmt.block.cols == "all" else 0)
     cols -= cols % fmt.grid.span
     return torch.randn(2 * rows, cols, generator=torch.Generator().manual_seed(seed))
@@ -205,7 +210,7 @@ def test_encode_picks_the_nearest_level(name: str) -> None:
 
 def clips_nothing(name: str) -> bool:
     fmt = parse_format(name)
-    fitted = isinstance(fmt.grid, Integer) or (isinstance(fmt.grid, Levels) and fmt.grid.rule == "absmax")
+    fitted = isinstance(fmt.grid, Integer | MinimumInteger) or (isinstance(fmt.grid, Levels) and fmt.grid.rule == "absmax")
     return fitted and fmt.scale in ("fp16", "bf16", "fp32") and fmt.block.cols == 16
 
 
@@ -278,7 +283,7 @@ def test_tiny_weights_do_not_become_zeros_in_silence(name: str) -> None:
 def test_a_tiny_block_beside_large_ones_keeps_a_scale(name: str) -> None:
     """Nested scales (dq) are the exception: they are kept as differences from their mean."""
     fmt = parse_format(name)
-    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(16))
+    w = torch.randn(4, 256, generator=torch.Generator().manual_seed(16))
     w[1, 16:32] *= 1e-7
     params = fmt.fit(w)
     for p in fmt.grid.params:
@@ -370,6 +375,8 @@ def test_a_scale_that_is_not_finite_is_refused(scale: str) -> None:
         ("int4-g64-fp16-bf16", FormatError, "repeats a part"),
         ("int4-g64-zero-zero", FormatError, "repeats a part"),
         ("nf4-g64-zero", FormatError, "no variant with a zero point"),
+        ("nf4-g64-min", FormatError, "no variant with a minimum"),
+        ("int4-g64-zero-min", FormatError, "repeats a part"),
         ("int4-g64-base3", FormatError, "3, 9, 27 or 81 levels"),
         ("int4-g64-split", FormatError, "6 bits"),
     ],
@@ -384,6 +391,8 @@ def test_a_shape_that_does_not_fit_names_blocks_that_do() -> None:
         parse_format("int4-g128").fit(torch.zeros(2, 576))
     with pytest.raises(FormatError, match="out_features=3"):
         parse_format("int4-2x8").fit(torch.zeros(3, 8))
+    with pytest.raises(FormatError, match="in_features=576 is not a multiple of 256, the 8 blocks that share a float16"):
+        parse_format("q4_k").fit(torch.zeros(2, 576))
 
 
 def test_a_scale_beyond_half_precision_is_refused() -> None:
@@ -396,6 +405,59 @@ def test_short_names_are_whole_formats() -> None:
     for short, name in SHORT.items():
         assert parse_format(short) == parse_format(name)
         assert parse_format(short).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *(("q4_0", 4.5), ("q4_1", 5), ("q5_0", 5.5), ("q5_1", 6), ("q8_0", 8.5), ("q2_k", 2.625), ("q3_k", 3.4375)),
+        *(
+            ("q4_k", 4.5),
+            ("q5_k", 5.5),
+            ("q6_k", 6.5625),
+            ("iq4_nl", 4.5),
+            ("iq4_xs", 4.25),
+            ("tq2_0", 2.0625),
+            ("mxfp4", 4.25),
+        ),
+    ],
+)
+def test_types_of_llama_cpp_take_their_bits(name: str, bits: float) -> None:
+    assert parse_format(name).nbytes((4096, 4096)) * 8 == bits * 4096**2
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q4_k", "q2_k"])
+def test_a_minimum_is_better_than_a_zero_point_of_as_many_bits(name: str) -> None:
+    """Weights of one sign far from 0 in the middle: a zero point wastes the levels on the other side of 0 as a minimum at 0 does."""
+    fmt = parse_format(name)
+    w = torch.randn(8, 512, generator=torch.Generator().manual_seed(21))
+    plain = Format(Integer(fmt.grid.code_bits, zero=True), fmt.block, fmt.scale)
+
+    def error(f: Format) -> float:
+        params = f.fit(w, shrink=(1.0, 0.9, 0.8))
+        return float((f.decode(f.encode(w, params), params) - w).square().sum())
+
+    assert error(fmt) < error(plain)
+
+
+@pytest.mark.parametrize("scale", [name for name, store in SCALES.items() if isinstance(store, RunCodes)])
+def test_a_scale_of_a_run_is_an_integer_times_its_float16(scale: str) -> None:
+    store = SCALES[scale]
+    assert isinstance(store, RunCodes)
+    wanted = torch.rand(3, 2 * store.run, generator=torch.Generator().manual_seed(22)) + 0.1
+    wanted[1, store.run :] = 0
+    if store.signed:
+        wanted[2] *= -1
+    outer = store.outer(wanted)
+    rounded = store.round(wanted, outer)
+    stored = store.pack(rounded, outer)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == store.expected(3, 2 * store.run)
+    assert torch.equal(store.unpack(stored, 2 * store.run), rounded)
+    step = stored["run"].float().repeat_interleave(store.run, 1)
+    codes = torch.where(step > 0, rounded / step, 0.0)
+    assert torch.equal(codes, codes.round())
+    assert codes.abs().max() <= store.top
+    assert ((rounded - wanted).abs() <= 0.51 * step).all()
 
 
 def test_a_new_grid_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

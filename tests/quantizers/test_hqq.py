@@ -42,13 +42,13 @@ def test_a_step_is_the_mean_of_a_block(name: str) -> None:
         own = slice(down * rows, (down + 1) * rows), slice(across * cols, (across + 1) * cols)
         zero = float(params["zero"][down, across]) if "zero" in params else float(2 ** (fmt.grid.code_bits - 1))
         q, target = codes[own].float() - zero, w[own] - shrink(w[own] - w_hat[own], 2000.0, 0.7)
-        scale = (target * q).sum() / q.square().sum() if fmt.zero != "zerofp16" else params["scale"][down, across]
+        scale = (target * q).sum() / q.square().sum() if fmt.variant != "zerofp16" else params["scale"][down, across]
         torch.testing.assert_close(found["scale"][down, across], scale, rtol=1e-4, atol=0.0)
         if "zero" in params:
             mean = (codes[own].float() - target / scale).mean()
-            stored = mean.round().clamp(0, fmt.grid.num_codes - 1) if fmt.zero == "zero" else mean.half().float()
+            stored = mean.round().clamp(0, fmt.grid.num_codes - 1) if fmt.variant == "zero" else mean.half().float()
             assert float(found["zero"][down, across]) == pytest.approx(
-                float(stored), rel=2**-10 if fmt.zero == "zerofp16" else 0
+                float(stored), rel=2**-10 if fmt.variant == "zerofp16" else 0
             )
 
 

@@ -8,7 +8,8 @@ import contextlib
 import functools
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from bitpress.checkpoints.durable import write_durably
+from bitpress.checkpoints.gguf_config import own_config
 from bitpress.checkpoints.gguf_header import GgufHeader, read_gguf_header
 from bitpress.checkpoints.jsonfile import read_foreign_json, write_json_bytes
 from bitpress.checkpoints.source import encode_floats, read_config
@@ -24,7 +26,10 @@ from bitpress.checkpoints.tokenizer import reader_errors
 from bitpress.errors import CheckpointError, MemoryLimitError
 from bitpress.progress import Progress
 
-__all__ = ["GgufModel", "load_gguf", "save_directory"]
+__all__ = ["GgufModel", "load_gguf", "load_gguf_config", "load_gguf_tokenizer", "save_directory", "tokenizer_problem"]
+
+# Kinds of tokenizers in GGUF that transformers rebuilds.
+_TOKENIZERS = ("gpt2", "llama")
 
 # tokenizer.ggml.pre: vocabularies that split digits one by one (transformers' reader treats them like GPT-2), and those like GPT-2.
 _SINGLE_DIGITS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
@@ -46,7 +51,9 @@ def load_gguf(path: Path, progress: Progress) -> GgufModel:
     `progress` follows the tensors, and receives warnings that do not stop the load.
     """
     header = read_gguf_header(path)
-    _check_counts(path, header)
+    _check_counts(path, header, len(header.tensors))
+    if "tokenizer.ggml.tokens" not in header.metadata:
+        raise CheckpointError(f"{path}: the file has no tokenizer; use a GGUF file of the complete model.")
     names = iter(header.tensors)
 
     def advance() -> None:
@@ -79,43 +86,90 @@ def save_directory(model: GgufModel, target: Path) -> None:
     _widen(target)
 
 
+def load_gguf_config(parts: Sequence[tuple[Path, GgufHeader]]) -> dict[str, Any]:
+    """Return transformers' configuration of a model, of one file or of several. Raises CheckpointError."""
+    path, header = parts[0]
+    tensors = {name: tensor for _, part in parts for name, tensor in part.tensors.items()}
+    _check_counts(path, header, len(tensors))
+    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
+        raise CheckpointError(f"{path}: has no matrix token_embd.weight, so this is no language model.")
+    with _quiet(), _read_once(lambda: None), reader_errors(f"{path}: transformers cannot read the configuration of this file"):
+        own = own_config(header.metadata)
+        values = (_load_config(path).to_dict() if own is None else own) | {
+            "vocab_size": tensors["token_embd.weight"].shape[1],
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "dtype": "bfloat16",
+        }
+        config = _made_config(values)
+    return _wide_config(config.to_dict())
+
+
+def tokenizer_problem(path: Path, header: GgufHeader) -> str | None:
+    """Say why the tokenizer of a file cannot be rebuilt; None if it can."""
+    model = header.metadata.get("tokenizer.ggml.model")
+    if "tokenizer.ggml.tokens" in header.metadata and model in _TOKENIZERS:
+        return None
+    what = "no tokenizer" if model is None else f"a tokenizer of the kind {str(model)[:40]!r}, which is not rebuilt here"
+    name = header.metadata.get("general.name") or header.metadata.get("general.basename") or path.stem
+    return (
+        f"{path}: {str(name)[:80]} has {what}: its weights can be exported, and text needs the tokenizer of the original model"
+    )
+
+
+def load_gguf_tokenizer(path: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files of a model's tokenizer. Raises CheckpointError."""
+    with _quiet(), _read_once(lambda: None), reader_errors(f"{path}: transformers cannot read the tokenizer of this file"):
+        tokenizer = _load_tokenizer(path, header, _made_config(config), lambda text: None)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            _widen_tokenizer(Path(folder))
+            return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
 def _widen(target: Path) -> None:
     """Repeat the configuration in the keys of transformers 4, which other tools use to read the directory."""
-    config = read_config(target)
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    tokenizer = read_foreign_json(target / "tokenizer_config.json")
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
-        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        del tokenizer["backend"]
-    write_durably(target / "config.json", [write_json_bytes(encode_floats(config))])
-    write_durably(target / "tokenizer_config.json", [write_json_bytes(tokenizer)])
+    write_durably(target / "config.json", [write_json_bytes(encode_floats(_wide_config(read_config(target))))])
+    _widen_tokenizer(target)
     for file in target.glob("*.safetensors"):
         shutil.copymode(target / "config.json", file)  # they are written for their owner alone
 
 
-def _check_counts(path: Path, header: GgufHeader) -> None:
+def _wide_config(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}
+    return config | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
+
+
+def _widen_tokenizer(target: Path) -> None:
+    tokenizer = read_foreign_json(target / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        del tokenizer["backend"]
+    write_durably(target / "tokenizer_config.json", [write_json_bytes(tokenizer)])
+
+
+def _check_counts(path: Path, header: GgufHeader, tensors: int) -> None:
     """Refuse a number of layers that the tensors cannot fill, before a model is built from it."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path}: the header has no general.architecture, so this is not a model.")
     layers = header.metadata.get(f"{architecture}.block_count")
-    if type(layers) is not int or not 0 < layers <= len(header.tensors):
-        raise CheckpointError(
-            f"{path}: {architecture}.block_count is {str(layers)[:40]}, but the file has {len(header.tensors)} tensors."
-        )
-    if "tokenizer.ggml.tokens" not in header.metadata:
-        raise CheckpointError(f"{path}: the file has no tokenizer; use a GGUF file of the complete model.")
+    if type(layers) is not int or not 0 < layers <= tensors:
+        raise CheckpointError(f"{path}: {architecture}.block_count is {str(layers)[:40]}, but the file has {tensors} tensors.")
 
 
 def _load_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     values = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "auto_map"):
-        values.pop(key, None)
-    config = AutoConfig.for_model(values.pop("model_type"), **_shortest(values))
+    return _made_config({key: value for key, value in values.items() if key != "dtype"})
+
+
+def _made_config(values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    left_out = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "auto_map", "model_type")
+    kept = {key: value for key, value in values.items() if key not in left_out}
+    config = AutoConfig.for_model(values["model_type"], **_shortest(kept))
     config.architectures = [type(_build_empty(config)).__name__]
     return config
 

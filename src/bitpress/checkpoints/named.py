@@ -43,6 +43,7 @@ __all__ = [
     "describe_models",
     "find_origin",
     "is_made",
+    "known_hash",
     "make_once",
     "resolve_model",
 ]
@@ -186,7 +187,7 @@ def _resolve_named(name: str, progress: Progress) -> Path:
 
 def _resolve_gguf(file: Path, progress: Progress) -> Path:
     parts = find_parts(file)
-    sha256 = hash_of_parts([_known_hash(part) for part, _ in parts])
+    sha256 = hash_of_parts([known_hash(part) for part, _ in parts])
     path, origin = cache_directory() / "gguf" / sha256, {"conversion": CONVERSION, "sha256": sha256}
     if is_made(path, origin) and hold(path):
         return path
@@ -219,7 +220,7 @@ def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progr
         save_directory(model, target)
 
 
-def _known_hash(file: Path) -> str:
+def known_hash(file: Path) -> str:
     """Hash a file, or recall the hash of a file with the same place, size and times."""
     status = file.stat()
     identity = f"{file.resolve()}\0{status.st_ino}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"

@@ -136,10 +136,14 @@ def _begins_with_mark(path: Path) -> bool:
 @contextlib.contextmanager
 def reader_errors(what: str) -> Iterator[None]:
     """Turn the errors of transformers and tokenizers for an unreadable file into a CheckpointError."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except BitpressError:
         raise
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{what}: {str(error).strip().splitlines()[-1].strip()[:300]}") from error
     except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

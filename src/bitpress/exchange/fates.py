@@ -11,7 +11,7 @@ __all__ = ["is_table", "plan_fates"]
 def plan_fates(checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, requantize: bool) -> Fates:
     """Say what becomes of every compressed weight by an exporter, which has this name.
 
-    Embeddings and output head that the target cannot hold are decoded. Raises UsageError for weights of blocks that it cannot hold, unless
+    Embeddings and output head that the target cannot hold are decoded, or rounded again where it has compressed tables of its own. Raises UsageError for weights of blocks that it cannot hold, unless
     they may be rounded again.
     """
     target = exporter.target
@@ -23,7 +23,7 @@ def plan_fates(checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, 
         why = _refusal(checkpoint, parameter, record, target)
         if why is None:
             fates[parameter] = Fate("exact")
-        elif parameter in outside:
+        elif parameter in outside and not target.tables:
             fates[parameter] = Fate("decoded", why=why)
         else:
             fates[parameter] = _other(checkpoint, parameter, record, target, why)

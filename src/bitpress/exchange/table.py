@@ -13,6 +13,7 @@ from bitpress.exchange.bitsandbytes import Bitsandbytes
 from bitpress.exchange.bitsandbytes_int8 import BitsandbytesInt8
 from bitpress.exchange.compressed_tensors import CompressedTensors
 from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
+from bitpress.exchange.export_gguf import GgufExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.gptq import Gptq
 from bitpress.exchange.quantized_directory import QuantizedDirectory
@@ -65,11 +66,12 @@ ECOSYSTEMS: dict[str, Ecosystem] = {
     **{name: Directories(format) for name, format in (DIRECTORY_FORMATS | READ_ALONE).items()},
 }
 
-LAYER_FORMATS: dict[str, type[LayerFormat]] = {"bitpress": BitpressDirectory, **DIRECTORY_FORMATS}
+LAYER_FORMATS: dict[str, type[LayerFormat]] = {"bitpress": BitpressDirectory, "gguf": Gguf, **DIRECTORY_FORMATS}
 
 # What a model can be exported to.
 EXPORTERS: dict[str, Exporter] = {
     **{name: DirectoryExporter(format) for name, format in DIRECTORY_FORMATS.items()},
+    "gguf": GgufExporter(),
     "bf16": PlainExporter(torch.bfloat16),
     "fp16": PlainExporter(torch.float16),
 }

@@ -19,14 +19,13 @@ from bitpress.formats.block import Block
 from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, StoredParam, Streamed
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import ScaleStore, first_trials
 from bitpress.formats.scales import SCALES
 
 __all__ = ["Format"]
 
-# Number of weights that a clipping search handles at a time: half a megabyte.
-SEARCHED_TOGETHER = 1 << 17
-
+SEARCHED_TOGETHER = 1 << 17  # weights that a clipping search handles at a time: half a megabyte
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -46,23 +45,21 @@ class Format:
             raise FormatError(f"{self.grid.name} has no scales; leave out {self.scale}.")
         if self.layout not in LAYOUTS:
             raise unknown_name("layout", self.layout, LAYOUTS)
-        reason = self.codes_layout.refuses(self.grid.code_bits, self.grid.num_codes)
-        if reason is not None:
+        if (reason := self.codes_layout.refuses(self.grid.code_bits, self.grid.num_codes)) is not None:
             raise FormatError(f"{self.name}: {reason}.")
 
     @property
     def name(self) -> str:
         """The canonical name, `int4-g64-zero`; `parse_format(name)` returns this format."""
-        parts = [self.grid.name, self.block.name]
-        parts += [self.zero] if self.zero else []
-        parts += [self.scale] if self.scale != self.grid.usual_scale else []
-        parts += [self.layout] if self.layout != "dense" else []
-        return "-".join(parts)
+        scale = "" if self.scale == self.grid.usual_scale else self.scale
+        layout = "" if self.layout == "dense" else self.layout
+        return "-".join(part for part in (self.grid.name, self.block.name, self.variant, scale, layout) if part)
 
     @property
-    def zero(self) -> str:
-        """How a zero point is stored, as the name says it: `zero` as a code, `zerofp16` as a float; "" if there is none."""
-        return next(({"code": "zero", "value": "zerofp16"}[p.kind] for p in self.grid.params if p.name == "zero"), "")
+    def variant(self) -> str:
+        """The grid's variant as the name says it: `zero` or `zerofp16`, a zero point as a code or a float, `min`, or "" without either."""
+        kinds = {("zero", "code"): "zero", ("zero", "value"): "zerofp16", ("min", "scale"): "min"}
+        return next((kinds[p.name, p.kind] for p in self.grid.params if p.name in ("zero", "min")), "")
 
     @property
     def store(self) -> ScaleStore:
@@ -92,14 +89,20 @@ class Format:
         """Return the number of blocks of a weight `[out, in]` along each axis. Raises FormatError if they do not fit."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         if shape[0] % self.rows_per_code:
-            raise FormatError(
-                f"out_features={shape[0]} is not a multiple of the {self.rows_per_code} rows of a code of {self.grid.name}."
-            )
+            told = f"{self.rows_per_code} rows of a code of {self.grid.name}"
+            raise FormatError(f"out_features={shape[0]} is not a multiple of the {told}.")
         return shape[0] // rows, shape[1] // cols
 
+    def whole_runs(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return `block_grid`, of a weight whose rows hold whole runs of scales. Raises FormatError for another."""
+        grid = self.block_grid(shape)
+        if isinstance(self.store, RunCodes):
+            self.store.check(self.name, shape[1], grid[1])
+        return grid
+
     def expected(self, shape: tuple[int, int]) -> Expected:
-        """Return dtype and shape of every tensor that a packed weight of this shape stores."""
-        down, across = self.block_grid(shape)
+        """Return dtype and shape of every tensor that a packed weight of this shape stores. Raises FormatError for one that does not fit."""
+        down, across = self.whole_runs(shape)
         codes = self.codes_layout.row_bytes(shape[1] // self.grid.span, self.grid.code_bits)
         tensors: Expected = {"codes": (torch.uint8, (shape[0] // self.rows_per_code, codes))}
         for p in self.grid.params:
@@ -133,7 +136,7 @@ class Format:
         """
         if not all_finite(w):
             raise NumericsError("the weight holds a NaN or an infinity; repair the checkpoint or skip the layer.")
-        grid = self.block_grid((w.shape[0], w.shape[1]))
+        grid = (self.whole_runs if shared is None else self.block_grid)((w.shape[0], w.shape[1]))
         blocks = self.to_blocks(w.float())
         weights = None if importance is None else self.to_blocks(importance.float().expand(w.shape))
         # A few blocks at a time: the search reads them once per ratio, and they should stay in the processor's cache.

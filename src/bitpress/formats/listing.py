@@ -8,7 +8,7 @@ from bitpress.formats.grids.grid import Grid, StoredParam
 from bitpress.formats.layouts.table import LAYOUTS
 from bitpress.formats.lossless import LOSSLESS
 from bitpress.formats.scales import SCALES
-from bitpress.formats.table import GRIDS, PATTERNS, SHORT, ZEROS, describe_formats, find_grid, parse_format
+from bitpress.formats.table import GRIDS, PATTERNS, SHORT, VARIANTS, describe_formats, find_grid, parse_format
 
 __all__ = ["describe_tables", "usual_format", "usual_formats"]
 
@@ -37,14 +37,15 @@ def usual_format(grid: Grid, block: str = "") -> Format:
 
 
 def usual_formats() -> list[Format]:
-    """Return one format per grid of the table, others for its variants with a zero point, and the named formats."""
+    """Return one format per grid of the table, another for each variant with a zero point or a minimum, and the named formats."""
     formats: dict[str, Format] = {}
     for name, row in GRIDS.items():
         fmt = parse_format(name) if name in SHORT else usual_format(row.grid, row.block)
         formats[fmt.name] = fmt
-        for grid in row.zeros.values():
-            with_zero = usual_format(grid, row.block)
-            formats[with_zero.name] = with_zero
+        for grid in row.variants.values():
+            if grid != row.grid:
+                other = usual_format(grid, row.block)
+                formats[other.name] = other
     for name in SHORT.values():
         formats.setdefault(name, parse_format(name))
     return list(formats.values())
@@ -55,11 +56,8 @@ def describe_tables() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for entry in describe_formats():
         head = str(entry["name"]).split("-")[0]
-        fmt = (
-            parse_format(head)
-            if head in SHORT
-            else usual_format(find_grid(head, _zero_of(str(entry["name"]))), GRIDS[head].block)
-        )
+        variant = next((part for part in str(entry["name"]).split("-") if part in VARIANTS), "")
+        fmt = parse_format(head) if head in SHORT else usual_format(find_grid(head, variant), GRIDS[head].block)
         fits = [n for n, at in LAYOUTS.items() if at.refuses(fmt.grid.code_bits, fmt.grid.num_codes) is None]
         row = {"kind": "grid", **entry, "usual": fmt.name, "bits_per_weight": _bits(fmt), "layouts": fits}
         rows.append(row | {"stored": [_stored(p, fmt) for p in fmt.grid.params]})
@@ -86,10 +84,6 @@ def describe_tables() -> list[dict[str, object]]:
     for name, full in SHORT.items():
         rows.append({"kind": "short", "name": name, "format": full, "bits_per_weight": _bits(parse_format(full))})
     return rows
-
-
-def _zero_of(name: str) -> str:
-    return next((zero for zero in ZEROS if name.endswith(f"-{zero}")), "")
 
 
 def _stored(param: StoredParam, fmt: Format) -> str:

@@ -1,8 +1,7 @@
 """Scale stores: a float per scale, a power of two per scale, or small codes under a larger scale that many of them share.
 
-A store rounds a scale to what it can hold before anything is encoded with it, so the numbers that a quantizer decides by are the
-numbers that a reader decodes. Values that many scales share (`outer`) are chosen once, from scales that clip nothing; a search for
-better scales then keeps them fixed.
+A store rounds a scale to what it can hold before anything is encoded with it, so a quantizer decides by the numbers that a reader decodes.
+Values that many scales share (`outer`) are chosen once, from scales that clip nothing; a search for better scales then keeps them fixed.
 
     name    one scale            shared                                as in
     fp16    float16              -                                     (the default)
@@ -12,8 +11,9 @@ better scales then keeps them fixed.
     p2row   2^-code, or 0        float32 a row of blocks               ZeroQuant-FP, constraint M2
     fp8     float8 e4m3          float32 a tensor                      NVFP4
     fp8over float8 e4m3          float32 a tensor, which divides it    NVFP4 of compressed-tensors
-    s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ; s6: the k-quants of llama.cpp
+    s4 s6 s8  unsigned integer   float32 a row of blocks               DGQ, QQQ
     dq      8-bit dynamic map    float32 a 256 scales, float32 offset  bitsandbytes' nested statistics
+    s4x16 s6x8 i6x8 i6x16 i8x16  float16 a run of a row's blocks       llama.cpp's K-quants (`formats.scale_runs`)
 """
 
 import math
@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import Outer, ScaleStore, Shapes
 
 __all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts"]
@@ -389,6 +390,11 @@ SCALES: dict[str, ScaleStore] = {
     "s4": IntegerCodes(4),
     "s6": IntegerCodes(6),
     "s8": IntegerCodes(8),
+    "s4x16": RunCodes(4, 16),
+    "s6x8": RunCodes(6, 8),
+    "i6x8": RunCodes(6, 8, signed=True),
+    "i6x16": RunCodes(6, 16, signed=True),
+    "i8x16": RunCodes(8, 16, signed=True),
     "p2row": RowShifts(),
     "dq": DoubleQuantized(),
 }

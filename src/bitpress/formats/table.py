@@ -1,6 +1,6 @@
 """The table of number formats: names to grids, and the parser of format names.
 
-int4-g64-zero-bf16    grid, block, then in any order: `zero` or `zerofp16` (zero points that are codes, or floats), how scales are kept
+int4-g64-zero-bf16    grid, block, then in any order: `zero`, `zerofp16` (zero points that are codes, or floats) or `min`, how scales are kept
                       (`formats.scales`), a layout (`formats.layouts.table`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
 """
@@ -29,6 +29,7 @@ from bitpress.formats.grids.lattice import E8P, E81B
 from bitpress.formats.grids.levels import Levels, Rule
 from bitpress.formats.grids.logarithmic import logarithmic
 from bitpress.formats.grids.minifloat import Specials, minifloat_levels
+from bitpress.formats.grids.minimum_integer import MinimumInteger
 from bitpress.formats.grids.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
 from bitpress.formats.grids.outlier_pair import FLINT4, INT4, INT8, OutlierPair
 from bitpress.formats.grids.planes import Planes
@@ -45,7 +46,7 @@ __all__ = [
     "PATTERNS",
     "SHORT",
     "UNNAMED_STORES",
-    "ZEROS",
+    "VARIANTS",
     "Row",
     "describe_formats",
     "find_grid",
@@ -64,6 +65,7 @@ class Row:
     zeros     the same grid with a stored zero point, by the part of a name that says how it is stored
     nearest   whether `encode` always finds the nearest of all codes; False for an approximate search
     block     its usual block, if `formats.listing` cannot derive that from the grid
+    minimum   the same grid with a stored minimum, if it has one
     """
 
     grid: Grid
@@ -71,6 +73,12 @@ class Row:
     zeros: Mapping[str, Grid] = field(default_factory=dict)
     nearest: bool = True
     block: str = ""
+    minimum: Grid | None = None
+
+    @property
+    def variants(self) -> dict[str, Grid]:
+        """Return the grids of the row by what a format's name says of them: "", or a name of VARIANTS."""
+        return {"": self.grid, **self.zeros} | ({} if self.minimum is None else {"min": self.minimum})
 
     def in_block(self, block: str) -> str:
         """Return the name of the grid in a block, with the store where a name must say it: `int4-g64`, `mxfp4-g32-e8m0`."""
@@ -95,6 +103,7 @@ GRIDS: dict[str, Row] = {
             Integer(b),
             f"{b}-bit integers",
             {"zero": Integer(b, zero=True)} | ({"zerofp16": FloatZero(b)} if b <= 4 else {}),
+            minimum=MinimumInteger(b),
         )
         for b in range(2, 9)
     },
@@ -221,8 +230,12 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
     ),
 )
 
-# How a zero point may be stored, and what is said of a grid that has one.
-ZEROS: dict[str, str] = {"zero": ", with a zero point", "zerofp16": ", with a zero point between codes"}
+# Parameters that a grid of the same name may have or not have, as a format's name says them, and what is said of a grid that has one.
+VARIANTS: dict[str, str] = {
+    "zero": ", with a zero point",
+    "zerofp16": ", with a zero point between codes",
+    "min": ", with a minimum",
+}
 
 # The stores of MX grids whose name has none. Such a name says OCP's powers of two and meant these: only files may still have it.
 UNNAMED_STORES: dict[str, str] = {
@@ -239,6 +252,21 @@ SHORT: dict[str, str] = {
     "mxfp4": "mxfp4-g32-e8m0",
     "mxint8": "mxint8-g32-e8m0",
     "nvfp4": "e2m1-g16-fp8",
+    # llama.cpp's
+    "q4_0": "int4-g32",
+    "q4_1": "int4-g32-min",
+    "q5_0": "int5-g32",
+    "q5_1": "int5-g32-min",
+    "q8_0": "int8-g32",
+    "q2_k": "int2-g16-min-s4x16",
+    "q3_k": "int3-g16-i6x16",
+    "q4_k": "int4-g32-min-s6x8",
+    "q5_k": "int5-g32-min-s6x8",
+    "q6_k": "int6-g16-i8x16",
+    "iq4_nl": "iq4nl-g32",
+    "iq4_xs": "iq4nl-g32-i6x8",
+    "tq1_0": "ternary-g256-base3",
+    "tq2_0": "ternary-g256",
 }
 
 
@@ -250,7 +278,8 @@ def is_grid(name: str) -> bool:
 def spell_format(name: str) -> str:
     """Return a format's name as the tables spell it if only its case, or `_` for `-`, differs: INT4_G64 is int4-g64."""
     spelled = name.strip().lower().replace("_", "-")
-    return spelled if spelled in SHORT or is_grid(spelled.split("-")[0]) else name
+    short = next((known for known in SHORT if known.replace("_", "-") == spelled), None)
+    return short or (spelled if is_grid(spelled.split("-")[0]) else name)
 
 
 def find_row(name: str) -> Row:
@@ -261,19 +290,18 @@ def find_row(name: str) -> Row:
         match = pattern.fullmatch(name)
         if match is not None:
             return Row(make(match), "")
-    listed = "A format is grid-block[-zero][-scale][-layout], for example int4-g64-zero; `bitpress formats` lists them."
+    listed = "A format is grid-block[-zero|-min][-scale][-layout], for example int4-g64-zero; `bitpress formats` lists them."
     raise unknown_name("number grid", name, GRIDS, listed)
 
 
-def find_grid(name: str, zero: str = "") -> Grid:
-    """Return the grid of a name, the one with zero points of a kind of ZEROS if `zero` is one. Raises UsageError or FormatError."""
-    row = find_row(name)
-    if not zero:
-        return row.grid
-    if zero not in row.zeros:
-        others = f"; it has {', '.join(row.zeros)}." if row.zeros else f"; leave out `{zero}`."
-        raise FormatError(f"{name} has no variant with a zero point of {zero}" + others)
-    return row.zeros[zero]
+def find_grid(name: str, variant: str = "") -> Grid:
+    """Return the grid of a name, or its variant by a name of VARIANTS. Raises UsageError or FormatError."""
+    found = find_row(name).variants
+    if variant not in found:
+        others = [other for other in found if other]
+        told = f"; it has {', '.join(others)}." if others else f"; leave out `{variant}`."
+        raise FormatError(f"{name} has no variant{VARIANTS[variant].removeprefix(',')} ({variant})" + told)
+    return found[variant]
 
 
 def stored_format(name: str) -> Format:
@@ -290,24 +318,23 @@ def _parse(name: str, unnamed: Mapping[str, str]) -> Format:
     head, *rest = SHORT.get(name, name).split("-")
     if not is_grid(head) and (hint := foreign_hint(name)):
         raise UsageError(f"unknown number format {shown(name)}. {hint}")
-    grid = find_grid(head)
+    find_row(head)
     if not rest:
         raise FormatError(f"{name!r} names no block; use for example {head}-g64, {head}-row or {head}-tensor.")
     block = Block.parse(rest[0])
     if block is None:
         raise FormatError(f"{name!r}: {rest[0]!r} is no block; blocks are row, tensor, gN and RxC, for example g64, 16x64.")
     flags = rest[1:]
-    known = {*ZEROS, *SCALES, *LAYOUTS}
+    known = {*VARIANTS, *SCALES, *LAYOUTS}
     for flag in flags:
         if flag not in known:
             raise unknown_name(f"part of format {name!r}", flag, known)
     scales = [flag for flag in flags if flag in SCALES]
     layouts = [flag for flag in flags if flag in LAYOUTS]
-    zeros = [flag for flag in flags if flag in ZEROS]
-    if len(flags) != len(set(flags)) or max(map(len, (scales, layouts, zeros))) > 1:
-        raise FormatError(f"{name!r} repeats a part; the order is grid-block[-zero][-scale][-layout].")
-    if zeros:
-        grid = find_grid(head, zeros[0])
+    variants = [flag for flag in flags if flag in VARIANTS]
+    if len(flags) != len(set(flags)) or max(map(len, (scales, layouts, variants))) > 1:
+        raise FormatError(f"{name!r} repeats a part; the order is grid-block[-zero|-min][-scale][-layout].")
+    grid = find_grid(head, *variants)
     scale = scales[0] if scales else grid.usual_scale or unnamed.get(head)
     if scale is None:
         raise FormatError(f"{name!r} names no store of its scales, which are powers of two in MX: use {head}-{rest[0]}-e8m0.")
@@ -318,22 +345,23 @@ def describe_formats() -> list[dict[str, object]]:
     """Return every grid with its bits in blocks of 64 and in rows of 4,096, for people and for machines."""
     rows: list[dict[str, object]] = []
     for row in GRIDS.values():
-        for zero, grid in (("", row.grid), *row.zeros.items()):
-            if zero and grid == row.grid:
+        for variant, grid in row.variants.items():
+            if variant and grid == row.grid:
                 continue
             costs = {}
             for block in ("g64", "row"):
                 fmt = Format(grid, Block(1, 64 if block == "g64" else "all"), grid.usual_scale or "e8m0")
                 costs[block] = fmt.nbytes((4096, 4096)) * 8 / 4096**2
-            suffix = f"-{zero}" if zero else ""
+            suffix = f"-{variant}" if variant else ""
             rows.append(
                 {
                     "name": row.in_block("g64") + suffix,
-                    "about": row.about + ZEROS.get(zero, ""),
+                    "about": row.about + VARIANTS.get(variant, ""),
                     "bits": fmt.code_bits_per_weight,
                     "levels": grid.num_codes,
                     "span": grid.span,
-                    "zero_point": bool(zero),
+                    "zero_point": variant.startswith("zero"),
+                    "minimum": variant == "min",
                     "bits_per_weight_g64": costs["g64"],
                     "bits_per_weight_row": costs["row"],
                     "needs": f"in_features a multiple of N for gN, any shape for row and tensor; span {grid.span}",

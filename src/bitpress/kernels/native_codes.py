@@ -2,7 +2,7 @@
 
 A grid becomes one or several `Codes`. Native code knows these kinds (`native/engine/matrix.h`):
 
-    whole    (code - zero) * scale
+    whole    (code - zero) * scale; where they have a minimum, a second one of a bit that is always 1
     table    a level times the scale, of up to 8 bits, where the levels are near enough to multiples of one step: products with
              8-bit activations read those as bytes
     levels   any levels, and several tables of them that blocks choose among
@@ -41,6 +41,7 @@ from bitpress.formats.grids.integer import Integer
 from bitpress.formats.grids.kmeans import KMeans
 from bitpress.formats.grids.lattice import E8P
 from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.minimum_integer import MinimumInteger
 from bitpress.formats.grids.mixture import Mixture
 from bitpress.formats.grids.outlier_pair import OutlierPair, PairTable
 from bitpress.formats.grids.planes import Planes
@@ -64,7 +65,10 @@ Recode = Callable[[Packed], torch.Tensor]
 
 @dataclass(frozen=True)
 class Codes:
-    """One matrix of codes. `take` returns the codes of a term, `meaning` what native code is told of them beside their bits."""
+    """One matrix of codes. `take` returns the codes of a term, `meaning` what native code is told of them beside their bits.
+
+    `scale` is the parameter that multiplies them.
+    """
 
     bits: int
     zero: int = 0
@@ -75,6 +79,7 @@ class Codes:
     plane: int = 0
     planes: int = 1
     packing: str = "planes"
+    scale: str = "scale"
 
     def table(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the bytes of the levels, the levels themselves and the step of the bytes."""
@@ -96,6 +101,15 @@ def plan_codes(fmt: Format) -> list[Codes]:
 
 def _integer(grid: Any) -> list[Codes]:
     return [Codes(grid.bits, zero=0 if grid.zero else 1 << (grid.bits - 1))]
+
+
+def _minimum(grid: Any) -> list[Codes]:
+    """Return the codes, and a bit that is 1 everywhere times the minimum, which is taken away."""
+
+    def ones(term: Packed) -> torch.Tensor:
+        return torch.ones_like(term.unpack_codes())
+
+    return [Codes(grid.bits), Codes(1, gain=-1.0, take=ones, scale="min")]
 
 
 def _planes(grid: Any) -> list[Codes]:
@@ -295,6 +309,7 @@ def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
 
 PLANS: dict[type, Callable[[Any], list[Codes]]] = {
     Integer: _integer,
+    MinimumInteger: _minimum,
     Planes: _planes,
     Levels: _levels,
     Mixture: _mixture,

@@ -222,7 +222,7 @@ def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -
     down, across = fmt.block_grid(term.shape)
     params = term.unpack_params()
     for plan in plan_codes(fmt):
-        scales = native_scales(term, plan.plane, plan.planes)
+        scales = native_scales(term, plan.plane, plan.planes, plan.scale)
         table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
         zeros = params["zero"].to(torch.uint8).reshape(down, across).contiguous().numpy() if "zero" in params else None
         linear.add_codes(

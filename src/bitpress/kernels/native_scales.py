@@ -24,58 +24,64 @@ class NativeScales:
     shared: dict[str, Any] | None = field(default=None)
 
 
-def native_scales(term: Packed, plane: int = 0, planes: int = 1) -> NativeScales:
-    """Return the scales of a term, or of one plane of several."""
+def native_scales(term: Packed, plane: int = 0, planes: int = 1, name: str = "scale") -> NativeScales:
+    """Return the scales of a term, or of one plane of several; `name` is the parameter."""
     fmt = term.format
     down, across = fmt.block_grid(term.shape)
     if not any(p.kind == "scale" for p in fmt.grid.params):
         return NativeScales("e8m0", np.full((down, across), 127, np.uint8))
-    made = STORES.get(fmt.scale, _expanded)(term, down, across * planes)
+    made = STORES.get(fmt.scale, _expanded)(term, name, down, across * planes)
     each = made.values.reshape(down, across, planes, -1)[:, :, plane]
     # Factors of dq are those of the scales of all planes side by side.
     shared = {**(made.shared or {}), "planes": planes, "plane": plane} if made.kind == "dq" else made.shared
     return NativeScales(made.kind, np.ascontiguousarray(each).reshape(down, -1), made.gain, shared)
 
 
-def _plain(term: Packed, down: int, across: int) -> NativeScales:
-    return NativeScales(term.format.scale, _as_bytes(term.tensors["scale"], down))
+def _plain(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    return NativeScales(term.format.scale, _as_bytes(term.tensors[name], down))
 
 
-def _e8m0(term: Packed, down: int, across: int) -> NativeScales:
-    return NativeScales("e8m0", _as_bytes(term.tensors["scale"], down))
+def _e8m0(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    return NativeScales("e8m0", _as_bytes(term.tensors[name], down))
 
 
-def _fp8(term: Packed, down: int, across: int) -> NativeScales:
-    return NativeScales("fp8", _as_bytes(term.tensors["scale"], down), float(term.tensors["scale_tensor"]))
+def _fp8(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    return NativeScales("fp8", _as_bytes(term.tensors[name], down), float(term.tensors[f"{name}_tensor"]))
 
 
-def _by_row(term: Packed, down: int, across: int) -> NativeScales:
+def _fp8_over(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    # Multiplied by the inverse, where the format divides: a last digit of float32 may differ.
+    return NativeScales("fp8", _as_bytes(term.tensors[name], down), 1.0 / float(term.tensors[f"{name}_tensor"]))
+
+
+def _by_row(term: Packed, name: str, down: int, across: int) -> NativeScales:
     store = term.format.store
     bits = store.bits if isinstance(store, IntegerCodes) else 4
-    codes = unpack(term.tensors["scale"], bits, across)
-    return NativeScales(term.format.scale, _as_bytes(codes, down), 1.0, {"rows": _flat(term.tensors["scale_row"])})
+    codes = unpack(term.tensors[name], bits, across)
+    return NativeScales(term.format.scale, _as_bytes(codes, down), 1.0, {"rows": _flat(term.tensors[f"{name}_row"])})
 
 
-def _double_quantized(term: Packed, down: int, across: int) -> NativeScales:
+def _double_quantized(term: Packed, name: str, down: int, across: int) -> NativeScales:
     shared = {
         "levels": _flat(dynamic_map()),
-        "factors": _flat(term.tensors["scale_block"]),
-        "offset": float(term.tensors["scale_offset"]),
+        "factors": _flat(term.tensors[f"{name}_block"]),
+        "offset": float(term.tensors[f"{name}_offset"]),
     }
-    return NativeScales("dq", _as_bytes(term.tensors["scale"], down), 1.0, shared)
+    return NativeScales("dq", _as_bytes(term.tensors[name], down), 1.0, shared)
 
 
-def _expanded(term: Packed, down: int, across: int) -> NativeScales:
-    return NativeScales("fp32", _as_bytes(term.unpack_params()["scale"], down))
+def _expanded(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    return NativeScales("fp32", _as_bytes(term.unpack_params()[name], down))
 
 
-# Every scale store but the plain floats, by name; any other is read as fp32.
-STORES: dict[str, Callable[[Packed, int, int], NativeScales]] = {
+# Every scale store but the plain floats, by name; any other, such as those of runs, is read as fp32.
+STORES: dict[str, Callable[[Packed, str, int, int], NativeScales]] = {
     "fp16": _plain,
     "bf16": _plain,
     "fp32": _plain,
     "e8m0": _e8m0,
     "fp8": _fp8,
+    "fp8over": _fp8_over,
     "s4": _by_row,
     "s6": _by_row,
     "s8": _by_row,

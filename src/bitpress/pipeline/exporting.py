@@ -13,6 +13,7 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent
 from bitpress.errors import NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
+from bitpress.exchange.gguf import Gguf, GgufSource
 from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
@@ -66,11 +67,15 @@ def open_model(model: str | Path, progress: Progress | None = None) -> Path:
     progress = progress or Silent()
     if is_compressed(model):
         return Path(model)
-    path = resolve_model(str(model), progress)
+    # A .gguf file is read with its codes; `resolve_model` decodes it, for quantizing again.
+    path = Path(model) if Gguf.owns(Path(model)) else resolve_model(str(model), progress)
     owner = find_ecosystem(path)
     if owner is None or owner in _OWN:
         return path
-    return import_source(cast(ForeignSource, open_source(path)), owner, Path(model).name, progress)
+    source = open_source(path)
+    if isinstance(source, GgufSource) and source.tokenizer_problem:
+        progress.note(source.tokenizer_problem)
+    return import_source(cast(ForeignSource, source), owner, Path(model).name, progress)
 
 
 def open_to_quantize(model: str | Path, progress: Progress, *, requantize: bool = False) -> Path:

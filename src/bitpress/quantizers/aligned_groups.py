@@ -125,4 +125,4 @@ class AlignedGroups(Quantizer):
 
 def twice_as_wide(fmt: Format) -> Format:
     """Return the format of 4 bits with the same kind of grid."""
-    return Format(find_grid(fmt.grid.name.replace("2", "4"), fmt.zero), fmt.block, fmt.scale, fmt.layout)
+    return Format(find_grid(fmt.grid.name.replace("2", "4"), fmt.variant), fmt.block, fmt.scale, fmt.layout)

@@ -103,7 +103,7 @@ def fit_scales(
 
     Only for formats with single scales; a scale changes only if its stored value reduces the error.
     """
-    if not any(p.kind == "scale" and p.shape == () for p in fmt.grid.params):
+    if [p.shape for p in fmt.grid.params if p.kind == "scale"] != [()]:
         return params
     rows, cols = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     scale = params["scale"].clone()

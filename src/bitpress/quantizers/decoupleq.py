@@ -53,7 +53,7 @@ class DecoupleQ(Quantizer):
     summary: ClassVar[str] = "codes by error feedback and scales by least squares, in turn"
     paper: ClassVar[str] = "P336"
     bits: ClassVar[tuple[float, float]] = (2, 4)
-    serves: ClassVar[tuple[str, ...]] = ("int*",)
+    serves: ClassVar[tuple[str, ...]] = ("int*", "!*-min*")
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)

@@ -44,7 +44,7 @@ class HQQ(Quantizer):
     summary: ClassVar[str] = "half-quadratic fit of scales and zero points to the weights; no data"
     paper: ClassVar[str] = "yardstick: HQQ"
     bits: ClassVar[tuple[float, float]] = (2, 8)
-    serves: ClassVar[tuple[str, ...]] = ("int*",)
+    serves: ClassVar[tuple[str, ...]] = ("int*", "!*-min*")
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or not 0 < self.norm <= 1 or not self.beta > 0 or not self.growth >= 1:
@@ -77,7 +77,7 @@ class HQQ(Quantizer):
         target = w - shrink(w - fmt.decode(codes, params), beta, self.norm)
         levels = fmt.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
         scale = params["scale"]
-        if fmt.zero != "zerofp16" if self.scales is None else self.scales:
+        if fmt.variant != "zerofp16" if self.scales is None else self.scales:
             scale = stored_scales(fmt, params, block_sums(target * levels, fmt) / block_sums(levels.square(), fmt))
         params = {**params, "scale": scale}
         if "zero" not in params:

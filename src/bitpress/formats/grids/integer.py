@@ -16,6 +16,7 @@ from jaxtyping import Integer as Int
 from bitpress import native
 from bitpress.errors import FormatError
 from bitpress.formats.grids.grid import Params, StoredParam
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import Outer, ScaleStore
 from bitpress.formats.scales import IntegerCodes, Plain
 
@@ -89,6 +90,8 @@ class Integer:
         kept: torch.dtype | native.Steps | None = store.dtype if isinstance(store, Plain) else None
         if isinstance(store, IntegerCodes):
             kept = native.Steps(outer["row"], store.top)
+        if isinstance(store, RunCodes):
+            kept = native.Steps(outer["run"], store.top)
         if kept is None or blocks.device.type != "cpu" or not native.available():
             return None
         scale, zero, good = native.search_ranges(blocks, importance, shrink, self.top, with_zero=self.zero, kept=kept)

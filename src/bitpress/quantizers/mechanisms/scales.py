@@ -25,6 +25,6 @@ def stored_scales(fmt: Format, params: Params, scale: Float[torch.Tensor, "down 
 
 def stored_zeros(fmt: Format, zero: Float[torch.Tensor, "down across"]) -> Float[torch.Tensor, "down across"]:
     """Return the nearest zero points that a format stores: codes, or floats up to as far beyond the codes as there are codes."""
-    if fmt.zero == "zero":
+    if fmt.variant == "zero":
         return zero.round().clamp(0, fmt.grid.num_codes - 1)
     return zero.clamp(-fmt.grid.num_codes, 2 * fmt.grid.num_codes).half().float()

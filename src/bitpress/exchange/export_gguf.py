@@ -1,0 +1,229 @@
+"""Export into one GGUF file: weights in blocks with their codes, the rest in the types they are stored in, norms in float32."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.published import published
+from bitpress.checkpoints.safetensors_file import read_tensor
+from bitpress.errors import BitpressError, DiskError, FormatError, UsageError
+from bitpress.exchange.export_directory import added_error, round_again
+from bitpress.exchange.gguf import Gguf, block_type, move_rows
+from bitpress.exchange.gguf_blocks import BLOCK_TYPES
+from bitpress.exchange.gguf_metadata import find_architecture, frequency_tensors, set_metadata, whole_config
+from bitpress.exchange.gguf_names import ARCHITECTURES, order_to_pairs
+from bitpress.exchange.gguf_tokenizer import set_tokenizer
+from bitpress.exchange.plain_layer import plain_layer
+from bitpress.exchange.source import Fate, Fates, StoredLayer, Target
+from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
+from bitpress.progress import Progress
+
+__all__ = ["GgufExporter"]
+
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file to be: its type, shape and bytes, and the parameter that it is made of."""
+
+    name: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        if self.kind in BLOCK_TYPES:
+            return count // BLOCK_TYPES[self.kind].weights * BLOCK_TYPES[self.kind].nbytes
+        return count * (4 if self.kind == "F32" else 2)
+
+
+@dataclass(frozen=True)
+class GgufExporter:
+    @property
+    def about(self) -> str:
+        return "one GGUF file, for llama.cpp"
+
+    @property
+    def target(self) -> type[Target]:
+        return Gguf
+
+    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        architecture = find_architecture(checkpoint.config)
+        config = whole_config(checkpoint.config)
+        tensors = _plan(checkpoint, architecture, fates)
+        beside = frequency_tensors(config)
+        added: dict[str, float] = {}
+        progress.begin(f"exporting to {out.name}", len(tensors))
+        with published(out, file=True) as made:
+            writer = _begin(made, architecture, tensors, checkpoint, config)
+            try:
+                for name, values in beside.items():
+                    writer.add_tensor_info(name, list(values.shape), values.numpy().dtype, values.nbytes)
+                factors = _announce(writer, checkpoint, tensors)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for values in beside.values():
+                    writer.write_tensor_data(values.numpy())
+                for tensor in tensors:
+                    raw = _made(checkpoint, architecture, config, tensor, fates, added)
+                    assert raw.nbytes == tensor.nbytes, tensor.name
+                    writer.write_tensor_data(raw.contiguous().view(torch.uint8).numpy())
+                    if tensor.name in factors:
+                        writer.write_tensor_data(factors[tensor.name].numpy())
+                    progress.advance(tensor.parameter)
+            except OSError as error:
+                raise DiskError(f"{out}: cannot be written: {error.strerror}.") from error
+            finally:
+                writer.close()
+            _sync(made)
+        return added
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _plan(checkpoint: CompressedCheckpoint, architecture: str, fates: Fates) -> list[_Tensor]:
+    """Return the tensors of the file. Raises UsageError for a parameter that has no place in it."""
+    row = ARCHITECTURES[architecture]
+    tensors: list[_Tensor] = []
+    for parameter in checkpoint.names:
+        place = row.theirs(parameter)
+        if place is None or place.expert is not None:
+            raise UsageError(
+                f"{checkpoint.root}: {parameter} has no place in a GGUF file of {architecture} as it is written here"
+                f"{'; experts are read, and not yet written' if 'experts' in parameter else ''}."
+            )
+        fate = fates.get(parameter)
+        if fate is None:
+            entry = checkpoint.plain[parameter]
+            kind = "F32" if len(entry.shape) < 2 else _PLAIN.get(entry.torch_dtype, "F32")
+            tensors.append(_Tensor(place.tensor, parameter, kind, entry.shape))
+        else:
+            spec = checkpoint.manifest.weights[parameter].spec
+            shape = (spec["shape"][0], spec["shape"][1])
+            tensors.append(_Tensor(place.tensor, parameter, _kind(spec, fate), shape))
+    return tensors
+
+
+def _kind(spec: Mapping[str, Any], fate: Fate) -> str:
+    if fate.how == "decoded":
+        return "F16"
+    if fate.how == "rounded":
+        assert fate.format is not None
+        fmt = parse_format(fate.format)
+        return next(name for name, kind in BLOCK_TYPES.items() if parse_format(kind.format) == fmt)
+    plain = plain_layer(spec, None)
+    name = None if isinstance(plain, str) else block_type(plain)
+    assert name is not None
+    return name
+
+
+def _begin(
+    made: Path, architecture: str, tensors: list[_Tensor], checkpoint: CompressedCheckpoint, config: Mapping[str, Any]
+) -> Any:
+    """Return a writer that has been told all but the tensors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(made, architecture)
+    writer.add_type("model")
+    writer.add_name(made.stem)
+    writer.add_quantization_version(2)
+    writer.add_file_type(_file_type(tensors))
+    set_metadata(writer, architecture, config)
+    set_tokenizer(writer, checkpoint.root, config["vocab_size"])
+    return writer
+
+
+def _file_type(tensors: list[_Tensor]) -> int:
+    """Return llama.cpp's number for files most of whose bytes have the type that has most of these."""
+    import gguf
+
+    nbytes: dict[str, int] = {}
+    for tensor in tensors:
+        nbytes[tensor.kind] = nbytes.get(tensor.kind, 0) + tensor.nbytes
+    most = max(nbytes, key=lambda kind: nbytes[kind])
+    known = {kind.name: int(kind) for kind in gguf.LlamaFileType}
+    names = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"ALL_{most}", f"MOSTLY_{most}_MOE")
+    return next((known[name] for name in names if name in known), known["MOSTLY_F16"])
+
+
+def _announce(writer: Any, checkpoint: CompressedCheckpoint, tensors: list[_Tensor]) -> dict[str, torch.Tensor]:
+    """Say the writer every tensor; return the factors that stand behind weights of NVFP4, by the weight's tensor."""
+    import gguf
+    import numpy as np
+
+    factors: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        shape: tuple[int, ...] = tensor.shape
+        if tensor.kind in BLOCK_TYPES:
+            shape = (*shape[:-1], shape[-1] // BLOCK_TYPES[tensor.kind].weights * BLOCK_TYPES[tensor.kind].nbytes)
+            writer.add_tensor_info(tensor.name, list(shape), np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+        else:
+            writer.add_tensor_info(tensor.name, list(shape), np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+        if tensor.kind == "NVFP4":
+            term = checkpoint.read_weight(tensor.parameter).terms[0]
+            assert isinstance(term, Packed)
+            factors[tensor.name] = term.tensors["scale_tensor"].reshape(1).float()
+            name = f"{tensor.name.removesuffix('.weight')}.scale"
+            writer.add_tensor_info(name, [1], np.dtype(np.float32), 4)
+    return factors
+
+
+def _made(
+    checkpoint: CompressedCheckpoint,
+    architecture: str,
+    config: Mapping[str, Any],
+    tensor: _Tensor,
+    fates: Fates,
+    added: dict[str, float],
+) -> torch.Tensor:
+    """Return the content of a tensor."""
+    row = ARCHITECTURES[architecture]
+    heads = None
+    if row.moves_rows(tensor.name):
+        queries = config["num_attention_heads"]
+        heads = queries if "attn_q" in tensor.name else config.get("num_key_value_heads") or queries
+    order = None if heads is None else order_to_pairs(tensor.shape[0], heads)
+    fate = fates.get(tensor.parameter)
+    try:
+        if fate is None:
+            values = read_tensor(*checkpoint.tensors[tensor.parameter])
+            values = values.float() + 1 if row.shifts(tensor.name) else values
+        else:
+            layer = checkpoint.read_layer(tensor.parameter)
+            if fate.how != "decoded":
+                return _blocks(layer, tensor, fate, order, added).tensors["blocks"]
+            decoded = checkpoint.decoded(tensor.parameter, layer)
+            values = decoded.half()
+            added[tensor.parameter] = added_error(decoded, values.float())
+    except BitpressError as error:
+        raise FormatError(f"{tensor.parameter}: {error}") from error
+    values = values if order is None else values[order]
+    return values.to({name: dtype for dtype, name in _PLAIN.items()}[tensor.kind])
+
+
+def _blocks(
+    layer: CompressedLayer, tensor: _Tensor, fate: Fate, order: torch.Tensor | None, added: dict[str, float]
+) -> StoredLayer:
+    if fate.how == "rounded":
+        assert fate.format is not None
+        layer, added[tensor.parameter] = round_again(layer, fate.format)
+    if order is not None:
+        term = layer.weight.terms[0]
+        assert isinstance(term, Packed)
+        layer = CompressedLayer(CompressedWeight((move_rows(term, order),)))
+    return Gguf.write(layer)
