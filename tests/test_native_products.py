@@ -27,10 +27,12 @@ from bitpress.formats import CompressedWeight, parse_format
 from bitpress.formats.format import Format
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.grids.levels import Levels
+from bitpress.formats.grids.minimum_integer import MinimumInteger
 from bitpress.formats.grids.planes import Planes
 from bitpress.formats.listing import usual_formats
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.table import find_grid
 from bitpress.formats.terms.dfloat11 import dfloat11
 from bitpress.formats.terms.kept import Kept
@@ -86,6 +88,10 @@ def codes_of(term: Packed) -> Iterator[Codes]:
     if isinstance(grid, Integer):
         reach = grid.top if grid.zero else 1 << (grid.bits - 1)
         yield Codes(w, each(params["scale"]), cols, reach)
+    elif isinstance(grid, MinimumInteger):
+        scale, low = each(params["scale"]), each(params["min"])
+        yield Codes(scale * codes.double(), scale.abs(), cols, grid.num_codes - 1)
+        yield Codes(-low, low.abs(), cols, 1)
     elif isinstance(grid, Planes):
         below = 1
         for k, digits in enumerate(grid.digits):
@@ -398,7 +404,9 @@ def alone(term: Any) -> CompressedWeight:
 @functools.cache
 def usual(name: str) -> CompressedWeight:
     """A weight of 19 rows (a whole strip and a bit; 20 where codes are for two) and 384 columns (more than a segment)."""
-    return alone(press(name, weights(19 if parse_format(name).rows_per_code == 1 else 20, 384, 11)))
+    fmt = parse_format(name)
+    columns = 512 if isinstance(fmt.store, RunCodes) or fmt.block.cols == 256 else 384
+    return alone(press(name, weights(19 if fmt.rows_per_code == 1 else 20, columns, 11)))
 
 
 @pytest.mark.parametrize("name", [fmt.name for fmt in usual_formats()])

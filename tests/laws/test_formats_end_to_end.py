@@ -14,6 +14,7 @@ import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import GRIDS, SHORT, parse_format
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.recipes import make_recipe
 
 LAYERS = 4
@@ -22,7 +23,9 @@ PROJECTIONS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 WEIGHTS = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in PROJECTIONS]
 
 ROWS = [row.in_block("g16") for row in GRIDS.values()] + [
-    name for name in SHORT if "g32" in SHORT[name] or "g16" in SHORT[name]
+    name
+    for name in SHORT
+    if ("g32" in SHORT[name] or "g16" in SHORT[name]) and not isinstance(parse_format(name).store, RunCodes)
 ]
 ROWS += ["int4-g16-zero-s6", "int4-row-fp8", "ternary-g32-base3", "e2m3-g32-split", "int4-64x1", "nf4-g16-dq", "int4-tensor"]
 RUNS = [ROWS[i : i + len(WEIGHTS)] for i in range(0, len(ROWS), len(WEIGHTS))]

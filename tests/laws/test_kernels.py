@@ -16,6 +16,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import GRIDS, SHORT, CompressedLayer, CompressedWeight, Packed, parse_format
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.kernels import KERNELS
 
 EXTRAS = (
@@ -39,6 +40,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def compress(name: str, out: int, groups: int, seed: int) -> CompressedWeight:
     fmt = parse_format(name)
     cols = groups * (fmt.block.cols if isinstance(fmt.block.cols, int) else 32)
+    cols *= fmt.store.run if isinstance(fmt.store, RunCodes) else 1
     w = torch.randn(out, cols, generator=torch.Generator().manual_seed(seed))
     params = fmt.fit(w)
     return CompressedWeight((Packed.pack(fmt, fmt.encode(w, params), params),))
