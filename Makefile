@@ -95,6 +95,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_methods.py
 	$(BIN)/python scripts/list_native.py
 	$(BIN)/python scripts/list_architectures.py
+	$(BIN)/python scripts/list_rotations.py
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render
 	$(BIN)/python benchmarks/methods.py --render
