@@ -97,6 +97,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/list_exchange.py
 	$(BIN)/python scripts/list_report.py
 	$(BIN)/python scripts/list_architectures.py
+	$(BIN)/python scripts/list_rotations.py
 	$(BIN)/python benchmarks/press.py --render
 	$(BIN)/python benchmarks/formats.py --render
 	$(BIN)/python benchmarks/methods.py --render

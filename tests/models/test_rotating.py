@@ -1,5 +1,6 @@
 """What can be rotated is found by what a network does: which axes are in the residual stream's basis, and why a stream has one only."""
 
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_a_stream_that_has_one_basis_only_is_refused_with_the_reason(name: str) 
 def test_values_that_are_not_alone_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"here: value heads cannot be rotated: .*{NO_VALUES[name]}.*use values: false"):
         found_of(name, Rotate(residual=False))
+
+
+def test_the_document_says_the_same() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "rotation.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| `")}
+    for at, table in enumerate((REFUSED, NO_VALUES)):
+        for name, why in table.items():
+            assert re.search(why, rows[name][at]), name
+    assert [rows[name][0] for name in ("llama", "gpt2", "mixtral", "deepseek_v3", "falcon_mamba")] == ["yes"] * 5
 
 
 class Block(nn.Module):
