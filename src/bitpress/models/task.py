@@ -123,7 +123,7 @@ class Task(Protocol):
         """Measure how far a candidate is from the original; `note` hears how many samples are done.
 
         The figures hold `kl_mean`, the mean KL divergence of the outputs in nats, and `kl_ci95`, half its 95 % interval; further ones are
-        the task's own. Raises NumericsError when an output is not finite.
+        the task's own. `kl_by_window`, the means of single samples, become means over kinds of text. Raises NumericsError when an output is not finite.
         """
         ...
 

@@ -43,7 +43,7 @@ BASE_BYTES = 450 * 2**20
 # Address space that libraries take beyond a job's memory: stacks of threads, arenas. Jobs of tiny models failed with 180 MiB left, not with 270.
 SPACE_BYTES = 256 * 2**20
 # Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
-_BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1300, 200, 6000
+_BESIDE_A_WEIGHT, _BESIDE_A_BLOCK, _BESIDE_ALL = 1950, 200, 9000
 
 
 @dataclass(frozen=True)
