@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.errors import CheckpointError, UsageError
+from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.pipeline import foreign_check
 from bitpress.pipeline.exporting import export_model, open_model, open_to_quantize
+from bitpress.pipeline.foreign_check import MOST_DISTANCE, read_by_others
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
@@ -74,6 +76,34 @@ def test_what_a_target_cannot_hold_is_rounded_only_if_asked(tiny_model: Callable
     done = export_model(given, tmp_path / "out", "gptq", requantize=True)
     assert {(fate.how, fate.format) for fate in done.fates.values()} == {("rounded", "int4-g32")}
     assert all(0 < error < 0.05 for error in done.added.values())
+
+
+def test_another_reader_computes_the_same_or_the_export_is_refused(
+    pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = export_model(pressed_original, tmp_path / "bf16", "bf16").reading
+    assert reading is not None
+    assert reading.reader is not None
+    assert reading.reader.startswith("transformers")
+    assert reading.kl_mean is not None
+    assert 0 < reading.kl_mean < MOST_DISTANCE
+
+    def open_other(out: Path) -> torch.nn.Module:
+        model: torch.nn.Module = bitpress.load(pressed_original, dtype="fp32")
+        for name, value in model.named_parameters():
+            if name.endswith("down_proj.weight"):
+                value.data.neg_()
+        return model
+
+    monkeypatch.setattr(foreign_check, "_open", open_other)
+    with pytest.raises(NumericsError, match="computes something else of it"):
+        export_model(pressed_original, tmp_path / "fp16", "fp16")
+
+
+def test_what_nobody_here_reads_is_said(exported: Path, pressed_original: Path) -> None:
+    reading = read_by_others(pressed_original, exported, "gptq", Silent())
+    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed")
+    assert read_by_others(pressed_original, exported, "tool of tomorrow", Silent()).reader is None
 
 
 def test_a_table_in_few_bits_is_decoded_where_the_target_has_none(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -39,11 +39,10 @@ from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
 from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
 from bitpress.models.walk import walk
-from bitpress.pipeline.budget import plan_method
 from bitpress.pipeline.identity import identify, versions
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
-from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, shard_name
+from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, plan_opened, shard_name
 from bitpress.pipeline.records import BlockRecord, LayerRow
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
@@ -152,14 +151,13 @@ def _prepare(
             "what it costs with `bitpress quantize`."
         )
     model, loader = open_original(path, candidates[0].method.compute)
-    calibration = dict[Calibration, Samples]()
+    calibration: dict[Calibration, Samples] = {}
     plans: dict[Variant, Plan] = {}
     shared = shared.model_copy(update={"inputs": "original"})
     made = Comparison(path, model, loader, {}, {}, shared, calibration, {}, plans, progress)
     for c in candidates:
         try:
-            own, own_loader = made.opened(c.method)
-            plans[c] = plan_method(own, c.method, own_loader.stored_bytes(own.model.state_dict()))
+            plans[c] = plan_opened(*made.opened(c.method), c.method)
         except BitpressError as error:
             raise type(error)(f"{c.label}: {error}") from error
     task, config = model.task, model.model.config

@@ -179,6 +179,8 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         stream.embed_probe_(shared)  # the model learns what it passes to its blocks for inputs of the probe's shape
         measured = functools.partial(cached.measured, needs=method.needs)
     else:
+        if method.rotate is not None and method.needs:
+            made.progress.note(f"{c.label}: calibrates by itself, as statistics of the original are in another basis")
         stream.start_(samples.inputs if samples is not None and method.needs else None, None)
     return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
 

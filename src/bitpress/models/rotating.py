@@ -13,7 +13,18 @@ from bitpress.models.streaming import StreamedModel
 from bitpress.models.value_heads import find_heads
 from bitpress.transforms.rotate import Rotate
 
-__all__ = ["find_rotated"]
+__all__ = ["find_rotated", "find_turns"]
+
+
+def find_turns(config: Mapping[str, Any], where: str) -> tuple[StreamedModel, Residual | str, tuple[Turn, ...] | str]:
+    """Return a model without weights, its residual stream, and the axes of its value heads; in their place the reason if there is none.
+
+    Raises CheckpointError.
+    """
+    # In float32, so that conversions to it, as routers have, leave parameters what they are.
+    model = StreamedModel(build_config(config), None, torch.float32, where=where)
+    trace, heads = find_heads(model.model, model.task, list(model.blocks))
+    return model, find_residual(trace, model.stack), heads
 
 
 def find_rotated(
@@ -24,10 +35,7 @@ def find_rotated(
     `aliases` are the model's tied parameters. Raises CheckpointError, FormatError for a width that has no such rotation.
     """
     untied = _untied(config) if aliases else config
-    # In float32, so that conversions to it, as routers have, leave parameters what they are.
-    model = StreamedModel(build_config(untied), None, torch.float32, where=where)
-    trace, turns = find_heads(model.model, model.task, list(model.blocks))
-    residual = find_residual(trace, model.stack)
+    model, residual, turns = find_turns(untied, where)
     if rotate.residual and isinstance(residual, str):
         raise CheckpointError(
             f"{where}: cannot be rotated: {residual} Leave rotate out, or rotate values alone (residual: false)."

@@ -17,6 +17,7 @@ from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
 from bitpress.formats import CompressedLayer
+from bitpress.pipeline.foreign_check import ForeignReading, read_by_others
 from bitpress.pipeline.importing import decode_model, import_source
 from bitpress.progress import Progress, Silent
 
@@ -30,6 +31,7 @@ _OWN = ("bitpress", "safetensors")
 class Exported:
     """What an export wrote.
 
+    reading what a reader of another tool found; None where the export was there already
     added   the relative squared error that each weight gained, by the name of its parameter, for weights whose codes were not carried over
     """
 
@@ -38,6 +40,7 @@ class Exported:
     nbytes: int
     fates: Fates
     added: dict[str, float] = field(default_factory=dict)
+    reading: ForeignReading | None = None
 
     def as_dict(self) -> dict[str, object]:
         kinds = [fate.how for fate in self.fates.values()]
@@ -51,6 +54,7 @@ class Exported:
                 for name, fate in self.fates.items()
                 if fate.how != "exact"
             },
+            "read_by_others": None if self.reading is None else self.reading.as_dict(),
         }
 
 
@@ -120,7 +124,7 @@ def export_model(
     fates = plan_fates(checkpoint, to, exporter, requantize)
     added = exporter.export(checkpoint, out, fates, progress)
     _read_back(checkpoint, out, fates, progress)
-    return Exported(to, out, _size(out), fates, added)
+    return Exported(to, out, _size(out), fates, added, read_by_others(directory, out, to, progress))
 
 
 def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, object]:

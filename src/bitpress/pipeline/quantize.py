@@ -55,7 +55,7 @@ from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_opened", "plan_run", "quantize_directory", "shard_name"]
 
 GRADIENTS = "gradients.safetensors"
 
@@ -111,22 +111,20 @@ class Proof:
 def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
     """Open a model and plan a run without writing anything."""
     streamed, loader = open_original(model, method.compute, method.rotate)
-    plan = plan_method(streamed, method, loader.stored_bytes(streamed.model.state_dict()))
+    plan = plan_opened(streamed, loader, method)
     if method.reads_text:
         streamed.task.check_directory(model)
     side = loader.source.side_files()
     if GENERATION in side.carried:  # whoever opens the result reads it
         read_generation_file(side.carried[GENERATION])
-    stored = plan.source_bytes - loader.untied_bytes()
-    plan = replace(
-        plan,
-        source_bytes=stored,
-        side_bytes=side.nbytes,
-        given=loader.source.given,
-        disk=plan.disk + side.nbytes,
-        untied=loader.untied,
-    )
+    plan = replace(plan, side_bytes=side.nbytes, given=loader.source.given, disk=plan.disk + side.nbytes)
     return plan, streamed, loader
+
+
+def plan_opened(model: StreamedModel, loader: OriginalLoader, method: Method) -> Plan:
+    """Plan a run over a model that is open, its side files not counted."""
+    plan = plan_method(model, method, loader.stored_bytes(model.model.state_dict()))
+    return replace(plan, source_bytes=plan.source_bytes - loader.untied_bytes(), untied=loader.untied)
 
 
 def quantize_directory(

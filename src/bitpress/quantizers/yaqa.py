@@ -33,9 +33,9 @@ __all__ = ["YAQA", "curvature_error"]
 
 @dataclass(frozen=True)
 class YAQA(Quantizer):
-    """`rows` are rounded together: 1 is exact, more are faster. Damping is the same on both sides."""
+    """`rows` are rounded together, as many as in a tile of the code: 1 is exact, more are faster. Damping is the same on both sides."""
 
-    rows: int = 4
+    rows: int = 16
     order: Order = "activation"
     damp: float = 0.01
     clip: Literal["minmax", "mse"] = "mse"
