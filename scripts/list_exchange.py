@@ -14,6 +14,11 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "exchange.md"
 SHAPE = (512, 2048)
 # Families: their members are told as one where a target holds them all.
 BLOCKS = ("g32", "g64", "g128", "row")
+# Formats of other tools in blocks or with scales that are not the usual ones of their grid.
+OF_OTHERS = (
+    *("e2m1-g16-fp8over", "e4m3-row", "e4m3-tensor", "e4m3-128x128"),
+    *(f"{grid}-g64-{store}" for grid in ("nf4", "fp4bnb") for store in ("fp32", "dq")),
+)
 
 
 def main() -> None:
@@ -28,10 +33,10 @@ def rewrite(text: str) -> str:
 
 
 def candidates() -> list[str]:
-    """Return the names of the formats that are tried: those of the tables, and integers in the usual groups."""
+    """Return the names of the formats that are tried: those of the tables, of other tools, and integers in the usual groups."""
     named = [parse_format(name).name for name in SHORT.values()] + [fmt.name for fmt in usual_formats()]
     integers = [f"int{bits}-{block}{zero}" for bits in range(2, 9) for block in BLOCKS for zero in ("", "-zero")]
-    return list(dict.fromkeys([*integers, *named]))
+    return list(dict.fromkeys([*integers, *named, *OF_OTHERS]))
 
 
 def holds(target: type[Target], fmt: str) -> bool:

@@ -73,6 +73,7 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
     },
     "term zeros": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int4-g8-zero"),))),
     "term floats": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, 64), "nf4-g64-dq"),))),
+    "term groups": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, 64), "int4-g64"),))),
     "term bytes": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, IN), "int8-row"),))),
     "term blocks": lambda: CompressedLayer(CompressedWeight((packed(draw(OUT, 64), "q4_0"),))),
     "all": lambda: CompressedLayer(

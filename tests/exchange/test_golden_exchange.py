@@ -26,6 +26,7 @@ FILES = {
     "bitsandbytes": ("bitsandbytes",),
     "bitsandbytes-int8": ("bitsandbytes_int8",),
     "compressed-tensors": ("compressed_tensors",),
+    "mlx": ("mlx",),
 }
 FORMATS = DIRECTORY_FORMATS | READ_ALONE
 CASES = [(row, file) for row, files in FILES.items() for file in files]
@@ -48,7 +49,7 @@ def golden(file: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor],
     """Return the tensors of a checkpoint, decoded weights by layers, and what config.json says of quantization."""
     held = load_file(GOLDEN / f"{file}.safetensors")
     told = json.loads((GOLDEN / f"{file}.json").read_text())
-    told = told if "quantization_config" in told else {"quantization_config": told}
+    told = told if told.keys() & {"quantization", "quantization_config"} else {"quantization_config": told}
     decoded = {name.removesuffix(".decoded"): value for name, value in held.items() if name.endswith(".decoded")}
     return {name: value for name, value in held.items() if not name.endswith(".decoded")}, decoded, told
 

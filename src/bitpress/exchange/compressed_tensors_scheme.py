@@ -1,4 +1,4 @@
-"""What the configuration of a compressed-tensors checkpoint says of its layers: groups of them, each with one scheme.
+"""The configuration of a compressed-tensors checkpoint: groups of layers, each with one scheme.
 
     config_groups   {name: {"targets": [...], "weights": args, "input_activations": args or null, "format": ...}}
     targets         names of layers before `re:` patterns before the class `Linear`, which every layer is

@@ -16,6 +16,7 @@ from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
 from bitpress.exchange.export_gguf import GgufExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.gptq import Gptq
+from bitpress.exchange.mlx import Mlx
 from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.safetensors_directory import SafetensorsDirectory
 from bitpress.exchange.source import DirectoryFormat, Ecosystem, Exporter, LayerFormat, Source
@@ -37,6 +38,7 @@ DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {
     "bitsandbytes": Bitsandbytes,
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
+    "mlx": Mlx,
 }
 # The same for what is read and not written.
 READ_ALONE: dict[str, type[DirectoryFormat]] = {"bitsandbytes-int8": BitsandbytesInt8}
