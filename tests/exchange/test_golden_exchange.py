@@ -26,7 +26,7 @@ FILES = {
     "bitsandbytes": ("bitsandbytes",),
     "bitsandbytes-int8": ("bitsandbytes_int8",),
     "compressed-tensors": ("compressed_tensors",),
-    "mlx": ("mlx",),
+    "mlx": ("mlx", "mlx_minimum"),
 }
 FORMATS = DIRECTORY_FORMATS | READ_ALONE
 CASES = [(row, file) for row, files in FILES.items() for file in files]
