@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
 from bitpress.measure.evaluation import evaluate as _evaluate
@@ -101,7 +100,7 @@ def evaluate(
         given = open_model(directory, shown)
         if against is None:
             return _evaluate_alone(given, progress=shown, **settings)
-        return _evaluate(given, resolve_model(str(against), shown), engine=engine, progress=shown, **settings)
+        return _evaluate(given, open_model(against, shown), engine=engine, progress=shown, **settings)
 
 
 def evaluate_tasks(
@@ -131,7 +130,7 @@ def export(
 
     model       a directory that bitpress wrote, or a model that another tool quantized
     out         what to write; it must not exist
-    to          gptq, bf16, ...: `bitpress export --help` lists them
+    to          gptq, bf16, ...: `bitpress targets` lists them
     requantize  round weights again whose codes the target cannot hold; else they are an error
     progress    as in `quantize`
 

@@ -154,6 +154,7 @@ class Signed:
 
     about: ClassVar[str] = "a directory of signed bytes"
     tables: ClassVar[bool] = True
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight_q", "weight_s"})
     suffixes: ClassVar[frozenset[str]] = marks
 

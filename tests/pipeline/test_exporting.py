@@ -1,6 +1,7 @@
 """Models on their way out and in: what leaves is read back the same, computes the same, and nothing is lost or rounded in silence."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from safetensors.torch import load_file, save_file
 import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.exchange import export_directory
+from bitpress.exchange.source import StoredLayer
+from bitpress.exchange.table import EXPORTERS
+from bitpress.formats import CompressedLayer
 from bitpress.pipeline import foreign_check
 from bitpress.pipeline.exporting import export_model, open_model, open_to_quantize
 from bitpress.pipeline.foreign_check import MOST_DISTANCE, read_by_others
@@ -161,3 +166,61 @@ def test_a_layer_without_one_of_its_tensors_is_refused(exported: Path, tmp_path:
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(CheckpointError):
         open_model(damaged)
+
+
+def test_an_export_that_reads_back_otherwise_is_not_there(
+    pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitpress.exchange.gptq import Gptq
+
+    read = Gptq.read
+
+    def read_other(stored: StoredLayer) -> CompressedLayer:
+        return read(StoredLayer({**stored.tensors, "scales": -stored.tensors["scales"]}, stored.entry))
+
+    monkeypatch.setattr(Gptq, "read", staticmethod(read_other))
+    with pytest.raises(NumericsError, match="is another weight when it is read back"):
+        export_model(pressed_original, tmp_path / "out", "gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_export_goes_with_its_model(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tiny_model("llama")
+    bits = []
+    for weights in ("int4-g32", "int8-row"):
+        done = bitpress.quantize(model, out, weights=weights, quantizer="rtn", runtime="vllm", force=True, proof_tokens=0)
+        config = json.loads((Path(done["exported"]["out"]) / "config.json").read_text())["quantization_config"]
+        bits.append(config["config_groups"]["group_0"]["weights"]["num_bits"])
+    assert bits == [4, 8]
+    bitpress.quantize(model, out, weights="int4-g32", quantizer="rtn", force=True, proof_tokens=0)
+    assert not (out / "vllm").exists()
+
+
+def test_values_beyond_half_precision_are_an_error(
+    pressed_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = CompressedCheckpoint.open(pressed_original)
+    monkeypatch.setattr(export_directory, "read_tensor", lambda file, entry: torch.full(entry.shape, 1e6))
+    with pytest.raises(NumericsError, match=r"beyond the range of torch.float16"):
+        EXPORTERS["fp16"].export(checkpoint, tmp_path, {}, Silent())
+
+
+def test_files_beside_the_weights_are_part_of_what_is_taken_over(exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    assert open_model(other) == open_model(exported)
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    (other / "origin.json").write_text("{}")
+    taken = open_model(other)
+    assert taken != open_model(exported)
+    assert (taken / "chat_template.jinja").read_text() == "{{ messages }}"
+    CompressedCheckpoint.open(taken)
+
+
+def test_a_tool_that_is_not_read_is_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model("llama"), other)
+    config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "tomorrow"}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is quantized by 'tomorrow', which is not read"):
+        open_model(other)

@@ -336,6 +336,9 @@ def make_once(path: Path, origin: Mapping[str, Any], build: Callable[[Path], Giv
 
 def _sync(folder: Path) -> None:
     for file in folder.iterdir():
+        if file.is_dir():
+            _sync(file)
+            continue
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     fsync_directory(folder)

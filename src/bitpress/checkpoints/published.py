@@ -10,7 +10,7 @@ from pathlib import Path
 from bitpress.checkpoints.durable import fsync_directory
 from bitpress.errors import DiskError, UsageError
 
-__all__ = ["check_absent", "published"]
+__all__ = ["check_absent", "published", "remove_export"]
 
 
 def check_absent(out: Path) -> None:
@@ -52,3 +52,12 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(f"{out}: cannot be put into place: {error.strerror}.") from error
+
+
+def remove_export(path: Path) -> None:
+    """Remove a file or directory that bitpress wrote beside a model, if it is there. Raises DiskError."""
+    with _disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

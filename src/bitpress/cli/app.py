@@ -109,8 +109,8 @@ def quantize(
 ) -> None:
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
-        idle = {"--weights": weights, "--quantizer": quantizer, "--set": sets, "--skip": skip}
-        explain_preset(recipe, preset, bits, as_json, idle | {"--embeddings": embeddings, "--head": head})
+        others = {"--for": runtime, "--requantize": requantize, "--weights": weights, "--quantizer": quantizer, "--set": sets}
+        explain_preset(recipe, preset, bits, as_json, others | {"--skip": skip, "--embeddings": embeddings, "--head": head})
         return
     from bitpress.cli.exchange import show_export
     from bitpress.cli.reports import show_report
@@ -221,7 +221,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
-    from bitpress.checkpoints.named import resolve_model
     from bitpress.checkpoints.width import open_part
     from bitpress.cli.accuracy import accuracy_rows, parse_tasks
     from bitpress.cli.screen import figures_table
@@ -241,7 +240,7 @@ def evaluate(
     on_text = against is not None or not names or is_set(context, "text", "tokens", "length", "seed")
     with Screen() as screen:
         given = open_model(directory, screen)
-        original = None if against is None else resolve_model(against, screen)
+        original = None if against is None else open_model(against, screen)
         part = open_part(given, memory, width)
         how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
         if original is not None:

@@ -36,6 +36,7 @@ _SYMMETRIC = 8
 class Awq:
     about: ClassVar[str] = "AWQ's integers of 4 bits with zero points, in groups of inputs"
     tables: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = marks
 

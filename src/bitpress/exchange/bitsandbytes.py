@@ -45,6 +45,7 @@ _LARGEST_STATE = 4096
 class Bitsandbytes:
     about: ClassVar[str] = "bitsandbytes' NF4 and FP4"
     tables: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "weight.absmax"})
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *_STATES}

@@ -27,6 +27,7 @@ __all__ = ["BitsandbytesInt8"]
 class BitsandbytesInt8:
     about: ClassVar[str] = "bitsandbytes' LLM.int8(), read alone"
     tables: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "SCB"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"weight", "SCB", "weight_format"})
 

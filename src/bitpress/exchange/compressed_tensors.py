@@ -62,6 +62,7 @@ _NVFP4 = "nvfp4-pack-quantized"
 class CompressedTensors:
     about: ClassVar[str] = "compressed-tensors, as vLLM reads it: integers of 2 to 8 bits, FP8, MXFP8, MXFP6, MXFP4, NVFP4"
     tables: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}

@@ -11,11 +11,10 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
 from bitpress.checkpoints.durable import write_durably
 from bitpress.checkpoints.jsonfile import write_json_bytes
-from bitpress.checkpoints.published import published
 from bitpress.checkpoints.safetensors_file import read_tensor, serialize
 from bitpress.checkpoints.side_files import find_side_files, read_side_file
 from bitpress.checkpoints.source import SIDE_FILES, encode_config
-from bitpress.errors import BitpressError, FormatError
+from bitpress.errors import BitpressError, FormatError, NumericsError
 from bitpress.exchange.source import DirectoryFormat, Fate, Fates, Target
 from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.progress import Progress
@@ -28,7 +27,7 @@ SHARD = 2 << 30
 
 @dataclass(frozen=True)
 class DirectoryExporter:
-    """Layers in the way of one tool; what it cannot hold and may be decoded is stored in the type of the model's configuration."""
+    """Layers in the way of one tool. Other tensors keep their type, and weights that are decoded have that of most of them."""
 
     format: type[DirectoryFormat]
 
@@ -40,10 +39,12 @@ class DirectoryExporter:
     def target(self) -> type[Target]:
         return self.format
 
-    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
-        named = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-        dtype = {"float16": torch.float16, "float32": torch.float32}.get(named, torch.bfloat16)
-        return _export(checkpoint, out, self.format, fates, dtype, progress)
+    @property
+    def is_file(self) -> bool:
+        return False
+
+    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        return write_directory(checkpoint, target, self.format, fates, None, progress)
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,12 @@ class PlainExporter:
     def target(self) -> None:
         return None
 
-    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
-        return _export(checkpoint, out, None, fates, self.dtype, progress)
+    @property
+    def is_file(self) -> bool:
+        return False
 
-
-def _export(
-    checkpoint: CompressedCheckpoint,
-    out: Path,
-    format: type[DirectoryFormat] | None,
-    fates: Fates,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> dict[str, float]:
-    progress.begin(f"exporting to {out.name}", len(checkpoint.plain) + len(fates))
-    with published(out) as workshop:
-        return write_directory(checkpoint, workshop, format, fates, dtype, progress)
+    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        return write_directory(checkpoint, target, None, fates, self.dtype, progress)
 
 
 def write_directory(
@@ -82,15 +74,19 @@ def write_directory(
     target: Path,
     format: type[DirectoryFormat] | None,
     fates: Fates,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Write a model into an empty directory, decoded values in a type; return the error that each weight gained which is not exact."""
+    """Write a model into an empty directory; return the error that each tensor gained which is not stored as it was.
+
+    `dtype` is that of all values; None: tensors keep theirs, and decoded weights have that of most tensors.
+    """
+    progress.begin(f"writing {target.name}", len(checkpoint.plain) + len(fates))
     made = _Made(checkpoint, format, fates, dtype, progress)
     _write_shards(made.tensors(), target)
     marks = ("quantization_config", "transformers_weights", "torch_dtype")
     config = {key: value for key, value in checkpoint.config.items() if key not in marks}
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = str(made.usual).removeprefix("torch.")
     if format is not None and made.entries:
         config = format.configure(config, made.entries, made.matrices)
     write_durably(target / "config.json", [encode_config(config)])
@@ -114,24 +110,27 @@ class _Made:
         checkpoint: CompressedCheckpoint,
         format: type[DirectoryFormat] | None,
         fates: Fates,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         progress: Progress,
     ) -> None:
         self.checkpoint, self.format, self.fates, self.dtype, self.progress = checkpoint, format, fates, dtype, progress
         self.entries: dict[str, Mapping[str, Any]] = {}
         self.added: dict[str, float] = {}
         self.matrices: list[str] = []
+        self.usual = _usual_type(checkpoint) if dtype is None else dtype
 
     def tensors(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the tensors of every parameter. Raises FormatError by its name."""
         for name in self.checkpoint.plain:
             value = read_tensor(*self.checkpoint.tensors[name])
             self._note_plain(name, value)
-            yield {name: value.to(self.dtype) if value.is_floating_point() else value}
+            yield {name: self._stored(name, value, self.dtype) if value.is_floating_point() else value}
             self.progress.advance(name)
         for name, fate in self.fates.items():
             try:
                 yield self._compressed(name, fate)
+            except NumericsError:
+                raise
             except BitpressError as error:
                 raise FormatError(f"{name}: {error}") from error
             self.progress.advance(name)
@@ -140,10 +139,8 @@ class _Made:
         layer = self.checkpoint.read_layer(name)
         if fate.how == "decoded" or self.format is None:
             decoded = self.checkpoint.decoded(name, layer)
-            value = decoded.to(self.dtype)
-            self.added[name] = added_error(decoded, value.float())
-            self._note_plain(name, value)
-            return {name: value.contiguous()}
+            self._note_plain(name, decoded)
+            return {name: self._stored(name, decoded, self.usual)}
         if fate.how == "rounded":
             assert fate.format is not None
             layer, self.added[name] = round_again(layer, fate.format)
@@ -152,9 +149,28 @@ class _Made:
         self.entries[stem] = stored.entry
         return {f"{stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
 
+    def _stored(self, name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return values in a type, and note what they lose. Raises NumericsError where they leave its range."""
+        made = value if dtype is None else value.to(dtype)
+        if made.dtype != value.dtype:
+            if not bool(torch.isfinite(made).all()):
+                raise NumericsError(f"{name}: values are beyond the range of {made.dtype}; export to bf16.")
+            if (error := added_error(value, made)) > 0 or name in self.fates:
+                self.added[name] = error
+        return made.contiguous()
+
     def _note_plain(self, name: str, value: torch.Tensor) -> None:
         if name.endswith(".weight") and value.ndim == 2:
             self.matrices.append(name.removesuffix(".weight"))
+
+
+def _usual_type(checkpoint: CompressedCheckpoint) -> torch.dtype:
+    """Return the floating type of most values that are stored plainly; bfloat16 if there are none."""
+    counts: dict[torch.dtype, int] = {}
+    for entry in checkpoint.plain.values():
+        if entry.torch_dtype in (torch.float16, torch.bfloat16, torch.float32):
+            counts[entry.torch_dtype] = counts.get(entry.torch_dtype, 0) + entry.numel
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.bfloat16
 
 
 def round_again(layer: CompressedLayer, name: str) -> tuple[CompressedLayer, float]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.checkpoints.published import published
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import BitpressError, DiskError, FormatError, UsageError
 from bitpress.exchange.export_directory import added_error, round_again
@@ -57,36 +56,41 @@ class GgufExporter:
     def target(self) -> type[Target]:
         return Gguf
 
-    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+    @property
+    def is_file(self) -> bool:
+        return True
+
+    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        if target.suffix.lower() != ".gguf":
+            raise UsageError(f"{target.name}: the name of a GGUF file ends in .gguf.")
         architecture = find_architecture(checkpoint.config)
         config = whole_config(checkpoint.config)
         tensors = _plan(checkpoint, architecture, fates)
         beside = frequency_tensors(config)
         added: dict[str, float] = {}
-        progress.begin(f"exporting to {out.name}", len(tensors))
-        with published(out, file=True) as made:
-            writer = _begin(made, architecture, tensors, checkpoint, config)
-            try:
-                for name, values in beside.items():
-                    writer.add_tensor_info(name, list(values.shape), values.numpy().dtype, values.nbytes)
-                factors = _announce(writer, checkpoint, tensors)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                for values in beside.values():
-                    writer.write_tensor_data(values.numpy())
-                for tensor in tensors:
-                    raw = _made(checkpoint, architecture, config, tensor, fates, added)
-                    assert raw.nbytes == tensor.nbytes, tensor.name
-                    writer.write_tensor_data(raw.contiguous().view(torch.uint8).numpy())
-                    if tensor.name in factors:
-                        writer.write_tensor_data(factors[tensor.name].numpy())
-                    progress.advance(tensor.parameter)
-            except OSError as error:
-                raise DiskError(f"{out}: cannot be written: {error.strerror}.") from error
-            finally:
-                writer.close()
-            _sync(made)
+        progress.begin(f"writing {target.name}", len(tensors))
+        writer = _begin(target, architecture, tensors, checkpoint, config)
+        try:
+            for name, values in beside.items():
+                writer.add_tensor_info(name, list(values.shape), values.numpy().dtype, values.nbytes)
+            factors = _announce(writer, checkpoint, tensors)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for values in beside.values():
+                writer.write_tensor_data(values.numpy())
+            for tensor in tensors:
+                raw = _made(checkpoint, architecture, config, tensor, fates, added)
+                assert raw.nbytes == tensor.nbytes, tensor.name
+                writer.write_tensor_data(raw.contiguous().view(torch.uint8).numpy())
+                if tensor.name in factors:
+                    writer.write_tensor_data(factors[tensor.name].numpy())
+                progress.advance(tensor.parameter)
+        except OSError as error:
+            raise DiskError(f"{target}: cannot be written: {error.strerror}.") from error
+        finally:
+            writer.close()
+        _sync(target)
         return added
 
 

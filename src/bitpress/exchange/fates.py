@@ -1,26 +1,39 @@
 """What becomes of every compressed weight in an export: carried over with its codes, decoded, or rounded again. Nothing in silence."""
 
-from bitpress.checkpoints.compressed import HEAD_NAME, CompressedCheckpoint
+from collections.abc import Collection
+
+from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import UsageError
 from bitpress.exchange.source import Exporter, Fate, Fates, Target
 
-__all__ = ["is_table", "plan_fates"]
+__all__ = ["plan_fates"]
 
 
-def plan_fates(checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, requantize: bool) -> Fates:
+def plan_fates(
+    checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, requantize: bool, tables: Collection[str]
+) -> Fates:
     """Say what becomes of every compressed weight by an exporter, which has this name.
 
-    Embeddings and output head that the target cannot hold are decoded, or rounded again where it has compressed tables of its own. Raises UsageError for weights of blocks that it cannot hold, unless
-    they may be rounded again.
+    Embeddings and output head that the target cannot hold are decoded, or rounded again where it has compressed tables of its own;
+    `tables` are those whose rows are looked up. Raises UsageError for weights of blocks that it cannot hold, unless they may be rounded again.
     """
     target = exporter.target
+    held = (
+        () if target is None else [n for n, r in checkpoint.manifest.weights.items() if target.refuses(r.spec, r.input) is None]
+    )
+    for parameter, record in checkpoint.manifest.weights.items():
+        if record.input is not None and parameter not in held:
+            raise UsageError(
+                f"{checkpoint.root}: {parameter}: the input of its product is rounded ({record.input['format']}), which {name} cannot say "
+                "of such a layer; without it the model would compute something else."
+            )
     if target is None:
         return dict.fromkeys(checkpoint.manifest.weights, Fate("decoded", why="every weight is decoded"))
     fates: dict[str, Fate] = {}
     outside = set(checkpoint.outer)
     for parameter, record in checkpoint.manifest.weights.items():
-        why = _refusal(checkpoint, parameter, record, target)
+        why = _refusal(parameter, record, target, tables)
         if why is None:
             fates[parameter] = Fate("exact")
         elif parameter in outside and not target.tables:
@@ -32,23 +45,19 @@ def plan_fates(checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, 
         first, fate = next(iter(blocked.items()))
         raise UsageError(
             f"{checkpoint.root}: {len(blocked)} of {len(fates)} weights cannot be carried over to {name}, first {first}: {fate.why}. "
-            "--requantize rounds them again and tells the error that this adds; a recipe for this target avoids it (--for)."
+            "--requantize rounds them again and tells the error that this adds."
         )
     return fates
 
 
-def _refusal(checkpoint: CompressedCheckpoint, parameter: str, record: WeightRecord, target: type[Target]) -> str | None:
+def _refusal(parameter: str, record: WeightRecord, target: type[Target], tables: Collection[str]) -> str | None:
     if record.experts:
         return "it is a stack of experts"
-    if parameter in checkpoint.outer and not target.tables and is_table(checkpoint, parameter):
+    if record.transposed and not target.transposed:
+        return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
+    if parameter in tables and not target.tables:
         return "its rows are looked up"
     return target.refuses(record.spec, record.input)
-
-
-def is_table(checkpoint: CompressedCheckpoint, parameter: str) -> bool:
-    """Whether rows of a matrix outside the blocks are looked up: it is not, or not only, the output head."""
-    file = checkpoint.tensors[checkpoint.stored[parameter][0]][0].name
-    return file != HEAD_NAME or parameter in checkpoint.manifest.aliases.values()
 
 
 def _other(checkpoint: CompressedCheckpoint, parameter: str, record: WeightRecord, target: type[Target], why: str) -> Fate:

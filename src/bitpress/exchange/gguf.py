@@ -251,6 +251,7 @@ class Gguf:
 
     about: ClassVar[str] = "a .gguf file of llama.cpp; weights keep their codes"
     tables: ClassVar[bool] = True
+    transposed: ClassVar[bool] = False
 
     @staticmethod
     def owns(path: Path) -> bool:

@@ -37,6 +37,7 @@ _KEYS = frozenset({"bits", "group_size", "desc_act", "sym", "checkpoint_format"}
 class Gptq:
     about: ClassVar[str] = "GPTQ's integers of 2, 3, 4 and 8 bits, in groups of inputs"
     tables: ClassVar[bool] = False
+    transposed: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
@@ -48,18 +49,19 @@ class Gptq:
     @staticmethod
     def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
         settings = config["quantization_config"]
-        if settings.get("is_marlin_format") or settings.get("checkpoint_format", "gptq") not in _VERSIONS:
-            kind = "marlin" if settings.get("is_marlin_format") else settings["checkpoint_format"]
+        version = settings.get("checkpoint_format", settings.get("format", "gptq"))
+        if settings.get("is_marlin_format") or version not in _VERSIONS:
+            kind = "marlin" if settings.get("is_marlin_format") else version
             raise FormatError(f"quantization_config: checkpoint_format {kind!r}; these are read: {', '.join(_VERSIONS)}.")
         base = {
             "bits": settings.get("bits"),
             "group_size": settings.get("group_size", -1),
             "desc_act": bool(settings.get("desc_act", False)),
             "sym": bool(settings.get("sym", True)),
-            "checkpoint_format": settings.get("checkpoint_format", "gptq"),
+            "checkpoint_format": version,
         }
-        own = settings.get("dynamic") or {}
-        return {name: base | _dynamic(own, name) for name in layers}
+        rules = _rules(settings.get("dynamic"))
+        return {name: base | _dynamic(rules, name) for name in layers}
 
     @staticmethod
     def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: ReadTensor) -> tuple[int, int]:
@@ -177,10 +179,34 @@ def _bits(entry: Mapping[str, Any]) -> int:
     return int(entry["bits"])
 
 
-def _dynamic(own: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings of the first rule of `dynamic` that matches a layer. A rule that leaves layers out says nothing of these."""
-    for rule, values in own.items():
-        if not rule.startswith("-") and re.match(rule.removeprefix("+:"), name):
+def _rules(dynamic: Any) -> list[tuple[bool, re.Pattern[str], Mapping[str, Any]]]:
+    """Return the rules of `dynamic`: whether one leaves layers out, its pattern, its settings. Raises FormatError."""
+    if dynamic in (None, False):
+        return []
+    if not isinstance(dynamic, dict):
+        raise FormatError(f"quantization_config: dynamic is {type(dynamic).__name__}; settings by pattern are needed.")
+    rules: list[tuple[bool, re.Pattern[str], Mapping[str, Any]]] = []
+    for rule, values in dynamic.items():
+        pattern = rule.removeprefix("+:").removeprefix("-:")
+        # A repetition inside a repetition may take for ever to match nothing.
+        if len(pattern) > 512 or re.search(r"[*+}]\)[*+{]", pattern):
+            raise FormatError(f"quantization_config: dynamic: {pattern[:60]!r} is no pattern that is read here.")
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise FormatError(f"quantization_config: dynamic: {pattern[:60]!r} is no pattern: {error}.") from error
+        if not isinstance(values, dict) or values.get("checkpoint_format", "gptq") not in _VERSIONS:
+            raise FormatError(f"quantization_config: dynamic: {rule[:60]!r}: {str(values)[:60]!r} are no settings of a layer.")
+        rules.append((rule.startswith("-"), compiled, values))
+    return rules
+
+
+def _dynamic(rules: list[tuple[bool, re.Pattern[str], Mapping[str, Any]]], name: str) -> dict[str, Any]:
+    """Return the settings of the first rule that matches a layer with codes. Raises FormatError where that rule leaves it out."""
+    for leaves_out, pattern, values in rules:
+        if pattern.match(name):
+            if leaves_out:
+                raise FormatError(f"quantization_config: dynamic leaves out {name}, which has codes.")
             return {key: value for key, value in values.items() if key in _KEYS}
     return {}
 

@@ -41,6 +41,7 @@ _KEYS = ("group_size", "bits", "mode")
 class Mlx:
     about: ClassVar[str] = "MLX: integers of 2 to 8 bits in groups, MXFP4 and MXFP8"
     tables: ClassVar[bool] = True
+    transposed: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"weight", "scales", "biases"})
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bitpress.formats import SHORT
+
 __all__ = ["RUNTIMES", "ForeignRuntime"]
 
 
@@ -14,6 +16,7 @@ class ForeignRuntime:
     formats   by bits: the formats that it computes with, the first that a weight's shape allows is taken
     table     the format of an embedding table and of a head; keep: 16 bits
     name      of what is written, below the directory of the model
+    joins     whether it joins weights that share an input into one product, so that they must have one format
     source    where the formats are from
     """
 
@@ -22,7 +25,13 @@ class ForeignRuntime:
     formats: Mapping[int, tuple[str, ...]]
     table: str
     name: str
+    joins: bool
     source: str
+
+
+def _types(*names: str) -> tuple[str, ...]:
+    """Return the formats of llama.cpp's types by their own names."""
+    return tuple(SHORT[name] for name in names)
 
 
 _INTEGERS = {bits: tuple(f"int{bits}-{block}" for block in ("g128", "g64", "g32", "row")) for bits in (4, 8)}
@@ -34,6 +43,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         formats=_INTEGERS,
         table="keep",
         name="vllm",
+        joins=True,
         source="vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py (4 and 8 bits in every "
         "version, others in new ones) and utils/marlin_utils.py (groups of 32, 64, 128, rows)",
     ),
@@ -43,6 +53,32 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         formats=_INTEGERS,
         table="keep",
         name="transformers",
+        joins=False,
         source="compressed_tensors/compressors/pack_quantized",
+    ),
+    "llama.cpp": ForeignRuntime(
+        about="llama.cpp: K-quants where the inputs are a multiple of 256, blocks of 32 elsewhere; embeddings and head in Q8_0",
+        target="gguf",
+        formats={
+            8: _types("q8_0"),
+            6: _types("q6_k", "q8_0"),
+            5: _types("q5_k", "q5_1"),
+            4: _types("q4_k", "q4_1"),
+            3: _types("q3_k", "iq4_nl"),
+            2: _types("q2_k", "iq4_nl"),
+        },
+        table="int8-g32",
+        name="model.gguf",
+        joins=False,
+        source="ggml/src/ggml-common.h, and the types that llama.cpp's src/llama-quant.cpp falls back to",
+    ),
+    "mlx": ForeignRuntime(
+        about="MLX: integers with a minimum in groups of 64 or 32; everything else in 16 bits",
+        target="mlx",
+        formats={bits: tuple(f"int{bits}-{block}-min" for block in ("g64", "g32")) for bits in (2, 3, 4, 5, 6, 8)},
+        table="keep",
+        name="mlx",
+        joins=False,
+        source="mlx.core.quantize: groups of 32, 64 and 128, bits 2, 3, 4, 5, 6 and 8",
     ),
 }

@@ -127,9 +127,14 @@ Fates = Mapping[str, Fate]
 
 
 class Target(LayerFormat, Protocol):
-    """An ecosystem that layers can leave for. `tables`: whether it reads compressed tables, whose rows are looked up."""
+    """An ecosystem that layers can leave for.
+
+    tables      whether it reads compressed tables, whose rows are looked up
+    transposed  whether it reads compressed weights of modules that hold theirs transposed (`Conv1D`)
+    """
 
     tables: ClassVar[bool]
+    transposed: ClassVar[bool]
 
     @staticmethod
     def nearest(bits: float, shape: tuple[int, int]) -> str | None:
@@ -146,10 +151,13 @@ class Exporter(Protocol):
     @property
     def target(self) -> "type[Target] | None": ...
 
-    def export(self, checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> dict[str, float]:
-        """Write a model into what is not there yet; return the relative squared error that each weight gained which is not exact.
+    @property
+    def is_file(self) -> bool: ...
 
-        Raises UsageError, DiskError, and FormatError for layers that cannot stand beside each other.
+    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+        """Write a model into an empty directory, or a file that is not there yet; return the relative squared error that values gained.
+
+        Raises UsageError, DiskError, NumericsError, and FormatError for layers that cannot stand beside each other.
         """
         ...
 

@@ -10,14 +10,17 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.given import read_given
 from bitpress.checkpoints.named import resolve_model
-from bitpress.checkpoints.published import check_absent
-from bitpress.errors import NumericsError, UsageError, unknown_name
+from bitpress.checkpoints.published import check_absent, published, remove_export
+from bitpress.checkpoints.source import quantization_of, read_config
+from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
 from bitpress.exchange.gguf import Gguf, GgufSource
 from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
 from bitpress.formats import CompressedLayer
+from bitpress.models.linears import find_outer
+from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.pipeline.foreign_check import ForeignReading, read_by_others
 from bitpress.pipeline.importing import decode_model, import_source
 from bitpress.progress import Progress, Silent
@@ -70,12 +73,21 @@ def open_model(model: str | Path, progress: Progress | None = None) -> Path:
     # A .gguf file is read with its codes; `resolve_model` decodes it, for quantizing again.
     path = Path(model) if Gguf.owns(Path(model)) else resolve_model(str(model), progress)
     owner = find_ecosystem(path)
+    if owner is None and path.is_dir() and (method := _method_of(path)) is not None:
+        raise CheckpointError(f"{model}: is quantized by {method!r}, which is not read; `bitpress targets` lists what is.")
     if owner is None or owner in _OWN:
         return path
     source = open_source(path)
     if isinstance(source, GgufSource) and source.tokenizer_problem:
         progress.note(source.tokenizer_problem)
     return import_source(cast(ForeignSource, source), owner, Path(model).name, progress)
+
+
+def _method_of(path: Path) -> str | None:
+    """Return the name of the tool that a configuration says quantized a model, if it is not bitpress."""
+    settings = quantization_of(read_config(path))
+    method = settings.get("quant_method", "an unknown tool") if isinstance(settings, dict) else None
+    return None if method == "bitpress" else method
 
 
 def open_to_quantize(model: str | Path, progress: Progress, *, requantize: bool = False) -> Path:
@@ -117,7 +129,10 @@ def export_model(
 
     Raises UsageError, CheckpointError, DiskError, NumericsError.
     """
-    progress, out = progress or Silent(), Path(out)
+    progress = progress or Silent()
+    if "\0" in str(out):
+        raise UsageError("the name of what is to be written holds a NUL character; choose another.")
+    out = Path(os.path.abspath(out))
     if to not in EXPORTERS:
         raise unknown_name("target", to, EXPORTERS, command="bitpress targets")
     check_absent(out)
@@ -126,25 +141,30 @@ def export_model(
         raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
     checkpoint = CompressedCheckpoint.open(directory)
     exporter = EXPORTERS[to]
-    fates = plan_fates(checkpoint, to, exporter, requantize)
-    added = exporter.export(checkpoint, out, fates, progress)
-    _read_back(checkpoint, out, fates, progress)
-    return Exported(to, out, _size(out), fates, added, read_by_others(directory, out, to, progress))
+    fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint))
+    with published(out, file=exporter.is_file) as made:
+        added = exporter.export(checkpoint, made, fates, progress)
+        _read_back(checkpoint, made, fates, progress)
+        reading = read_by_others(directory, made, to, progress)
+    return Exported(to, out, _size(out), fates, added, reading)
+
+
+def _tables(checkpoint: CompressedCheckpoint) -> frozenset[str]:
+    """Return the compressed matrices whose rows are looked up."""
+    if not checkpoint.outer:
+        return frozenset()
+    embeddings = find_outer(build_skeleton(build_config(checkpoint.config), torch.float32)).embeddings
+    return frozenset() if embeddings is None else frozenset({embeddings.name})
 
 
 def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, object]:
-    """Export a model for a runtime into its own directory, unless that is done already; return what was written.
+    """Export a model for a runtime into its own directory, in the place of an older export; return what was written.
 
     Raises UsageError, DiskError, NumericsError.
     """
     found = RUNTIMES[runtime]
-    out = directory / found.name
-    if out.exists():
-        progress.note(f"{out}: is there already")
-        checkpoint = CompressedCheckpoint.open(directory, verify=False)
-        fates = plan_fates(checkpoint, found.target, EXPORTERS[found.target], requantize=False)
-        return Exported(found.target, out, _size(out), fates).as_dict()
-    return export_model(directory, out, found.target, progress=progress).as_dict()
+    remove_export(directory / found.name)
+    return export_model(directory, directory / found.name, found.target, progress=progress).as_dict()
 
 
 def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:

@@ -41,8 +41,10 @@ def choose_for(
     if runtime is None:
         return weights, bits, dict(outer)
     found = find_runtime(runtime)
+    if named:
+        return weights, bits, dict(outer)
     outer = {key: said or found.table for key, said in outer.items()}
-    if named or weights is not None:
+    if weights is not None:
         return weights, bits, outer
     bits = USUAL_BITS if bits is None else bits
     if bits not in found.formats:
@@ -74,13 +76,23 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
         recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
         method = build_method(recipe)
         weights = _weights(streamed, method)
+    if method.options:
+        raise UsageError(
+            f"{runtime} needs formats that are known before the run, and the recipe's budget chooses them in it; leave out budget."
+        )
+    own_formats = {name for formats in found.formats.values() for name in _names(formats)}
     for planned in weights:
         why = _refusal(planned, method, target)
+        if why is None and planned.format.name not in own_formats:
+            why = f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
+        if why is None and planned_spec(planned, method)["input_map"] is not None:
+            why = "its inputs are taken in another order (groups: running), which the runtime does not read"
         if why is not None:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
             )
-    _check_joined(weights, runtime)
+    if found.joins:
+        _check_joined(weights, runtime)
     return method
 
 
@@ -123,6 +135,12 @@ def _suits(planned: PlannedWeight, method: Method, target: type[Target]) -> bool
 def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> str | None:
     """Return why a target cannot hold a weight as it is planned."""
     fmt = planned.format
+    if planned.parameter.experts:
+        return "it is a stack of experts"
+    if planned.parameter.transposed and not target.transposed:
+        return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
+    if method.options:
+        return "a budget chooses its format in the run"
     if isinstance(fmt, Format):
         try:
             fmt.block_grid(planned.parameter.shape)

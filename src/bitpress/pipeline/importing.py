@@ -11,7 +11,7 @@ import torch
 
 from bitpress.checkpoints.compressed import HEAD_NAME, OUTER_NAME, VERSION, CompressedCheckpoint, config_marks
 from bitpress.checkpoints.durable import write_durably
-from bitpress.checkpoints.given import is_in_cache
+from bitpress.checkpoints.given import ORIGIN, is_in_cache
 from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.locks import hold
 from bitpress.checkpoints.manifest import MANIFEST_NAME
@@ -43,7 +43,8 @@ def import_source(source: ForeignSource, kind: str, name: str, progress: Progres
 
     `kind` names its ecosystem, `name` is how a list of the cache shows it. Raises CheckpointError, DiskError.
     """
-    hashes = dict(sorted(source.hashes().items()))
+    side = {file: hashlib.sha256(content).hexdigest() for file, content in _side_files(source).items()}
+    hashes = dict(sorted((dict(source.hashes()) | side).items()))
     digest = hashlib.sha256(write_json_bytes({"kind": kind, "files": hashes, "import": IMPORT})).hexdigest()
     path, origin = cache_directory() / "imported" / digest, {"import": IMPORT, "kind": kind, "sha256": digest}
     if is_made(path, origin) and hold(path):
@@ -68,7 +69,6 @@ def decode_model(directory: Path, name: str, progress: Progress) -> Path:
 
     def build(target: Path) -> None:
         fates = dict.fromkeys(checkpoint.manifest.weights, Fate("decoded"))
-        progress.begin("decoding", len(checkpoint.plain) + len(fates))
         write_directory(checkpoint, target, None, fates, torch.float32, progress)
 
     return make_once(path, origin, build, name)
@@ -97,8 +97,9 @@ def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: 
                 num_bytes, sha256 = write_durably(target / name, serialize(held))
                 files[name] = FileRecord(bytes=num_bytes, sha256=sha256)
         progress.advance(prefix.rstrip(".") or "outer")
-    others = dict(source.side_files())
-    others["config.json"] = encode_config({**source.config, **config_marks()})
+    others = dict(_side_files(source))
+    config = {key: value for key, value in source.config.items() if key not in ("auto_map", "transformers_weights")}
+    others["config.json"] = encode_config({**config, **config_marks()})
     for file, content in others.items():
         (target / file).parent.mkdir(exist_ok=True)
         num_bytes, sha256 = write_durably(target / file, [content])
@@ -114,6 +115,11 @@ def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: 
         job=told,
     )
     write_durably(target / MANIFEST_NAME, [write_json_bytes(manifest.model_dump(mode="json"))])
+
+
+def _side_files(source: ForeignSource) -> dict[str, bytes]:
+    """Return the files that go with a model, without one that has the name of the cache's own."""
+    return {name: content for name, content in source.side_files().items() if name != ORIGIN}
 
 
 def _entries_of(source: ForeignSource, model: StreamedModel) -> dict[str, TensorEntry]:
@@ -154,7 +160,7 @@ def _shard(
         if isinstance(value, torch.Tensor):
             tensors[target] = value
         elif weight is None or weight.experts:  # of a kind that is held plainly here; float32 holds every decoded value
-            tensors[target] = value.weight.dequantize()
+            tensors[target] = _plain(source, names.plain[target])
         else:
             stored = BitpressDirectory.write(value)
             tensors |= {f"{weight.stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
