@@ -51,7 +51,8 @@ def _fp8(term: Packed, name: str, down: int, across: int) -> NativeScales:
 
 def _fp8_over(term: Packed, name: str, down: int, across: int) -> NativeScales:
     # Multiplied by the inverse, where the format divides: a last digit of float32 may differ.
-    return NativeScales("fp8", _as_bytes(term.tensors[name], down), 1.0 / float(term.tensors[f"{name}_tensor"]))
+    divisor = float(term.tensors[f"{name}_tensor"])
+    return NativeScales("fp8", _as_bytes(term.tensors[name], down), 1.0 / divisor if divisor else 0.0)
 
 
 def _by_row(term: Packed, name: str, down: int, across: int) -> NativeScales:
