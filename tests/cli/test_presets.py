@@ -70,7 +70,7 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
             bitpress.quantize("nowhere", tmp_path / "out", **keys)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitpress.api.resolve_model", lambda model, progress: Path(model))
+        patch.setattr("bitpress.api.open_to_quantize", lambda model, progress, **_: Path(model))
         patch.setattr("bitpress.api.quantize_directory", lambda model, out, method, **rest: seen.append(method.recipe))
         bitpress.quantize("nowhere", tmp_path / "out", preset="best", bits=3, weights="int3-g128-zero")
         bitpress.quantize("nowhere", tmp_path / "out", bits=3, recipe={"skip": ["*.v_proj"]})
@@ -113,7 +113,7 @@ def test_bits_beside_a_quantizer_are_its_format() -> None:
         (("--recipe", "balanced"), "That is a preset: --preset balanced --bits 4"),
         (("--recipe", "gptq"), "nearest here: weights int4-g128 with quantizer gptq"),
         (("--recipe", "rtn"), "That is a quantizer: --quantizer rtn"),
-        (("--preset", "q4_k_m", "--bits", "4"), "nearest here: weights int4-g32-zero"),
+        (("--preset", "q4_k_m", "--bits", "4"), "nearest here: weights q4_k"),
         (("--preset", "best", "--bits", "3", "--recipe", "some.yaml"), "--preset and --recipe: give one of them"),
         (("--explain",), "--explain needs --bits"),
     ],

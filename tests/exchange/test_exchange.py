@@ -13,6 +13,7 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
 from bitpress.exchange.export_directory import DirectoryExporter
+from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.plain_layer import make_plain, plain_layer, unpack_plain
 from bitpress.exchange.source import LayerFormat, ReadTensor, StoredLayer
 from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS, LAYER_FORMATS, Directories, open_source
@@ -94,6 +95,9 @@ def check_law(row: type[LayerFormat]) -> set[str]:
         held.add(name)
         entry = json.loads(json.dumps(dict(stored.entry)))
         again = row.read(StoredLayer({n: t.clone() for n, t in stored.tensors.items()}, entry))
+        if row is Gguf and name == "term groups":  # its groups are of 32: larger ones come back as several with equal scales
+            assert torch.equal(again.weight.dequantize(), layer.weight.dequantize())
+            continue
         assert again.weight.spec() == layer.weight.spec(), name
         assert again.input_spec() == layer.input_spec(), name
         assert again.tensors().keys() == layer.tensors().keys(), name

@@ -300,7 +300,18 @@ def test_the_whole_way(
     rows = {row["name"]: row for row in report["layers"]}
     assert set(next(iter(rows.values()))) == {
         *("name", "shape", "format", "bytes", "bits_per_weight"),
-        *("error_rounded", "error", "measured_on", "tokens", "held_out", "calibrated", "notes", "fallbacks", "seconds"),
+        *(
+            "error_rounded",
+            "error",
+            "measured_on",
+            "tokens",
+            "held_out",
+            "calibrated",
+            "notes",
+            "fallbacks",
+            "seconds",
+            "picture",
+        ),
     }
     pressed = CompressedCheckpoint.open(tmp_path / "out")
     assert sum(row["bytes"] for row in rows.values()) == report["size"]["bytes_compressed_weights"] + _not_planned(pressed)

@@ -84,8 +84,9 @@ def _scales_times(packed: Packed, factor: int) -> dict[str, torch.Tensor]:
         stored = {"": scales["scale"]}
         return {"scale": store.pack(store.unpack(stored, scales["scale"].shape[1]) * factor, {})[""]}
     # Scales stored as codes share floats, and these carry the factor; without codes, the floats are the scales.
+    # A factor that divides the scales carries the inverse.
     for name in floats:
-        scales[name] = scales[name] * factor
+        scales[name] = scales[name] / factor if packed.format.scale == "fp8over" else scales[name] * factor
         if not bool(torch.isfinite(scales[name]).all()):
             raise NumericsError(f"a scale times {factor} is beyond the range of {scales[name].dtype}; store scales as fp32.")
     return scales

@@ -277,7 +277,9 @@ def is_grid(name: str) -> bool:
 
 def spell_format(name: str) -> str:
     """Return a format's name as the tables spell it if only its case, or `_` for `-`, differs: INT4_G64 is int4-g64."""
-    spelled = name.strip().lower().replace("_", "-")
+    if (lowered := name.strip().lower()) in SHORT:  # with the `_` of llama.cpp's own names
+        return lowered
+    spelled = lowered.replace("_", "-")
     short = next((known for known in SHORT if known.replace("_", "-") == spelled), None)
     return short or (spelled if is_grid(spelled.split("-")[0]) else name)
 

@@ -143,7 +143,7 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> st
         return "a budget chooses its format in the run"
     if isinstance(fmt, Format):
         try:
-            fmt.block_grid(planned.parameter.shape)
+            fmt.whole_runs(planned.parameter.shape)
         except ValueError as error:  # FormatError
             return str(error).removesuffix(".")
     return target.refuses(planned_spec(planned, method), None)
