@@ -55,9 +55,21 @@ LOADING = (
         True,
     ),
     Loading(
+        "vLLM, SGLang, transformers without bitpress",
+        "The same codes as compressed-tensors, where they can hold them; the command says what they cannot.",
+        "bitpress export {name} {name}-vllm --to compressed-tensors\nvllm serve {name}-vllm",
+        True,
+    ),
+    Loading(
+        "llama.cpp",
+        "The same codes in one GGUF file, where its types can hold them.",
+        "bitpress export {name} {name}.gguf --to gguf\nllama-cli -m {name}.gguf",
+        True,
+    ),
+    Loading(
         "Any other runtime",
-        "The decoded weights as ordinary safetensors, in the original's type and size.",
-        'import bitpress\n\nbitpress.load("{name}").save_pretrained("decoded")',
+        "The decoded weights as ordinary safetensors, in 16 bits; `bitpress targets` lists what else there is.",
+        "bitpress export {name} {name}-bf16 --to bf16",
     ),
 )
 
