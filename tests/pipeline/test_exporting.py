@@ -224,3 +224,16 @@ def test_a_tool_that_is_not_read_is_named(tiny_model: Callable[..., Path], tmp_p
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="is quantized by 'tomorrow', which is not read"):
         open_model(other)
+
+
+def test_what_others_put_beside_a_model_stays(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bitpress.quantize(tiny_model("llama"), out, weights="int4-g32", quantizer="rtn", proof_tokens=0)
+    (out / "vllm").mkdir()
+    (out / "vllm" / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        bitpress.quantize(
+            tiny_model("llama"), out, weights="int4-g32", quantizer="rtn", proof_tokens=0, runtime="vllm", force=True
+        )
+    bitpress.quantize(tiny_model("llama"), out, weights="int8-row", quantizer="rtn", proof_tokens=0, force=True)
+    assert (out / "vllm" / "mine").read_text() == "mine"

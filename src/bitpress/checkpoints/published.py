@@ -4,13 +4,16 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from bitpress.checkpoints.durable import fsync_directory
+from bitpress.checkpoints.durable import fsync_directory, write_durably
 from bitpress.errors import DiskError, UsageError
 
-__all__ = ["check_absent", "published", "remove_export"]
+__all__ = ["EXPORTS", "check_absent", "note_export", "published", "remove_exports"]
+
+# The file in a model's directory that names the exports which bitpress wrote beside it.
+EXPORTS = "exports.txt"
 
 
 def check_absent(out: Path) -> None:
@@ -54,10 +57,23 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise DiskError(f"{out}: cannot be put into place: {error.strerror}.") from error
 
 
-def remove_export(path: Path) -> None:
-    """Remove a file or directory that bitpress wrote beside a model, if it is there. Raises DiskError."""
-    with _disk_errors(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def note_export(directory: Path, name: str) -> None:
+    """Note that bitpress wrote an export of this name into a model's directory. Raises DiskError."""
+    names = sorted(_noted(directory) | {name})
+    write_durably(directory / EXPORTS, ["".join(f"{name}\n" for name in names).encode()])
+
+
+def remove_exports(directory: Path, names: Collection[str]) -> None:
+    """Remove those exports of these names that bitpress wrote into a model's directory; what others put there stays. Raises DiskError."""
+    for name in _noted(directory) & set(names):
+        path = directory / name
+        with _disk_errors(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _noted(directory: Path) -> set[str]:
+    path = directory / EXPORTS
+    return set(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.is_file() else set()

@@ -67,9 +67,9 @@ def show_export(done: Mapping[str, Any]) -> None:
     counts = ", ".join(f"{count} {how}" for how, count in done["weights"].items())
     out.print(f"[bold]{done['out']}[/bold]  {done['to']}, {size(done['bytes'])}; weights: {counts}; read back")
     reading = done["read_by_others"]
-    if reading is not None and reading["reader"] is not None:
+    if reading["reader"] is not None:
         out.print(f"Read by {reading['reader']}: {reading['kl_mean']:.1e} nats a token from the model that was exported.")
-    elif reading is not None:
+    else:
         out.print(f"Not read back by another tool: {escape(reading['why'])}.")
     rows: dict[tuple[str, str], list[float]] = {}
     for entry in done["not_exact"].values():

@@ -19,27 +19,23 @@ def plan_fates(
     `tables` are those whose rows are looked up. Raises UsageError for weights of blocks that it cannot hold, unless they may be rounded again.
     """
     target = exporter.target
-    held = (
-        () if target is None else [n for n, r in checkpoint.manifest.weights.items() if target.refuses(r.spec, r.input) is None]
-    )
-    for parameter, record in checkpoint.manifest.weights.items():
-        if record.input is not None and parameter not in held:
-            raise UsageError(
-                f"{checkpoint.root}: {parameter}: the input of its product is rounded ({record.input['format']}), which {name} cannot say "
-                "of such a layer; without it the model would compute something else."
-            )
-    if target is None:
-        return dict.fromkeys(checkpoint.manifest.weights, Fate("decoded", why="every weight is decoded"))
     fates: dict[str, Fate] = {}
     outside = set(checkpoint.outer)
     for parameter, record in checkpoint.manifest.weights.items():
-        why = _refusal(parameter, record, target, tables)
+        why = "every weight is decoded" if target is None else _refusal(parameter, record, target, tables)
+        if why is not None and record.input is not None:
+            raise UsageError(
+                f"{checkpoint.root}: {parameter}: the input of its product is rounded ({record.input['format']}), which {name} cannot say "
+                f"of such a layer ({why}); without it the model would compute something else."
+            )
         if why is None:
             fates[parameter] = Fate("exact")
-        elif parameter in outside and not target.tables:
+        elif target is None or (parameter in outside and not target.tables):
             fates[parameter] = Fate("decoded", why=why)
         else:
             fates[parameter] = _other(checkpoint, parameter, record, target, why)
+    if target is None:
+        return fates
     blocked = {parameter: fate for parameter, fate in fates.items() if fate.how != "exact" and parameter not in outside}
     if blocked and not requantize:
         first, fate = next(iter(blocked.items()))
@@ -63,7 +59,5 @@ def _refusal(parameter: str, record: WeightRecord, target: type[Target], tables:
 def _other(checkpoint: CompressedCheckpoint, parameter: str, record: WeightRecord, target: type[Target], why: str) -> Fate:
     """Return the fate of a weight that cannot be carried over."""
     rows, columns = record.spec["shape"]
-    format = (
-        None if record.experts or record.input is not None else target.nearest(checkpoint.bits_of([parameter]), (rows, columns))
-    )
+    format = None if record.experts else target.nearest(checkpoint.bits_of([parameter]), (rows, columns))
     return Fate("decoded", why=why) if format is None else Fate("rounded", format, why)

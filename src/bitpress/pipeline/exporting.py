@@ -1,7 +1,7 @@
 """Models on their way in and out: any checkpoint opened as a directory of our own, and a model exported to what other runtimes load."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +10,7 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.given import read_given
 from bitpress.checkpoints.named import resolve_model
-from bitpress.checkpoints.published import check_absent, published, remove_export
+from bitpress.checkpoints.published import check_absent, note_export, published, remove_exports
 from bitpress.checkpoints.source import quantization_of, read_config
 from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
@@ -35,7 +35,7 @@ _OWN = ("bitpress", "safetensors")
 class Exported:
     """What an export wrote.
 
-    reading what a reader of another tool found; None where the export was there already
+    reading what a reader of another tool found
     added   the relative squared error that each weight gained, by the name of its parameter, for weights whose codes were not carried over
     """
 
@@ -43,8 +43,8 @@ class Exported:
     out: Path
     nbytes: int
     fates: Fates
-    added: dict[str, float] = field(default_factory=dict)
-    reading: ForeignReading | None = None
+    added: dict[str, float]
+    reading: ForeignReading
 
     def as_dict(self) -> dict[str, object]:
         kinds = [fate.how for fate in self.fates.values()]
@@ -58,7 +58,7 @@ class Exported:
                 for name, fate in self.fates.items()
                 if fate.how != "exact"
             },
-            "read_by_others": None if self.reading is None else self.reading.as_dict(),
+            "read_by_others": self.reading.as_dict(),
         }
 
 
@@ -163,8 +163,10 @@ def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, o
     Raises UsageError, DiskError, NumericsError.
     """
     found = RUNTIMES[runtime]
-    remove_export(directory / found.name)
-    return export_model(directory, directory / found.name, found.target, progress=progress).as_dict()
+    remove_exports(directory, {found.name})  # one that is not bitpress's own stays, and is an error below
+    done = export_model(directory, directory / found.name, found.target, progress=progress)
+    note_export(directory, found.name)
+    return done.as_dict()
 
 
 def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:

@@ -36,7 +36,7 @@ from bitpress.checkpoints.durable import (
 )
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
-from bitpress.checkpoints.published import remove_export
+from bitpress.checkpoints.published import remove_exports
 from bitpress.checkpoints.safetensors_file import TensorsOnDisk, read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
@@ -258,8 +258,7 @@ class Job:
             for name in listed:
                 if name not in kept:
                     (self.out / name).unlink(missing_ok=True)
-            for runtime in RUNTIMES.values():  # exports of the model that goes
-                remove_export(self.out / runtime.name)
+            remove_exports(self.out, {runtime.name for runtime in RUNTIMES.values()})  # of the model that goes
             manifest.unlink()  # last: if this is interrupted, the manifest still lists the files to remove
         fsync_directory(self.out)
 
