@@ -224,7 +224,7 @@ def add_scale_map(bad: float) -> Change:
 
 
 def maps_of_experts(h: Hostile) -> None:
-    """Put the maps of two experts behind a weight that is none."""
+    """Put the maps of two experts behind a weight that is no stack of experts."""
     h.tensors(lambda t: (t.pop(f"{Q}.in.order"), t.update({f"{Q}.out.scale": torch.ones(32)})))
     spec(lambda s: s.update(input_map=None, output_map={"kind": "parts", "parts": 2, "map": {"kind": "scale"}}))(h)
 
