@@ -3,7 +3,7 @@
     .peers/llamacpp/bin/python benchmarks/peers/gguf_models.py MODEL_DIR OUT_DIR --types Q4_0 Q4_K_M Q3_K_M Q2_K Q8_0
 
 Stand-alone: it runs in the environment of ``llamacpp.sh`` and imports nothing of bitpress. ``--types`` takes every name of
-llama.cpp's ``LLAMA_FTYPE_MOSTLY_*``; no importance matrix is used. A type's name says little: rows that no block of 256
+llama.cpp's ``LLAMA_FTYPE_MOSTLY_*``; ``--importance`` is that of ``gguf_weights.py``. A type's name says little: rows that no block of 256
 divides fall back to other types, and heads and embeddings get types of their own. So each file's JSON line lists what the
 file really holds. Files that are there already are kept. Tensors are copied one at a time.
 """
@@ -181,9 +181,19 @@ def write_original(model: Path, out: Path) -> Path:
     return target
 
 
-def quantize(original: Path, name: str, threads: int) -> Path:
+def importance_data(path: Path) -> tuple[ctypes.Array[llama_cpp.llama_model_imatrix_data], list[np.ndarray]]:
+    """Return the array that llama.cpp reads, closed by an entry without a name, and the memory that it points into."""
+    given = {gguf_name(name): np.ascontiguousarray(values, np.float32) for name, values in np.load(path).items()}
+    entries = (llama_cpp.llama_model_imatrix_data * (len(given) + 1))()
+    for entry, (name, values) in zip(entries, given.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return entries, list(given.values())
+
+
+def quantize(original: Path, name: str, threads: int, importance: Path | None = None) -> Path:
     """Write a file of another type, by llama.cpp's own quantizer."""
-    target = original.with_name(f"{name}.gguf")
+    target = original.with_name(f"{name}{'-imatrix' if importance else ''}.gguf")
     if target.exists():
         return target
     code = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
@@ -193,6 +203,8 @@ def quantize(original: Path, name: str, threads: int) -> Path:
     partial = target.with_suffix(".part")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = code, threads
+    if importance is not None:
+        params.imatrix, _held = importance_data(importance)
     failed = llama_cpp.llama_model_quantize(os.fsencode(original), os.fsencode(partial), params)
     if failed:
         partial.unlink(missing_ok=True)
@@ -203,11 +215,13 @@ def quantize(original: Path, name: str, threads: int) -> Path:
 
 def describe(path: Path) -> dict[str, Any]:
     """Say what a file really holds: types with count and bytes, and the bytes that one decoded token reads."""
+    types: dict[str, str] = {}
     held: dict[str, dict[str, list[int]]] = {"linears": {}, "token_embd": {}, "output": {}, "norms": {}}
     weights = 0
     for tensor in gguf.GGUFReader(path).tensors:
         stem = tensor.name.removesuffix(".weight")
         part = stem if stem in held else "norms" if len(tensor.shape) == 1 else "linears"
+        types[tensor.name] = tensor.tensor_type.name
         cell = held[part].setdefault(tensor.tensor_type.name, [0, 0])
         cell[0] += 1
         cell[1] += int(tensor.n_bytes)
@@ -216,6 +230,7 @@ def describe(path: Path) -> dict[str, Any]:
     head = total["output"] or total["token_embd"]
     return {
         "tensors": {part: types for part, types in held.items() if types},
+        "types": types,
         "tied": not held["output"],
         "bits_per_linear_weight": round(8 * total["linears"] / weights, 4),
         "bytes": total["linears"] + total["norms"] + head,
@@ -228,6 +243,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--types", nargs="*", default=["Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K", "Q8_0"])
+    parser.add_argument("--importance", type=Path, help="mean squares of inputs, as gguf_weights.py reads them")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if not (options.model / "config.json").exists():
@@ -237,7 +253,7 @@ def main() -> None:
     original = write_original(options.model, options.out)
     print(json.dumps({"file": str(original), "type": original.stem, **describe(original)}), flush=True)
     for name in options.types:
-        path = quantize(original, name, options.threads)
+        path = quantize(original, name, options.threads, options.importance)
         print(json.dumps({"file": str(path), "type": name, **describe(path)}), flush=True)
 
 

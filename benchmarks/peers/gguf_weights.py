@@ -21,17 +21,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from gguf_models import gguf_name, keep_log, last_words, read_tensors, write_original
-
-
-def importance_data(path: Path) -> tuple[ctypes.Array[llama_cpp.llama_model_imatrix_data], list[np.ndarray]]:
-    """Return the array that llama.cpp reads, closed by an entry without a name, and the memory that it points into."""
-    given = {gguf_name(name): np.ascontiguousarray(values, np.float32) for name, values in np.load(path).items()}
-    entries = (llama_cpp.llama_model_imatrix_data * (len(given) + 1))()
-    for entry, (name, values) in zip(entries, given.items(), strict=False):
-        entry.name, entry.size = name.encode(), values.size
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    return entries, list(given.values())
+from gguf_models import gguf_name, importance_data, keep_log, last_words, read_tensors, write_original
 
 
 def quantize(original: Path, target: Path, kind: str, importance: Path | None, threads: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Models on their way out and in: what leaves is read back the same, computes the same, and nothing is lost or rounded in silence."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.exports import note_export
+from bitpress.checkpoints.locks import lock_alone
 from bitpress.errors import CheckpointError, NumericsError, UsageError
 from bitpress.exchange import export_directory
 from bitpress.exchange.source import StoredLayer
 from bitpress.exchange.table import EXPORTERS
 from bitpress.formats import CompressedLayer
-from bitpress.pipeline import foreign_check
+from bitpress.pipeline import exporting, foreign_check
 from bitpress.pipeline.exporting import export_model, open_model, open_to_quantize
 from bitpress.pipeline.foreign_check import MOST_DISTANCE, read_by_others
 from bitpress.pipeline.quantize import Proof, quantize_directory
@@ -237,3 +240,56 @@ def test_what_others_put_beside_a_model_stays(tiny_model: Callable[..., Path], t
         )
     bitpress.quantize(tiny_model("llama"), out, weights="int8-row", quantizer="rtn", proof_tokens=0, force=True)
     assert (out / "vllm" / "mine").read_text() == "mine"
+
+
+def test_an_export_of_the_same_model_is_kept_while_it_is_whole(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"weights": "int4-g32", "quantizer": "rtn", "proof_tokens": 0, "runtime": "vllm"}
+    out = tmp_path / "out"
+    first = bitpress.quantize(tiny_model("llama"), out, **settings)
+    weights = next((out / "vllm").glob("*.safetensors"))
+    written = weights.stat()
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    again = bitpress.quantize(tiny_model("llama"), moved, **settings)
+    assert again["exported"] == {**first["exported"], "out": str(moved / "vllm")}
+    assert (moved / "vllm" / weights.name).stat().st_ino == written.st_ino
+    (moved / "vllm" / weights.name).write_bytes(b"")
+    bitpress.quantize(tiny_model("llama"), moved, **settings)
+    assert (moved / "vllm" / weights.name).stat().st_size == written.st_size
+
+
+def test_what_a_killed_export_left_is_replaced(pressed_original: Path, tmp_path: Path) -> None:
+    left, other = tmp_path / ".out.bitpress-left", tmp_path / ".out-mine"
+    for path in (left, other):
+        path.mkdir()
+        (path / "part").write_text("part")
+    busy = tmp_path / ".out.bitpress-busy"
+    busy.mkdir()
+    lock = os.open(busy, os.O_RDONLY)
+    assert lock_alone(lock)
+    try:
+        export_model(pressed_original, tmp_path / "out", "gptq")
+    finally:
+        os.close(lock)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", busy.name, other.name}
+
+
+def test_a_run_that_ends_between_an_export_and_its_note_exports_again(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def note(directory: Path, name: str, told: object = None) -> None:
+        if told is not None:
+            raise KeyboardInterrupt
+        note_export(directory, name)
+
+    def run() -> None:
+        bitpress.quantize(tiny_model("llama"), out, weights="int4-g32", quantizer="rtn", proof_tokens=0, runtime="vllm")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "note_export", note)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert (out / "vllm").is_dir()
+    run()

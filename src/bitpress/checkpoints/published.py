@@ -1,19 +1,21 @@
-"""Files and directories that appear whole or not at all: written under another name beside their place, then renamed."""
+"""Files and directories that appear whole or not at all: written under another name beside their place, then renamed.
+
+The other name is `.NAME.bitpress-xxxxxxxx`, a directory that its process holds locked; what a killed process left is removed by the next
+one that writes the same name.
+"""
 
 import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from bitpress.checkpoints.durable import fsync_directory, write_durably
+from bitpress.checkpoints.durable import fsync_directory
+from bitpress.checkpoints.locks import lock_alone
 from bitpress.errors import DiskError, UsageError
 
-__all__ = ["EXPORTS", "check_absent", "note_export", "published", "remove_exports"]
-
-# The file in a model's directory that names the exports which bitpress wrote beside it.
-EXPORTS = "exports.txt"
+__all__ = ["check_absent", "published"]
 
 
 def check_absent(out: Path) -> None:
@@ -30,11 +32,16 @@ def published(out: Path, *, file: bool = False) -> Iterator[Path]:
     """
     check_absent(out)
     parent = out.parent
+    prefix = f".{out.name[:100]}.bitpress-"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=parent))
+        _remove_left(parent, prefix)
+        workshop = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = os.open(workshop, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise DiskError(f"{parent}: cannot be written to: {error.strerror}.") from error
+    with contextlib.suppress(OSError):  # a file system without locks
+        lock_alone(lock)
     made = workshop / out.name
     try:
         if not file:
@@ -47,6 +54,21 @@ def published(out: Path, *, file: bool = False) -> Iterator[Path]:
         fsync_directory(parent)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove directories of killed processes: those of this prefix that nobody holds locked."""
+    for path in parent.iterdir():
+        if not path.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):  # not a directory, gone meanwhile, or of another user
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if lock_alone(lock, seconds=0):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -55,25 +77,3 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(f"{out}: cannot be put into place: {error.strerror}.") from error
-
-
-def note_export(directory: Path, name: str) -> None:
-    """Note that bitpress wrote an export of this name into a model's directory. Raises DiskError."""
-    names = sorted(_noted(directory) | {name})
-    write_durably(directory / EXPORTS, ["".join(f"{name}\n" for name in names).encode()])
-
-
-def remove_exports(directory: Path, names: Collection[str]) -> None:
-    """Remove those exports of these names that bitpress wrote into a model's directory; what others put there stays. Raises DiskError."""
-    for name in _noted(directory) & set(names):
-        path = directory / name
-        with _disk_errors(path):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _noted(directory: Path) -> set[str]:
-    path = directory / EXPORTS
-    return set(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.is_file() else set()

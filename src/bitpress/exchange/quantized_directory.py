@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bitpress.checkpoints.named import known_hash
 from bitpress.checkpoints.parameter import stem
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.checkpoints.side_files import read_side_file
@@ -71,7 +72,8 @@ class QuantizedDirectory:
         return plain
 
     def hashes(self) -> Mapping[str, str]:
-        return self.source.hashes()
+        files = {file for file, _ in self.source.tensors.values()} | {self.root / "config.json"}
+        return {file.name: known_hash(file) for file in sorted(files)}
 
     def side_files(self) -> Mapping[str, bytes]:
         return {name: read_side_file(path) for name, path in self.source.side_files().carried.items()}

@@ -8,9 +8,10 @@ from typing import cast
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
+from bitpress.checkpoints.exports import note_export, noted_export, remove_exports
 from bitpress.checkpoints.given import read_given
 from bitpress.checkpoints.named import resolve_model
-from bitpress.checkpoints.published import check_absent, note_export, published, remove_exports
+from bitpress.checkpoints.published import check_absent, published
 from bitpress.checkpoints.source import quantization_of, read_config
 from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
@@ -160,13 +161,18 @@ def _tables(checkpoint: CompressedCheckpoint) -> frozenset[str]:
 def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, object]:
     """Export a model for a runtime into its own directory, in the place of an older export; return what was written.
 
-    Raises UsageError, DiskError, NumericsError.
+    An export of the same model that is there whole is kept. Raises UsageError, CheckpointError, DiskError, NumericsError.
     """
     found = RUNTIMES[runtime]
-    remove_exports(directory, {found.name})  # one that is not bitpress's own stays, and is an error below
-    done = export_model(directory, directory / found.name, found.target, progress=progress)
-    note_export(directory, found.name)
-    return done.as_dict()
+    out = Path(os.path.abspath(directory / found.name))
+    if (told := noted_export(directory, found.name)) is not None:
+        return {**told, "out": str(out)}
+    remove_exports(directory, {found.name})
+    check_absent(out)  # what is there now is not bitpress's
+    note_export(directory, found.name)  # so that a run that is killed behind the last rename leaves nothing unknown
+    done = export_model(directory, out, found.target, progress=progress).as_dict()
+    note_export(directory, found.name, done)
+    return done
 
 
 def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:

@@ -34,9 +34,9 @@ from bitpress.checkpoints.durable import (
     read_into,
     write_durably,
 )
+from bitpress.checkpoints.exports import remove_exports
 from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
 from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
-from bitpress.checkpoints.published import remove_exports
 from bitpress.checkpoints.safetensors_file import TensorsOnDisk, read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
