@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import yaml
 from rows import ROOT, add_row, read_rows, rewrite_section
+from transformers import AutoModelForCausalLM
 
-from bitpress.api import load
 from bitpress.checkpoints.named import resolve_model
 from bitpress.comparison.run import HELDOUT
 from bitpress.exchange.gguf_names import ARCHITECTURES
@@ -51,7 +51,7 @@ def write_importance(model: Path, out: Path) -> None:
     """Write the mean square of the inputs of every linear over the calibration tokens."""
     if out.exists():
         return
-    opened = load(model, dtype="fp32")
+    opened: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sums: dict[str, torch.Tensor] = {}
 
     def seen(name: str) -> Any:
