@@ -19,6 +19,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import PlainLayer, make_plain, plain_layer, unpack_plain
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -37,8 +38,10 @@ class Awq:
     about: ClassVar[str] = "AWQ's integers of 4 bits with zero points, in groups of inputs"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = marks
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import PlainLayer, make_plain, order_of_groups, plain_layer, unpack_plain
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -38,8 +39,10 @@ class Gptq:
     about: ClassVar[str] = "GPTQ's integers of 2, 3, 4 and 8 bits, in groups of inputs"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = True
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import PlainLayer, make_packed, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -42,8 +43,10 @@ class Mlx:
     about: ClassVar[str] = "MLX: integers of 2 to 8 bits in groups, MXFP4 and MXFP8"
     tables: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"weight", "scales", "biases"})
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

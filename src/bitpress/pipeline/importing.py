@@ -69,7 +69,7 @@ def decode_model(directory: Path, name: str, progress: Progress) -> Path:
 
     def build(target: Path) -> None:
         fates = dict.fromkeys(checkpoint.manifest.weights, Fate("decoded"))
-        write_directory(checkpoint, target, None, fates, torch.float32, progress)
+        write_directory(checkpoint, target, None, fates, {}, torch.float32, progress)
 
     return make_once(path, origin, build, name)
 
