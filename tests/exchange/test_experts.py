@@ -1,21 +1,54 @@
 """Mixtures of experts in and out: one stack here, one layer an expert in most tools."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.errors import UsageError
+from bitpress.checkpoints.hub_names import Piece
+from bitpress.errors import CheckpointError, FormatError, UsageError
+from bitpress.exchange.expert_names import fold_experts
 from bitpress.exchange.gguf import GgufSource
 from bitpress.exchange.gguf_metadata import find_architecture
-from bitpress.formats import CompressedLayer
-from bitpress.pipeline.exporting import export_model
+from bitpress.exchange.pieces import cut_layer, join_layers
+from bitpress.exchange.table import open_source
+from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
+from bitpress.formats.maps.map import Permutation
+from bitpress.pipeline.exporting import export_model, open_model
 from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
+
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def same_weights(first: Path, second: Path) -> None:
+    """Check that two models hold the same tensors of the same specifications."""
+    before, after = CompressedCheckpoint.open(first), CompressedCheckpoint.open(second)
+    assert before.manifest.weights.keys() == after.manifest.weights.keys()
+    for name, record in before.manifest.weights.items():
+        again = after.manifest.weights[name]
+        assert (record.spec, record.experts) == (again.spec, again.experts), name
+        one, other = before.read_weight(name).tensors(), after.read_weight(name).tensors()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[leaf]) for leaf, value in one.items()), name
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +132,166 @@ def test_mixtures_that_llama_cpp_computes_otherwise_are_refused() -> None:
     ):
         with pytest.raises(UsageError, match=text):
             find_architecture({"model_type": kind, **small, **changes})
+
+
+@pytest.mark.parametrize("to", ["awq", "compressed-tensors", "gptq", "mlx"])
+def test_stacks_leave_expert_by_expert_and_come_back(
+    to: str, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPRESS_CACHE", str(tmp_path / "cache"))
+    notes = Notes()
+    done = export_model(mixtral, tmp_path / "out", to)
+    assert {fate.how for fate in done.fates.values()} == {"exact"}
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    block = "model.layers.1.block_sparse_moe"
+    assert f"{block}.gate.weight" in held
+    if to == "mlx":
+        assert held[f"{block}.switch_mlp.up_proj.scales"].shape == (4, 64, 1)
+        assert not any(".experts." in name for name in held)
+    else:
+        leaf = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}[to]
+        assert sum(name.endswith(leaf) and ".experts." in name for name in held) == 2 * 4 * 3
+    same_weights(mixtral, open_model(tmp_path / "out", notes))
+    assert len(notes.told) == 1, "nothing is decoded"
+
+
+MIXED = {
+    "weights": "int4-g32",
+    "quantizer": "rtn",
+    "transforms": [],
+    "overrides": [{"match": "*.0.mlp.experts.down_proj", "weights": "int8-g32"}],
+    "skip": ["*.1.mlp.experts.*"],
+}
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "mlx"])
+def test_experts_of_several_formats_and_plain_ones_are_told_in_few_words(
+    to: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPRESS_CACHE", str(tmp_path / "cache"))
+    quantize_directory(tiny_model("mixtral"), tmp_path / "in", make_recipe(MIXED), proof=Proof(tokens=0))
+    export_model(tmp_path / "in", tmp_path / "out", to)
+    same_weights(tmp_path / "in", open_model(tmp_path / "out"))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if to == "mlx":
+        assert settings["model.layers.0.block_sparse_moe.switch_mlp.down_proj"]["bits"] == 8
+        assert "model.layers.1.block_sparse_moe.switch_mlp.down_proj.weight" in load_file(
+            tmp_path / "out" / "model.safetensors"
+        )
+        return
+    told: list[str] = []
+    if to == "gptq":
+        told = list(settings["dynamic"])
+        assert settings["dynamic"][r"+:^model\.layers\.0\.block_sparse_moe\.experts\.[0-9]+\.(w2)$"] == {"bits": 8}
+        assert r"-:^model\.layers\.1\.block_sparse_moe\.experts(\.|$)" in told
+    else:
+        groups = {group["weights"]["num_bits"]: group["targets"] for group in settings["config_groups"].values()}
+        assert groups[8] == [r"re:^model\.layers\.0\.block_sparse_moe\.experts\.[0-9]+\.(w2)$"]
+        assert r"re:^model\.layers\.0\.block_sparse_moe\.experts\.[0-9]+\.(w1|w3)$" in groups[4]
+        assert r"re:^model\.layers\.1\.block_sparse_moe\.experts(\.|$)" in settings["ignore"]
+        told = [*settings["ignore"], *groups[4], *groups[8]]
+    assert not any("experts.3" in name for name in told)
+
+
+def test_patterns_say_their_own_experts_alone() -> None:
+    def layers(block: int, *leaves: str) -> list[str]:
+        return [f"model.layers.{block}.mlp.experts.{e}.{leaf}" for e in range(12) for leaf in leaves]
+
+    chosen = [*layers(1, "up"), *layers(2, "up", "down"), "model.layers.1.mlp.gate"]
+    others = [*layers(1, "down"), *layers(12, "up"), "model.layers.2.mlp.shared_expert.up"]
+    names, patterns = fold_experts(chosen, others)
+    assert names == ["model.layers.1.mlp.gate"]
+    assert len(patterns) == 2
+    for layer in chosen[:-1]:
+        assert any(re.match(pattern, layer) for pattern in patterns)
+    for layer in others:
+        assert not any(re.match(pattern, layer) for pattern in patterns)
+    assert any(re.match(pattern, "model.layers.2.mlp.experts") for pattern in patterns)
+    assert fold_experts(layers(0, "up")[:3], layers(0, "up")[3:]) == (layers(0, "up")[:3], [])
+
+
+def test_experts_of_several_formats_are_decoded_with_a_line(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITPRESS_CACHE", str(tmp_path / "cache"))
+    export_model(mixtral, tmp_path / "out", "gptq")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.2.w3.qzeros"] += 1  # one of eight zero points in each word
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    notes = Notes()
+    taken = CompressedCheckpoint.open(open_model(tmp_path / "out", notes))
+    assert notes.told[-1].startswith(f"1 stacks of experts are decoded, the first is {STACK}: only terms of one format")
+    assert "model.layers.0.mlp.experts.down_proj" in taken.manifest.weights
+    values, original = taken.read(STACK), CompressedCheckpoint.open(mixtral).decode(STACK)
+    assert isinstance(values, torch.Tensor)
+    assert torch.equal(values[[0, 1, 3]], original[[0, 1, 3]])
+    assert not torch.equal(values[2, 64:], original[2, 64:])
+
+
+def some_layer(rows: int, width: int, seed: int, name: str = "int3-g5-zero", order: bool = False) -> CompressedLayer:
+    numbers, fmt = torch.Generator().manual_seed(seed), parse_format(name)
+    w = torch.randn(rows, width, generator=numbers)
+    params = fmt.fit(w)
+    change = Permutation.of(torch.randperm(width, generator=numbers)) if order else None
+    return CompressedLayer(CompressedWeight((Packed.pack(fmt, fmt.encode(w, params), params),), change))
+
+
+def test_pieces_of_odd_shapes_join_and_part_again() -> None:
+    parts = [some_layer(7, 15, seed) for seed in range(6)]
+    whole = join_layers(parts, 3)
+    assert whole.weight.shape == (42, 15)
+    for i, part in enumerate(parts):
+        again = cut_layer(whole, Piece(str(i), (7, 15), 7 * i, 7 * i + 7))
+        assert again.weight.spec() == part.weight.spec()
+        assert all(torch.equal(value, again.weight.tensors()[name]) for name, value in part.weight.tensors().items())
+
+
+def test_each_expert_may_take_its_inputs_in_its_own_order() -> None:
+    parts = [some_layer(5, 15, expert, order=True) for expert in (0, 0, 1, 1, 2, 2)]
+    whole = join_layers(parts, 3)
+    assert whole.weight.parts == 3
+    assert torch.equal(whole.weight.dequantize(), torch.cat([part.weight.dequantize() for part in parts]))
+    again = cut_layer(whole, Piece("up", (5, 15), 15, 20))
+    assert torch.equal(again.weight.dequantize(), parts[3].weight.dequantize())
+    with pytest.raises(FormatError, match="in different orders"):
+        join_layers([some_layer(5, 15, seed, order=True) for seed in range(6)], 3)
+    with pytest.raises(FormatError, match="one format"):
+        join_layers([some_layer(5, 15, 0), some_layer(5, 15, 0, "int4-g5-zero")], 1)
+
+
+def test_a_damaged_stack_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    export_model(mixtral, tmp_path / "out", "mlx")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stack = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
+
+    def check(changes: dict[str, torch.Tensor | None], text: str) -> None:
+        bad = tmp_path / "bad"
+        shutil.copytree(tmp_path / "out", bad)
+        held: dict[str, Any] = {name: value for name, value in (tensors | changes).items() if value is not None}
+        save_file(held, bad / "model.safetensors")
+        with pytest.raises(CheckpointError, match=text):
+            open_model(bad)
+        shutil.rmtree(bad)
+
+    check({f"{stack}.scales": tensors[f"{stack}.scales"][:3].clone()}, "not those of one number of experts")
+    check({f"{stack}.scales": tensors[f"{stack}.scales"][0].clone()}, "not those of one number of experts")
+    check({f"{stack}.scales": None}, "belongs to no parameter|is U32")
+    lone = "model.layers.0.block_sparse_moe.experts.1.w3"
+    both = {f"{lone}.{leaf}": tensors[f"{stack}.{leaf}"][1].clone() for leaf in ("weight", "scales", "biases")}
+    check(both, "both alone and with the other experts")
+    source = open_source(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="holds no"):
+        source.read("model.layers.0.block_sparse_moe.experts.4.w3.weight")
+
+
+def test_a_runtime_gets_one_format_for_all_experts_of_a_block(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("mixtral", intermediate_size=48)
+    report = bitpress.quantize(model, tmp_path / "out", runtime="vllm", quantizer="rtn", proof_tokens=0)
+    assert report["exported"]["weights"] == {"exact": 12}
+    weights = CompressedCheckpoint.open(tmp_path / "out").manifest.weights
+    formats = {name.rpartition(".")[2]: record.spec["terms"][0]["format"] for name, record in weights.items() if record.experts}
+    assert formats == {"gate_up_proj": "int4-row", "down_proj": "int4-row"}, "48 inputs are no whole groups of 32"
+    rules = [{"match": "*.0.mlp.experts.down_proj", "weights": "int8-row"}]
+    recipe = {"weights": "int4-row", "quantizer": "rtn", "transforms": [], "overrides": rules}
+    with pytest.raises(UsageError, match=r"vllm joins model\.layers\.0\.mlp\.experts\.gate_up_proj and .*experts\.down_proj"):
+        bitpress.quantize(model, tmp_path / "other", recipe=recipe, runtime="vllm", proof_tokens=0)

@@ -1,10 +1,42 @@
-"""Names of experts' layers, and of the tensors that some tools store the same layer of all experts of a block in."""
+"""Names of experts' layers, few words for many of them, and the tensors that some tools store the same layer of all experts in."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Stacks"]
+__all__ = ["Stacks", "experts_of", "fold_experts"]
+
+
+def experts_of(layer: str) -> tuple[str, str] | None:
+    """Return what the names of all layers of a block's experts begin with, and the last part of this one's; None for another layer."""
+    found = re.fullmatch(r"(.+\.experts)\.[0-9]+\.([^.]+)", layer)
+    return None if found is None else (found[1], found[2])
+
+
+def fold_experts(layers: Collection[str], others: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return names and patterns that together say these layers and none of the others: one pattern for the experts of a block.
+
+    It matches the name of all experts of the block, too, by which vLLM asks for them.
+    """
+    names: list[str] = []
+    leaves: dict[str, set[str]] = {}
+    foreign: dict[str, set[str]] = {}
+    for layer in others:
+        if (found := experts_of(layer)) is not None:
+            foreign.setdefault(found[0], set()).add(found[1])
+    for layer in sorted(layers):
+        found = experts_of(layer)
+        if found is None or found[1] in foreign.get(found[0], ()):
+            names.append(layer)
+        else:
+            leaves.setdefault(found[0], set()).add(found[1])
+    patterns = [
+        rf"^{re.escape(block)}\.[0-9]+\.({'|'.join(map(re.escape, sorted(its)))})$"
+        if block in foreign
+        else rf"^{re.escape(block)}(\.|$)"
+        for block, its in leaves.items()
+    ]
+    return names, patterns
 
 
 @dataclass(frozen=True)

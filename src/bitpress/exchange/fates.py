@@ -55,7 +55,9 @@ def _refusal(
     if record.experts and not target.experts:
         return "it is a stack of experts, which this tool does not read compressed"
     if record.experts:
-        return refuse_pieces(record, pieces_of(names, parameter, record.parameter(parameter).parameter_shape), target)
+        shape = record.parameter(parameter).parameter_shape
+        pieces = () if record.transposed else pieces_of(names, parameter, shape)
+        return refuse_pieces(record.spec, pieces, target, record.input)
     if record.transposed and not target.transposed:
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if parameter in tables and not target.tables:

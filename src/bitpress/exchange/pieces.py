@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.hub_names import HubNames, Piece
-from bitpress.checkpoints.records import WeightRecord
-from bitpress.errors import BitpressError, FormatError
+from bitpress.errors import FormatError
 from bitpress.exchange.source import LayerFormat
 from bitpress.formats import CompressedLayer, CompressedWeight, parse_format
 from bitpress.formats.maps.parts import PartMaps
@@ -65,17 +64,19 @@ def spec_of_piece(spec: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return told
 
 
-def refuse_pieces(record: WeightRecord, pieces: Sequence[Piece], target: type[LayerFormat]) -> str | None:
-    """Return why a tool cannot hold the pieces of a stack bit for bit; None if it can."""
-    if any(len(piece.shape) != 2 for piece in pieces) or record.transposed or len(pieces) < 2:
+def refuse_pieces(
+    spec: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    target: type[LayerFormat],
+    input_spec: Mapping[str, str] | None = None,
+) -> str | None:
+    """Return why a tool cannot hold the pieces of a stack of this specification bit for bit; None if it can."""
+    if len(pieces) < 2 or any(len(piece.shape) != 2 or piece.shape[1] != spec["shape"][1] for piece in pieces):
         return "its experts are stored in one tensor on the hub, of which no tool's compressed layout is written"
     for rows in sorted({piece.shape[0] for piece in pieces}):
-        told = spec_of_piece(record.spec, rows)
-        if (why := target.refuses(told, record.input)) is not None:
+        told = spec_of_piece(spec, rows)
+        if (why := target.refuses(told, input_spec)) is not None:
             return why
-        try:
-            if not all(parse_format(term["format"]).rows_apart for term in told["terms"]):
-                return f"{told['terms'][0]['format']}: one scale serves rows that are stored apart"
-        except BitpressError as error:
-            return str(error).removesuffix(".")
+        if not all(parse_format(term["format"]).rows_apart for term in told["terms"]):
+            return f"{told['terms'][0]['format']}: one scale serves rows that are stored apart"
     return None

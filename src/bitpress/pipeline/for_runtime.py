@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bitpress.checkpoints.hub_names import HubNames, hub_names
 from bitpress.errors import UsageError, unknown_name
+from bitpress.exchange.pieces import pieces_of, refuse_pieces
 from bitpress.exchange.runtimes import RUNTIMES, ForeignRuntime
 from bitpress.exchange.source import Target
 from bitpress.exchange.table import EXPORTERS
@@ -19,7 +21,8 @@ from bitpress.recipes.recipe import Override
 __all__ = ["carriers", "choose_for", "find_runtime", "fit_to"]
 
 USUAL_BITS = 4
-# Parts of a block whose weights a server joins into one product, so that they must be stored alike.
+# Parts of a block whose weights a server joins into one product, so that they must be stored alike; vLLM wants one scheme of all experts, too
+# (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe.py, get_moe_method).
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -64,14 +67,18 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
     streamed, _ = open_original(model, method.compute)
     chain = next((formats for formats in found.formats.values() if method.format.name in _names(formats)), ())
     weights = _weights(streamed, method)
-    target = _target(found.target)
+    target, names = _target(found.target), hub_names(streamed.model)
+    by_name = {planned.parameter.stem: planned for planned in weights}
+    alike = {stem: group for group in _joined(by_name) for stem in group} if found.joins else {}
     own: list[Override] = []
-    for planned in weights:
-        if planned.format != method.format or _refusal(planned, method, target) is None:
+    for stem, planned in by_name.items():
+        together = [by_name[name] for name in alike.get(stem, [stem])]
+        if planned.format != method.format or all(_refusal(p, method, target, names) is None for p in together):
             continue
-        other = next((name for name in chain if _suits(_in_format(planned, name), method, target)), None)
+        fits = [[_refusal(_in_format(p, name), method, target, names) is None for p in together] for name in chain]
+        other = next((name for name, suits in zip(chain, fits, strict=True) if all(suits)), None)
         if other is not None:
-            own.append(Override(match=planned.parameter.stem, weights=parse_format(other).name))
+            own.append(Override(match=stem, weights=parse_format(other).name))
     if own:
         recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
         method = build_method(recipe)
@@ -82,7 +89,7 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
         )
     own_formats = {name for formats in found.formats.values() for name in _names(formats)}
     for planned in weights:
-        why = _refusal(planned, method, target)
+        why = _refusal(planned, method, target, names)
         if why is None and planned.format.name not in own_formats:
             why = f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
         if why is None and planned_spec(planned, method)["input_map"] is not None:
@@ -96,13 +103,14 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
     return method
 
 
-def carriers(weights: tuple[PlannedWeight, ...], method: Method) -> dict[str, str | None]:
+def carriers(weights: tuple[PlannedWeight, ...], method: Method, model: StreamedModel) -> dict[str, str | None]:
     """Return for every target why it could not hold the weights of a plan bit for bit; None where it could."""
+    names = hub_names(model.model)
     told: dict[str, str | None] = {}
     for name, exporter in EXPORTERS.items():
         if exporter.target is None:
             continue
-        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target) for planned in weights}
+        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target, names) for planned in weights}
         first = next((f"{stem}: {why}" for stem, why in reasons.items() if why is not None), None)
         told[name] = first
     return told
@@ -128,16 +136,12 @@ def _in_format(planned: PlannedWeight, name: str) -> PlannedWeight:
     return PlannedWeight(planned.parameter, replace(planned.method, format=parse_format(name)), planned.block)
 
 
-def _suits(planned: PlannedWeight, method: Method, target: type[Target]) -> bool:
-    return _refusal(planned, method, target) is None
-
-
-def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> str | None:
+def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names: HubNames) -> str | None:
     """Return why a target cannot hold a weight as it is planned."""
     fmt = planned.format
-    if planned.parameter.experts:
-        return "it is a stack of experts"
-    if planned.parameter.transposed and not target.transposed:
+    if planned.parameter.experts and not target.experts:
+        return "it is a stack of experts, which this tool does not read compressed"
+    if planned.parameter.transposed and not planned.parameter.experts and not target.transposed:
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if method.options:
         return "a budget chooses its format in the run"
@@ -146,7 +150,12 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> st
             fmt.whole_runs(planned.parameter.shape)
         except ValueError as error:  # FormatError
             return str(error).removesuffix(".")
-    return target.refuses(planned_spec(planned, method), None)
+    told = planned_spec(planned, method)
+    if not planned.parameter.experts:
+        return target.refuses(told, None)
+    parameter = planned.parameter
+    pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
+    return refuse_pieces(told, pieces, target)
 
 
 def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
@@ -162,18 +171,28 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
 
 
+def _joined(by_name: Mapping[str, PlannedWeight]) -> list[list[str]]:
+    """Return the weights that a server joins into one product, each group in order; it joins all experts of a block."""
+    groups: list[list[str]] = []
+    for stem, planned in by_name.items():
+        parent, _, leaf = stem.rpartition(".")
+        if planned.parameter.experts:
+            stacks = [name for name, other in by_name.items() if other.parameter.experts and name.rpartition(".")[0] == parent]
+            groups += [stacks] if stem == stacks[0] else []
+        for parts in _JOINED:
+            if leaf == parts[0]:
+                groups.append([name for part in parts if (name := f"{parent}.{part}") in by_name])
+    return groups
+
+
 def _check_joined(weights: list[PlannedWeight], runtime: str) -> None:
     """Raise UsageError where weights that a server joins have several formats."""
     by_name = {planned.parameter.stem: planned for planned in weights}
-    for stem, planned in by_name.items():
-        parent, _, leaf = stem.rpartition(".")
-        for group in _JOINED:
-            if leaf != group[0]:
-                continue
-            others = [by_name[name] for part in group[1:] if (name := f"{parent}.{part}") in by_name]
-            differing = next((other for other in others if other.format != planned.format), None)
-            if differing is not None:
-                raise UsageError(
-                    f"{runtime} joins {stem} and {differing.parameter.stem} into one product, and their formats differ "
-                    f"({planned.format.name}, {differing.format.name}); give them the same."
-                )
+    for first, *others in _joined(by_name):
+        fmt = by_name[first].format
+        differing = next((name for name in others if by_name[name].format != fmt), None)
+        if differing is not None:
+            raise UsageError(
+                f"{runtime} joins {first} and {differing} into one product, and their formats differ "
+                f"({fmt.name}, {by_name[differing].format.name}); give them the same."
+            )
