@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import bitpress
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.hub_names import Piece
-from bitpress.errors import CheckpointError, FormatError, UsageError
+from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
 from bitpress.exchange.expert_names import fold_experts
 from bitpress.exchange.gguf import GgufSource
 from bitpress.exchange.gguf_metadata import find_architecture
@@ -23,7 +23,9 @@ from bitpress.exchange.pieces import cut_layer, join_layers
 from bitpress.exchange.table import open_source
 from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.formats.maps.map import Permutation
+from bitpress.pipeline import foreign_check
 from bitpress.pipeline.exporting import export_model, open_model
+from bitpress.pipeline.foreign_check import read_by_others
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
@@ -193,6 +195,22 @@ def test_experts_of_several_formats_and_plain_ones_are_told_in_few_words(
     assert not any("experts.3" in name for name in told)
 
 
+def test_what_transformers_does_not_read_of_experts_is_not_asked_of_it(
+    mixtral: Path, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_check, "PACKAGES", {"compressed-tensors": ("torch",), "gptq": ("torch",)})
+    zeros = {"weights": "int4-g32-zero", "quantizer": "rtn", "transforms": []}
+    for i, recipe in enumerate((MIXED, zeros)):
+        quantize_directory(tiny_model("mixtral"), tmp_path / str(i), make_recipe(recipe), proof=Proof(tokens=0))
+        reading = read_by_others(tmp_path / str(i), tmp_path, "compressed-tensors", Silent())
+        assert reading.why == "transformers reads experts of one format for all, of integers without zero points"
+    assert (
+        read_by_others(mixtral, tmp_path, "gptq", Silent()).why == "transformers' reader of gptq is not known to take experts"
+    )
+    with pytest.raises(NumericsError, match="does not open the export"):
+        read_by_others(mixtral, tmp_path, "compressed-tensors", Silent())
+
+
 def test_patterns_say_their_own_experts_alone() -> None:
     def layers(block: int, *leaves: str) -> list[str]:
         return [f"model.layers.{block}.mlp.experts.{e}.{leaf}" for e in range(12) for leaf in leaves]
@@ -295,3 +313,15 @@ def test_a_runtime_gets_one_format_for_all_experts_of_a_block(tiny_model: Callab
     recipe = {"weights": "int4-row", "quantizer": "rtn", "transforms": [], "overrides": rules}
     with pytest.raises(UsageError, match=r"vllm joins model\.layers\.0\.mlp\.experts\.gate_up_proj and .*experts\.down_proj"):
         bitpress.quantize(model, tmp_path / "other", recipe=recipe, runtime="vllm", proof_tokens=0)
+
+
+def test_transformers_gets_one_format_for_all_experts(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    recipe: dict[str, Any] = {"weights": "int4-g32", "quantizer": "rtn", "transforms": []}
+    rules = [{"match": "*.0.mlp.experts.*", "weights": "int8-g32"}]
+    with pytest.raises(UsageError, match=r"joins model\.layers\.0\.mlp\.experts.* and model\.layers\.1"):
+        bitpress.quantize(model, tmp_path / "out", recipe=recipe | {"overrides": rules}, runtime="transformers", proof_tokens=0)
+    recipe |= {"skip": ["*.1.mlp.experts.*"]}
+    with pytest.raises(UsageError, match=r"transformers cannot load model\.layers\.1\.mlp\.experts.* in 16 bits"):
+        bitpress.quantize(model, tmp_path / "out", recipe=recipe, runtime="transformers", proof_tokens=0)
+    assert not (tmp_path / "out").exists()

@@ -69,7 +69,7 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
     weights = _weights(streamed, method)
     target, names = _target(found.target), hub_names(streamed.model)
     by_name = {planned.parameter.stem: planned for planned in weights}
-    alike = {stem: group for group in _joined(by_name) for stem in group} if found.joins else {}
+    alike = {stem: group for group in _joined(by_name, found) for stem in group}
     own: list[Override] = []
     for stem, planned in by_name.items():
         together = [by_name[name] for name in alike.get(stem, [stem])]
@@ -98,8 +98,9 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
             )
-    if found.joins:
-        _check_joined(weights, runtime)
+    _check_joined(weights, found, runtime)
+    if found.experts == "model":
+        _check_kept(streamed, method, names, runtime)
     return method
 
 
@@ -171,24 +172,24 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
 
 
-def _joined(by_name: Mapping[str, PlannedWeight]) -> list[list[str]]:
-    """Return the weights that a server joins into one product, each group in order; it joins all experts of a block."""
+def _joined(by_name: Mapping[str, PlannedWeight], runtime: ForeignRuntime) -> list[list[str]]:
+    """Return the weights that a runtime joins into one product, or reads alike, each group in order."""
     groups: list[list[str]] = []
+    stacks: dict[str, list[str]] = {}
     for stem, planned in by_name.items():
         parent, _, leaf = stem.rpartition(".")
-        if planned.parameter.experts:
-            stacks = [name for name, other in by_name.items() if other.parameter.experts and name.rpartition(".")[0] == parent]
-            groups += [stacks] if stem == stacks[0] else []
-        for parts in _JOINED:
+        if planned.parameter.experts and runtime.experts != "apart":
+            stacks.setdefault(parent if runtime.experts == "block" else "", []).append(stem)
+        for parts in _JOINED if runtime.joins else ():
             if leaf == parts[0]:
                 groups.append([name for part in parts if (name := f"{parent}.{part}") in by_name])
-    return groups
+    return [*groups, *stacks.values()]
 
 
-def _check_joined(weights: list[PlannedWeight], runtime: str) -> None:
-    """Raise UsageError where weights that a server joins have several formats."""
+def _check_joined(weights: list[PlannedWeight], found: ForeignRuntime, runtime: str) -> None:
+    """Raise UsageError where weights that a runtime joins have several formats."""
     by_name = {planned.parameter.stem: planned for planned in weights}
-    for first, *others in _joined(by_name):
+    for first, *others in _joined(by_name, found):
         fmt = by_name[first].format
         differing = next((name for name in others if by_name[name].format != fmt), None)
         if differing is not None:
@@ -196,3 +197,11 @@ def _check_joined(weights: list[PlannedWeight], runtime: str) -> None:
                 f"{runtime} joins {first} and {differing} into one product, and their formats differ "
                 f"({fmt.name}, {by_name[differing].format.name}); give them the same."
             )
+
+
+def _check_kept(model: StreamedModel, method: Method, names: HubNames, runtime: str) -> None:
+    """Raise UsageError for experts that are kept in 16 bits, by a runtime that reads all experts in one format."""
+    for i in range(len(model.blocks)):
+        for name in list_weights(model, i, method.recipe.skip)[1]:
+            if len(names.get(name, ())) > 1:
+                raise UsageError(f"{runtime} cannot load {name} in 16 bits beside compressed weights; do not skip experts.")
