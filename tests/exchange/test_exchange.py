@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.export_directory import DirectoryExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.plain_layer import make_plain, plain_layer, unpack_plain
@@ -159,8 +160,10 @@ class Signed:
     about: ClassVar[str] = "a directory of signed bytes"
     tables: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight_q", "weight_s"})
     suffixes: ClassVar[frozenset[str]] = marks
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

@@ -205,7 +205,7 @@ def test_values_beyond_half_precision_are_an_error(
     checkpoint = CompressedCheckpoint.open(pressed_original)
     monkeypatch.setattr(export_directory, "read_tensor", lambda file, entry: torch.full(entry.shape, 1e6))
     with pytest.raises(NumericsError, match=r"beyond the range of torch.float16"):
-        EXPORTERS["fp16"].export(checkpoint, tmp_path, {}, Silent())
+        EXPORTERS["fp16"].export(checkpoint, tmp_path, {}, {}, Silent())
 
 
 def test_files_beside_the_weights_are_part_of_what_is_taken_over(exported: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Configurations of architectures that transformers does not read out of GGUF, from the metadata of a file."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["own_config"]
@@ -15,9 +16,29 @@ _KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.key_length": "head_dim",
-    "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model of transformers: its type, its name of the number of experts, and what llama.cpp computes without saying it."""
+
+    kind: str
+    experts: str = "num_experts"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MODELS = {
+    "smollm3": _Model("smollm3"),
+    "olmo2": _Model("olmo2"),
+    "olmoe": _Model("olmoe", fixed={"norm_topk_prob": False}),
+    "qwen2moe": _Model("qwen2_moe", fixed={"norm_topk_prob": False}),
+    "qwen3moe": _Model("qwen3_moe", fixed={"norm_topk_prob": True}),
+}
+_MIXTRAL = _Model("mixtral", "num_local_experts")
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
@@ -25,11 +46,11 @@ def own_config(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the values of a configuration, `model_type` among them; None for what transformers reads itself."""
     architecture = metadata.get("general.architecture")
     mixture = architecture == "llama" and bool(metadata.get("llama.expert_count"))
-    model = {"smollm3": "smollm3", "olmo2": "olmo2"}.get(str(architecture), "mixtral" if mixture else None)
+    model = _MIXTRAL if mixture else _MODELS.get(str(architecture))
     if model is None:
         return None
-    values: dict[str, Any] = {"model_type": model}
-    for key, ours in _KEYS.items():
+    values: dict[str, Any] = {"model_type": model.kind, **model.fixed}
+    for key, ours in {**_KEYS, "expert_count": model.experts}.items():
         if f"{architecture}.{key}" in metadata:
             values[ours] = metadata[f"{architecture}.{key}"]
     for key, ours in _TOKENS.items():

@@ -31,6 +31,9 @@ __all__ = ["GgufModel", "load_gguf", "load_gguf_config", "load_gguf_tokenizer", 
 # Kinds of tokenizers in GGUF that transformers rebuilds.
 _TOKENIZERS = ("gpt2", "llama")
 
+# Architectures whose configuration transformers does not read out of GGUF, which it does before it looks for the class of a tokenizer.
+_UNREAD = frozenset({"olmo2", "olmoe", "smollm3"})
+
 # tokenizer.ggml.pre: vocabularies that split digits one by one (transformers' reader treats them like GPT-2), and those like GPT-2.
 _SINGLE_DIGITS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
 _LIKE_GPT2 = frozenset({"default", "gpt-2", "jais", "mpt", "olmo", "phi-2", "trillion"})
@@ -225,9 +228,12 @@ def _load_state(path: Path, config: Any) -> dict[str, torch.Tensor]:
 
 def _load_tokenizer(path: Path, header: GgufHeader, config: Any, say: Callable[[str], None]) -> Any:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, config=config)
+    if header.metadata.get("general.architecture") in _UNREAD:
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, config=config)
     split = header.metadata.get("tokenizer.ggml.pre", "default")
     if header.metadata.get("tokenizer.ggml.model") == "gpt2":
         splitter = tokenizer.backend_tokenizer.pre_tokenizer

@@ -188,7 +188,7 @@ def plan(
             *([] if excess is None else [excess]),
         ]:
             screen.note(text)
-    leaves = carriers(planned.weights, method)
+    leaves = carriers(planned.weights, method, streamed)
     if as_json:
         print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
     else:

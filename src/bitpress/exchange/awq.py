@@ -19,6 +19,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks, experts_of
 from bitpress.exchange.plain_layer import PlainLayer, make_plain, plain_layer, unpack_plain
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -37,8 +38,10 @@ class Awq:
     about: ClassVar[str] = "AWQ's integers of 4 bits with zero points, in groups of inputs"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = marks
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:
@@ -76,7 +79,9 @@ class Awq:
                 f"weights have groups of {', '.join(map(str, sizes))}; a checkpoint of AWQ has one size of groups."
             )
         settings = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": sizes[0], "zero_point": True}
-        kept = sorted(name for name in plain if any(part.isdigit() for part in name.split(".")))
+        quantized = {found[0] for name in entries if (found := experts_of(name)) is not None}
+        folded = {name if (found := experts_of(name)) is None or found[0] in quantized else found[0] for name in plain}
+        kept = sorted(name for name in folded if any(part.isdigit() for part in name.split(".")))
         return {**config, "quantization_config": settings | {"modules_to_not_convert": kept or None}}
 
     @staticmethod

@@ -24,6 +24,7 @@ import torch
 from bitpress.checkpoints.jsonfile import parse_json
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import PlainLayer, make_packed, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.formats import Block, CompressedLayer, Format, Packed, parse_format
@@ -46,10 +47,12 @@ class Bitsandbytes:
     about: ClassVar[str] = "bitsandbytes' NF4 and FP4"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "weight.absmax"})
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *_STATES}
     )
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import make_packed
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.formats import CompressedLayer, parse_format
@@ -28,8 +29,10 @@ class BitsandbytesInt8:
     about: ClassVar[str] = "bitsandbytes' LLM.int8(), read alone"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "SCB"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"weight", "SCB", "weight_format"})
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

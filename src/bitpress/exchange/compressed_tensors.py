@@ -39,6 +39,7 @@ from bitpress.exchange.compressed_tensors_input import (
     written_input,
 )
 from bitpress.exchange.compressed_tensors_scheme import INT, STORES, Args, Scheme, read_schemes, write_settings
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import make_packed, order_of_groups, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_apart, split_words, words_of
@@ -63,11 +64,13 @@ class CompressedTensors:
     about: ClassVar[str] = "compressed-tensors, as vLLM reads it: integers of 2 to 8 bits, FP8, MXFP8, MXFP6, MXFP4, NVFP4"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"}
         | {"input_scale", "input_zero_point", "input_global_scale"}
     )
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bitpress.errors import BitpressError, FormatError
+from bitpress.exchange.expert_names import fold_experts
 from bitpress.formats import Integer, parse_format
 
 __all__ = ["INT", "STORES", "Args", "Scheme", "read_schemes", "write_settings"]
@@ -286,7 +287,7 @@ def write_settings(schemes: Mapping[str, Scheme], plain: Collection[str]) -> dic
     """Return the quantization_config of layers with these schemes, beside plain ones.
 
     One scheme is that of all layers of class `Linear` but those to ignore. Several name their layers: vLLM looks for the class of a fused
-    layer before the names of its parts.
+    layer before the names of its parts. Experts of a block are named by one pattern.
     """
     counted = Counter(schemes.values()).most_common()
     formats = sorted({scheme.format for scheme in schemes.values()})
@@ -296,7 +297,8 @@ def write_settings(schemes: Mapping[str, Scheme], plain: Collection[str]) -> dic
         del told["padded"]
         if len(formats) == 1:
             del told["format"]
-        names = [name for name, its in schemes.items() if its == scheme]
+        own = [name for name, its in schemes.items() if its == scheme]
+        names = _targets(own, [*(name for name, its in schemes.items() if its != scheme), *plain])
         groups[f"group_{i}"] = {"targets": ["Linear"] if len(counted) == 1 else names, "output_activations": None, **told}
     return {
         "quant_method": "compressed-tensors",
@@ -304,9 +306,14 @@ def write_settings(schemes: Mapping[str, Scheme], plain: Collection[str]) -> dic
         "quantization_status": "compressed",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": sorted({*plain, "lm_head"} - schemes.keys()),
+        "ignore": sorted(_targets({*plain, "lm_head"} - schemes.keys(), schemes)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def _targets(layers: Collection[str], others: Collection[str]) -> list[str]:
+    names, patterns = fold_experts(layers, others)
+    return [*names, *(f"re:{pattern}" for pattern in patterns)]

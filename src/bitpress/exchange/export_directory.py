@@ -10,11 +10,15 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME
 from bitpress.checkpoints.durable import write_durably
+from bitpress.checkpoints.hub_names import HubNames
 from bitpress.checkpoints.jsonfile import write_json_bytes
+from bitpress.checkpoints.parameter import stem
 from bitpress.checkpoints.safetensors_file import read_tensor, serialize
 from bitpress.checkpoints.side_files import find_side_files, read_side_file
 from bitpress.checkpoints.source import SIDE_FILES, encode_config
 from bitpress.errors import BitpressError, FormatError, NumericsError
+from bitpress.exchange.expert_names import Stacks
+from bitpress.exchange.pieces import cut_layer, pieces_of
 from bitpress.exchange.source import DirectoryFormat, Fate, Fates, Target
 from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.progress import Progress
@@ -43,8 +47,10 @@ class DirectoryExporter:
     def is_file(self) -> bool:
         return False
 
-    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
-        return write_directory(checkpoint, target, self.format, fates, None, progress)
+    def export(
+        self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, names: HubNames, progress: Progress
+    ) -> dict[str, float]:
+        return write_directory(checkpoint, target, self.format, fates, names, None, progress)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,10 @@ class PlainExporter:
     def is_file(self) -> bool:
         return False
 
-    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
-        return write_directory(checkpoint, target, None, fates, self.dtype, progress)
+    def export(
+        self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, names: HubNames, progress: Progress
+    ) -> dict[str, float]:
+        return write_directory(checkpoint, target, None, fates, names, self.dtype, progress)
 
 
 def write_directory(
@@ -74,15 +82,16 @@ def write_directory(
     target: Path,
     format: type[DirectoryFormat] | None,
     fates: Fates,
+    names: HubNames,
     dtype: torch.dtype | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Write a model into an empty directory; return the error that each tensor gained which is not stored as it was.
+    """Write a model into an empty directory; return the error that each parameter gained which is not stored as it was.
 
-    `dtype` is that of all values; None: tensors keep theirs, and decoded weights have that of most tensors.
+    `names` are those of the tensors, where they are others than the parameters'. `dtype` is that of all values; None: tensors keep theirs, and decoded weights have that of most tensors.
     """
     progress.begin(f"writing {target.name}", len(checkpoint.plain) + len(fates))
-    made = _Made(checkpoint, format, fates, dtype, progress)
+    made = _Made(checkpoint, format, fates, names, dtype, progress)
     _write_shards(made.tensors(), target)
     marks = ("quantization_config", "transformers_weights", "torch_dtype")
     config = {key: value for key, value in checkpoint.config.items() if key not in marks}
@@ -110,10 +119,12 @@ class _Made:
         checkpoint: CompressedCheckpoint,
         format: type[DirectoryFormat] | None,
         fates: Fates,
+        names: HubNames,
         dtype: torch.dtype | None,
         progress: Progress,
     ) -> None:
         self.checkpoint, self.format, self.fates, self.dtype, self.progress = checkpoint, format, fates, dtype, progress
+        self.names, self.stacks = names, Stacks({}) if format is None else format.stacks
         self.entries: dict[str, Mapping[str, Any]] = {}
         self.added: dict[str, float] = {}
         self.matrices: list[str] = []
@@ -123,8 +134,7 @@ class _Made:
         """Yield the tensors of every parameter. Raises FormatError by its name."""
         for name in self.checkpoint.plain:
             value = read_tensor(*self.checkpoint.tensors[name])
-            self._note_plain(name, value)
-            yield {name: self._stored(name, value, self.dtype) if value.is_floating_point() else value}
+            yield self._named(name, self._stored(name, value, self.dtype) if value.is_floating_point() else value)
             self.progress.advance(name)
         for name, fate in self.fates.items():
             try:
@@ -138,16 +148,40 @@ class _Made:
     def _compressed(self, name: str, fate: Fate) -> dict[str, torch.Tensor]:
         layer = self.checkpoint.read_layer(name)
         if fate.how == "decoded" or self.format is None:
-            decoded = self.checkpoint.decoded(name, layer)
-            self._note_plain(name, decoded)
-            return {name: self._stored(name, decoded, self.usual)}
+            return self._named(name, self._stored(name, self.checkpoint.decoded(name, layer), self.usual))
         if fate.how == "rounded":
             assert fate.format is not None
             layer, self.added[name] = round_again(layer, fate.format)
-        stored = self.format.write(layer)
-        stem = name.removesuffix(".weight")
-        self.entries[stem] = stored.entry
-        return {f"{stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
+        shape = self.checkpoint.manifest.weights[name].parameter(name).parameter_shape
+        tensors: dict[str, torch.Tensor] = {}
+        for piece in pieces_of(self.names, name, shape):
+            stored = self.format.write(cut_layer(layer, piece))
+            place = self.stacks.find(stem(piece.name))
+            if self.entries.setdefault(stem(piece.name) if place is None else place[0], stored.entry) != stored.entry:
+                raise FormatError("its experts are not stored alike.")
+            tensors |= {f"{stem(piece.name)}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
+        return self._stacked(tensors)
+
+    def _named(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a plain parameter by the names of its tensors, and note those that are weights of layers."""
+        pieces = pieces_of(self.names, name, tuple(value.shape))
+        for piece in pieces:
+            if piece.name.endswith(".weight") and len(piece.shape) == 2:
+                self.matrices.append(stem(piece.name))
+        return self._stacked({piece.name: piece.cut(value) for piece in pieces})
+
+    def _stacked(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return tensors with those of experts joined that the tool stores in one."""
+        made: dict[str, torch.Tensor] = {}
+        joined: dict[str, dict[int, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, leaf = name.rpartition(".")
+            place = self.stacks.find(layer)
+            if place is None:
+                made[name] = tensor
+            else:
+                joined.setdefault(f"{place[0]}.{leaf}", {})[place[1]] = tensor
+        return made | {name: torch.stack([its[i] for i in range(len(its))]) for name, its in joined.items()}
 
     def _stored(self, name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return values in a type, and note what they lose. Raises NumericsError where they leave its range."""
@@ -158,10 +192,6 @@ class _Made:
             if (error := added_error(value, made)) > 0 or name in self.fates:
                 self.added[name] = error
         return made.contiguous()
-
-    def _note_plain(self, name: str, value: torch.Tensor) -> None:
-        if name.endswith(".weight") and value.ndim == 2:
-            self.matrices.append(name.removesuffix(".weight"))
 
 
 def _usual_type(checkpoint: CompressedCheckpoint) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.hub_names import HubNames, Piece
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import BitpressError, DiskError, FormatError, UsageError
 from bitpress.exchange.export_directory import added_error, round_again
@@ -17,8 +18,9 @@ from bitpress.exchange.gguf_blocks import BLOCK_TYPES
 from bitpress.exchange.gguf_metadata import find_architecture, frequency_tensors, set_metadata, whole_config
 from bitpress.exchange.gguf_names import ARCHITECTURES, order_to_pairs
 from bitpress.exchange.gguf_tokenizer import set_tokenizer
+from bitpress.exchange.pieces import cut_layer, pieces_of, spec_of_piece
 from bitpress.exchange.plain_layer import plain_layer
-from bitpress.exchange.source import Fate, Fates, StoredLayer, Target
+from bitpress.exchange.source import Fate, Fates, Target
 from bitpress.formats import CompressedLayer, CompressedWeight, Packed, parse_format
 from bitpress.progress import Progress
 
@@ -29,12 +31,13 @@ _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file to be: its type, shape and bytes, and the parameter that it is made of."""
+    """A tensor of the file to be: its type, shape and bytes, and the pieces of the parameter that it is made of, one for each expert."""
 
     name: str
     parameter: str
     kind: str
     shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def nbytes(self) -> int:
@@ -60,14 +63,16 @@ class GgufExporter:
     def is_file(self) -> bool:
         return True
 
-    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+    def export(
+        self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, names: HubNames, progress: Progress
+    ) -> dict[str, float]:
         if target.suffix.lower() != ".gguf":
             raise UsageError(f"{target.name}: the name of a GGUF file ends in .gguf.")
         architecture = find_architecture(checkpoint.config)
         config = whole_config(checkpoint.config)
-        tensors = _plan(checkpoint, architecture, fates)
+        tensors = _plan(checkpoint, architecture, fates, names)
         beside = frequency_tensors(config)
-        added: dict[str, float] = {}
+        made = _Made(checkpoint, architecture, config, fates)
         progress.begin(f"writing {target.name}", len(tensors))
         writer = _begin(target, architecture, tensors, checkpoint, config)
         try:
@@ -80,7 +85,7 @@ class GgufExporter:
             for values in beside.values():
                 writer.write_tensor_data(values.numpy())
             for tensor in tensors:
-                raw = _made(checkpoint, architecture, config, tensor, fates, added)
+                raw = made.content(tensor)
                 assert raw.nbytes == tensor.nbytes, tensor.name
                 writer.write_tensor_data(raw.contiguous().view(torch.uint8).numpy())
                 if tensor.name in factors:
@@ -91,7 +96,7 @@ class GgufExporter:
         finally:
             writer.close()
         _sync(target)
-        return added
+        return made.added
 
 
 def _sync(path: Path) -> None:
@@ -99,37 +104,43 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _plan(checkpoint: CompressedCheckpoint, architecture: str, fates: Fates) -> list[_Tensor]:
+def _plan(checkpoint: CompressedCheckpoint, architecture: str, fates: Fates, names: HubNames) -> list[_Tensor]:
     """Return the tensors of the file. Raises UsageError for a parameter that has no place in it."""
     row = ARCHITECTURES[architecture]
     tensors: list[_Tensor] = []
     for parameter in checkpoint.names:
-        place = row.theirs(parameter)
-        if place is None or place.expert is not None:
-            raise UsageError(
-                f"{checkpoint.root}: {parameter} has no place in a GGUF file of {architecture} as it is written here"
-                f"{'; experts are read, and not yet written' if 'experts' in parameter else ''}."
-            )
-        fate = fates.get(parameter)
-        if fate is None:
-            entry = checkpoint.plain[parameter]
-            kind = "F32" if len(entry.shape) < 2 else _PLAIN.get(entry.torch_dtype, "F32")
-            tensors.append(_Tensor(place.tensor, parameter, kind, entry.shape))
-        else:
-            spec = checkpoint.manifest.weights[parameter].spec
-            shape = (spec["shape"][0], spec["shape"][1])
-            tensors.append(_Tensor(place.tensor, parameter, _kind(spec, fate), shape))
+        fate, entry = fates.get(parameter), checkpoint.plain.get(parameter)
+        shape = checkpoint.manifest.weights[parameter].parameter(parameter).parameter_shape if entry is None else entry.shape
+        places: dict[str, dict[int | None, Piece]] = {}
+        for piece in pieces_of(names, parameter, shape):
+            place = row.theirs(piece.name)
+            if place is None:
+                raise UsageError(
+                    f"{checkpoint.root}: {piece.name} has no place in a GGUF file of {architecture} as it is written here."
+                )
+            places.setdefault(place.tensor, {})[place.expert] = piece
+        for tensor, experts in places.items():
+            one = next(iter(experts.values()))
+            whole = one.shape if None in experts else (len(experts), *one.shape)
+            pieces = tuple(piece for _, piece in sorted(experts.items(), key=lambda item: item[0] or 0))
+            if entry is None:
+                assert fate is not None
+                kind = _kind(checkpoint.manifest.weights[parameter].spec, one, fate)
+            else:
+                small = len(shape) < 2 or row.routes(tensor)
+                kind = "F32" if small else _PLAIN.get(entry.torch_dtype, "F32")
+            tensors.append(_Tensor(tensor, parameter, kind, whole, pieces))
     return tensors
 
 
-def _kind(spec: Mapping[str, Any], fate: Fate) -> str:
+def _kind(spec: Mapping[str, Any], piece: Piece, fate: Fate) -> str:
     if fate.how == "decoded":
         return "F16"
     if fate.how == "rounded":
         assert fate.format is not None
         fmt = parse_format(fate.format)
         return next(name for name, kind in BLOCK_TYPES.items() if parse_format(kind.format) == fmt)
-    plain = plain_layer(spec, None)
+    plain = plain_layer(spec_of_piece(spec, piece.shape[0]), None)
     name = None if isinstance(plain, str) else block_type(plain)
     assert name is not None
     return name
@@ -187,47 +198,62 @@ def _announce(writer: Any, checkpoint: CompressedCheckpoint, tensors: list[_Tens
     return factors
 
 
-def _made(
-    checkpoint: CompressedCheckpoint,
-    architecture: str,
-    config: Mapping[str, Any],
-    tensor: _Tensor,
-    fates: Fates,
-    added: dict[str, float],
-) -> torch.Tensor:
-    """Return the content of a tensor."""
-    row = ARCHITECTURES[architecture]
-    heads = None
-    if row.moves_rows(tensor.name):
-        queries = config["num_attention_heads"]
-        heads = queries if "attn_q" in tensor.name else config.get("num_key_value_heads") or queries
-    order = None if heads is None else order_to_pairs(tensor.shape[0], heads)
-    fate = fates.get(tensor.parameter)
-    try:
+class _Made:
+    """The contents of tensors, one after the other. Of the parameter that was last read the value is held: several tensors are made of it.
+
+    added   the error that weights gained
+    """
+
+    def __init__(self, checkpoint: CompressedCheckpoint, architecture: str, config: Mapping[str, Any], fates: Fates) -> None:
+        self.checkpoint, self.row, self.config, self.fates = checkpoint, ARCHITECTURES[architecture], config, fates
+        self.added: dict[str, float] = {}
+        self.held: tuple[str, torch.Tensor | CompressedLayer] | None = None
+
+    def content(self, tensor: _Tensor) -> torch.Tensor:
+        """Return the content of a tensor. Raises FormatError by the parameter's name."""
+        try:
+            if self.held is None or self.held[0] != tensor.parameter:
+                self.held = (tensor.parameter, self._read(tensor))
+            value, order = self.held[1], self._order(tensor)
+            if isinstance(value, CompressedLayer):
+                return self._blocks(value, tensor, order)
+        except BitpressError as error:
+            raise FormatError(f"{tensor.parameter}: {error}") from error
+        pieces = [piece.cut(value) for piece in tensor.pieces]
+        values = pieces[0] if len(tensor.shape) == pieces[0].ndim else torch.stack(pieces)
+        values = values if order is None else values[order]
+        return values.to({name: dtype for dtype, name in _PLAIN.items()}[tensor.kind])
+
+    def _read(self, tensor: _Tensor) -> torch.Tensor | CompressedLayer:
+        """Return what becomes of a parameter: its values, or the layer whose codes are written."""
+        name = tensor.parameter
+        fate = self.fates.get(name)
         if fate is None:
-            values = read_tensor(*checkpoint.tensors[tensor.parameter])
-            values = values.float() + 1 if row.shifts(tensor.name) else values
-        else:
-            layer = checkpoint.read_layer(tensor.parameter)
-            if fate.how != "decoded":
-                return _blocks(layer, tensor, fate, order, added).tensors["blocks"]
-            decoded = checkpoint.decoded(tensor.parameter, layer)
+            values = read_tensor(*self.checkpoint.tensors[name])
+            return values.float() + 1 if self.row.shifts(tensor.name) else values
+        layer = self.checkpoint.read_layer(name)
+        if fate.how == "decoded":
+            decoded = self.checkpoint.decoded(name, layer)
             values = decoded.half()
-            added[tensor.parameter] = added_error(decoded, values.float())
-    except BitpressError as error:
-        raise FormatError(f"{tensor.parameter}: {error}") from error
-    values = values if order is None else values[order]
-    return values.to({name: dtype for dtype, name in _PLAIN.items()}[tensor.kind])
+            self.added[name] = added_error(decoded, values.float())
+            return values
+        if fate.how == "rounded":
+            assert fate.format is not None
+            layer, self.added[name] = round_again(layer, fate.format)
+        return layer
 
+    def _order(self, tensor: _Tensor) -> torch.Tensor | None:
+        """Return the order of the rows of queries and keys, where it is another."""
+        if not self.row.moves_rows(tensor.name):
+            return None
+        queries = self.config["num_attention_heads"]
+        heads = queries if "attn_q" in tensor.name else self.config.get("num_key_value_heads") or queries
+        return order_to_pairs(tensor.shape[0], heads)
 
-def _blocks(
-    layer: CompressedLayer, tensor: _Tensor, fate: Fate, order: torch.Tensor | None, added: dict[str, float]
-) -> StoredLayer:
-    if fate.how == "rounded":
-        assert fate.format is not None
-        layer, added[tensor.parameter] = round_again(layer, fate.format)
-    if order is not None:
-        term = layer.weight.terms[0]
-        assert isinstance(term, Packed)
-        layer = CompressedLayer(CompressedWeight((move_rows(term, order),)))
-    return Gguf.write(layer)
+    def _blocks(self, layer: CompressedLayer, tensor: _Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        weight = CompressedWeight.stack_rows([cut_layer(layer, piece).weight for piece in tensor.pieces])
+        if order is not None:
+            term = weight.terms[0]
+            assert isinstance(term, Packed)
+            weight = CompressedWeight((move_rows(term, order),))
+        return Gguf.write(CompressedLayer(weight)).tensors["blocks"]

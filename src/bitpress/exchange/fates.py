@@ -3,26 +3,29 @@
 from collections.abc import Collection
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.hub_names import HubNames
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import UsageError
+from bitpress.exchange.pieces import pieces_of, refuse_pieces
 from bitpress.exchange.source import Exporter, Fate, Fates, Target
 
 __all__ = ["plan_fates"]
 
 
 def plan_fates(
-    checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, requantize: bool, tables: Collection[str]
+    checkpoint: CompressedCheckpoint, name: str, exporter: Exporter, requantize: bool, tables: Collection[str], names: HubNames
 ) -> Fates:
     """Say what becomes of every compressed weight by an exporter, which has this name.
 
     Embeddings and output head that the target cannot hold are decoded, or rounded again where it has compressed tables of its own;
-    `tables` are those whose rows are looked up. Raises UsageError for weights of blocks that it cannot hold, unless they may be rounded again.
+    `tables` are those whose rows are looked up,
+    `names` the tensors of parameters. Raises UsageError for weights of blocks that it cannot hold, unless they may be rounded again.
     """
     target = exporter.target
     fates: dict[str, Fate] = {}
     outside = set(checkpoint.outer)
     for parameter, record in checkpoint.manifest.weights.items():
-        why = "every weight is decoded" if target is None else _refusal(parameter, record, target, tables)
+        why = "every weight is decoded" if target is None else _refusal(parameter, record, target, tables, names)
         if why is not None and record.input is not None:
             raise UsageError(
                 f"{checkpoint.root}: {parameter}: the input of its product is rounded ({record.input['format']}), which {name} cannot say "
@@ -33,7 +36,7 @@ def plan_fates(
         elif target is None or (parameter in outside and not target.tables):
             fates[parameter] = Fate("decoded", why=why)
         else:
-            fates[parameter] = _other(checkpoint, parameter, record, target, why)
+            fates[parameter] = _other(checkpoint, parameter, record, target, why, names)
     if target is None:
         return fates
     blocked = {parameter: fate for parameter, fate in fates.items() if fate.how != "exact" and parameter not in outside}
@@ -46,9 +49,15 @@ def plan_fates(
     return fates
 
 
-def _refusal(parameter: str, record: WeightRecord, target: type[Target], tables: Collection[str]) -> str | None:
+def _refusal(
+    parameter: str, record: WeightRecord, target: type[Target], tables: Collection[str], names: HubNames
+) -> str | None:
+    if record.experts and not target.experts:
+        return "it is a stack of experts, which this tool does not read compressed"
     if record.experts:
-        return "it is a stack of experts"
+        shape = record.parameter(parameter).parameter_shape
+        pieces = () if record.transposed else pieces_of(names, parameter, shape)
+        return refuse_pieces(record.spec, pieces, target, record.input)
     if record.transposed and not target.transposed:
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if parameter in tables and not target.tables:
@@ -56,8 +65,15 @@ def _refusal(parameter: str, record: WeightRecord, target: type[Target], tables:
     return target.refuses(record.spec, record.input)
 
 
-def _other(checkpoint: CompressedCheckpoint, parameter: str, record: WeightRecord, target: type[Target], why: str) -> Fate:
+def _other(
+    checkpoint: CompressedCheckpoint, parameter: str, record: WeightRecord, target: type[Target], why: str, names: HubNames
+) -> Fate:
     """Return the fate of a weight that cannot be carried over."""
-    rows, columns = record.spec["shape"]
-    format = None if record.experts else target.nearest(checkpoint.bits_of([parameter]), (rows, columns))
+    shapes = set() if record.experts else {(record.spec["shape"][0], record.spec["shape"][1])}
+    if record.experts and target.experts and not record.transposed:
+        pieces = pieces_of(names, parameter, record.parameter(parameter).parameter_shape)
+        shapes = {(piece.shape[0], piece.shape[1]) for piece in pieces if len(piece.shape) == 2 and len(pieces) > 1}
+    bits = checkpoint.bits_of([parameter])
+    formats = {target.nearest(bits, shape) for shape in shapes}
+    format = formats.pop() if len(formats) == 1 else None
     return Fate("decoded", why=why) if format is None else Fate("rounded", format, why)

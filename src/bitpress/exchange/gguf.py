@@ -252,6 +252,7 @@ class Gguf:
     about: ClassVar[str] = "a .gguf file of llama.cpp; weights keep their codes"
     tables: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
 
     @staticmethod
     def owns(path: Path) -> bool:

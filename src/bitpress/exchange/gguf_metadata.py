@@ -13,6 +13,8 @@ from bitpress.exchange.gguf_names import ARCHITECTURES
 __all__ = ["find_architecture", "frequency_tensors", "set_metadata", "whole_config"]
 
 _ACTIVATIONS = {"gemma3": "gelu_pytorch_tanh"}
+# Whether the weights of the chosen experts are made to sum to one: src/models/ of llama.cpp, the argument norm_w of build_moe_ffn.
+_WEIGHTS_OF_ONE = {"qwen2moe": False, "qwen3moe": True, "olmoe": False}
 
 
 def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +63,25 @@ def _reason(name: str, config: Mapping[str, Any]) -> str | None:
         ),
         (name == "gemma3" and scalar not in (None, _head_dim(config)), f"query_pre_attn_scalar is {scalar}"),
         (bool(config.get("attn_logit_softcapping")), "its attention scores are capped"),
+        *_of_mixture(name, config),
     )
     return next((text for is_so, text in checks if is_so), None)
+
+
+def _of_mixture(name: str, config: Mapping[str, Any]) -> tuple[tuple[bool, str], ...]:
+    """Return what could keep a mixture of experts from llama.cpp, whose code of an architecture fixes all of it."""
+    if name not in _WEIGHTS_OF_ONE:
+        return ()
+    heads, one = config["num_attention_heads"], config.get("norm_topk_prob")
+    narrow = config["hidden_size"] != heads * _head_dim(config) or (name == "olmoe" and config["num_key_value_heads"] != heads)
+    dense = bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
+    return (
+        (one != _WEIGHTS_OF_ONE[name], f"norm_topk_prob is {one}, not {_WEIGHTS_OF_ONE[name]}"),
+        (dense, "some of its layers have no experts"),
+        (bool(config.get("clip_qkv")), "its queries, keys and values are clipped"),
+        (name != "qwen3moe" and narrow, "its heads together are not as wide as its hidden states"),
+        (name != "qwen3moe" and bool(config["tie_word_embeddings"]), "its output head is tied to its embeddings"),
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +122,9 @@ def set_metadata(writer: Any, name: str, config: Mapping[str, Any]) -> None:
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     if name == "phi3":
         writer.add_sliding_window(config.get("sliding_window") or 0)
+    experts = "num_local_experts" if name == "llama" else "num_experts"
     for key, tell in (
-        ("num_local_experts", writer.add_expert_count),
-        ("num_experts", writer.add_expert_count),
+        (experts, writer.add_expert_count),
         ("num_experts_per_tok", writer.add_expert_used_count),
         ("moe_intermediate_size", writer.add_expert_feed_forward_length),
         ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),

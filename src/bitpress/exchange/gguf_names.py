@@ -114,6 +114,10 @@ class Architecture:
         """Whether the rows of a tensor stand in pairs."""
         return self.paired and bool(re.fullmatch(r"blk\.[0-9]+\.attn_[qk]\.(weight|bias)", tensor))
 
+    def routes(self, tensor: str) -> bool:
+        """Whether a tensor chooses experts, which llama.cpp's own files hold in float32."""
+        return tensor.split(".")[-2] in ("ffn_gate_inp", "ffn_gate_inp_shexp")
+
     def shifts(self, tensor: str) -> bool:
         return self.shifted and tensor.endswith("_norm.weight")
 
@@ -141,6 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(("qwen3",), {**_LLAMA, **_HEAD_NORMS}),
     "qwen2moe": Architecture(("qwen2_moe",), {**_LLAMA, **_EXPERTS, **_SHARED_EXPERT}),
     "qwen3moe": Architecture(("qwen3_moe",), {**_LLAMA, **_HEAD_NORMS, **_EXPERTS}),
+    "olmoe": Architecture(("olmoe",), {**_LLAMA, **_HEAD_NORMS, **_EXPERTS}),
     "gemma3": Architecture(("gemma3_text",), {**_OUTER, **_ATTENTION, **_HEAD_NORMS, **_GEMMA_NORMS, **_MLP}, shifted=True),
     "phi3": Architecture(
         ("phi3",),

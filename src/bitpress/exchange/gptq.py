@@ -20,6 +20,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks, fold_experts
 from bitpress.exchange.plain_layer import PlainLayer, make_plain, order_of_groups, plain_layer, unpack_plain
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -38,8 +39,10 @@ class Gptq:
     about: ClassVar[str] = "GPTQ's integers of 2, 3, 4 and 8 bits, in groups of inputs"
     tables: ClassVar[bool] = False
     transposed: ClassVar[bool] = True
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    stacks: ClassVar[Stacks] = Stacks({})
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:
@@ -83,13 +86,15 @@ class Gptq:
         ordered = sorted(entries.items())
         counted = [tuple(sorted(entry.items())) for _, entry in ordered]
         base = dict(Counter(counted).most_common(1)[0][0])
-        own = {
-            rf"+:^{re.escape(name)}$": {key: value for key, value in entry.items() if base[key] != value}
-            for name, entry in ordered
-            if entry != base
-        }
+        own: dict[str, dict[str, Any]] = {}
+        for told in dict.fromkeys(counted):
+            layers = [name for name, entry in ordered if tuple(sorted(entry.items())) == told]
+            if (differing := {key: value for key, value in told if base[key] != value}) != {}:
+                others = [*(name for name, _ in ordered if name not in set(layers)), *plain]
+                own |= dict.fromkeys((f"+:{rule}" for rule in _named(layers, others)), differing)
         # Layers of blocks: what is outside of them is not quantized unless the file says so.
-        own |= {rf"-:^{re.escape(name)}$": {} for name in sorted(plain) if re.search(r"\.\d+\.", name)}
+        inside = [name for name in plain if re.search(r"\.\d+\.", name)]
+        own |= {f"-:{rule}": {} for rule in _named(inside, entries)}
         settings = {"quant_method": "gptq", **base, "lm_head": "lm_head" in entries}
         return {**config, "quantization_config": settings | ({"dynamic": own} if own else {})}
 
@@ -171,6 +176,12 @@ class Gptq:
         fmt = Format(grid, Block(1, "all" if entry["group_size"] in (-1, None) else group), _STORES[scales.dtype])
         params = {"scale": scales.T.float().contiguous()} | ({} if symmetric else {"zero": zeros.T.float().contiguous()})
         return make_plain(fmt, codes if order is None else codes[:, order], params, order)
+
+
+def _named(layers: Collection[str], others: Collection[str]) -> list[str]:
+    """Return patterns of these layers that match none of the others."""
+    names, patterns = fold_experts(layers, others)
+    return [*(rf"^{re.escape(name)}$" for name in names), *patterns]
 
 
 def _bits(entry: Mapping[str, Any]) -> int:

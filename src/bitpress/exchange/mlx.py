@@ -10,6 +10,8 @@
                                                        else intB-gN-min, min = -bias
     mxfp4, mxfp8                                       mxfp4-g32-e8m0, mxfp8-g32-e8m0
 
+Layers of experts are one, `X = model.layers.N.mlp.switch_mlp.gate_proj`, its tensors with an axis of experts in front.
+
 `quantization` in config.json has group_size, bits and mode of all layers, and by its name those of a layer that has others. With scales of
 16 bits MLX rounds the product before it adds; the numbers here are those before any rounding.
 """
@@ -22,6 +24,7 @@ import torch
 
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
+from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import PlainLayer, make_packed, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -36,14 +39,24 @@ _STORES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Modes beside `affine`: their bits, and our format.
 _FLOATS = {"mxfp4": (4, "mxfp4-g32-e8m0"), "mxfp8": (8, "mxfp8-g32-e8m0")}
 _KEYS = ("group_size", "bits", "mode")
+# What mlx-lm's models name the layers of all experts in one.
+_STACKS = {
+    **{f"mlp.experts.{{e}}.{leaf}_proj": f"mlp.switch_mlp.{leaf}_proj" for leaf in ("gate", "up", "down")},
+    **{
+        f"block_sparse_moe.experts.{{e}}.{ours}": f"block_sparse_moe.switch_mlp.{theirs}"
+        for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+    },
+}
 
 
 class Mlx:
     about: ClassVar[str] = "MLX: integers of 2 to 8 bits in groups, MXFP4 and MXFP8"
     tables: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
+    experts: ClassVar[bool] = True
     marks: ClassVar[frozenset[str]] = frozenset({"weight", "scales"})
     suffixes: ClassVar[frozenset[str]] = frozenset({"weight", "scales", "biases"})
+    stacks: ClassVar[Stacks] = Stacks(_STACKS)
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

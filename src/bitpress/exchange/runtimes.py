@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from bitpress.formats import SHORT
 
@@ -17,6 +18,7 @@ class ForeignRuntime:
     table     the format of an embedding table and of a head; keep: 16 bits
     name      of what is written, below the directory of the model
     joins     whether it joins weights that share an input into one product, so that they must have one format
+    experts   which experts must have one format, those of a block or of the model; apart: none
     source    where the formats are from
     """
 
@@ -26,6 +28,7 @@ class ForeignRuntime:
     table: str
     name: str
     joins: bool
+    experts: Literal["apart", "block", "model"]
     source: str
 
 
@@ -44,8 +47,9 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="vllm",
         joins=True,
+        experts="block",
         source="vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py (4 and 8 bits in every "
-        "version, others in new ones) and utils/marlin_utils.py (groups of 32, 64, 128, rows)",
+        "version, others in new ones) and utils/marlin_utils.py (groups of 32, 64, 128, rows); of experts compressed_tensors_moe.py there",
     ),
     "transformers": ForeignRuntime(
         about="transformers with the package compressed-tensors, on any device",
@@ -54,7 +58,8 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="transformers",
         joins=False,
-        source="compressed_tensors/compressors/pack_quantized",
+        experts="model",
+        source="compressed_tensors/compressors/pack_quantized; of experts transformers/integrations/compressed_tensors.py",
     ),
     "llama.cpp": ForeignRuntime(
         about="llama.cpp: K-quants where the inputs are a multiple of 256, blocks of 32 elsewhere; embeddings and head in Q8_0",
@@ -70,6 +75,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="int8-g32",
         name="model.gguf",
         joins=False,
+        experts="apart",
         source="ggml/src/ggml-common.h, and the types that llama.cpp's src/llama-quant.cpp falls back to",
     ),
     "mlx": ForeignRuntime(
@@ -79,6 +85,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="mlx",
         joins=False,
+        experts="apart",
         source="mlx.core.quantize: groups of 32, 64 and 128, bits 2, 3, 4, 5, 6 and 8",
     ),
 }

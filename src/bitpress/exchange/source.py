@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.checkpoints.hub_names import HubNames
 from bitpress.checkpoints.safetensors_file import TensorEntry
+from bitpress.exchange.expert_names import Stacks
 from bitpress.formats import CompressedLayer
 from bitpress.progress import Progress
 
@@ -131,10 +133,12 @@ class Target(LayerFormat, Protocol):
 
     tables      whether it reads compressed tables, whose rows are looked up
     transposed  whether it reads compressed weights of modules that hold theirs transposed (`Conv1D`)
+    experts     whether it reads compressed experts
     """
 
     tables: ClassVar[bool]
     transposed: ClassVar[bool]
+    experts: ClassVar[bool]
 
     @staticmethod
     def nearest(bits: float, shape: tuple[int, int]) -> str | None:
@@ -154,9 +158,12 @@ class Exporter(Protocol):
     @property
     def is_file(self) -> bool: ...
 
-    def export(self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, progress: Progress) -> dict[str, float]:
+    def export(
+        self, checkpoint: CompressedCheckpoint, target: Path, fates: Fates, names: HubNames, progress: Progress
+    ) -> dict[str, float]:
         """Write a model into an empty directory, or a file that is not there yet; return the relative squared error that values gained.
 
+        `names` are those that the tensors of its parameters get.
         Raises UsageError, DiskError, NumericsError, and FormatError for layers that cannot stand beside each other.
         """
         ...
@@ -170,11 +177,13 @@ class DirectoryFormat(Target, Protocol):
 
     marks      names, below a layer's, of the tensors that together tell a compressed layer from a plain one
     suffixes   names of all tensors that a compressed layer may have, its bias apart
+    stacks     endings of the names of tensors that hold a layer of all experts, by those of the layers; none: each has its own
     """
 
     about: ClassVar[str]
     marks: ClassVar[frozenset[str]]
     suffixes: ClassVar[frozenset[str]]
+    stacks: ClassVar[Stacks]
 
     @staticmethod
     def claims(config: Mapping[str, Any]) -> bool:

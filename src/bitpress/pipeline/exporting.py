@@ -3,19 +3,21 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.exports import note_export, noted_export, remove_exports
 from bitpress.checkpoints.given import read_given
+from bitpress.checkpoints.hub_names import HubNames, hub_names
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent, published
 from bitpress.checkpoints.source import quantization_of, read_config
 from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
 from bitpress.exchange.gguf import Gguf, GgufSource
+from bitpress.exchange.pieces import pieces_of
 from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
@@ -142,19 +144,19 @@ def export_model(
         raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
     checkpoint = CompressedCheckpoint.open(directory)
     exporter = EXPORTERS[to]
-    fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint))
+    network = build_skeleton(build_config(checkpoint.config), torch.float32)
+    names = hub_names(network)
+    fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint, network), names)
     with published(out, file=exporter.is_file) as made:
-        added = exporter.export(checkpoint, made, fates, progress)
-        _read_back(checkpoint, made, fates, progress)
+        added = exporter.export(checkpoint, made, fates, names, progress)
+        _read_back(checkpoint, made, fates, names, progress)
         reading = read_by_others(directory, made, to, progress)
     return Exported(to, out, _size(out), fates, added, reading)
 
 
-def _tables(checkpoint: CompressedCheckpoint) -> frozenset[str]:
+def _tables(checkpoint: CompressedCheckpoint, network: Any) -> frozenset[str]:
     """Return the compressed matrices whose rows are looked up."""
-    if not checkpoint.outer:
-        return frozenset()
-    embeddings = find_outer(build_skeleton(build_config(checkpoint.config), torch.float32)).embeddings
+    embeddings = find_outer(network).embeddings if checkpoint.outer else None
     return frozenset() if embeddings is None else frozenset({embeddings.name})
 
 
@@ -175,17 +177,19 @@ def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, o
     return done
 
 
-def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, progress: Progress) -> None:
+def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, names: HubNames, progress: Progress) -> None:
     """Raise NumericsError unless every weight whose codes were carried over is the same when it is read again."""
     source = open_source(out)
     progress.begin("reading back", len(fates))
     for name, fate in fates.items():
         if fate.how == "exact":
-            got = source.read(name)
-            if not isinstance(got, CompressedLayer) or not torch.equal(
-                got.weight.dequantize(), checkpoint.read_weight(name).dequantize()
-            ):
-                raise NumericsError(f"{out}: {name} is another weight when it is read back; do not use this export.")
+            expected = checkpoint.read_weight(name).dequantize()
+            for piece in pieces_of(names, name, tuple(expected.shape)):
+                got = source.read(piece.name)
+                if not isinstance(got, CompressedLayer) or not torch.equal(
+                    got.weight.dequantize(), expected[piece.start : piece.stop]
+                ):
+                    raise NumericsError(f"{out}: {piece.name} is another weight when it is read back; do not use this export.")
         progress.advance(name)
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bitpress.checkpoints.hub_names import HubNames, hub_names
 from bitpress.errors import UsageError, unknown_name
+from bitpress.exchange.pieces import pieces_of, refuse_pieces
 from bitpress.exchange.runtimes import RUNTIMES, ForeignRuntime
 from bitpress.exchange.source import Target
 from bitpress.exchange.table import EXPORTERS
@@ -19,7 +21,8 @@ from bitpress.recipes.recipe import Override
 __all__ = ["carriers", "choose_for", "find_runtime", "fit_to"]
 
 USUAL_BITS = 4
-# Parts of a block whose weights a server joins into one product, so that they must be stored alike.
+# Parts of a block whose weights a server joins into one product, so that they must be stored alike; vLLM wants one scheme of all experts, too
+# (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe.py, get_moe_method).
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -64,14 +67,18 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
     streamed, _ = open_original(model, method.compute)
     chain = next((formats for formats in found.formats.values() if method.format.name in _names(formats)), ())
     weights = _weights(streamed, method)
-    target = _target(found.target)
+    target, names = _target(found.target), hub_names(streamed.model)
+    by_name = {planned.parameter.stem: planned for planned in weights}
+    alike = {stem: group for group in _joined(by_name, found) for stem in group}
     own: list[Override] = []
-    for planned in weights:
-        if planned.format != method.format or _refusal(planned, method, target) is None:
+    for stem, planned in by_name.items():
+        together = [by_name[name] for name in alike.get(stem, [stem])]
+        if planned.format != method.format or all(_refusal(p, method, target, names) is None for p in together):
             continue
-        other = next((name for name in chain if _suits(_in_format(planned, name), method, target)), None)
+        fits = [[_refusal(_in_format(p, name), method, target, names) is None for p in together] for name in chain]
+        other = next((name for name, suits in zip(chain, fits, strict=True) if all(suits)), None)
         if other is not None:
-            own.append(Override(match=planned.parameter.stem, weights=parse_format(other).name))
+            own.append(Override(match=stem, weights=parse_format(other).name))
     if own:
         recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
         method = build_method(recipe)
@@ -82,7 +89,7 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
         )
     own_formats = {name for formats in found.formats.values() for name in _names(formats)}
     for planned in weights:
-        why = _refusal(planned, method, target)
+        why = _refusal(planned, method, target, names)
         if why is None and planned.format.name not in own_formats:
             why = f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
         if why is None and planned_spec(planned, method)["input_map"] is not None:
@@ -91,18 +98,20 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
             )
-    if found.joins:
-        _check_joined(weights, runtime)
+    _check_joined(weights, found, runtime)
+    if found.experts == "model":
+        _check_kept(streamed, method, names, runtime)
     return method
 
 
-def carriers(weights: tuple[PlannedWeight, ...], method: Method) -> dict[str, str | None]:
+def carriers(weights: tuple[PlannedWeight, ...], method: Method, model: StreamedModel) -> dict[str, str | None]:
     """Return for every target why it could not hold the weights of a plan bit for bit; None where it could."""
+    names = hub_names(model.model)
     told: dict[str, str | None] = {}
     for name, exporter in EXPORTERS.items():
         if exporter.target is None:
             continue
-        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target) for planned in weights}
+        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target, names) for planned in weights}
         first = next((f"{stem}: {why}" for stem, why in reasons.items() if why is not None), None)
         told[name] = first
     return told
@@ -128,16 +137,12 @@ def _in_format(planned: PlannedWeight, name: str) -> PlannedWeight:
     return PlannedWeight(planned.parameter, replace(planned.method, format=parse_format(name)), planned.block)
 
 
-def _suits(planned: PlannedWeight, method: Method, target: type[Target]) -> bool:
-    return _refusal(planned, method, target) is None
-
-
-def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> str | None:
+def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names: HubNames) -> str | None:
     """Return why a target cannot hold a weight as it is planned."""
     fmt = planned.format
-    if planned.parameter.experts:
-        return "it is a stack of experts"
-    if planned.parameter.transposed and not target.transposed:
+    if planned.parameter.experts and not target.experts:
+        return "it is a stack of experts, which this tool does not read compressed"
+    if planned.parameter.transposed and not planned.parameter.experts and not target.transposed:
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if method.options:
         return "a budget chooses its format in the run"
@@ -146,7 +151,12 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target]) -> st
             fmt.whole_runs(planned.parameter.shape)
         except ValueError as error:  # FormatError
             return str(error).removesuffix(".")
-    return target.refuses(planned_spec(planned, method), None)
+    told = planned_spec(planned, method)
+    if not planned.parameter.experts:
+        return target.refuses(told, None)
+    parameter = planned.parameter
+    pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
+    return refuse_pieces(told, pieces, target)
 
 
 def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
@@ -162,18 +172,36 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
 
 
-def _check_joined(weights: list[PlannedWeight], runtime: str) -> None:
-    """Raise UsageError where weights that a server joins have several formats."""
-    by_name = {planned.parameter.stem: planned for planned in weights}
+def _joined(by_name: Mapping[str, PlannedWeight], runtime: ForeignRuntime) -> list[list[str]]:
+    """Return the weights that a runtime joins into one product, or reads alike, each group in order."""
+    groups: list[list[str]] = []
+    stacks: dict[str, list[str]] = {}
     for stem, planned in by_name.items():
         parent, _, leaf = stem.rpartition(".")
-        for group in _JOINED:
-            if leaf != group[0]:
-                continue
-            others = [by_name[name] for part in group[1:] if (name := f"{parent}.{part}") in by_name]
-            differing = next((other for other in others if other.format != planned.format), None)
-            if differing is not None:
-                raise UsageError(
-                    f"{runtime} joins {stem} and {differing.parameter.stem} into one product, and their formats differ "
-                    f"({planned.format.name}, {differing.format.name}); give them the same."
-                )
+        if planned.parameter.experts and runtime.experts != "apart":
+            stacks.setdefault(parent if runtime.experts == "block" else "", []).append(stem)
+        for parts in _JOINED if runtime.joins else ():
+            if leaf == parts[0]:
+                groups.append([name for part in parts if (name := f"{parent}.{part}") in by_name])
+    return [*groups, *stacks.values()]
+
+
+def _check_joined(weights: list[PlannedWeight], found: ForeignRuntime, runtime: str) -> None:
+    """Raise UsageError where weights that a runtime joins have several formats."""
+    by_name = {planned.parameter.stem: planned for planned in weights}
+    for first, *others in _joined(by_name, found):
+        fmt = by_name[first].format
+        differing = next((name for name in others if by_name[name].format != fmt), None)
+        if differing is not None:
+            raise UsageError(
+                f"{runtime} joins {first} and {differing} into one product, and their formats differ "
+                f"({fmt.name}, {by_name[differing].format.name}); give them the same."
+            )
+
+
+def _check_kept(model: StreamedModel, method: Method, names: HubNames, runtime: str) -> None:
+    """Raise UsageError for experts that are kept in 16 bits, by a runtime that reads all experts in one format."""
+    for i in range(len(model.blocks)):
+        for name in list_weights(model, i, method.recipe.skip)[1]:
+            if len(names.get(name, ())) > 1:
+                raise UsageError(f"{runtime} cannot load {name} in 16 bits beside compressed weights; do not skip experts.")

@@ -14,6 +14,7 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import BitpressError, NumericsError
 from bitpress.evaluation.distance import without_details
 from bitpress.exhaustion import is_out_of_memory
+from bitpress.formats import Integer, parse_format
 from bitpress.measure.samples import draw_evaluation
 from bitpress.models.skeleton import build_config
 from bitpress.models.tasks.table import find_task
@@ -69,6 +70,8 @@ def read_by_others(directory: Path, out: Path, to: str, progress: Progress) -> F
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
     if any(record.input is not None for record in checkpoint.manifest.weights.values()):
         return ForeignReading(None, "the inputs of its products are rounded, which the two round in other arithmetic")
+    if (why := _experts_unread(checkpoint, to)) is not None:
+        return ForeignReading(None, why)
     config = build_config(checkpoint.config)
     task = find_task(config, str(directory))
     needed, available = 2 * _decoded_bytes(checkpoint), psutil.virtual_memory().available
@@ -96,6 +99,26 @@ def read_by_others(directory: Path, out: Path, to: str, progress: Progress) -> F
             f"{MOST_DISTANCE:g} come of arithmetic; do not use this export."
         )
     return ForeignReading(reader, None, found, samples.inputs.numel())
+
+
+def _experts_unread(checkpoint: CompressedCheckpoint, to: str) -> str | None:
+    """Return why transformers does not read the experts of an export; None if it does, or there are none.
+
+    Of compressed-tensors it decodes all experts of a model by one scheme, without zero points and without an order of inputs
+    (transformers/integrations/compressed_tensors.py).
+    """
+    stacks = [record for record in checkpoint.manifest.weights.values() if record.experts]
+    plain = any(len(entry.shape) == 3 and not name.endswith(".weight") for name, entry in checkpoint.plain.items())
+    if not PACKAGES[to] or not (stacks or plain):
+        return None
+    if to != "compressed-tensors":
+        return f"transformers' reader of {to} is not known to take experts"
+    told = [(term["format"], record.spec["input_map"]) for record in stacks for term in record.spec["terms"]]
+    grids = [parse_format(name).grid for name, _ in told]
+    simple = all(isinstance(grid, Integer) and not grid.zero for grid in grids) and all(change is None for _, change in told)
+    if plain or not simple or len({name for name, _ in told}) > 1:
+        return "transformers reads experts of one format for all, of integers without zero points"
+    return None
 
 
 def _open(out: Path) -> Any:

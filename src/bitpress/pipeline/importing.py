@@ -5,6 +5,7 @@ From then on it is a model like any other that bitpress wrote: every loader, ker
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from bitpress.checkpoints.compressed import HEAD_NAME, OUTER_NAME, VERSION, CompressedCheckpoint, config_marks
 from bitpress.checkpoints.durable import write_durably
 from bitpress.checkpoints.given import ORIGIN, is_in_cache
+from bitpress.checkpoints.hub_names import HubNames, hub_names
 from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.locks import hold
 from bitpress.checkpoints.manifest import MANIFEST_NAME
@@ -24,6 +26,7 @@ from bitpress.checkpoints.source import encode_config
 from bitpress.errors import CheckpointError, FormatError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.exchange.export_directory import write_directory
+from bitpress.exchange.pieces import join_layers
 from bitpress.exchange.source import Fate, ForeignSource
 from bitpress.formats import CompressedLayer
 from bitpress.models.linears import find_outer, list_weights
@@ -35,7 +38,7 @@ from bitpress.settings import cache_directory
 __all__ = ["decode_model", "import_source"]
 
 # Raised when the same checkpoint would become another directory.
-IMPORT = 1
+IMPORT = 2
 
 
 def import_source(source: ForeignSource, kind: str, name: str, progress: Progress) -> Path:
@@ -69,7 +72,7 @@ def decode_model(directory: Path, name: str, progress: Progress) -> Path:
 
     def build(target: Path) -> None:
         fates = dict.fromkeys(checkpoint.manifest.weights, Fate("decoded"))
-        write_directory(checkpoint, target, None, fates, torch.float32, progress)
+        write_directory(checkpoint, target, None, fates, {}, torch.float32, progress)
 
     return make_once(path, origin, build, name)
 
@@ -78,7 +81,7 @@ def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: 
     model = StreamedModel(build_config(source.config), None, torch.float32, where=kind)
     entries = _entries_of(source, model)
     names = map_names(model.model, entries, lambda name: _plain(source, name))
-    weights, outer = _known_weights(model), find_outer(model.model)
+    weights, outer, hub = _known_weights(model), find_outer(model.model), hub_names(model.model)
     head = None if outer.head is None or outer.tied else outer.head.stem
     files: dict[str, FileRecord] = {}
     records: dict[str, WeightRecord] = {}
@@ -86,8 +89,10 @@ def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: 
     count = len(model.blocks)
     shards += [(f"{model.block_name(i)}.", None, f"bitpress-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
     progress.begin("taking over", len(shards))
+    decoded: dict[str, str] = {}
     for prefix, exclude, file in shards:
-        tensors = _shard(source, names, weights, records, prefix, exclude)
+        tensors = _stacks(source, hub, weights, records, decoded, prefix) if exclude is None else {}
+        tensors |= _shard(source, names, weights, records, prefix, exclude)
         parts = {file: tensors}
         if exclude is not None:  # a head apart, as where bitpress compresses one
             of_head = {name for name in tensors if name.startswith(f"{head}.")} if f"{head}.weight" in records else set()
@@ -97,6 +102,9 @@ def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: 
                 num_bytes, sha256 = write_durably(target / name, serialize(held))
                 files[name] = FileRecord(bytes=num_bytes, sha256=sha256)
         progress.advance(prefix.rstrip(".") or "outer")
+    if decoded:
+        name, why = next(iter(decoded.items()))
+        progress.note(f"{len(decoded)} stacks of experts are decoded, the first is {name}: {why}")
     others = dict(_side_files(source))
     config = {key: value for key, value in source.config.items() if key not in ("auto_map", "transformers_weights")}
     others["config.json"] = encode_config({**config, **config_marks()})
@@ -143,6 +151,40 @@ def _known_weights(model: StreamedModel) -> dict[str, WeightParameter]:
     return {weight.name: weight for weight in found}
 
 
+def _stacks(
+    source: ForeignSource,
+    hub: HubNames,
+    weights: Mapping[str, WeightParameter],
+    records: dict[str, WeightRecord],
+    decoded: dict[str, str],
+    prefix: str,
+) -> dict[str, torch.Tensor]:
+    """Read the stacks of experts below a name whose layers are compressed, and add their records; say in `decoded` why others are not."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        pieces = hub.get(name, ())
+        if not (name.startswith(prefix) and weight.experts and pieces) or any(p.name not in source.names for p in pieces):
+            continue
+        layers: list[CompressedLayer] = []
+        for piece in pieces:
+            value = source.read(piece.name)
+            if not isinstance(value, CompressedLayer):
+                break
+            layers.append(value)
+        if not layers:
+            continue
+        try:
+            if len(layers) < len(pieces) or weight.transposed:
+                raise FormatError("not all of its experts are compressed.")
+            stored = BitpressDirectory.write(join_layers(layers, weight.experts))
+        except FormatError as error:
+            decoded[name] = str(error).removesuffix(".")
+            continue
+        tensors |= {f"{weight.stem}.{leaf}": tensor for leaf, tensor in stored.tensors.items()}
+        records[name] = WeightRecord(spec=stored.entry["spec"], transposed=False, experts=weight.experts, flat=weight.flat)
+    return tensors
+
+
 def _shard(
     source: ForeignSource,
     names: NameMap,
@@ -167,7 +209,8 @@ def _shard(
             records[target] = WeightRecord(
                 spec=stored.entry["spec"], transposed=weight.transposed, experts=0, input=stored.entry.get("input")
             )
-    joined = names.load_conversions(lambda name: _plain(source, name), prefix, exclude)
+    left = replace(names, conversions=tuple(c for c in names.conversions if c.first_target not in records))
+    joined = left.load_conversions(lambda name: _plain(source, name), prefix, exclude)
     return tensors | joined
 
 
