@@ -88,6 +88,7 @@ attack: $(VENV)/.dev
 
 # Of the attacks what continuous integration has time for; `make test` runs all that need no sanitized library.
 attack-slice: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/attacks/test_foreign_attacks.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -rs -m "" tests/attacks/test_native_attacks.py -k "sanitized and sampling"
 
 docs: $(VENV)/.dev

@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="*", default=["Q4_0", "IQ4_NL", "Q4_K_M", "Q3_K_M", "Q2_K"])
     parser.add_argument("--only", nargs="*", default=["*"], help="names or patterns of recipes")
-    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, of every held-out text")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, of every held-out text")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "exchange")
     parser.add_argument("--render", action="store_true", help="only the table, from the rows there are")
     options = parser.parse_args()

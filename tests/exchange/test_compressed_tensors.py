@@ -104,6 +104,10 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class() -> None:
         (settings(a={"targets": ["Linear"], "weights": {**W4, "codebook": 1}}), "'codebook'"),
         (settings(a={"targets": ["Linear"], "weights": W4, "output_activations": W8}), "outputs"),
         (settings(a={"targets": ["re:("], "weights": W4}), "no pattern"),
+        (settings(a={"targets": ["Linear"], "weights": W4}) | {"ignore": ["re:(a+)+b"]}, "may take for ever"),
+        (settings(a={"targets": ["Linear"], "weights": {**W4, "symmetric": "false"}}), "symmetric is 'false'"),
+        (settings(a={"targets": ["Linear"], "weights": {**W4, "dynamic": 1}}), "dynamic is '1'"),
+        (settings(a={"targets": ["Linear"], "weights": {**W4, "actorder": "yes"}}), "actorder 'yes'"),
         (
             settings(
                 a={

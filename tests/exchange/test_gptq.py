@@ -10,6 +10,7 @@ from bitpress.errors import FormatError
 from bitpress.exchange.gptq import Gptq
 from bitpress.exchange.plain_layer import make_plain
 from bitpress.exchange.source import StoredLayer
+from bitpress.exchange.words import join_words
 from bitpress.formats import CompressedLayer, parse_format
 
 OUT, IN = 32, 96
@@ -66,6 +67,31 @@ def test_zero_points_of_version_1_wrap() -> None:
     zeros = torch.full_like(stored.tensors["qzeros"], -1)
     read = Gptq.read(StoredLayer({**stored.tensors, "qzeros": zeros}, {**stored.entry, "checkpoint_format": "gptq"}))
     assert float(read.weight.dequantize().min()) >= 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_zero_points_of_either_version_are_the_middle(bits: int) -> None:
+    """Kernels for symmetric weights look at neither the version nor the zero points, so that files have them of the other version."""
+    before = layer(f"int{bits}-g32")
+    stored = Gptq.write(before)
+    of_version_2 = join_words(torch.full((IN // 32, OUT), 1 << bits >> 1, dtype=torch.uint8), bits)
+    for version, qzeros in (("gptq", of_version_2), ("gptq_v2", stored.tensors["qzeros"])):
+        entry = {**stored.entry, "checkpoint_format": version}
+        read = Gptq.read(StoredLayer({**stored.tensors, "qzeros": qzeros}, entry))
+        assert torch.equal(read.weight.dequantize(), before.weight.dequantize()), version
+        as_stored = Gptq.read(StoredLayer({**stored.tensors, "qzeros": qzeros}, {**entry, "sym": False}))
+        assert not torch.equal(as_stored.weight.dequantize(), before.weight.dequantize()), "the zero points as they are stored"
+
+
+@pytest.mark.parametrize("setting", ["desc_act", "sym", "is_marlin_format"])
+@pytest.mark.parametrize("value", ["false", 0, 1.0, []])
+def test_what_is_neither_true_nor_false_is_refused(setting: str, value: object) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, setting: value}
+    with pytest.raises(FormatError, match=f"{setting} is .* where true or false is needed"):
+        Gptq.entries({"quantization_config": settings}, {"a": {}})
+    if setting != "is_marlin_format":
+        with pytest.raises(FormatError, match="where true or false is needed"):
+            Gptq.entries({"quantization_config": {"bits": 4, "dynamic": {"+:a": {setting: value}}}}, {"a": {}})
 
 
 @pytest.mark.parametrize("name", ["int5-g32", "gauss4-row", "int4-4x32", "int4-g32-s4", "nf4-g32"])

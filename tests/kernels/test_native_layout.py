@@ -27,7 +27,7 @@ MOST = 1.1
 GRIDS = ("int2", "int3", "int4", "nf4", "ternary", "planes2", "e2m3")
 NAMES = sorted(
     {
-        *(fmt.name for fmt in usual_formats() if "zerofp16" not in fmt.name),  # expanded: see below
+        *(fmt.name for fmt in usual_formats() if "zerofp" not in fmt.name),  # expanded: see below
         *(parse_format(f"{grid}-g32-{scale}").name for grid in GRIDS for scale in SCALES),
         *(f"int{bits}-g16" for bits in range(2, 9)),
         *(f"int{bits}-g16-zero-s4" for bits in (2, 3, 4)),
@@ -91,9 +91,9 @@ def test_a_block_of_zeros_keeps_scales_small() -> None:
         assert torch.equal(lay_out(weight).row(3), weight.dequantize()[3])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_zero_points_between_codes_are_expanded_and_said_to_be(bits: int) -> None:
-    weight = compressed(f"int{bits}-g64-zerofp16", drawn(64))
+@pytest.mark.parametrize("name", ["int1-g64-zerofp16", "int3-g64-zerofp16", "int4-g64-zerofp32", "int8-g64-zerofp16"])
+def test_zero_points_between_codes_are_expanded_and_said_to_be(name: str) -> None:
+    weight = compressed(name, drawn(64))
     assert reason_to_expand(weight) is not None
     assert 15.9 <= lay_out(weight).nbytes * 8 / (64 * SHAPE[1]) <= 16.1
 

@@ -62,6 +62,23 @@ def test_codes_are_carried_over_and_back(exported: Path, pressed_original: Path,
     assert (exported / "tokenizer.json").read_bytes() == (pressed_original / "tokenizer.json").read_bytes()
 
 
+def test_a_bias_of_zeros_that_the_architecture_lacks_is_dropped_and_another_is_refused(exported: Path, tmp_path: Path) -> None:
+    """As old AutoGPTQ and AutoAWQ wrote them."""
+    for value in (0.0, 0.5):
+        out = tmp_path / f"bias-{value}"
+        shutil.copytree(exported, out)
+        held = load_file(out / "model.safetensors")
+        layers = [name.removesuffix(".qweight") for name in held if name.endswith(".qweight")]
+        held |= {f"{layer}.bias": torch.full((held[f"{layer}.qweight"].shape[1],), value).half() for layer in layers}
+        save_file(held, out / "model.safetensors", {"format": "pt"})
+        if value:
+            with pytest.raises(CheckpointError, match=r"_proj\.bias: is a bias that is not zero, of a layer that has none"):
+                open_model(out)
+        else:
+            assert torch.equal(logits(out), logits(exported))
+            assert len(CompressedCheckpoint.open(open_model(out)).manifest.left_out) == len(layers)
+
+
 def test_a_decoded_export_is_a_plain_model_within_half_a_step_of_bfloat16(pressed_original: Path, tmp_path: Path) -> None:
     out = tmp_path / "bf16"
     done = export_model(pressed_original, out, "bf16")

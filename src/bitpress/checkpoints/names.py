@@ -100,11 +100,17 @@ class _Places:
 
 
 def map_names(
-    model: Any, checkpoint: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor], *, carved: bool = False
+    model: Any,
+    checkpoint: Mapping[str, TensorEntry],
+    read: Callable[[str], torch.Tensor],
+    *,
+    carved: bool = False,
+    spare: Callable[[str], bool] = lambda name: False,
 ) -> NameMap:
     """Place every tensor of a checkpoint in a model without weights; `read` is used to compare tied copies only.
 
-    With `carved`, the model is the text part of what the checkpoint holds: towers for other inputs are left out.
+    With `carved`, the model is the text part of what the checkpoint holds: towers for other inputs are left out. `spare` claims that
+    a tensor without a parameter computes nothing, and may be left out.
 
     Raises CheckpointError for a tensor without a parameter, a parameter without a tensor, or a shape that differs.
     """
@@ -114,7 +120,7 @@ def map_names(
     conversions = tuple(places.conversions.values())
     used = {_part(n) for n in (*places.plain.values(), *(source for c in conversions for source, _ in c.sources))}
     for name in places.strange:
-        if not carved or _part(name) in used:
+        if (not carved or _part(name) in used) and not spare(name):
             raise CheckpointError(
                 f"tensor {name!r} of the checkpoint belongs to no parameter of {type(model).__name__}.{_hint(name)}"
             )

@@ -25,6 +25,7 @@ from bitpress.checkpoints.jsonfile import parse_json
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import CheckpointError, FormatError
 from bitpress.exchange.expert_names import Stacks
+from bitpress.exchange.flags import read_flag
 from bitpress.exchange.plain_layer import PlainLayer, make_packed, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.formats import Block, CompressedLayer, Format, Packed, parse_format
@@ -58,11 +59,15 @@ class Bitsandbytes:
     def claims(config: Mapping[str, Any]) -> bool:
         settings = config.get("quantization_config")
         return (
-            isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes" and not settings.get("load_in_8bit")
+            isinstance(settings, dict)
+            and settings.get("quant_method") == "bitsandbytes"
+            and settings.get("load_in_8bit") is not True
         )
 
     @staticmethod
     def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
+        for name in ("load_in_4bit", "load_in_8bit"):  # the layers say which of the two they are
+            read_flag(config["quantization_config"], name, False)
         return {name: {} for name in layers}
 
     @staticmethod

@@ -38,7 +38,9 @@ class BitsandbytesInt8:
     def claims(config: Mapping[str, Any]) -> bool:
         settings = config.get("quantization_config")
         return (
-            isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes" and bool(settings.get("load_in_8bit"))
+            isinstance(settings, dict)
+            and settings.get("quant_method") == "bitsandbytes"
+            and settings.get("load_in_8bit") is True
         )
 
     @staticmethod

@@ -212,6 +212,8 @@ def _scheme(fmt: Format, shape: tuple[int, int], ordered: bool, input_spec: Mapp
 def _read_codes(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return codes `[out, in]` as ours."""
     bits = scheme.weights.num_bits
+    if {"weight", "weight_packed"} <= tensors.keys():
+        raise FormatError("its weight is stored twice, as weight and as weight_packed.")
     if scheme.format == "pack-quantized":
         needed(tensors, "weight_packed", "weight_shape")
         shape = _packed_shape(tensors["weight_shape"])

@@ -17,6 +17,8 @@ import torch
 
 from bitpress.errors import BitpressError, FormatError
 from bitpress.exchange.expert_names import fold_experts
+from bitpress.exchange.flags import read_flag
+from bitpress.exchange.name_patterns import NamePatterns
 from bitpress.formats import Integer, parse_format
 
 __all__ = ["INT", "STORES", "Args", "Scheme", "read_schemes", "write_settings"]
@@ -43,6 +45,8 @@ _BITS = {
     "nvfp4-pack-quantized": 4,
 }
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group")
+# What a target begins with that is a pattern.
+_PATTERN = "re:"
 # Inputs in powers of two, by their bits.
 _MX = {4: "mxfp4", 6: "mxfp6", 8: "mxfp8"}
 
@@ -82,10 +86,13 @@ class Args:
             raise FormatError(f"strategy {strategy!r} needs a group_size, not {group!r}.")
         if not isinstance(told.get("scale_dtype") or "", str):
             raise FormatError(f"scale_dtype {told['scale_dtype']!r} is no type.")
-        dynamic, ordering = told.get("dynamic") or False, told.get("actorder") or None
-        if dynamic not in (False, True, "local") or ordering not in (None, "group", "dynamic", "weight", "static"):
-            raise FormatError(f"dynamic {dynamic!r}, actorder {ordering!r} of compressed-tensors are not known.")
-        if dynamic == "local":
+        ordering, local = told.get("actorder"), told.get("dynamic") == "local"
+        if isinstance(ordering, bool):  # of old versions
+            ordering = "group" if ordering else None
+        if ordering not in (None, "group", "dynamic", "weight", "static"):
+            raise FormatError(f"actorder {ordering!r} of compressed-tensors is not known.")
+        dynamic = local or read_flag(told, "dynamic", False)
+        if local:
             raise FormatError(
                 "inputs are rounded with one stored scale and one of every group of a token (NVFP4 on both sides), which our formats of "
                 "inputs do not say; take a checkpoint of the weights alone (NVFP4A16)."
@@ -93,7 +100,7 @@ class Args:
         return cls(
             num_bits=bits,
             type=told.get("type", INT),
-            symmetric=bool(told.get("symmetric", True)),
+            symmetric=read_flag(told, "symmetric", True),
             strategy=strategy,
             group_size=group if strategy in ("group", "tensor_group") else None,
             block_structure=_sizes(told.get("block_structure")) if strategy == "block" else None,
@@ -193,7 +200,7 @@ class Scheme:
         return {"format": self.format, "weights": self.weights.to_json(), "input_activations": inputs, "padded": self.padded}
 
 
-def read_schemes(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Scheme]:
+def read_schemes(settings: Mapping[str, Any], layers: Collection[str]) -> dict[str, Scheme]:
     """Return the scheme of every layer. Raises FormatError for what is not known."""
     _check_settings(settings)
     groups = settings.get("config_groups")
@@ -223,8 +230,11 @@ def read_schemes(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str
         except FormatError as error:
             raise FormatError(f"config_groups: {name}: {error}") from error
         by_target |= dict.fromkeys(targets, scheme)
-    ignored = settings.get("ignore") or []
-    return {layer: _find(layer, by_target, ignored) for layer in layers}
+    ignored, patterns = settings.get("ignore") or [], NamePatterns(layers)
+    for target in (*by_target, *map(str, ignored)):
+        if target.startswith(_PATTERN):
+            patterns.compile(target.removeprefix(_PATTERN))
+    return {layer: _find(layer, by_target, ignored, patterns) for layer in layers}
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -252,24 +262,17 @@ def _version(told: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _find(layer: str, by_target: Mapping[str, Scheme], ignored: Iterable[Any]) -> Scheme:
-    if any(_matches(layer, str(target)) for target in ignored):
+def _find(layer: str, by_target: Mapping[str, Scheme], ignored: Iterable[Any], patterns: NamePatterns) -> Scheme:
+    def matches(target: str) -> bool:
+        return patterns.matches(target.removeprefix(_PATTERN), layer) if target.startswith(_PATTERN) else target == layer
+
+    if any(matches(str(target)) for target in ignored):
         raise FormatError(f"{layer} is in `ignore`, and its tensors are those of a compressed layer.")
-    named = [target for target in sorted(by_target) if not target.startswith("re:") and target == layer]
-    patterns = [target for target in sorted(by_target) if target.startswith("re:") and _matches(layer, target)]
-    for target in (*named, *patterns, "Linear"):
+    found = [target for target in sorted(by_target) if matches(target)]
+    for target in (*(t for t in found if not t.startswith(_PATTERN)), *found, "Linear"):
         if target in by_target:
             return by_target[target]
     raise FormatError(f"{layer} has the tensors of a compressed layer, and no group of config_groups has it among its targets.")
-
-
-def _matches(layer: str, target: str) -> bool:
-    if not target.startswith("re:"):
-        return target == layer
-    try:
-        return re.match(target.removeprefix("re:"), layer) is not None
-    except re.error as error:
-        raise FormatError(f"{target!r} is no pattern: {error}.") from error
 
 
 def _sizes(told: Any) -> tuple[int, int]:

@@ -9,6 +9,8 @@
 
 Version 1 (`checkpoint_format: gptq`) cannot hold a zero point of 0, which its readers take for 2^bits or, after a wrap, for 0. So it is
 written where no zero points are stored (they are 2^(bits - 1) everywhere), and version 2 where they are. A checkpoint has one version.
+With `sym` a layer whose stored zero points are those of the other version all the same is read as symmetric: kernels that take symmetric
+weights alone (Marlin) look at neither, so that such files are about, and others compute something else of them.
 """
 
 import re
@@ -21,6 +23,8 @@ import torch
 from bitpress.checkpoints.safetensors_file import TensorEntry
 from bitpress.errors import FormatError
 from bitpress.exchange.expert_names import Stacks, fold_experts
+from bitpress.exchange.flags import read_flag
+from bitpress.exchange.name_patterns import NamePatterns
 from bitpress.exchange.plain_layer import PlainLayer, make_plain, order_of_groups, plain_layer, unpack_plain
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.exchange.words import join_words, split_words
@@ -33,6 +37,8 @@ _STORES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _VERSIONS = ("gptq", "gptq_v2")
 # Of a group's settings in the file: what the tensors' meaning depends on. Others tell how the codes were chosen.
 _KEYS = frozenset({"bits", "group_size", "desc_act", "sym", "checkpoint_format"})
+# Of `dynamic`: whether it leaves layers out, its pattern, its settings.
+_Rule = tuple[bool, str, dict[str, Any]]
 
 
 class Gptq:
@@ -53,18 +59,20 @@ class Gptq:
     def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
         settings = config["quantization_config"]
         version = settings.get("checkpoint_format", settings.get("format", "gptq"))
-        if settings.get("is_marlin_format") or version not in _VERSIONS:
-            kind = "marlin" if settings.get("is_marlin_format") else version
+        marlin = read_flag(settings, "is_marlin_format", False)
+        if marlin or version not in _VERSIONS:
+            kind = "marlin" if marlin else version
             raise FormatError(f"quantization_config: checkpoint_format {kind!r}; these are read: {', '.join(_VERSIONS)}.")
         base = {
             "bits": settings.get("bits"),
             "group_size": settings.get("group_size", -1),
-            "desc_act": bool(settings.get("desc_act", False)),
-            "sym": bool(settings.get("sym", True)),
+            "desc_act": read_flag(settings, "desc_act", False),
+            "sym": read_flag(settings, "sym", True),
             "checkpoint_format": version,
         }
-        rules = _rules(settings.get("dynamic"))
-        return {name: base | _dynamic(rules, name) for name in layers}
+        patterns = NamePatterns(layers)
+        rules = _rules(settings.get("dynamic"), patterns)
+        return {name: base | _dynamic(rules, name, patterns) for name in layers}
 
     @staticmethod
     def shape(entry: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: ReadTensor) -> tuple[int, int]:
@@ -170,8 +178,10 @@ class Gptq:
                 f"scales are {scales.dtype} {list(scales.shape)} and zero points {list(zeros.shape)}, where {[across, out]} are needed."
             )
         order = order_of_groups(tensors.get("g_idx"), width, group)
+        half = 1 << bits >> 1
+        of_either = entry["sym"] is True and (bool((zeros == half).all()) or bool((zeros == half - 1).all()))
         zeros = zeros if entry["checkpoint_format"] == "gptq_v2" else (zeros.long() + 1) % (1 << bits)
-        symmetric = bool((zeros == 1 << bits >> 1).all())
+        symmetric = of_either or bool((zeros == half).all())
         grid = Integer(bits, zero=not symmetric)
         fmt = Format(grid, Block(1, "all" if entry["group_size"] in (-1, None) else group), _STORES[scales.dtype])
         params = {"scale": scales.T.float().contiguous()} | ({} if symmetric else {"zero": zeros.T.float().contiguous()})
@@ -190,35 +200,31 @@ def _bits(entry: Mapping[str, Any]) -> int:
     return int(entry["bits"])
 
 
-def _rules(dynamic: Any) -> list[tuple[bool, re.Pattern[str], Mapping[str, Any]]]:
+def _rules(dynamic: Any, patterns: NamePatterns) -> list[_Rule]:
     """Return the rules of `dynamic`: whether one leaves layers out, its pattern, its settings. Raises FormatError."""
     if dynamic in (None, False):
         return []
     if not isinstance(dynamic, dict):
         raise FormatError(f"quantization_config: dynamic is {type(dynamic).__name__}; settings by pattern are needed.")
-    rules: list[tuple[bool, re.Pattern[str], Mapping[str, Any]]] = []
+    rules: list[_Rule] = []
     for rule, values in dynamic.items():
         pattern = rule.removeprefix("+:").removeprefix("-:")
-        # A repetition inside a repetition may take for ever to match nothing.
-        if len(pattern) > 512 or re.search(r"[*+}]\)[*+{]", pattern):
-            raise FormatError(f"quantization_config: dynamic: {pattern[:60]!r} is no pattern that is read here.")
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise FormatError(f"quantization_config: dynamic: {pattern[:60]!r} is no pattern: {error}.") from error
+        patterns.compile(pattern)
         if not isinstance(values, dict) or values.get("checkpoint_format", "gptq") not in _VERSIONS:
             raise FormatError(f"quantization_config: dynamic: {rule[:60]!r}: {str(values)[:60]!r} are no settings of a layer.")
-        rules.append((rule.startswith("-"), compiled, values))
+        own = {key: value for key, value in values.items() if key in _KEYS}
+        own |= {key: read_flag(own, key, key == "sym") for key in ("desc_act", "sym") if key in own}
+        rules.append((rule.startswith("-"), pattern, own))
     return rules
 
 
-def _dynamic(rules: list[tuple[bool, re.Pattern[str], Mapping[str, Any]]], name: str) -> dict[str, Any]:
+def _dynamic(rules: list[_Rule], name: str, patterns: NamePatterns) -> dict[str, Any]:
     """Return the settings of the first rule that matches a layer with codes. Raises FormatError where that rule leaves it out."""
-    for leaves_out, pattern, values in rules:
-        if pattern.match(name):
+    for leaves_out, pattern, own in rules:
+        if patterns.matches(pattern, name):
             if leaves_out:
                 raise FormatError(f"quantization_config: dynamic leaves out {name}, which has codes.")
-            return {key: value for key, value in values.items() if key in _KEYS}
+            return own
     return {}
 
 

@@ -16,6 +16,7 @@ from bitpress.exchange.export_directory import DirectoryExporter, PlainExporter
 from bitpress.exchange.export_gguf import GgufExporter
 from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.gptq import Gptq
+from bitpress.exchange.hqq import Hqq
 from bitpress.exchange.mlx import Mlx
 from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.safetensors_directory import SafetensorsDirectory
@@ -38,6 +39,7 @@ DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {
     "bitsandbytes": Bitsandbytes,
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
+    "hqq": Hqq,
     "mlx": Mlx,
 }
 # The same for what is read and not written.

@@ -31,7 +31,7 @@ def join_words(
 
 
 def split_words(
-    words: Int[torch.Tensor, "a b"], bits: int, *, down: bool = False, count: int | None = None
+    words: torch.Tensor, bits: int, *, down: bool = False, count: int | None = None
 ) -> Int[torch.Tensor, "rows count"]:
     """Return the codes of `join_words`, `count` of them where the last word was filled up.
 
@@ -48,9 +48,7 @@ def split_words(
     return codes.T.contiguous() if down else codes
 
 
-def split_apart(
-    words: Int[torch.Tensor, "a b"], bits: int, count: int, *, down: bool = False
-) -> Int[torch.Tensor, "rows count"]:
+def split_apart(words: torch.Tensor, bits: int, count: int, *, down: bool = False) -> Int[torch.Tensor, "rows count"]:
     """Return codes that do not go over the ends of words, whose highest bits are unused where `bits` does not divide 32."""
     rows, each = _rows(words, down), 32 // bits
     if -(-count // each) != rows.shape[1]:

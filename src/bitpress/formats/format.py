@@ -57,9 +57,9 @@ class Format:
 
     @property
     def variant(self) -> str:
-        """The grid's variant as the name says it: `zero` or `zerofp16`, a zero point as a code or a float, `min`, or "" without either."""
-        kinds = {("zero", "code"): "zero", ("zero", "value"): "zerofp16", ("min", "scale"): "min"}
-        return next((kinds[p.name, p.kind] for p in self.grid.params if p.name in ("zero", "min")), "")
+        """The grid's variant as the name says it: `zero`, `zerofp16` or `zerofp32`, a zero point as a code or a float, `min`, or "" without."""
+        said = (p for p in self.grid.params if p.name in ("zero", "min"))
+        return next((p.name + (p.value_name if p.kind == "value" else "") for p in said), "")
 
     @property
     def store(self) -> ScaleStore:
@@ -109,7 +109,7 @@ class Format:
             if p.kind == "code":
                 tensors[p.name] = (torch.uint8, (down, row_bytes(across, p.bits)))
             elif p.kind == "value":
-                tensors[p.name] = (torch.float16, p.shape if p.scope == "tensor" else (down, across, *p.shape))
+                tensors[p.name] = (p.value_type, p.shape if p.scope == "tensor" else (down, across, *p.shape))
             else:
                 for part, entry in self.store.expected(down, across * math.prod(p.shape)).items():
                     tensors[shared_name(p.name, part)] = entry
@@ -332,9 +332,9 @@ class Format:
             if p.kind == "scale":
                 value = self.store.round(value, outer[p.name])
             elif p.kind == "value":
-                value = value.to(torch.float16).float()
+                value = value.to(p.value_type).float()
                 if not bool(torch.isfinite(value).all()):
-                    raise NumericsError(f"{p.name} of {self.grid.name} is beyond the range of fp16.")
+                    raise NumericsError(f"{p.name} of {self.grid.name} is beyond the range of {p.value_name}.")
             rounded[p.name] = value
         return rounded
 

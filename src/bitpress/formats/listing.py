@@ -88,7 +88,11 @@ def describe_tables() -> list[dict[str, object]]:
 
 def _stored(param: StoredParam, fmt: Format) -> str:
     """Return how a parameter is stored: `scale fp16`, `zero 4 bits`, `levels fp16 x 16`."""
-    how = {"scale": fmt.scale, "value": "fp16", "code": f"{param.bits} bit{'s' * (param.bits > 1)}"}[param.kind]
+    how = {
+        "scale": fmt.scale,
+        "value": param.value_name,
+        "code": f"{param.bits} bit{'s' * (param.bits > 1)}",
+    }[param.kind]
     many = f" x {math.prod(param.shape)}" if param.shape else ""
     return f"{param.name} {how}{many}" + (" in all" if param.scope == "tensor" else "")
 

@@ -1,6 +1,6 @@
 """The table of number formats: names to grids, and the parser of format names.
 
-int4-g64-zero-bf16    grid, block, then in any order: `zero`, `zerofp16` (zero points that are codes, or floats) or `min`, how scales are kept
+int4-g64-zero-bf16    grid, block, then in any order: `zero`, `zerofp16`, `zerofp32` (zero points that are codes, or floats) or `min`, how scales are kept
                       (`formats.scales`), a layout (`formats.layouts.table`)
 block                 row | tensor | gN (N columns of a row) | RxC (R rows by C columns)
 """
@@ -96,13 +96,18 @@ def _minifloat(
     return Levels(name or f"e{x}m{y}", levels, rule, "" if rule == "ocp" else "fp16" if top <= 1024 else "fp32")
 
 
+def _zeros(bits: int) -> dict[str, Grid]:
+    """Return integers with a zero point, by how it is stored."""
+    return {"zero": Integer(bits, zero=True), "zerofp16": FloatZero(bits), "zerofp32": FloatZero(bits, zero_bits=32)}
+
+
 GRIDS: dict[str, Row] = {
-    "int1": Row(Integer(1, zero=True), "0 and 1 less a zero point", {"zero": Integer(1, zero=True)}),
+    "int1": Row(Integer(1, zero=True), "0 and 1 less a zero point", _zeros(1)),
     **{
         f"int{b}": Row(
             Integer(b),
             f"{b}-bit integers",
-            {"zero": Integer(b, zero=True)} | ({"zerofp16": FloatZero(b)} if b <= 4 else {}),
+            _zeros(b),
             minimum=MinimumInteger(b),
         )
         for b in range(2, 9)
@@ -234,6 +239,7 @@ PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[[re.Match[str]], Grid]], ..
 VARIANTS: dict[str, str] = {
     "zero": ", with a zero point",
     "zerofp16": ", with a zero point between codes",
+    "zerofp32": ", with a zero point between codes in float32",
     "min": ", with a minimum",
 }
 

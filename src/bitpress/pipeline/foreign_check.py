@@ -27,7 +27,8 @@ __all__ = ["MOST_DISTANCE", "ForeignReading", "read_by_others"]
 MOST_DISTANCE = 1e-3
 TEXT, TOKENS, LENGTH = "builtin:heldout", 1024, 256
 
-# Targets that transformers reads, and the packages that it needs for them.
+# Targets that transformers reads, and the packages that it needs for them. Not hqq: version 5 opens such a directory and leaves its weights
+# as they were drawn.
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "bf16": (),
     "fp16": (),
@@ -35,7 +36,6 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel",),
     "awq": ("gptqmodel",),
     "bitsandbytes": ("bitsandbytes",),
-    "hqq": ("hqq",),
 }
 
 

@@ -80,7 +80,7 @@ def decode_model(directory: Path, name: str, progress: Progress) -> Path:
 def _write(source: ForeignSource, kind: str, hashes: Mapping[str, str], target: Path, progress: Progress) -> None:
     model = StreamedModel(build_config(source.config), None, torch.float32, where=kind)
     entries = _entries_of(source, model)
-    names = map_names(model.model, entries, lambda name: _plain(source, name))
+    names = map_names(model.model, entries, lambda name: _plain(source, name), spare=lambda name: _is_zero_bias(source, name))
     weights, outer, hub = _known_weights(model), find_outer(model.model), hub_names(model.model)
     head = None if outer.head is None or outer.tied else outer.head.stem
     files: dict[str, FileRecord] = {}
@@ -141,6 +141,20 @@ def _entries_of(source: ForeignSource, model: StreamedModel) -> dict[str, Tensor
         if entry.start == entry.end and any(path == layer or path.endswith(f".{layer}") for path in turned):
             entries[name] = TensorEntry(name, entry.dtype, entry.shape[::-1], 0, 0)
     return entries
+
+
+def _is_zero_bias(source: ForeignSource, name: str) -> bool:
+    """Claim that a tensor is the bias of a compressed layer, all zeros: old AutoGPTQ and AutoAWQ gave one to layers that have none.
+
+    Raises CheckpointError for one with other numbers, without which the layer would compute something else.
+    """
+    layer = name.removesuffix(".bias")
+    weight = source.parameters.get(f"{layer}.weight")
+    if layer == name or weight is None or weight.start != weight.end:
+        return False
+    if bool((_plain(source, name) != 0).any()):
+        raise CheckpointError(f"{name}: is a bias that is not zero, of a layer that has none in this architecture.")
+    return True
 
 
 def _known_weights(model: StreamedModel) -> dict[str, WeightParameter]:

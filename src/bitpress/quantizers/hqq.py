@@ -77,7 +77,7 @@ class HQQ(Quantizer):
         target = w - shrink(w - fmt.decode(codes, params), beta, self.norm)
         levels = fmt.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
         scale = params["scale"]
-        if fmt.variant != "zerofp16" if self.scales is None else self.scales:
+        if not fmt.variant.startswith("zerofp") if self.scales is None else self.scales:
             scale = stored_scales(fmt, params, block_sums(target * levels, fmt) / block_sums(levels.square(), fmt))
         params = {**params, "scale": scale}
         if "zero" not in params:

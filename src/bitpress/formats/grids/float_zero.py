@@ -1,8 +1,9 @@
-"""Integers with a zero point between codes: equally spaced levels that begin anywhere, as a float16 says.
+"""Integers with a zero point between codes: equally spaced levels that begin anywhere, as a float says.
 
     w_hat = (codes - zero) * scale          codes 0 .. 2^bits - 1; zero in code units, not rounded to a code
 
 Source   Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", whose zero points are such floats.
+Stored   zero points are float16, or float32 where `zero_bits` is 32, which files of HQQ in bfloat16 or float32 may need.
 Differs  the range of a block includes 0, so that no zero point is far from the codes; 0.0 itself is a level only by chance.
 
 Worked example, 2 bits, scale 1, zero 1.5:
@@ -28,11 +29,12 @@ __all__ = ["FloatZero"]
 @dataclass(frozen=True)
 class FloatZero:
     bits: int
+    zero_bits: int = 16
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 4:
+        if not 1 <= self.bits <= 8 or self.zero_bits not in (16, 32):
             raise FormatError(
-                f"int{self.bits}: zero points in float16 are for 1 to 4 bits; beyond, they are no finer than codes."
+                f"int{self.bits}: zero points between codes are floats of 16 or 32 bits, of integers of 1 to 8 bits."
             )
 
     @property
@@ -57,7 +59,7 @@ class FloatZero:
 
     @property
     def params(self) -> tuple[StoredParam, ...]:
-        return StoredParam("scale", "scale"), StoredParam("zero", "value")
+        return StoredParam("scale", "scale"), StoredParam("zero", "value", bits=self.zero_bits)
 
     def fit(self, blocks: Float[torch.Tensor, "blocks n"], importance: torch.Tensor | None = None) -> Params:
         """Choose the smallest scale that clips nothing; a block of zeros gets 0 (`importance` is ignored)."""

@@ -26,7 +26,7 @@ Params = Mapping[str, torch.Tensor]
 class StoredParam:
     """How one parameter of a grid is stored in a file.
 
-    kind    "scale": a float, stored by the format's scale store; "value": always a float16 (levels, codewords);
+    kind    "scale": a float, stored by the format's scale store; "value": a float16 (levels, codewords), or a float32 where `bits` is 32;
             "code": an unsigned integer of `bits` bits, packed like the codes.
     scope   "block": one for every block; "tensor": one for the whole weight (a codebook).
     shape   of one parameter: () for a number, (16,) for sixteen levels. Codes are single numbers.
@@ -37,6 +37,16 @@ class StoredParam:
     bits: int = 0
     scope: Literal["block", "tensor"] = "block"
     shape: tuple[int, ...] = ()
+
+    @property
+    def value_type(self) -> torch.dtype:
+        """The type of a "value"."""
+        return torch.float32 if self.bits == 32 else torch.float16
+
+    @property
+    def value_name(self) -> str:
+        """The type of a "value" as names of formats say it."""
+        return "fp32" if self.bits == 32 else "fp16"
 
 
 @runtime_checkable

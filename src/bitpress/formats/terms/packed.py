@@ -41,7 +41,7 @@ class Packed:
             if p.kind == "code":
                 stored[p.name] = dense.pack(params[p.name].to(torch.uint8), p.bits)
             elif p.kind == "value":
-                stored[p.name] = params[p.name].to(torch.float16).contiguous()
+                stored[p.name] = params[p.name].to(p.value_type).contiguous()
             else:
                 outer = {part: params[shared_name(p.name, part)] for part in fmt.store.expected(1, 1) if part}
                 for part, t in fmt.store.pack(params[p.name].reshape(down, -1), outer).items():

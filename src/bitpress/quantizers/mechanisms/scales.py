@@ -27,4 +27,5 @@ def stored_zeros(fmt: Format, zero: Float[torch.Tensor, "down across"]) -> Float
     """Return the nearest zero points that a format stores: codes, or floats up to as far beyond the codes as there are codes."""
     if fmt.variant == "zero":
         return zero.round().clamp(0, fmt.grid.num_codes - 1)
-    return zero.clamp(-fmt.grid.num_codes, 2 * fmt.grid.num_codes).half().float()
+    zero = zero.clamp(-fmt.grid.num_codes, 2 * fmt.grid.num_codes)
+    return zero if fmt.variant == "zerofp32" else zero.half().float()
