@@ -7,7 +7,7 @@ codes that are decoded to bytes                     a word or level is the neare
                     of a table that are no whole multiples of one step become the nearest of 127 of them.
                     More rows: in steps of max |x| / 127 in pieces of at most 128 columns, what is far above the row's mean left
                     out and multiplied in float; bytes stand for the weights, whose groups below 64 columns share a scale.
-                    On tiles of bf16: rows and weights are rounded to 8 bits behind the first one, and nothing else
+                    Codes beside a minimum or a float zero are rounded as uncompressed weights there. On tiles of bf16: rows and weights are rounded to 8 bits behind the first one, and nothing else
 """
 
 import functools
@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from bitpress import native
 from bitpress.formats import CompressedWeight, parse_format
 from bitpress.formats.format import Format
+from bitpress.formats.grids.float_zero import FloatZero
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.grids.minimum_integer import MinimumInteger
@@ -88,10 +89,6 @@ def codes_of(term: Packed) -> Iterator[Codes]:
     if isinstance(grid, Integer):
         reach = grid.top if grid.zero else 1 << (grid.bits - 1)
         yield Codes(w, each(params["scale"]), cols, reach)
-    elif isinstance(grid, MinimumInteger):
-        scale, low = each(params["scale"]), each(params["min"])
-        yield Codes(scale * codes.double(), scale.abs(), cols, grid.num_codes - 1)
-        yield Codes(-low, low.abs(), cols, 1)
     elif isinstance(grid, Planes):
         below = 1
         for k, digits in enumerate(grid.digits):
@@ -110,6 +107,19 @@ def codes_of(term: Packed) -> Iterator[Codes]:
         else:
             step, reach, missed = even_step(levels), 128, 0.0
         yield Codes(w, each(params["scale"]).abs() * step, cols, reach, missed)
+
+
+def lowered(term: Packed) -> torch.Tensor | None:
+    """Return the size of what a weight is the difference of, its code and what is taken away; None if that is a whole number."""
+    rows, cols = term.format.block.resolve(term.shape, 1)
+    if not isinstance(term.format.grid, (MinimumInteger, FloatZero)):
+        return None
+    codes, params = term.unpack()
+    less = params["min"] if "min" in params else params["zero"] * params["scale"]
+    scale, less = (
+        values.double().abs().repeat_interleave(rows, 0).repeat_interleave(cols, 1) for values in (params["scale"], less)
+    )
+    return codes.double() * scale + less
 
 
 def even_step(levels: list[float]) -> float:
@@ -256,7 +266,14 @@ def bound(
         if is_expanded(term, weight, strips):
             continue
         how = {next(reads) for _ in parts_of(term, w)} if isinstance(term, Packed) else set()
-        if how == {"floats"} or (how == {"bytes"} and (not in_bytes or (many and in_halves))):
+        if isinstance(term, Packed) and (sizes := lowered(term)) is not None:
+            size += x.abs() @ sizes.T
+            if in_bytes and not many and how != {"floats"}:
+                group = x.shape[1] if how == {"bytes"} else term.format.block.resolve(term.shape, 1)[1]
+                add(x, half_steps(x, group, PIECE, DIGITS), w, torch.zeros_like(w))
+            else:
+                add_dense(x, w, 2 * EPS * sizes)
+        elif how == {"floats"} or (how == {"bytes"} and (not in_bytes or (many and in_halves))):
             for part in parts_of(term, w):
                 add_dense(x, part, 2 * EPS * part.abs())
         elif how == {"bytes"}:
@@ -427,6 +444,10 @@ DRAWN = [
     "int8-zero",
     "int4-e8m0",
     "int4-fp8",
+    "int4-min",
+    "int3-min-fp8",
+    "int4-min-s6",
+    "int2-zerofp16-bf16",
 ]
 DRAWN += [
     "int4-zero-s6",
@@ -616,7 +637,12 @@ def test_uncompressed_matrices_multiply(dtype: torch.dtype, path: str, count: in
         assert ((product(strips, x, path, in_bytes).double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("name", ["int4-g40-zero", "int8-g40", "int4-g200", "nf4-g40", "planes2-g40", "e2m3-g40-e8m0"])
+DIFFERENCES = ["int4-g40-min", "int4-g4-min", "int3-g40-zerofp16"]
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g40-zero", "int8-g40", "int4-g200", "nf4-g40", "planes2-g40", "e2m3-g40-e8m0", *DIFFERENCES]
+)
 @pytest.mark.parametrize("in_bytes", [False, True])
 @pytest.mark.parametrize("count", [4, 5])
 def test_the_bound_is_no_wider_than_one_code(name: str, in_bytes: bool, count: int) -> None:

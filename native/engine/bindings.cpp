@@ -33,9 +33,9 @@ Linear *make_linear(int rows, int columns) {
 void add_codes(Linear &l, Bytes2 codes, int bits, int group, const std::string &kind, Bytes2 scales, float gain,
                std::optional<Bytes2> zeros, int zero, std::optional<Array<const uint8_t, 1>> table,
                std::optional<Array<const float, 1>> levels, int threads, int tall, float step, nb::handle shared,
-               nb::handle meaning, const std::string &packing, std::optional<Array<const int32_t, 1>> picked) {
+               nb::handle meaning, const std::string &packing, std::optional<Array<const int32_t, 1>> picked, nb::handle less) {
     const int used = checked_threads(threads);
-    CodesGiven given{codes, bits, group, kind, scales, gain, zeros, zero, table, levels, tall, step, shared, meaning, packing, picked};
+    CodesGiven given{codes, bits, group, kind, scales, gain, zeros, zero, table, levels, tall, step, shared, meaning, less, packing, picked};
     CodedParts parts = take_codes(given, l.rows, l.columns);
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
@@ -222,7 +222,7 @@ void bind_engine(nb::module_ &m) {
              nb::arg("scales").noconvert(), nb::arg("gain"), nb::arg("zeros").noconvert().none(), nb::arg("zero"),
              nb::arg("table").noconvert().none(), nb::arg("levels").noconvert().none(), nb::arg("threads"), nb::arg("tall") = 1,
              nb::arg("step") = 1.0f, nb::arg("shared") = nb::none(), nb::arg("meaning") = nb::none(),
-             nb::arg("packing") = "planes", nb::arg("picked").noconvert().none() = nb::none())
+             nb::arg("packing") = "planes", nb::arg("picked").noconvert().none() = nb::none(), nb::arg("less") = nb::none())
         .def("add_dense", &add_dense, nb::arg("values").noconvert(), nb::arg("half"), nb::arg("gain").noconvert().none(),
              nb::arg("threads"))
         .def("set_low_rank", &set_low_rank, nb::arg("down").noconvert(), nb::arg("up").noconvert(), nb::arg("half"),

@@ -15,14 +15,15 @@ namespace {
 
 constexpr const char *KIND_NAMES[CODE_KINDS] = {"whole", "table", "levels", "own", "halves", "words", "e8p", "trellis", "pairs", "pyramid"};
 constexpr const char *PACKING_NAMES[PACKINGS] = {"planes", "trits", "uneven"};
-constexpr int MOST_TABLES = 256, MOST_SPAN = 32, MOST_WORD_BITS = 16, MOST_PULSES = 32, MOST_PLANES = 4;
+constexpr int MOST_RUN = 256, MOST_TABLES = 256, MOST_SPAN = 32, MOST_WORD_BITS = 16, MOST_PULSES = 32, MOST_PLANES = 4;
 
 ScaleKind scale_kind(const std::string &name) {
     static const std::map<std::string, ScaleKind> kinds = {
         {"fp32", ScaleKind::f32}, {"fp16", ScaleKind::f16}, {"bf16", ScaleKind::bf16},   {"e8m0", ScaleKind::e8m0}, {"fp8", ScaleKind::e4m3},
-        {"s4", ScaleKind::s4},    {"s6", ScaleKind::s6}, {"s8", ScaleKind::s8},    {"p2row", ScaleKind::p2row}, {"dq", ScaleKind::dq}};
+        {"s4", ScaleKind::s4},    {"s6", ScaleKind::s6}, {"s8", ScaleKind::s8},    {"p2row", ScaleKind::p2row}, {"dq", ScaleKind::dq},
+        {"run4", ScaleKind::run4}, {"run6", ScaleKind::run6}, {"run8", ScaleKind::run8}};
     const auto found = kinds.find(name);
-    need(found != kinds.end(), "scales must be fp32, fp16, bf16, e8m0, fp8, s4, s6, s8, p2row or dq");
+    need(found != kinds.end(), "scales must be fp32, fp16, bf16, e8m0, fp8, s4, s6, s8, p2row, dq, run4, run6 or run8");
     return found->second;
 }
 
@@ -63,22 +64,52 @@ PerBlock shape_of(int rows, int groups, int tall, int bits) {
 }
 
 void take_shared(Scales &s, nb::handle given) {
-    need(given.is_none() != (s.has_rows() || s.kind == ScaleKind::dq), "s4, s6, s8, p2row and dq have shared values, and no others");
+    need(given.is_none() != (s.has_rows() || s.has_runs() || s.kind == ScaleKind::dq), "s4, s6, s8, p2row, dq and runs have shared values, and no others");
     if (given.is_none()) return;
     const Part part("shared", given);
     if (s.has_rows()) {
         const auto rows = part.array<float>("rows", size_t(s.each.down()));
         s.rows.resize(s.row_count());
         std::memcpy(s.rows.data(), rows.data(), rows.size() * sizeof(float));
+        return;
+    }
+    s.planes = part.whole("planes", 1, MOST_PLANES), s.plane = part.whole("plane", 0, s.planes - 1);
+    s.offset = part.number("offset");
+    if (s.has_runs()) {
+        const int run = part.whole("run", 1, MOST_RUN);
+        if (run & (run - 1)) refuse(part.path("run"), "a power of two");
+        while (1 << s.run_bits < run) ++s.run_bits;
+        s.shape_factors();
+        const auto factors = part.array<uint16_t>("factors", size_t(s.factors.down()) * s.factors.groups);
+        s.factors.fill(reinterpret_cast<const uint8_t *>(factors.data()));
     } else {
-        s.planes = part.whole("planes", 1, MOST_PLANES), s.plane = part.whole("plane", 0, s.planes - 1);
         const auto levels = part.array<float>("levels", 256);
         const auto factors = part.array<float>("factors", s.shared_count() - 256);
         s.shared.resize(s.shared_count());
         std::memcpy(s.shared.data(), levels.data(), 256 * sizeof(float));
         std::memcpy(s.shared.data() + 256, factors.data(), factors.size() * sizeof(float));
-        s.offset = part.number("offset");
     }
+}
+
+// The scales of blocks of `tall` rows, in `groups` of columns.
+void take_scales(Scales &s, const std::string &kind, const Bytes2 &given, nb::handle shared, int rows, int groups, int tall) {
+    s.kind = scale_kind(kind);
+    s.each = shape_of(rows, groups, tall, scale_bits(s.kind));
+    const size_t each = s.each.bits < 8 ? 1 : size_t(s.each.bits) / 8;
+    need(is_matrix(given, size_t(rows / tall), size_t(groups) * each), "scales must be the bytes of [rows of blocks, groups]");
+    need(s.each.bits >= 8 || fit(given.data(), given.size(), s.each.bits), "a scale's code is too large for its bits");
+    take_shared(s, shared);
+    s.each.fill(given.data());
+}
+
+void take_less(Coded &m, nb::handle given) {
+    if (given.is_none()) return;
+    const Part part("less", given);
+    const PerBlock &each = m.scales.each;
+    m.less.of_codes = part.claim("of_codes"), m.less.gain = part.number("gain");
+    const auto kind = taken<std::string>(part.at("kind"), part.path("kind"), "a name");
+    const auto values = taken<Bytes2>(part.at("values"), part.path("values"), "an array of bytes of two dimensions and contiguous", false);
+    take_scales(m.less.scales, kind, values, part.at("shared"), each.rows, each.groups, each.tall);
 }
 
 // The levels of blocks of one row side by side for the rows of a strip.
@@ -156,6 +187,7 @@ Packing packing_of(const std::string &name) {
 void check_packing(const Coded &m) {
     need(m.packing != Packing::trits || (m.kind <= CodeKind::table && m.bits == 2), "trits are codes of 2 bits for whole numbers or a table");
     need(m.packing != Packing::uneven || (m.kind == CodeKind::trellis && m.bits >= 2), "only codes of a path have a bit more in every second row");
+    need(!m.less.any() || (m.kind == CodeKind::whole && m.packing == Packing::planes), "only whole numbers in planes have something taken away");
 }
 
 void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns) {
@@ -205,14 +237,8 @@ CodedParts take_codes(const CodesGiven &given, int rows, int all_columns) {
     need(codes_fit(given.codes, parts.size, bits), "a code is too large for its bits");
 
     const int groups = (columns + given.group - 1) / given.group, down = rows / given.tall;
-    m.scales.kind = scale_kind(given.kind);
-    m.scales.each = shape_of(rows, groups, given.tall, scale_bits(m.scales.kind));
-    const size_t each = m.scales.each.bits < 8 ? 1 : size_t(m.scales.each.bits) / 8;
-    need(is_matrix(given.scales, size_t(down), size_t(groups) * each), "scales must be the bytes of [rows of blocks, groups]");
-    need(m.scales.each.bits >= 8 || fit(given.scales.data(), given.scales.size(), m.scales.each.bits),
-         "a scale's code is too large for its bits");
-    take_shared(m.scales, given.shared);
-    m.scales.each.fill(given.scales.data());
+    take_scales(m.scales, given.kind, given.scales, given.shared, rows, groups, given.tall);
+    take_less(m, given.less);
     if (given.zeros) {
         need(is_matrix(*given.zeros, size_t(down), size_t(groups)), "zeros must be [rows of blocks, groups]");
         need(bits <= 8 && fit(given.zeros->data(), given.zeros->size(), bits), "a zero point is too large for the bits of the codes");

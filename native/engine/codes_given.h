@@ -16,7 +16,9 @@ using Bytes2 = Array<const uint8_t, 2>;
 // table    a byte and a level for every code, up to 8 bits
 // step     of the bytes of a table: a level is next to step * (byte - 128)
 // tall     rows of a block
-// shared   what scales share: {"rows"} of s4, s6, s8 and p2row, {"levels", "factors", "offset", "planes", "plane"} of dq
+// shared   what scales share: {"rows"} of s4, s6, s8 and p2row, {"levels", "factors", "offset", "planes", "plane"} of dq,
+//          {"factors", "run", "offset", "planes", "plane"} of run4, run6 and run8
+// less     what is taken away from codes or weights: {"of_codes", "kind", "values", "gain", "shared"}, as scales are given
 // meaning  of codes that are neither whole numbers nor of one table: {"kind", ...} (take_meaning)
 // packing  planes, trits or uneven
 // picked   the columns of the layer that these are, rising; none where these are all
@@ -32,13 +34,13 @@ struct CodesGiven {
     std::optional<Array<const float, 1>> levels;
     int tall;
     float step;
-    nanobind::handle shared, meaning;
+    nanobind::handle shared, meaning, less;
     std::string packing;
     std::optional<Array<const int32_t, 1>> picked;
 };
 CodedParts take_codes(const CodesGiven &given, int rows, int columns);
 
-// Throws std::invalid_argument for a packing that codes of their kind and bits do not have.
+// Throws std::invalid_argument for a packing that codes of their kind and bits do not have, or what is taken away from such codes.
 void check_packing(const Coded &m);
 // Takes the columns of a layer of `columns`, rising.
 void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns);

@@ -204,7 +204,7 @@ void set_cut(Coded &m, int columns) {
 }
 
 size_t Coded::bytes() const {
-    return lines.bytes() + scales.bytes() + zeros.values.bytes() + which.values.bytes() + own.bytes() + words.bytes() + halves.bytes() +
+    return lines.bytes() + scales.bytes() + zeros.values.bytes() + which.values.bytes() + less.bytes() + own.bytes() + words.bytes() + halves.bytes() +
            points.bytes() + counts.bytes() + near_words.bytes() + near_levels.bytes() + (levels.size() > 16 ? levels.bytes() : 0) + picked.bytes();
 }
 

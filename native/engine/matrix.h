@@ -48,7 +48,7 @@ int stored_bits(int bits, int span);
 Cut make_cut(int columns, int group, int chunk);
 
 // What codes stand for, the scale left out. Every kind but the first two is a file in kinds/ and a row of KINDS in kinds.inc.
-//   whole     the code less a zero point
+//   whole     the code less a zero point; a zero point between codes, or a minimum of the weights, is `Coded::less`
 //   table     one of at most 256 levels, and the byte next to it
 //   levels    one of some tables of levels, a table for every block of weights
 //   own       a level of the block's own
@@ -77,7 +77,7 @@ struct Path {
     void give(int32_t *to) const;
 };
 
-// Codes of 1 to 24 bits with a scale a block: w = scale * gain * value.
+// Codes of 1 to 24 bits with a scale a block: w = scale * gain * value, or scale * gain * (value - less), or scale * gain * value - less.
 struct Coded {
     int rows = 0, bits = 0, zero = 0, span = 1;  // span: columns of a code
     Cut cut;
@@ -90,6 +90,7 @@ struct Coded {
     int reach = 0;   // the largest |value - zero|
     Scales scales;
     PerBlock zeros, which;     // zero points; numbers of tables
+    Less less;                 // of whole codes
     uint8_t table[256] = {};   // bytes of the levels, less the zero of 128
     Aligned<float> levels;     // of a table [code], of levels [table][code]
     Aligned<uint16_t> own;     // in fp16, [strip][group][code][16 rows] or [row of blocks][group][code]
@@ -114,7 +115,9 @@ struct Coded {
     bool staged_in_bytes() const;
     bool reads_bytes() const { return fast() || staged_in_bytes(); }
     // Whether tiles hold nothing beyond 63: whole values of codes, one group a segment.
-    bool small() const { return fast() && cut.per_segment == 1 && reach <= 63; }
+    bool small() const { return fast() && !less.any() && cut.per_segment == 1 && reach <= 63; }
+    // Whether blocks are decoded to floats with their scales: where one number a block does not say the rest.
+    bool staged_whole() const { return fine || less.any(); }
     int strips() const { return (rows + STRIP - 1) / STRIP; }
     int chunk() const;  // the fewest columns that fill whole lines
     size_t block_bytes() const {

@@ -32,15 +32,27 @@ int scale_bits(ScaleKind kind) {
         case ScaleKind::f16:
         case ScaleKind::bf16: return 16;
         case ScaleKind::s4:
+        case ScaleKind::run4:
         case ScaleKind::p2row: return 4;
-        case ScaleKind::s6: return 6;
+        case ScaleKind::s6:
+        case ScaleKind::run6: return 6;
         default: return 8;
     }
+}
+
+void Scales::shape_factors() {
+    factors.rows = each.rows, factors.tall = each.tall, factors.bits = 16;
+    factors.groups = int((unsigned(each.groups) * unsigned(planes) - 1) >> run_bits) + 1;  // those of all planes
 }
 
 float scale_at(const Scales &s, int row, int group) {
     const PerBlock &each = s.each;
     const int block_row = row / each.tall;
+    if (s.has_runs()) {
+        uint16_t factor;
+        std::memcpy(&factor, s.factors.bytes_of(row, s.run_of(group)), 2);
+        return (float(each.code(row, group)) + s.offset) * from_f16(factor);
+    }
     if (each.bits == 4) {
         const unsigned code = each.code(row, group);
         return (s.kind == ScaleKind::s4 ? float(code) : SHIFTS[code]) * s.rows[size_t(block_row)];

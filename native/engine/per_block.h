@@ -41,9 +41,9 @@ struct PerBlock {
 inline int bits_that_hold(int bits) { return bits <= 2 ? bits : bits <= 4 ? 4 : 8; }
 
 // s4, s6, s8: codes times a factor of their row. p2row: 2^-code times that factor, 0 for the last code. dq: a map's level times a factor for
-// every 256 scales, plus an offset, not below 0.
-enum class ScaleKind : uint8_t { f32, f16, bf16, e8m0, e4m3, s4, s8, p2row, dq, s6 };
-constexpr int SCALE_KINDS = 10;
+// every 256 scales, plus an offset, not below 0. run4, run6, run8: codes plus an offset, times a factor that a run of scales of the row shares.
+enum class ScaleKind : uint8_t { f32, f16, bf16, e8m0, e4m3, s4, s8, p2row, dq, s6, run4, run6, run8 };
+constexpr int SCALE_KINDS = 13;
 int scale_bits(ScaleKind kind);
 
 constexpr int SHARED_BY = 256;  // scales of `dq` that share a factor
@@ -54,10 +54,16 @@ struct Scales {
     PerBlock each;
     Aligned<float> rows;    // of s4, s6, s8, p2row: [row of blocks], whole strips of them where those are single rows
     Aligned<float> shared;  // of dq: the levels of its map [256], then the factors
-    float offset = 0;       // of dq
-    int planes = 1, plane = 0;  // of dq: a file has the scales of so many planes side by side, and factors for all of them
+    float offset = 0;       // of dq and runs
+    int planes = 1, plane = 0;  // of dq and runs: a file has the scales of so many planes side by side, and factors for all of them
+    int run_bits = 0;           // 2^run_bits scales share a factor
+    PerBlock factors;           // of runs, in fp16: for every block of a row and every run
 
-    size_t bytes() const { return each.values.bytes() + rows.bytes() + shared.bytes(); }
+    size_t bytes() const { return each.values.bytes() + rows.bytes() + shared.bytes() + factors.values.bytes(); }
+    bool has_runs() const { return kind >= ScaleKind::run4; }
+    int run_of(int group) const { return int((unsigned(group) * unsigned(planes) + unsigned(plane)) >> run_bits); }
+    // Sets the runs up, for `each`, `run_bits` and `planes`; their factors are to be filled.
+    void shape_factors();
     bool has_rows() const { return kind == ScaleKind::s4 || kind == ScaleKind::s6 || kind == ScaleKind::s8 || kind == ScaleKind::p2row; }
     size_t row_count() const { return size_t(each.striped() ? (each.rows + STRIP - 1) / STRIP * STRIP : each.down()); }
     size_t shared_count() const { return 256 + (size_t(each.down()) * each.groups * planes + SHARED_BY - 1) / SHARED_BY; }
@@ -65,5 +71,15 @@ struct Scales {
 
 // One scale, without the matrix's gain.
 float scale_at(const Scales &scales, int row, int group);
+
+// What is taken away from the codes of a block (a zero point between codes), or from its weights (a minimum).
+struct Less {
+    Scales scales;
+    float gain = 1;
+    bool of_codes = false;
+
+    bool any() const { return scales.each.any(); }
+    size_t bytes() const { return any() ? scales.bytes() : 0; }
+};
 
 }  // namespace bitpress

@@ -49,6 +49,10 @@ nb::dict give_scales(const Scales &s, nb::handle owner) {
     d["kind"] = int(s.kind), d["tall"] = s.each.tall, d["values"] = as_array(s.each.values.data(), s.each.values.size(), owner);
     if (s.rows.size()) d["rows"] = as_array(s.rows.data(), s.rows.size(), owner);
     if (s.shared.size()) d["shared"] = as_array(s.shared.data(), s.shared.size(), owner), d["offset"] = s.offset, d["planes"] = s.planes, d["plane"] = s.plane;
+    if (s.has_runs()) {
+        d["factors"] = as_array(s.factors.values.data(), s.factors.values.size(), owner);
+        d["run_bits"] = s.run_bits, d["offset"] = s.offset, d["planes"] = s.planes, d["plane"] = s.plane;
+    }
     return d;
 }
 
@@ -61,6 +65,8 @@ nb::dict give_coded(const Coded &m, nb::handle owner) {
     d["scales"] = give_scales(m.scales, owner);
     d["lines"] = as_array(m.lines.data(), m.lines.size(), owner);
     d["has_zeros"] = m.zeros.any(), d["has_which"] = m.which.any(), d["is_half"] = m.halves.size() != 0;
+    d["has_less"] = m.less.any();
+    if (m.less.any()) d["less"] = give_scales(m.less.scales, owner), d["less_gain"] = m.less.gain, d["less_of_codes"] = m.less.of_codes;
     if (m.zeros.any()) d["zeros"] = give_per_block(m.zeros, owner);
     if (m.which.any()) d["which"] = give_per_block(m.which, owner);
     if (m.kind == CodeKind::table) d["table"] = as_array(m.table, m.levels.size(), owner);
@@ -155,9 +161,12 @@ void take_scales(const Part &part, int rows, int groups, Scales &s) {
     need(rows % s.each.tall == 0, "tall must divide the rows");
     copy_array(part, "values", s.each.size(), s.each.values);
     if (s.has_rows()) copy_array(part, "rows", s.row_count(), s.rows);
-    if (s.kind != ScaleKind::dq) return;
-    s.planes = part.whole("planes", 1, 4), s.plane = part.whole("plane", 0, s.planes - 1);
-    copy_array(part, "shared", s.shared_count(), s.shared), s.offset = part.number("offset");
+    if (s.kind != ScaleKind::dq && !s.has_runs()) return;
+    s.planes = part.whole("planes", 1, 4), s.plane = part.whole("plane", 0, s.planes - 1), s.offset = part.number("offset");
+    if (s.kind == ScaleKind::dq) return copy_array(part, "shared", s.shared_count(), s.shared);
+    s.run_bits = part.whole("run_bits", 0, 8);
+    s.shape_factors();
+    copy_array(part, "factors", s.factors.size(), s.factors.values);
 }
 
 bool all_finite(const Aligned<float> &values) {
@@ -206,6 +215,11 @@ void take_kind(const Part &part, Coded &m) {
         m.path.take(part.array<int32_t>("path", Path::COUNT).data());
     } else if (m.kind == CodeKind::pyramid) {
         m.pulses = part.whole("pulses", 1, 32);
+    }
+    if (part.claim("has_less")) {
+        take_scales({part.path("less"), part.at("less")}, each.rows, each.groups, m.less.scales);
+        need(m.less.scales.each.tall == each.tall, "what is taken away must be for the blocks of the scales");
+        m.less.gain = part.number("less_gain"), m.less.of_codes = part.claim("less_of_codes");
     }
     check_packing(m);
     need(all_finite(m.levels) && all_finite(m.words), "levels must be finite");

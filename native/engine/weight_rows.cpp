@@ -45,7 +45,8 @@ void add_coded_row(const Coded &m, int r, float factor, float *to) {
         const int g = c / m.cut.group, code = code_at(m, r, c);
         const float scale = scale_at(m.scales, r, g) * m.gain;
         const float value = m.kind == CodeKind::table ? m.levels[code] : float(code - (m.zeros.any() ? int(m.zeros.code(r, g)) : m.zero));
-        to[m.column(c)] += factor * (value * scale);
+        const float less = m.less.any() ? scale_at(m.less.scales, r, g) * m.less.gain : 0.0f;
+        to[m.column(c)] += factor * (m.less.of_codes ? (value - less) * scale : value * scale - less);
     }
 }
 

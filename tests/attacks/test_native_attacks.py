@@ -222,10 +222,29 @@ def shared_arguments(kind: str) -> dict[str, Any]:
     made = {**codes_arguments(), "kind": kind, "scales": u8(ROWS, GROUPS, value=7)}
     if kind == "dq":
         return made | {"shared": {"levels": f32(256), "factors": f32(1), "offset": 0.5, "planes": 2, "plane": 1}}
+    if kind.startswith("run"):
+        factors = u16(ROWS * 2, value=0x2C00)  # 8 scales of a row, and of both planes, in runs of 4
+        return made | {"shared": {"factors": factors, "run": 4, "offset": -4.0, "planes": 2, "plane": 1}}
     return made | {"shared": {"rows": f32(ROWS)}}
 
 
-SHARED = ("s4", "s6", "s8", "p2row", "dq")
+SHARED = ("s4", "s6", "s8", "p2row", "dq", "run4", "run6", "run8")
+
+
+def less_arguments(name: str) -> dict[str, Any]:
+    """Return codes from which, or from whose weights, something is taken away that is kept as scales are."""
+    shared = shared_arguments("run6" if name == "weights" else "s4")
+    less = {
+        "of_codes": name == "codes",
+        "gain": 0.5,
+        "values": shared["scales"],
+        "kind": shared["kind"],
+        "shared": shared["shared"],
+    }
+    return {**codes_arguments(), "zeros": None, "less": less}
+
+
+LESS = ("weights", "codes")
 
 
 def dense_arguments() -> dict[str, Any]:
@@ -309,8 +328,10 @@ def changed_starts(index: int, value: int) -> np.ndarray:
 def dictionary_attacks() -> list[tuple[str, dict[str, Any]]]:
     """Every entry of every dictionary of `add_codes`, left out and replaced by everything that it is not."""
     attacks: list[tuple[str, dict[str, Any]]] = []
-    cases = [(kind, "meaning", meaning_arguments(kind)) for kind in KINDS] + [
-        (k, "shared", shared_arguments(k)) for k in SHARED
+    cases = [(kind, "meaning", meaning_arguments(kind)) for kind in KINDS]
+    cases += [
+        *((k, "shared", shared_arguments(k)) for k in SHARED),
+        *((f"less of {k}", "less", less_arguments(k)) for k in LESS),
     ]
     for kind, argument, good in cases:
         for key, value in good[argument].items():
@@ -321,7 +342,7 @@ def dictionary_attacks() -> list[tuple[str, dict[str, Any]]]:
                     del wrong["bytes"]  # these are bytes
                 if len(value) == 1:
                     del wrong["every other"], wrong["backwards"]  # a single value is the same
-            elif key == "offset":
+            elif key in ("offset", "gain"):
                 wrong = {repr(n): n for n in (None, "1", [1], 10**40, np.nan)}
             else:
                 wrong |= {repr(n): n for n in (1.5, -1, 33, *([0] if key != "plane" else []))}
@@ -337,6 +358,15 @@ def dictionary_attacks() -> list[tuple[str, dict[str, Any]]]:
     words = meaning_arguments("words")
     attacks.append(("a code beyond the words", {**words, "codes": u16(ROWS, COLUMNS // 4, value=1 << 12).view(np.uint8)}))
     attacks.append(("codes of 25 bits", {**words, "bits": 25}))
+    less = less_arguments("codes")["less"]
+    runs = shared_arguments("run6")
+    attacks.append(("a run of 3", {**runs, "shared": {**runs["shared"], "run": 3, "factors": u16(ROWS * 3)}}))
+    attacks.append(("a minimum beside levels", {**levels, "less": less}))
+    attacks.append(("a minimum beside a table", {**table_arguments(), "less": less}))
+    attacks.append(("a minimum of trits", {**packed_arguments("trits"), "less": {**less, "values": u8(ROWS, 1)}}))
+    attacks.append(
+        ("a minimum of 5 bits in 4", {**less_arguments("codes"), "less": {**less, "values": u8(ROWS, GROUPS, value=16)}})
+    )
     attacks.append(("a scale's code of 5 bits", {**shared_arguments("s4"), "scales": u8(ROWS, GROUPS, value=16)}))
     return attacks
 
@@ -454,7 +484,12 @@ def full_linear(rows: int = ROWS, columns: int = COLUMNS) -> Any:
     arguments["zeros"] = rng.integers(0, 16, (rows, groups), np.uint8)
     linear.add_codes(**arguments)
     if (rows, columns) == (ROWS, COLUMNS):
-        others = (*map(meaning_arguments, KINDS), *map(shared_arguments, SHARED), *map(packed_arguments, PACKINGS))
+        others = (
+            *map(meaning_arguments, KINDS),
+            *map(shared_arguments, SHARED),
+            *map(packed_arguments, PACKINGS),
+            *map(less_arguments, LESS),
+        )
         for other in (*others, table_arguments()):
             linear.add_codes(**other)
     linear.add_dense((rng.random((rows, columns)) - 0.5).astype(np.float16).view(np.uint16), True, f32(rows), 1)
@@ -1361,6 +1396,7 @@ def stored_attacks() -> dict[str, Callable[[], Any]]:
         "zero points of more bits": {"zeros": {**zeros, "bits": 8}},
         "zero points of 3 bits": {"zeros": {**zeros, "bits": 3}},
         "a table beside zero points": {"kind": 1},
+        "a minimum that is not there": {"has_less": True},
         "codes of another kind": {"kind": 3},
     }.items():
         attacks[name] = lambda change=change: with_part("coded", 0, **change)

@@ -2,7 +2,7 @@
 
 A grid becomes one or several `Codes`. Native code knows these kinds (`native/engine/matrix.h`):
 
-    whole    (code - zero) * scale; where they have a minimum, a second one of a bit that is always 1
+    whole    (code - zero) * scale, the zero a whole number or a float; or code * scale less a minimum of the block
     table    a level times the scale, of up to 8 bits, where the levels are near enough to multiples of one step: products with
              8-bit activations read those as bytes
     levels   any levels, and several tables of them that blocks choose among
@@ -35,6 +35,7 @@ from bitpress.formats.format import Format
 from bitpress.formats.grids.additive_book import AdditiveBook
 from bitpress.formats.grids.codebook import LearnedBook
 from bitpress.formats.grids.denormal_integer import DenormalInteger
+from bitpress.formats.grids.float_zero import FloatZero
 from bitpress.formats.grids.gaussian_mixture import GaussianMixture
 from bitpress.formats.grids.grid import Grid, Params
 from bitpress.formats.grids.integer import Integer
@@ -67,7 +68,7 @@ Recode = Callable[[Packed], torch.Tensor]
 class Codes:
     """One matrix of codes. `take` returns the codes of a term, `meaning` what native code is told of them beside their bits.
 
-    `scale` is the parameter that multiplies them.
+    `less` is the parameter that is taken away: from the codes with `less_of_codes`, otherwise from the weights.
     """
 
     bits: int
@@ -79,7 +80,8 @@ class Codes:
     plane: int = 0
     planes: int = 1
     packing: str = "planes"
-    scale: str = "scale"
+    less: str | None = None
+    less_of_codes: bool = False
 
     def table(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the bytes of the levels, the levels themselves and the step of the bytes."""
@@ -104,12 +106,11 @@ def _integer(grid: Any) -> list[Codes]:
 
 
 def _minimum(grid: Any) -> list[Codes]:
-    """Return the codes, and a bit that is 1 everywhere times the minimum, which is taken away."""
+    return [Codes(grid.bits, less="min")]
 
-    def ones(term: Packed) -> torch.Tensor:
-        return torch.ones_like(term.unpack_codes())
 
-    return [Codes(grid.bits), Codes(1, gain=-1.0, take=ones, scale="min")]
+def _float_zero(grid: Any) -> list[Codes]:
+    return [Codes(grid.bits, less="zero", less_of_codes=True)]
 
 
 def _planes(grid: Any) -> list[Codes]:
@@ -310,6 +311,7 @@ def _nearest_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float]:
 PLANS: dict[type, Callable[[Any], list[Codes]]] = {
     Integer: _integer,
     MinimumInteger: _minimum,
+    FloatZero: _float_zero,
     Planes: _planes,
     Levels: _levels,
     Mixture: _mixture,

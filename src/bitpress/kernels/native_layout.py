@@ -3,7 +3,7 @@
     codes    1 to 8 bits as planes of 4, 2 and 1 bits (8 bits: bytes), line after line of 64 bytes: 16 rows x 4 columns of bytes that
              hold 2, 4 or 8 columns each; every group of columns is padded to whole lines. Trits: 5 columns a byte. Terms of some columns
              hold those alone
-    scales   as the format stores them, 16 rows side by side; zero points likewise
+    scales   as the format stores them, 16 rows side by side; zero points and minima likewise
     table    grids of up to 16 levels: the levels in float, and the bytes nearest to them for products with 8-bit activations
     map      of the inputs, applied to a row before its product: gathers, scales, rotations that are products of small factors
     dense    fp16 with a factor a row, or bf16: terms whose grids have no layout here, and weights that are not compressed
@@ -30,8 +30,8 @@ from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
-from bitpress.kernels.native_codes import plan_codes
-from bitpress.kernels.native_scales import native_scales
+from bitpress.kernels.native_codes import Codes, plan_codes
+from bitpress.kernels.native_scales import native_floats, native_scales
 
 __all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "packed_factors", "reason_to_expand"]
 
@@ -222,9 +222,10 @@ def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -
     down, across = fmt.block_grid(term.shape)
     params = term.unpack_params()
     for plan in plan_codes(fmt):
-        scales = native_scales(term, plan.plane, plan.planes, plan.scale)
+        scales = native_scales(term, plan.plane, plan.planes)
         table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
-        zeros = params["zero"].to(torch.uint8).reshape(down, across).contiguous().numpy() if "zero" in params else None
+        has_zeros = "zero" in params and plan.less != "zero"
+        zeros = params["zero"].to(torch.uint8).reshape(down, across).contiguous().numpy() if has_zeros else None
         linear.add_codes(
             _code_bytes(plan.take(term), plan.bits),
             plan.bits,
@@ -243,7 +244,22 @@ def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -
             meaning=None if plan.meaning is None else plan.meaning(term, params),
             packing=plan.packing,
             picked=None if picked is None else picked.to(torch.int32).numpy(),
+            less=_less(term, plan),
         )
+
+
+def _less(term: Packed, plan: Codes) -> dict[str, Any] | None:
+    """Return what is taken away from codes or weights, as native code takes it."""
+    if plan.less is None:
+        return None
+    made = native_floats(term, plan.less) if plan.less_of_codes else native_scales(term, name=plan.less)
+    return {
+        "of_codes": plan.less_of_codes,
+        "kind": made.kind,
+        "values": made.values,
+        "gain": made.gain,
+        "shared": made.shared,
+    }
 
 
 def _code_bytes(codes: torch.Tensor, bits: int) -> np.ndarray:

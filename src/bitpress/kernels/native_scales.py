@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from bitpress.formats.layouts.dense import unpack
+from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scales import IntegerCodes, dynamic_map
 from bitpress.formats.terms.packed import Packed
 
-__all__ = ["NativeScales", "native_scales"]
+__all__ = ["NativeScales", "native_floats", "native_scales"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,19 @@ def native_scales(term: Packed, plane: int = 0, planes: int = 1, name: str = "sc
     down, across = fmt.block_grid(term.shape)
     if not any(p.kind == "scale" for p in fmt.grid.params):
         return NativeScales("e8m0", np.full((down, across), 127, np.uint8))
-    made = STORES.get(fmt.scale, _expanded)(term, name, down, across * planes)
+    made = (_runs if isinstance(fmt.store, RunCodes) else STORES[fmt.scale])(term, name, down, across * planes)
     each = made.values.reshape(down, across, planes, -1)[:, :, plane]
-    # Factors of dq are those of the scales of all planes side by side.
-    shared = {**(made.shared or {}), "planes": planes, "plane": plane} if made.kind == "dq" else made.shared
+    # Factors of dq and of runs are those of the scales of all planes side by side.
+    by_planes = made.kind == "dq" or isinstance(fmt.store, RunCodes)
+    shared = {**(made.shared or {}), "planes": planes, "plane": plane} if by_planes else made.shared
     return NativeScales(made.kind, np.ascontiguousarray(each).reshape(down, -1), made.gain, shared)
+
+
+def native_floats(term: Packed, name: str) -> NativeScales:
+    """Return a parameter of one float a block, as scales are."""
+    stored = term.tensors[name]
+    kind = "fp16" if stored.dtype == torch.float16 else "fp32"
+    return NativeScales(kind, _as_bytes(stored, term.format.block_grid(term.shape)[0]))
 
 
 def _plain(term: Packed, name: str, down: int, across: int) -> NativeScales:
@@ -71,11 +80,15 @@ def _double_quantized(term: Packed, name: str, down: int, across: int) -> Native
     return NativeScales("dq", _as_bytes(term.tensors[name], down), 1.0, shared)
 
 
-def _expanded(term: Packed, name: str, down: int, across: int) -> NativeScales:
-    return NativeScales("fp32", _as_bytes(term.unpack_params()[name], down))
+def _runs(term: Packed, name: str, down: int, across: int) -> NativeScales:
+    store = term.format.store
+    assert isinstance(store, RunCodes)
+    factors = term.tensors[f"{name}_run"].contiguous().view(torch.uint16).flatten().numpy()
+    shared = {"run": store.run, "offset": -float(store.offset), "factors": factors}
+    return NativeScales(f"run{store.bits}", _as_bytes(unpack(term.tensors[name], store.bits, across), down), 1.0, shared)
 
 
-# Every scale store but the plain floats, by name; any other, such as those of runs, is read as fp32.
+# Every scale store but those of runs, by name.
 STORES: dict[str, Callable[[Packed, str, int, int], NativeScales]] = {
     "fp16": _plain,
     "bf16": _plain,
