@@ -43,7 +43,7 @@ HubNames = Mapping[str, tuple[Piece, ...]]
 def hub_names(model: Any) -> HubNames:
     """Return the pieces of the parameters of a model without weights.
 
-    An empty mapping where transformers' conversion cannot be undone, or moves more than whole rows: such a model keeps the names of
+    The result is empty where transformers' conversion cannot be undone, or moves more than whole rows: such a model keeps the names of
     transformers, which reads both.
     """
     state = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
