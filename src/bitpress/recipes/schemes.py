@@ -27,12 +27,12 @@ _STATIC = {"parameters": "static", "observer": {"name": "mse"}}
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme(
         "8-bit integers: a scale for every output channel, and for every token",
-        "SmoothQuant's O1 and vLLM's INT8 W8A8",
-        {"weights": "int8-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row"},
+        "INT8 of compressed-tensors",
+        {"weights": "int8-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row-fp32"},
     ),
     "w8a8-static": Scheme(
         "8-bit integers: a scale for every output channel, and one with a zero point for each input, chosen on calibration text",
-        "SmoothQuant's O3, with zero points",
+        "W8A8 of compressed-tensors with static inputs",
         {
             "weights": "int8-row",
             "quantizer": {"name": "gptq"},
@@ -42,32 +42,32 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "w4a8": Scheme(
         "4-bit weights in groups of 64, 8-bit tokens",
-        "QQQ and FPTQ store weights and tokens so",
-        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row"},
+        "W4A8 of compressed-tensors, in groups of 64 in place of 128",
+        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row-fp32"},
     ),
     "w6a6": Scheme(
         "6-bit integers: a scale for every output channel, and for every token",
-        "OmniQuant's W6A6",
-        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int6-row"},
+        "nobody's preset; the same as w8a8 in 6 bits",
+        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int6-row-fp32"},
     ),
     "w4a4": Scheme(
         "4-bit integers behind random Hadamard rotations of every input: a scale for every output channel, and for every token",
-        "QuaRot's W4A4, which folds most of its rotations",
+        "nobody's preset; the same as w8a8 in 4 bits",
         {
             "weights": "int4-row",
             "quantizer": {"name": "gptq"},
             "transforms": ({"name": "hadamard"},),
-            "inputs": "int4-row",
+            "inputs": "int4-row-fp32",
         },
     ),
     "fp8": Scheme(
         "8-bit floats (E4M3): a scale for every output channel, and for every token",
-        "vLLM's and llm-compressor's FP8_DYNAMIC",
-        {"weights": "e4m3-row", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "e4m3-row"},
+        "FP8_DYNAMIC of compressed-tensors",
+        {"weights": "e4m3-row", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "e4m3-row-fp32"},
     ),
     "fp8-static": Scheme(
         "8-bit floats (E4M3): a scale for every weight matrix, and one for each input, chosen on calibration text",
-        "vLLM's and llm-compressor's FP8",
+        "FP8 of compressed-tensors",
         {
             "weights": "e4m3-tensor",
             "quantizer": {"name": "rtn"},
@@ -77,27 +77,27 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "fp8-block": Scheme(
         "8-bit floats (E4M3): a scale for every 64 by 64 weights, and for every 64 channels of a token",
-        "DeepSeek-V3's blocks of 128, halved so that more widths are multiples",
-        {"weights": "e4m3-64x64", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "e4m3-g64"},
+        "FP8_BLOCK of compressed-tensors, with 64 in place of 128, which more widths are multiples of",
+        {"weights": "e4m3-64x64", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "e4m3-g64-fp32"},
     ),
     "int4-fp8": Scheme(
         "4-bit weights in groups of 64, tokens in 8-bit floats (E4M3)",
-        "TensorRT-LLM's W4AFP8",
-        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "e4m3-row"},
+        "W4AFP8 of compressed-tensors, in groups of 64 in place of 128",
+        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "e4m3-row-fp32"},
     ),
     "mxfp8": Scheme(
         "MXFP8 on both sides: a power of two for every 32",
-        "OCP Microscaling Formats Specification 1.0",
+        "MXFP8 of compressed-tensors",
         {"weights": "mxfp8", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "mxfp8"},
     ),
     "mxfp6": Scheme(
         "MXFP6 on both sides: a power of two for every 32",
-        "OCP Microscaling Formats Specification 1.0",
+        "nobody's preset; MXFP6A8 of compressed-tensors has 8-bit inputs",
         {"weights": "mxfp6", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "mxfp6"},
     ),
     "mxfp4": Scheme(
         "MXFP4 on both sides behind rotations of blocks of 32",
-        "MR-GPTQ's MXFP4 with activations",
+        "MXFP4 of compressed-tensors, behind rotations",
         {
             "weights": "mxfp4",
             "quantizer": {"name": "gptq"},
