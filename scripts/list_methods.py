@@ -1,4 +1,4 @@
-"""Write the tables of methods into the marked sections of docs/methods.md: `python scripts/list_methods.py`."""
+"""Write the tables of methods into the marked sections of docs/methods.md and docs/activations.md: `python scripts/list_methods.py`."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TARGET = DOCS / "methods.md"
 TABLES: dict[str, dict[str, type[Any]]] = {
     "quantizer": QUANTIZERS,
     "transform": dict(TRANSFORMS),
@@ -26,13 +27,15 @@ TABLES: dict[str, dict[str, type[Any]]] = {
 
 
 def main() -> None:
-    TARGET.write_text(rewrite(TARGET.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        page = DOCS / name
+        page.write_text(rewrite(page.read_text(encoding="utf-8"), name), encoding="utf-8")
 
 
-def rewrite(text: str) -> str:
-    """Return the document with every marked section written anew."""
+def rewrite(text: str, page: str = TARGET.name) -> str:
+    """Return a document with every marked section written anew."""
     rows = describe_methods()
-    return rewrite_sections(TARGET.name, text, {name: make(rows) for name, make in SECTIONS.items()})
+    return rewrite_sections(page, text, {name: make(rows) for name, make in PAGES[page].items()})
 
 
 def _quantizers(rows: list[dict[str, Any]]) -> Iterable[str]:
@@ -90,6 +93,24 @@ def _corrections(rows: list[dict[str, Any]]) -> Iterable[str]:
             yield _line((f"`{row['name']}`", row["summary"], ", ".join(row["needs"]) or "-", row["paper"]))
 
 
+def _observers(rows: list[dict[str, Any]]) -> Iterable[str]:
+    yield "| name | which range | settings | source |"
+    yield "|---|---|---|---|"
+    for row in rows:
+        if row["kind"] == "observer":
+            settings = ", ".join(f"`{key}: {value}`" for key, value in row["settings"].items())
+            yield _line((f"`{row['name']}`", row["summary"], settings or "-", row["paper"]))
+
+
+def _schemes(rows: list[dict[str, Any]]) -> Iterable[str]:
+    yield "| name | what is stored and rounded | keys | stored so by |"
+    yield "|---|---|---|---|"
+    for row in rows:
+        if row["kind"] == "scheme":
+            keys = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in row["settings"].items())
+            yield _line((f"`{row['name']}`", row["summary"], keys, row["paper"]))
+
+
 def _named(_: list[dict[str, Any]]) -> Iterable[str]:
     yield "| name | what it does | keys | paper |"
     yield "|---|---|---|---|"
@@ -116,6 +137,8 @@ def _statistics(_: list[dict[str, Any]]) -> Iterable[str]:
 def _sources(rows: list[dict[str, Any]]) -> Iterable[str]:
     """Yield every method's settings with their defaults, and what its file says of its source and of where it differs."""
     for row in rows:
+        if row["kind"] not in TABLES:
+            continue
         method = TABLES[row["kind"]][row["name"]]
         yield f"### `{row['name']}`\n"
         parts = _parts(str(sys.modules[method.__module__].__doc__))
@@ -158,6 +181,7 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Iterable[str]]] = {
     "statistics": _statistics,
     "sources": _sources,
 }
+PAGES = {TARGET.name: SECTIONS, "activations.md": {"schemes": _schemes, "observers": _observers}}
 
 if __name__ == "__main__":
     main()

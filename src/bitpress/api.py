@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.errors import UsageError
@@ -25,15 +25,26 @@ _OF_ENGINE = ("activations", "cache", "head")
 __all__ = ["evaluate", "evaluate_tasks", "export", "load", "load_tokenizer", "quantize"]
 
 
+class _Parts(TypedDict):
+    weights: str | None
+    quantizer: str | Mapping[str, Any] | None
+    inputs: str | Mapping[str, Any] | None
+    calibration: Mapping[str, Any]
+    skip: Sequence[str]
+    outer: Mapping[str, Any]
+
+
 def quantize(
     model: str | Path,
     out: str | Path,
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     preset: str | None = None,
+    scheme: str | None = None,
     bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
+    inputs: str | Mapping[str, Any] | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -55,11 +66,12 @@ def quantize(
     model       a directory in the Hugging Face layout, a .gguf file, a named model (`bitpress models`) or a hub name
     recipe      a Recipe, its content as a mapping, or a YAML file; `weights` and `quantizer` replace the recipe's
     preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
+    scheme      instead of both: weights and inputs of products together, such as w8a8 (`bitpress methods`)
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
+    inputs      how the inputs of products are rounded: a format, token by token, or what a recipe's key `inputs` says
     calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
     skip        patterns of weights not to quantize, such as "*.down_proj"
-    embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe
-    head        format of the output head likewise; one that is tied is the table too
+    embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe; `head` likewise
     runtime     choose what this runtime can load, and export to it at the end, into `out`
     strict      a fallback is an error
     force       replace another model or unfinished job of bitpress in `out`
@@ -69,12 +81,11 @@ def quantize(
 
     The same call resumes an interrupted run. Raises the errors of `bitpress.errors`.
     """
-    said, named = {"embeddings": embeddings, "head": head}, recipe is not None or preset is not None
+    said, named = {"embeddings": embeddings, "head": head}, not (recipe is None and preset is None and scheme is None)
     weights, bits, outer = choose_for(runtime, bits, weights, said, named=named)
     text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
-    made = choose_method(
-        recipe, preset=preset, bits=bits, weights=weights, quantizer=quantizer, calibration=text, skip=skip, outer=outer
-    )
+    parts = _Parts(weights=weights, quantizer=quantizer, inputs=inputs, calibration=text, skip=skip, outer=outer)
+    made = choose_method(recipe, preset=preset, scheme=scheme, bits=bits, **parts)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with watch(progress) as shown:
         source = open_to_quantize(model, shown, requantize=requantize)

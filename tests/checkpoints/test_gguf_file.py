@@ -18,7 +18,7 @@ from bitpress.checkpoints.gguf_file import GgufModel, load_gguf, save_directory
 from bitpress.checkpoints.gguf_header import describe_given, read_gguf_header
 from bitpress.checkpoints.given import read_given
 from bitpress.checkpoints.named import resolve_model
-from bitpress.checkpoints.regauge import SPREAD, regauge_
+from bitpress.checkpoints.regauge import OUTLIER_FACTOR, OUTLIERS, SPREAD, plant_outliers_, regauge_
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
 from bitpress.cli.reports import told_original
@@ -200,6 +200,17 @@ def test_regauged_model_computes_the_same(loaded: GgufModel) -> None:
     assert (before - after).abs().max() < 1e-12 * before.abs().max()
     changed = [name for name in state if not torch.equal(state[name].double(), loaded.state[name].double())]
     assert len(changed) == 9 * LAYERS
+
+
+def test_planted_outliers_change_norms_and_what_reads_them_and_nothing_else(loaded: GgufModel) -> None:
+    state = dict(loaded.state)
+    plant_outliers_(state, loaded.config, seed=1)
+    before, after = logits(loaded, loaded.state), logits(loaded, state)
+    assert (before - after).abs().max() < 1e-12 * before.abs().max()
+    changed = [name for name in state if not torch.equal(state[name].double(), loaded.state[name].double())]
+    assert len(changed) == 7  # of the first block alone: two norms and five readers
+    ratio = state["model.layers.0.input_layernorm.weight"] / loaded.state["model.layers.0.input_layernorm.weight"].double()
+    assert int((ratio > OUTLIER_FACTOR / 2).sum()) == OUTLIERS
 
 
 def test_factors_come_in_the_stated_order(loaded: GgufModel) -> None:

@@ -18,7 +18,7 @@ from bitpress.checkpoints.compressed import MANIFEST_NAME, CompressedCheckpoint
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.cli.reports import describe_directory, verify_directory
-from bitpress.errors import CheckpointError, KernelUnavailable
+from bitpress.errors import CheckpointError, KernelUnavailable, UsageError
 from bitpress.formats import ActivationFormat, CompressedLayer, Params, StoredParam, parse_format
 from bitpress.formats.table import GRIDS, Row
 from bitpress.kernels.native import Native
@@ -127,14 +127,16 @@ def test_the_engine_leaves_such_a_directory_to_transformers(pressed_dir: Path) -
         bitpress.load(pressed_dir, runtime="native")
 
 
-def test_decoded_weights_are_refused_where_they_would_compute_something_else(pressed_dir: Path) -> None:
-    name = write_inputs(pressed_dir, DYNAMIC, "1.mlp.down_proj")[0]
-    for load in (bitpress.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(
-            CheckpointError, match=rf"{name}: its input is rounded \(int8-row dynamic\).*weights=\"packed\""
-        ) as e:
-            load(pressed_dir)
-        assert "\n" not in str(e.value)
+def test_decoded_weights_round_their_inputs_too(pressed_dir: Path) -> None:
+    without = logits(bitpress.load(pressed_dir, dtype="fp32"))
+    write_inputs(pressed_dir, {**DYNAMIC, "format": "int3-row"})
+    packed = logits(bitpress.load(pressed_dir, weights="packed", dtype="fp32"))
+    assert not torch.allclose(packed, without, atol=1e-2)
+    models = [bitpress.load(pressed_dir, dtype="fp32"), AutoModelForCausalLM.from_pretrained(pressed_dir, dtype=torch.float32)]
+    for model in models:
+        assert torch.equal(logits(model), packed)
+        with pytest.raises(UsageError, match="is not saved"):
+            model.save_pretrained(pressed_dir / "saved")
 
 
 @pytest.mark.parametrize(

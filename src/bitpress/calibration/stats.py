@@ -2,6 +2,7 @@
 
     gram            [in, in]            x.T @ x / tokens
     mean_abs        [in]                mean of |x| over tokens
+    max_abs         [in]                the largest |x| of all tokens
     cross           [in, in]            (x_original - x).T @ x / tokens; x_original is the same input in the uncompressed model
     attention_gram  [in, in]            the gram of tokens weighted by the attention they are paid, the weights of mean 1
     row_gram        [heads, row, row]   how errors of a head's output rows multiply in the rest of the attention
@@ -62,6 +63,7 @@ class Statistic:
 STATISTICS: dict[str, Statistic] = {
     "gram": Statistic(("in", "in"), "input"),
     "mean_abs": Statistic(("in",), "input"),
+    "max_abs": Statistic(("in",), "input"),
     "cross": Statistic(("in", "in"), "original"),
     "attention_gram": Statistic(("in", "in"), "attention"),
     "row_gram": Statistic(("heads", "row", "row"), "attention"),
@@ -101,6 +103,7 @@ class Stats:
     loss_gram: Float[torch.Tensor, "in in"] | None = None
     sensitivity: Float[torch.Tensor, "out in"] | None = None
     output_gram: Float[torch.Tensor, "out out"] | None = None
+    max_abs: Float[torch.Tensor, " in"] | None = None
     held_out: HeldOut | None = None
 
     @classmethod
@@ -119,6 +122,7 @@ class Stats:
             self,
             gram=twice(self.gram),
             mean_abs=None if self.mean_abs is None else self.mean_abs * factor.abs(),
+            max_abs=None if self.max_abs is None else self.max_abs * factor.abs(),
             cross=twice(self.cross),
             attention_gram=twice(self.attention_gram),
             head_gram=twice(self.head_gram),
@@ -129,7 +133,7 @@ class Stats:
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 
-        Statistics that cannot be known after the change are left out: mean_abs and sensitivity in another basis, and under `rows`
+        Statistics that cannot be known after the change are left out: mean_abs, max_abs and sensitivity in another basis, and under `rows`
         all statistics of output rows but the output_gram.
         """
         if isinstance(change, Chain):
@@ -150,6 +154,7 @@ class Stats:
                 self,
                 gram=twice(self.gram),
                 mean_abs=None if self.mean_abs is None or by_channel is None else by_channel(self.mean_abs),
+                max_abs=None if self.max_abs is None or by_channel is None else by_channel(self.max_abs),
                 cross=twice(self.cross),
                 attention_gram=twice(self.attention_gram),
                 head_gram=twice(self.head_gram),
@@ -188,6 +193,7 @@ class StatsCollector:
         size = native.gram_size(in_features)
         self._gram = torch.zeros(size, size) if "gram" in self.needs else None
         self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
+        self._max_abs = torch.zeros(in_features) if "max_abs" in self.needs else None
         self._cross: torch.Tensor | None = None
         self._weighted: dict[WeightedGram, torch.Tensor] = {}
         self._held_out: list[HeldOut] = []
@@ -209,6 +215,8 @@ class StatsCollector:
             # A few tokens in float32 while they are in the processor's cache; the total in float64.
             for some in x.split(TOKENS_TOGETHER):
                 self._sum_abs += some.abs().sum(0, dtype=torch.float32)
+        if self._max_abs is not None and x.shape[0]:
+            self._max_abs = torch.maximum(self._max_abs, x.abs().amax(0).float())
 
     def add_original(self, x: Float[torch.Tensor, "*batch in"], original: Float[torch.Tensor, "*batch in"]) -> None:
         """Add a batch with the input of this layer in the uncompressed model, token by token."""
@@ -253,6 +261,7 @@ class StatsCollector:
             cross,
             attention_gram=weighted.get("attention_gram"),
             loss_gram=weighted.get("loss_gram"),
+            max_abs=self._max_abs,
             held_out=join_held_out(self._held_out),
         )
 

@@ -167,19 +167,27 @@ class CompressedCheckpoint:
                 f"{self.root}: {parameter}: its input is rounded ({layer.input.name}), which decoded weights do not do; "
                 'load the model with weights="packed" (--packed).'
             )
+        return self._restored(parameter, layer.weight)
+
+    def _restored(self, parameter: str, weight: CompressedWeight) -> torch.Tensor:
         try:
-            return self._parameter(parameter).restore(layer.weight.dequantize())
+            return self._parameter(parameter).restore(weight.dequantize())
         except FormatError as error:
             raise CheckpointError(f"{self.root}: {parameter}: {error}") from error
 
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
-        """Return the parameters whose name begins with `prefix`, compressed ones decoded to float32."""
+        """Return the parameters whose name begins with `prefix`, compressed ones decoded to float32: weights alone, whatever their inputs."""
 
         def wanted(name: str) -> bool:
             return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
 
         values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
-        return values | {name: self.decode(name) for name in self.manifest.weights if wanted(name)}
+        return values | {name: self._restored(name, self.read_weight(name)) for name in self.manifest.weights if wanted(name)}
+
+    def load_products(self, prefix: str) -> dict[str, CompressedLayer]:
+        """Return the layers whose inputs are rounded: with `load` they are what the model computes."""
+        rounded = (name for name, record in self.manifest.weights.items() if record.input is not None)
+        return {name: self.read_layer(name) for name in rounded if name.startswith(prefix)}
 
     def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
         """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
@@ -211,6 +219,11 @@ class CompressedCheckpoint:
 
     def _parameter(self, name: str) -> WeightParameter:
         return self.manifest.weights[name].parameter(name)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of some products are rounded, so that decoded weights alone compute something else."""
+        return any(record.input is not None for record in self.manifest.weights.values())
 
     @property
     def nbytes(self) -> int:

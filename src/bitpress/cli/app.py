@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 some recipes of a comparison failed, or an unexpected erro
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,12 +18,15 @@ from bitpress.cli.options import (
     CalibrationText,
     Documents,
     Embeddings,
+    Explain,
     ForRuntime,
     Head,
+    InputFormat,
     Json,
     Length,
     Memory,
     Model,
+    Output,
     OutputHead,
     PresetBits,
     PresetName,
@@ -32,6 +34,7 @@ from bitpress.cli.options import (
     RecipeFile,
     Requantize,
     Samples,
+    SchemeName,
     Seed,
     Sets,
     Skip,
@@ -79,11 +82,11 @@ def options(
 @app.command(epilog="Example: bitpress quantize smollm2-135m out/smollm2-4bit --bits 4")
 def quantize(
     model: Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")
-    ],
+    output: Output,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    scheme: SchemeName = None,
+    inputs: InputFormat = None,
     preset: PresetName = None,
     bits: PresetBits = None,
     recipe: RecipeFile = None,
@@ -102,24 +105,23 @@ def quantize(
     proof_tokens: Annotated[int, typer.Option(help="Evaluation tokens of the final comparison; 0 leaves it out.")] = 8192,
     proof_text: Annotated[str, typer.Option(help="Evaluation text of the final comparison.")] = "builtin:heldout",
     max_kl: Annotated[float | None, typer.Option(help="Publish nothing above this KL divergence (exit 6).")] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")
-    ] = False,
+    explain: Explain = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
         others = {"--for": runtime, "--requantize": requantize, "--weights": weights, "--quantizer": quantizer, "--set": sets}
-        explain_preset(recipe, preset, bits, as_json, others | {"--skip": skip, "--embeddings": embeddings, "--head": head})
+        others |= {"--scheme": scheme, "--inputs": inputs, "--skip": skip, "--embeddings": embeddings, "--head": head}
+        explain_preset(recipe, preset, bits, as_json, others)
         return
-    from bitpress.cli.exchange import show_export
-    from bitpress.cli.reports import show_report
+    from bitpress.cli.exchange import show_quantized
     from bitpress.pipeline.exporting import export_for, open_to_quantize
     from bitpress.pipeline.for_runtime import fit_to
     from bitpress.pipeline.quantize import Proof, quantize_directory
 
+    text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
@@ -131,12 +133,7 @@ def quantize(
             )
         report = quantize_directory(source, output, method, strict=strict, force=force, proof=proof, progress=screen)
         exported = None if runtime is None else export_for(output, runtime, screen)
-    if as_json:
-        print_json(report if exported is None else {**report, "exported": exported})
-    else:
-        show_report(report, output)
-        if exported is not None:
-            show_export(exported)
+    show_quantized(report, exported, output, as_json)
 
 
 @app.command(epilog="Example: bitpress plan smollm2-135m --bits 4")
@@ -144,6 +141,8 @@ def plan(
     model: Model,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    scheme: SchemeName = None,
+    inputs: InputFormat = None,
     preset: PresetName = None,
     bits: PresetBits = None,
     recipe: RecipeFile = None,
@@ -171,8 +170,9 @@ def plan(
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
+    text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, calibration, samples, length, seed, skip, embeddings, head, runtime
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):

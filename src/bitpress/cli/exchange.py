@@ -8,9 +8,10 @@ import typer
 from rich.markup import escape
 
 from bitpress.cli.options import Json
+from bitpress.cli.reports import show_report
 from bitpress.cli.screen import Screen, out, print_json, size, table
 
-__all__ = ["app", "show_export", "show_targets"]
+__all__ = ["app", "show_export", "show_quantized", "show_targets"]
 
 app = typer.Typer()
 
@@ -60,6 +61,16 @@ def _export(model: str, output: Path, to: str, *, requantize: bool, as_json: boo
     with Screen() as screen:
         done = export_model(model, output, to, requantize=requantize, progress=screen).as_dict()
     print_json(done) if as_json else show_export(done)
+
+
+def show_quantized(report: Mapping[str, Any], exported: Mapping[str, Any] | None, output: Path, as_json: bool) -> None:
+    """Print what `quantize` did, and what it exported."""
+    if as_json:
+        print_json(dict(report) if exported is None else {**report, "exported": exported})
+        return
+    show_report(report, output)
+    if exported is not None:
+        show_export(exported)
 
 
 def show_export(done: Mapping[str, Any]) -> None:

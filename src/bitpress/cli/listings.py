@@ -20,8 +20,10 @@ def describe_methods() -> list[dict[str, Any]]:
     A transform's row says by `works_on` whether it changes the "network" as a whole, scales "groups" of weights that share an input, or
     changes the basis of "weights" or the "targets" that their codes aim at.
     """
+    from bitpress.calibration.observers import OBSERVERS
     from bitpress.corrections.table import CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
+    from bitpress.recipes.schemes import SCHEMES
     from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
 
     rows = []
@@ -37,6 +39,22 @@ def describe_methods() -> list[dict[str, Any]]:
                 on: dict[str, Mapping[str, Any]] = {"network": NETWORK_CHANGES, "weights": BASIS_CHANGES, "targets": TARGETS}
                 row["works_on"] = next((what for what, table in on.items() if name in table), "groups")
             rows.append(row)
+    for name, observer in OBSERVERS.items():
+        settings = {f.name: f.default for f in dataclasses.fields(observer)}  # type: ignore[arg-type]
+        rows.append(
+            {
+                "name": name,
+                "kind": "observer",
+                "summary": observer.summary,
+                "needs": [],
+                "settings": settings,
+                "paper": observer.source,
+                "bits": None,
+            }
+        )
+    for name, scheme in SCHEMES.items():
+        row = {"name": name, "kind": "scheme", "summary": scheme.summary, "needs": [], "settings": dict(scheme.keys)}
+        rows.append({**row, "paper": scheme.source, "bits": None})
     return rows
 
 

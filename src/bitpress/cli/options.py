@@ -10,6 +10,8 @@ from bitpress.runtime.native.options import MOST_THREADS, CacheType
 from bitpress.runtime.sampling import LIMITS
 
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")]
 Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
@@ -21,6 +23,16 @@ ForRuntime = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
+SchemeName = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme", metavar="NAME", help="Weights and inputs of products together: w8a8, fp8, w4a8, ... (`bitpress methods`)."
+    ),
+]
+InputFormat = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="FORMAT", help="Round the inputs of products, token by token, for example int8-row."),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file with any of the settings, or a named recipe (moqe, qtip).")
 ]

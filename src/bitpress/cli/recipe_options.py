@@ -29,6 +29,8 @@ def read_method(
     embeddings: str | None = None,
     head: str | None = None,
     runtime: str | None = None,
+    scheme: str | None = None,
+    inputs: str | None = None,
 ) -> "Method":
     """Build the recipe and the method of it, with what a runtime can load where nothing is said. Raises UsageError, FormatError."""
     from bitpress.pipeline.for_runtime import choose_for
@@ -38,13 +40,17 @@ def read_method(
     if file is not None and preset is None and bits is None and file.name.lower() in preset_names() and not file.exists():
         raise UsageError(f"--recipe {file}: no such file. That is a preset: --preset {file.name.lower()} --bits 4.")
     said = {"embeddings": embeddings, "head": head}
-    weights, bits, outer = choose_for(runtime, bits, weights, said, named=file is not None or preset is not None)
+    weights, bits, outer = choose_for(
+        runtime, bits, weights, said, named=file is not None or preset is not None or scheme is not None
+    )
     return choose_method(
         file,
         preset=preset,
+        scheme=scheme,
         bits=bits,
         weights=weights,
         quantizer=quantizer,
+        inputs=inputs,
         calibration={"text": text, "samples": samples, "length": length, "seed": seed},
         skip=skip or (),
         outer=outer,

@@ -294,7 +294,7 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
         "error": error,
         "error_rounded": _mean([row.error_rounded for row in rows]),
         "measured_on": "weight" if any(row.measured_on == "weight" for row in rows) else "output",
-        "inputs": method.recipe.calibration.inputs if method.needs else None,
+        "inputs": method.recipe.calibration.inputs if method.follows_text else None,
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
     }
@@ -302,7 +302,7 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
 
 def _seconds_of_capture(made: Comparison, captured: StatisticsCache, method: Method) -> float | None:
     """What the pass over the original took that a recipe takes its statistics from; a pass of its own is in its quantizing."""
-    if not method.needs or not made.shares(method):
+    if not method.follows_text or not made.shares(method):
         return 0.0
     return None if captured.seconds is None else round(captured.seconds, 2)
 

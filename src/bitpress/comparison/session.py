@@ -81,7 +81,7 @@ class Comparison:
     def shares(self, method: Method) -> bool:
         """Whether the pass over the original serves a method: it calibrates just so, or needs nothing. In another basis nothing does."""
         recipe = method.recipe
-        if method.rotate is not None:
+        if method.rotate is not None or method.observes:
             return False
         alike = recipe.calibration.model_copy(update={"gram": self.shared.gram})
         return not method.needs or (alike == self.shared and recipe.batch == _batch())
@@ -181,7 +181,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
     else:
         if method.rotate is not None and method.needs:
             made.progress.note(f"{c.label}: calibrates by itself, as statistics of the original are in another basis")
-        stream.start_(samples.inputs if samples is not None and method.needs else None, None)
+        stream.start_(samples.inputs if samples is not None and method.follows_text else None, None)
     return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
 
 

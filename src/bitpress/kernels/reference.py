@@ -5,13 +5,19 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 
-from bitpress.formats import CompressedLayer
+from bitpress.formats import CompressedLayer, CompressedWeight
 
 __all__ = ["Reference"]
 
 
 class Reference:
+    """`keep`: hold the decoded terms from the first product on, so that decoding is done once."""
+
     name: ClassVar[str] = "reference"
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self._kept: list[torch.Tensor] | None = None
 
     @staticmethod
     def refuses(layer: CompressedLayer) -> str | None:
@@ -23,7 +29,16 @@ class Reference:
             x = weight.input_map.apply(x)
         if layer.input is not None:
             x = layer.input.round(x)
-        y = torch.nn.functional.linear(x, weight.terms[0].dequantize().to(x.dtype))
-        for term in weight.terms[1:]:
-            y = y + torch.nn.functional.linear(x, term.dequantize().to(x.dtype))
+        first, *others = self._decoded(weight, x.dtype)
+        y = torch.nn.functional.linear(x, first)
+        for term in others:
+            y = y + torch.nn.functional.linear(x, term)
         return y if weight.output_map is None else weight.output_map.apply(y)
+
+    def _decoded(self, weight: CompressedWeight, dtype: torch.dtype) -> list[torch.Tensor]:
+        if self._kept is not None and self._kept[0].dtype == dtype:
+            return self._kept
+        decoded = [term.dequantize().to(dtype) for term in weight.terms]
+        if self.keep:
+            self._kept = decoded
+        return decoded

@@ -12,6 +12,7 @@ from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import CheckpointError, NumericsError
 from bitpress.finite import all_finite
+from bitpress.formats import CompressedLayer
 from bitpress.models.rotated import RotatedNetwork
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config
@@ -39,6 +40,9 @@ class OriginalLoader:
         if self.rotated is not None:
             self.rotated.apply_(tensors)
         return tensors
+
+    def load_products(self, prefix: str) -> dict[str, CompressedLayer]:
+        return {}
 
     @property
     def untied(self) -> Mapping[str, str]:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import CheckpointError
+from bitpress.formats import CompressedLayer
+from bitpress.kernels.product import LayerProduct
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
@@ -22,7 +24,7 @@ from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task
 from bitpress.models.uses import Use, find_uses
 
-__all__ = ["ParameterLoader", "StreamedModel"]
+__all__ = ["ParameterLoader", "StreamedModel", "no_product"]
 
 
 class ParameterLoader(Protocol):
@@ -30,6 +32,10 @@ class ParameterLoader(Protocol):
 
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
         """Return every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
+        ...
+
+    def load_products(self, prefix: str) -> Mapping[str, CompressedLayer]:
+        """Return the layers below a prefix whose inputs are rounded, by the names of their weights; decoded weights alone would not do that."""
         ...
 
 
@@ -92,6 +98,7 @@ class StreamedModel:
         """Load one block and give its tensors as stored."""
         tensors = self.loader.load(f"{self.block_name(i)}.")
         self.fill_(tensors)
+        self.set_products_(self.loader.load_products(f"{self.block_name(i)}."))
         return tensors
 
     def fill_(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -99,8 +106,20 @@ class StreamedModel:
         for name, value in tensors.items():
             set_parameter_(self.model, name, value.to(self.dtype) if value.is_floating_point() else value)
 
+    def set_products_(self, layers: Mapping[str, CompressedLayer]) -> None:
+        """Let these layers compute the products with their weights, until the block is dropped. Raises CheckpointError where a module
+        computes in a way of its own."""
+        for name, layer in layers.items():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if (why := no_product(module, name)) is not None:
+                raise CheckpointError(f"{name}: its input is rounded ({layer.input and layer.input.name}), and {why}.")
+            module.forward = partial(_forward, module, LayerProduct(layer, keep=True))
+
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""
+        for module in self.blocks[i].modules():
+            if module is not self.blocks[i]:
+                module.__dict__.pop("forward", None)
         for name, value in list(self.blocks[i].named_parameters()):
             set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
 
@@ -272,6 +291,18 @@ class StreamedModel:
             and _same([g[2:] for g in first], [g[2:] for g in other])
             and self.task.fits(outputs, inputs)
         )
+
+
+def no_product(module: torch.nn.Module, name: str) -> str | None:
+    """Return why a layer cannot compute the product with a weight in its module's place; None if it can."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = type(module) in (torch.nn.Linear, Conv1D) and name.endswith(".weight")
+    return None if plain else f"{type(module).__name__} is no plain linear layer"
+
+
+def _forward(module: Any, product: LayerProduct, x: torch.Tensor) -> torch.Tensor:
+    return product(x, module.bias)
 
 
 def _may_be_shared(value: Any) -> bool:

@@ -15,6 +15,7 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.rounded_inputs import choose_inputs
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
 
@@ -47,7 +48,8 @@ class BlockCompressor:
 
     def visit_(self, block: LoadedBlock) -> None:
         """Compress a block into `made`, and move the calibration text past it (not past the last block where nothing needs its outputs)."""
-        stream, model, needs, tensors = self.stream, self.stream.model, self.method.needs, block.tensors
+        stream, model, tensors = self.stream, self.stream.model, block.tensors
+        needs, follows = self.method.needs, self.method.follows_text
         planned = [p for p in self.planned if p.block == block.index]
         compressed = {p.parameter.name for p in planned}
         self.made = made = CompressedBlock()
@@ -63,14 +65,20 @@ class BlockCompressor:
                 name = p.parameter.name
                 result, decoded = self.weights.compress(p, tensors[name], stats, scales)
                 made.put_(result)
-                if self.looked_at or (needs and (stream.goes_on(block) or not final)):
+                if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
-        if stream.goes_on(block) and needs and not stream.follows_original and self.measured is None:
+        goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
+        inputs = choose_inputs(stream, block.index, planned, {name: p.weight for name, p in made.parameters.items()})
+        for name, found in inputs.items():
+            made.put_(made.parameters[name].with_input(found))
+        if inputs and (goes_on or self.looked_at):
+            model.set_products_({name: made.parameters[name].layer for name in inputs})
+        if goes_on:
             stream.advance_(block.index)
 
     def _measure(

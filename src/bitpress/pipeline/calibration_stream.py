@@ -222,6 +222,13 @@ class CalibrationStream:
             self.check_stop()
         return capture.finish().get(parameter.stem)
 
+    def look_(self, i: int) -> None:
+        """Run the samples that count through a block, whose outputs are not kept."""
+        for rows, hidden in self.batches():
+            if rows.start < self._counted:
+                self._checked(i, self.model.run_block(i, hidden))
+                self.check_stop()
+
     def advance_(self, i: int) -> None:
         self.before_advance()
         for rows, hidden in self.batches():

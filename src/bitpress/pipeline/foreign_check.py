@@ -68,8 +68,6 @@ def read_by_others(directory: Path, out: Path, to: str, progress: Progress) -> F
     if missing:
         return ForeignReading(None, f"the package {missing[0].replace('_', '-')} is not installed")
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
-    if any(record.input is not None for record in checkpoint.manifest.weights.values()):
-        return ForeignReading(None, "the inputs of its products are rounded, which the two round in other arithmetic")
     if (why := _experts_unread(checkpoint, to)) is not None:
         return ForeignReading(None, why)
     config = build_config(checkpoint.config)

@@ -26,6 +26,7 @@ from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
+from bitpress.pipeline.rounded_inputs import refused_inputs
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Method
 
@@ -182,6 +183,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict(), experts)
     _check_shapes(weights)
     _check_parts(weights, method)
+    _refuse(refused_inputs(model, weights), "Change the recipe's inputs, or keep those of these layers by an override.")
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
     ties = dict(model.model.all_tied_weights_keys)
     kept = {name: reason for name, reason in kept.items() if ties.get(name, name) not in compressed}
@@ -322,7 +324,7 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def _activation_bytes(method: Method, of_sample: int) -> int:
-    if not method.needs:
+    if not method.follows_text:
         return 0
     streams = 2 if of_origin(method.needs, "original") else 1
     return streams * method.recipe.calibration.drawn * of_sample

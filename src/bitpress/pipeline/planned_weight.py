@@ -45,6 +45,7 @@ class PlannedWeight:
             "format": self.format.name,
             "bytes": self.nbytes,
             "bits_per_weight": self.nbytes * 8 / self.weights,
+            **({} if self.method.inputs is None else {"inputs": self.method.inputs.name}),
         }
 
 

@@ -214,7 +214,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     if use_native() and not native.available():
         progress.note("the native library is not built for this version; everything is computed in torch, slower")
     outer = model.load_outer_()
-    inputs = inputs if method.needs else None  # what formats cost has been measured
+    inputs = inputs if method.follows_text else None  # what formats cost has been measured
     held_out = None if run.samples is None or inputs is None else run.samples.held_out
     kept |= _keep_gradients(job, run, check_stop, progress)
     gradients = job.kept(GRADIENTS) if of_origin(method.needs, "loss") else None

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitpress.errors import UsageError
 from bitpress.presets import preset_keys
 from bitpress.recipes.method import Method
 from bitpress.recipes.recipe import OUTER, Recipe
+from bitpress.recipes.schemes import scheme_keys
 from bitpress.recipes.text import load_recipe, make_method
 
 __all__ = ["choose_method"]
@@ -16,9 +18,11 @@ def choose_method(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     preset: str | None = None,
+    scheme: str | None = None,
     bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
+    inputs: str | Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
     outer: Mapping[str, Any] | None = None,
@@ -27,6 +31,8 @@ def choose_method(
 ) -> Method:
     """Build the recipe and the method of it. Raises UsageError, FormatError.
 
+    scheme        one of `SCHEMES`: weights and inputs together; what else is said replaces its keys
+    inputs        a format, or what the recipe's key `inputs` says
     recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
     calibration   settings of it that replace the recipe's; those that are None do not
     outer         what the recipe's keys `embeddings` and `head` say; those that are None change nothing, and are "auto" without a recipe
@@ -34,6 +40,9 @@ def choose_method(
     option        returns the caller's spelling of an option, for messages
     """
     own = dict(recipe) if isinstance(recipe, Mapping) else {}
+    if scheme is not None and (preset is not None or bits is not None or (recipe is not None and not own)):
+        other = option("preset" if preset is not None else "bits" if bits is not None else "recipe")
+        raise UsageError(f"{option('scheme')} and {other} both say what weights are; give one of them.")
     said = {text.partition("=")[0].strip() for text in sets} | own.keys()
     whole = recipe is not None and (not isinstance(recipe, Mapping) or preset is not None)
     values = preset_keys(
@@ -48,7 +57,11 @@ def choose_method(
         values = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
         values = load_recipe(recipe).model_dump(exclude_unset=True)
+    if scheme is not None:
+        values = scheme_keys(scheme)
     values |= own
+    if inputs is not None:
+        values["inputs"] = inputs
     if weights is not None:
         values["weights"] = weights
     if quantizer is not None:

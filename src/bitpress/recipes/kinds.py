@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitpress.calibration.observers import OBSERVERS
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS
@@ -31,10 +32,11 @@ KINDS: dict[str, Kind] = {
     "target": Kind("transforms", "transform", TARGETS),
     "correction": Kind("corrections", "correction", CORRECTIONS),
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
+    "observer": Kind("observer", "observer", OBSERVERS),
 }
 
-# Keys of a recipe that list parts; `quantizer` names a single one.
-LISTS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.key != "quantizer"))
+# Keys of a recipe that list parts; `quantizer` names a single one, and so does `observer` below `inputs`.
+LISTS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.key not in ("quantizer", "observer")))
 
 
 def table_of(key: str) -> Table:

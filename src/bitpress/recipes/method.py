@@ -12,20 +12,32 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from bitpress.arithmetic import has_fast_bf16
+from bitpress.calibration.observers import Observer
 from bitpress.corrections.correction import Correction
-from bitpress.formats import LOSSLESS, AnyFormat, Format, find_format
+from bitpress.errors import FormatError, UsageError
+from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, Format, find_format
+from bitpress.formats.activation import ParameterSource
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.options import find_options
 from bitpress.recipes.parts import make_part, settings_of
-from bitpress.recipes.recipe import AUTO_OUTER, DEFAULT_TRANSFORMS, OUTER, OuterWeights, Override, Recipe
+from bitpress.recipes.recipe import (
+    AUTO_OUTER,
+    DEFAULT_OBSERVER,
+    DEFAULT_TRANSFORMS,
+    OUTER,
+    InputRounding,
+    OuterWeights,
+    Override,
+    Recipe,
+)
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["OF_OUTPUT_HEADS", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
+__all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
 P = TypeVar("P", bound=Any, covariant=True)
 # Statistics that a head has: those of its input.
@@ -54,6 +66,35 @@ class LayerMethod:
     changes: tuple[BasisChange, ...] = ()
     targets: tuple[Target, ...] = ()
     corrections: tuple[Correction, ...] = ()
+    inputs: "InputMethod | None" = None
+
+
+@dataclass(frozen=True)
+class InputMethod:
+    """How the input of a product is rounded; `observer` chooses static parameters, and is None where they are dynamic."""
+
+    format: Format
+    parameters: ParameterSource
+    observer: Named[Observer] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.format.name} {self.parameters}"
+
+    def spec(self) -> dict[str, Any]:
+        """Return what a recipe says of it."""
+        own = {} if self.observer is None else {"observer": self.observer.settings()}
+        return {"format": self.format.name, "parameters": self.parameters, **own}
+
+
+@dataclass(frozen=True)
+class BuiltOverride:
+    """An override with its parts; None: the recipe's. `inputs` are those of its weights, whoever says so."""
+
+    said: Override
+    format: AnyFormat | None
+    quantizer: Named[Quantizer] | None
+    inputs: InputMethod | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +110,9 @@ class Method:
     recipe: Recipe
     parts: tuple[Named[Any], ...]
     format: AnyFormat
-    overrides: tuple[tuple[Override, AnyFormat | None, Named[Quantizer] | None], ...]
+    overrides: tuple[BuiltOverride, ...]
     compute: torch.dtype
+    inputs: InputMethod | None = None
     outer: Mapping[str, "Method"] = field(default_factory=dict)
     auto: frozenset[str] = frozenset()
     options: tuple[Format, ...] = ()
@@ -108,7 +150,7 @@ class Method:
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
         """All parts, those of overrides too."""
-        return (*self.parts, *(own for _, _, own in self.overrides if own is not None))
+        return (*self.parts, *(own.quantizer for own in self.overrides if own.quantizer is not None))
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -119,7 +161,18 @@ class Method:
     @property
     def reads_text(self) -> bool:
         """Whether the calibration text is read: for statistics, or to measure what formats cost the loss."""
-        return bool(self.needs or self.options)
+        return bool(self.needs or self.options or self.observes)
+
+    @cached_property
+    def observes(self) -> bool:
+        """Whether static parameters of inputs are chosen on the calibration text."""
+        every = (self.inputs, *(own.inputs for own in self.overrides))
+        return any(found is not None and found.observer is not None for found in every)
+
+    @property
+    def follows_text(self) -> bool:
+        """Whether the calibration text goes through the blocks: for statistics, or to look at inputs."""
+        return bool(self.needs) or self.observes
 
     @cached_property
     def shared_needs(self) -> frozenset[str]:
@@ -134,6 +187,7 @@ class Method:
             tuple(named.part for named in self.changes),
             tuple(named.part for named in self.of("target")),
             tuple(named.part for named in self.corrections),
+            self.inputs,
         )
 
     def for_layer(self, weight: str) -> LayerMethod:
@@ -142,11 +196,11 @@ class Method:
         return replace(parts, format=self.chosen[weight]) if weight in self.chosen else parts
 
     def _of_recipe(self, weight: str) -> LayerMethod:
-        for override, fmt, quantizer in reversed(self.overrides):
-            if fnmatch.fnmatchcase(weight, override.match):
+        for own in reversed(self.overrides):
+            if fnmatch.fnmatchcase(weight, own.said.match):
                 usual = self._default
-                return LayerMethod(
-                    fmt or usual.format, quantizer or usual.quantizer, usual.changes, usual.targets, usual.corrections
+                return replace(
+                    usual, format=own.format or usual.format, quantizer=own.quantizer or usual.quantizer, inputs=own.inputs
                 )
         return self._default
 
@@ -165,10 +219,14 @@ class Method:
         values["quantizer"] = self.quantizer.settings()
         for key in LISTS:
             values[key] = [named.settings() for named in self.of_key(key)]
-        values["overrides"] = [_spell_out(override, own) for override, _, own in self.overrides]
+        values["overrides"] = [_spell_out(own) for own in self.overrides]
         for key in OUTER:
             if values[key] != "keep":
                 del values[key]  # recipes of before have no such keys
+        if self.inputs is None:
+            del values["inputs"]  # likewise
+        else:
+            values["inputs"] = self.inputs.spec()
         if self.recipe.budget is None:
             del values["budget"]
         else:
@@ -187,11 +245,13 @@ def build_method(recipe: Recipe) -> Method:
     quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
     parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [_of_key("corrections", part) for part in recipe.corrections]
+    inputs = None if recipe.inputs is None else _input_method(recipe.inputs)
     overrides = tuple(
-        (
+        BuiltOverride(
             override,
             None if override.weights is None else find_format(override.weights),
             None if override.quantizer is None else _named("quantizer", override.quantizer),
+            inputs if override.inputs is None else None if override.inputs == "keep" else _input_method(override.inputs),
         )
         for override in recipe.overrides
     )
@@ -205,7 +265,21 @@ def build_method(recipe: Recipe) -> Method:
         for key, own in given.items()
     }
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), outer, auto, options)
+    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options)
+
+
+def _input_method(said: InputRounding) -> InputMethod:
+    """Build how an input is rounded. Raises FormatError for a format that inputs cannot have, UsageError."""
+    fmt = find_format(said.format)
+    if not isinstance(fmt, Format):
+        raise FormatError(f"{fmt.name} keeps numbers bit for bit; inputs that are to stay as they are need no format.")
+    if said.parameters == "dynamic":
+        if said.observer is not None:
+            raise UsageError("an observer chooses static parameters, and these are dynamic; leave out one of them.")
+        ActivationFormat(fmt)  # raises
+        return InputMethod(fmt, "dynamic")
+    ActivationFormat(fmt, "static")
+    return InputMethod(fmt, "static", _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
@@ -253,9 +327,11 @@ def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
     return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
 
 
-def _spell_out(override: Override, quantizer: Named[Quantizer] | None) -> dict[str, Any]:
-    values = {key: value for key, value in override.model_dump(mode="json").items() if value is not None}
-    return values if quantizer is None else values | {"quantizer": quantizer.settings()}
+def _spell_out(own: BuiltOverride) -> dict[str, Any]:
+    values = {key: value for key, value in own.said.model_dump(mode="json").items() if value is not None}
+    if own.said.inputs is not None:
+        values["inputs"] = "keep" if own.inputs is None else own.inputs.spec()
+    return values if own.quantizer is None else values | {"quantizer": own.quantizer.settings()}
 
 
 def _exact_formats(recipe: Recipe) -> list[str]:

@@ -9,7 +9,9 @@ calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               gram: input,              or loss: tokens count with the loss's squared gradient by the output of the layer
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
-overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn}]     other formats or methods for some weights, or both
+inputs: int8-row                        how inputs of products are rounded, or {format: int8-tensor-zero, parameters: static, observer: minmax}:
+                                        static parameters are chosen on the calibration text; left out: inputs stay as they are
+overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
 head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names
@@ -26,14 +28,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitpress.formats.activation import ParameterSource
+
 __all__ = [
     "AUTO_OUTER",
+    "DEFAULT_OBSERVER",
     "DEFAULT_QUANTIZER",
     "DEFAULT_TRANSFORMS",
     "NAMED_RECIPES",
     "OUTER",
     "Budget",
     "Calibration",
+    "InputRounding",
     "NamedRecipe",
     "OuterWeights",
     "Override",
@@ -47,6 +53,7 @@ AUTO_OUTER = "int8-row"
 
 
 DEFAULT_QUANTIZER = "gptq"
+DEFAULT_OBSERVER = "minmax"
 DEFAULT_TRANSFORMS: tuple[Mapping[str, Any], ...] = ({"name": "awq-scale", "run_time": False},)
 
 
@@ -116,12 +123,21 @@ class Calibration(_Closed):
         return self.samples + self.held_out
 
 
+class InputRounding(_Closed):
+    """How the input of a product is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table."""
+
+    format: str
+    parameters: ParameterSource = "dynamic"
+    observer: dict[str, Any] | None = None
+
+
 class Override(_Closed):
-    """What weights have whose name matches; a part that is left out is the recipe's."""
+    """What weights have whose name matches; a part that is left out is the recipe's. `inputs` of "keep" are not rounded."""
 
     match: str
     weights: str | None = None
     quantizer: dict[str, Any] | None = None
+    inputs: InputRounding | Literal["keep"] | None = None
 
 
 class OuterWeights(_Closed):
@@ -150,6 +166,7 @@ class Recipe(_Closed):
     transforms: tuple[dict[str, Any], ...] | None = None
     quantizer: dict[str, Any] = {}
     corrections: tuple[dict[str, Any], ...] = ()
+    inputs: InputRounding | None = None
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()

@@ -8,6 +8,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bitpress.calibration.observers import OBSERVERS
 from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
@@ -58,12 +59,15 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     merged = _with_quantizer(merged)
     if isinstance(merged.get("overrides"), (list, tuple)):
         parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
-        merged["overrides"] = [_with_format(f"{where}: overrides", o) if isinstance(o, Mapping) else o for o in parts]
+        merged["overrides"] = [
+            _with_inputs(_with_format(f"{where}: overrides", o)) if isinstance(o, Mapping) else o for o in parts
+        ]
     for key in LISTS:
         if isinstance(merged.get(key), (list, tuple)):
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
             merged[key] = [_with_name(part, table_of(key)) for part in parts]
     merged = _with_format(where, merged)
+    merged = _with_inputs(merged)
     for key in OUTER:
         if key in merged:
             merged[key] = _outer(f"{where}: {key}", merged[key])
@@ -77,8 +81,8 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     except ValidationError as error:
         raise _usage(where, error, merged) from error
     for override in recipe.overrides:
-        if override.weights is None and override.quantizer is None:
-            raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer.")
+        if override.weights is None and override.quantizer is None and override.inputs is None:
+            raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer nor inputs.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
     method = build_method(recipe)
     check_composition(method)
@@ -101,10 +105,13 @@ def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
     told = []
     for override in recipe["overrides"]:
         parts, own = [override["match"], override.get("weights", "")], override.get("quantizer")
+        rounded = override.get("inputs")
         if own is not None:
             usual = recipe["quantizer"] if recipe["quantizer"]["name"] == own["name"] else own
             settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
             parts.append(f"by {own['name']}{settings and f' ({settings})'}")
+        if rounded is not None:
+            parts.append("inputs kept" if rounded == "keep" else f"inputs {rounded['format']} {rounded['parameters']}")
         told.append(" ".join(part for part in parts if part))
     return told
 
@@ -115,6 +122,19 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     if given is None:
         return dict(values)
     return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
+
+
+def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them."""
+    given = values.get("inputs")
+    if given is None or given == "keep":
+        return dict(values)
+    given = {"format": given} if isinstance(given, str) else given
+    if isinstance(given, Mapping) and given.get("observer") is not None:
+        observer = given["observer"]
+        named = _with_name({"name": observer} if isinstance(observer, str) else observer, OBSERVERS)
+        given = {**given, "observer": named}
+    return {**values, "inputs": given}
 
 
 def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:

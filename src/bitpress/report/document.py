@@ -106,6 +106,7 @@ class LayerRow(_Closed):
     tokens           calibration tokens that reached the weight; for experts, a number for each
     held_out         errors on tokens that calibration did not count: "all" of them, and those of each class of `calibration.held_out`
                      that has any; None where nothing was held out
+    inputs           how the input of its product is rounded; None: it is not
     seconds          time spent on compressing it
     picture          its distribution and its outlier channels
     """
@@ -121,6 +122,7 @@ class LayerRow(_Closed):
     calibrated: bool
     tokens: int | list[int]
     held_out: dict[str, TokenErrors] | None = None
+    inputs: str | None = None
     notes: list[str]
     fallbacks: list[str]
     seconds: float = 0.0

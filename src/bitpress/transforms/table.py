@@ -12,6 +12,7 @@ from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.smooth_plus import SmoothPlus
+from bitpress.transforms.smoothquant import SmoothQuant
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
@@ -19,7 +20,7 @@ __all__ = ["BASIS_CHANGES", "NETWORK_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRA
 
 NETWORK_CHANGES: dict[str, type[Rotate]] = {"rotate": Rotate}
 
-SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {"awq-scale": AWQScale, "smooth-plus": SmoothPlus}
+SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {"awq-scale": AWQScale, "smooth-plus": SmoothPlus, "smoothquant": SmoothQuant}
 
 BASIS_CHANGES: dict[str, type[BasisChange]] = {
     "balance": Balance,

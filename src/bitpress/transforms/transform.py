@@ -32,6 +32,11 @@ class InputStats(Protocol):
         """Mean of |x| over tokens."""
         ...
 
+    @property
+    def max_abs(self) -> Float[torch.Tensor, " in"] | None:
+        """The largest |x| of all tokens."""
+        ...
+
 
 class ScaleSearch(Protocol):
     """One paper's way to choose the factors.

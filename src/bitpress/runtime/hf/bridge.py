@@ -109,14 +109,14 @@ class BitpressQuantizer(HfQuantizer):
         for name, record in checkpoint.manifest.weights.items():
             owner, leaf = _place(model, name)
             device, dtype = _device(_neighbour(model, name)), owner.__dict__.pop(leaf).dtype
-            if is_packed:
-                layer = checkpoint.read_layer(name)
-                for packed in replace_(model, record.parameter(name), layer, dtype, checkpoint.manifest.aliases):
+            if is_packed or record.input is not None:
+                layer, parameter = checkpoint.read_layer(name), record.parameter(name)
+                for packed in replace_(model, parameter, layer, dtype, checkpoint.manifest.aliases, keep=not is_packed):
                     packed.to(device)
             else:
                 owner._parameters[leaf] = torch.nn.Parameter(checkpoint.decode(name).to(device, dtype))
         model.tie_weights(recompute_mapping=False)
-        if is_packed:
+        if is_packed or checkpoint.rounds_inputs:
             model.save_pretrained = refuse_saving
         else:
             train_(model)

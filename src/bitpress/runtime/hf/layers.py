@@ -17,7 +17,8 @@ from torch import nn
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.formats import CompressedLayer, CompressedWeight
-from bitpress.kernels import Kernel, choose_kernel
+from bitpress.kernels import Kernel
+from bitpress.kernels.product import LayerProduct
 
 __all__ = ["PackedLinear", "PackedParameter", "PackedWeight", "refuse_saving", "replace_"]
 
@@ -73,13 +74,15 @@ class PackedWeight(nn.Module):
 
 
 class PackedLinear(PackedWeight):
-    """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`, its input rounded where the layer says so."""
+    """A linear layer over a compressed weight: `y = x @ w_hat.T + bias`, its input rounded where the layer says so. With `keep` it holds the
+    decoded weight beside the codes."""
 
-    def __init__(self, layer: CompressedLayer, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(self, layer: CompressedLayer, bias: nn.Parameter | None, dtype: torch.dtype, *, keep: bool = False) -> None:
         super().__init__(layer, dtype)
+        self._keep = keep
         self.out_features, self.in_features = layer.shape
         self.bias = bias
-        self._kernel: Kernel | None = choose_kernel(layer)
+        self._product: LayerProduct | None = LayerProduct(layer, keep=keep)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -87,18 +90,19 @@ class PackedLinear(PackedWeight):
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layer()
-        y = self.kernel().matmul(x, layer)
-        return y if self.bias is None else y + self.bias
+        return self.product()(x, self.bias)
+
+    def product(self) -> LayerProduct:
+        """Return the layer's product, its kernel chosen again where its tensors have moved."""
+        if self._product is None:
+            self._product = LayerProduct(self.layer(), keep=self._keep)
+        return self._product
 
     def kernel(self) -> Kernel:
-        """Return the layer's kernel, chosen again where its tensors have moved."""
-        if self._kernel is None:
-            self._kernel = choose_kernel(self.layer())
-        return self._kernel
+        return self.product().kernel
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        self._kernel = None
+        self._product = None
         super()._apply(fn, recurse)
         return self
 
@@ -185,27 +189,34 @@ def _whole(value: Any) -> Any:
 
 
 def replace_(
-    model: Any, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype, aliases: Mapping[str, str]
+    model: Any,
+    parameter: WeightParameter,
+    layer: CompressedLayer,
+    dtype: torch.dtype,
+    aliases: Mapping[str, str],
+    *,
+    keep: bool = False,
 ) -> list[PackedWeight]:
     """Put a packed layer where the parameter's module is, or a packed parameter where its module is no plain linear layer; `aliases` are
-    the parameters that are tied, each with its original, and those of this one get the same codes.
+    the parameters that are tied, each with its original, and those of this one get the same codes. With `keep` a layer holds its decoded
+    weight too.
 
     Returns what now stands there. Raises CheckpointError for a rounded input of a module that computes in its own way.
     """
     tied = [alias for alias, original in aliases.items() if original == parameter.name]
     if tied:  # nothing is left for transformers to tie
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in tied}
-    return [_put_(model, replace(parameter, name=name), layer, dtype) for name in (parameter.name, *tied)]
+    return [_put_(model, replace(parameter, name=name), layer, dtype, keep) for name in (parameter.name, *tied)]
 
 
-def _put_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype) -> PackedWeight:
+def _put_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype, keep: bool) -> PackedWeight:
     from transformers.pytorch_utils import Conv1D
 
     owner_name, _, leaf = parameter.name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if type(owner) in (nn.Linear, Conv1D) and leaf == "weight" and not parameter.experts:
         above, _, name = owner_name.rpartition(".")
-        linear = PackedLinear(layer, owner._parameters["bias"], dtype)
+        linear = PackedLinear(layer, owner._parameters["bias"], dtype, keep=keep)
         setattr(model.get_submodule(above), name, linear)
         return linear
     if layer.input is not None:

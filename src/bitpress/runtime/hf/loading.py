@@ -31,7 +31,7 @@ def load(
 ) -> Any:
     """Load a directory that bitpress wrote as a model of transformers, ready for `generate`.
 
-    weights     "decoded": decode each weight once, as fast and as large in memory as the original;
+    weights     "decoded": decode each weight once, as fast and as large in memory as the original; codes stay beside where inputs are rounded;
                 "packed": keep the codes, a fraction of the memory, and decode at every product
     dtype       what the rest computes in; "auto" is the original's type
     memory      of a model of stacks (the quantizer bitstack), read only so many terms that all that is read takes at most these bytes,
@@ -39,8 +39,7 @@ def load(
     width       bits a weight that a nested model is read at: 8 (default), 4 or 2
     verify      check the SHA-256 of every file first
 
-    Raises CheckpointError when anything in the directory is not as its manifest says and for "decoded" where inputs are rounded,
-    MemoryLimitError for too little memory.
+    Raises CheckpointError when anything in the directory is not as its manifest says, MemoryLimitError for too little memory.
     """
     check_options(weights, dtype)
     checkpoint = CompressedCheckpoint.open(directory, verify=verify)
@@ -76,7 +75,7 @@ def load_opened(
     generation = read_generation(checkpoint)
     if generation is not None:
         model.generation_config = generation
-    if weights == "packed":
+    if weights == "packed" or checkpoint.rounds_inputs:
         model.save_pretrained = refuse_saving
     else:
         train_(model)
@@ -118,8 +117,9 @@ def fill_(
         if isinstance(value, torch.Tensor):
             set_parameter_(model, name, value.to(dtype) if value.is_floating_point() else value)
             continue
-        if packed:
-            replace_(model, checkpoint.manifest.weights[name].parameter(name), value, dtype, checkpoint.manifest.aliases)
+        if packed or value.input is not None:  # a parameter alone would not round inputs
+            parameter = checkpoint.manifest.weights[name].parameter(name)
+            replace_(model, parameter, value, dtype, checkpoint.manifest.aliases, keep=not packed)
         else:
             set_parameter_(model, name, checkpoint.decoded(name, value).to(dtype))
         note(name)

@@ -1,0 +1,107 @@
+"""Weights and inputs of products in few bits: what every scheme of benchmarks/schemes.yaml costs, with and without planted outliers.
+
+    make bench Q=schemes                                        bitpress-tiny, and a copy of it with large channels behind norms
+    python benchmarks/schemes.py --models smollm2-135m-regauged smollm2-135m-outliers --samples 128 --tokens 32768
+    python benchmarks/schemes.py --only 'w4a4*'                 some of them
+    python benchmarks/schemes.py --render                       only the table, from the rows there are
+
+Products of rounded inputs are computed from the values that codes stand for (simulated). A row of benchmarks/results/schemes.jsonl is one
+recipe on one model; a recipe that has a row with the same number of tokens is run again, and the table takes the last row.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rows import ROOT, add_row, read_rows, rewrite_section
+from safetensors.torch import load_file, save_file
+
+from bitpress.checkpoints.named import resolve_model
+from bitpress.checkpoints.regauge import plant_outliers_
+from bitpress.models.skeleton import build_config
+from bitpress.settings import cache_directory
+
+RECIPES = ROOT / "benchmarks" / "schemes.yaml"
+PAGE = ROOT / "docs" / "activations.md"
+PLANTED = "bitpress-tiny, outliers"
+SEED = 20261127
+
+
+def directory_of(model: str, out: Path) -> str:
+    """Return what `bitpress compare` takes: a name, or the directory of the copy with planted outliers, made first if needed."""
+    if model != PLANTED:
+        return model
+    source, target = resolve_model("bitpress-tiny"), out / "bitpress-tiny-outliers"
+    if not target.exists():
+        target.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.suffix != ".safetensors":
+                (target / file.name).write_bytes(file.read_bytes())
+        (weights,) = source.glob("*.safetensors")
+        state = load_file(weights)
+        types = {name: value.dtype for name, value in state.items()}
+        plant_outliers_(state, build_config(json.loads((source / "config.json").read_text())), seed=SEED)
+        made = {name: value.to(types[name]).contiguous() for name, value in state.items()}
+        save_file(made, target / weights.name, metadata={"format": "pt"})
+    return str(target)
+
+
+def measure(model: str, options: argparse.Namespace) -> None:
+    out = options.out / "".join(letter if letter.isalnum() else "-" for letter in model)
+    command = [
+        sys.executable,
+        "-m",
+        "bitpress",
+        "compare",
+        directory_of(model, options.out),
+        str(out),
+        "--recipes",
+        str(RECIPES),
+    ]
+    command += ["--bits", "8,6,4", "--tokens", str(options.tokens), "--samples", str(options.samples), "--json"]
+    command += [part for pattern in options.only for part in ("--only", pattern)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)}: exit {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    for row in found["rows"]:
+        if row["failed"]:
+            print(f"{row['name']}: failed: {row['failed']}", file=sys.stderr)
+        else:
+            add_row("schemes", {"model": model, "compute": found["compute"], "noise": found["floor"], "simulated": True, **row})
+
+
+def render() -> None:
+    """Write the table of docs/activations.md: one line a recipe, one column a model."""
+    rows = read_rows("schemes")
+    last = {(row["model"], row["name"]): row for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lines = ["", f"| weights and inputs | bits | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    for name in names:
+        some = next(last[model, name] for model in models if (model, name) in last)
+        cells = [f"{last[model, name]['kl_mean']:.4f}" if (model, name) in last else "" for model in models]
+        lines.append(f"| {name} | {some['bits_per_weight']:.2f} | {' | '.join(cells)} |")
+    rewrite_section(PAGE, "measured schemes", [*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["bitpress-tiny", PLANTED])
+    parser.add_argument("--only", nargs="*", default=[], help="names or patterns of recipes")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--tokens", type=int, default=8192, help="of every held-out text")
+    parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "schemes")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    if not options.render:
+        for model in options.models:
+            measure(model, options)
+    render()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Observers choose ranges: known answers, and what holds of each."""
+
+import math
+
+import pytest
+import torch
+
+from bitpress.calibration.observers import (
+    OBSERVERS,
+    Entropy,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    Seen,
+    SquaredError,
+    static_format,
+)
+from bitpress.errors import CalibrationError, NumericsError
+from bitpress.formats import parse_format
+
+SYMMETRIC, SHIFTED, FLOAT = (parse_format(name) for name in ("int8-tensor", "int8-tensor-zero", "e4m3-tensor"))
+
+
+def seen(*batches: torch.Tensor) -> Seen:
+    found = Seen()
+    for batch in batches:
+        found.add(batch)
+    return found
+
+
+def normal(outlier: float = 0.0) -> torch.Tensor:
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    if outlier:
+        x[3, 7] = outlier
+    return x
+
+
+def error(fmt: object, ends: tuple[float, float], x: torch.Tensor) -> float:
+    return float((static_format(fmt, ends).round(x) - x).square().mean())  # type: ignore[arg-type]
+
+
+def test_ranges_that_can_be_said_beforehand() -> None:
+    batches = [torch.tensor([[-1.0, 2.0]]), torch.tensor([[-3.0, 1.0]])]
+    assert MinMax().choose(seen(*batches), SYMMETRIC) == (-3.0, 2.0)
+    low, high = MovingAverage(0.5).choose(seen(*batches), SYMMETRIC)
+    assert (low, high) == (-2.0, 1.5)
+    values = torch.arange(-500.0, 501.0)[None]
+    assert Percentile(80).choose(seen(values), SYMMETRIC) == (-400.0, 400.0)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("fmt", [SYMMETRIC, SHIFTED, FLOAT], ids=lambda f: f.name)
+def test_zero_stays_zero_and_no_range_is_beyond_what_was_seen(name: str, fmt: object) -> None:
+    found = seen(normal().abs() + 1.0)  # 0 is far from all values
+    low, high = OBSERVERS[name]().choose(found, fmt)  # type: ignore[arg-type]
+    assert high <= found.range[1]
+    made = static_format(fmt, (low, high))  # type: ignore[arg-type]
+    assert float(made.round(torch.zeros(1, 4)).abs().max()) == 0.0
+
+
+def test_the_squared_error_is_the_least_of_all_ranges_that_are_tried() -> None:
+    fmt = parse_format("int4-tensor")
+    x = normal(outlier=40.0)
+    found = seen(x)
+    assert found.sample().numel() == x.numel()
+    best = SquaredError().choose(found, fmt)
+    assert error(fmt, best, x) < 0.7 * error(fmt, MinMax().choose(found, fmt), x)
+    assert all(error(fmt, best, x) <= error(fmt, (-40.0 * k, 40.0 * k), x) * 1.2 for k in (0.05, 0.1, 0.2, 0.5))
+
+
+def test_the_entropy_leaves_an_outlier_out_and_nothing_of_an_even_input() -> None:
+    fmt = parse_format("int4-tensor")
+    high = Entropy().choose(seen(normal(outlier=100.0)), fmt)[1]
+    assert high < 50
+    even = torch.linspace(-1, 1, 8192).reshape(64, 128)
+    high = Entropy().choose(seen(even), fmt)[1]
+    assert math.isclose(high, 1.0, rel_tol=0.05)
+
+
+def test_what_was_never_seen_and_what_is_not_finite() -> None:
+    with pytest.raises(CalibrationError, match="no calibration token reached this input"):
+        MinMax().choose(Seen(), SYMMETRIC)
+    with pytest.raises(NumericsError, match="NaN or an infinity"):
+        seen(torch.tensor([[math.inf]]))

@@ -1,0 +1,167 @@
+"""Inputs of products that are rounded: what a recipe says, what is chosen, stored and computed, and what is refused before any work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitpress
+from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.errors import FormatError, UsageError
+from bitpress.models.opening import open_streamed
+from bitpress.models.walk import Stream, walk
+from bitpress.pipeline.exporting import export_model, open_model
+from bitpress.recipes import build_method, make_recipe
+from bitpress.recipes.schemes import SCHEMES
+
+TOKENS = torch.arange(6, 38).reshape(2, 16)
+CALIBRATION = {"samples": 2, "length": 32}
+STATIC = {"format": "int8-tensor-zero", "parameters": "static"}
+
+
+def quantize(model: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    recipe = {"weights": "int8-row", "quantizer": "rtn", "calibration": CALIBRATION, **keys}
+    return bitpress.quantize(model, out, recipe=recipe, proof_tokens=0)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@torch.no_grad()
+def streamed(path: Path) -> torch.Tensor:
+    """Run the model block by block, as the proof does."""
+    model = open_streamed(path, torch.float32)
+    model.load_outer_()
+    stream = Stream(model, [TOKENS])
+    stream.start_()
+    walk(model, [stream])
+    return model.outputs(TOKENS, stream.states[0])
+
+
+@pytest.mark.parametrize("keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}])
+def test_every_road_computes_the_rounded_product_to_the_bit(
+    keys: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = quantize(tiny_model("llama"), out, **keys)
+    wanted = make_recipe({"weights": "int8-row", **keys}).inputs
+    assert wanted is not None
+    records = CompressedCheckpoint.open(out).manifest.weights
+    name = build_method(make_recipe(keys)).inputs.format.name  # type: ignore[union-attr]
+    assert {(r.input["format"], r.input["parameters"]) for r in records.values() if r.input} == {(name, wanted.parameters)}
+    assert {row["inputs"] for row in report["layers"]} == {f"{name} {wanted.parameters}"}
+    decoded, packed = (bitpress.load(out, weights=weights, dtype="fp32") for weights in ("decoded", "packed"))
+    assert torch.equal(logits(decoded), logits(packed))
+    assert torch.equal(logits(decoded), streamed(out))
+    plain = tmp_path / "plain"
+    quantize(tiny_model("llama"), plain, **{**keys, "inputs": None})
+    assert not torch.equal(logits(decoded), logits(bitpress.load(plain, dtype="fp32")))
+
+
+def test_the_next_block_sees_what_rounded_inputs_make(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    codes = {}
+    for inputs in (None, "int3-row"):
+        out = tmp_path / str(inputs)
+        quantize(tiny_model("llama"), out, weights="int4-g32", quantizer="gptq", inputs=inputs)
+        checkpoint = CompressedCheckpoint.open(out)
+        codes[inputs] = [checkpoint.read_weight(f"model.layers.{i}.mlp.up_proj.weight").dequantize() for i in (0, 1)]
+    assert torch.equal(codes[None][0], codes["int3-row"][0])
+    assert not torch.equal(codes[None][1], codes["int3-row"][1])
+
+
+def test_static_parameters_are_those_of_the_inputs_behind_folded_scales(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    scales = {}
+    for transforms in ([], ["smoothquant"]):
+        out = tmp_path / str(len(transforms))
+        quantize(tiny_model("llama"), out, inputs={**STATIC, "format": "int8-tensor"}, transforms=transforms)
+        model = bitpress.load(out, dtype="fp32")
+        seen: dict[str, float] = {}
+        module = model.model.layers[0].mlp.up_proj
+        module.register_forward_pre_hook(lambda _, x: seen.update(top=float(x[0].abs().max())))  # noqa: B023
+        logits(model)
+        layer = CompressedCheckpoint.open(out).read_layer("model.layers.0.mlp.up_proj.weight")
+        assert layer.input is not None
+        scales[len(transforms)] = float(layer.input.tensors["scale"])
+        assert scales[len(transforms)] * 127 == pytest.approx(seen["top"], rel=0.7)  # of another text
+    assert scales[0] != scales[1]
+
+
+def test_inputs_of_some_weights_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    overrides = [{"match": "*.down_proj", "inputs": "keep"}, {"match": "*.o_proj", "inputs": "int4-row"}]
+    quantize(tiny_model("llama"), tmp_path / "out", inputs="int8-row", overrides=overrides)
+    records = CompressedCheckpoint.open(tmp_path / "out").manifest.weights
+    found = {
+        name.split(".")[-2]: None if r.input is None else r.input["format"] for name, r in records.items() if "layers" in name
+    }
+    assert found["down_proj"] is None
+    assert found["o_proj"] == "int4-row"
+    assert found["q_proj"] == "int8-row"
+
+
+def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
+    said = {"inputs": {**STATIC, "observer": "Percentile"}, "overrides": [{"match": "*.k_proj", "inputs": "int8-row"}]}
+    resolved = build_method(make_recipe(said)).resolved()
+    assert resolved["inputs"] == {**STATIC, "observer": {"name": "percentile", "keep": 99.99}}
+    assert resolved["overrides"][0]["inputs"] == {"format": "int8-row", "parameters": "dynamic"}
+    assert build_method(make_recipe(resolved)).resolved() == resolved
+    assert "inputs" not in build_method(make_recipe({})).resolved()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"format": "int8-tensor"}, "tokens would share dynamic parameters"),
+        ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
+        ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
+        ({**STATIC, "observer": "average"}, "unknown observer 'average'"),
+        ({**STATIC, "observer": {"name": "percentile", "keep": 20}}, "keep is 20 percent"),
+        ("int8-rows", "unknown|int8-row"),
+    ],
+)
+def test_inputs_that_cannot_be(inputs: Any, says: str) -> None:
+    with pytest.raises((FormatError, UsageError), match=says):
+        make_recipe({"inputs": inputs})
+
+
+def test_what_cannot_round_its_inputs_is_refused_by_the_plan(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"inputs int8-g48 dynamic: .*not a multiple of 48"):
+        quantize(tiny_model("llama"), tmp_path / "out", inputs="int8-g48")
+    with pytest.raises(FormatError, match=r"is no plain linear layer.*experts"):
+        quantize(tiny_model("mixtral"), tmp_path / "out", inputs="int8-row")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_ends_in_a_model(scheme: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    narrow = {"weights": "e4m3-16x16", "inputs": "e4m3-g16-fp32"} if scheme == "fp8-block" else {}
+    report = bitpress.quantize(tiny_model("llama"), out, scheme=scheme, samples=2, length=32, proof_tokens=0, **narrow)
+    assert all(row["inputs"] for row in report["layers"] if "layers." in row["name"])
+    assert bool(torch.isfinite(logits(bitpress.load(out, dtype="fp32"))).all())
+
+
+def test_a_scheme_and_what_contradicts_it() -> None:
+    with pytest.raises(UsageError, match="scheme and bits both say"):
+        bitpress.quantize("m", "o", scheme="w8a8", bits=4)
+    with pytest.raises(UsageError, match="unknown scheme 'w8b8'"):
+        bitpress.quantize("m", "o", scheme="w8b8")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static"])
+def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out, ct = tmp_path / "out", tmp_path / "ct"
+    bitpress.quantize(
+        tiny_model("llama"), out, scheme=scheme, samples=2, length=32, proof_tokens=0, embeddings="keep", head="keep"
+    )
+    done = export_model(out, ct, "compressed-tensors")
+    assert {fate.how for fate in done.fates.values()} == {"exact"}
+    config = json.loads((ct / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert config["input_activations"]["dynamic"] is not scheme.endswith("static")
+    assert torch.equal(logits(bitpress.load(open_model(ct), dtype="fp32")), logits(bitpress.load(out, dtype="fp32")))
