@@ -15,6 +15,7 @@ class ForeignRuntime:
 
     target    what it loads, a row of `bitpress.exchange.table.EXPORTERS`
     formats   by bits: the formats that it computes with, the first that a weight's shape allows is taken
+    inputs    patterns of the formats of weights beside which it rounds inputs as their layers say
     table     the format of an embedding table and of a head; keep: 16 bits
     name      of what is written, below the directory of the model
     joins     whether it joins weights that share an input into one product, so that they must have one format
@@ -25,6 +26,7 @@ class ForeignRuntime:
     about: str
     target: str
     formats: Mapping[int, tuple[str, ...]]
+    inputs: tuple[str, ...]
     table: str
     name: str
     joins: bool
@@ -44,6 +46,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         about="vLLM and SGLang: integers without zero points in groups of 128, 64 or 32, or one for a row; everything else in 16 bits",
         target="compressed-tensors",
         formats=_INTEGERS,
+        inputs=("int8-row",),
         table="keep",
         name="vllm",
         joins=True,
@@ -55,6 +58,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         about="transformers with the package compressed-tensors, on any device",
         target="compressed-tensors",
         formats=_INTEGERS,
+        inputs=("*",),
         table="keep",
         name="transformers",
         joins=False,
@@ -72,6 +76,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
             3: _types("q3_k", "iq4_nl"),
             2: _types("q2_k", "iq4_nl"),
         },
+        inputs=(),
         table="int8-g32",
         name="model.gguf",
         joins=False,
@@ -82,6 +87,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         about="MLX: integers with a minimum in groups of 64 or 32; everything else in 16 bits",
         target="mlx",
         formats={bits: tuple(f"int{bits}-{block}-min" for block in ("g64", "g32")) for bits in (2, 3, 4, 5, 6, 8)},
+        inputs=(),
         table="keep",
         name="mlx",
         joins=False,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bitpress.checkpoints.hub_names import HubNames, hub_names
@@ -94,6 +95,9 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             why = f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
         if why is None and planned_spec(planned, method)["input_map"] is not None:
             why = "its inputs are taken in another order (groups: running), which the runtime does not read"
+        inputs = planned.method.inputs
+        if why is None and inputs is not None and not any(fnmatchcase(planned.format.name, name) for name in found.inputs):
+            why = f"it does not round inputs ({inputs.name}) beside weights in {planned.format.name}"
         if why is not None:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
@@ -153,7 +157,8 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
             return str(error).removesuffix(".")
     told = planned_spec(planned, method)
     if not planned.parameter.experts:
-        return target.refuses(told, None)
+        inputs = planned.method.inputs
+        return target.refuses(told, None if inputs is None else {"format": inputs.format.name, "parameters": inputs.parameters})
     parameter = planned.parameter
     pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
     return refuse_pieces(told, pieces, target)
@@ -163,12 +168,17 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     """Return what a weight's specification will be, as far as a plan can say: maps and terms by their kinds."""
     fmt, layer, shape = planned.format, planned.method, planned.parameter.shape
     terms = [{"kind": "packed", "format": fmt.name} if isinstance(fmt, Format) else {"kind": fmt.name}]
-    if isinstance(fmt, Format) and layer.quantizer.part.stored_bytes(fmt, shape, 1) != fmt.nbytes(shape):
+    if not layer.quantizer.part.keeps_format:
+        terms = [{"kind": f"a format that {layer.quantizer.name} chooses"}]
+    elif isinstance(fmt, Format) and layer.quantizer.part.stored_bytes(fmt, shape, 1) != fmt.nbytes(shape):
         terms.append({"kind": f"what {layer.quantizer.name} keeps beside them"})
     terms += [{"kind": named.name} for named in method.corrections]
     online = [named.name for named in method.changes] + [n.name for n in method.of("search") if n.part.run_time]
-    ordered = layer.quantizer.settings().get("groups") == "running"
-    kind = " and ".join(online) if online else "permutation" if ordered else None
+    if layer.quantizer.settings().get("groups") == "running":
+        online = online or ["permutation"]
+    elif layer.quantizer.part.keeps_map:
+        online.append(layer.quantizer.name)
+    kind = " and ".join(online) or None
     return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
 
 

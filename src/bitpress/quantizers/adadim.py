@@ -39,6 +39,10 @@ class AdaDim(Quantizer):
         if self.rounding not in ("gptq", "nearest"):
             raise UsageError(f"rounding={self.rounding!r}: must be 'gptq' or 'nearest'.")
 
+    @property
+    def keeps_format(self) -> bool:
+        return False
+
     def quantize(self, w: Float[torch.Tensor, "out in"], stats: Stats | None, fmt: Format) -> Outcome:
         gram = (stats or Stats(0)).need_gram("adadim")
         w = w.float()

@@ -61,6 +61,11 @@ class Quantizer(Protocol):
         """Whether its weights have a map of their own; then every one of them has."""
         return False
 
+    @property
+    def keeps_format(self) -> bool:
+        """Whether its codes are in the format that it is given, rather than in one that it derives from it weight by weight."""
+        return True
+
     def stored_bytes(self, fmt: Format, shape: tuple[int, int], parts: int = 1) -> int:
         """Return the bytes of the terms that it makes in a format, for `parts` stacked weights of a shape [out, in].
 
