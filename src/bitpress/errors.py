@@ -110,7 +110,9 @@ def unknown_name(
     near = nearest(got, names)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     every = ", ".join(names)
-    if listed is None and len(every) <= SHORT_TABLE:
+    if listed is None and not names:
+        listed = "There is no other."
+    elif listed is None and len(every) <= SHORT_TABLE:
         listed = f"Known: {every}."
     elif listed is None:
         some = nearest(got, names, count=4, cutoff=0.3)[len(near) :]

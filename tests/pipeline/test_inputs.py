@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import bitpress
+from bitpress.calibration import observers
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.errors import FormatError, UsageError
+from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
 from bitpress.models.opening import open_streamed
 from bitpress.models.walk import Stream, walk
 from bitpress.pipeline.exporting import export_model, open_model
@@ -120,6 +121,8 @@ def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
         ({"format": "int8-tensor"}, "tokens would share dynamic parameters"),
         ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
         ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
+        ({**STATIC, "observers": "mse"}, "inputs.observers: unknown key of inputs 'observers'"),
+        ({**STATIC, "format": "aq2x8x8-tensor"}, "a range does not say its static parameters"),
         ({**STATIC, "observer": "average"}, "unknown observer 'average'"),
         ({**STATIC, "observer": {"name": "percentile", "keep": 20}}, "keep is 20 percent"),
         ("int8-rows", "unknown|int8-row"),
@@ -165,3 +168,57 @@ def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Call
     config = json.loads((ct / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert config["input_activations"]["dynamic"] is not scheme.endswith("static")
     assert torch.equal(logits(bitpress.load(open_model(ct), dtype="fp32")), logits(bitpress.load(out, dtype="fp32")))
+
+
+def test_static_parameters_are_those_of_the_block_s_own_inputs(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    scales = {}
+    for quantizer in ("rtn", "gptq"):
+        out = tmp_path / quantizer
+        quantize(tiny_model("llama"), out, quantizer=quantizer, inputs={**STATIC, "format": "int8-tensor"})
+        checkpoint = CompressedCheckpoint.open(out)
+        layers = [checkpoint.read_layer(f"model.layers.{i}.mlp.down_proj.weight") for i in (0, 1)]
+        scales[quantizer] = [float(layer.input.tensors["scale"]) for layer in layers if layer.input is not None]
+    assert scales["rtn"] == pytest.approx(scales["gptq"], rel=0.05)
+    assert scales["rtn"][0] != pytest.approx(scales["rtn"][1], rel=0.05)
+    with pytest.raises(UsageError, match="calibration.inputs must be pressed"):
+        make_recipe({"inputs": STATIC, "calibration": {"inputs": "original"}})
+    with pytest.raises(UsageError, match=r"calibration\.sequential follows .* not their rounded inputs"):
+        make_recipe({"inputs": "int8-row", "quantizer": "gptq", "transforms": [], "calibration": {"sequential": True}})
+
+
+def test_settings_of_inputs_are_set_key_by_key() -> None:
+    method = build_method(make_recipe({"inputs": "int8-row"}, ["inputs.format=int6-row"]))
+    assert method.inputs is not None
+    assert method.inputs.format.name == "int6-row"
+    assert build_method(make_recipe({"inputs": "keep"})).inputs is None
+    with pytest.raises(UsageError, match=r"overrides\.0\.inputs\.observers: unknown key of inputs"):
+        make_recipe({"overrides": [{"match": "*", "inputs": {"format": "int8-row", "observers": "mse"}}]})
+
+
+def test_a_head_whose_input_is_rounded_is_rounded_on_every_road(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny_model("llama", tie_word_embeddings=False), out, head="int8-row")
+    path = out / "bitpress.json"
+    manifest = json.loads(path.read_text())
+    before = streamed(out)
+    manifest["weights"]["lm_head.weight"]["input"] = {"format": "int3-row", "parameters": "dynamic"}
+    path.write_text(json.dumps(manifest))
+    assert torch.equal(logits(bitpress.load(out, dtype="fp32")), streamed(out))
+    assert not torch.allclose(before, streamed(out), atol=1e-2)
+
+
+def test_a_rounded_model_is_not_quantized_again_and_a_plan_is_made(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny_model("llama"), out, inputs="int8-row")
+    with pytest.raises(CheckpointError, match=r"the inputs of its products are rounded.*quantize the original model"):
+        bitpress.quantize(out, tmp_path / "again", requantize=True, proof_tokens=0)
+
+
+def test_a_range_that_is_not_finite_names_the_weight(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    def overflow(self: Any, x: torch.Tensor) -> None:
+        raise NumericsError("the input holds a NaN or an infinity.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observers.Seen, "add", overflow)
+        with pytest.raises(NumericsError, match=r"model\.layers\.0\.\S+: the input holds a NaN"):
+            quantize(tiny_model("llama"), tmp_path / "out", inputs=STATIC)

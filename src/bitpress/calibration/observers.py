@@ -18,8 +18,8 @@ from bitpress.formats import ActivationFormat, Format
 
 __all__ = ["OBSERVERS", "Observer", "Seen", "static_format"]
 
-# Values of an input that are kept of every batch, drawn evenly, for observers that compare ranges on values.
-KEPT_OF_A_BATCH = 1 << 14
+# Values of an input that are kept of every batch: drawn at random, and the largest and smallest of all beside them.
+KEPT_OF_A_BATCH, KEPT_AT_AN_END = 1 << 14, 256
 # Shares of the whole range that are tried.
 SHARES = 64
 # Bins of the histogram that the entropy compares.
@@ -31,22 +31,27 @@ class Seen:
     """What one input was, over all batches.
 
     ends     the least and the largest value of every batch
-    values   samples of all batches
+    values   of every batch the smallest and largest values, each counted once, and some of the others, drawn evenly
+    counts   how many values each of them stands for
     """
 
     ends: list[tuple[float, float]] = field(default_factory=list)
     values: list[Float[torch.Tensor, " values"]] = field(default_factory=list)
+    counts: list[Float[torch.Tensor, " values"]] = field(default_factory=list)
 
     def add(self, x: Float[torch.Tensor, "*tokens in"]) -> None:
         """Take a batch. Raises NumericsError where it is not finite."""
         low, high = (float(end) for end in torch.aminmax(x))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NumericsError("the input holds a NaN or an infinity.")
+        flat = x.detach().flatten().float()
+        if flat.numel() <= KEPT_OF_A_BATCH:
+            some, counts = flat.clone(), torch.ones(flat.numel())
+        else:
+            some, counts = _drawn(flat, seed=len(self.ends))
         self.ends.append((low, high))
-        flat = x.detach().flatten()
-        # Steps of no common divisor with a power of two: a whole number of rows would look at the same channels again and again.
-        step = max(flat.numel() // KEPT_OF_A_BATCH, 1) | 1
-        self.values.append(flat[::step][:KEPT_OF_A_BATCH].float().clone())
+        self.values.append(some)
+        self.counts.append(counts)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -55,8 +60,22 @@ class Seen:
             raise CalibrationError("no calibration token reached this input; its static parameters cannot be chosen.")
         return min(low for low, _ in self.ends), max(high for _, high in self.ends)
 
-    def sample(self) -> Float[torch.Tensor, " values"]:
-        return torch.cat(self.values)
+    def sample(self) -> tuple[Float[torch.Tensor, " values"], Float[torch.Tensor, " values"]]:
+        """Return values, and how many each stands for, in float64."""
+        return torch.cat(self.values), torch.cat(self.counts).double()
+
+
+def _drawn(flat: Float[torch.Tensor, " all"], seed: int) -> tuple[Float[torch.Tensor, " some"], Float[torch.Tensor, " some"]]:
+    """Return both ends of many values and some of the others, and how many each of them stands for."""
+    top, bottom = flat.topk(KEPT_AT_AN_END).values, flat.topk(KEPT_AT_AN_END, largest=False).values
+    at = torch.randint(flat.numel(), (KEPT_OF_A_BATCH,), generator=torch.Generator().manual_seed(seed))
+    others = flat[at]
+    others = others[(others < top[-1]) & (others > bottom[-1])]
+    left = flat.numel() - 2 * KEPT_AT_AN_END
+    if not others.numel():  # most values are those of the ends
+        return torch.cat([top, bottom]), torch.full((2 * KEPT_AT_AN_END,), flat.numel() / (2 * KEPT_AT_AN_END))
+    ones = torch.ones(2 * KEPT_AT_AN_END)
+    return torch.cat([top, bottom, others]), torch.cat([ones, torch.full((others.numel(),), left / others.numel())])
 
 
 class Observer(Protocol):
@@ -119,9 +138,11 @@ class Percentile:
             raise ValueError(f"keep is {self.keep:g} percent, and must be above 50 and at most 100")
 
     def choose(self, seen: Seen, fmt: Format) -> tuple[float, float]:
-        values, out = seen.sample().sort().values, (100 - self.keep) / 200
-        cut = round(out * (values.numel() - 1))
-        return float(values[cut]), float(values[-1 - cut])
+        values, counts = seen.sample()
+        order = values.argsort()
+        below, out = counts[order].cumsum(0), (100 - self.keep) / 200
+        low, high = (int(torch.searchsorted(below, share * below[-1])) for share in (out, 1 - out))
+        return float(values[order[low]]), float(values[order[min(high, len(order) - 1)]])
 
 
 @dataclass(frozen=True)
@@ -130,10 +151,10 @@ class SquaredError:
     source: ClassVar[str] = "`mse` of pytorch-quantization's `HistogramCalibrator`"
 
     def choose(self, seen: Seen, fmt: Format) -> tuple[float, float]:
-        values = seen.sample()[None]
+        values, counts = seen.sample()
 
         def error(ends: tuple[float, float]) -> float:
-            return float((static_format(fmt, ends).round(values) - values).square().mean(dtype=torch.float64))
+            return float((static_format(fmt, ends).round(values[None])[0] - values).double().square() @ counts)
 
         return min(_shares(seen), key=error)
 
@@ -144,8 +165,10 @@ class Entropy:
     source: ClassVar[str] = "`entropy` of pytorch-quantization's `HistogramCalibrator`"
 
     def choose(self, seen: Seen, fmt: Format) -> tuple[float, float]:
-        values, (low, high) = seen.sample(), seen.range
-        counts = torch.histc(values, BINS, low, high) if high > low else torch.ones(BINS)
+        (values, weights), (low, high) = seen.sample(), seen.range
+        counts = torch.zeros(BINS, dtype=torch.float64)
+        places = ((values.double() - low) / max(high - low, 1e-300) * BINS).long().clamp(0, BINS - 1)
+        counts.index_add_(0, places, weights)
         middles = torch.linspace(low, high, BINS + 1)[:-1] + (high - low) / (2 * BINS)
 
         def divergence(ends: tuple[float, float]) -> float:
@@ -153,13 +176,13 @@ class Entropy:
             inside = (middles >= ends[0]) & (middles <= ends[1])
             if not bool(inside.any()):
                 return math.inf
-            p = counts.double() * inside
-            places = inside.nonzero()[:, 0]
-            p[places[0]] += counts[: places[0]].sum()
-            p[places[-1]] += counts[places[-1] + 1 :].sum()
+            p = counts * inside
+            first, *_, last = inside.nonzero()[:, 0].tolist() * 2
+            p[first] += counts[:first].sum()
+            p[last] += counts[last + 1 :].sum()
             codes = static_format(fmt, ends).round(middles[inside][None])[0]
             _, which = torch.unique(codes, return_inverse=True)
-            taken, there = counts[inside].double(), (counts[inside] > 0).double()
+            taken, there = counts[inside], (counts[inside] > 0).double()
             total, filled = torch.zeros(2, int(which.max()) + 1, dtype=torch.float64).scatter_add_(
                 1, which.expand(2, -1), torch.stack([taken, there])
             )
@@ -183,6 +206,8 @@ OBSERVERS: dict[str, type[Observer]] = {
 def static_format(fmt: Format, ends: tuple[float, float]) -> ActivationFormat:
     """Return a format with the static parameters of a range. Raises NumericsError for one that they cannot hold."""
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    if low == high:  # an input that was always 0, which any scale holds
+        high = 1.0
     sample = torch.tensor([low, high]).repeat(max(fmt.grid.span, 2) // 2)[None]
     made = ActivationFormat.static(fmt, fmt.fit(sample))
     made.check()

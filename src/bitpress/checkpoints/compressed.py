@@ -165,7 +165,7 @@ class CompressedCheckpoint:
         if layer.input is not None:
             raise CheckpointError(
                 f"{self.root}: {parameter}: its input is rounded ({layer.input.name}), which decoded weights do not do; "
-                'load the model with weights="packed" (--packed).'
+                "it is run as it is, or exported to what says so (compressed-tensors)."
             )
         return self._restored(parameter, layer.weight)
 
@@ -178,16 +178,17 @@ class CompressedCheckpoint:
     def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
         """Return the parameters whose name begins with `prefix`, compressed ones decoded to float32: weights alone, whatever their inputs."""
 
-        def wanted(name: str) -> bool:
-            return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
+        values = {name: read_tensor(*self.tensors[name]) for name in self.plain if _is_below(name, prefix, exclude)}
+        return values | {
+            name: self._restored(name, self.read_weight(name))
+            for name in self.manifest.weights
+            if _is_below(name, prefix, exclude)
+        }
 
-        values = {name: read_tensor(*self.tensors[name]) for name in self.plain if wanted(name)}
-        return values | {name: self._restored(name, self.read_weight(name)) for name in self.manifest.weights if wanted(name)}
-
-    def load_products(self, prefix: str) -> dict[str, CompressedLayer]:
+    def load_products(self, prefix: str, exclude: str | None = None) -> dict[str, CompressedLayer]:
         """Return the layers whose inputs are rounded: with `load` they are what the model computes."""
         rounded = (name for name, record in self.manifest.weights.items() if record.input is not None)
-        return {name: self.read_layer(name) for name in rounded if name.startswith(prefix)}
+        return {name: self.read_layer(name) for name in rounded if _is_below(name, prefix, exclude)}
 
     def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
         """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
@@ -252,6 +253,10 @@ class CompressedCheckpoint:
         stored -= sum(map(self._left_out, names))
         shapes = [self.manifest.weights[name].spec["shape"] for name in names]
         return stored * 8 / sum(rows * columns for rows, columns in shapes) if shapes else 0.0
+
+
+def _is_below(name: str, prefix: str, exclude: str | None) -> bool:
+    return name.startswith(prefix) and not (exclude is not None and name.startswith(exclude))
 
 
 def _read_manifest(root: Path, content: bytes | None = None) -> Manifest:

@@ -174,7 +174,7 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     for name, record in checkpoint.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
-        inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']}"]
+        inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']} (simulated)"]
         kind, shape = " with ".join([kinds, *maps, *inputs]), (record.spec["shape"][0], record.spec["shape"][1])
         entry = formats.setdefault(kind, {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1

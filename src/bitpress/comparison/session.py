@@ -202,6 +202,9 @@ def _code(method: Method) -> str:
     for named in (*quantizers, *(named for named in method.parts if named.kind != "quantizer")):
         source = inspect.getsourcefile(type(named.part))
         digest.update(b"" if source is None else Path(source).read_bytes())
+    for inputs in method.every_input:
+        if inputs.observer is not None:
+            digest.update(Path(inspect.getfile(type(inputs.observer.part))).read_bytes())
     return digest.hexdigest()[:16]
 
 

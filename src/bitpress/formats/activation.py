@@ -57,6 +57,11 @@ class ActivationFormat:
             )
         if self.parameters == "static" and fmt.block.name != "tensor":
             raise FormatError(f"{fmt.name}: static parameters serve every token and channel; use the block tensor.")
+        learned = [p.name for p in fmt.grid.params if p.name not in ("scale", "zero")]
+        if self.parameters == "static" and (learned or fmt.grid.span > 1 or fmt.grid.num_codes <= 2):
+            raise FormatError(
+                f"{fmt.name}: a range does not say its static parameters; use integers or floats of one value a code."
+            )
 
     @classmethod
     def static(cls, fmt: Format, params: Params) -> "ActivationFormat":
@@ -94,11 +99,13 @@ class ActivationFormat:
         return cls(*_read(spec), tensors)
 
     def check(self) -> None:
-        """Raise FormatError where a stored parameter is not finite."""
+        """Raise FormatError where a stored parameter is not finite, or a scale not above 0."""
         if self.parameters == "static":
             for name, value in self._stored().items():
                 if not bool(torch.isfinite(value).all()):
                     raise FormatError(f"the input's {name} holds a NaN or an infinity.")
+                if name == "scale" and not bool((value > 0).all()):
+                    raise FormatError(f"the input's scale is {float(value.min()):g}, and must be above 0.")
 
     def _stored(self) -> Params:
         return Packed(self.format, (1, self.format.grid.span), self.tensors).unpack_params()

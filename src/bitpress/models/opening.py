@@ -41,7 +41,7 @@ class OriginalLoader:
             self.rotated.apply_(tensors)
         return tensors
 
-    def load_products(self, prefix: str) -> dict[str, CompressedLayer]:
+    def load_products(self, prefix: str, exclude: str | None = None) -> dict[str, CompressedLayer]:
         return {}
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, NumericsError
 from bitpress.formats import CompressedLayer
 from bitpress.kernels.product import LayerProduct
 from bitpress.models.carried import Carried
@@ -34,8 +34,8 @@ class ParameterLoader(Protocol):
         """Return every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
         ...
 
-    def load_products(self, prefix: str) -> Mapping[str, CompressedLayer]:
-        """Return the layers below a prefix whose inputs are rounded, by the names of their weights; decoded weights alone would not do that."""
+    def load_products(self, prefix: str, exclude: str | None = None) -> Mapping[str, CompressedLayer]:
+        """Return the layers whose inputs are rounded, by the names of their weights, chosen as in `load`; decoded weights alone would not round."""
         ...
 
 
@@ -58,6 +58,7 @@ class StreamedModel:
         self._wraps_in_tuple: bool | None = None
         self._width = 0
         self._carried: Carried | None = None
+        self._outer_products: list[str] = []
 
     @property
     def loader(self) -> ParameterLoader:
@@ -81,6 +82,9 @@ class StreamedModel:
         """Load everything that is in no block (embeddings, norms, head) and give it as stored."""
         tensors = self.loader.load("", exclude=f"{self.stack}.")
         self.fill_outer_(tensors)
+        products = self.loader.load_products("", exclude=f"{self.stack}.")
+        self.set_products_(products)
+        self._outer_products = list(products)
         return tensors
 
     def fill_outer_(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -90,6 +94,9 @@ class StreamedModel:
 
     def drop_outer_(self) -> None:
         """Return the memory of everything outside the blocks back."""
+        for name in self._outer_products:
+            self.model.get_submodule(name.rpartition(".")[0]).__dict__.pop("forward", None)
+        self._outer_products = []
         for name, value in list(self.model.named_parameters()):
             if not name.startswith(f"{self.stack}."):
                 set_parameter_(self.model, name, torch.empty_like(value, device="meta"))
@@ -113,7 +120,7 @@ class StreamedModel:
             module = self.model.get_submodule(name.rpartition(".")[0])
             if (why := no_product(module, name)) is not None:
                 raise CheckpointError(f"{name}: its input is rounded ({layer.input and layer.input.name}), and {why}.")
-            module.forward = partial(_forward, module, LayerProduct(layer, keep=True))
+            module.forward = partial(_forward, name, module, LayerProduct(layer, keep=True))
 
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""
@@ -301,8 +308,11 @@ def no_product(module: torch.nn.Module, name: str) -> str | None:
     return None if plain else f"{type(module).__name__} is no plain linear layer"
 
 
-def _forward(module: Any, product: LayerProduct, x: torch.Tensor) -> torch.Tensor:
-    return product(x, module.bias)
+def _forward(name: str, module: Any, product: LayerProduct, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return product(x, module.bias)
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error}") from error
 
 
 def _may_be_shared(value: Any) -> bool:

@@ -73,13 +73,14 @@ def _passes(method: Method) -> float:
     """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 * (bool(of_origin(needs, "loss")) + bool(method.options))
+    looking = float(method.observes)
     if not needs:
-        return backward
+        return backward + 2 * looking
     if calibration.inputs == "original":
         return backward + 1
     beside = bool(of_origin(needs, "original"))
     measuring = STAGES if calibration.sequential else 1.0
-    return backward + measuring * (2 if beside else 1) + 1
+    return backward + measuring * (2 if beside else 1) + 1 + looking
 
 
 def _product_seconds(planned: PlannedWeight, dtype: torch.dtype, active: int | None) -> float:
@@ -201,6 +202,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
     made = {
         "gram": gram,
         "mean_abs": x.abs().mean(0),
+        "max_abs": x.abs().amax(0),
         "cross": 0.01 * gram,
         "attention_gram": gram,
         "loss_gram": gram,

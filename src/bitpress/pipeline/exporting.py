@@ -107,6 +107,10 @@ def open_to_quantize(model: str | Path, progress: Progress, *, requantize: bool 
         return path
     if requantize and owner != "bitpress":
         path = import_source(cast(ForeignSource, open_source(path)), owner, Path(model).name, progress)
+    if is_compressed(path) and CompressedCheckpoint.open(path, verify=False).rounds_inputs:
+        raise CheckpointError(
+            f"{model}: the inputs of its products are rounded, which decoded weights would not do; quantize the original model."
+        )
     bits = f", {CompressedCheckpoint.open(path, verify=False).bits_per_weight:.2f} bits a weight" if is_compressed(path) else ""
     _check_again(str(model), f"{owner}{bits}", requantize, progress)
     return decode_model(path, Path(model).name, progress)

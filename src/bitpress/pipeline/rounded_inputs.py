@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bitpress.calibration.observers import Seen, static_format
-from bitpress.errors import BitpressError, FormatError
+from bitpress.errors import BitpressError, FormatError, NumericsError
 from bitpress.formats import ActivationFormat, CompressedWeight
 from bitpress.models.streaming import StreamedModel, no_product
 from bitpress.pipeline.calibration_stream import CalibrationStream
@@ -65,7 +65,10 @@ def choose_inputs(
 def _watch(stream: CalibrationStream, i: int, seen: Mapping[str, Seen], weights: Mapping[str, CompressedWeight]) -> None:
     def look(name: str, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         change = weights[name].input_map
-        seen[name].add(inputs[0] if change is None else change.apply(inputs[0]))
+        try:
+            seen[name].add(inputs[0] if change is None else change.apply(inputs[0]))
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
 
     modules = {name: stream.model.model.get_submodule(name.rpartition(".")[0]) for name in seen}
     hooks = [module.register_forward_pre_hook(partial(look, name)) for name, module in modules.items()]

@@ -40,7 +40,9 @@ def choose_method(
     option        returns the caller's spelling of an option, for messages
     """
     own = dict(recipe) if isinstance(recipe, Mapping) else {}
-    if scheme is not None and (preset is not None or bits is not None or (recipe is not None and not own)):
+    if scheme is not None and (
+        preset is not None or bits is not None or (recipe is not None and not isinstance(recipe, Mapping))
+    ):
         other = option("preset" if preset is not None else "bits" if bits is not None else "recipe")
         raise UsageError(f"{option('scheme')} and {other} both say what weights are; give one of them.")
     said = {text.partition("=")[0].strip() for text in sets} | own.keys()

@@ -166,8 +166,17 @@ class Method:
     @cached_property
     def observes(self) -> bool:
         """Whether static parameters of inputs are chosen on the calibration text."""
-        every = (self.inputs, *(own.inputs for own in self.overrides))
-        return any(found is not None and found.observer is not None for found in every)
+        return any(inputs.observer is not None for inputs in self.every_input)
+
+    @property
+    def every_input(self) -> list["InputMethod"]:
+        """All ways in which inputs are rounded, those of overrides too."""
+        return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of some products are rounded."""
+        return bool(self.every_input)
 
     @property
     def follows_text(self) -> bool:

@@ -24,6 +24,7 @@ from bitpress.recipes.recipe import (
     OUTER,
     Budget,
     Calibration,
+    InputRounding,
     OuterWeights,
     Override,
     Recipe,
@@ -91,7 +92,9 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
-    return "; ".join([told_budget(recipe) or recipe["weights"], *told_overrides(recipe)])
+    inputs = recipe.get("inputs")  # recipes of before have no such key
+    rounded = [] if inputs is None else [f"inputs {inputs['format']} {inputs['parameters']} (simulated)"]
+    return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
 def told_budget(recipe: Mapping[str, Any]) -> str | None:
@@ -127,6 +130,8 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
 def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
     """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them."""
     given = values.get("inputs")
+    if given == "keep" and "match" not in values:  # nothing to keep them from
+        return {key: value for key, value in values.items() if key != "inputs"}
     if given is None or given == "keep":
         return dict(values)
     given = {"format": given} if isinstance(given, str) else given
@@ -175,7 +180,7 @@ def _with_name(part: Any, table: Mapping[str, Any]) -> Any:
 def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> UsageError:
     """Say what is wrong with the keys of a recipe, and what was meant."""
     at, wrong = value_fault(error)
-    at = tuple(part for part in at if part != OuterWeights.__name__)
+    at = tuple(part for part in at if part not in (OuterWeights.__name__, InputRounding.__name__))
     if error.errors()[0]["type"] != "extra_forbidden":
         return UsageError(f"{where}: {'.'.join(map(str, at))}: {wrong}")
     path = [str(part) for part in at]
@@ -194,11 +199,13 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
         "calibration": Calibration,
         "overrides": Override,
         "budget": Budget,
+        "inputs": InputRounding,
         **dict.fromkeys(OUTER, OuterWeights),
     }
-    known = (tables[outer[0]] if outer else Recipe).model_fields
+    nearest_key = next((part for part in reversed(outer) if part in tables), None)
+    known = (tables[nearest_key] if nearest_key is not None else Recipe).model_fields
     place = f"{where}: {'.'.join(path)}: " if outer else "" if where == "recipe" else f"{where}: "
-    return UsageError(f"{place}{unknown_name(f'key of {outer[0]}' if outer else 'key of the recipe', key, known)}")
+    return UsageError(f"{place}{unknown_name(f'key of {nearest_key}' if outer else 'key of the recipe', key, known)}")
 
 
 def _set_(values: dict[str, Any], text: str) -> None:
@@ -210,7 +217,8 @@ def _set_(values: dict[str, Any], text: str) -> None:
     for parent in parents:
         inner = target.get(parent, {})
         if isinstance(inner, str):
-            inner = {"weights": AUTO_OUTER if inner == "auto" else inner} if parent in OUTER else {"name": inner}
+            outer = {"weights": AUTO_OUTER if inner == "auto" else inner}
+            inner = outer if parent in OUTER else {"format": inner} if parent == "inputs" else {"name": inner}
         if not isinstance(inner, dict):
             raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
         target[parent] = dict(inner)
