@@ -62,12 +62,8 @@ def choose_method(
     if scheme is not None:
         values = scheme_keys(scheme)
     values |= own
-    if inputs is not None:
-        values["inputs"] = inputs
-    if weights is not None:
-        values["weights"] = weights
-    if quantizer is not None:
-        values["quantizer"] = quantizer
+    named = {"inputs": inputs, "weights": weights, "quantizer": quantizer}
+    values |= {key: value for key, value in named.items() if value is not None}
     if chosen := {key: value for key, value in (calibration or {}).items() if value is not None}:
         values["calibration"] = {**values.get("calibration", {}), **chosen}
     if skip:

@@ -29,7 +29,7 @@ def check_composition(method: Method) -> None:
         )
     if method.observes and calibration.inputs == "original":
         raise UsageError(
-            "static parameters of inputs are chosen on what the compressed blocks before give, so calibration.inputs must be pressed."
+            "static parameters of inputs are chosen on what the compressed blocks before give, so calibration.inputs cannot be original."
         )
     if method.rounds_inputs and calibration.sequential:
         raise UsageError(
