@@ -18,7 +18,6 @@ W8A8 = {"weights": "int8-row", "quantizer": "rtn", "inputs": "int8-row-fp32"}
     ("runtime", "keys", "says"),
     [
         ("vllm", {"weights": "int4-g32", "quantizer": "adadim"}, "a format that adadim chooses"),
-        ("vllm", {"weights": "int4-g32", "quantizer": "mr_gptq"}, "mr_gptq"),
         ("vllm", {**W8A8, "weights": "int4-g32"}, "does not round inputs .* beside weights in int4-g32"),
         ("llama.cpp", {**W8A8, "weights": "q8_0"}, "rounded|round inputs"),
     ],

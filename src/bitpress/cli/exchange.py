@@ -8,7 +8,6 @@ import typer
 from rich.markup import escape
 
 from bitpress.cli.options import Json
-from bitpress.cli.reports import show_report
 from bitpress.cli.screen import Screen, out, print_json, size, table
 
 __all__ = ["app", "show_export", "show_quantized", "show_targets"]
@@ -65,6 +64,8 @@ def _export(model: str, output: Path, to: str, *, requantize: bool, as_json: boo
 
 def show_quantized(report: Mapping[str, Any], exported: Mapping[str, Any] | None, output: Path, as_json: bool) -> None:
     """Print what `quantize` did, and what it exported."""
+    from bitpress.cli.reports import show_report
+
     if as_json:
         print_json(dict(report) if exported is None else {**report, "exported": exported})
         return
