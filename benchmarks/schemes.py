@@ -83,7 +83,7 @@ def render() -> None:
     lines = ["", f"| weights and inputs | bits | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     for name in names:
         some = next(last[model, name] for model in models if (model, name) in last)
-        cells = [f"{last[model, name]['kl_mean']:.4f}" if (model, name) in last else "" for model in models]
+        cells = [f"{last[model, name]['kl_mean']:.2g}" if (model, name) in last else "" for model in models]
         lines.append(f"| {name} | {some['bits_per_weight']:.2f} | {' | '.join(cells)} |")
     rewrite_section(PAGE, "measured schemes", [*lines, ""])
 

@@ -109,7 +109,7 @@ def look_at(path: Path) -> Spine:
         for path, module in block.named_modules()
         if type(module) in (nn.Linear, Conv1D)  # a router may be a subclass that returns more
     ]
-    capture = Capture(observed, {"gram", "mean_abs"})
+    capture = Capture(observed, {"gram", "mean_abs", "max_abs"})
     capture.run(lambda: run(model), whole=True)
     spine.stats = capture.finish()
     by_name = {w.name: w for w in observed}
