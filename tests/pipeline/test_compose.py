@@ -306,6 +306,7 @@ def test_the_whole_way(
             "measured_on",
             "tokens",
             "held_out",
+            "inputs",
             "calibrated",
             "notes",
             "fallbacks",
