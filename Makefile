@@ -104,6 +104,9 @@ docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/methods.py --render
 	$(BIN)/python benchmarks/methods_speed.py --render
 	$(BIN)/python benchmarks/engine.py --render
+	$(BIN)/python benchmarks/schemes.py --render
+	$(BIN)/python benchmarks/exchange.py --render
+	$(BIN)/python benchmarks/encoder.py --render
 
 size:
 	@find src -name '*.py' | xargs wc -l | sort -rn | head -15

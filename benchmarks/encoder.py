@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from method_rows import RECIPES
-from rows import add_row
+from rows import ROOT, add_row, read_rows, rewrite_section
 
 from bitpress.calibration import Stats, read_texts
 from bitpress.comparison.variants import Variant, read_candidates
@@ -82,13 +82,39 @@ def judge(candidate: Variant, model: Any, seen: dict[str, Stats], unseen: dict[s
     }
 
 
+def render() -> None:
+    """Write the table of docs/methods-results.md from the last row of every recipe and width."""
+    rows = {(row["name"], row["bits"]): row for row in read_rows("encoder")}
+    if not rows:
+        return
+    lines = [
+        "",
+        "## On the linears of a sentence encoder",
+        "",
+        "all-MiniLM-L6-v2, every linear alone, inputs of the original: the mean relative squared error of the layers' outputs on text that calibration",
+        "has not seen, and the worst layer's. `benchmarks/encoder.py` prints it; a model of another kind, so that no recipe is judged by one alone.",
+        "",
+        "| recipe | bits | stored bits | error | worst layer |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows.values(), key=lambda row: (-row["bits"], row["error"])):
+        lines.append(
+            f"| {row['name']} | {row['bits']} | {row['bits_per_weight']:.3f} | {row['error']:.5f} | {row['worst']:.5f} |"
+        )
+    rewrite_section(ROOT / "docs" / "methods-results.md", "encoder", [*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", help="the directory of the encoder")
+    parser.add_argument("--render", action="store_true", help="only the table")
     parser.add_argument("--only", nargs="*", default=["*"], help="names or patterns of recipes")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--windows", type=int, default=128)
     options = parser.parse_args()
+    if options.render or options.model is None:
+        render()
+        return
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -107,6 +133,7 @@ def main() -> None:
             continue
         add_row("encoder", {"model": "all-MiniLM-L6-v2", "windows": options.windows, **row})
         print(f"{row['name']:45s} {row['bits']} {row['bits_per_weight']:.3f} {row['error']:.5f} {row['worst']:.5f}", flush=True)
+    render()
 
 
 if __name__ == "__main__":
