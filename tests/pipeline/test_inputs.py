@@ -9,14 +9,17 @@ import pytest
 import torch
 
 import bitpress
-from bitpress.calibration import observers
+from bitpress.calibration import STATISTICS, observers
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.comparison.variants import read_candidates
 from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
 from bitpress.models.opening import open_streamed
 from bitpress.models.walk import Stream, walk
+from bitpress.pipeline.estimate import _made_up, estimate_seconds
 from bitpress.pipeline.exporting import export_model, open_model
+from bitpress.pipeline.quantize import plan_run
 from bitpress.recipes import build_method, make_recipe
-from bitpress.recipes.schemes import SCHEMES
+from bitpress.recipes.schemes import SCHEMES, scheme_keys
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 CALIBRATION = {"samples": 2, "length": 32}
@@ -207,7 +210,7 @@ def test_a_head_whose_input_is_rounded_is_rounded_on_every_road(tiny_model: Call
     assert not torch.allclose(before, streamed(out), atol=1e-2)
 
 
-def test_a_rounded_model_is_not_quantized_again_and_a_plan_is_made(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_rounded_model_is_not_quantized_again(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(tiny_model("llama"), out, inputs="int8-row")
     with pytest.raises(CheckpointError, match=r"the inputs of its products are rounded.*quantize the original model"):
@@ -222,3 +225,20 @@ def test_a_range_that_is_not_finite_names_the_weight(tiny_model: Callable[..., P
         patch.setattr(observers.Seen, "add", overflow)
         with pytest.raises(NumericsError, match=r"model\.layers\.0\.\S+: the input holds a NaN"):
             quantize(tiny_model("llama"), tmp_path / "out", inputs=STATIC)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8-static"])
+def test_the_time_of_a_scheme_is_estimated(scheme: str, tiny_model: Callable[..., Path]) -> None:
+    recipe = make_recipe({**scheme_keys(scheme), "calibration": CALIBRATION})
+    plan, model, _ = plan_run(tiny_model("llama"), build_method(recipe))
+    assert estimate_seconds(model, build_method(recipe), plan.weights) > 0
+    assert set(STATISTICS) - {"row_gram", "head_gram"} <= {
+        name for name in STATISTICS if getattr(_made_up(4, 8, set(STATISTICS), None), name) is not None
+    }
+
+
+def test_a_comparison_looks_at_inputs_behind_compressed_blocks(tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes.yaml"
+    recipes.write_text("static: {weights: int8-row, quantizer: rtn, inputs: {format: int8-tensor, parameters: static}}")
+    (candidate,), _ = read_candidates(recipes, [8])
+    assert candidate.recipe.calibration.inputs == "pressed"

@@ -177,7 +177,8 @@ class Entropy:
             if not bool(inside.any()):
                 return math.inf
             p = counts * inside
-            first, *_, last = inside.nonzero()[:, 0].tolist() * 2
+            places = inside.nonzero()[:, 0]
+            first, last = int(places[0]), int(places[-1])
             p[first] += counts[:first].sum()
             p[last] += counts[last + 1 :].sum()
             codes = static_format(fmt, ends).round(middles[inside][None])[0]

@@ -24,7 +24,7 @@ def note_export(directory: Path, name: str, told: Mapping[str, object] | None = 
 
 
 def noted_export(directory: Path, name: str) -> dict[str, object] | None:
-    """Return what was told of an export of the model that is in a directory; None if there is none, or its files are others now."""
+    """Return the report of an export of the model in a directory; None without one, and where its files have changed since."""
     note = _noted(directory).get(name)
     if (
         note is None

@@ -19,6 +19,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.formats import CompressedLayer, CompressedWeight
 from bitpress.kernels import Kernel
 from bitpress.kernels.product import LayerProduct
+from bitpress.models.streaming import no_product
 
 __all__ = ["PackedLinear", "PackedParameter", "PackedWeight", "refuse_saving", "replace_"]
 
@@ -210,18 +211,17 @@ def replace_(
 
 
 def _put_(model: nn.Module, parameter: WeightParameter, layer: CompressedLayer, dtype: torch.dtype, keep: bool) -> PackedWeight:
-    from transformers.pytorch_utils import Conv1D
-
     owner_name, _, leaf = parameter.name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if type(owner) in (nn.Linear, Conv1D) and leaf == "weight" and not parameter.experts:
+    why = no_product(owner, parameter.name)
+    if why is None and not parameter.experts:
         above, _, name = owner_name.rpartition(".")
         linear = PackedLinear(layer, owner._parameters["bias"], dtype, keep=keep)
         setattr(model.get_submodule(above), name, linear)
         return linear
     if layer.input is not None:
         raise CheckpointError(
-            f"{parameter.name}: its input is rounded ({layer.input.name}), and {type(owner).__name__} is no plain linear layer; "
+            f"{parameter.name}: its input is rounded ({layer.input.name}), and {why or 'it is a stack of experts'}; "
             "transformers cannot run this model."
         )
     del owner._parameters[leaf]
