@@ -16,6 +16,7 @@ __all__ = [
     "knows_the_texts",
     "latest",
     "meant",
+    "on_gpu",
     "processor_seconds",
     "seconds",
 ]
@@ -47,7 +48,8 @@ def meant(row: dict[str, Any]) -> dict[str, Any]:
 
 def keys_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return what of a recipe is the method's own."""
-    found = {key: recipe[key] for key in ("weights", "transforms", "quantizer", "corrections", "budget") if key in recipe}
+    own = ("weights", "transforms", "quantizer", "corrections", "tuning", "inputs", "budget")
+    found = {key: recipe[key] for key in own if key in recipe}
     calibration = {key: value for key, value in recipe["calibration"].items() if key in ("inputs", "sequential")}
     return {**found, "calibration": calibration}
 
@@ -60,6 +62,11 @@ def knows_the_texts(row: dict[str, Any]) -> bool:
 def chooses_bits(row: dict[str, Any]) -> bool:
     """Whether weights of a recipe have formats of their own: chosen by a budget, or by hand."""
     return knows_the_texts(row) or "budget" in row["recipe"]
+
+
+def on_gpu(row: dict[str, Any]) -> bool:
+    """Whether a GPU computed the row's blocks, so that its processor seconds say little."""
+    return "peak_device_bytes" in row
 
 
 def processor_seconds(row: dict[str, Any]) -> float:
