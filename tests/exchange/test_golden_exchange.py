@@ -61,6 +61,10 @@ def golden(file: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor],
 def write(out: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> Path:
     out.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, out / "model.safetensors")
+    return configure(out, told)
+
+
+def configure(out: Path, told: Mapping[str, Any]) -> Path:
     (out / "config.json").write_text(json.dumps({"model_type": "llama", **told}))
     return out
 
@@ -148,18 +152,20 @@ def test_damaged_tensors_are_refused_or_another_weight_and_never_a_crash(row: st
 
 @pytest.mark.parametrize(("row", "file"), CASES)
 def test_absurd_settings_are_refused_in_one_line(row: str, file: str, tmp_path: Path) -> None:
-    """Every number, name and list of the configuration in turn becomes something else."""
+    """Every number, name and list of the configuration in turn becomes something else; the layers that this concerns are read."""
     tensors, decoded, told = golden(file)
     form = FORMATS[row]
+    root = write(tmp_path / "model", tensors, told)
+    usual = QuantizedDirectory.open(root, form).entries
     count, refused = 0, list[str]()
     for changed in changes(told):
         if not form.claims({"model_type": "llama", **changed}):
             continue
         count += 1
         try:
-            source = QuantizedDirectory.open(write(tmp_path / "model", tensors, changed), form)
+            source = QuantizedDirectory.open(configure(root, changed), form)
             for name in decoded:
-                if name in source.layers:
+                if name in source.layers and source.entries[name] != usual[name]:
                     source.read(f"{name}.weight")
         except CheckpointError as error:
             refused.append(str(error))
