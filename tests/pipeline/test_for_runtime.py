@@ -26,12 +26,20 @@ W8A8 = {"weights": "int8-row", "quantizer": "rtn", "inputs": "int8-row-fp32"}
     [
         ("vllm", {"weights": "int4-g32", "quantizer": "adadim"}, "a format that adadim chooses"),
         ("vllm", {**W8A8, "weights": "int4-g32"}, "does not round inputs .* beside weights in int4-g32"),
-        ("vllm", {**RTN, "skip": ["*.q_proj"]}, "q_proj in one format, since it joins them into one product; .*16 bits"),
-        ("vllm", {**RTN, "overrides": [{"match": "*.up_proj", "weights": "int8-g32"}]}, "up_proj in one format.*int8-g32"),
+        (
+            "vllm",
+            {**RTN, "skip": ["*.q_proj"]},
+            "one format for weights that it joins into one product: .*k_proj has int4-g32, and .*q_proj has 16 bits",
+        ),
+        (
+            "vllm",
+            {**RTN, "overrides": [{"match": "*.up_proj", "weights": "int8-g32"}]},
+            "gate_proj has int4-g32, and .*up_proj has int8-g32",
+        ),
         (
             "vllm",
             {**W8A8, "overrides": [{"match": "*.1.self_attn.k_proj", "inputs": "keep"}]},
-            "k_proj in one format.*int8-row, its inputs in int8-row",
+            "q_proj has int8-row, its inputs in int8-row.*, and .*k_proj has int8-row[.]",
         ),
         ("llama.cpp", {**W8A8, "weights": "q8_0"}, "rounded|round inputs"),
     ],
@@ -50,7 +58,9 @@ def test_eight_bits_on_both_sides_go_to_vllm_and_nowhere_else(tiny_model: Callab
 
 def test_experts_of_a_block_are_kept_or_compressed_together(tiny_model: Callable[..., Path]) -> None:
     method = build_method(make_recipe({**RTN, "skip": ["*.experts.down_proj"]}))
-    with pytest.raises(UsageError, match=r"reads all experts of a block in one format; they have int4-g32 and 16 bits"):
+    with pytest.raises(
+        UsageError, match=r"one format for all experts of a block: .*gate_up_proj has int4-g32, and .*down_proj has 16 bits"
+    ):
         fit_to(method, tiny_model("mixtral"), "vllm")
 
 
@@ -82,7 +92,7 @@ def test_weights_that_a_short_text_does_not_reach_are_joined_by_their_names(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitpress.pipeline.served.find_places", lambda model: {})
-    with pytest.raises(UsageError, match=r"q_proj in one format, since it joins"):
+    with pytest.raises(UsageError, match=r"k_proj has int4-g32, and .*q_proj has 16 bits"):
         fit_to(build_method(make_recipe({**RTN, "skip": ["*.q_proj"]})), tiny_model("llama"), "vllm")
 
 

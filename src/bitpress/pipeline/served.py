@@ -7,7 +7,7 @@ from typing import Any
 from bitpress.checkpoints.hub_names import HubNames
 from bitpress.checkpoints.parameter import stem
 from bitpress.errors import UsageError
-from bitpress.exchange.runtimes import ForeignRuntime
+from bitpress.exchange.runtimes import RUNTIMES, ForeignRuntime
 from bitpress.exchange.tensor_parallel import ServedModel, ServedWeight
 from bitpress.formats import Format
 from bitpress.models.linears import ROUTER, VECTOR, list_weights
@@ -83,10 +83,10 @@ def check_groups(groups: Sequence[Group], weights: Sequence[PlannedWeight], runt
         first, *others = group.names
         differing = next((name for name in others if format_of(name) != format_of(first)), None)
         if differing is not None:
-            why = "reads all experts of a block in one format" if group.experts else "joins them into one product"
+            why = f"all experts of a {RUNTIMES[runtime].experts}" if group.experts else "weights that it joins into one product"
             raise UsageError(
-                f"{runtime} needs {first} and {differing} in one format, since it {why}; they have {format_of(first)} and "
-                f"{format_of(differing)}. Change the recipe, or leave out --for {runtime}."
+                f"{runtime} needs one format for {why}: {first} has {format_of(first)}, and {differing} has {format_of(differing)}. "
+                f"Change the recipe, or leave out --for {runtime}."
             )
 
 
