@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitpress.checkpoints.safetensors_file import TensorEntry
+from bitpress.checkpoints.safetensors_file import TensorEntry, read_header
 from bitpress.errors import BitpressError, CheckpointError
 from bitpress.exchange.quantized_directory import QuantizedDirectory
-from bitpress.exchange.source import DirectoryFormat, StoredLayer
+from bitpress.exchange.source import HEADERS, DirectoryFormat, StoredLayer
 from bitpress.exchange.table import DIRECTORY_FORMATS, READ_ALONE, find_ecosystem
 from bitpress.formats import CompressedLayer
 
@@ -28,6 +28,7 @@ FILES = {
     "compressed-tensors": ("compressed_tensors",),
     "hqq": ("hqq",),
     "mlx": ("mlx", "mlx_minimum"),
+    "torchao": ("torchao",),
 }
 FORMATS = DIRECTORY_FORMATS | READ_ALONE
 CASES = [(row, file) for row, files in FILES.items() for file in files]
@@ -53,19 +54,25 @@ def golden(file: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor],
     """Return the tensors of a checkpoint, decoded weights by layers, and what config.json says of quantization."""
     held = load_file(GOLDEN / f"{file}.safetensors")
     told = json.loads((GOLDEN / f"{file}.json").read_text())
+    said = {key: text for key, text in read_header(GOLDEN / f"{file}.safetensors")[1].items() if key.endswith(".weight")}
     told = told if told.keys() & {"quantization", "quantization_config"} else {"quantization_config": told}
     decoded = {name.removesuffix(".decoded"): value for name, value in held.items() if name.endswith(".decoded")}
+    told |= {HEADERS: said} if said else {}
     return {name: value for name, value in held.items() if not name.endswith(".decoded")}, decoded, told
 
 
 def write(out: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> Path:
     out.mkdir(exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, out / "model.safetensors")
-    return configure(out, told)
+    own = dict(told)
+    headers = own.pop(HEADERS, None)
+    headers = headers if isinstance(headers, dict) and all(isinstance(text, str) for text in headers.values()) else None
+    save_file({name: value.contiguous() for name, value in tensors.items()}, out / "model.safetensors", headers)
+    return configure(out, own)
 
 
 def configure(out: Path, told: Mapping[str, Any]) -> Path:
-    (out / "config.json").write_text(json.dumps({"model_type": "llama", **told}))
+    config = {key: value for key, value in told.items() if key != HEADERS}
+    (out / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     return out
 
 

@@ -161,11 +161,11 @@ def plan(
 ) -> None:
     """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
-    from bitpress.cli.exchange import show_targets
+    from bitpress.cli.exchange import show_division, show_targets
     from bitpress.cli.reports import show_plan
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
-    from bitpress.pipeline.for_runtime import carriers, fit_to
+    from bitpress.pipeline.for_runtime import carriers, division, fit_to
     from bitpress.pipeline.oddities import told_untied
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
@@ -188,12 +188,15 @@ def plan(
             *([] if excess is None else [excess]),
         ]:
             screen.note(text)
-    leaves = carriers(planned.weights, method, streamed)
+    leaves, divided = carriers(planned.weights, method, streamed), division(planned.weights, method, streamed, runtime)
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
+        told = {"recipe": method.resolved(), "targets": leaves, "tensor_parallel": divided and divided.as_dict()}
+        print_json({**planned.as_dict(), "seconds_estimate": seconds, **told})
     else:
         show_plan(planned, method, seconds, whole=whole)
         show_targets(leaves)
+        if divided is not None and runtime is not None:
+            show_division(divided.refusals, divided.padded, runtime)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")

@@ -10,22 +10,21 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.exports import note_export, noted_export, remove_exports
 from bitpress.checkpoints.given import read_given
-from bitpress.checkpoints.hub_names import HubNames, hub_names
+from bitpress.checkpoints.hub_names import hub_names
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent, published
 from bitpress.checkpoints.source import quantization_of, read_config
-from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
+from bitpress.errors import CheckpointError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
 from bitpress.exchange.gguf import Gguf, GgufSource
-from bitpress.exchange.pieces import pieces_of
 from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
-from bitpress.formats import CompressedLayer
 from bitpress.models.linears import find_outer
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.pipeline.foreign_check import ForeignReading, read_by_others
 from bitpress.pipeline.importing import decode_model, import_source
+from bitpress.pipeline.read_back import read_back
 from bitpress.progress import Progress, Silent
 
 __all__ = ["Exported", "export_for", "export_model", "open_model", "open_to_quantize"]
@@ -129,7 +128,7 @@ def _check_again(model: str, what: str, requantize: bool, progress: Progress) ->
 def export_model(
     model: str | Path, out: str | Path, to: str, *, requantize: bool = False, progress: Progress | None = None
 ) -> Exported:
-    """Write a compressed model, of any ecosystem, as what other runtimes load; read it back, and compare every weight.
+    """Write a compressed model, of any ecosystem, as what other runtimes load; read it back, and compare every parameter.
 
     to           a row of `bitpress.exchange.table.EXPORTERS`
     requantize   round weights again whose codes the target cannot hold; else they are an error
@@ -153,7 +152,7 @@ def export_model(
     fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint, network), names)
     with published(out, file=exporter.is_file) as made:
         added = exporter.export(checkpoint, made, fates, names, progress)
-        _read_back(checkpoint, made, fates, names, progress)
+        read_back(checkpoint, made, fates, added, names, progress)
         reading = read_by_others(directory, made, to, progress)
     return Exported(to, out, _size(out), fates, added, reading)
 
@@ -179,22 +178,6 @@ def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, o
     done = export_model(directory, out, found.target, progress=progress).as_dict()
     note_export(directory, found.name, done)
     return done
-
-
-def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, names: HubNames, progress: Progress) -> None:
-    """Raise NumericsError unless every weight whose codes were carried over is the same when it is read again."""
-    source = open_source(out)
-    progress.begin("reading back", len(fates))
-    for name, fate in fates.items():
-        if fate.how == "exact":
-            expected = checkpoint.read_weight(name).dequantize()
-            for piece in pieces_of(names, name, tuple(expected.shape)):
-                got = source.read(piece.name)
-                if not isinstance(got, CompressedLayer) or not torch.equal(
-                    got.weight.dequantize(), expected[piece.start : piece.stop]
-                ):
-                    raise NumericsError(f"{out}: {piece.name} is another weight when it is read back; do not use this export.")
-        progress.advance(name)
 
 
 def _size(out: Path) -> int:
