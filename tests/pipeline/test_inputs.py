@@ -22,7 +22,10 @@ from bitpress.recipes import build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
+# Schemes that leave inputs as they are.
+WEIGHTS_ALONE = {"nvfp4a16"}
 CALIBRATION = {"samples": 2, "length": 32}
+LOCAL = {"format": "e2m1-g16-fp8", "parameters": "local"}
 STATIC = {"format": "int8-tensor-zero", "parameters": "static"}
 
 
@@ -47,7 +50,9 @@ def streamed(path: Path) -> torch.Tensor:
     return model.outputs(TOKENS, stream.states[0])
 
 
-@pytest.mark.parametrize("keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}])
+@pytest.mark.parametrize(
+    "keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}, {"inputs": LOCAL}]
+)
 def test_every_road_computes_the_rounded_product_to_the_bit(
     keys: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -123,6 +128,8 @@ def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
     [
         ({"format": "int8-tensor"}, "tokens would share dynamic parameters"),
         ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
+        ({"format": "nvfp4"}, "tokens would share dynamic parameters"),
+        ({"format": "nvfp4", "parameters": "static"}, "block tensor"),
         ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
         ({**STATIC, "observers": "mse"}, "inputs.observers: unknown key of inputs 'observers'"),
         ({**STATIC, "format": "aq2x8x8-tensor"}, "a range does not say its static parameters"),
@@ -149,7 +156,8 @@ def test_every_scheme_ends_in_a_model(scheme: str, tiny_model: Callable[..., Pat
     out = tmp_path / "out"
     narrow = {"weights": "e4m3-16x16", "inputs": "e4m3-g16-fp32"} if scheme == "fp8-block" else {}
     report = bitpress.quantize(tiny_model("llama"), out, scheme=scheme, samples=2, length=32, proof_tokens=0, **narrow)
-    assert all(row["inputs"] for row in report["layers"] if "layers." in row["name"])
+    rounded = scheme not in WEIGHTS_ALONE
+    assert all((row["inputs"] is not None) is rounded for row in report["layers"] if "layers." in row["name"])
     assert bool(torch.isfinite(logits(bitpress.load(out, dtype="fp32"))).all())
 
 
@@ -160,7 +168,7 @@ def test_a_scheme_and_what_contradicts_it() -> None:
         bitpress.quantize("m", "o", scheme="w8b8")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static", "nvfp4", "nvfp4a16"])
 def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     out, ct = tmp_path / "out", tmp_path / "ct"
     bitpress.quantize(
@@ -169,7 +177,9 @@ def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Call
     done = export_model(out, ct, "compressed-tensors")
     assert {fate.how for fate in done.fates.values()} == {"exact"}
     config = json.loads((ct / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    assert config["input_activations"]["dynamic"] is not scheme.endswith("static")
+    inputs = config["input_activations"]
+    told = None if inputs is None else inputs["dynamic"]
+    assert told == {"w8a8-static": False, "fp8-static": False, "nvfp4": "local", "nvfp4a16": None}.get(scheme, True)
     assert torch.equal(logits(bitpress.load(open_model(ct), dtype="fp32")), logits(bitpress.load(out, dtype="fp32")))
 
 

@@ -205,12 +205,20 @@ OBSERVERS: dict[str, type[Observer]] = {
 
 
 def static_format(fmt: Format, ends: tuple[float, float]) -> ActivationFormat:
-    """Return a format with the static parameters of a range. Raises NumericsError for one that they cannot hold."""
+    """Return a format with the stored parameters of a range: all of them for a whole tensor, of groups the scale above theirs.
+
+    Raises NumericsError for a range that they cannot hold.
+    """
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
     if low == high:  # an input that was always 0, which any scale holds
         high = 1.0
-    sample = torch.tensor([low, high]).repeat(max(fmt.grid.span, 2) // 2)[None]
-    made = ActivationFormat.static(fmt, fmt.fit(sample))
+    if fmt.block.name == "tensor":
+        sample = torch.tensor([low, high]).repeat(max(fmt.grid.span, 2) // 2)[None]
+        made = ActivationFormat.static(fmt, fmt.fit(sample))
+    else:
+        width = fmt.block.cols if isinstance(fmt.block.cols, int) else max(fmt.grid.span, 2)
+        sample = torch.tensor([low, high]).repeat(width)[None, :width]
+        made = ActivationFormat.local(fmt, fmt.fit(sample))
     made.check()
     return made
 

@@ -71,7 +71,7 @@ class LayerMethod:
 
 @dataclass(frozen=True)
 class InputMethod:
-    """How the input of a product is rounded; `observer` chooses static parameters, and is None where they are dynamic."""
+    """How the input of a product is rounded; `observer` chooses stored parameters, and is None where they are dynamic."""
 
     format: Format
     parameters: ParameterSource
@@ -287,8 +287,8 @@ def _input_method(said: InputRounding) -> InputMethod:
             raise UsageError("an observer chooses static parameters, and these are dynamic; leave out one of them.")
         ActivationFormat(fmt)  # raises
         return InputMethod(fmt, "dynamic")
-    ActivationFormat(fmt, "static")
-    return InputMethod(fmt, "static", _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
+    ActivationFormat(fmt, said.parameters)
+    return InputMethod(fmt, said.parameters, _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
