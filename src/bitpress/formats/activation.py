@@ -101,10 +101,14 @@ class ActivationFormat:
         return {"format": self.format.name, "parameters": self.parameters}
 
     @staticmethod
-    def expected(spec: Mapping[str, Any], in_features: int) -> Expected:
-        """Return dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one."""
+    def expected(spec: Mapping[str, Any], in_features: int | None = None) -> Expected:
+        """Return dtype and shape of every tensor that a specification implies. Raises FormatError or UsageError for a bad one.
+
+        `in_features` are the values of a token, where they are known; what is stored does not depend on them.
+        """
         fmt, parameters = _read(spec)
-        tensors = fmt.expected((1, in_features))
+        some = fmt.block.cols if isinstance(fmt.block.cols, int) else fmt.grid.span
+        tensors = fmt.expected((1, some if in_features is None else in_features))
         ActivationFormat(fmt, parameters)
         kept = {"dynamic": [], "local": _outer_names(fmt), "static": [name for name in tensors if name != "codes"]}
         return {name: tensors[name] for name in kept[parameters]}

@@ -26,7 +26,7 @@ from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
-from bitpress.pipeline.rounded_inputs import refused_inputs
+from bitpress.pipeline.rounded_inputs import refused_inputs, refused_operands
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Method
 
@@ -184,6 +184,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     _check_shapes(weights)
     _check_parts(weights, method)
     _refuse(refused_inputs(model, weights), "Change the recipe's inputs, or keep those of these layers by an override.")
+    _refuse(refused_operands(model, method), "Change the recipe's queries, keys, values or probabilities, or leave them out.")
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
     ties = dict(model.model.all_tied_weights_keys)
     kept = {name: reason for name, reason in kept.items() if ties.get(name, name) not in compressed}

@@ -15,8 +15,9 @@ from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.observers import Observer
 from bitpress.corrections.correction import Correction
 from bitpress.errors import FormatError, UsageError
-from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, Format, find_format
+from bitpress.formats import LOSSLESS, OPERANDS, ActivationFormat, AnyFormat, Format, find_format
 from bitpress.formats.activation import ParameterSource
+from bitpress.formats.attention import check_probabilities
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
@@ -102,6 +103,7 @@ class Method:
     """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
 
     outer    by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
+    attention  how the operands of attention are rounded, by their names
     options  formats among which the recipe's budget chooses, none without one
     chosen   the format of a weight by its name, where it has been chosen
     auto     those of the keys of `outer` that are "auto": left out where the model has no such matrix, or one that cannot take the format
@@ -117,6 +119,7 @@ class Method:
     auto: frozenset[str] = frozenset()
     options: tuple[Format, ...] = ()
     chosen: Mapping[str, Format] = field(default_factory=dict)
+    attention: Mapping[str, InputMethod] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -170,8 +173,9 @@ class Method:
 
     @property
     def every_input(self) -> list["InputMethod"]:
-        """All ways in which inputs are rounded, those of overrides too."""
-        return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
+        """All ways in which inputs and operands of attention are rounded, those of overrides too."""
+        said = (self.inputs, *(own.inputs for own in self.overrides), *self.attention.values())
+        return [inputs for inputs in said if inputs is not None]
 
     @property
     def rounds_inputs(self) -> bool:
@@ -236,6 +240,9 @@ class Method:
             del values["inputs"]  # likewise
         else:
             values["inputs"] = self.inputs.spec()
+        for key in OPERANDS:
+            del values[key]  # likewise
+        values |= {key: own.spec() for key, own in self.attention.items()}
         if self.recipe.budget is None:
             del values["budget"]
         else:
@@ -273,8 +280,27 @@ def build_method(recipe: Recipe) -> Method:
         key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
         for key, own in given.items()
     }
+    attention = {name: _operand_method(name, own) for name, own in recipe.operands.items()}
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options)
+    return Method(
+        recipe,
+        (*parts, quantizer),
+        fmt,
+        overrides,
+        compute_dtype(recipe.compute),
+        inputs,
+        outer,
+        auto,
+        options,
+        attention=attention,
+    )
+
+
+def _operand_method(name: str, said: InputRounding) -> InputMethod:
+    made = _input_method(said)
+    if name == "probabilities":
+        check_probabilities(made.format)
+    return made
 
 
 def _input_method(said: InputRounding) -> InputMethod:
