@@ -151,6 +151,8 @@ def test_a_recipe_with_operands_is_spelled_out_and_read_again() -> None:
         ({"probabilities": "int8-g16"}, "as many as there are tokens"),
         ({"probabilities": "ternary-row"}, "depend on how many probabilities are 0"),
         ({"probabilities": "gauss4-row"}, "depend on how many probabilities are 0"),
+        ({"values": {**STATIC, "observer": "output"}}, "values: output looks at inputs of linear layers"),
+        ({"probabilities": {**STATIC, "observer": "channel-percentile"}}, "probabilities: channel-percentile looks at inputs"),
         ({"values": {"format": "int8-row", "observer": "mse"}}, "an observer chooses static parameters"),
         ({"values": {"format": "int8-row", "observers": "mse"}}, "values.observers: unknown key of values"),
         ({"query": "int8-row"}, "Did you mean 'queries'"),

@@ -1,12 +1,14 @@
 """Inputs of products that are rounded: what a recipe says, what is chosen, stored and computed, and what is refused before any work."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.calibration import STATISTICS, observers
@@ -130,6 +132,7 @@ def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
         ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
         ({"format": "nvfp4"}, "tokens would share dynamic parameters"),
         ({"format": "nvfp4", "parameters": "static"}, "block tensor"),
+        ({"format": "nvfp4", "parameters": "local", "observer": "entropy"}, "entropy compares the codes of one range"),
         ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
         ({**STATIC, "observers": "mse"}, "inputs.observers: unknown key of inputs 'observers'"),
         ({**STATIC, "format": "aq2x8x8-tensor"}, "a range does not say its static parameters"),
@@ -245,6 +248,44 @@ def test_the_time_of_a_scheme_is_estimated(scheme: str, tiny_model: Callable[...
     assert set(STATISTICS) - {"row_gram", "head_gram"} <= {
         name for name in STATISTICS if getattr(_made_up(4, 8, set(STATISTICS), None), name) is not None
     }
+
+
+@pytest.mark.parametrize("observer", ["output", "channel-percentile"])
+def test_an_observer_of_whole_tokens_chooses_a_range(observer: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    scales = []
+    for name in ("minmax", observer):
+        out = tmp_path / name
+        quantize(
+            tiny_model("llama"),
+            out,
+            transforms=["hadamard"],
+            inputs={"format": "int4-tensor", "parameters": "static", "observer": name},
+        )
+        layer = CompressedCheckpoint.open(out).read_layer("model.layers.1.mlp.up_proj.weight")
+        assert layer.input is not None
+        scales.append(float(layer.input.tensors["scale"]))
+    assert 0.2 * scales[0] < scales[1] < scales[0]
+
+
+def test_an_input_that_was_always_zero_is_noted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(model, tmp_path / "out", inputs={**STATIC, "format": "int8-tensor"})
+    noted = [note["weight"] for note in report["notes"] if "its input was 0 on all calibration text" in note["what"]]
+    assert noted == ["model.layers.1.mlp.down_proj"]
+
+
+def test_the_memory_of_a_rounded_layer_is_that_of_two(tiny_model: Callable[..., Path]) -> None:
+    peaks = []
+    for said in ({}, {"inputs": "int8-row"}):
+        method = build_method(make_recipe({"weights": "int8-row", "quantizer": "rtn", "compute": "fp32", **said}))
+        plan, *_ = plan_run(tiny_model("llama"), method)
+        peaks.append(plan.peak_memory)
+    held = sum(w.weights for w in plan.weights if w.block == 0) * 4
+    assert peaks[1] - peaks[0] == held
 
 
 def test_a_comparison_looks_at_inputs_behind_compressed_blocks(tmp_path: Path) -> None:

@@ -74,11 +74,12 @@ class BlockCompressor:
             check_kept(model, made.kept)
         goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
         weights = {name: p.weight for name, p in made.parameters.items()}
-        inputs, made.attention = choose_operands(stream, block.index, planned, weights, self.method.attention)
-        for name, found in inputs.items():
-            made.put_(made.parameters[name].with_input(found))
+        chosen = choose_operands(stream, block.index, planned, weights, self.method.attention)
+        made.attention = dict(chosen.attention)
+        for name, found in chosen.inputs.items():
+            made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
         if goes_on or self.looked_at:
-            model.set_products_({name: made.parameters[name].layer for name in inputs})
+            model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
             model.set_attention_(made.attention)
         if goes_on:
             stream.advance_(block.index)

@@ -7,21 +7,37 @@ probabilities where they are multiplied.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from bitpress.calibration.observers import Seen, static_format
+from bitpress.calibration.observers import Observer, Seen, static_format
 from bitpress.errors import BitpressError, FormatError, NumericsError
-from bitpress.formats import ActivationFormat, AttentionOperands, CompressedWeight
+from bitpress.formats import ActivationFormat, AttentionOperands, CompressedLayer, CompressedWeight
+from bitpress.kernels.reference import Reference
 from bitpress.models.attention import watching
 from bitpress.models.streaming import StreamedModel, no_product
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.recipes.method import InputMethod, Method
 
-__all__ = ["choose_operands", "refused_inputs", "refused_operands"]
+__all__ = ["ChosenOperands", "choose_operands", "refused_inputs", "refused_operands"]
+
+
+@dataclass(frozen=True)
+class ChosenOperands:
+    """How the operands of a block's products are rounded.
+
+    inputs       by the name of the weight's parameter
+    attention    by the names of modules
+    always_zero  the weights whose inputs were 0 on all calibration text, so that nothing chose their stored parameters
+    """
+
+    inputs: Mapping[str, ActivationFormat]
+    attention: Mapping[str, AttentionOperands]
+    always_zero: frozenset[str]
 
 
 def refused_inputs(model: StreamedModel, planned: Sequence[PlannedWeight]) -> dict[str, list[str]]:
@@ -60,9 +76,8 @@ def choose_operands(
     planned: Sequence[PlannedWeight],
     weights: Mapping[str, CompressedWeight],
     attention: Mapping[str, InputMethod],
-) -> tuple[dict[str, ActivationFormat], dict[str, AttentionOperands]]:
-    """Return the format of every rounded input of a loaded block, by the name of the weight's parameter, and how the operands of its
-    attention are rounded, by the names of modules.
+) -> ChosenOperands:
+    """Return how the inputs of a loaded block and the operands of its attention are rounded.
 
     weights     the compressed weights, whose decoded values are in the model if any parameters are stored
     attention   how operands of attention are rounded, by their names
@@ -72,7 +87,7 @@ def choose_operands(
     prefix = f"{stream.model.block_name(i)}."
     modules = [name for name in stream.model.attentions if name.startswith(prefix)] if attention else []
     of_attention = {(name, operand): own for name in modules for operand, own in attention.items()}
-    seen_inputs = {name: Seen() for name, own in of_inputs.items() if own.observer is not None}
+    seen_inputs = {name: _seen(own.observer.part, weights[name]) for name, own in of_inputs.items() if own.observer is not None}
     seen_operands = {key: Seen() for key, own in of_attention.items() if own.observer is not None}
     if seen_inputs or seen_operands:
         _watch(stream, i, seen_inputs, seen_operands, weights)
@@ -80,7 +95,15 @@ def choose_operands(
     operands: dict[str, dict[str, ActivationFormat]] = {name: {} for name in modules}
     for (name, operand), own in of_attention.items():
         operands[name][operand] = _made(f"{name}: {operand}", own, seen_operands.get((name, operand)))
-    return inputs, {name: AttentionOperands(**own) for name, own in operands.items()}
+    zero = frozenset(name for name, seen in seen_inputs.items() if seen.always_zero)
+    return ChosenOperands(inputs, {name: AttentionOperands(**own) for name, own in operands.items()}, zero)
+
+
+def _seen(observer: Observer, weight: CompressedWeight) -> Seen:
+    if observer.looks_at != "product":
+        return Seen()
+    behind = CompressedLayer(CompressedWeight(weight.terms, None, weight.output_map))
+    return Seen(product=partial(Reference(keep=True).matmul, layer=behind))
 
 
 def _made(name: str, own: InputMethod, seen: Seen | None) -> ActivationFormat:

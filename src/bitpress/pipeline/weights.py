@@ -41,6 +41,8 @@ __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
 # Said under calibration.gram=loss of a weight whose tokens it cannot weigh: of experts, and of inputs with other positions than the sample.
 ALIKE = "its tokens count alike: the loss does not tell how much each of them matters here"
+# Said of an input whose stored parameters nothing decided.
+ZERO_INPUT = "its input was 0 on all calibration text, so nothing chose the range that it is rounded in"
 # Statistics that no expert has; every quantizer that needs them has a way without.
 UNKNOWN_OF_EXPERTS = frozenset({"cross", "attention_gram"})
 
@@ -60,10 +62,10 @@ class CompressedParameter:
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
-    def with_input(self, input: ActivationFormat) -> "CompressedParameter":
-        """Return the parameter with a format for the input of its product."""
+    def with_input(self, input: ActivationFormat, *, always_zero: bool = False) -> "CompressedParameter":
+        """Return the parameter with a format for the input of its product, which may have been 0 on all calibration text."""
         record = self.record.model_copy(update={"input": input.spec()})
-        row = self.row.model_copy(update={"inputs": input.name})
+        row = self.row.model_copy(update={"inputs": input.name, "notes": [*self.row.notes, *[ZERO_INPUT] * always_zero]})
         return replace(self, input=input, record=record, row=row)
 
 

@@ -298,6 +298,10 @@ def build_method(recipe: Recipe) -> Method:
 
 def _operand_method(name: str, said: InputRounding) -> InputMethod:
     made = _input_method(said)
+    looks_at = None if made.observer is None else made.observer.part.looks_at
+    if looks_at == "product" or (looks_at == "tokens" and name == "probabilities"):
+        assert made.observer is not None
+        raise UsageError(f"{name}: {made.observer.name} looks at inputs of linear layers; use minmax or mse.")
     if name == "probabilities":
         check_probabilities(made.format)
     return made
@@ -314,7 +318,12 @@ def _input_method(said: InputRounding) -> InputMethod:
         ActivationFormat(fmt)  # raises
         return InputMethod(fmt, "dynamic")
     ActivationFormat(fmt, said.parameters)
-    return InputMethod(fmt, said.parameters, _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
+    observer: Named[Observer] = _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})})
+    if said.parameters == "local" and not observer.part.local:
+        raise UsageError(
+            f"{observer.name} compares the codes of one range, and local parameters have one for every group; use mse."
+        )
+    return InputMethod(fmt, said.parameters, observer)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
