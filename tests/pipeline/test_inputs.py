@@ -1,12 +1,14 @@
 """Inputs of products that are rounded: what a recipe says, what is chosen, stored and computed, and what is refused before any work."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitpress
 from bitpress.calibration import STATISTICS, observers
@@ -22,7 +24,10 @@ from bitpress.recipes import build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
+# Schemes that leave inputs as they are.
+WEIGHTS_ALONE = {"nvfp4a16"}
 CALIBRATION = {"samples": 2, "length": 32}
+LOCAL = {"format": "e2m1-g16-fp8", "parameters": "local"}
 STATIC = {"format": "int8-tensor-zero", "parameters": "static"}
 
 
@@ -47,7 +52,9 @@ def streamed(path: Path) -> torch.Tensor:
     return model.outputs(TOKENS, stream.states[0])
 
 
-@pytest.mark.parametrize("keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}])
+@pytest.mark.parametrize(
+    "keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}, {"inputs": LOCAL}]
+)
 def test_every_road_computes_the_rounded_product_to_the_bit(
     keys: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -123,6 +130,9 @@ def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
     [
         ({"format": "int8-tensor"}, "tokens would share dynamic parameters"),
         ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
+        ({"format": "nvfp4"}, "tokens would share dynamic parameters"),
+        ({"format": "nvfp4", "parameters": "static"}, "block tensor"),
+        ({"format": "nvfp4", "parameters": "local", "observer": "entropy"}, "entropy compares the codes of one range"),
         ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
         ({**STATIC, "observers": "mse"}, "inputs.observers: unknown key of inputs 'observers'"),
         ({**STATIC, "format": "aq2x8x8-tensor"}, "a range does not say its static parameters"),
@@ -149,7 +159,8 @@ def test_every_scheme_ends_in_a_model(scheme: str, tiny_model: Callable[..., Pat
     out = tmp_path / "out"
     narrow = {"weights": "e4m3-16x16", "inputs": "e4m3-g16-fp32"} if scheme == "fp8-block" else {}
     report = bitpress.quantize(tiny_model("llama"), out, scheme=scheme, samples=2, length=32, proof_tokens=0, **narrow)
-    assert all(row["inputs"] for row in report["layers"] if "layers." in row["name"])
+    rounded = scheme not in WEIGHTS_ALONE
+    assert all((row["inputs"] is not None) is rounded for row in report["layers"] if "layers." in row["name"])
     assert bool(torch.isfinite(logits(bitpress.load(out, dtype="fp32"))).all())
 
 
@@ -160,7 +171,7 @@ def test_a_scheme_and_what_contradicts_it() -> None:
         bitpress.quantize("m", "o", scheme="w8b8")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static", "nvfp4", "nvfp4a16"])
 def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     out, ct = tmp_path / "out", tmp_path / "ct"
     bitpress.quantize(
@@ -169,7 +180,9 @@ def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Call
     done = export_model(out, ct, "compressed-tensors")
     assert {fate.how for fate in done.fates.values()} == {"exact"}
     config = json.loads((ct / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    assert config["input_activations"]["dynamic"] is not scheme.endswith("static")
+    inputs = config["input_activations"]
+    told = None if inputs is None else inputs["dynamic"]
+    assert told == {"w8a8-static": False, "fp8-static": False, "nvfp4": "local", "nvfp4a16": None}.get(scheme, True)
     assert torch.equal(logits(bitpress.load(open_model(ct), dtype="fp32")), logits(bitpress.load(out, dtype="fp32")))
 
 
@@ -235,6 +248,44 @@ def test_the_time_of_a_scheme_is_estimated(scheme: str, tiny_model: Callable[...
     assert set(STATISTICS) - {"row_gram", "head_gram"} <= {
         name for name in STATISTICS if getattr(_made_up(4, 8, set(STATISTICS), None), name) is not None
     }
+
+
+@pytest.mark.parametrize("observer", ["output", "channel-percentile"])
+def test_an_observer_of_whole_tokens_chooses_a_range(observer: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    scales = []
+    for name in ("minmax", observer):
+        out = tmp_path / name
+        quantize(
+            tiny_model("llama"),
+            out,
+            transforms=["hadamard"],
+            inputs={"format": "int4-tensor", "parameters": "static", "observer": name},
+        )
+        layer = CompressedCheckpoint.open(out).read_layer("model.layers.1.mlp.up_proj.weight")
+        assert layer.input is not None
+        scales.append(float(layer.input.tensors["scale"]))
+    assert 0.2 * scales[0] < scales[1] < scales[0]
+
+
+def test_an_input_that_was_always_zero_is_noted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(model, tmp_path / "out", inputs={**STATIC, "format": "int8-tensor"})
+    noted = [note["weight"] for note in report["notes"] if "its input was 0 on all calibration text" in note["what"]]
+    assert noted == ["model.layers.1.mlp.down_proj"]
+
+
+def test_the_memory_of_a_rounded_layer_is_that_of_two(tiny_model: Callable[..., Path]) -> None:
+    peaks = []
+    for said in ({}, {"inputs": "int8-row"}):
+        method = build_method(make_recipe({"weights": "int8-row", "quantizer": "rtn", "compute": "fp32", **said}))
+        plan, *_ = plan_run(tiny_model("llama"), method)
+        peaks.append(plan.peak_memory)
+    held = sum(w.weights for w in plan.weights if w.block == 0) * 4
+    assert peaks[1] - peaks[0] == held
 
 
 def test_a_comparison_looks_at_inputs_behind_compressed_blocks(tmp_path: Path) -> None:

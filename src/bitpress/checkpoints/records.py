@@ -54,6 +54,7 @@ class WeightRecord(_Closed):
 class Manifest(_Closed):
     """What a directory holds and how it was made.
 
+    `attention` specifies the `AttentionOperands` of modules by their names, and is left out where there are none.
     `prompt_cost` are the nats a token that 8-bit inputs cost in prompts of the native engine, left out where it is not much.
     """
 
@@ -65,8 +66,10 @@ class Manifest(_Closed):
     recipe: dict[str, Any]
     job: dict[str, Any]
     prompt_cost: FiniteFloat | None = None
+    attention: dict[str, dict[str, dict[str, str]]] = {}
 
     @model_serializer(mode="wrap")
     def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = make(self)
-        return {key: value for key, value in values.items() if key != "prompt_cost" or value is not None}
+        absent: dict[str, Any] = {"prompt_cost": None, "attention": {}}
+        return {key: value for key, value in values.items() if key not in absent or value != absent[key]}

@@ -166,6 +166,16 @@ def _show_offer(offer: Offer) -> None:
     )
 
 
+def _attention_of(checkpoint: CompressedCheckpoint) -> dict[str, int]:
+    """Count the modules that round an operand of their attention, by what that is."""
+    told = [
+        f"{operand} {own['format']} {own['parameters']} (simulated)"
+        for spec in checkpoint.manifest.attention.values()
+        for operand, own in spec.items()
+    ]
+    return {text: told.count(text) for text in dict.fromkeys(told)}
+
+
 def describe_directory(directory: Path) -> dict[str, Any]:
     """Describe a published model by its manifest and headers (hashes are not checked again)."""
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
@@ -194,6 +204,7 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "formats": {
             kind: entry | _memory_bits(checkpoint, in_memory[kind], entry["parameters"]) for kind, entry in formats.items()
         },
+        "attention": _attention_of(checkpoint),
         "plain_bytes": plain,
         "aliases": checkpoint.manifest.aliases,
         "recipe": checkpoint.manifest.recipe,
@@ -242,6 +253,7 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
         )
         for name, e in facts["formats"].items()
     ]
+    rows += [(f"attention, {text}", str(count), "", "", "", "") for text, count in facts["attention"].items()]
     rows += [(f"{dtype}, as stored", "", "", size(count), "", "") for dtype, count in facts["plain_bytes"].items()]
     table("", ("format", "weights", "parameters", "size", "bits", "in native memory"), rows, right=(1, 2, 3, 4, 5))
     table("\nRecipe", ("", ""), [(what, escape(text)) for what, text in _recipe_lines(facts["recipe"])])

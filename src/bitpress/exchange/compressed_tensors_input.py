@@ -17,6 +17,12 @@ def read_input(args: Args | None, tensors: Mapping[str, torch.Tensor]) -> Activa
     """Return how inputs are rounded. Raises FormatError for a way that our formats do not say."""
     if args is None:
         return None
+    if args.dynamic == "local":
+        needed(tensors, "input_global_scale")
+        parts = {"scale_tensor": one_value(tensors["input_global_scale"], "input_global_scale", torch.float32)}
+        made = ActivationFormat(parse_format(args.input_name()), "local", parts)
+        made.check()
+        return made
     if args.dynamic:
         return ActivationFormat(parse_format(args.input_name()))
     needed(tensors, "input_scale")
@@ -36,6 +42,8 @@ def read_input(args: Args | None, tensors: Mapping[str, torch.Tensor]) -> Activa
 def written_input(input: ActivationFormat | None) -> dict[str, torch.Tensor]:
     if input is None or input.parameters == "dynamic":
         return {}
+    if input.parameters == "local":
+        return {"input_global_scale": input.tensors["scale_tensor"].reshape(1)}
     stored = {"input_scale": input.tensors["scale"].reshape(1)}
     if "zero" in input.tensors:
         bits = input.format.grid.code_bits

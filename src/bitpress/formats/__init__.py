@@ -1,6 +1,7 @@
 """Number formats: grids, blocks, bit layouts, packed terms, and weights as sums of terms. No I/O, no model."""
 
 from bitpress.formats.activation import ActivationFormat
+from bitpress.formats.attention import OPERANDS, AttentionOperands
 from bitpress.formats.block import Block
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
@@ -28,12 +29,14 @@ __all__ = [
     "LAYOUTS",
     "LOSSLESS",
     "MAPS",
+    "OPERANDS",
     "PATTERNS",
     "SCALES",
     "SHORT",
     "TERMS",
     "ActivationFormat",
     "AnyFormat",
+    "AttentionOperands",
     "Block",
     "Chain",
     "CompressedLayer",

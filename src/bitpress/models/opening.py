@@ -12,7 +12,7 @@ from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import CheckpointError, NumericsError
 from bitpress.finite import all_finite
-from bitpress.formats import CompressedLayer
+from bitpress.formats import AttentionOperands, CompressedLayer
 from bitpress.models.rotated import RotatedNetwork
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config
@@ -42,6 +42,9 @@ class OriginalLoader:
         return tensors
 
     def load_products(self, prefix: str, exclude: str | None = None) -> dict[str, CompressedLayer]:
+        return {}
+
+    def load_attention(self, prefix: str = "") -> dict[str, AttentionOperands]:
         return {}
 
     @property

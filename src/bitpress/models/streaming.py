@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 
 from bitpress.errors import CheckpointError, NumericsError
-from bitpress.formats import CompressedLayer
+from bitpress.formats import AttentionOperands, CompressedLayer
 from bitpress.kernels.product import LayerProduct
+from bitpress.models.attention import find_attentions, forget_attention_, round_attention_
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
@@ -36,6 +37,10 @@ class ParameterLoader(Protocol):
 
     def load_products(self, prefix: str, exclude: str | None = None) -> Mapping[str, CompressedLayer]:
         """Return the layers whose inputs are rounded, by the names of their weights, chosen as in `load`; decoded weights alone would not round."""
+        ...
+
+    def load_attention(self, prefix: str = "") -> Mapping[str, AttentionOperands]:
+        """Return how modules below a prefix round the operands of their attention, by the modules' names."""
         ...
 
 
@@ -75,6 +80,17 @@ class StreamedModel:
         """What the model does with each of its matrices."""
         return find_uses(self.model, self.task)
 
+    @cached_property
+    def attentions(self) -> dict[str, dict[str, int]]:
+        """The modules of the blocks that compute an attention: the values of a token and head of each operand. Raises CheckpointError."""
+        found = find_attentions(self.model, self.task)
+        inside = {name: sizes for name, sizes in found.items() if name.startswith(f"{self.stack}.")}
+        if not inside:
+            raise CheckpointError(
+                f"{type(self.model).__name__}: no attention of its blocks goes through transformers' interface."
+            )
+        return inside
+
     def block_name(self, i: int) -> str:
         return f"{self.stack}.{i}"
 
@@ -106,6 +122,7 @@ class StreamedModel:
         tensors = self.loader.load(f"{self.block_name(i)}.")
         self.fill_(tensors)
         self.set_products_(self.loader.load_products(f"{self.block_name(i)}."))
+        self.set_attention_(self.loader.load_attention(f"{self.block_name(i)}."))
         return tensors
 
     def fill_(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -122,8 +139,13 @@ class StreamedModel:
                 raise CheckpointError(f"{name}: its input is rounded ({layer.input and layer.input.name}), and {why}.")
             module.forward = partial(_forward, name, module, LayerProduct(layer, keep=True))
 
+    def set_attention_(self, operands: Mapping[str, AttentionOperands]) -> None:
+        """Let modules round the operands of their attention until their block is dropped. Raises CheckpointError."""
+        round_attention_(self.model, operands)
+
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""
+        forget_attention_(self.blocks[i])
         for module in self.blocks[i].modules():
             if module is not self.blocks[i]:
                 module.__dict__.pop("forward", None)

@@ -15,7 +15,7 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.rounded_inputs import choose_inputs
+from bitpress.pipeline.rounded_inputs import choose_operands
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
 
@@ -73,11 +73,14 @@ class BlockCompressor:
         if self.method.searches:
             check_kept(model, made.kept)
         goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
-        inputs = choose_inputs(stream, block.index, planned, {name: p.weight for name, p in made.parameters.items()})
-        for name, found in inputs.items():
-            made.put_(made.parameters[name].with_input(found))
-        if inputs and (goes_on or self.looked_at):
-            model.set_products_({name: made.parameters[name].layer for name in inputs})
+        weights = {name: p.weight for name, p in made.parameters.items()}
+        chosen = choose_operands(stream, block.index, planned, weights, self.method.attention)
+        made.attention = dict(chosen.attention)
+        for name, found in chosen.inputs.items():
+            made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
+        if goes_on or self.looked_at:
+            model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
+            model.set_attention_(made.attention)
         if goes_on:
             stream.advance_(block.index)
 

@@ -146,6 +146,11 @@ def export_model(
     if not is_compressed(directory):
         raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
     checkpoint = CompressedCheckpoint.open(directory)
+    if checkpoint.operands:
+        raise UsageError(
+            f"{model}: the attention of {next(iter(checkpoint.operands))} rounds its operands, which no other tool's files say; "
+            "quantize without queries, keys, values and probabilities."
+        )
     exporter = EXPORTERS[to]
     network = build_skeleton(build_config(checkpoint.config), torch.float32)
     names = hub_names(network)

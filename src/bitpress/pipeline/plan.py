@@ -26,7 +26,7 @@ from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
-from bitpress.pipeline.rounded_inputs import refused_inputs
+from bitpress.pipeline.rounded_inputs import refused_inputs, refused_operands
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Method
 
@@ -184,6 +184,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     _check_shapes(weights)
     _check_parts(weights, method)
     _refuse(refused_inputs(model, weights), "Change the recipe's inputs, or keep those of these layers by an override.")
+    _refuse(refused_operands(model, method), "Change the recipe's queries, keys, values or probabilities, or leave them out.")
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
     ties = dict(model.model.all_tied_weights_keys)
     kept = {name: reason for name, reason in kept.items() if ties.get(name, name) not in compressed}
@@ -338,13 +339,17 @@ def _peak_memory(
     outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
+    # Layers that round their inputs hold their decoded weights beside the block's.
+    rounded = [w for w in weights if w.method.inputs is not None]
+    again = max((sum(w.weights for w in rounded if w.block == i) for i in range(len(model.blocks))), default=0)
+    block += again * model.dtype.itemsize
     # Four copies in float32; low-rank corrections decompose an error in float64.
     bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)
     largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * bytes_a_weight
     # The evaluation computes in float32: two models' outer parts, a block as stored and as computed with, two samples' outputs.
     outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
     outputs: int = 4 * model.task.output_values(model.model.config, 512)
-    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
+    proof = BASE_BYTES + 2 * outer_values * 4 + (2 * max(by_block, default=0) + again) * 4 + 3 * outputs
     backward = BASE_BYTES + outer + _backward_bytes(model, method, weights)
     if not method.needs:
         return max(BASE_BYTES + outer + block + largest, backward, proof)

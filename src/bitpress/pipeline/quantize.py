@@ -387,6 +387,7 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
         left_out=list(loader.names.left_out),
         recipe=recorded(method),
         job=job.identity,
+        attention=facts.attention,
     )
 
 

@@ -20,6 +20,7 @@ class _Closed(BaseModel):
 class BlockRecord(_Closed):
     """The journal's entry for a unit of work, by the names of parameters: how weights are stored, hashes of their decoded values, rows.
 
+    `attention` specifies the operands of attention by the names of modules, and is left out where they are as they were.
     `kept` are hashes of tensors that were measured before the first block, in the first unit's record.
     """
 
@@ -27,6 +28,7 @@ class BlockRecord(_Closed):
     digests: dict[str, str] = {}
     rows: list[LayerRow] = []
     kept: dict[str, str] | None = None
+    attention: dict[str, dict[str, dict[str, str]]] = {}
 
     @classmethod
     def read(cls, where: str, facts: object) -> "BlockRecord":
@@ -42,16 +44,19 @@ class BlockRecord(_Closed):
         weights: dict[str, WeightRecord] = {}
         digests: dict[str, str] = {}
         rows: list[LayerRow] = []
+        attention: dict[str, dict[str, dict[str, str]]] = {}
         for record in records:
             weights |= record.weights
             digests |= record.digests
             rows += record.rows
-        return cls(weights=weights, digests=digests, rows=rows)
+            attention |= record.attention
+        return cls(weights=weights, digests=digests, rows=rows, attention=attention)
 
     def dump(self) -> dict[str, Any]:
         """Return the record as the journal holds it."""
         values = self.model_dump(mode="json")
-        return {key: value for key, value in values.items() if key != "kept" or value is not None}
+        absent = {key for key in ("kept", "attention") if not values[key]}
+        return {key: value for key, value in values.items() if key not in absent}
 
     @property
     def error(self) -> float:

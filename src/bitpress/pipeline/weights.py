@@ -15,7 +15,16 @@ from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
-from bitpress.formats import ActivationFormat, AnyFormat, CompressedLayer, CompressedWeight, Lossless, Scale, chain
+from bitpress.formats import (
+    ActivationFormat,
+    AnyFormat,
+    AttentionOperands,
+    CompressedLayer,
+    CompressedWeight,
+    Lossless,
+    Scale,
+    chain,
+)
 from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
@@ -32,6 +41,8 @@ __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
 # Said under calibration.gram=loss of a weight whose tokens it cannot weigh: of experts, and of inputs with other positions than the sample.
 ALIKE = "its tokens count alike: the loss does not tell how much each of them matters here"
+# Said of an input whose stored parameters nothing decided.
+ZERO_INPUT = "its input was 0 on all calibration text, so nothing chose the range that it is rounded in"
 # Statistics that no expert has; every quantizer that needs them has a way without.
 UNKNOWN_OF_EXPERTS = frozenset({"cross", "attention_gram"})
 
@@ -51,21 +62,22 @@ class CompressedParameter:
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
-    def with_input(self, input: ActivationFormat) -> "CompressedParameter":
-        """Return the parameter with a format for the input of its product."""
+    def with_input(self, input: ActivationFormat, *, always_zero: bool = False) -> "CompressedParameter":
+        """Return the parameter with a format for the input of its product, which may have been 0 on all calibration text."""
         record = self.record.model_copy(update={"input": input.spec()})
-        row = self.row.model_copy(update={"inputs": input.name})
+        row = self.row.model_copy(update={"inputs": input.name, "notes": [*self.row.notes, *[ZERO_INPUT] * always_zero]})
         return replace(self, input=input, record=record, row=row)
 
 
 @dataclass
 class CompressedBlock:
     """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are;
-    `notes` are rows of those of these that were to be compressed."""
+    `notes` are rows of those of these that were to be compressed; `attention` says how modules round the operands of theirs."""
 
     parameters: dict[str, CompressedParameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[LayerRow] = field(default_factory=list)
+    attention: dict[str, AttentionOperands] = field(default_factory=dict)
 
     def put_(self, compressed: CompressedParameter) -> None:
         """Record a parameter, in place of an earlier result for it."""
@@ -78,7 +90,8 @@ class CompressedBlock:
             for made in self.parameters.values()
             for leaf, tensor in BitpressDirectory.write(made.layer).tensors.items()
         }
-        return stored | self.kept
+        own = {f"{name}.{leaf}": t for name, operands in self.attention.items() for leaf, t in operands.tensors().items()}
+        return stored | own | self.kept
 
     def record(self) -> BlockRecord:
         made = self.parameters
@@ -86,6 +99,7 @@ class CompressedBlock:
             weights={name: p.record for name, p in made.items()},
             digests={name: p.digest for name, p in made.items()},
             rows=[*(p.row for p in made.values()), *self.notes],
+            attention={name: operands.spec() for name, operands in self.attention.items()},
         )
 
 

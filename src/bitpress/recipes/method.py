@@ -15,8 +15,9 @@ from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.observers import Observer
 from bitpress.corrections.correction import Correction
 from bitpress.errors import FormatError, UsageError
-from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, Format, find_format
+from bitpress.formats import LOSSLESS, OPERANDS, ActivationFormat, AnyFormat, Format, find_format
 from bitpress.formats.activation import ParameterSource
+from bitpress.formats.attention import check_probabilities
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
@@ -71,7 +72,7 @@ class LayerMethod:
 
 @dataclass(frozen=True)
 class InputMethod:
-    """How the input of a product is rounded; `observer` chooses static parameters, and is None where they are dynamic."""
+    """How the input of a product is rounded; `observer` chooses stored parameters, and is None where they are dynamic."""
 
     format: Format
     parameters: ParameterSource
@@ -102,6 +103,7 @@ class Method:
     """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
 
     outer    by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
+    attention  how the operands of attention are rounded, by their names
     options  formats among which the recipe's budget chooses, none without one
     chosen   the format of a weight by its name, where it has been chosen
     auto     those of the keys of `outer` that are "auto": left out where the model has no such matrix, or one that cannot take the format
@@ -117,6 +119,7 @@ class Method:
     auto: frozenset[str] = frozenset()
     options: tuple[Format, ...] = ()
     chosen: Mapping[str, Format] = field(default_factory=dict)
+    attention: Mapping[str, InputMethod] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -170,8 +173,9 @@ class Method:
 
     @property
     def every_input(self) -> list["InputMethod"]:
-        """All ways in which inputs are rounded, those of overrides too."""
-        return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
+        """All ways in which inputs and operands of attention are rounded, those of overrides too."""
+        said = (self.inputs, *(own.inputs for own in self.overrides), *self.attention.values())
+        return [inputs for inputs in said if inputs is not None]
 
     @property
     def rounds_inputs(self) -> bool:
@@ -236,6 +240,9 @@ class Method:
             del values["inputs"]  # likewise
         else:
             values["inputs"] = self.inputs.spec()
+        for key in OPERANDS:
+            del values[key]  # likewise
+        values |= {key: own.spec() for key, own in self.attention.items()}
         if self.recipe.budget is None:
             del values["budget"]
         else:
@@ -273,8 +280,31 @@ def build_method(recipe: Recipe) -> Method:
         key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
         for key, own in given.items()
     }
+    attention = {name: _operand_method(name, own) for name, own in recipe.operands.items()}
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options)
+    return Method(
+        recipe,
+        (*parts, quantizer),
+        fmt,
+        overrides,
+        compute_dtype(recipe.compute),
+        inputs,
+        outer,
+        auto,
+        options,
+        attention=attention,
+    )
+
+
+def _operand_method(name: str, said: InputRounding) -> InputMethod:
+    made = _input_method(said)
+    looks_at = None if made.observer is None else made.observer.part.looks_at
+    if looks_at == "product" or (looks_at == "tokens" and name == "probabilities"):
+        assert made.observer is not None
+        raise UsageError(f"{name}: {made.observer.name} looks at inputs of linear layers; use minmax or mse.")
+    if name == "probabilities":
+        check_probabilities(made.format)
+    return made
 
 
 def _input_method(said: InputRounding) -> InputMethod:
@@ -287,8 +317,13 @@ def _input_method(said: InputRounding) -> InputMethod:
             raise UsageError("an observer chooses static parameters, and these are dynamic; leave out one of them.")
         ActivationFormat(fmt)  # raises
         return InputMethod(fmt, "dynamic")
-    ActivationFormat(fmt, "static")
-    return InputMethod(fmt, "static", _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
+    ActivationFormat(fmt, said.parameters)
+    observer: Named[Observer] = _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})})
+    if said.parameters == "local" and not observer.part.local:
+        raise UsageError(
+            f"{observer.name} compares the codes of one range, and local parameters have one for every group; use mse."
+        )
+    return InputMethod(fmt, said.parameters, observer)
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:

@@ -10,7 +10,9 @@ calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 inputs: int8-row                        how inputs of products are rounded, or {format: int8-tensor-zero, parameters: static, observer: minmax}:
-                                        static parameters are chosen on the calibration text; left out: inputs stay as they are
+                                        static parameters are chosen on the calibration text, and so is the stored part of local ones
+                                        ({format: nvfp4, parameters: local}); left out: inputs stay as they are
+keys: int8-row                          likewise `queries`, `keys`, `values` and `probabilities` of attention, a scale for every token and head
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
@@ -124,7 +126,7 @@ class Calibration(_Closed):
 
 
 class InputRounding(_Closed):
-    """How the input of a product is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table."""
+    """How the input of a product, or an operand of attention, is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table."""
 
     format: str
     parameters: ParameterSource = "dynamic"
@@ -167,6 +169,10 @@ class Recipe(_Closed):
     quantizer: dict[str, Any] = {}
     corrections: tuple[dict[str, Any], ...] = ()
     inputs: InputRounding | None = None
+    queries: InputRounding | None = None
+    keys: InputRounding | None = None
+    values: InputRounding | None = None
+    probabilities: InputRounding | None = None
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
@@ -176,6 +182,12 @@ class Recipe(_Closed):
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)
     compute: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @property
+    def operands(self) -> dict[str, InputRounding]:
+        """What is said of the operands of attention, by their names."""
+        said = {"queries": self.queries, "keys": self.keys, "values": self.values, "probabilities": self.probabilities}
+        return {name: own for name, own in said.items() if own is not None}
 
     @property
     def quantizer_name(self) -> str:

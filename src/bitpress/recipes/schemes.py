@@ -95,6 +95,21 @@ SCHEMES: dict[str, Scheme] = {
         "nobody's preset; MXFP6A8 of compressed-tensors has 8-bit inputs",
         {"weights": "mxfp6", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "mxfp6"},
     ),
+    "nvfp4": Scheme(
+        "NVFP4 on both sides: an E4M3 scale for every 16, under one for each weight and one for each input, chosen on calibration text",
+        "NVFP4 of compressed-tensors",
+        {
+            "weights": "e2m1-g16-fp8over",
+            "quantizer": {"name": "gptq"},
+            "transforms": (),
+            "inputs": {"format": "e2m1-g16-fp8over", "parameters": "local", "observer": {"name": "minmax"}},
+        },
+    ),
+    "nvfp4a16": Scheme(
+        "NVFP4 weights: an E4M3 scale for every 16, under one for each weight; inputs as they are",
+        "NVFP4A16 of compressed-tensors",
+        {"weights": "e2m1-g16-fp8over", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "keep"},
+    ),
     "mxfp4": Scheme(
         "MXFP4 on both sides behind rotations of blocks of 32",
         "MXFP4 of compressed-tensors, behind rotations",

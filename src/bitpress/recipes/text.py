@@ -12,7 +12,7 @@ from bitpress.calibration.observers import OBSERVERS
 from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
-from bitpress.formats import read_format
+from bitpress.formats import OPERANDS, read_format
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
@@ -68,7 +68,8 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
             parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
             merged[key] = [_with_name(part, table_of(key)) for part in parts]
     merged = _with_format(where, merged)
-    merged = _with_inputs(merged)
+    for key in ("inputs", *OPERANDS):
+        merged = _with_inputs(merged, key)
     for key in OUTER:
         if key in merged:
             merged[key] = _outer(f"{where}: {key}", merged[key])
@@ -93,7 +94,8 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
-    rounded = [] if inputs is None else [f"inputs {inputs['format']} {inputs['parameters']} (simulated)"]
+    said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
+    rounded = [f"{key} {own['format']} {own['parameters']} (simulated)" for key, own in said.items() if own is not None]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
@@ -127,11 +129,11 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
 
 
-def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_inputs(values: Mapping[str, Any], key: str = "inputs") -> dict[str, Any]:
     """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them."""
-    given = values.get("inputs")
+    given = values.get(key)
     if given == "keep" and "match" not in values:  # nothing to keep them from
-        return {key: value for key, value in values.items() if key != "inputs"}
+        return {other: value for other, value in values.items() if other != key}
     if given is None or given == "keep":
         return dict(values)
     given = {"format": given} if isinstance(given, str) else given
@@ -139,7 +141,7 @@ def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
         observer = given["observer"]
         named = _with_name({"name": observer} if isinstance(observer, str) else observer, OBSERVERS)
         given = {**given, "observer": named}
-    return {**values, "inputs": given}
+    return {**values, key: given}
 
 
 def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
         "calibration": Calibration,
         "overrides": Override,
         "budget": Budget,
-        "inputs": InputRounding,
+        **dict.fromkeys(("inputs", *OPERANDS), InputRounding),
         **dict.fromkeys(OUTER, OuterWeights),
     }
     nearest_key = next((part for part in reversed(outer) if part in tables), None)
@@ -218,7 +220,7 @@ def _set_(values: dict[str, Any], text: str) -> None:
         inner = target.get(parent, {})
         if isinstance(inner, str):
             outer = {"weights": AUTO_OUTER if inner == "auto" else inner}
-            inner = outer if parent in OUTER else {"format": inner} if parent == "inputs" else {"name": inner}
+            inner = outer if parent in OUTER else {"format": inner} if parent in ("inputs", *OPERANDS) else {"name": inner}
         if not isinstance(inner, dict):
             raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
         target[parent] = dict(inner)

@@ -45,6 +45,8 @@ def refuses_directory(checkpoint: CompressedCheckpoint, config: Any = None) -> s
     rounded = next((name for name, record in checkpoint.manifest.weights.items() if record.input is not None), None)
     if rounded is not None:
         return f"the input of {rounded} is rounded by its layer's own format, which the engine does not support"
+    if checkpoint.operands:
+        return f"the attention of {next(iter(checkpoint.operands))} rounds its operands, which the engine does not support"
     return refuses(build_config(checkpoint.config) if config is None else config)
 
 
