@@ -31,11 +31,15 @@ from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEAR
 
 LIMIT = 1e-6
 FMT = parse_format("int4-g16")
+INPUTS = parse_format("int4-row")
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 # Few exponents, and settings beside the defaults that reach every site of a row.
 SETTINGS: Mapping[str, Sequence[dict[str, Any]]] = {
     "awq-scale": ({"grid": 4},),
     "smooth-plus": ({"alpha": 0.5},),
+    "aqas": ({"grid": 2},),
+    "qqq-smooth": ({"grid": 3},),
+    "dgq-smooth": ({"share": 0.25},),
     "hadamard": ({}, {"block": "group", "outputs": True}),
 }
 # Each of its norms is read by experts too, whose weights are left alone.
@@ -109,7 +113,7 @@ def look_at(path: Path) -> Spine:
         for path, module in block.named_modules()
         if type(module) in (nn.Linear, Conv1D)  # a router may be a subclass that returns more
     ]
-    capture = Capture(observed, {"gram", "mean_abs", "max_abs"})
+    capture = Capture(observed, {"gram", "mean_abs", "max_abs", "sample"})
     capture.run(lambda: run(model), whole=True)
     spine.stats = capture.finish()
     by_name = {w.name: w for w in observed}
@@ -165,7 +169,7 @@ def rescale_(model: Any, spine: Spine, search: Any, placement: Placement, *, who
             continue
         weights = [matrix(model.get_submodule(name)) for name in names]
         channel_of = fold.channel_of if placement == "folded" and fold is not None else None
-        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of)
+        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of, INPUTS)
         done += bool((factor != 1).any())
         if placement == "folded":
             assert fold is not None

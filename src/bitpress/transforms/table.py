@@ -4,12 +4,16 @@ target (for single weights).
 Every row declares its sites, and whether it is folded or stays online there (`transforms.sites`).
 """
 
+from bitpress.transforms.aqas import AQAS
 from bitpress.transforms.awq_scale import AWQScale
 from bitpress.transforms.balance import Balance
 from bitpress.transforms.basis import BasisChange
+from bitpress.transforms.dgq_smooth import DGQSmooth
+from bitpress.transforms.fptq_smooth import FPTQSmooth
 from bitpress.transforms.hadamard import HadamardBasis
 from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
+from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.smooth_plus import SmoothPlus
 from bitpress.transforms.smoothquant import SmoothQuant
@@ -20,7 +24,15 @@ __all__ = ["BASIS_CHANGES", "NETWORK_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRA
 
 NETWORK_CHANGES: dict[str, type[Rotate]] = {"rotate": Rotate}
 
-SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {"awq-scale": AWQScale, "smooth-plus": SmoothPlus, "smoothquant": SmoothQuant}
+SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {
+    "awq-scale": AWQScale,
+    "smooth-plus": SmoothPlus,
+    "smoothquant": SmoothQuant,
+    "aqas": AQAS,
+    "qqq-smooth": QQQSmooth,
+    "dgq-smooth": DGQSmooth,
+    "fptq-smooth": FPTQSmooth,
+}
 
 BASIS_CHANGES: dict[str, type[BasisChange]] = {
     "balance": Balance,
