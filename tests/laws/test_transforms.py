@@ -41,6 +41,7 @@ SETTINGS: Mapping[str, Sequence[dict[str, Any]]] = {
     "qqq-smooth": ({"grid": 3},),
     "dgq-smooth": ({"share": 0.25},),
     "hadamard": ({}, {"block": "group", "outputs": True}),
+    "klt": ({"parts": 4}, {"whole": True}),
 }
 # Each of its norms is read by experts too, whose weights are left alone.
 NOTHING_FOLDS = ("jetmoe",)
@@ -169,7 +170,9 @@ def rescale_(model: Any, spine: Spine, search: Any, placement: Placement, *, who
             continue
         weights = [matrix(model.get_submodule(name)) for name in names]
         channel_of = fold.channel_of if placement == "folded" and fold is not None else None
-        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of, INPUTS)
+        made_by = fold if placement == "folded" else None
+        producer = None if made_by is None else made_by.row_sizes(model.get_submodule(block))
+        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of, INPUTS, producer)
         done += bool((factor != 1).any())
         if placement == "folded":
             assert fold is not None

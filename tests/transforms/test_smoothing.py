@@ -11,6 +11,7 @@ from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format, parse_format
 from bitpress.transforms.aqas import AQAS
 from bitpress.transforms.dgq_smooth import DGQSmooth
+from bitpress.transforms.equalize import Equalize
 from bitpress.transforms.fptq_smooth import FPTQSmooth
 from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.smoothing import ProductError
@@ -114,3 +115,14 @@ def test_what_is_missing_is_said(row: type[Any]) -> None:
 def test_settings_out_of_range_are_refused(row: type[Any], settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(settings)))):
         row(**settings)
+
+
+def test_equalization_makes_the_ranges_of_two_matrices_alike() -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = torch.randn(IN, 20, generator=generator), torch.randn(24, IN, generator=generator)
+    first *= torch.logspace(-2, 2, IN)[:, None]
+    s = Equalize().plan([second], Stats(1), WEIGHTS, None, None, first.abs().amax(1))
+    before, after = (first / s[:, None]).abs().amax(1), (second * s).abs().amax(0)
+    ratio = before / after
+    torch.testing.assert_close(ratio, ratio.mean().expand(IN), rtol=1e-5, atol=0)
+    assert torch.equal(Equalize().plan([second], Stats(1), WEIGHTS), torch.ones(IN))

@@ -112,7 +112,8 @@ def _rescale_group_(
     seen = next(result.stats[name] for name in group if name in result.stats)
     fmt = next(formats[name] for name in group if name in formats)
     rounded = next((inputs[name] for name in group if name in inputs), None)
-    factor = search.plan(matrices, seen, fmt, None if fold is None else fold.channel_of, rounded)
+    made_by = (None, None) if fold is None else (fold.channel_of, fold.row_sizes(block))
+    factor = search.plan(matrices, seen, fmt, made_by[0], rounded, made_by[1])
     if fold is not None:
         norm = min((dtype for dtype in stored.values() if dtype.is_floating_point), key=lambda d: d.itemsize)
         factor = apply_fold_(block, fold, fold.per_channel(factor), stored=norm)

@@ -43,6 +43,7 @@ class FPTQSmooth:
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
         inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         column_sizes(weights, channel_of, "fptq-smooth")

@@ -53,6 +53,7 @@ class QQQSmooth:
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
         inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         column_sizes(weights, channel_of, "qqq-smooth")

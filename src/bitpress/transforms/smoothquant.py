@@ -50,6 +50,7 @@ class SmoothQuant:
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
         inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         columns = column_sizes(weights, channel_of, "smoothquant")

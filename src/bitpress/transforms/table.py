@@ -9,11 +9,14 @@ from bitpress.transforms.awq_scale import AWQScale
 from bitpress.transforms.balance import Balance
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.dgq_smooth import DGQSmooth
+from bitpress.transforms.equalize import Equalize
 from bitpress.transforms.fptq_smooth import FPTQSmooth
 from bitpress.transforms.hadamard import HadamardBasis
+from bitpress.transforms.klt import KLT
 from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
 from bitpress.transforms.qqq_smooth import QQQSmooth
+from bitpress.transforms.rearrange import Rearrange
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.smooth_plus import SmoothPlus
 from bitpress.transforms.smoothquant import SmoothQuant
@@ -32,12 +35,15 @@ SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {
     "qqq-smooth": QQQSmooth,
     "dgq-smooth": DGQSmooth,
     "fptq-smooth": FPTQSmooth,
+    "equalize": Equalize,
 }
 
 BASIS_CHANGES: dict[str, type[BasisChange]] = {
     "balance": Balance,
     "hadamard": HadamardBasis,
     "orthogonal": OrthogonalBasis,
+    "klt": KLT,
+    "rearrange": Rearrange,
 }
 
 TARGETS: dict[str, type[Target]] = {"qep": QEP}
