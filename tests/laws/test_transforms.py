@@ -26,6 +26,7 @@ from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.transforms import Fold, apply_fold_, find_folds
 from bitpress.transforms.basis import Maps, into_basis, with_maps
+from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 
@@ -171,7 +172,7 @@ def rescale_(model: Any, spine: Spine, search: Any, placement: Placement, *, who
         weights = [matrix(model.get_submodule(name)) for name in names]
         channel_of = fold.channel_of if placement == "folded" and fold is not None else None
         made_by = fold if placement == "folded" else None
-        producer = None if made_by is None else made_by.row_sizes(model.get_submodule(block))
+        producer = None if made_by is None else row_sizes(model.get_submodule(block), made_by)
         factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of, INPUTS, producer)
         done += bool((factor != 1).any())
         if placement == "folded":

@@ -17,6 +17,7 @@ from bitpress.formats import Format
 from bitpress.models.skeleton import set_parameter_
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.folding import Fold, apply_fold_, find_folds
 from bitpress.transforms.transform import ScaleSearch
 
@@ -112,7 +113,7 @@ def _rescale_group_(
     seen = next(result.stats[name] for name in group if name in result.stats)
     fmt = next(formats[name] for name in group if name in formats)
     rounded = next((inputs[name] for name in group if name in inputs), None)
-    made_by = (None, None) if fold is None else (fold.channel_of, fold.row_sizes(block))
+    made_by = (None, None) if fold is None else (fold.channel_of, row_sizes(block, fold))
     factor = search.plan(matrices, seen, fmt, made_by[0], rounded, made_by[1])
     if fold is not None:
         norm = min((dtype for dtype in stored.values() if dtype.is_floating_point), key=lambda d: d.itemsize)

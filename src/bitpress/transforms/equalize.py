@@ -18,11 +18,12 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.formats import Format
+from bitpress.transforms.folding import Fold
 from bitpress.transforms.sites import Sites
 from bitpress.transforms.smoothing import bounded, column_sizes, power
 from bitpress.transforms.transform import InputStats
 
-__all__ = ["Equalize"]
+__all__ = ["Equalize", "row_sizes"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,12 @@ class Equalize:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         columns = column_sizes(weights, channel_of, "equalize")
         return torch.ones_like(columns) if producer is None else power(bounded(producer.float()), bounded(columns), 0.5)
+
+
+def row_sizes(block: torch.nn.Module, fold: Fold) -> Float[torch.Tensor, " in"] | None:
+    """Return the largest magnitude of the matrix row that makes every input channel; None where a norm makes them."""
+    if fold.kind != "rows":
+        return None
+    weight = block.get_submodule(fold.producer).get_parameter("weight").detach().float()
+    sizes = (weight if fold.out_first else weight.T)[fold.rows[0] : fold.rows[1]].abs().amax(1)
+    return sizes[fold.channel_of.to(sizes.device)]

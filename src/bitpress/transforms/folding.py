@@ -74,14 +74,6 @@ class Fold:
     def channels(self) -> int:
         return self.rows[1] - self.rows[0]
 
-    def row_sizes(self, block: torch.nn.Module) -> Float[torch.Tensor, " in"] | None:
-        """Return the largest magnitude of the producer's row behind every input channel; None for a norm."""
-        if self.kind != "rows":
-            return None
-        weight = _matrix(block.get_submodule(self.producer)).float()
-        sizes = (weight if self.out_first else weight.T)[self.rows[0] : self.rows[1]].abs().amax(1)
-        return sizes[self.channel_of.to(sizes.device)]
-
     def per_channel(self, s: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " channels"]:
         """Return the factors of the producer's channels from those of the inputs; 1 for a channel that makes no input."""
         factors = torch.ones(self.channels, dtype=torch.float32, device=s.device)
