@@ -76,6 +76,7 @@ def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "|---|---|---|---|---|"
     on = {
         "network": "the whole network",
+        "inputs": "how channels of inputs are rounded",
         "groups": "weights that share an input",
         "weights": "each weight alone",
         "targets": "what each weight's codes aim at",

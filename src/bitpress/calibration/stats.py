@@ -140,6 +140,12 @@ class Stats:
             sensitivity=None if self.sensitivity is None else self.sensitivity * factor.square(),
         )
 
+    def shifted(self, shift: Float[torch.Tensor, " in"]) -> "Stats":
+        """Return the statistics with magnitudes of `x - shift`, on the sample: those of what is rounded where a product sees x itself."""
+        sample = None if self.sample is None else self.sample - shift
+        largest = None if self.max_abs is None or sample is None else sample.abs().amax(0)
+        return replace(self, sample=sample, max_abs=largest)
+
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
 

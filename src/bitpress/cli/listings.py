@@ -24,7 +24,7 @@ def describe_methods() -> list[dict[str, Any]]:
     from bitpress.corrections.table import CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
     from bitpress.recipes.schemes import SCHEMES
-    from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
 
     rows = []
     tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
@@ -36,7 +36,12 @@ def describe_methods() -> list[dict[str, Any]]:
             if kind == "quantizer":
                 row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
             if kind == "transform":
-                on: dict[str, Mapping[str, Any]] = {"network": NETWORK_CHANGES, "weights": BASIS_CHANGES, "targets": TARGETS}
+                on: dict[str, Mapping[str, Any]] = {
+                    "network": NETWORK_CHANGES,
+                    "inputs": CHANNEL_CHANGES,
+                    "weights": BASIS_CHANGES,
+                    "targets": TARGETS,
+                }
                 row["works_on"] = next((what for what, table in on.items() if name in table), "groups")
             rows.append(row)
     for name, observer in OBSERVERS.items():

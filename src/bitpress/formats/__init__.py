@@ -2,6 +2,7 @@
 
 from bitpress.formats.activation import ActivationFormat
 from bitpress.formats.block import Block
+from bitpress.formats.channels import ChannelFormat, InputFormat
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Streamed, Tabled
@@ -36,6 +37,7 @@ __all__ = [
     "AnyFormat",
     "Block",
     "Chain",
+    "ChannelFormat",
     "CompressedLayer",
     "CompressedWeight",
     "DFloat11",
@@ -44,6 +46,7 @@ __all__ = [
     "Format",
     "Grid",
     "Hadamard",
+    "InputFormat",
     "Integer",
     "Kept",
     "Kronecker",

@@ -15,7 +15,7 @@ from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
-from bitpress.formats import ActivationFormat, AnyFormat, CompressedLayer, CompressedWeight, Lossless, Scale, chain
+from bitpress.formats import AnyFormat, CompressedLayer, CompressedWeight, InputFormat, Lossless, Scale, chain
 from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
@@ -45,13 +45,13 @@ class CompressedParameter:
     digest: str
     record: WeightRecord
     row: LayerRow
-    input: ActivationFormat | None = None
+    input: InputFormat | None = None
 
     @property
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
-    def with_input(self, input: ActivationFormat) -> "CompressedParameter":
+    def with_input(self, input: InputFormat) -> "CompressedParameter":
         """Return the parameter with a format for the input of its product."""
         record = self.record.model_copy(update={"input": input.spec()})
         row = self.row.model_copy(update={"inputs": input.name})
