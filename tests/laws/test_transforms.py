@@ -48,8 +48,10 @@ SETTINGS: Mapping[str, Sequence[dict[str, Any]]] = {
 }
 # Each of its norms is read by experts too, whose weights are left alone.
 NOTHING_FOLDS = ("jetmoe",)
+# Searches that are tried online on every run: there all do the same with their factors, wherever these come from.
+ONLINE = ("awq-scale", "smooth-plus", "smoothquant")
 SEARCHES = [
-    (name, settings, placement)
+    pytest.param(name, settings, placement, marks=pytest.mark.release if placement == "online" and name not in ONLINE else ())
     for name, row in SCALE_SEARCHES.items()
     for settings in SETTINGS.get(name, ({},))
     for placement in sorted(row.sites["layer input"])

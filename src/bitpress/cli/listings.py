@@ -21,13 +21,17 @@ def describe_methods() -> list[dict[str, Any]]:
     changes the basis of "weights" or the "targets" that their codes aim at.
     """
     from bitpress.calibration.observers import OBSERVERS
-    from bitpress.corrections.table import CORRECTIONS
+    from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
     from bitpress.recipes.schemes import SCHEMES
     from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
 
     rows = []
-    tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
+    tables: dict[str, Mapping[str, Any]] = {
+        "quantizer": QUANTIZERS,
+        "transform": TRANSFORMS,
+        "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
+    }
     for kind, methods in tables.items():
         for name, method in methods.items():
             settings = {f.name: f.default for f in dataclasses.fields(method)}

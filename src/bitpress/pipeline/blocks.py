@@ -12,6 +12,7 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
+from bitpress.pipeline.biases import correct_biases_
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
@@ -80,6 +81,8 @@ class BlockCompressor:
             made.put_(made.parameters[name].with_input(found))
         if inputs and (goes_on or self.looked_at):
             model.set_products_({name: made.parameters[name].layer for name in inputs})
+        if self.method.bias is not None:
+            correct_biases_(stream.model, self.method.bias, planned, tensors, made, seen)
         if goes_on:
             stream.advance_(block.index)
 
@@ -117,10 +120,10 @@ class BlockCompressor:
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )
-        for p in planned if self.method.of("channels") else ():
+        for p in planned if self.method.of("channels") or self.method.bias else ():
             stem = p.parameter.stem
-            folded = None if stem in scales.unfolded else scales.factors.get(stem)
-            channels = SeenChannels.of(stats[stem], middles.get(stem), folded) if stem in stats else None
+            factor, folded = scales.factors.get(stem), stem not in scales.unfolded
+            channels = SeenChannels.of(stats[stem], middles.get(stem), factor, folded=folded) if stem in stats else None
             if channels is not None:
                 seen[p.parameter.name] = channels
         return stats, scales

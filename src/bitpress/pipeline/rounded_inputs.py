@@ -32,22 +32,23 @@ class SeenChannels:
 
     sample   inputs of some tokens
     shift    the middle of every channel, where inputs are shifted
+    online   the factors by which the weight's maps divide, where no layer in front does
     """
 
     sample: Float[torch.Tensor, "tokens in"]
     shift: Float[torch.Tensor, " in"] | None = None
+    online: Float[torch.Tensor, " in"] | None = None
 
     @classmethod
     def of(
-        cls, stats: Stats, shift: Float[torch.Tensor, " in"] | None, folded: Float[torch.Tensor, " in"] | None
+        cls, stats: Stats, shift: Float[torch.Tensor, " in"] | None, factor: Float[torch.Tensor, " in"] | None, *, folded: bool
     ) -> "SeenChannels | None":
-        """Return what is known of an input that `folded` factors divide in front of the layer."""
+        """Return what is known of an input whose channels are divided by a factor, in front of the layer if it is `folded`."""
         if stats.sample is None:
             return None
-        seen = cls(stats.sample, shift)
-        if folded is None:
-            return seen
-        return cls(seen.sample / folded, None if shift is None else shift / folded)
+        if factor is None or not folded:
+            return cls(stats.sample, shift, factor)
+        return cls(stats.sample / factor, None if shift is None else shift / factor)
 
 
 def refused_inputs(model: StreamedModel, planned: Sequence[PlannedWeight]) -> dict[str, list[str]]:

@@ -51,6 +51,10 @@ class CompressedParameter:
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
+    def with_note(self, note: str) -> "CompressedParameter":
+        """Return the parameter with one more note in its row of the report."""
+        return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, note]}))
+
     def with_input(self, input: InputFormat) -> "CompressedParameter":
         """Return the parameter with a format for the input of its product."""
         record = self.record.model_copy(update={"input": input.spec()})

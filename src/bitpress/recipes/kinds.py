@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitpress.calibration.observers import OBSERVERS
-from bitpress.corrections.table import CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS
 
@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "basis": Kind("transforms", "transform", BASIS_CHANGES),
     "target": Kind("transforms", "transform", TARGETS),
     "correction": Kind("corrections", "correction", CORRECTIONS),
+    "bias": Kind("corrections", "correction", BIAS_CORRECTIONS),
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
     "observer": Kind("observer", "observer", OBSERVERS),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.observers import Observer
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, ChannelFormat, Format, InputFormat, find_format
@@ -177,6 +178,11 @@ class Method:
     @cached_property
     def corrections(self) -> tuple[Named[Correction], ...]:
         return self.of("correction")
+
+    @cached_property
+    def bias(self) -> BiasCorrection | None:
+        """Return what corrects the biases of layers."""
+        return next((named.part for named in self.of("bias")), None)
 
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
