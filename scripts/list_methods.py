@@ -12,7 +12,7 @@ from sections import rewrite_sections
 
 from bitpress.calibration import STATISTICS
 from bitpress.cli.listings import describe_methods
-from bitpress.corrections.table import CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
@@ -22,7 +22,7 @@ TARGET = DOCS / "methods.md"
 TABLES: dict[str, dict[str, type[Any]]] = {
     "quantizer": QUANTIZERS,
     "transform": dict(TRANSFORMS),
-    "correction": dict(CORRECTIONS),
+    "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
 }
 
 
@@ -76,6 +76,7 @@ def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "|---|---|---|---|---|"
     on = {
         "network": "the whole network",
+        "inputs": "how channels of inputs are rounded",
         "groups": "weights that share an input",
         "weights": "each weight alone",
         "targets": "what each weight's codes aim at",

@@ -8,7 +8,7 @@ import pytest
 from bitpress.calibration import STATISTICS
 from bitpress.cli import screen
 from bitpress.cli.app import main
-from bitpress.corrections.table import CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 
@@ -27,7 +27,11 @@ def test_every_method_is_listed_with_all_there_is_to_know(
 ) -> None:
     rows = json.loads(listed(monkeypatch, capsys, "--json"))
     named = {kind: {r["name"] for r in rows if r["kind"] == kind} for kind in ("quantizer", "transform", "correction")}
-    assert named == {"quantizer": set(QUANTIZERS), "transform": set(TRANSFORMS), "correction": set(CORRECTIONS)}
+    assert named == {
+        "quantizer": set(QUANTIZERS),
+        "transform": set(TRANSFORMS),
+        "correction": {*CORRECTIONS, *BIAS_CORRECTIONS},
+    }
     for row in rows:
         assert {"name", "kind", "summary", "paper", "needs", "bits", "settings"} <= set(row)
         assert row["summary"]

@@ -15,6 +15,8 @@ from bitpress.calibration import STATISTICS, observers
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
+from bitpress.exchange.compressed_tensors import CompressedTensors
+from bitpress.formats import ChannelFormat
 from bitpress.models.opening import open_streamed
 from bitpress.models.walk import Stream, walk
 from bitpress.pipeline.estimate import _made_up, estimate_seconds
@@ -72,6 +74,82 @@ def test_every_road_computes_the_rounded_product_to_the_bit(
     plain = tmp_path / "plain"
     quantize(tiny_model("llama"), plain, **{**keys, "inputs": None})
     assert not torch.equal(logits(decoded), logits(bitpress.load(plain, dtype="fp32")))
+
+
+FIRST = {"format": "int4-row-fp32", "first": {"share": 0.25, "format": "int8-row-fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "stored"),
+    [
+        (
+            {"inputs": FIRST, "transforms": ["shift", "smoothquant", {"name": "klt", "parts": 4}, "disassemble"]},
+            {"shift", "copies"},
+        ),
+        (
+            {"inputs": STATIC, "transforms": ["shift", {"name": "smooth-plus", "alpha": 0.5}, "disassemble"]},
+            {"shift", "copies", "scale", "zero"},
+        ),
+    ],
+)
+def test_channels_that_are_not_rounded_alike(
+    keys: dict[str, Any], stored: set[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", tmp_path / "source"
+    shutil.copytree(tiny_model("gpt2"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("ln_2.bias"):
+            value.add_(torch.linspace(-5, 5, len(value)))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(source, out, **keys)
+    assert all("shifted" in row["inputs"] for row in report["layers"])
+    checkpoint = CompressedCheckpoint.open(out)
+    for name in checkpoint.manifest.weights:
+        layer = checkpoint.read_layer(name)
+        assert isinstance(layer.input, ChannelFormat)
+        assert set(layer.input.tensors) == stored
+    decoded, packed = (bitpress.load(out, weights=weights, dtype="fp32") for weights in ("decoded", "packed"))
+    assert torch.equal(logits(decoded), logits(packed))
+    assert torch.equal(logits(decoded), streamed(out))
+    # What is stored of channels is where they really lie: the middles of another text are near.
+    seen: dict[str, torch.Tensor] = {}
+    decoded.transformer.h[1].mlp.c_fc.register_forward_pre_hook(lambda _, x: seen.update(x=x[0].flatten(0, 1)))
+    logits(decoded)
+    layer = checkpoint.read_layer("transformer.h.1.mlp.c_fc.weight")
+    assert isinstance(layer.input, ChannelFormat)
+    assert layer.input.shift is not None
+    x = seen["x"] if layer.weight.input_map is None else layer.weight.input_map.apply(seen["x"])
+    middle = (x.amax(0) + x.amin(0)) / 2
+    assert (layer.input.shift - middle).norm() < 0.3 * middle.norm()
+    with pytest.raises(UsageError, match="the input of its product is rounded"):
+        export_model(out, tmp_path / "gptq", "gptq")
+    plain = {"shape": [4, 32], "terms": [{"kind": "packed", "format": "int8-row"}], "input_map": None, "output_map": None}
+    assert "are not rounded alike (first)" in str(
+        CompressedTensors.refuses(plain, {"format": "int8-row", "parameters": "dynamic", "first": "8 int4-row"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"transforms": ["shift"]}, "shift changes how inputs are rounded, and this recipe rounds none"),
+        ({"transforms": ["smoothquant", "shift"], "inputs": "int8-row"}, "shift moves the channels that scales"),
+        ({"transforms": ["shift", "shift"], "inputs": "int8-row"}, "named twice"),
+        ({"inputs": {**STATIC, "first": {"share": 0.5, "format": "int8-row"}}}, "need dynamic parameters"),
+        ({"inputs": {"format": "int4-row", "first": {"share": 0.5, "format": "int8-tensor"}}}, "tokens would share"),
+        ({"inputs": {"format": "int4-row", "first": {"share": 1.0, "format": "int8-row"}}}, "a number below 1.0"),
+    ],
+)
+def test_channels_that_cannot_be(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises((FormatError, UsageError), match=says):
+        make_recipe(keys)
+
+
+def test_first_channels_that_do_not_fit_are_refused_by_the_plan(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    wide = {"format": "int4-g16", "first": {"share": 0.25, "format": "int8-row"}}
+    with pytest.raises(FormatError, match=r"first 0.25 of the channels int8-row: .*not a multiple of 16"):
+        quantize(tiny_model("llama"), tmp_path / "out", inputs=wide)
 
 
 def test_the_next_block_sees_what_rounded_inputs_make(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

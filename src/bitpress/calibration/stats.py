@@ -3,6 +3,7 @@
     gram            [in, in]            x.T @ x / tokens
     mean_abs        [in]                mean of |x| over tokens
     max_abs         [in]                the largest |x| of all tokens
+    sample          [sample, in]        x of some tokens, drawn from all: 256 at most, and about half of that at least if there are as many
     cross           [in, in]            (x_original - x).T @ x / tokens; x_original is the same input in the uncompressed model
     attention_gram  [in, in]            the gram of tokens weighted by the attention they are paid, the weights of mean 1
     row_gram        [heads, row, row]   how errors of a head's output rows multiply in the rest of the attention
@@ -64,6 +65,7 @@ STATISTICS: dict[str, Statistic] = {
     "gram": Statistic(("in", "in"), "input"),
     "mean_abs": Statistic(("in",), "input"),
     "max_abs": Statistic(("in",), "input"),
+    "sample": Statistic(("sample", "in"), "input"),
     "cross": Statistic(("in", "in"), "original"),
     "attention_gram": Statistic(("in", "in"), "attention"),
     "row_gram": Statistic(("heads", "row", "row"), "attention"),
@@ -78,6 +80,12 @@ def of_origin(needs: Collection[str], origin: Origin) -> frozenset[str]:
     """Return the named statistics whose source is `origin`."""
     return frozenset(name for name in needs if STATISTICS[name].origin == origin)
 
+
+# Tokens that a sample holds at most.
+SAMPLE = 256
+# Multiples of 2^32 / golden ratio spread evenly over 32 bits whatever their number, so tokens that are drawn by them follow no period of the
+# text: one of every so many would all stand at the beginnings of windows.
+_SPREAD = 2654435769
 
 # Tokens whose magnitudes are added up at a time.
 TOKENS_TOGETHER = 256
@@ -104,6 +112,7 @@ class Stats:
     sensitivity: Float[torch.Tensor, "out in"] | None = None
     output_gram: Float[torch.Tensor, "out out"] | None = None
     max_abs: Float[torch.Tensor, " in"] | None = None
+    sample: Float[torch.Tensor, "sample in"] | None = None
     held_out: HeldOut | None = None
 
     @classmethod
@@ -123,12 +132,19 @@ class Stats:
             gram=twice(self.gram),
             mean_abs=None if self.mean_abs is None else self.mean_abs * factor.abs(),
             max_abs=None if self.max_abs is None else self.max_abs * factor.abs(),
+            sample=None if self.sample is None else self.sample * factor,
             cross=twice(self.cross),
             attention_gram=twice(self.attention_gram),
             head_gram=twice(self.head_gram),
             loss_gram=twice(self.loss_gram),
             sensitivity=None if self.sensitivity is None else self.sensitivity * factor.square(),
         )
+
+    def shifted(self, shift: Float[torch.Tensor, " in"]) -> "Stats":
+        """Return the statistics with magnitudes of `x - shift`, on the sample: those of what is rounded where a product sees x itself."""
+        sample = None if self.sample is None else self.sample - shift
+        largest = None if self.max_abs is None or sample is None else sample.abs().amax(0)
+        return replace(self, sample=sample, max_abs=largest)
 
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
@@ -155,6 +171,7 @@ class Stats:
                 gram=twice(self.gram),
                 mean_abs=None if self.mean_abs is None or by_channel is None else by_channel(self.mean_abs),
                 max_abs=None if self.max_abs is None or by_channel is None else by_channel(self.max_abs),
+                sample=None if self.sample is None else change.apply(self.sample),
                 cross=twice(self.cross),
                 attention_gram=twice(self.attention_gram),
                 head_gram=twice(self.head_gram),
@@ -194,6 +211,7 @@ class StatsCollector:
         self._gram = torch.zeros(size, size) if "gram" in self.needs else None
         self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
         self._max_abs = torch.zeros(in_features) if "max_abs" in self.needs else None
+        self._sample = _Sample() if "sample" in self.needs else None
         self._cross: torch.Tensor | None = None
         self._weighted: dict[WeightedGram, torch.Tensor] = {}
         self._held_out: list[HeldOut] = []
@@ -203,6 +221,8 @@ class StatsCollector:
         x = x.reshape(-1, self.in_features)
         if not all_finite(x):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
+        if self._sample is not None:
+            self._sample.add(x, self.tokens)
         self.tokens += x.shape[0]
         if self._gram is not None:
             # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
@@ -262,8 +282,31 @@ class StatsCollector:
             attention_gram=weighted.get("attention_gram"),
             loss_gram=weighted.get("loss_gram"),
             max_abs=self._max_abs,
+            sample=None if self._sample is None else self._sample.rows(self.in_features),
             held_out=join_held_out(self._held_out),
         )
+
+
+class _Sample:
+    """Inputs of tokens whose multiples of `_SPREAD` are below a limit, which is halved when there are too many."""
+
+    def __init__(self) -> None:
+        self._limit, self._kept, self._places = 1 << 32, torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+
+    def add(self, x: Float[torch.Tensor, "tokens in"], before: int) -> None:
+        """Draw from a batch; `before` tokens were seen before it."""
+        places = (torch.arange(before, before + len(x)) * _SPREAD) % (1 << 32)
+        drawn = places < self._limit
+        rows = x[drawn.to(x.device)].float()
+        self._places = torch.cat([self._places, places[drawn]])
+        self._kept = torch.cat([self._kept, rows]) if len(self._kept) else rows.clone()
+        while len(self._places) > SAMPLE:
+            self._limit //= 2
+            stay = self._places < self._limit
+            self._places, self._kept = self._places[stay], self._kept[stay.to(self._kept.device)]
+
+    def rows(self, features: int) -> Float[torch.Tensor, "sample in"]:
+        return self._kept if len(self._kept) else torch.empty(0, features)
 
 
 def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:

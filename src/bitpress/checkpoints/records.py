@@ -22,7 +22,7 @@ class FileRecord(_Closed):
 class WeightRecord(_Closed):
     """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
 
-    `input` specifies the `ActivationFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    `input` specifies the `InputFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
     `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
     """
 

@@ -21,13 +21,17 @@ def describe_methods() -> list[dict[str, Any]]:
     changes the basis of "weights" or the "targets" that their codes aim at.
     """
     from bitpress.calibration.observers import OBSERVERS
-    from bitpress.corrections.table import CORRECTIONS
+    from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
     from bitpress.recipes.schemes import SCHEMES
-    from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
 
     rows = []
-    tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
+    tables: dict[str, Mapping[str, Any]] = {
+        "quantizer": QUANTIZERS,
+        "transform": TRANSFORMS,
+        "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
+    }
     for kind, methods in tables.items():
         for name, method in methods.items():
             settings = {f.name: f.default for f in dataclasses.fields(method)}
@@ -36,7 +40,12 @@ def describe_methods() -> list[dict[str, Any]]:
             if kind == "quantizer":
                 row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
             if kind == "transform":
-                on: dict[str, Mapping[str, Any]] = {"network": NETWORK_CHANGES, "weights": BASIS_CHANGES, "targets": TARGETS}
+                on: dict[str, Mapping[str, Any]] = {
+                    "network": NETWORK_CHANGES,
+                    "inputs": CHANNEL_CHANGES,
+                    "weights": BASIS_CHANGES,
+                    "targets": TARGETS,
+                }
                 row["works_on"] = next((what for what, table in on.items() if name in table), "groups")
             rows.append(row)
     for name, observer in OBSERVERS.items():

@@ -1,5 +1,6 @@
-"""The table of corrections, one file and one line each."""
+"""The tables of corrections, one file and one line each: terms of a weight, and changes of a layer's bias."""
 
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
 from bitpress.corrections.lorc import LoRC
 from bitpress.corrections.lqer import LQER
@@ -8,7 +9,7 @@ from bitpress.corrections.qera import QERA
 from bitpress.corrections.salient import Salient
 from bitpress.corrections.svdquant import SVDQuant
 
-__all__ = ["CORRECTIONS"]
+__all__ = ["BIAS_CORRECTIONS", "CORRECTIONS"]
 
 CORRECTIONS: dict[str, type[Correction]] = {
     "lorc": LoRC,
@@ -18,3 +19,5 @@ CORRECTIONS: dict[str, type[Correction]] = {
     "outliers": Outliers,
     "salient": Salient,
 }
+
+BIAS_CORRECTIONS: dict[str, type[BiasCorrection]] = {"bias": BiasCorrection}

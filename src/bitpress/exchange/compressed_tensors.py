@@ -177,6 +177,8 @@ def _packed_shape(stored: torch.Tensor) -> tuple[int, int]:
 
 def _scheme(fmt: Format, shape: tuple[int, int], ordered: bool, input_spec: Mapping[str, str] | None) -> Scheme | str:
     """Return how a layer of these is told, or why it cannot be."""
+    if input_spec is not None and (more := sorted(set(input_spec) - {"format", "parameters"})):
+        return f"channels of its input are not rounded alike ({', '.join(more)}), which compressed-tensors cannot say"
     inputs = None if input_spec is None else Args.of_input(input_spec["format"], input_spec["parameters"])
     if isinstance(inputs, str):
         return inputs

@@ -7,7 +7,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.exchange.compressed_tensors_scheme import STORES, Args
-from bitpress.formats import ActivationFormat, parse_format
+from bitpress.formats import ActivationFormat, ChannelFormat, InputFormat, parse_format
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
 
 __all__ = ["from_unsigned", "needed", "one_value", "read_input", "to_unsigned", "written_input"]
@@ -39,7 +39,8 @@ def read_input(args: Args | None, tensors: Mapping[str, torch.Tensor]) -> Activa
     return made
 
 
-def written_input(input: ActivationFormat | None) -> dict[str, torch.Tensor]:
+def written_input(input: InputFormat | None) -> dict[str, torch.Tensor]:
+    assert not isinstance(input, ChannelFormat)
     if input is None or input.parameters == "dynamic":
         return {}
     if input.parameters == "local":

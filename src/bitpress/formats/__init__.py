@@ -3,6 +3,7 @@
 from bitpress.formats.activation import ActivationFormat
 from bitpress.formats.attention import OPERANDS, AttentionOperands
 from bitpress.formats.block import Block
+from bitpress.formats.channels import ChannelFormat, InputFormat
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Streamed, Tabled
@@ -39,6 +40,7 @@ __all__ = [
     "AttentionOperands",
     "Block",
     "Chain",
+    "ChannelFormat",
     "CompressedLayer",
     "CompressedWeight",
     "DFloat11",
@@ -47,6 +49,7 @@ __all__ = [
     "Format",
     "Grid",
     "Hadamard",
+    "InputFormat",
     "Integer",
     "Kept",
     "Kronecker",

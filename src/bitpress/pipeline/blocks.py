@@ -12,10 +12,11 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
+from bitpress.pipeline.biases import correct_biases_
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.rounded_inputs import choose_operands
+from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
 
@@ -56,10 +57,11 @@ class BlockCompressor:
         sequential = self.method.recipe.calibration.sequential and needs
         stages = stream.stages(block.index, planned) if sequential else [planned]
         replaced: dict[str, torch.Tensor] = {}
+        seen: dict[str, SeenChannels] = {}
         for stage in stages:
             final = stage is stages[-1]
             measuring = needs or self.measured is not None
-            stats, scales = self._measure(block, stage, replaced, final=final) if measuring else ({}, None)
+            stats, scales = self._measure(block, stage, replaced, seen, final=final) if measuring else ({}, None)
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -74,20 +76,30 @@ class BlockCompressor:
             check_kept(model, made.kept)
         goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
         weights = {name: p.weight for name, p in made.parameters.items()}
-        chosen = choose_operands(stream, block.index, planned, weights, self.method.attention)
+        channels = (seen, self.method.disassemble)
+        chosen = choose_operands(stream, block.index, planned, weights, self.method.attention, *channels)
         made.attention = dict(chosen.attention)
         for name, found in chosen.inputs.items():
             made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
         if goes_on or self.looked_at:
             model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
             model.set_attention_(made.attention)
+        if self.method.bias is not None:
+            correct_biases_(stream.model, self.method.bias, planned, tensors, made, seen)
         if goes_on:
             stream.advance_(block.index)
 
     def _measure(
-        self, block: LoadedBlock, planned: Sequence[PlannedWeight], replaced: Mapping[str, torch.Tensor], *, final: bool
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        replaced: Mapping[str, torch.Tensor],
+        seen: dict[str, SeenChannels],
+        *,
+        final: bool,
     ) -> tuple[dict[str, Stats], Rescaled]:
-        """Collect statistics of every weight's input, and rescale the block by the method's searches."""
+        """Collect statistics of every weight's input, and rescale the block by the method's searches. `seen` takes what formats of inputs
+        are chosen by."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
         if searches or self.method.needs & HEAD_STATISTICS:
@@ -104,10 +116,19 @@ class BlockCompressor:
         if "output_gram" in self.method.needs:
             gradients = stream.gradients
             stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
+        shift = self.method.shift
+        middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
+        chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )
+        for p in planned if self.method.of("channels") or self.method.bias else ():
+            stem = p.parameter.stem
+            factor, folded = scales.factors.get(stem), stem not in scales.unfolded
+            channels = SeenChannels.of(stats[stem], middles.get(stem), factor, folded=folded) if stem in stats else None
+            if channels is not None:
+                seen[p.parameter.name] = channels
         return stats, scales
 
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from bitpress.calibration import Stats, of_origin
-from bitpress.calibration.stats import STATISTICS, StatsCollector
+from bitpress.calibration.stats import SAMPLE, STATISTICS, StatsCollector
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.models.streaming import StreamedModel
@@ -190,7 +190,8 @@ def _sample_seconds(
     def work() -> None:
         if isinstance(planned.format, Format) and stats:
             for search in searches:
-                search.plan([w], stats[parameter.stem], planned.format)
+                inputs = planned.method.inputs
+                search.plan([w], stats[parameter.stem], planned.format, None, None if inputs is None else inputs.format)
         compressor.compress(replace(planned, parameter=parameter), w, stats, None)
 
     return _timed(work)
@@ -203,6 +204,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
         "gram": gram,
         "mean_abs": x.abs().mean(0),
         "max_abs": x.abs().amax(0),
+        "sample": x[:SAMPLE],
         "cross": 0.01 * gram,
         "attention_gram": gram,
         "loss_gram": gram,

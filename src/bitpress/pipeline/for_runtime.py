@@ -184,7 +184,9 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
     told = planned_spec(planned, method)
     if not planned.parameter.experts:
         inputs = planned.method.inputs
-        return target.refuses(told, None if inputs is None else {"format": inputs.format.name, "parameters": inputs.parameters})
+        return target.refuses(
+            told, None if inputs is None else {**inputs.channels_spec(), **{n.name: "" for n in method.of("channels")}}
+        )
     parameter = planned.parameter
     pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
     return refuse_pieces(told, pieces, target)

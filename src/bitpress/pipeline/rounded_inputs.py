@@ -2,7 +2,7 @@
 
 Dynamic parameters are those of every token and need no text. For stored ones the calibration text goes through the block once more, with its
 compressed weights and with inputs as they are, and an observer looks at each input behind the maps of its weight, and at queries, keys, values and
-probabilities where they are multiplied.
+probabilities where they are multiplied. Shifts and copies of channels are chosen on the samples that calibration drew before the block was compressed.
 """
 
 import contextlib
@@ -12,18 +12,32 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
 
+from bitpress.calibration import Stats
 from bitpress.calibration.observers import Observer, Seen, static_format
 from bitpress.errors import BitpressError, FormatError, NumericsError
-from bitpress.formats import ActivationFormat, AttentionOperands, CompressedLayer, CompressedWeight
+from bitpress.formats import (
+    ActivationFormat,
+    AttentionOperands,
+    ChannelFormat,
+    CompressedLayer,
+    CompressedWeight,
+    InputFormat,
+    fake_quantize,
+)
 from bitpress.kernels.reference import Reference
 from bitpress.models.attention import watching
 from bitpress.models.streaming import StreamedModel, no_product
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.recipes.method import InputMethod, Method
+from bitpress.transforms.disassemble import Disassemble
 
-__all__ = ["ChosenOperands", "choose_operands", "refused_inputs", "refused_operands"]
+__all__ = ["ChosenOperands", "SeenChannels", "choose_operands", "refused_inputs", "refused_operands"]
+
+# A shift of channels and how often each is there, where an input has them.
+Around = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,34 @@ class ChosenOperands:
     always_zero  the weights whose inputs were 0 on all calibration text, so that nothing chose their stored parameters
     """
 
-    inputs: Mapping[str, ActivationFormat]
+    inputs: Mapping[str, InputFormat]
     attention: Mapping[str, AttentionOperands]
     always_zero: frozenset[str]
+
+
+@dataclass(frozen=True)
+class SeenChannels:
+    """What calibration saw of the channels of one weight's input, as they are before the weight's maps.
+
+    sample   inputs of some tokens
+    shift    the middle of every channel, where inputs are shifted
+    online   the factors by which the weight's maps divide, where no layer in front does
+    """
+
+    sample: Float[torch.Tensor, "tokens in"]
+    shift: Float[torch.Tensor, " in"] | None = None
+    online: Float[torch.Tensor, " in"] | None = None
+
+    @classmethod
+    def of(
+        cls, stats: Stats, shift: Float[torch.Tensor, " in"] | None, factor: Float[torch.Tensor, " in"] | None, *, folded: bool
+    ) -> "SeenChannels | None":
+        """Return what is known of an input whose channels are divided by a factor, in front of the layer if it is `folded`."""
+        if stats.sample is None:
+            return None
+        if factor is None or not folded:
+            return cls(stats.sample, shift, factor)
+        return cls(stats.sample / factor, None if shift is None else shift / factor)
 
 
 def refused_inputs(model: StreamedModel, planned: Sequence[PlannedWeight]) -> dict[str, list[str]]:
@@ -50,7 +89,13 @@ def refused_inputs(model: StreamedModel, planned: Sequence[PlannedWeight]) -> di
         why = no_product(model.model.get_submodule(name.rpartition(".")[0]), name)
         if why is None:
             try:
-                inputs.format.block_grid((1, p.parameter.shape[1]))
+                width = p.parameter.shape[1]
+                if inputs.first is None:
+                    inputs.format.block_grid((1, width))
+                else:
+                    made = inputs.channels(ActivationFormat(inputs.format, inputs.parameters), width)
+                    assert isinstance(made, ChannelFormat)
+                    made.fits(width)
             except FormatError as error:
                 why = str(error).removesuffix(".")
         if why is not None:
@@ -76,22 +121,38 @@ def choose_operands(
     planned: Sequence[PlannedWeight],
     weights: Mapping[str, CompressedWeight],
     attention: Mapping[str, InputMethod],
+    channels: Mapping[str, SeenChannels],
+    disassemble: Disassemble | None,
 ) -> ChosenOperands:
     """Return how the inputs of a loaded block and the operands of its attention are rounded.
 
     weights     the compressed weights, whose decoded values are in the model if any parameters are stored
     attention   how operands of attention are rounded, by their names
+    channels    by the names of parameters, where shifts or copies of channels are wanted
     Raises CalibrationError, NumericsError, CheckpointError.
     """
     of_inputs = {p.parameter.name: p.method.inputs for p in planned if p.method.inputs is not None}
+    around = {name: _around(own, channels.get(name), weights[name], disassemble) for name, own in of_inputs.items()}
+    # Stored parameters come last: the format so far says what an observer looks at.
+    so_far = {
+        name: own.channels(ActivationFormat(own.format, own.parameters), weights[name].shape[1], *around[name])
+        for name, own in of_inputs.items()
+    }
     prefix = f"{stream.model.block_name(i)}."
     modules = [name for name in stream.model.attentions if name.startswith(prefix)] if attention else []
     of_attention = {(name, operand): own for name in modules for operand, own in attention.items()}
-    seen_inputs = {name: _seen(own.observer.part, weights[name]) for name, own in of_inputs.items() if own.observer is not None}
+    seen_inputs = {
+        name: _seen(own.observer.part, weights[name], so_far[name])
+        for name, own in of_inputs.items()
+        if own.observer is not None
+    }
     seen_operands = {key: Seen() for key, own in of_attention.items() if own.observer is not None}
     if seen_inputs or seen_operands:
-        _watch(stream, i, seen_inputs, seen_operands, weights)
-    inputs = {name: _made(name, own, seen_inputs.get(name)) for name, own in of_inputs.items()}
+        _watch(stream, i, seen_inputs, seen_operands, weights, so_far)
+    inputs = {
+        name: own.channels(_made(name, own, seen_inputs.get(name)), weights[name].shape[1], *around[name])
+        for name, own in of_inputs.items()
+    }
     operands: dict[str, dict[str, ActivationFormat]] = {name: {} for name in modules}
     for (name, operand), own in of_attention.items():
         operands[name][operand] = _made(f"{name}: {operand}", own, seen_operands.get((name, operand)))
@@ -99,11 +160,18 @@ def choose_operands(
     return ChosenOperands(inputs, {name: AttentionOperands(**own) for name, own in operands.items()}, zero)
 
 
-def _seen(observer: Observer, weight: CompressedWeight) -> Seen:
+def _around(own: InputMethod, seen: SeenChannels | None, weight: CompressedWeight, disassemble: Disassemble | None) -> Around:
+    channels = _behind(seen, weight)
+    copies = None if disassemble is None else _copies(disassemble, channels, own, weight)
+    return (None if channels is None else channels.shift, copies)
+
+
+def _seen(observer: Observer, weight: CompressedWeight, fmt: InputFormat) -> Seen:
     if observer.looks_at != "product":
         return Seen()
     behind = CompressedLayer(CompressedWeight(weight.terms, None, weight.output_map))
-    return Seen(product=partial(Reference(keep=True).matmul, layer=behind))
+    product = partial(Reference(keep=True).matmul, layer=behind)
+    return Seen(product=(lambda u: product(fmt.leave(u))) if isinstance(fmt, ChannelFormat) else product)
 
 
 def _made(name: str, own: InputMethod, seen: Seen | None) -> ActivationFormat:
@@ -115,17 +183,42 @@ def _made(name: str, own: InputMethod, seen: Seen | None) -> ActivationFormat:
         raise type(error)(f"{name}: {error}") from error
 
 
+def _behind(seen: SeenChannels | None, weight: CompressedWeight) -> SeenChannels | None:
+    """Return what was seen of channels, as it is behind the maps of a weight."""
+    change = weight.input_map
+    if seen is None or change is None:
+        return seen
+    return SeenChannels(change.apply(seen.sample), None if seen.shift is None else change.apply(seen.shift))
+
+
+def _copies(
+    disassemble: Disassemble, seen: SeenChannels | None, inputs: InputMethod, weight: CompressedWeight
+) -> UInt8[torch.Tensor, " in"]:
+    terms = [term.dequantize() for term in weight.terms]
+    sample = None if seen is None else seen.sample if seen.shift is None else seen.sample - seen.shift
+
+    def round_(x: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+        if inputs.parameters == "dynamic":
+            return inputs.channels(ActivationFormat(inputs.format), x.shape[1], None, copies).round(x)
+        apart: torch.Tensor = fake_quantize(x / copies, inputs.format)
+        return apart * copies
+
+    return disassemble.plan(sample, torch.stack(terms).sum(0), round_)
+
+
 def _watch(
     stream: CalibrationStream,
     i: int,
     inputs: Mapping[str, Seen],
     operands: Mapping[tuple[str, str], Seen],
     weights: Mapping[str, CompressedWeight],
+    formats: Mapping[str, InputFormat],
 ) -> None:
     def look(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        change = weights[name].input_map
+        change, fmt = weights[name].input_map, formats[name]
+        x = args[0] if change is None else change.apply(args[0])
         try:
-            inputs[name].add(args[0] if change is None else change.apply(args[0]))
+            inputs[name].add(fmt.enter(x) if isinstance(fmt, ChannelFormat) else x)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
 

@@ -16,11 +16,11 @@ from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
 from bitpress.formats import (
-    ActivationFormat,
     AnyFormat,
     AttentionOperands,
     CompressedLayer,
     CompressedWeight,
+    InputFormat,
     Lossless,
     Scale,
     chain,
@@ -56,13 +56,17 @@ class CompressedParameter:
     digest: str
     record: WeightRecord
     row: LayerRow
-    input: ActivationFormat | None = None
+    input: InputFormat | None = None
 
     @property
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
-    def with_input(self, input: ActivationFormat, *, always_zero: bool = False) -> "CompressedParameter":
+    def with_note(self, note: str) -> "CompressedParameter":
+        """Return the parameter with one more note in its row of the report."""
+        return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, note]}))
+
+    def with_input(self, input: InputFormat, *, always_zero: bool = False) -> "CompressedParameter":
         """Return the parameter with a format for the input of its product, which may have been 0 on all calibration text."""
         record = self.record.model_copy(update={"input": input.spec()})
         row = self.row.model_copy(update={"inputs": input.name, "notes": [*self.row.notes, *[ZERO_INPUT] * always_zero]})

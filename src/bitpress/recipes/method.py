@@ -10,12 +10,23 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.observers import Observer
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
 from bitpress.errors import FormatError, UsageError
-from bitpress.formats import LOSSLESS, OPERANDS, ActivationFormat, AnyFormat, Format, find_format
+from bitpress.formats import (
+    LOSSLESS,
+    OPERANDS,
+    ActivationFormat,
+    AnyFormat,
+    ChannelFormat,
+    Format,
+    InputFormat,
+    find_format,
+)
 from bitpress.formats.activation import ParameterSource
 from bitpress.formats.attention import check_probabilities
 from bitpress.quantizers.quantizer import Quantizer, is_served
@@ -34,7 +45,9 @@ from bitpress.recipes.recipe import (
     Recipe,
 )
 from bitpress.transforms.basis import BasisChange
+from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.rotate import Rotate
+from bitpress.transforms.shift import Shift
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
@@ -77,15 +90,33 @@ class InputMethod:
     format: Format
     parameters: ParameterSource
     observer: Named[Observer] | None = None
+    first: tuple[float, Format] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.format.name} {self.parameters}"
+        more = "" if self.first is None else f", first {self.first[0]:g} of the channels {self.first[1].name}"
+        return f"{self.format.name} {self.parameters}{more}"
+
+    def channels_spec(self) -> dict[str, str]:
+        """Return the keys that a layer's record will have of it, as far as a recipe says."""
+        first = {} if self.first is None else {"first": self.first[1].name}
+        return {"format": self.format.name, "parameters": self.parameters, **first}
+
+    def channels(
+        self, rest: ActivationFormat, width: int, shift: Tensor | None = None, copies: Tensor | None = None
+    ) -> InputFormat:
+        """Return the format of an input of a width whose channels are rounded as `rest` but for the first ones."""
+        if self.first is None and shift is None and copies is None:
+            return rest
+        share, fmt = self.first or (0.0, None)
+        first = None if fmt is None else ActivationFormat(fmt)
+        return ChannelFormat(rest, first, int(share * width), shift, copies)
 
     def spec(self) -> dict[str, Any]:
         """Return what a recipe says of it."""
         own = {} if self.observer is None else {"observer": self.observer.settings()}
-        return {"format": self.format.name, "parameters": self.parameters, **own}
+        first = {} if self.first is None else {"first": {"share": self.first[0], "format": self.first[1].name}}
+        return {"format": self.format.name, "parameters": self.parameters, **own, **first}
 
 
 @dataclass(frozen=True)
@@ -143,12 +174,27 @@ class Method:
         return next((named.part for named in self.of("network")), None)
 
     @cached_property
+    def shift(self) -> Shift | None:
+        """Return what moves channels of inputs before they are rounded."""
+        return next((named.part for named in self.of("channels") if isinstance(named.part, Shift)), None)
+
+    @cached_property
+    def disassemble(self) -> Disassemble | None:
+        """Return what counts channels of inputs as several."""
+        return next((named.part for named in self.of("channels") if isinstance(named.part, Disassemble)), None)
+
+    @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:
         return self.of("basis")
 
     @cached_property
     def corrections(self) -> tuple[Named[Correction], ...]:
         return self.of("correction")
+
+    @cached_property
+    def bias(self) -> BiasCorrection | None:
+        """Return what corrects the biases of layers."""
+        return next((named.part for named in self.of("bias")), None)
 
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
@@ -261,13 +307,13 @@ def build_method(recipe: Recipe) -> Method:
     quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
     parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [_of_key("corrections", part) for part in recipe.corrections]
-    inputs = None if recipe.inputs is None else _input_method(recipe.inputs)
+    inputs = None if recipe.inputs is None else _with_first(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
             override,
             None if override.weights is None else find_format(override.weights),
             None if override.quantizer is None else _named("quantizer", override.quantizer),
-            inputs if override.inputs is None else None if override.inputs == "keep" else _input_method(override.inputs),
+            inputs if override.inputs is None else None if override.inputs == "keep" else _with_first(override.inputs),
         )
         for override in recipe.overrides
     )
@@ -305,6 +351,18 @@ def _operand_method(name: str, said: InputRounding) -> InputMethod:
     if name == "probabilities":
         check_probabilities(made.format)
     return made
+
+
+def _with_first(said: InputRounding) -> InputMethod:
+    """Build how an input is rounded, its first channels otherwise where that is said. Raises as `_input_method`."""
+    made = _input_method(said)
+    if said.first is None:
+        return made
+    fmt = find_format(said.first.format)
+    if not isinstance(fmt, Format):
+        raise FormatError(f"{fmt.name} keeps numbers bit for bit; the first channels of inputs need a format that rounds.")
+    ChannelFormat(ActivationFormat(made.format, made.parameters), ActivationFormat(fmt), 1)  # raises
+    return replace(made, first=(said.first.share, fmt))
 
 
 def _input_method(said: InputRounding) -> InputMethod:

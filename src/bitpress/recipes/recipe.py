@@ -11,7 +11,8 @@ calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 inputs: int8-row                        how inputs of products are rounded, or {format: int8-tensor-zero, parameters: static, observer: minmax}:
                                         static parameters are chosen on the calibration text, and so is the stored part of local ones
-                                        ({format: nvfp4, parameters: local}); left out: inputs stay as they are
+                                        ({format: nvfp4, parameters: local}); left out: inputs stay as they are.
+                                        {format: int4-row, first: {share: 0.125, format: int8-row}} rounds the first channels otherwise
 keys: int8-row                          likewise `queries`, `keys`, `values` and `probabilities` of attention, a scale for every token and head
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
@@ -92,6 +93,60 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "quantizer": {"name": "ldlq"},
         },
     ),
+    "resq": NamedRecipe(
+        summary="4-bit weights and inputs, the principal eighth of every input in 8 bits, each eighth rotated for itself",
+        paper="P272",
+        source='Saxena et al. 2024, "ResQ: Mixed-Precision Quantization of Large Language Models with Low-Rank Residuals"; its abstract is what '
+        "could be read.",
+        differs="the principal subspace is that of two small matrices, online at every input (`klt`), where the paper folds a whole matrix into "
+        "the network; weights have 4 bits in it too, and keys and values stay as they are.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "klt", "parts": 8}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int4-row-fp32", "first": {"share": 0.125, "format": "int8-row-fp32"}},
+        },
+    ),
+    "comet": NamedRecipe(
+        summary="4-bit weights and inputs, the channels of outliers put in front and rounded to 8 bits",
+        paper="P010",
+        source='Liu et al. 2024, "COMET: Towards Practical W4A4KV4 LLMs Serving"; its abstract is what could be read: fine-grained mixed '
+        "precision, most activations in 4 bits.",
+        differs="one eighth of the channels of every input, the largest on the calibration text, has 8 bits; the cache stays as it is.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "rearrange"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int4-row-fp32", "first": {"share": 0.125, "format": "int8-row-fp32"}},
+        },
+    ),
+    "outliertune": NamedRecipe(
+        summary="6-bit weights and inputs, inputs with a static scale for every channel that weights take over",
+        paper="P242",
+        source='Wang et al. 2024, "OutlierTune: Efficient Channel-Wise Quantization for Large Language Models"; its abstract is what could be '
+        "read: scales of channels go into the weights before the run, ranges are made symmetric.",
+        differs="a channel's range is that of a sample, and its scale folds into the norm or the matrix before; where none takes it, all "
+        "channels of an input share one scale. Weights are rounded to nearest.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift"}, {"name": "smoothquant", "alpha": 1.0}],
+            "quantizer": {"name": "rtn"},
+            "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "minmax"}},
+        },
+    ),
+    "mptq-vit": NamedRecipe(
+        summary="smoothing of shifted inputs at a strength found by search, static 6-bit inputs",
+        paper="P384",
+        source='Tai et al. 2024, "MPTQ-ViT: Mixed-Precision Post-Training Quantization for Vision Transformer"; its abstract is what could be '
+        "read: smoothing with a bias term, and ratios of scales searched on data.",
+        differs="the search is that of `aqas`, and ranges are those of least squared error; its greedy choice of bits is `budget`.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift"}, {"name": "aqas"}],
+            "quantizer": {"name": "rtn"},
+            "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "mse"}},
+        },
+    ),
 }
 
 
@@ -125,12 +180,23 @@ class Calibration(_Closed):
         return self.samples + self.held_out
 
 
+class FirstChannels(_Closed):
+    """The leading channels of an input that are rounded in a format of their own: a share of all."""
+
+    share: float = Field(gt=0, lt=1)
+    format: str
+
+
 class InputRounding(_Closed):
-    """How the input of a product, or an operand of attention, is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table."""
+    """How the input of a product, or an operand of attention, is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table.
+
+    `first` are channels of an input that a transform has put in front.
+    """
 
     format: str
     parameters: ParameterSource = "dynamic"
     observer: dict[str, Any] | None = None
+    first: FirstChannels | None = None
 
 
 class Override(_Closed):

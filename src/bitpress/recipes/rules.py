@@ -51,6 +51,7 @@ def check_composition(method: Method) -> None:
                 "calibration.sequential follows compressed weights inside a block, so calibration.inputs must be pressed."
             )
     _check_outer(method)
+    _check_channels(method)
     transforms = method.of_key("transforms")
     behind = [named.name for named in transforms[1:] if named.kind == "network"]
     if behind:
@@ -61,6 +62,18 @@ def check_composition(method: Method) -> None:
     late = [named.name for named in transforms[first:] if named.kind == "search"]
     if late:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")
+
+
+def _check_channels(method: Method) -> None:
+    by_channel = [named.name for named in method.of("channels")]
+    if by_channel and not method.rounds_inputs:
+        raise UsageError(f"{by_channel[0]} changes how inputs are rounded, and this recipe rounds none; add inputs.")
+    if len(set(by_channel)) < len(by_channel):
+        raise UsageError(f"{by_channel[0]} is named twice.")
+    transforms = method.of_key("transforms")
+    before = [named.kind for named in transforms[: next((i for i, n in enumerate(transforms) if n.name == "shift"), 0)]]
+    if "search" in before or "basis" in before:
+        raise UsageError("shift moves the channels that scales and changes of basis see, so it goes before them.")
 
 
 def _check_outer(method: Method) -> None:

@@ -95,7 +95,7 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
     said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
-    rounded = [f"{key} {own['format']} {own['parameters']} (simulated)" for key, own in said.items() if own is not None]
+    rounded = [f"{key} {_told_inputs(own)} (simulated)" for key, own in said.items() if own is not None]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
@@ -116,9 +116,15 @@ def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
             settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
             parts.append(f"by {own['name']}{settings and f' ({settings})'}")
         if rounded is not None:
-            parts.append("inputs kept" if rounded == "keep" else f"inputs {rounded['format']} {rounded['parameters']}")
+            parts.append("inputs kept" if rounded == "keep" else f"inputs {_told_inputs(rounded)}")
         told.append(" ".join(part for part in parts if part))
     return told
+
+
+def _told_inputs(inputs: Mapping[str, Any]) -> str:
+    first = inputs.get("first")
+    more = "" if first is None else f", first {first['share']:g} of the channels {first['format']}"
+    return f"{inputs['format']} {inputs['parameters']}{more}"
 
 
 def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:

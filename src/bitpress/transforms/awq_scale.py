@@ -54,6 +54,8 @@ class AWQScale:
         stats: InputStats,
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
+        inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         if not weights:
