@@ -7,39 +7,30 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from bitpress.arithmetic import has_fast_bf16
-from bitpress.calibration.observers import Observer
 from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
-from bitpress.errors import FormatError, UsageError
 from bitpress.formats import (
     LOSSLESS,
     OPERANDS,
-    ActivationFormat,
     AnyFormat,
-    ChannelFormat,
     Format,
-    InputFormat,
     find_format,
 )
-from bitpress.formats.activation import ParameterSource
-from bitpress.formats.attention import check_probabilities
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes.kinds import KINDS, LISTS, table_of
+from bitpress.recipes.inputs import InputMethod, input_method, operand_method
+from bitpress.recipes.kinds import KINDS, LISTS
+from bitpress.recipes.named import Named, named_part, part_of_key
 from bitpress.recipes.options import find_options
-from bitpress.recipes.parts import make_part, settings_of
 from bitpress.recipes.recipe import (
     AUTO_OUTER,
-    DEFAULT_OBSERVER,
     DEFAULT_TRANSFORMS,
     OUTER,
-    InputRounding,
     OuterWeights,
     Override,
     Recipe,
@@ -59,19 +50,6 @@ OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
 
 
 @dataclass(frozen=True)
-class Named(Generic[P]):
-    """A part with its name in the table of its kind."""
-
-    kind: str
-    name: str
-    part: P
-
-    def settings(self) -> dict[str, Any]:
-        """Return the part as a recipe spells it, with every setting."""
-        return {"name": self.name, **settings_of(self.part)}
-
-
-@dataclass(frozen=True)
 class LayerMethod:
     """The parts for one weight: everything that `compress_matrix` needs beside the weight and its statistics."""
 
@@ -80,43 +58,7 @@ class LayerMethod:
     changes: tuple[BasisChange, ...] = ()
     targets: tuple[Target, ...] = ()
     corrections: tuple[Correction, ...] = ()
-    inputs: "InputMethod | None" = None
-
-
-@dataclass(frozen=True)
-class InputMethod:
-    """How the input of a product is rounded; `observer` chooses stored parameters, and is None where they are dynamic."""
-
-    format: Format
-    parameters: ParameterSource
-    observer: Named[Observer] | None = None
-    first: tuple[float, Format] | None = None
-
-    @property
-    def name(self) -> str:
-        more = "" if self.first is None else f", first {self.first[0]:g} of the channels {self.first[1].name}"
-        return f"{self.format.name} {self.parameters}{more}"
-
-    def channels_spec(self) -> dict[str, str]:
-        """Return the keys that a layer's record will have of it, as far as a recipe says."""
-        first = {} if self.first is None else {"first": self.first[1].name}
-        return {"format": self.format.name, "parameters": self.parameters, **first}
-
-    def channels(
-        self, rest: ActivationFormat, width: int, shift: Tensor | None = None, copies: Tensor | None = None
-    ) -> InputFormat:
-        """Return the format of an input of a width whose channels are rounded as `rest` but for the first ones."""
-        if self.first is None and shift is None and copies is None:
-            return rest
-        share, fmt = self.first or (0.0, None)
-        first = None if fmt is None else ActivationFormat(fmt)
-        return ChannelFormat(rest, first, int(share * width), shift, copies)
-
-    def spec(self) -> dict[str, Any]:
-        """Return what a recipe says of it."""
-        own = {} if self.observer is None else {"observer": self.observer.settings()}
-        first = {} if self.first is None else {"first": {"share": self.first[0], "format": self.first[1].name}}
-        return {"format": self.format.name, "parameters": self.parameters, **own, **first}
+    inputs: InputMethod | None = None
 
 
 @dataclass(frozen=True)
@@ -304,16 +246,16 @@ class Method:
 def build_method(recipe: Recipe) -> Method:
     """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
     fmt = find_format(recipe.weights)
-    quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
-    parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
-    parts += [_of_key("corrections", part) for part in recipe.corrections]
-    inputs = None if recipe.inputs is None else _with_first(recipe.inputs)
+    quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
+    parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
+    parts += [part_of_key("corrections", part) for part in recipe.corrections]
+    inputs = None if recipe.inputs is None else input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
             override,
             None if override.weights is None else find_format(override.weights),
-            None if override.quantizer is None else _named("quantizer", override.quantizer),
-            inputs if override.inputs is None else None if override.inputs == "keep" else _with_first(override.inputs),
+            None if override.quantizer is None else named_part("quantizer", override.quantizer),
+            inputs if override.inputs is None else None if override.inputs == "keep" else input_method(override.inputs),
         )
         for override in recipe.overrides
     )
@@ -326,7 +268,7 @@ def build_method(recipe: Recipe) -> Method:
         key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
         for key, own in given.items()
     }
-    attention = {name: _operand_method(name, own) for name, own in recipe.operands.items()}
+    attention = {name: operand_method(name, own) for name, own in recipe.operands.items()}
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
     return Method(
         recipe,
@@ -342,48 +284,6 @@ def build_method(recipe: Recipe) -> Method:
     )
 
 
-def _operand_method(name: str, said: InputRounding) -> InputMethod:
-    made = _input_method(said)
-    looks_at = None if made.observer is None else made.observer.part.looks_at
-    if looks_at == "product" or (looks_at == "tokens" and name == "probabilities"):
-        assert made.observer is not None
-        raise UsageError(f"{name}: {made.observer.name} looks at inputs of linear layers; use minmax or mse.")
-    if name == "probabilities":
-        check_probabilities(made.format)
-    return made
-
-
-def _with_first(said: InputRounding) -> InputMethod:
-    """Build how an input is rounded, its first channels otherwise where that is said. Raises as `_input_method`."""
-    made = _input_method(said)
-    if said.first is None:
-        return made
-    fmt = find_format(said.first.format)
-    if not isinstance(fmt, Format):
-        raise FormatError(f"{fmt.name} keeps numbers bit for bit; the first channels of inputs need a format that rounds.")
-    ChannelFormat(ActivationFormat(made.format, made.parameters), ActivationFormat(fmt), 1)  # raises
-    return replace(made, first=(said.first.share, fmt))
-
-
-def _input_method(said: InputRounding) -> InputMethod:
-    """Build how an input is rounded. Raises FormatError for a format that inputs cannot have, UsageError."""
-    fmt = find_format(said.format)
-    if not isinstance(fmt, Format):
-        raise FormatError(f"{fmt.name} keeps numbers bit for bit; inputs that are to stay as they are need no format.")
-    if said.parameters == "dynamic":
-        if said.observer is not None:
-            raise UsageError("an observer chooses static parameters, and these are dynamic; leave out one of them.")
-        ActivationFormat(fmt)  # raises
-        return InputMethod(fmt, "dynamic")
-    ActivationFormat(fmt, said.parameters)
-    observer: Named[Observer] = _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})})
-    if said.parameters == "local" and not observer.part.local:
-        raise UsageError(
-            f"{observer.name} compares the codes of one range, and local parameters have one for every group; use mse."
-        )
-    return InputMethod(fmt, said.parameters, observer)
-
-
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
     """Build the method of a matrix outside the blocks. Without a quantizer of its own a head has the recipe's, where that takes its
     format and needs no more than statistics of its input, and a table of embeddings is rounded."""
@@ -392,7 +292,7 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
     if key == "head" and isinstance(fmt, Format) and usual.part.needs <= OF_OUTPUT_HEADS and is_served(usual.part.serves, fmt):
         chosen = usual
     if own.quantizer is not None:
-        chosen = _named("quantizer", {"name": chosen.name, **own.quantizer})
+        chosen = named_part("quantizer", {"name": chosen.name, **own.quantizer})
     calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
     alone = Recipe(
         weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute
@@ -413,20 +313,6 @@ def _transforms(recipe: Recipe, quantizer: Quantizer) -> list[dict[str, Any]]:
     if "name" not in recipe.quantizer and _no_default_scales(recipe) is None:
         return [dict(part) for part in DEFAULT_TRANSFORMS]
     return [{"name": part} if isinstance(part, str) else dict(part) for part in quantizer.transforms]
-
-
-def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
-    """Build a part that a key of the recipe names: the first kind whose table has the name."""
-    kinds = [name for name, kind in KINDS.items() if kind.key == key]
-    kind = next((name for name in kinds if part.get("name") in KINDS[name].table), None)
-    if kind is None:
-        make_part(KINDS[kinds[0]].noun, part, table_of(key))  # raises for the name
-        raise AssertionError
-    return _named(kind, part)
-
-
-def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
-    return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
 
 
 def _spell_out(own: BuiltOverride) -> dict[str, Any]:
