@@ -79,7 +79,7 @@ class ActivationFormat:
         """Return the values that the product sees, in the type of x. Raises NumericsError where x is not finite."""
         if self.parameters == "dynamic":
             return fake_quantize(x, self.format)
-        return fake_quantize(x, self.format, self._stored())
+        return fake_quantize(x, self.format, self.stored())
 
     def spec(self) -> dict[str, str]:
         """Return the JSON fields that, with the tensors, define the format."""
@@ -101,13 +101,14 @@ class ActivationFormat:
     def check(self) -> None:
         """Raise FormatError where a stored parameter is not finite, or a scale not above 0."""
         if self.parameters == "static":
-            for name, value in self._stored().items():
+            for name, value in self.stored().items():
                 if not bool(torch.isfinite(value).all()):
                     raise FormatError(f"the input's {name} holds a NaN or an infinity.")
                 if name == "scale" and not bool((value > 0).all()):
                     raise FormatError(f"the input's scale is {float(value.min()):g}, and must be above 0.")
 
-    def _stored(self) -> Params:
+    def stored(self) -> Params:
+        """Return static parameters as they are stored, in float32."""
         return Packed(self.format, (1, self.format.grid.span), self.tensors).unpack_params()
 
 

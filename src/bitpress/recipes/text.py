@@ -13,6 +13,7 @@ from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
 from bitpress.formats import read_format
+from bitpress.kernels.integers import told_formats
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
@@ -93,7 +94,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
-    rounded = [] if inputs is None else [f"inputs {inputs['format']} {inputs['parameters']} (simulated)"]
+    rounded = [] if inputs is None else [told_formats(recipe["weights"], inputs)]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
