@@ -211,3 +211,13 @@ def test_a_manifest_that_is_wrong_about_operands_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attention": spec}))
     with pytest.raises(CheckpointError, match=says):
         bitpress.load(tmp_path / "out", dtype="fp32")
+
+
+def test_a_recipe_says_how_its_products_are_computed() -> None:
+    def told(**keys: Any) -> str:
+        return told_weights(build_method(make_recipe({"weights": "int8-row", "inputs": "int8-row-fp32", **keys})).resolved())
+
+    assert told() == "int8-row; inputs int8-row-fp32 dynamic (integer products)"
+    assert told(weights="nf4-g64") == "nf4-g64; inputs int8-row-fp32 dynamic (simulated)"
+    assert "(simulated)" in told(transforms=["shift"])
+    assert told(keys="int8-row-fp32").count("(simulated)") == 2

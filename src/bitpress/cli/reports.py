@@ -15,11 +15,13 @@ from bitpress.cli.request import threads_text
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
+from bitpress.kernels.integers import refuses_input, told_input
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.budget import told_formats
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
+from bitpress.runtime.native.assemble import refuses_directory
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -181,10 +183,12 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
     in_memory: dict[str, dict[tuple[int, int], tuple[str, int]]] = {}
+    rounds = any(record.input is not None for record in checkpoint.manifest.weights.values())
+    is_native = rounds and refuses_directory(checkpoint) is None
     for name, record in checkpoint.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
-        inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']} (simulated)"]
+        inputs = [] if record.input is None else [told_input(record.spec, record.input, native=is_native)]
         kind, shape = " with ".join([kinds, *maps, *inputs]), (record.spec["shape"][0], record.spec["shape"][1])
         entry = formats.setdefault(kind, {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1
@@ -223,8 +227,10 @@ def _memory_bits(
     total = 0.0
     try:
         for name, stored in shapes.values():
-            weight = checkpoint.read_weight(name)
-            total += lay_out(weight).nbytes * stored / weight.nbytes
+            layer = checkpoint.read_layer(name)
+            spec = layer.input_spec()
+            inputs = layer.input if spec is not None and refuses_input(spec) is None else None
+            total += lay_out(layer.weight, inputs=inputs).nbytes * stored / layer.weight.nbytes
     except KernelUnavailable:
         return {"bits_in_memory": None}
     return {"bits_in_memory": total * 8 / parameters}

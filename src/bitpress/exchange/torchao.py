@@ -1,4 +1,4 @@
-"""torchao checkpoints as transformers saves them, read alone. What a tensor means is in the header of the safetensors file:
+"""torchao checkpoints as transformers saves them, read alone. The header of the safetensors file says what a tensor means:
 
     __metadata__     X.weight: {"_type": a class, "_data": its attributes, "_tensor_data_names": [...]}, as JSON
 

@@ -94,7 +94,7 @@ class ActivationFormat:
             flat = x.detach().reshape(-1, x.shape[-1]).float()
             shared = {name: t.reshape(1, 1) for name, t in self.tensors.items()}
             return fake_quantize(x, self.format, self.format.fit(flat, shared=shared))
-        return fake_quantize(x, self.format, self._stored())
+        return fake_quantize(x, self.format, self.stored())
 
     def spec(self) -> dict[str, str]:
         """Return the JSON fields that, with the tensors, define the format."""
@@ -120,13 +120,14 @@ class ActivationFormat:
 
     def check(self) -> None:
         """Raise FormatError where a stored parameter is not finite, or a scale not above 0."""
-        for name, value in (self._stored() if self.parameters == "static" else self.tensors).items():
+        for name, value in (self.stored() if self.parameters == "static" else self.tensors).items():
             if not bool(torch.isfinite(value).all()):
                 raise FormatError(f"the input's {name} holds a NaN or an infinity.")
             if name.startswith("scale") and not bool((value > 0).all()):
                 raise FormatError(f"the input's {name} is {float(value.min()):g}, and must be above 0.")
 
-    def _stored(self) -> Params:
+    def stored(self) -> Params:
+        """Return static parameters as they are stored, in float32."""
         return Packed(self.format, (1, self.format.grid.span), self.tensors).unpack_params()
 
 

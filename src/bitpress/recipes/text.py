@@ -13,6 +13,7 @@ from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
 from bitpress.formats import OPERANDS, read_format
+from bitpress.kernels.integers import told_product
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
@@ -30,6 +31,7 @@ from bitpress.recipes.recipe import (
     Recipe,
 )
 from bitpress.recipes.rules import check_composition
+from bitpress.transforms.table import CHANNEL_CHANGES
 
 __all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_budget", "told_overrides", "told_weights"]
 
@@ -95,7 +97,13 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
     said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
-    rounded = [f"{key} {_told_inputs(own)} (simulated)" for key, own in said.items() if own is not None]
+    is_plain = not any(recipe.get(key) for key in OPERANDS) and not any(
+        t["name"] in CHANNEL_CHANGES for t in recipe["transforms"]
+    )
+    how = "simulated" if inputs is None else told_product(recipe["weights"], inputs, native=is_plain)
+    rounded = [
+        f"{key} {_told_inputs(own)} ({how if key == 'inputs' else 'simulated'})" for key, own in said.items() if own is not None
+    ]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
