@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from bitpress.calibration import Stats
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.biases import correct_biases_
@@ -19,6 +20,8 @@ from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
+from bitpress.transforms.disassemble import Disassemble
+from bitpress.transforms.shift import Shift
 
 __all__ = ["BlockCompressor"]
 
@@ -76,7 +79,7 @@ class BlockCompressor:
             check_kept(model, made.kept)
         goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
         weights = {name: p.weight for name, p in made.parameters.items()}
-        channels = (seen, self.method.disassemble)
+        channels = (seen, self.method.only(Disassemble))
         chosen = choose_operands(stream, block.index, planned, weights, self.method.attention, *channels)
         made.attention = dict(chosen.attention)
         for name, found in chosen.inputs.items():
@@ -84,8 +87,8 @@ class BlockCompressor:
         if goes_on or self.looked_at:
             model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
             model.set_attention_(made.attention)
-        if self.method.bias is not None:
-            correct_biases_(stream.model, self.method.bias, planned, tensors, made, seen)
+        if (bias := self.method.only(BiasCorrection)) is not None:
+            correct_biases_(stream.model, bias, planned, tensors, made, seen)
         if goes_on:
             stream.advance_(block.index)
 
@@ -116,14 +119,14 @@ class BlockCompressor:
         if "output_gram" in self.method.needs:
             gradients = stream.gradients
             stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
-        shift = self.method.shift
+        shift = self.method.only(Shift)
         middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
         chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )
-        for p in planned if self.method.of("channels") or self.method.bias else ():
+        for p in planned if self.method.of("channels") or self.method.of("bias") else ():
             stem = p.parameter.stem
             factor, folded = scales.factors.get(stem), stem not in scales.unfolded
             channels = SeenChannels.of(stats[stem], middles.get(stem), factor, folded=folded) if stem in stats else None

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 from bitpress.arithmetic import has_fast_bf16
-from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
 from bitpress.formats import (
     LOSSLESS,
@@ -36,15 +35,14 @@ from bitpress.recipes.recipe import (
     Recipe,
 )
 from bitpress.transforms.basis import BasisChange
-from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.rotate import Rotate
-from bitpress.transforms.shift import Shift
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
 P = TypeVar("P", bound=Any, covariant=True)
+T = TypeVar("T")
 # Statistics that a head has: those of its input.
 OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
 
@@ -115,15 +113,9 @@ class Method:
         """Return the rotation of the whole network, which comes before everything else."""
         return next((named.part for named in self.of("network")), None)
 
-    @cached_property
-    def shift(self) -> Shift | None:
-        """Return what moves channels of inputs before they are rounded."""
-        return next((named.part for named in self.of("channels") if isinstance(named.part, Shift)), None)
-
-    @cached_property
-    def disassemble(self) -> Disassemble | None:
-        """Return what counts channels of inputs as several."""
-        return next((named.part for named in self.of("channels") if isinstance(named.part, Disassemble)), None)
+    def only(self, row: type[T]) -> T | None:
+        """Return the part that is of one row of the tables, for rows that a recipe names once at most; None without one."""
+        return next((named.part for named in self.parts if isinstance(named.part, row)), None)
 
     @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:
@@ -132,11 +124,6 @@ class Method:
     @cached_property
     def corrections(self) -> tuple[Named[Correction], ...]:
         return self.of("correction")
-
-    @cached_property
-    def bias(self) -> BiasCorrection | None:
-        """Return what corrects the biases of layers."""
-        return next((named.part for named in self.of("bias")), None)
 
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:

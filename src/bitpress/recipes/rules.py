@@ -70,6 +70,8 @@ def _check_channels(method: Method) -> None:
         raise UsageError(f"{by_channel[0]} changes how inputs are rounded, and this recipe rounds none; add inputs.")
     if len(set(by_channel)) < len(by_channel):
         raise UsageError(f"{by_channel[0]} is named twice.")
+    if len(method.of("bias")) > 1:
+        raise UsageError("bias is named twice.")
     transforms = method.of_key("transforms")
     before = [named.kind for named in transforms[: next((i for i, n in enumerate(transforms) if n.name == "shift"), 0)]]
     if "search" in before or "basis" in before:

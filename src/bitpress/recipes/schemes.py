@@ -22,6 +22,7 @@ class Scheme:
 
 
 _SMOOTH = ({"name": "smoothquant"},)
+_SMOOTH_ROTATED = ({"name": "smoothquant"}, {"name": "hadamard"})
 _STATIC = {"parameters": "static", "observer": {"name": "mse"}}
 
 SCHEMES: dict[str, Scheme] = {
@@ -51,12 +52,12 @@ SCHEMES: dict[str, Scheme] = {
         {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int6-row-fp32"},
     ),
     "w4a4": Scheme(
-        "4-bit integers behind random Hadamard rotations of every input: a scale for every output channel, and for every token",
+        "4-bit integers behind smoothing and random Hadamard rotations: a scale for every output channel, and for every token",
         "nobody's preset; the same as w8a8 in 4 bits",
         {
             "weights": "int4-row",
             "quantizer": {"name": "gptq"},
-            "transforms": ({"name": "hadamard"},),
+            "transforms": _SMOOTH_ROTATED,
             "inputs": "int4-row-fp32",
         },
     ),
