@@ -27,14 +27,6 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
-    if method.observes and calibration.inputs == "original":
-        raise UsageError(
-            "static parameters of inputs are chosen on what the compressed blocks before give, so calibration.inputs cannot be original."
-        )
-    if method.rounds_inputs and calibration.sequential:
-        raise UsageError(
-            "calibration.sequential follows compressed weights inside a block, and not their rounded inputs; leave out one of them."
-        )
     if calibration.gram == "loss":
         apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
         if apart:
