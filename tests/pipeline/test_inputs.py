@@ -16,12 +16,13 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
 from bitpress.exchange.compressed_tensors import CompressedTensors
-from bitpress.formats import ChannelFormat
-from bitpress.models.opening import open_streamed
+from bitpress.formats import ActivationFormat, AttentionOperands, ChannelFormat, CompressedLayer, parse_format
+from bitpress.models.opening import open_original, open_streamed
 from bitpress.models.walk import Stream, walk
 from bitpress.pipeline.estimate import _made_up, estimate_seconds
 from bitpress.pipeline.exporting import export_model, open_model
 from bitpress.pipeline.quantize import plan_run
+from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
 
@@ -274,10 +275,72 @@ def test_static_parameters_are_those_of_the_block_s_own_inputs(tiny_model: Calla
         scales[quantizer] = [float(layer.input.tensors["scale"]) for layer in layers if layer.input is not None]
     assert scales["rtn"] == pytest.approx(scales["gptq"], rel=0.05)
     assert scales["rtn"][0] != pytest.approx(scales["rtn"][1], rel=0.05)
-    with pytest.raises(UsageError, match=r"so calibration\.inputs cannot be original"):
-        make_recipe({"inputs": STATIC, "calibration": {"inputs": "original"}})
-    with pytest.raises(UsageError, match=r"calibration\.sequential follows .* not their rounded inputs"):
-        make_recipe({"inputs": "int8-row", "quantizer": "gptq", "transforms": [], "calibration": {"sequential": True}})
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_static_parameters_behind_the_original_s_blocks_are_those_of_its_inputs(
+    quantizer: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The q_proj of a block reads what its norm makes of the block's input, whatever was done to the blocks before."""
+    scales: dict[str, list[float]] = {}
+    for weights, inputs in (("int2-g32-zero", "original"), ("int2-g32-zero", "pressed"), ("int8-row-fp32", "original")):
+        out = tmp_path / f"{weights}-{inputs}"
+        calibration = {**CALIBRATION, "inputs": inputs}
+        static = {**STATIC, "format": "int8-tensor-fp32"}
+        quantize(tiny_model("llama"), out, weights=weights, quantizer=quantizer, inputs=static, calibration=calibration)
+        checkpoint = CompressedCheckpoint.open(out)
+        layers = [checkpoint.read_layer(f"model.layers.{i}.self_attn.q_proj.weight") for i in (0, 1)]
+        scales[f"{weights}-{inputs}"] = [float(layer.input.tensors["scale"]) for layer in layers if layer.input is not None]
+    coarse, pressed, fine = scales.values()
+    assert coarse == fine
+    assert coarse[0] == pressed[0]
+    assert coarse[1] != pressed[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "transforms"),
+    [({"inputs": "int3-row"}, []), ({"inputs": STATIC | {"format": "int3-tensor"}}, ["qep"]), ({"values": "int2-row"}, [])],
+)
+def test_a_sequential_recipe_sees_what_rounded_inputs_before_it_give(
+    keys: dict[str, Any], transforms: list[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = {}
+    for name, own in (("plain", {}), ("rounded", keys)):
+        out = tmp_path / name
+        calibration = {**CALIBRATION, "sequential": True}
+        quantize(
+            tiny_model("llama"),
+            out,
+            weights="int4-g32",
+            quantizer="gptq",
+            transforms=transforms,
+            calibration=calibration,
+            **own,
+        )
+        checkpoint = CompressedCheckpoint.open(out)
+        names = ("self_attn.q_proj", "self_attn.o_proj")
+        found[name] = [checkpoint.read_weight(f"model.layers.0.{part}.weight").dequantize() for part in names]
+        assert torch.equal(logits(bitpress.load(out, dtype="fp32")), streamed(out))
+    assert torch.equal(found["plain"][0], found["rounded"][0])  # nothing is rounded before the first stage
+    assert not torch.equal(found["plain"][1], found["rounded"][1])
+
+
+@torch.no_grad()
+def test_the_original_beside_a_sequential_recipe_rounds_nothing(tiny_model: Callable[..., Path]) -> None:
+    model, _ = open_original(tiny_model("llama"), torch.float32)
+    model.load_outer_()
+    hidden = model.embed(TOKENS)
+    model.load_block_(0)
+    before = model.run_block(0, hidden)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = RTN().quantize(model.model.get_parameter(name).data, None, parse_format("int8-row")).weight
+    model.set_products_({name: CompressedLayer(weight, ActivationFormat(parse_format("int2-row")))})
+    model.set_attention_({"model.layers.0.self_attn": AttentionOperands(keys=ActivationFormat(parse_format("int2-row")))})
+    rounded = model.run_block(0, hidden)
+    assert not torch.allclose(rounded, before, atol=1e-3)
+    with model.unrounded(0):
+        assert torch.equal(model.run_block(0, hidden), before)
+    assert torch.equal(model.run_block(0, hidden), rounded)
 
 
 def test_settings_of_inputs_are_set_key_by_key() -> None:

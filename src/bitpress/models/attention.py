@@ -20,7 +20,7 @@ from bitpress.formats import ActivationFormat, AttentionOperands
 from bitpress.models.task import Task
 from bitpress.models.uses import find_uses
 
-__all__ = ["Watch", "find_attentions", "forget_attention_", "listen_", "round_attention_", "watching"]
+__all__ = ["Watch", "attention_as_it_is", "find_attentions", "forget_attention_", "listen_", "round_attention_", "watching"]
 
 # The name under which transformers knows the function, and what it finds at a module.
 INTERFACE = "bitpress"
@@ -72,6 +72,18 @@ def forget_attention_(module: torch.nn.Module) -> None:
     """Let no module below this one round its attention."""
     for below in module.modules():
         below.__dict__.pop(_ROUNDED, None)
+
+
+@contextmanager
+def attention_as_it_is(module: torch.nn.Module) -> Iterator[None]:
+    """Let no module below this one round its attention in the meantime."""
+    held = [(below, below.__dict__[_ROUNDED]) for below in module.modules() if _ROUNDED in below.__dict__]
+    forget_attention_(module)
+    try:
+        yield
+    finally:
+        for below, rounded in held:
+            below.__dict__[_ROUNDED] = rounded
 
 
 @contextmanager

@@ -6,7 +6,8 @@ here depends on an architecture. Where more than hidden states goes from block t
 the "hidden states" that are stored and passed on here are the states of carried.py.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from bitpress.errors import CheckpointError, NumericsError
 from bitpress.formats import AttentionOperands, CompressedLayer
 from bitpress.kernels.product import LayerProduct
-from bitpress.models.attention import find_attentions, forget_attention_, round_attention_
+from bitpress.models.attention import attention_as_it_is, find_attentions, forget_attention_, round_attention_
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
@@ -142,6 +143,17 @@ class StreamedModel:
     def set_attention_(self, operands: Mapping[str, AttentionOperands]) -> None:
         """Let modules round the operands of their attention until their block is dropped. Raises CheckpointError."""
         round_attention_(self.model, operands)
+
+    @contextmanager
+    def unrounded(self, i: int) -> Iterator[None]:
+        """Let a block compute with its parameters as they are in the meantime, nothing rounded."""
+        held = [(module, module.__dict__.pop("forward")) for module in self.blocks[i].modules() if "forward" in module.__dict__]
+        try:
+            with attention_as_it_is(self.blocks[i]):
+                yield
+        finally:
+            for module, forward in held:
+                module.forward = forward
 
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""

@@ -58,13 +58,21 @@ class BlockCompressor:
         compressed = {p.parameter.name for p in planned}
         self.made = made = CompressedBlock()
         sequential = self.method.recipe.calibration.sequential and needs
-        stages = stream.stages(block.index, planned) if sequential else [planned]
+        # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
+        stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
+        advances = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
+        foreseen = self.method.observes and stream.follows_original and stream.goes_on(block) and self.measured is None
+        if foreseen:  # the observers look at this block's inputs after its statistics are taken
+            stream.foresee_(block.index)
         replaced: dict[str, torch.Tensor] = {}
         seen: dict[str, SeenChannels] = {}
         for stage in stages:
             final = stage is stages[-1]
             measuring = needs or self.measured is not None
-            stats, scales = self._measure(block, stage, replaced, seen, final=final) if measuring else ({}, None)
+            goes_on = stream.goes_on(block) and not foreseen
+            stats, scales = (
+                self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final) if measuring else ({}, None)
+            )
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -73,24 +81,33 @@ class BlockCompressor:
                 if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
+            self._round_(block, stage, seen, runs=advances or self.looked_at or not final)
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
-        goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
-        weights = {name: p.weight for name, p in made.parameters.items()}
+        if (bias := self.method.only(BiasCorrection)) is not None:
+            correct_biases_(stream.model, bias, planned, tensors, made, seen)
+        if foreseen:
+            stream.take_foreseen_()
+        elif advances:
+            stream.advance_(block.index)
+
+    def _round_(
+        self, block: LoadedBlock, planned: Sequence[PlannedWeight], seen: Mapping[str, SeenChannels], *, runs: bool
+    ) -> None:
+        """Choose how the inputs of weights that are compressed now, and the operands of attention, are rounded; if the block still `runs`,
+        let it round them."""
+        made, model = self.made, self.stream.model
+        weights = {p.parameter.name: made.parameters[p.parameter.name].weight for p in planned}
         channels = (seen, self.method.only(Disassemble))
-        chosen = choose_operands(stream, block.index, planned, weights, self.method.attention, *channels)
+        chosen = choose_operands(self.stream, block.index, planned, weights, self.method.attention, *channels)
         made.attention = dict(chosen.attention)
         for name, found in chosen.inputs.items():
             made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
-        if goes_on or self.looked_at:
+        if runs:
             model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
             model.set_attention_(made.attention)
-        if (bias := self.method.only(BiasCorrection)) is not None:
-            correct_biases_(stream.model, bias, planned, tensors, made, seen)
-        if goes_on:
-            stream.advance_(block.index)
 
     def _measure(
         self,
@@ -99,6 +116,7 @@ class BlockCompressor:
         replaced: Mapping[str, torch.Tensor],
         seen: dict[str, SeenChannels],
         *,
+        goes_on: bool,
         final: bool,
     ) -> tuple[dict[str, Stats], Rescaled]:
         """Collect statistics of every weight's input, and rescale the block by the method's searches. `seen` takes what formats of inputs
@@ -112,7 +130,7 @@ class BlockCompressor:
         if self.measured is not None:
             found = self.measured(block.index)
         else:
-            found = stream.capture_(block.index, observed, replaced, goes_on=stream.goes_on(block), final=final)
+            found = stream.capture_(block.index, observed, replaced, goes_on=goes_on, final=final)
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)

@@ -76,6 +76,7 @@ class CalibrationStream:
         self.hidden: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
+        self._foreseen: torch.Tensor | None = None
         self._inputs: Inputs | None = None
         self._counted = 0
         self._probe_positions = PROBE_LENGTH
@@ -192,7 +193,8 @@ class CalibrationStream:
             if self.beside is not None and held_out is None:
                 self.model.fill_(original)
                 beside = self.beside[rows]
-                out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
+                with self.model.unrounded(i):
+                    out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
                 self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
@@ -228,6 +230,17 @@ class CalibrationStream:
             if rows.start < self._counted:
                 self._checked(i, self.model.run_block(i, hidden))
                 self.check_stop()
+
+    def foresee_(self, i: int) -> None:
+        """Run the text through a block that is not compressed yet, and keep its outputs beside the inputs until `take_foreseen_`."""
+        self._foreseen = torch.cat([self._checked(i, self.model.run_block(i, hidden)) for _, hidden in self.batches()])
+        self.check_stop()
+
+    def take_foreseen_(self) -> None:
+        """Go on with the outputs that `foresee_` kept."""
+        assert self._foreseen is not None
+        self.before_advance()
+        self.hidden, self._foreseen = self._foreseen, None
 
     def advance_(self, i: int) -> None:
         self.before_advance()

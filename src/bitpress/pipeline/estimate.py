@@ -40,6 +40,8 @@ ROWS, ENOUGH = 64, 0.1
 BESIDE_PRODUCTS = 1.25
 # A block's passes up to each of its inputs in turn (attention's own input, its output, the MLP's input, its inside), together.
 STAGES = 1.3
+# Such inputs: of each, observers see a pass through the whole block.
+INPUTS_OF_A_BLOCK = 4
 
 
 def estimate_seconds(
@@ -73,11 +75,11 @@ def _passes(method: Method) -> float:
     """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 * (bool(of_origin(needs, "loss")) + bool(method.options))
-    looking = float(method.observes)
+    looking = float(method.observes) * (INPUTS_OF_A_BLOCK if calibration.sequential else 1)
     if not needs:
         return backward + 2 * looking
     if calibration.inputs == "original":
-        return backward + 1
+        return backward + 1 + 2 * looking
     beside = bool(of_origin(needs, "original"))
     measuring = STAGES if calibration.sequential else 1.0
     return backward + measuring * (2 if beside else 1) + 1 + looking

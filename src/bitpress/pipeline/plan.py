@@ -327,7 +327,8 @@ def _shorten(names: Sequence[str]) -> str:
 def _activation_bytes(method: Method, of_sample: int) -> int:
     if not method.follows_text:
         return 0
-    streams = 2 if of_origin(method.needs, "original") else 1
+    foreseen = method.observes and method.recipe.calibration.inputs == "original"
+    streams = 2 if foreseen or of_origin(method.needs, "original") else 1
     return streams * method.recipe.calibration.drawn * of_sample
 
 
@@ -340,8 +341,7 @@ def _peak_memory(
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
     # Layers that round their inputs hold their decoded weights beside the block's.
-    rounded = [w for w in weights if w.method.inputs is not None]
-    again = max((sum(w.weights for w in rounded if w.block == i) for i in range(len(model.blocks))), default=0)
+    again = max((sum(w.weights for w in weights if w.block == i and w.method.inputs) for i in range(len(by_block))), default=0)
     block += again * model.dtype.itemsize
     # Four copies in float32; low-rank corrections decompose an error in float64.
     bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)

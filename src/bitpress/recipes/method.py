@@ -149,8 +149,12 @@ class Method:
     @property
     def every_input(self) -> list["InputMethod"]:
         """All ways in which inputs and operands of attention are rounded, those of overrides too."""
-        said = (self.inputs, *(own.inputs for own in self.overrides), *self.attention.values())
-        return [inputs for inputs in said if inputs is not None]
+        return [*self.product_inputs, *self.attention.values()]
+
+    @property
+    def product_inputs(self) -> list["InputMethod"]:
+        """All ways in which inputs of products are rounded, those of overrides too."""
+        return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
 
     @property
     def rounds_inputs(self) -> bool:

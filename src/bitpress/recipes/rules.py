@@ -27,14 +27,6 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
-    if method.observes and calibration.inputs == "original":
-        raise UsageError(
-            "static parameters of inputs are chosen on what the compressed blocks before give, so calibration.inputs cannot be original."
-        )
-    if method.rounds_inputs and calibration.sequential:
-        raise UsageError(
-            "calibration.sequential follows compressed weights inside a block, and not their rounded inputs; leave out one of them."
-        )
     if calibration.gram == "loss":
         apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
         if apart:
@@ -66,7 +58,7 @@ def check_composition(method: Method) -> None:
 
 def _check_channels(method: Method) -> None:
     by_channel = [named.name for named in method.of("channels")]
-    if by_channel and not method.rounds_inputs:
+    if by_channel and not method.product_inputs:
         raise UsageError(f"{by_channel[0]} changes how inputs are rounded, and this recipe rounds none; add inputs.")
     if len(set(by_channel)) < len(by_channel):
         raise UsageError(f"{by_channel[0]} is named twice.")
