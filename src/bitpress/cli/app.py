@@ -172,6 +172,7 @@ def plan(
     from bitpress.calibration.samples import read_texts
     from bitpress.cli.exchange import show_targets
     from bitpress.cli.reports import show_plan
+    from bitpress.pipeline.device_memory import estimate_device
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
     from bitpress.pipeline.for_runtime import carriers, fit_to
@@ -190,18 +191,18 @@ def plan(
         source = open_to_quantize(model, screen, requantize=requantize)
         method = fit_to(method, source, runtime).computed_on(place)
         planned, streamed, _ = plan_run(source, method, place)
-        seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
+        on_device = estimate_device(streamed, method, planned)
+        seconds = estimate_seconds(streamed, method, planned.weights, planned.outer) if on_device is None else None
         excess = None if planned.offer is None else planned.offer.excess()
-        for text in [
-            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
-            *([] if excess is None else [excess]),
-        ]:
+        texts = [f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))]
+        for text in texts if excess is None else [*texts, excess]:
             screen.note(text)
     leaves = carriers(planned.weights, method, streamed)
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
+        told = {"seconds_estimate": seconds, "device_memory_bytes_estimate": on_device and on_device.as_dict()}
+        print_json({**planned.as_dict(), **told, "recipe": method.resolved(), "targets": leaves})
     else:
-        show_plan(planned, method, seconds, whole=whole)
+        show_plan(planned, method, seconds, on_device, whole=whole)
         show_targets(leaves)
 
 
