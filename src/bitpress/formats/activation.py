@@ -14,7 +14,7 @@ With `local` ones the scale that all groups share is stored, and the small scale
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -72,7 +72,7 @@ class ActivationFormat:
     @classmethod
     def static(cls, fmt: Format, params: Params) -> "ActivationFormat":
         """Return a format whose parameters are those that `fmt.fit` chose on a sample of inputs."""
-        sample = torch.zeros(1, fmt.grid.span)
+        sample = torch.zeros(1, fmt.grid.span, device=params["scale"].device)
         stored = Packed.pack(fmt, fmt.encode(sample, params), params).tensors
         return cls(fmt, "static", {name: t for name, t in stored.items() if name != "codes"})
 
@@ -95,6 +95,10 @@ class ActivationFormat:
             shared = {name: t.reshape(1, 1) for name, t in self.tensors.items()}
             return fake_quantize(x, self.format, self.format.fit(flat, shared=shared))
         return fake_quantize(x, self.format, self.stored())
+
+    def to(self, device: torch.device) -> "ActivationFormat":
+        """Return the format with its stored parameters on another device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def spec(self) -> dict[str, str]:
         """Return the JSON fields that, with the tensors, define the format."""

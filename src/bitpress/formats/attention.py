@@ -48,11 +48,7 @@ class AttentionOperands:
         """Return the operands with stored parameters on a device."""
         if all(t.device == device for t in self.tensors().values()):
             return self
-        moved = {
-            name: ActivationFormat(own.format, own.parameters, {key: t.to(device) for key, t in own.tensors.items()})
-            for name, own in self.items()
-        }
-        return AttentionOperands(**moved)
+        return AttentionOperands(**{name: own.to(device) for name, own in self.items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored parameters by name."""

@@ -13,7 +13,7 @@ Before rounding this is the identity. `first` is dynamic. Beside the keys of an 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class ChannelFormat:
             return self.leave(self.rest.round(u)).to(x.dtype)
         head, tail = u[..., : self.count], u[..., self.count :]
         return self.leave(torch.cat([self.first.round(head), self.rest.round(tail)], -1)).to(x.dtype)
+
+    def to(self, device: torch.device) -> "ChannelFormat":
+        """Return the format with its stored values on another device."""
+        shift, copies = (None if t is None else t.to(device) for t in (self.shift, self.copies))
+        return replace(self, rest=self.rest.to(device), shift=shift, copies=copies)
 
     def fits(self, in_features: int) -> None:
         """Raise FormatError unless the format takes inputs of a width."""

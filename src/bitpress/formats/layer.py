@@ -38,7 +38,11 @@ class CompressedLayer:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return self.weight.device
+
+    def to(self, device: torch.device) -> "CompressedLayer":
+        """Return the layer on another device; itself where it is there."""
+        return CompressedLayer(self.weight.to(device), self.input and self.input.to(device))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all stored tensors by name."""

@@ -38,6 +38,6 @@ def correct_biases_(
             (w,) = p.parameter.matrices(tensors[name])
             scales = seen[name].online
             wanted = (x if scales is None else x / scales) @ w.float().T
-            change = correction.change(wanted, LayerProduct(layer, keep=True)(x, None))
+            change = correction.change(wanted, LayerProduct(layer.to(x.device), keep=True)(x, None))
             made.kept[bias] = (made.kept[bias].float() + change).to(made.kept[bias].dtype)
             model.fill_({bias: made.kept[bias]})

@@ -128,15 +128,15 @@ class BlockCompressor:
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
         if self.measured is not None:
-            found = self.measured(block.index)
+            found = self.measured(block.index).to(stream.model.device)
         else:
             found = stream.capture_(block.index, observed, replaced, goes_on=goes_on, final=final)
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
         if "output_gram" in self.method.needs:
-            gradients = stream.gradients
-            stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
+            outputs = {name: stream.of_loss(output_gram_of(name)) for name in stats}
+            stats = {name: replace(s, output_gram=outputs[name]) for name, s in stats.items()}
         shift = self.method.only(Shift)
         middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
@@ -155,7 +155,9 @@ class BlockCompressor:
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:
         found = {}
         for p in planned:
-            matrices = p.parameter.matrices(self.stream.gradients[p.parameter.name])
+            sensitivity = self.stream.of_loss(p.parameter.name)
+            assert sensitivity is not None
+            matrices = p.parameter.matrices(sensitivity)
             for part, matrix in zip(p.parameter.parts(), matrices, strict=True):
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)

@@ -36,6 +36,7 @@ __all__ = [
     "check_room",
     "make_plan",
     "overlooked_products",
+    "squares_of",
     "unmeant_bits",
 ]
 
@@ -193,6 +194,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
     compressed_bytes = sum(w.nbytes for w in weights)
     outer_bytes = sum(found.planned.nbytes for found in outer)
+    gradients = gradient_bytes(method.needs, [w.parameter for w in weights])
     return Plan(
         weights=tuple(weights),
         kept=kept,
@@ -202,7 +204,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _gradients(method, weights) + 32 * 2**20,
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + gradients + 32 * 2**20,
         peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
         outer=outer,
     )
@@ -356,7 +358,7 @@ def _peak_memory(
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     positions = model.task.positions(model.model.config, method.recipe.calibration.length)
     held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
-    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
+    grams = sum(n * n * 4 * (1 + squares_of(model, method)) + n * held_out for n in widths)
     factor = 3 * max(widths, default=0) ** 2 * 8
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = method.recipe.batch * positions * widest * 4 * 4
@@ -375,15 +377,11 @@ def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: d
     return BASE_BYTES + kept + hidden + max(map(work, outer), default=0)
 
 
-def _squares(model: StreamedModel, method: Method) -> int:
+def squares_of(model: StreamedModel, method: Method) -> int:
     """Return how many statistics of the size of a gram are held for each input."""
     heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 1
     shapes = [STATISTICS[name].shape for name in method.needs]
     return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
-
-
-def _gradients(method: Method, weights: Sequence[PlannedWeight]) -> int:
-    return gradient_bytes(method.needs, [w.parameter for w in weights])
 
 
 def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
@@ -393,7 +391,9 @@ def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[Plan
         return 0
     config, length = model.model.config, method.recipe.calibration.length
     positions = model.task.positions(config, length)
-    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _gradients(method, weights)
+    whole = sum(w.weights for w in weights) * model.dtype.itemsize + gradient_bytes(
+        method.needs, [w.parameter for w in weights]
+    )
     states = len(model.blocks) * positions * model.width * model.dtype.itemsize
     first = [w for w in weights if w.block == 0]
     back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 
 from bitpress.calibration import Stats
 from bitpress.calibration.observers import Observer, Seen, static_format
+from bitpress.devices import CPU
 from bitpress.errors import BitpressError, FormatError, NumericsError
 from bitpress.formats import (
     ActivationFormat,
@@ -169,9 +170,9 @@ def _around(own: InputMethod, seen: SeenChannels | None, weight: CompressedWeigh
 def _seen(observer: Observer, weight: CompressedWeight, fmt: InputFormat) -> Seen:
     if observer.looks_at != "product":
         return Seen()
-    behind = CompressedLayer(CompressedWeight(weight.terms, None, weight.output_map))
-    product = partial(Reference(keep=True).matmul, layer=behind)
-    return Seen(product=(lambda u: product(fmt.leave(u))) if isinstance(fmt, ChannelFormat) else product)
+    behind = CompressedLayer(CompressedWeight(weight.terms, None, weight.output_map)).to(CPU)
+    product, on_host = partial(Reference(keep=True).matmul, layer=behind), fmt.to(CPU)
+    return Seen(product=(lambda u: product(on_host.leave(u))) if isinstance(on_host, ChannelFormat) else product)
 
 
 def _made(name: str, own: InputMethod, seen: Seen | None) -> ActivationFormat:

@@ -60,7 +60,7 @@ class Disassemble:
         if sample is None or len(sample) == 0:
             raise CalibrationError("disassemble: no calibration statistics reached this weight; sample is needed.")
         sizes = sample.abs().amax(0)
-        none = torch.ones(len(sizes), dtype=torch.uint8)
+        none = torch.ones(len(sizes), dtype=torch.uint8, device=sizes.device)
         largest, most = float(sizes.max()), int(self.share * len(sizes))
 
         def error_of(copies: torch.Tensor) -> float:
