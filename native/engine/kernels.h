@@ -105,7 +105,8 @@ constexpr int MANY_APART = 16;          // where more than this part of a row wo
 constexpr float CLOSER = 0.5f;          // so much of that bound
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
-// Rows as whole numbers, by a rounding of the model's own: the code less the middle of all codes, in the order of the cut.
+// Rows as whole numbers, by a rounding of the model's own, in the order of the cut: codes less the middle of all codes in bytes, or less
+// their zero point in 16 bits.
 struct IntegerRows {
     Cut cut;
     int rows = 0, bytes = 1;  // bytes: of a number
@@ -176,11 +177,12 @@ struct Kernels {
     bool (*round_row)(const float *x, int row, const Rounding &, IntegerRows &to);
     // out[row][16] += the strip's weights times all rows (1 to 4) of x
     void (*integers_few)(const Coded &, int strip, const IntegerRows &x, float *out);
-    // The codes of a strip [group][tiled_group() columns][16 rows], lines of 64 bytes with four columns of bytes or two in 16 bits.
+    // The codes of a strip [group][tiled_group() columns][16 rows]: lines of 64 bytes with four columns of bytes, or with two in 16 bits that
+    // have their zero points taken away.
     void (*unpack_integers)(const Coded &, int strip, int bytes, int8_t *to);
     // out[row][stride] += the strip's weights times all rows of x
     void (*integers_many)(const Coded &, int strip, const IntegerRows &x, const int8_t *tiles, float *out, int stride);
-    // The sums [row][16] of codes of a group and of rows from..to, as floats added to out.
+    // The sums [row][16] of bytes of a group and of rows from..to, as floats added to out.
     void (*put_integers)(const Coded &, int strip, int group, const IntegerRows &x, int from, int to, const int32_t *sums, float *out, int stride);
 
     void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
