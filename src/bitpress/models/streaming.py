@@ -174,6 +174,15 @@ class StreamedModel:
         result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
+    def run_block_with(
+        self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"], values: Mapping[str, torch.Tensor]
+    ) -> Float[torch.Tensor, "samples positions hidden"]:
+        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these."""
+        prefix = f"{self.block_name(i)}."
+        inside = {f"block.{name.removeprefix(prefix)}": value.to(self.dtype) for name, value in values.items()}
+        out: torch.Tensor = torch.func.functional_call(_Runner(self, i), inside, (hidden,))
+        return out
+
     @torch.no_grad()
     def outputs(
         self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
@@ -298,6 +307,18 @@ class StreamedModel:
             and _same([g[2:] for g in first], [g[2:] for g in other])
             and self.task.fits(outputs, inputs)
         )
+
+
+class _Runner(torch.nn.Module):
+    """A block as a module of its own, whose forward takes hidden states alone."""
+
+    def __init__(self, model: StreamedModel, i: int) -> None:
+        super().__init__()
+        self.block = model.blocks[i]
+        self._run = partial(model._run_block, i)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._run(hidden)
 
 
 def no_product(module: torch.nn.Module, name: str) -> str | None:

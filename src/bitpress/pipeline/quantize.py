@@ -228,6 +228,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         gradients=gradients,
         check_stop=check_stop,
         before_advance=job.settle,
+        keeps_original=method.keeps_original,
     )
     progress.begin("quantizing", total, len(job.units))
     if job.units:
@@ -289,6 +290,7 @@ def finish_job(
         report = make_report(
             figures,
             facts.rows,
+            facts.tuned,
             run.plan,
             job.identity,
             model=base if isinstance(base, str) else run.path.name,

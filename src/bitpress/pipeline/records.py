@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError
-from bitpress.report.document import LayerRow, TokenErrors
+from bitpress.report.document import LayerRow, TokenErrors, TunedSpan
 
-__all__ = ["BlockRecord", "LayerRow", "TokenErrors"]
+__all__ = ["BlockRecord", "LayerRow", "TokenErrors", "TunedSpan"]
 
 
 class _Closed(BaseModel):
@@ -26,6 +26,7 @@ class BlockRecord(_Closed):
     weights: dict[str, WeightRecord] = {}
     digests: dict[str, str] = {}
     rows: list[LayerRow] = []
+    tuned: list[TunedSpan] = []
     kept: dict[str, str] | None = None
 
     @classmethod
@@ -42,16 +43,18 @@ class BlockRecord(_Closed):
         weights: dict[str, WeightRecord] = {}
         digests: dict[str, str] = {}
         rows: list[LayerRow] = []
+        tuned: list[TunedSpan] = []
         for record in records:
             weights |= record.weights
             digests |= record.digests
             rows += record.rows
-        return cls(weights=weights, digests=digests, rows=rows)
+            tuned += record.tuned
+        return cls(weights=weights, digests=digests, rows=rows, tuned=tuned)
 
     def dump(self) -> dict[str, Any]:
         """Return the record as the journal holds it."""
         values = self.model_dump(mode="json")
-        return {key: value for key, value in values.items() if key != "kept" or value is not None}
+        return {key: value for key, value in values.items() if key not in ("kept", "tuned") or value}
 
     @property
     def error(self) -> float:

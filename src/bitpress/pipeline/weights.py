@@ -21,7 +21,7 @@ from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
 from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
@@ -57,15 +57,20 @@ class CompressedParameter:
         row = self.row.model_copy(update={"inputs": input.name})
         return replace(self, input=input, record=record, row=row)
 
+    def with_note(self, text: str) -> "CompressedParameter":
+        """Return the parameter with a note in its row."""
+        return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, text]}))
+
 
 @dataclass
 class CompressedBlock:
     """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are;
-    `notes` are rows of those of these that were to be compressed."""
+    `notes` are rows of those of these that were to be compressed, `tuned` rows of what was learned by gradients."""
 
     parameters: dict[str, CompressedParameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[LayerRow] = field(default_factory=list)
+    tuned: list[TunedSpan] = field(default_factory=list)
 
     def put_(self, compressed: CompressedParameter) -> None:
         """Record a parameter, in place of an earlier result for it."""
@@ -86,6 +91,7 @@ class CompressedBlock:
             weights={name: p.record for name, p in made.items()},
             digests={name: p.digest for name, p in made.items()},
             rows=[*(p.row for p in made.values()), *self.notes],
+            tuned=self.tuned,
         )
 
 
@@ -169,6 +175,48 @@ class WeightCompressor:
             picture=draw_weight(pictures) if pictures else None,
         )
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
+
+    def unscaled(self, planned: PlannedWeight, tensor: torch.Tensor, scales: Rescaled | None) -> Float[torch.Tensor, "rows in"]:
+        """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
+        name = planned.parameter.stem
+        w = torch.cat(planned.parameter.matrices(tensor))
+        return w if scales is None or name not in scales.unfolded else w / scales.factors[name]
+
+    def replaced(
+        self,
+        made: CompressedParameter,
+        weight: CompressedWeight,
+        tensor: torch.Tensor,
+        stats: Mapping[str, Stats],
+        scales: Rescaled | None,
+    ) -> CompressedParameter:
+        """Return a parameter with another weight of the same terms and maps, measured as the one before. Raises NumericsError."""
+        parameter, name = made.parameter, made.parameter.stem
+        decoded = weight.dequantize()
+        if not all_finite(decoded):
+            raise NumericsError(f"{name}: the learned weight is not finite.")
+        factor = None if scales is None else scales.factors.get(name)
+        w = parameter.matrices(tensor)[0]
+        unscaled, w_hat = (w, decoded) if factor is None else (w / factor, decoded)
+        if factor is not None and scales is not None and name not in scales.unfolded:
+            w_hat = decoded / factor
+        usable = stats.get(name)
+        (after,) = output_errors(unscaled, (w_hat,), usable)
+        by_class = None
+        if made.row.held_out is not None and usable is not None and usable.held_out is not None:
+            found = token_errors([measure_classes(unscaled, (w_hat, w_hat), usable.held_out)]) or {}
+            before = made.row.held_out
+            by_class = {
+                key: e.model_copy(update={"error_rounded": before[key].error_rounded})
+                for key, e in found.items()
+                if key in before
+            }
+        picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
+        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture})
+        entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
+        # The errors of some of its terms are no longer those: it is loaded as a whole.
+        record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})
+        return replace(made, weight=weight, digest=digest(decoded), record=record, row=row)
 
     def _in_range(self, parts: LayerMethod, matrices: Sequence[torch.Tensor]) -> tuple[AnyFormat, tuple[str, ...]]:
         """Return a format that holds a weight of this size, the same for all experts, and the name of the fallback, if it is one."""

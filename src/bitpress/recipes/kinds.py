@@ -8,6 +8,7 @@ from bitpress.calibration.observers import OBSERVERS
 from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS
+from bitpress.tuning.table import TUNINGS
 
 __all__ = ["KINDS", "LISTS", "Kind", "Table", "table_of"]
 
@@ -32,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "target": Kind("transforms", "transform", TARGETS),
     "correction": Kind("corrections", "correction", CORRECTIONS),
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
+    "tuning": Kind("tuning", "tuning", TUNINGS),
     "observer": Kind("observer", "observer", OBSERVERS),
 }
 

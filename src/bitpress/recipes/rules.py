@@ -35,6 +35,8 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             "calibration.sequential follows compressed weights inside a block, and not their rounded inputs; leave out one of them."
         )
+    if method.tunings:
+        _check_tuning(method)
     if calibration.gram == "loss":
         apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
         if apart:
@@ -61,6 +63,16 @@ def check_composition(method: Method) -> None:
     late = [named.name for named in transforms[first:] if named.kind == "search"]
     if late:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")
+
+
+def _check_tuning(method: Method) -> None:
+    name, calibration = method.tunings[0].name, method.recipe.calibration
+    if calibration.inputs == "original":
+        raise UsageError(f"{name} learns from the outputs of compressed blocks, so calibration.inputs cannot be original.")
+    if exact := method.exact_formats():
+        raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
+    if method.rounds_inputs:
+        raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
 
 
 def _check_outer(method: Method) -> None:
