@@ -11,7 +11,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 # A floor is a list of rooms that do not know of each other.
 HOUSE = (
     ("errors", "foreign", "arithmetic", "exhaustion", "finite", "limits", "memory", "settings", "version"),
-    ("faults", "figures", "library", "packages", "progress", "stopping"),
+    ("devices", "faults", "figures", "library", "packages", "progress", "stopping"),
     ("native", "presets", "allocation", "screen"),
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),

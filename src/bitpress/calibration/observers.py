@@ -28,7 +28,7 @@ BINS = 2048
 
 @dataclass
 class Seen:
-    """What one input was, over all batches.
+    """What one input was, over all batches, on the host.
 
     ends     the least and the largest value of every batch
     values   of every batch the smallest and largest values, each counted once, and some of the others, drawn evenly
@@ -46,7 +46,7 @@ class Seen:
             raise NumericsError("the input holds a NaN or an infinity.")
         flat = x.detach().flatten().float()
         if flat.numel() <= KEPT_OF_A_BATCH:
-            some, counts = flat.clone(), torch.ones(flat.numel())
+            some, counts = flat.clone().cpu(), torch.ones(flat.numel())
         else:
             some, counts = _drawn(flat, seed=len(self.ends))
         self.ends.append((low, high))
@@ -66,10 +66,10 @@ class Seen:
 
 
 def _drawn(flat: Float[torch.Tensor, " all"], seed: int) -> tuple[Float[torch.Tensor, " some"], Float[torch.Tensor, " some"]]:
-    """Return both ends of many values and some of the others, and how many each of them stands for."""
-    top, bottom = flat.topk(KEPT_AT_AN_END).values, flat.topk(KEPT_AT_AN_END, largest=False).values
+    """Return both ends of many values and some of the others, and how many each of them stands for, on the host."""
+    top, bottom = flat.topk(KEPT_AT_AN_END).values.cpu(), flat.topk(KEPT_AT_AN_END, largest=False).values.cpu()
     at = torch.randint(flat.numel(), (KEPT_OF_A_BATCH,), generator=torch.Generator().manual_seed(seed))
-    others = flat[at]
+    others = flat[at.to(flat.device)].cpu()
     others = others[(others < top[-1]) & (others > bottom[-1])]
     left = flat.numel() - 2 * KEPT_AT_AN_END
     if not others.numel():  # most values are those of the ends

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from bitpress import native
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.held_out import HeldOut, hold_out, join_held_out
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
@@ -112,6 +113,16 @@ class Stats:
         values: Mapping[str, Any] = found
         return cls(tokens, **values)
 
+    def to(self, device: torch.device) -> "Stats":
+        """Return the statistics on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name in STATISTICS if (value := self.found(name)) is not None}
+        return replace(self, **moved, held_out=self.held_out and self.held_out.to(device))
+
+    def found(self, name: str) -> torch.Tensor | None:
+        """Return a statistic by its name; None if it was not measured."""
+        value: torch.Tensor | None = getattr(self, name)
+        return value
+
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
         """Return the statistics for the input `x * factor` and the weight `w / factor`."""
 
@@ -177,23 +188,23 @@ class Stats:
 
     def need(self, name: str, where: str) -> torch.Tensor:
         """Return a statistic by its name. Raises CalibrationError if it was not measured."""
-        value: torch.Tensor | None = getattr(self, name)
+        value = self.found(name)
         if value is None or self.tokens == 0:
             raise CalibrationError(f"{where}: no calibration statistics reached this layer.")
         return value
 
 
 class StatsCollector:
-    """Sums up one layer's inputs, batch by batch."""
+    """Sums up one layer's inputs, batch by batch, on the device where they are."""
 
-    def __init__(self, needs: Collection[str], in_features: int) -> None:
+    def __init__(self, needs: Collection[str], in_features: int, device: torch.device = CPU) -> None:
         self.needs = frozenset(needs)
         self.in_features = in_features
         self.tokens = 0
         size = native.gram_size(in_features)
-        self._gram = torch.zeros(size, size) if "gram" in self.needs else None
-        self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
-        self._max_abs = torch.zeros(in_features) if "max_abs" in self.needs else None
+        self._gram = torch.zeros(size, size, device=device) if "gram" in self.needs else None
+        self._sum_abs = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in self.needs else None
+        self._max_abs = torch.zeros(in_features, device=device) if "max_abs" in self.needs else None
         self._cross: torch.Tensor | None = None
         self._weighted: dict[WeightedGram, torch.Tensor] = {}
         self._held_out: list[HeldOut] = []
@@ -206,7 +217,7 @@ class StatsCollector:
         self.tokens += x.shape[0]
         if self._gram is not None:
             # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
-            if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+            if _is_native(x):
                 native.add_gram_(self._gram, x.contiguous())
             else:
                 with products_of(x.dtype):
@@ -221,10 +232,11 @@ class StatsCollector:
     def add_original(self, x: Float[torch.Tensor, "*batch in"], original: Float[torch.Tensor, "*batch in"]) -> None:
         """Add a batch with the input of this layer in the uncompressed model, token by token."""
         if self._cross is None:
-            self._cross = torch.zeros(native.gram_size(self.in_features), native.gram_size(self.in_features))
+            size = native.gram_size(self.in_features)
+            self._cross = torch.zeros(size, size, device=x.device)
         given = x.reshape(-1, self.in_features).contiguous()
         difference = original.reshape(-1, self.in_features) - given
-        if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+        if _is_native(x):
             native.add_product_(self._cross, difference, given)
         else:
             with products_of(x.dtype):
@@ -235,7 +247,7 @@ class StatsCollector:
     ) -> None:
         """Add a batch whose tokens have weights to one of the weighted grams."""
         if kind not in self._weighted:
-            self._weighted[kind] = torch.zeros(self.in_features, self.in_features)
+            self._weighted[kind] = torch.zeros(self.in_features, self.in_features, device=x.device)
         weighted = x.reshape(-1, self.in_features).float() * weight.sqrt()[:, None]
         with products_of(x.dtype):
             add_gram_(self._weighted[kind], weighted)
@@ -264,6 +276,10 @@ class StatsCollector:
             max_abs=self._max_abs,
             held_out=join_held_out(self._held_out),
         )
+
+
+def _is_native(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and "amx-bf16" in native.features()
 
 
 def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:

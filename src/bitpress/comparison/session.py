@@ -72,7 +72,7 @@ class Comparison:
         if method.rotate is None:
             return self.model, self.loader
         if method.rotate not in self.rotated:
-            self.rotated[method.rotate] = open_original(self.path, self.model.dtype, method.rotate)
+            self.rotated[method.rotate] = open_original(self.path, self.model.dtype, method.rotate, device=self.model.device)
         return self.rotated[method.rotate]
 
     def calibration(self, method: Method) -> Samples | None:

@@ -12,7 +12,7 @@ token alone: what is in a batch beside it changes nothing. With `static` paramet
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -80,6 +80,10 @@ class ActivationFormat:
         if self.parameters == "dynamic":
             return fake_quantize(x, self.format)
         return fake_quantize(x, self.format, self._stored())
+
+    def to(self, device: torch.device) -> "ActivationFormat":
+        """Return the format with its stored parameters on another device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def spec(self) -> dict[str, str]:
         """Return the JSON fields that, with the tensors, define the format."""

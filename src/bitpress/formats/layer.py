@@ -38,6 +38,10 @@ class CompressedLayer:
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
+    def to(self, device: torch.device) -> "CompressedLayer":
+        """Return the layer on another device; itself where it is there."""
+        return CompressedLayer(self.weight.to(device), self.input and self.input.to(device))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all stored tensors by name."""
         stored = {} if self.input is None else {f"{_PREFIX}{name}": t for name, t in self.input.tensors.items()}

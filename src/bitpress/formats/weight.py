@@ -178,6 +178,15 @@ class CompressedWeight:
             if tensors[name].dtype != dtype or tuple(tensors[name].shape) != dims:
                 got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
                 raise FormatError(f"{name} is {got} where {dtype} {list(dims)} is needed.")
+        weight = cls._joined(spec, tensors)
+        for part in (*weight.terms, weight.input_map, weight.output_map):
+            if part is not None:
+                part.check()
+        return weight
+
+    @classmethod
+    def _joined(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "CompressedWeight":
+        """Put a weight together from tensors that are the right ones."""
         shape = _shape(spec)
         terms: list[Term] = []
         for i, entry in enumerate(spec["terms"]):
@@ -191,11 +200,14 @@ class CompressedWeight:
             else:
                 kind, rest = split_kind(entry, "map", ANY_MAPS)
                 changes.append(ANY_MAPS[kind].build(rest, _below(tensors, f"{side}.")))
-        weight = cls(tuple(terms), changes[0], changes[1])
-        for part in (*weight.terms, weight.input_map, weight.output_map):
-            if part is not None:
-                part.check()
-        return weight
+        return cls(tuple(terms), changes[0], changes[1])
+
+    def to(self, device: torch.device) -> "CompressedWeight":
+        """Return the weight on another device, terms and maps; itself where it is there."""
+        stored = self.tensors()
+        if all(t.device == device for t in stored.values()):
+            return self
+        return self._joined(self.spec(), {name: t.to(device) for name, t in stored.items()})
 
     def row_slice(self, start: int, stop: int) -> "CompressedWeight":
         """Return some rows as a separate weight (one expert of a stack), sharing memory."""

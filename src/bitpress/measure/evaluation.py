@@ -14,6 +14,7 @@ import torch
 from bitpress.calibration import Samples
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.width import open_part
+from bitpress.devices import CPU
 from bitpress.errors import MemoryLimitError, NumericsError, UsageError
 from bitpress.evaluation.distance import by_kind, without_details
 from bitpress.formats.digest import digest
@@ -83,6 +84,7 @@ def evaluate(
     runtime: str | None = None,
     engine: EngineOptions = USUAL,
     with_runtime: bool = False,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare a compressed (or any other) model directory with the original on held-out text.
@@ -97,6 +99,7 @@ def evaluate(
     engine          options of the native engine
     with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS; and of
                     models that generate `continuations`: texts of both models
+    device          where blocks and outputs are computed, but for runtimes, which are measured on the processor
     Raises CheckpointError, CalibrationError, NumericsError, UsageError, KernelUnavailable, MemoryLimitError.
     """
     progress = progress or Silent()
@@ -106,8 +109,9 @@ def evaluate(
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
     chosen = _open_runtime(directory, checkpoint, runtime, engine)
-    original = open_streamed(against, dtype)
-    candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, checkpoint)
+    original = open_streamed(against, dtype, device=device)
+    own = dtype if chosen is None or chosen.dtype is None else chosen.dtype
+    candidate = open_streamed(directory, own, checkpoint, device=device)
     task, config = original.task, original.model.config
     samples, length = draw_evaluation(text, task, against, config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -141,6 +145,7 @@ def evaluate_alone(
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     width: int | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model directory, compressed or not, on held-out text, without an original beside it.
@@ -153,7 +158,7 @@ def evaluate_alone(
         checkpoint = open_part(directory, memory, width)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype, checkpoint)
+    model = open_streamed(directory, dtype, checkpoint, device=device)
     task = model.task
     samples, length = draw_evaluation(text, task, directory, model.model.config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -229,7 +234,8 @@ def _measure_runtime(
     else:
         assert runtime.dtype is not None
         progress.begin("evaluating, as loaded", len(q.model.blocks))
-        candidate = _prepared(open_streamed(checkpoint.root, runtime.dtype, checkpoint), inputs, progress).scorer()
+        opened = open_streamed(checkpoint.root, runtime.dtype, checkpoint, device=q.model.device)
+        candidate = _prepared(opened, inputs, progress).scorer()
     figures = without_details(p.model.task.distance(p.scorer(), candidate, inputs))
     return {"name": runtime.name, "settings": dict(runtime.settings), **figures}
 

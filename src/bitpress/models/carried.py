@@ -85,11 +85,11 @@ class Carried:
 
     def begin(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length width"]:
         """Return the state before the first block: nothing but the text."""
-        empty = torch.zeros(*tokens.shape, self.width - _DIGITS, dtype=self.dtype)
+        empty = torch.zeros(*tokens.shape, self.width - _DIGITS, dtype=self.dtype, device=tokens.device)
         return torch.cat([empty, self._digits(tokens)], -1)
 
     def tokens(self, state: Float[torch.Tensor, "batch length width"]) -> Int[torch.Tensor, "batch length"]:
-        powers = 256 ** torch.arange(_DIGITS)
+        powers = 256 ** torch.arange(_DIGITS, device=state.device)
         return (state[..., -_DIGITS:].detach().long() * powers).sum(-1)
 
     def run(
@@ -145,7 +145,7 @@ class Carried:
         for entry in self.shared:
             value = mappings[entry.argument].get(entry.key)
             if value is None:
-                parts += [torch.zeros(*tokens.shape, c.width, dtype=self.dtype) for c in entry.columns]
+                parts += [tokens.new_zeros(*tokens.shape, c.width, dtype=self.dtype) for c in entry.columns]
             else:
                 parts += [c.pack(leaf) for c, leaf in zip(entry.columns, tensors_of(value), strict=True)]
         return torch.cat([part.to(self.dtype) for part in parts] + [self._digits(tokens)], -1)

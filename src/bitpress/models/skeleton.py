@@ -15,7 +15,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.models.tasks.table import find_task
 
-__all__ = ["build_config", "build_skeleton", "find_stacks", "restore_ties_", "set_parameter_"]
+__all__ = ["build_config", "build_skeleton", "find_stacks", "move_buffers_", "restore_ties_", "set_parameter_"]
 
 
 def build_config(values: Mapping[str, Any]) -> Any:
@@ -68,6 +68,14 @@ def set_parameter_(model: torch.nn.Module, name: str, value: torch.Tensor) -> No
         owner._buffers[leaf] = value
     else:
         raise CheckpointError(f"{name!r} is no parameter of {type(model).__name__}.")
+
+
+def move_buffers_(model: torch.nn.Module, device: torch.device) -> None:
+    """Move what modules compute by themselves, such as rotary frequencies, to a device."""
+    for module in model.modules():
+        for leaf, value in module._buffers.items():
+            if value is not None:
+                module._buffers[leaf] = value.to(device)
 
 
 def restore_ties_(model: Any) -> None:

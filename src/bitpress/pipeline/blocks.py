@@ -143,15 +143,15 @@ class BlockCompressor:
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
         if self.measured is not None:
-            found = self.measured(block.index)
+            found = self.measured(block.index).to(stream.model.device)
         else:
             found = stream.capture_(block.index, observed, replaced, goes_on=stream.goes_on(block), final=final)
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
         if "output_gram" in self.method.needs:
-            gradients = stream.gradients
-            stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
+            outputs = {name: stream.of_loss(output_gram_of(name)) for name in stats}
+            stats = {name: replace(s, output_gram=outputs[name]) for name, s in stats.items()}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
@@ -161,7 +161,9 @@ class BlockCompressor:
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:
         found = {}
         for p in planned:
-            matrices = p.parameter.matrices(self.stream.gradients[p.parameter.name])
+            sensitivity = self.stream.of_loss(p.parameter.name)
+            assert sensitivity is not None
+            matrices = p.parameter.matrices(sensitivity)
             for part, matrix in zip(p.parameter.parts(), matrices, strict=True):
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)

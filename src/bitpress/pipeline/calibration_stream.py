@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "h
 
 @dataclass(frozen=True)
 class Measured:
-    """What calibration saw of one block.
+    """What calibration saw of one block; the probe is on the host.
 
     stats    by the name of a weight
     groups   the names of weights that share an input
@@ -46,10 +46,15 @@ class Measured:
     groups: list[list[str]]
     probe: Float[torch.Tensor, "1 positions hidden"]
 
+    def to(self, device: torch.device) -> "Measured":
+        """Return the same with the statistics on a device; weights that share an input still share theirs."""
+        moved = {id(stats): stats.to(device) for stats in self.stats.values()}
+        return replace(self, stats={name: moved[id(stats)] for name, stats in self.stats.items()})
+
 
 class CalibrationStream:
     """The hidden states of the calibration samples before the block in work, and beside them those of the uncompressed model where a
-    method compares the two.
+    method compares the two. They stay on the host; the model moves one batch at a time to its device, where statistics are summed up.
 
     needs             statistics that are collected of a block
     follows_original  blocks are fed what the uncompressed blocks before them give
@@ -180,7 +185,7 @@ class CalibrationStream:
         def loss_weights(name: str) -> torch.Tensor | None:
             """Return the weights of the tokens of the batch in work; those of all are read once a block."""
             if name not in weights:
-                weights[name] = self.gradients.get(token_weights(name))
+                weights[name] = self.of_loss(token_weights(name))
             found = weights[name]
             return None if found is None else found[counted].flatten()
 
@@ -221,6 +226,11 @@ class CalibrationStream:
     def counted(self) -> int:
         """The number of windows that count; those after them are held out."""
         return self._counted
+
+    def of_loss(self, key: str) -> torch.Tensor | None:
+        """Return what `measure_gradients` found under a key, on the device."""
+        found = self.gradients.get(key)
+        return None if found is None else found.to(self.model.device)
 
     def goes_on(self, block: LoadedBlock) -> bool:
         """Return whether a block's outputs are needed."""

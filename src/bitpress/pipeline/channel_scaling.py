@@ -85,7 +85,7 @@ def check_kept(model: StreamedModel, kept: Mapping[str, torch.Tensor]) -> None:
     """Raise NumericsError unless the uncompressed tensors that will be stored equal those that the loaded block computes with."""
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     for name, value in kept.items():
-        if name in live and not torch.equal(live[name].data, value.to(live[name].dtype)):
+        if name in live and not torch.equal(live[name].data, value.to(live[name])):
             raise NumericsError(
                 f"{name}: would be stored with other values than the model computes with; this is a bug in bitpress, please report it."
             )

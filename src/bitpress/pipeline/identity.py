@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.compressed import VERSION
+from bitpress.devices import CPU
 from bitpress.recipes import Method
 from bitpress.version import __version__
 
-__all__ = ["identify", "recorded", "versions"]
+__all__ = ["identify", "on_device", "recorded", "versions"]
 
 
-def identify(source: Mapping[str, str], calibration: str | None, method: Method) -> dict[str, Any]:
+def identify(source: Mapping[str, str], calibration: str | None, method: Method, device: torch.device = CPU) -> dict[str, Any]:
     """Return the identity of a compressed model from the hashes of the source's files and of the calibration tokens."""
     return {
         "source": dict(source),
@@ -22,7 +23,16 @@ def identify(source: Mapping[str, str], calibration: str | None, method: Method)
         "recipe": recorded(method),
         "versions": versions(),
         "directory": VERSION,
+        **on_device(device),
     }
+
+
+def on_device(device: torch.device) -> dict[str, str]:
+    """Return what an identity says of the device: sums are rounded in another order on another kind, which may change bytes.
+
+    It says nothing of the processor.
+    """
+    return {} if device.type == "cpu" else {"device": device.type}
 
 
 def recorded(method: Method) -> dict[str, Any]:

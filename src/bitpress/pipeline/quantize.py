@@ -1,7 +1,6 @@
 """The main job: plan, compress block by block into a journal, stage, prove, publish."""
 
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +25,19 @@ from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.records import FileRecord, Manifest
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
+from bitpress.devices import CPU
 from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.measure.evaluation import check_reloaded, evaluate
 from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
 from bitpress.measure.samples import draw_calibration, draw_evaluation
-from bitpress.memory import peak_bytes, release
+from bitpress.memory import release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.budget import choose_formats, plan_method
 from bitpress.pipeline.calibration_stream import CalibrationStream
+from bitpress.pipeline.clock import Clock
 from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
@@ -55,28 +56,9 @@ from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_opened", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Committer", "Proof", "Run", "finish_job", "plan_opened", "plan_run", "quantize_directory", "shard_name"]
 
 GRADIENTS = "gradients.safetensors"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """When a run began (`time.perf_counter`), and the seconds that compressing took."""
-
-    started: float
-    compressing: float
-
-    def facts(self) -> dict[str, object]:
-        """Return what a run took, and on what, for its report."""
-        return {
-            "seconds": round(time.perf_counter() - self.started, 2),
-            "seconds_pressing": round(self.compressing, 2),
-            "peak_memory_bytes": peak_bytes(),
-            "threads": torch.get_num_threads(),
-            "native": sorted(native.features()) if native.available() else None,
-            "machine": platform.processor() or platform.machine(),
-        }
 
 
 @dataclass(frozen=True)
@@ -108,9 +90,9 @@ class Proof:
         self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
 
 
-def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
-    """Open a model and plan a run without writing anything."""
-    streamed, loader = open_original(model, method.compute, method.rotate)
+def plan_run(model: Path, method: Method, device: torch.device = CPU) -> tuple[Plan, StreamedModel, OriginalLoader]:
+    """Open a model and plan a run on a device without writing anything."""
+    streamed, loader = open_original(model, method.compute, method.rotate, device=device)
     plan = plan_opened(streamed, loader, method)
     if method.reads_text:
         streamed.task.check_directory(model)
@@ -135,6 +117,7 @@ def quantize_directory(
     strict: bool = False,
     force: bool = False,
     proof: Proof | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model directory into `out` by a recipe, or the method of one, and give the report.
@@ -145,9 +128,9 @@ def quantize_directory(
     progress, proof = progress or Silent(), proof or Proof()
     started = time.perf_counter()
     check_vacant(out)
-    method = build_method(recipe) if isinstance(recipe, Recipe) else recipe
+    method = (build_method(recipe) if isinstance(recipe, Recipe) else recipe).computed_on(device)
     calibration = method.recipe.calibration
-    plan, streamed, loader = plan_run(model, method)
+    plan, streamed, loader = plan_run(model, method, device)
     check_memory(plan)
     if proof.tokens and method.reads_text and proof.text == calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
@@ -158,7 +141,7 @@ def quantize_directory(
     if method.reads_text:
         samples = draw_calibration(calibration, streamed.task, model, streamed.model.config)
     run = Run(model, streamed, loader, method, plan, samples)
-    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
+    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method, device)
     finished = find_finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -170,7 +153,7 @@ def quantize_directory(
     try:
         with stoppable() as check_stop:
             run, seconds = _compress(job, run, strict, check_stop, progress)
-            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds))
+            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds, device))
     finally:
         job.close()
 
@@ -252,7 +235,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     job.settle()
     if head is not None and of_head is not None:
         stats = stream.capture_head(head.planned.parameter, head.method.needs)
-        made, _ = compress_outer(head, of_head, stats, strict=strict)
+        made, _ = compress_outer(head, of_head.to(model.device), stats, strict=strict)
         record = made.record()
         job.commit("head", HEAD_NAME, made.tensors(), record.dump(), None)
         progress.advance("head", error=record.error)
@@ -341,6 +324,7 @@ def _prove(
             length=proof.length,
             checkpoint=checkpoint,
             with_runtime=True,
+            device=run.model.device,
             progress=progress,
         )
     else:

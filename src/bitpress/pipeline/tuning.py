@@ -145,6 +145,7 @@ class BlockTuner:
             _counted(stream),
             named.part.loss,
             batch=named.part.batch,
+            device=model.device,
         )
         tokens = objective.windows * stream.hidden.shape[1]
         return self._run(named, self.name, objective, learned, tokens, note)

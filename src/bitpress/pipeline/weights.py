@@ -77,13 +77,13 @@ class CompressedBlock:
         self.parameters[compressed.parameter.name] = compressed
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what is stored, by the names in the file."""
+        """Return what is stored, by the names in the file, on the host."""
         stored = {
             f"{made.parameter.stem}.{leaf}": tensor
             for made in self.parameters.values()
             for leaf, tensor in BitpressDirectory.write(made.layer).tensors.items()
         }
-        return stored | self.kept
+        return {name: tensor.cpu() for name, tensor in (stored | self.kept).items()}
 
     def record(self) -> BlockRecord:
         made = self.parameters
@@ -255,7 +255,7 @@ class WeightCompressor:
         if scarce is not None:
             # Experts of one stack have the same kinds of terms and of maps, so this one is compressed in the same way, as if all its
             # channels were alike.
-            alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
+            alike = Stats(1, torch.eye(w.shape[1], device=w.device), torch.ones(w.shape[1], device=w.device))
             known = parts.quantizer.part.needs <= {"gram", "mean_abs"} | UNKNOWN_OF_EXPERTS
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
             parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)

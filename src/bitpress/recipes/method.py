@@ -15,6 +15,7 @@ from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration import of_origin
 from bitpress.calibration.observers import Observer
 from bitpress.corrections.correction import Correction
+from bitpress.devices import CPU
 from bitpress.errors import FormatError, UsageError
 from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, Format, find_format
 from bitpress.formats.activation import ParameterSource
@@ -265,6 +266,10 @@ class Method:
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
+    def computed_on(self, device: torch.device) -> "Method":
+        """Return the method with the arithmetic that is fast on a device, where the recipe does not name one."""
+        return replace(self, compute=compute_dtype(self.recipe.compute, device))
+
 
 def build_method(recipe: Recipe) -> Method:
     """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
@@ -326,10 +331,10 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
     return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute))
 
 
-def compute_dtype(compute: str) -> torch.dtype:
-    """Return the type that blocks run in: "auto" is bf16 where that is the faster one, else fp32."""
+def compute_dtype(compute: str, device: torch.device = CPU) -> torch.dtype:
+    """Return the type that blocks run in: "auto" is bf16 where that is the faster one, as on every GPU, else fp32."""
     if compute == "auto":
-        return torch.bfloat16 if has_fast_bf16() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or has_fast_bf16() else torch.float32
     return torch.bfloat16 if compute == "bf16" else torch.float32
 
 
