@@ -42,7 +42,7 @@ from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
 from bitpress.models.walk import walk
 from bitpress.pipeline.clock import Clock
-from bitpress.pipeline.identity import identify, on_device, versions
+from bitpress.pipeline.identity import identify, versions_on
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
 from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
@@ -89,27 +89,19 @@ def compare_recipes(
     The same call goes on after what is there. A recipe that fails has a row with `failed`, and the others are done. Raises what
     `quantize_directory` raises for what is wrong before the first recipe or with the directory, JobStopped on a signal.
     """
-    progress = progress or Silent()
     Results.check_vacant(out)
     if best < 1:
         raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
     candidates = [replace(c, method=c.method.computed_on(device)) for c in candidates]
-    made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, device, progress)
+    shared = shared or Calibration(inputs="original")
+    made = _prepare(path, candidates, texts, shared, tokens, length, device, progress or Silent())
     if tasks:
-        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model)
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, made.progress.note), path, made.model)
     for candidate, plan in made.plans.items():
         if made.calibration(candidate.method) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
-    dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
-    source = made.loader.source.hashes()
-    identity = {
-        "comparison": 1,
-        "source": source,
-        "texts": made.hashes,
-        "compute": dtype,
-        "versions": versions(),
-        **on_device(device),
-    }
+    dtype, source = "bf16" if made.model.dtype == torch.bfloat16 else "fp32", made.loader.source.hashes()
+    identity = {"comparison": 1, "source": source, "texts": made.hashes, "compute": dtype, **versions_on(device)}
     results = Results.open(out, identity)
     try:
         with stoppable() as check_stop:
