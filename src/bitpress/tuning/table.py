@@ -2,9 +2,14 @@
 
 from bitpress.tuning.adaround import AdaRound
 from bitpress.tuning.block_ap import BlockAP
+from bitpress.tuning.decoupleq import DecoupleQ
 from bitpress.tuning.flexround import LRQ, FlexRound
 from bitpress.tuning.learned_clipping import LearnedClipping
-from bitpress.tuning.parameters import NormTweaking, Parameters
+from bitpress.tuning.low_rank import LowRankFactors
+from bitpress.tuning.norm_tweaking import NormTweaking
+from bitpress.tuning.parameters import Parameters
+from bitpress.tuning.ptq161 import PTQ161
+from bitpress.tuning.quip_sharp import QuIPSharp
 from bitpress.tuning.signround import SignRound
 from bitpress.tuning.tuner import Tuning
 
@@ -13,10 +18,14 @@ __all__ = ["TUNINGS"]
 TUNINGS: dict[str, type[Tuning]] = {
     "adaround": AdaRound,
     "block-ap": BlockAP,
+    "decoupleq": DecoupleQ,
     "flexround": FlexRound,
     "learned-clipping": LearnedClipping,
+    "low-rank": LowRankFactors,
     "lrq": LRQ,
     "norm-tweaking": NormTweaking,
     "parameters": Parameters,
+    "ptq161": PTQ161,
+    "quip-sharp": QuIPSharp,
     "signround": SignRound,
 }
