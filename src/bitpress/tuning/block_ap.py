@@ -18,7 +18,7 @@ from bitpress.formats.grids.grid import Params
 from bitpress.tuning.learned import Leaf, LearnedCodes, Start
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
-__all__ = ["BlockAP"]
+__all__ = ["BlockAP", "ShiftedWeights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class BlockAP(Tuning):
     serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")
 
     def begin(self, start: Start) -> LearnedCodes:
-        return _Everything(start, self.scales, self.zeros)
+        return ShiftedWeights(start, self.scales, self.zeros)
 
 
-class _Everything(LearnedCodes):
-    """Leaves are relative to their start, so that one rate suits layers of any size."""
+class ShiftedWeights(LearnedCodes):
+    """Weights by a shift, and parameters of the codes. Leaves are relative to their start, so that one rate suits layers of any size."""
 
     def __init__(self, start: Start, scales: float, zeros: bool) -> None:
         super().__init__(start)
