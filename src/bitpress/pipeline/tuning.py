@@ -90,20 +90,25 @@ class BlockTuner:
     ) -> LearnedWeight | None:
         """Return a weight as it is learned, None where its codes stay."""
         name, weight = p.parameter.name, made[p.parameter.name]
-        at = None if p.parameter.experts else learned_term(weight)
-        if at is None:
-            notes[name] = (
-                f"{method} learns no codes of {'experts' if p.parameter.experts else 'this weight'}; they stay as they were"
-            )
+        if p.parameter.experts or weight.parts > 1:
+            notes[name] = f"{method} learns no codes of experts; they stay as they were"
             return None
-        start, at = LearnedWeight.start(weight, self.originals[name])
-        if not is_served(tuning.serves, start.fmt):
-            notes[name] = f"{method} cannot learn codes of {start.fmt.name}; they stay as they were"
+        at, codes = learned_term(weight), None
+        if at is not None:
+            start, at = LearnedWeight.start(weight, self.originals[name])
+            if not is_served(tuning.serves, start.fmt):
+                notes[name] = f"{method} cannot learn codes of {start.fmt.name}; they stay as they were"
+                return None
+            codes = tuning.begin(start)
+        found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
+        beside = {k: term for k, term in found.items() if term is not None}
+        sides = tuning.begin_sides(weight)
+        if codes is None and not beside and sides is None:
+            if at is None:
+                notes[name] = f"{method} learns no codes of this weight; they stay as they were"
             return None
-        codes = tuning.begin(start)
-        if codes is None:
-            return None
-        return LearnedWeight(weight, codes, at, transposed=p.parameter.transposed and tuning.span == "block")
+        transposed = p.parameter.transposed and tuning.span == "block"
+        return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
 
     def _vectors(self, tuning: Tuning, vectors: Mapping[str, torch.Tensor]) -> dict[str, LearnedVector]:
         if not tuning.norms:

@@ -192,7 +192,7 @@ class WeightCompressor:
         stats: Mapping[str, Stats],
         scales: Rescaled | None,
     ) -> CompressedParameter:
-        """Return a parameter with another weight of the same terms and maps, measured as the one before. Raises NumericsError."""
+        """Return a parameter with another weight, measured as the one before. Raises NumericsError."""
         parameter, name = made.parameter, made.parameter.stem
         decoded = weight.dequantize()
         if not all_finite(decoded):
@@ -214,7 +214,8 @@ class WeightCompressor:
                 if key in before
             }
         picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
-        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture})
+        sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
+        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
         entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
         # The errors of some of its terms are no longer those: it is loaded as a whole.
         record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})

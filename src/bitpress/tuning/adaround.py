@@ -1,6 +1,8 @@
 """AdaRound: every weight rounds down or up, by a soft bit that is pushed towards 0 or 1.
 
-Source   Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization".
+Source   Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; the details of its bits
+         as in the public code of BRECQ (`quant/adaptive_rounding.py`, `quant/layer_recon.py`): the stretch, the start, Adam at 1e-3, the sum
+         of the regulariser times 0.001 to 0.01.
 Differs  behind a closed form the two neighbours are those around its code; scales stay the closed form's. The loss is relative to the energy
          of the span's targets, so the regulariser's weight is in units of that. 200 steps in place of 10,000 or more.
 Update   w_hat = (clamp(floor(w / s) + h(v) + z, 0, top) - z) s,  h = rectified sigmoid,

@@ -1,7 +1,8 @@
 """Tensors of a block while they are learned: the codes of a weight, and vectors (norms, biases).
 
-A weight is learned in the basis of its codes; its other terms and its maps stay as they are. A forward computes with the very values that would be
-stored at that moment: parameters are rounded as their store rounds them, and the gradient passes through.
+The codes of a weight are learned in their own basis, and other terms beside them likewise; its maps stay as they are, but for a diagonal at
+either end (`LearnedSides`). A forward computes with the very values that would be stored at that moment: parameters are rounded as their store
+rounds them, and the gradient passes through.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,23 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
-from bitpress.formats import CompressedWeight, Format, Map, Packed
+from bitpress.formats import Chain, CompressedWeight, Format, Map, Packed, Scale, Term, chain
 from bitpress.formats.fake_quantize import inside_range
 from bitpress.formats.grids.grid import EvenlySpaced, Params, Streamed
 from bitpress.transforms.basis import into_basis
 from bitpress.tuning.relaxation import pass_through, round_through
 
-__all__ = ["Leaf", "Learned", "LearnedCodes", "LearnedVector", "LearnedWeight", "Start", "learned_term"]
+__all__ = [
+    "Leaf",
+    "Learned",
+    "LearnedCodes",
+    "LearnedSides",
+    "LearnedTerm",
+    "LearnedVector",
+    "LearnedWeight",
+    "Start",
+    "learned_term",
+]
 
 # The share of codes that plain rounding would choose too, from which on a start counts as rounded.
 ROUNDED = 0.97
@@ -50,6 +61,24 @@ class Learned(Protocol):
 
     def penalty(self, progress: float) -> torch.Tensor | None:
         """Return what is added to the loss, if anything."""
+        ...
+
+
+class LearnedTerm(Protocol):
+    """A term of a weight while it is learned."""
+
+    def leaves(self) -> list[Leaf]: ...
+
+    def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
+        """Return the term in float32, with a gradient by the leaves."""
+        ...
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """Return what is added to the loss, if anything."""
+        ...
+
+    def harden(self) -> Term:
+        """Return the term as it is stored."""
         ...
 
 
@@ -168,15 +197,28 @@ def learned_term(weight: CompressedWeight) -> int | None:
 
 
 class LearnedWeight:
-    """A compressed weight one term of which is learned.
+    """A compressed weight some of whose terms are learned.
 
-    original     [out, in], what the weight stands for with its maps
+    codes        its term number `at`, the first one of codes, if that is learned
+    beside       other terms that are learned, by their numbers
+    sides        the diagonals around its maps that are learned
     transposed   whether the model's parameter is [in, out]
     """
 
-    def __init__(self, weight: CompressedWeight, codes: LearnedCodes, at: int, *, transposed: bool = False) -> None:
-        self.whole, self.codes, self.at, self.transposed = weight, codes, at, transposed
-        self.others = [None if k == at else term.dequantize() for k, term in enumerate(weight.terms)]
+    def __init__(
+        self,
+        weight: CompressedWeight,
+        codes: LearnedTerm | None,
+        at: int | None,
+        *,
+        beside: Mapping[int, LearnedTerm] | None = None,
+        sides: "LearnedSides | None" = None,
+        transposed: bool = False,
+    ) -> None:
+        own = {} if codes is None or at is None else {at: codes}
+        self.terms = dict(sorted({**own, **(beside or {})}.items()))
+        self.whole, self.sides, self.transposed = weight, sides, transposed
+        self.others = [None if k in self.terms else term.dequantize() for k, term in enumerate(weight.terms)]
 
     @staticmethod
     def start(weight: CompressedWeight, original: Float[torch.Tensor, "out in"]) -> tuple[Start, int]:
@@ -193,27 +235,75 @@ class LearnedWeight:
         return Start.of(term, target), at
 
     def leaves(self) -> list[Leaf]:
-        return self.codes.leaves()
+        own = [leaf for term in self.terms.values() for leaf in term.leaves()]
+        return own if self.sides is None else own + self.sides.leaves()
 
     def penalty(self, progress: float) -> torch.Tensor | None:
-        return self.codes.penalty(progress)
+        total: torch.Tensor | None = None
+        for term in self.terms.values():
+            part = term.penalty(progress)
+            total = part if total is None else total if part is None else total + part
+        return total
 
     def value(self, progress: float) -> torch.Tensor:
         total: torch.Tensor | None = None
-        for other in self.others:
-            part = self.codes.weight(progress) if other is None else other
+        for k, other in enumerate(self.others):
+            part = self.terms[k].weight(progress) if other is None else other
             total = part if total is None else total + part
         assert total is not None
         mapped: torch.Tensor = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
+        if self.sides is not None:
+            mapped = self.sides.apply(mapped)
         return mapped.T if self.transposed else mapped
 
     def harden(self) -> CompressedWeight:
-        terms = [self.codes.harden() if k == self.at else term for k, term in enumerate(self.whole.terms)]
-        return replace(self.whole, terms=tuple(terms))
+        terms = [self.terms[k].harden() if k in self.terms else term for k, term in enumerate(self.whole.terms)]
+        weight = replace(self.whole, terms=tuple(terms))
+        return weight if self.sides is None else self.sides.harden(weight)
 
     def hard_value(self) -> torch.Tensor:
         decoded = self.harden().dequantize()
         return decoded.T if self.transposed else decoded
+
+
+class LearnedSides:
+    """Diagonals at both ends of a weight's maps, learned from ones, and stored as scale maps.
+
+    w_hat = diag(t) T_out (sum of terms) T_in diag(s)
+    """
+
+    def __init__(self, weight: CompressedWeight, *, inputs: bool, outputs: bool, rate: float = 1.0) -> None:
+        rows, cols = weight.shape
+        device = next(iter(weight.tensors().values())).device
+        self.s = torch.ones(cols, device=device, requires_grad=True) if inputs else None
+        self.t = torch.ones(rows, device=device, requires_grad=True) if outputs else None
+        self.rate = rate
+
+    def leaves(self) -> list[Leaf]:
+        return [Leaf(side, self.rate) for side in (self.s, self.t) if side is not None]
+
+    def apply(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
+        w = w if self.s is None else w * self.s
+        return w if self.t is None else (w.T * self.t).T
+
+    def harden(self, weight: CompressedWeight) -> CompressedWeight:
+        """Return the weight with the diagonals in its maps; two scales in a row become one."""
+        s, t = (None if side is None else Scale(side.detach().clone()) for side in (self.s, self.t))
+        ahead, behind = _maps(s, weight.input_map), _maps(weight.output_map, t)
+        return replace(weight, input_map=chain(*ahead), output_map=chain(*behind))
+
+
+def _maps(*maps: Map | None) -> list[Map]:
+    """Return single maps in a row, scales side by side multiplied."""
+    joined: list[Map] = []
+    for one in maps:
+        for single in one.maps if isinstance(one, Chain) else [] if one is None else [one]:
+            last = joined[-1] if joined else None
+            if isinstance(single, Scale) and isinstance(last, Scale):
+                joined[-1] = Scale(last.scale * single.scale)
+            else:
+                joined.append(single)
+    return joined
 
 
 class LearnedVector:

@@ -1,8 +1,9 @@
 """Learned weight clipping: the ends of every block's range, as sigmoids.
 
-Source   Shao et al. 2023, "OmniQuant: Omnidirectionally Calibrated Quantization for Large Language Models", and its public code.
+Source   Shao et al. 2023, "OmniQuant: Omnidirectionally Calibrated Quantization for Large Language Models", and its public code
+         (`main.py`, `quantize/quantizer.py`): sigmoids from 4, AdamW without decay at 1e-2, 20 passes over 128 texts, one a step.
 Differs  the sigmoids start where they give the closed form's range (the authors: nearly the full range), and weights may have a closed form's
-         codes at the start; its equivalent transformation is not part of this row.
+         codes at the start; 200 steps of 8 texts. Its equivalent transformation is not part of this row.
 Update   scale = (sigmoid(a) high - sigmoid(b) low) / top,  w_hat = (clamp(round(w / scale) + zero, 0, top) - zero) scale
 """
 
@@ -24,7 +25,7 @@ OPEN = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedClipping(Tuning):
-    rate: float | None = 5e-3
+    rate: float | None = 1e-2
     schedule: ScheduleName = "constant"
 
     summary: ClassVar[str] = "ends of ranges as sigmoids; codes follow by rounding to nearest"

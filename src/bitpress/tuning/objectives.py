@@ -23,7 +23,17 @@ def _channels(out: Out, target: Out) -> Float[torch.Tensor, ""]:
     return (a.mean(0) - b.mean(0)).square().mean() + (a.std(0) - b.std(0)).square().mean()
 
 
-LOSSES: dict[LossName, Callable[[Out, Out], Float[torch.Tensor, ""]]] = {"mse": _mse, "channels": _channels}
+def _cosine(out: Out, target: Out) -> Float[torch.Tensor, ""]:
+    """PTQ1.61's and ABQ-LLM's loss: squared error - log(mean cosine between tokens' outputs), the logarithm in units of the targets' square."""
+    cosine = torch.nn.functional.cosine_similarity(out.float(), target.float(), dim=-1).mean()
+    return _mse(out, target) - target.float().square().mean() * cosine.abs().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+LOSSES: dict[LossName, Callable[[Out, Out], Float[torch.Tensor, ""]]] = {
+    "mse": _mse,
+    "channels": _channels,
+    "cosine": _cosine,
+}
 
 
 class BlockObjective(Objective):

@@ -1,6 +1,7 @@
 """The tuner: learn tensors of one span by the gradient of a loss, and keep what came out only where it is better on held-out text.
 
-A paper is a `Tuning`: which tensors stand for a weight (`begin`), with the span, loss and optimiser that it takes.
+A paper is a `Tuning`: which tensors stand for a weight (`begin`, and beside its codes `begin_beside` and `begin_sides`), with the span, loss
+and optimiser that it takes.
 """
 
 import math
@@ -13,13 +14,14 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.errors import UsageError
-from bitpress.tuning.learned import Leaf, Learned, LearnedCodes, Start
+from bitpress.formats import CompressedWeight, Term
+from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, Start
 
 __all__ = ["Curve", "Objective", "Tuning", "tune_"]
 
 OptimizerName = Literal["adam", "sign"]
 ScheduleName = Literal["constant", "linear", "cosine"]
-LossName = Literal["mse", "channels"]
+LossName = Literal["mse", "channels", "cosine"]
 Span = Literal["layer", "block"]
 
 # The points of a curve: averages over as many steps as that takes.
@@ -34,13 +36,15 @@ class Tuning:
     batch      windows of calibration text a step; a span of one layer uses the statistics of all text in each
     rate       learning rate; None: 1 / steps
     span       what is learned together: the weights of a block by its output, or every weight alone by its own
-    loss       mse: squared error of the span's output; channels: squared distance of every channel's mean and deviation
+    loss       mse: squared error of the span's output; channels: squared distance of every channel's mean and deviation; cosine: squared
+               error, and the logarithm of the mean cosine between tokens' outputs
     targets    original: what the uncompressed model gives there; same: what the uncompressed span makes of the compressed one's input
     norms      learning rate of norms and biases of the block, learned with the weights; 0: they stay as they are
     checks     how often held-out text is looked at; the best of these is kept, and the start if none is better
     seed       of the draw of windows
 
-    summary, paper, serves as those of a quantizer: `serves` are names of formats whose codes it can learn.
+    summary, paper, serves as those of a quantizer: `serves` are names of formats whose codes it can learn; `adds_maps` says whether weights
+    get maps that they did not have.
     """
 
     steps: int = 200
@@ -58,6 +62,7 @@ class Tuning:
     summary: ClassVar[str]
     paper: ClassVar[str]
     serves: ClassVar[tuple[str, ...]] = ("*",)
+    adds_maps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checks"):
@@ -78,9 +83,17 @@ class Tuning:
     def learning_rate(self) -> float:
         return 1 / self.steps if self.rate is None else self.rate
 
-    def begin(self, start: Start) -> LearnedCodes | None:
-        """Return what is learned of a term of codes, None if codes and parameters stay as they are."""
+    def begin(self, start: Start) -> LearnedTerm | None:
+        """Return what is learned of a weight's first term of codes, None if codes and parameters stay as they are."""
         raise NotImplementedError
+
+    def begin_beside(self, term: Term) -> LearnedTerm | None:
+        """Return what is learned of a term beside that one, None if it stays."""
+        return None
+
+    def begin_sides(self, weight: CompressedWeight) -> LearnedSides | None:
+        """Return the diagonals around a weight's maps that are learned, None if its maps stay."""
+        return None
 
 
 class Objective(Protocol):
