@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; tests of kept layouts have a folder of their own
+os.environ.setdefault("BITPRESS_DEVICE", "cpu")  # a test that is not marked gpu means the processor, whatever is there
 
 import array_checks
 import pytest

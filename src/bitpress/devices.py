@@ -15,7 +15,7 @@ import torch
 from bitpress.errors import UsageError
 from bitpress.settings import default_device, use_fixed_workspace
 
-__all__ = ["CPU", "computing_on", "device_name", "find_device", "peak_device_bytes", "total_bytes"]
+__all__ = ["CPU", "computing_on", "device_name", "find_device", "peak_device_bytes", "usable_bytes"]
 
 CPU = torch.device("cpu")
 _NAMES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -41,16 +41,17 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 @contextmanager
-def computing_on(device: torch.device, memory: int | None = None) -> Iterator[None]:
-    """Compute on a device for a while: with at most `memory` bytes of it, in exact float32, and with the same results every time where
-    torch can. What was set before comes back.
+def computing_on(name: str | None = None, memory: int | None = None) -> Iterator[torch.device]:
+    """Compute on the device of a name (`find_device`) for a while: with at most `memory` bytes of it, in exact float32, and with the same
+    results every time where torch can. What was set before comes back.
 
-    Raises UsageError for a limit beyond the device, or of the processor.
+    Raises UsageError for a device that is not there, and for a limit beyond it, or of the processor.
     """
+    device = find_device(name)
     if memory is not None:
         check_limit(device, memory)
     if device.type != "cuda":
-        yield
+        yield device
         return
     use_fixed_workspace()
     settings: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
@@ -71,7 +72,7 @@ def computing_on(device: torch.device, memory: int | None = None) -> Iterator[No
         with warnings.catch_warnings():
             # An operation without a deterministic version is not refused: docs/devices.md says how far "the same" goes.
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-            yield
+            yield device
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
@@ -93,6 +94,13 @@ def check_limit(device: torch.device, memory: int) -> None:
 def total_bytes(device: torch.device) -> int:
     """Return the memory of a GPU."""
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that a run may take: what is free, and at most what `computing_on` allows."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    return min(int(free) + held, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
 def device_name(device: torch.device) -> str:

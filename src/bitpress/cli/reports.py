@@ -17,6 +17,7 @@ from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.budget import told_formats
+from bitpress.pipeline.device_memory import DeviceMemory
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
@@ -52,6 +53,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
+            **({"device": f"{run['device']}, peak memory {size(run['peak_device_memory_bytes'])}"} if "device" in run else {}),
         },
     )
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
@@ -116,8 +118,10 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
-    """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
+def show_plan(
+    plan: Plan, method: Method, seconds: float | None, on_device: DeviceMemory | None = None, *, whole: bool = False
+) -> None:
+    """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight. A GPU has memory, and no estimate of seconds."""
     if whole:
         rows = [*plan.rows(), *(found.planned.row() for found in plan.outer)]
         lines = [(str(r["name"]), "x".join(map(str, r["shape"])), *_in_format(r)) for r in rows]
@@ -144,8 +148,11 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
+        **({} if on_device is None else {"GPU memory, estimated": size(on_device.total)}),
     }
+    if seconds is not None:
+        idle = f"on an idle machine ({threads_text(torch.get_num_threads())}), without the proof"
+        totals["time, estimated"] = f"{duration(seconds)} {idle}"
     table("\nIn all", ("", ""), list(totals.items()))
 
 

@@ -22,8 +22,8 @@ class Clock:
     device: torch.device = CPU
 
     def facts(self) -> dict[str, object]:
-        """Return the time, the memory, and the machine. Of the processor, the device's own memory is not told."""
-        on_device = {"device": device_name(self.device), "peak_device_memory_bytes": peak_device_bytes(self.device)}
+        """Return the time, the memory, and the machine. The processor has no memory of its own, and is not named."""
+        peak = peak_device_bytes(self.device)
         return {
             "seconds": round(time.perf_counter() - self.started, 2),
             "seconds_pressing": round(self.compressing, 2),
@@ -31,5 +31,5 @@ class Clock:
             "threads": torch.get_num_threads(),
             "native": sorted(native.features()) if native.available() else None,
             "machine": platform.processor() or platform.machine(),
-            **({} if self.device.type == "cpu" else on_device),
+            **({} if peak is None else {"device": device_name(self.device), "peak_device_memory_bytes": peak}),
         }

@@ -36,6 +36,7 @@ __all__ = [
     "check_room",
     "make_plan",
     "overlooked_products",
+    "squares_of",
     "unmeant_bits",
 ]
 
@@ -351,7 +352,7 @@ def _peak_memory(
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     positions = model.task.positions(model.model.config, method.recipe.calibration.length)
     held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
-    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
+    grams = sum(n * n * 4 * (1 + squares_of(model, method)) + n * held_out for n in widths)
     factor = 3 * max(widths, default=0) ** 2 * 8
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = method.recipe.batch * positions * widest * 4 * 4
@@ -370,7 +371,7 @@ def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: d
     return BASE_BYTES + kept + hidden + max(map(work, outer), default=0)
 
 
-def _squares(model: StreamedModel, method: Method) -> int:
+def squares_of(model: StreamedModel, method: Method) -> int:
     """Return how many statistics of the size of a gram are held for each input."""
     heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 1
     shapes = [STATISTICS[name].shape for name in method.needs]

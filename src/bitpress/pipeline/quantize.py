@@ -38,6 +38,7 @@ from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.budget import choose_formats, plan_method
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.clock import Clock
+from bitpress.pipeline.device_memory import check_device
 from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
@@ -132,6 +133,7 @@ def quantize_directory(
     calibration = method.recipe.calibration
     plan, streamed, loader = plan_run(model, method, device)
     check_memory(plan)
+    check_device(streamed, method, plan)
     if proof.tokens and method.reads_text and proof.text == calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end

@@ -311,6 +311,8 @@ class RunFacts(_Open):
     threads: int
     native: list[str] | None
     machine: str
+    device: str | None = None
+    peak_device_memory_bytes: int | None = None
 
 
 class JobIdentity(_Open):
