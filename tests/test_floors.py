@@ -16,7 +16,7 @@ HOUSE = (
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
     ("exchange",),
-    ("models", "quantizers", "corrections", "report"),
+    ("models", "quantizers", "corrections", "report", "tuning"),
     ("recipes", "runtime"),
     ("measure",),
     ("pipeline",),

@@ -46,7 +46,7 @@ from bitpress.pipeline.identity import identify, versions_on
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
 from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
 from bitpress.stopping import stoppable
@@ -269,6 +269,7 @@ def _compress(
             model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
+        **_tuned(committer.tuned),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
@@ -303,6 +304,22 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
         "inputs": method.recipe.calibration.inputs if method.follows_text else None,
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
+    }
+
+
+def _tuned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
+    """Sum up how spans were learned, by means over them; nothing where none was."""
+    if not spans:
+        return {}
+    return {
+        "tuned": {
+            "spans": len(spans),
+            "kept": sum(span.kept for span in spans),
+            "failed": [f"{span.name}: {span.failed}" for span in spans if span.failed is not None],
+            "held_out": [_mean([span.before for span in spans]), _mean([span.after for span in spans])],
+            "calibration": [_mean([span.calibration[at] for span in spans if span.calibration]) for at in (0, -1)],
+            "seconds": round(math.fsum(span.seconds for span in spans), 2),
+        }
     }
 
 

@@ -192,7 +192,7 @@ class Format:
         if isinstance(self.grid, Streamed):
             return self.encode_columns(w.float(), self._spread(params, (w.shape[0], w.shape[1])))
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
-        return self._from_blocks(codes, w.shape[0], self.grid.span)
+        return self.from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "codes_down codes_across"], params: Params) -> Float[torch.Tensor, "out in"]:
         """Return the weights in float32: `(codes - zero) * scale` for integers."""
@@ -200,7 +200,7 @@ class Format:
             shape = (codes.shape[0] * self.rows_per_code, codes.shape[1])
             return self.decode_columns(codes, self._spread(params, shape))
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
-        return self._from_blocks(values, codes.shape[0])
+        return self.from_blocks(values, codes.shape[0])
 
     def encode_columns(
         self, values: Float[torch.Tensor, "out cols"], params: Params
@@ -386,13 +386,13 @@ class Format:
         down, across = values.shape[0] // rows, values.shape[1] // cols
         return values.reshape(down, rows, across, cols).transpose(1, 2).reshape(-1, rows * cols)
 
-    def _from_blocks(self, blocks: torch.Tensor, out_features: int, unit: int = 1) -> torch.Tensor:
+    def from_blocks(self, blocks: torch.Tensor, out_features: int, unit: int = 1) -> torch.Tensor:
+        """Return what `to_blocks` cut, as `[out, in / unit]`."""
         width = blocks.numel() // out_features
         rows, cols = self._extent((out_features, width), unit)
         if rows == 1:
             return blocks.reshape(out_features, width)
-        down, across = out_features // rows, width // cols
-        return blocks.reshape(down, across, rows, cols).transpose(1, 2).reshape(out_features, width)
+        return blocks.reshape(out_features // rows, width // cols, rows, cols).transpose(1, 2).reshape(out_features, width)
 
 
 def shared_name(param: str, part: str) -> str:

@@ -18,19 +18,19 @@ import torch
 from jaxtyping import Float
 
 from bitpress.devices import CPU
-from bitpress.errors import CheckpointError, NumericsError
+from bitpress.errors import CheckpointError
 from bitpress.formats import AttentionOperands, CompressedLayer
-from bitpress.kernels.product import LayerProduct
 from bitpress.models.attention import attention_as_it_is, find_attentions, forget_attention_, round_attention_
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
+from bitpress.models.products import products_as_they_are, set_products_
 from bitpress.models.skeleton import build_skeleton, move_buffers_, restore_ties_, set_parameter_
 from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task
 from bitpress.models.uses import Use, find_uses
 
-__all__ = ["ParameterLoader", "StreamedModel", "no_product"]
+__all__ = ["ParameterLoader", "StreamedModel"]
 
 
 class ParameterLoader(Protocol):
@@ -148,11 +148,7 @@ class StreamedModel:
     def set_products_(self, layers: Mapping[str, CompressedLayer]) -> None:
         """Let these layers compute the products with their weights, until the block is dropped. Raises CheckpointError where a module
         computes in a way of its own."""
-        for name, layer in layers.items():
-            module = self.model.get_submodule(name.rpartition(".")[0])
-            if (why := no_product(module, name)) is not None:
-                raise CheckpointError(f"{name}: its input is rounded ({layer.input and layer.input.name}), and {why}.")
-            module.forward = partial(_forward, name, module, LayerProduct(layer.to(self.device), keep=True))
+        set_products_(self.model, layers, self.device)
 
     def set_attention_(self, operands: Mapping[str, AttentionOperands]) -> None:
         """Let modules round the operands of their attention until their block is dropped. Raises CheckpointError."""
@@ -161,13 +157,8 @@ class StreamedModel:
     @contextmanager
     def unrounded(self, i: int) -> Iterator[None]:
         """Let a block compute with its parameters as they are in the meantime, nothing rounded."""
-        held = [(module, module.__dict__.pop("forward")) for module in self.blocks[i].modules() if "forward" in module.__dict__]
-        try:
-            with attention_as_it_is(self.blocks[i]):
-                yield
-        finally:
-            for module, forward in held:
-                module.forward = forward
+        with products_as_they_are(self.blocks[i]), attention_as_it_is(self.blocks[i]):
+            yield
 
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""
@@ -224,6 +215,15 @@ class StreamedModel:
         out = self.blocks[i](hidden, *args, **kwargs)
         result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
+
+    def run_block_with(
+        self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"], values: Mapping[str, torch.Tensor]
+    ) -> Float[torch.Tensor, "samples positions hidden"]:
+        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these."""
+        prefix = f"{self.block_name(i)}."
+        inside = {f"block.{name.removeprefix(prefix)}": value.to(self.dtype) for name, value in values.items()}
+        out: torch.Tensor = torch.func.functional_call(_Runner(self, i), inside, (hidden,))
+        return out
 
     @torch.no_grad()
     def outputs(
@@ -354,19 +354,16 @@ class StreamedModel:
         )
 
 
-def no_product(module: torch.nn.Module, name: str) -> str | None:
-    """Return why a layer cannot compute the product with a weight in its module's place; None if it can."""
-    from transformers.pytorch_utils import Conv1D
+class _Runner(torch.nn.Module):
+    """A block as a module of its own, whose forward takes hidden states alone."""
 
-    plain = type(module) in (torch.nn.Linear, Conv1D) and name.endswith(".weight")
-    return None if plain else f"{type(module).__name__} is no plain linear layer"
+    def __init__(self, model: StreamedModel, i: int) -> None:
+        super().__init__()
+        self.block = model.blocks[i]
+        self._run = partial(model._run_block, i)
 
-
-def _forward(name: str, module: Any, product: LayerProduct, x: torch.Tensor) -> torch.Tensor:
-    try:
-        return product(x, module.bias)
-    except NumericsError as error:
-        raise NumericsError(f"{name}: {error}") from error
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._run(hidden)
 
 
 def _may_be_shared(value: Any) -> bool:

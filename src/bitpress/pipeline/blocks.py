@@ -18,6 +18,7 @@ from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStr
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
+from bitpress.pipeline.tuning import BlockTuner
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.recipes import Method
 from bitpress.transforms.disassemble import Disassemble
@@ -66,6 +67,8 @@ class BlockCompressor:
             stream.foresee_(block.index)
         replaced: dict[str, torch.Tensor] = {}
         seen: dict[str, SeenChannels] = {}
+        measured: dict[str, Stats] = {}
+        scales: Rescaled | None = None
         for stage in stages:
             final = stage is stages[-1]
             measuring = needs or self.measured is not None
@@ -73,6 +76,8 @@ class BlockCompressor:
             stats, scales = (
                 self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final) if measuring else ({}, None)
             )
+            measured |= stats if self.method.tunings else {}
+            targets = self._targets(block.index, replaced) if final and planned and self.method.tunings else {}
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -82,6 +87,8 @@ class BlockCompressor:
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
             self._round_(block, stage, seen, runs=advances or self.looked_at or not final)
+        if self.method.tunings and planned:
+            self._tune_(block, planned, measured, scales, targets)
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
@@ -108,6 +115,50 @@ class BlockCompressor:
         if runs:
             model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
             model.set_attention_(made.attention)
+
+    def _targets(self, i: int, replaced: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what the block should give: as the uncompressed model does there, and for the compressed blocks' states before it."""
+        stream, wanted = self.stream, {named.part.targets for named in self.method.tunings if named.part.span == "block"}
+        found = {}
+        if "original" in wanted:
+            assert stream.beside is not None
+            found["original"] = stream.beside
+        if "same" in wanted:
+            compressed = {name: stream.model.model.get_parameter(name).data for name in replaced}
+            stream.model.fill_(replaced)
+            found["same"] = stream.run_all(i)
+            stream.model.fill_(compressed)
+        return found
+
+    def _tune_(
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        stats: Mapping[str, Stats],
+        scales: Rescaled | None,
+        targets: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Learn the compressed weights of the block further, and the norms that the recipe says; put the results into `made` and the model."""
+        made, model, tensors = self.made, self.stream.model, block.tensors
+        packed = {name: p.weight for name, p in made.parameters.items()}
+        kept = {name: t for name, t in tensors.items() if name not in packed}
+        open_ones = [p for p in planned if p.parameter.name in packed]
+        originals = {p.parameter.name: self.weights.unscaled(p, tensors[p.parameter.name], scales) for p in open_ones}
+        tuner = BlockTuner(self.stream, block.index, open_ones, originals, stats, kept, targets)
+        tuned = tuner.tune(self.method.tunings, packed)
+        for p in open_ones:
+            name = p.parameter.name
+            if name in tuned.weights:
+                result = self.weights.replaced(made.parameters[name], tuned.weights[name], tensors[name], stats, scales)
+                made.put_(result)
+            if name in tuned.notes:
+                made.put_(made.parameters[name].with_note(tuned.notes[name]))
+        made.tuned = tuned.rows
+        tensors.update(tuned.vectors)
+        decoded = {
+            p.parameter.name: p.parameter.restore(made.parameters[p.parameter.name].weight.dequantize()) for p in open_ones
+        }
+        model.fill_({**decoded, **{name: tensors[name] for name in kept}})
 
     def _measure(
         self,

@@ -60,6 +60,7 @@ class CalibrationStream:
     follows_original  blocks are fed what the uncompressed blocks before them give
     feeds_head        the last block's outputs are needed too, by `capture_head`
     gradients         what `measure_gradients` found, for statistics in which tokens count by the loss
+    keeps_original    the uncompressed model's states are carried beside, even if no statistic compares the two
     before_advance    called each time before hidden states are overwritten
     """
 
@@ -74,7 +75,9 @@ class CalibrationStream:
         gradients: Mapping[str, torch.Tensor] | None = None,
         check_stop: Callable[[], None] = lambda: None,
         before_advance: Callable[[], None] = lambda: None,
+        keeps_original: bool = False,
     ) -> None:
+        self.keeps_original = keeps_original or bool(of_origin(needs, "original"))
         self.model, self.needs, self.batch, self.follows_original = model, frozenset(needs), batch, follows_original
         self.feeds_head = feeds_head
         self.gradients, self.check_stop, self.before_advance = gradients or {}, check_stop, before_advance
@@ -105,7 +108,7 @@ class CalibrationStream:
         """
         if inputs is None:
             return
-        both = bool(of_origin(self.needs, "original"))
+        both = self.keeps_original
         self._counted = len(inputs)
         if stored is not None and stored.shape[-3] == len(inputs):
             held_out = None  # stored by a version that held out nothing
@@ -195,11 +198,12 @@ class CalibrationStream:
         for rows, hidden in batches:
             counted = rows
             held_out = (hidden.shape[0], hidden.shape[1]) if rows.start >= self._counted else None
-            if self.beside is not None and held_out is None:
+            if self.beside is not None and (final or held_out is None):
                 self.model.fill_(original)
                 beside = self.beside[rows]
-                with self.model.unrounded(i):
-                    out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
+                run = partial(self.model.run_block, i, beside)
+                with self.model.unrounded(i):  # of held-out texts nothing is recorded
+                    out = run() if held_out is not None else capture.run(run, whole=final, original=True)
                 self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
@@ -209,6 +213,19 @@ class CalibrationStream:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
+
+    def run_all(self, i: int) -> torch.Tensor:
+        """Return what the loaded block makes of the hidden states, the held-out ones too."""
+        found = []
+        for _, hidden in self.batches():
+            found.append(self._checked(i, self.model.run_block(i, hidden)))
+            self.check_stop()
+        return torch.cat(found)
+
+    @property
+    def counted(self) -> int:
+        """The number of windows that count; those after them are held out."""
+        return self._counted
 
     def of_loss(self, key: str) -> torch.Tensor | None:
         """Return what `measure_gradients` found under a key, on the device."""

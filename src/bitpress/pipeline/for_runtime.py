@@ -202,6 +202,7 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
         terms.append({"kind": f"what {layer.quantizer.name} keeps beside them"})
     terms += [{"kind": named.name} for named in method.corrections]
     online = [named.name for named in method.changes] + [n.name for n in method.of("search") if n.part.run_time]
+    online += [named.name for named in method.tunings if named.part.adds_maps]
     if layer.quantizer.settings().get("groups") == "running":
         online = online or ["permutation"]
     elif layer.quantizer.part.keeps_map:

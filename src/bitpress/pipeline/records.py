@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError
-from bitpress.report.document import LayerRow, TokenErrors
+from bitpress.report.document import LayerRow, TokenErrors, TunedSpan
 
-__all__ = ["BlockRecord", "LayerRow", "TokenErrors"]
+__all__ = ["BlockRecord", "LayerRow", "TokenErrors", "TunedSpan"]
 
 
 class _Closed(BaseModel):
@@ -27,6 +27,7 @@ class BlockRecord(_Closed):
     weights: dict[str, WeightRecord] = {}
     digests: dict[str, str] = {}
     rows: list[LayerRow] = []
+    tuned: list[TunedSpan] = []
     kept: dict[str, str] | None = None
     attention: dict[str, dict[str, dict[str, str]]] = {}
 
@@ -45,17 +46,19 @@ class BlockRecord(_Closed):
         digests: dict[str, str] = {}
         rows: list[LayerRow] = []
         attention: dict[str, dict[str, dict[str, str]]] = {}
+        tuned: list[TunedSpan] = []
         for record in records:
             weights |= record.weights
             digests |= record.digests
             rows += record.rows
             attention |= record.attention
-        return cls(weights=weights, digests=digests, rows=rows, attention=attention)
+            tuned += record.tuned
+        return cls(weights=weights, digests=digests, rows=rows, attention=attention, tuned=tuned)
 
     def dump(self) -> dict[str, Any]:
         """Return the record as the journal holds it."""
         values = self.model_dump(mode="json")
-        absent = {key for key in ("kept", "attention") if not values[key]}
+        absent = {key for key in ("kept", "tuned", "attention") if not values[key]}
         return {key: value for key, value in values.items() if key not in absent}
 
     @property

@@ -29,7 +29,8 @@ from bitpress.formats import (
 )
 from bitpress.kernels.reference import Reference
 from bitpress.models.attention import watching
-from bitpress.models.streaming import StreamedModel, no_product
+from bitpress.models.products import no_product
+from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.recipes.method import InputMethod, Method

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float
 
+from bitpress import native
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.records import WeightRecord
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
@@ -30,7 +32,7 @@ from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
 from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
@@ -76,12 +78,14 @@ class CompressedParameter:
 @dataclass
 class CompressedBlock:
     """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are;
-    `notes` are rows of those of these that were to be compressed; `attention` says how modules round the operands of theirs."""
+    `notes` are rows of those of these that were to be compressed; `attention` says how modules round the operands of theirs, `tuned` are rows
+    of what was learned by gradients."""
 
     parameters: dict[str, CompressedParameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[LayerRow] = field(default_factory=list)
     attention: dict[str, AttentionOperands] = field(default_factory=dict)
+    tuned: list[TunedSpan] = field(default_factory=list)
 
     def put_(self, compressed: CompressedParameter) -> None:
         """Record a parameter, in place of an earlier result for it."""
@@ -104,6 +108,7 @@ class CompressedBlock:
             digests={name: p.digest for name, p in made.items()},
             rows=[*(p.row for p in made.values()), *self.notes],
             attention={name: operands.spec() for name, operands in self.attention.items()},
+            tuned=self.tuned,
         )
 
 
@@ -188,6 +193,49 @@ class WeightCompressor:
         )
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
+    def unscaled(self, planned: PlannedWeight, tensor: torch.Tensor, scales: Rescaled | None) -> Float[torch.Tensor, "rows in"]:
+        """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
+        name = planned.parameter.stem
+        w = torch.cat(planned.parameter.matrices(tensor))
+        return w if scales is None or name not in scales.unfolded else w / scales.factors[name]
+
+    def replaced(
+        self,
+        made: CompressedParameter,
+        weight: CompressedWeight,
+        tensor: torch.Tensor,
+        stats: Mapping[str, Stats],
+        scales: Rescaled | None,
+    ) -> CompressedParameter:
+        """Return a parameter with another weight, measured as the one before. Raises NumericsError."""
+        parameter, name = made.parameter, made.parameter.stem
+        decoded = weight.dequantize()
+        if not all_finite(decoded):
+            raise NumericsError(f"{name}: the learned weight is not finite.")
+        factor = None if scales is None else scales.factors.get(name)
+        w = parameter.matrices(tensor)[0]
+        unscaled, w_hat = (w, decoded) if factor is None else (w / factor, decoded)
+        if factor is not None and scales is not None and name not in scales.unfolded:
+            w_hat = decoded / factor
+        usable = stats.get(name)
+        (after,) = output_errors(unscaled, (w_hat,), usable)
+        by_class = None
+        if made.row.held_out is not None and usable is not None and usable.held_out is not None:
+            found = token_errors([measure_classes(unscaled, (w_hat, w_hat), usable.held_out)]) or {}
+            before = made.row.held_out
+            by_class = {
+                key: e.model_copy(update={"error_rounded": before[key].error_rounded})
+                for key, e in found.items()
+                if key in before
+            }
+        picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
+        sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
+        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
+        entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
+        # The errors of some of its terms are no longer those: it is loaded as a whole.
+        record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})
+        return replace(made, weight=weight, digest=digest(decoded), record=record, row=row)
+
     def _in_range(self, parts: LayerMethod, matrices: Sequence[torch.Tensor]) -> tuple[AnyFormat, tuple[str, ...]]:
         """Return a format that holds a weight of this size, the same for all experts, and the name of the fallback, if it is one."""
         fmt = parts.format
@@ -230,12 +278,12 @@ class WeightCompressor:
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
             parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)
             with _named(name):
-                outcome = compress_matrix(w, alike, parts)
+                outcome = _compress(w, alike, parts)
             outcome, seen = replace(outcome, fallbacks=(scarce,)), None
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
-                outcome = compress_matrix(w, _needed(seen, needs), parts)
+                outcome = _compress(w, _needed(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
         if seen is not None and "gram" in needs and "loss_gram" in self.method.needs and seen.loss_gram is None:
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, ALIKE))
@@ -279,6 +327,14 @@ class WeightCompressor:
         if alive is not None and not bool(alive.any()):
             return "every calibration input of this layer was zero; rounded without statistics"
         return None
+
+
+def _compress(w: Float[torch.Tensor, "out in"], stats: Stats | None, parts: LayerMethod) -> Outcome:
+    """Compress a matrix on its device, or on the host where the quantizer's loops are native; the result is on the device."""
+    if w.device == CPU or not (parts.quantizer.part.native_loops and native.available()):
+        return compress_matrix(w, stats, parts)
+    outcome = compress_matrix(w.to(CPU), None if stats is None else stats.to(CPU), parts)
+    return replace(outcome, weight=outcome.weight.to(w.device))
 
 
 def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:

@@ -57,6 +57,7 @@ class AQLM(Quantizer):
     summary: ClassVar[str] = "sums of codewords learned from the layer's output, codes by beam search"
     paper: ClassVar[str] = "P295"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("aq*", "vq*")
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class BoA(Quantizer):
     summary: ClassVar[str] = "error feedback across columns and across the rows of attention heads"
     paper: ClassVar[str] = "P155"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:

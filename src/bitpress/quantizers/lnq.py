@@ -48,6 +48,7 @@ class LNQ(Quantizer):
     summary: ClassVar[str] = "levels learned for the layer's output, codes by coordinate descent"
     paper: ClassVar[str] = "yardstick: LNQ"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("kmeans*",)
 
     def __post_init__(self) -> None:

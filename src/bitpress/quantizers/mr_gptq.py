@@ -45,6 +45,7 @@ class MRGPTQ(Quantizer):
     summary: ClassVar[str] = "GPTQ with a scale search for MXFP4 and NVFP4, after a Hadamard rotation of every block"
     paper: ClassVar[str] = "P438"
     bits: ClassVar[tuple[float, float]] = (4, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("e2m1-*", "mxfp4-*")
 
     def __post_init__(self) -> None:

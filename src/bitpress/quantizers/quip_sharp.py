@@ -56,6 +56,7 @@ class QuIPSharp(Quantizer):
     summary: ClassVar[str] = "points of the E8 lattice with error feedback, after a random Hadamard rotation"
     paper: ClassVar[str] = "P204"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("e8p-*",)
 
     def __post_init__(self) -> None:

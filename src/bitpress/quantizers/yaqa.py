@@ -49,6 +49,7 @@ class YAQA(Quantizer):
     summary: ClassVar[str] = "error feedback across columns and rows, by the curvature of the model's loss"
     paper: ClassVar[str] = "yardstick: YAQA"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:

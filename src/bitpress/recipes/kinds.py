@@ -8,6 +8,7 @@ from bitpress.calibration.observers import OBSERVERS
 from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS
+from bitpress.tuning.table import TUNINGS
 
 __all__ = ["KINDS", "LISTS", "Kind", "Table", "table_of"]
 
@@ -34,6 +35,7 @@ KINDS: dict[str, Kind] = {
     "correction": Kind("corrections", "correction", CORRECTIONS),
     "bias": Kind("corrections", "correction", BIAS_CORRECTIONS),
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
+    "tuning": Kind("tuning", "tuning", TUNINGS),
     "observer": Kind("observer", "observer", OBSERVERS),
 }
 

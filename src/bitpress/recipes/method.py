@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from bitpress.arithmetic import has_fast_bf16
+from bitpress.calibration import of_origin
 from bitpress.corrections.correction import Correction
 from bitpress.devices import CPU
 from bitpress.formats import (
@@ -39,6 +40,7 @@ from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
+from bitpress.tuning.tuner import Tuning
 
 __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
@@ -127,6 +129,17 @@ class Method:
         return self.of("correction")
 
     @cached_property
+    def tunings(self) -> tuple[Named[Tuning], ...]:
+        """What is learned of every block, one after the other."""
+        return self.of("tuning")
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the uncompressed model's hidden states are carried beside the compressed one's."""
+        by_output = any(named.part.span == "block" and named.part.targets == "original" for named in self.tunings)
+        return by_output or bool(of_origin(self.needs, "original"))
+
+    @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
         """All parts, those of overrides too."""
         return (*self.parts, *(own.quantizer for own in self.overrides if own.quantizer is not None))
@@ -134,7 +147,10 @@ class Method:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
-        needs: frozenset[str] = frozenset().union(*(named.part.needs for named in self.every_part))
+        parts = [named for named in self.every_part if named.kind != "tuning"]
+        needs: frozenset[str] = frozenset().union(*(named.part.needs for named in parts))
+        if self.tunings:  # errors are told of the layers' outputs, before and after
+            needs |= {"gram"}
         return needs | {"loss_gram"} if self.recipe.calibration.gram == "loss" else needs
 
     @property
@@ -170,7 +186,7 @@ class Method:
     @cached_property
     def shared_needs(self) -> frozenset[str]:
         """Statistics that every weight needs, whichever quantizer it has."""
-        return frozenset().union(*(named.part.needs for named in self.parts if named.kind != "quantizer"))
+        return frozenset().union(*(named.part.needs for named in self.parts if named.kind not in ("quantizer", "tuning")))
 
     @cached_property
     def _default(self) -> LayerMethod:
@@ -223,6 +239,8 @@ class Method:
         for key in OPERANDS:
             del values[key]  # likewise
         values |= {key: own.spec() for key, own in self.attention.items()}
+        if not self.tunings:
+            del values["tuning"]  # likewise
         if self.recipe.budget is None:
             del values["budget"]
         else:
@@ -245,6 +263,7 @@ def build_method(recipe: Recipe) -> Method:
     quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
     parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [part_of_key("corrections", part) for part in recipe.corrections]
+    parts += [part_of_key("tuning", part) for part in recipe.tuning]
     inputs = None if recipe.inputs is None else input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(

@@ -4,6 +4,7 @@ weights: int4-g64-zero
 transforms: [{name: awq-scale}]         what runs before; left out: what the quantizer's paper puts there
 quantizer: {name: gptq, damp: 0.01}     without a name: channel scales and gptq, see `Recipe`
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
+tuning: [{name: signround, steps: 200}] what is learned by gradients, block by block, from what the parts above chose
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
               gram: input,              or loss: tokens count with the loss's squared gradient by the output of the layer
@@ -234,6 +235,7 @@ class Recipe(_Closed):
     transforms: tuple[dict[str, Any], ...] | None = None
     quantizer: dict[str, Any] = {}
     corrections: tuple[dict[str, Any], ...] = ()
+    tuning: tuple[dict[str, Any], ...] = ()
     inputs: InputRounding | None = None
     queries: InputRounding | None = None
     keys: InputRounding | None = None

@@ -27,6 +27,8 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
+    if method.tunings:
+        _check_tuning(method)
     if calibration.gram == "loss":
         apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
         if apart:
@@ -68,6 +70,18 @@ def _check_channels(method: Method) -> None:
     before = [named.kind for named in transforms[: next((i for i, n in enumerate(transforms) if n.name == "shift"), 0)]]
     if "search" in before or "basis" in before:
         raise UsageError("shift moves the channels that scales and changes of basis see, so it goes before them.")
+
+
+def _check_tuning(method: Method) -> None:
+    name, calibration = method.tunings[0].name, method.recipe.calibration
+    if calibration.inputs == "original":
+        raise UsageError(f"{name} learns from the outputs of compressed blocks, so calibration.inputs cannot be original.")
+    if exact := method.exact_formats():
+        raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
+    if method.rounds_inputs:
+        raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
+    if method.of("bias"):
+        raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
 
 
 def _check_outer(method: Method) -> None:
