@@ -18,7 +18,7 @@ from bitpress.recipes import make_method
 from bitpress.tuning.learned import LearnedVector, LearnedWeight, _Mapped
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
 from bitpress.tuning.table import TUNINGS
-from bitpress.tuning.tuner import Curve, Objective, Tuning, tune_
+from bitpress.tuning.tuner import Curve, Objective, Tuning, _draw, tune_
 
 OUT = 16
 # Evenly spaced with and without zero point, with a minimum, scales in two levels, levels from tables, levels of a block's own, vectors of
@@ -146,6 +146,18 @@ def test_the_same_seed_gives_the_same_bytes(name: str) -> None:
         first, second = (result[0].harden().tensors() for result in found if result is not None)
         assert all(torch.equal(value, second[leaf]) for leaf, value in first.items())
         assert found[0][1] == found[1][1]
+
+
+def test_windows_are_drawn_by_the_seed_and_the_block() -> None:
+    """Of 16 windows in batches of 4 every one comes once before any comes again; another seed or block has another order."""
+
+    def drawn(seed: int, salt: int) -> list[list[int]]:
+        return [rows.tolist() for rows in itertools.islice(_draw(16, 4, seed, salt), 4)]
+
+    found = [drawn(0, 0), drawn(1, 0), drawn(0, 1)]
+    assert all(sorted(itertools.chain(*rows)) == list(range(16)) for rows in found)
+    assert len({str(rows) for rows in found}) == 3
+    assert drawn(1, 0) == found[1]
 
 
 class Broken:

@@ -33,16 +33,16 @@ def test_the_tiny_model_is_learned_published_and_loaded_again(tmp_path: Path) ->
     recipe = {
         "weights": "int2-g32-zero",
         "quantizer": "rtn",
-        "calibration": {"samples": 8, "length": 32},
-        "tuning": [{"name": "block-ap", "steps": 8}, {"name": "norm-tweaking", "steps": 4}],
+        "calibration": {"samples": 4, "length": 16},
+        "tuning": [{"name": "block-ap", "steps": 4}, {"name": "norm-tweaking", "steps": 2}],
     }
-    figures = quantize("bitpress-tiny", tmp_path / "out", recipe=recipe, proof_tokens=64)
+    report = quantize("bitpress-tiny", tmp_path / "out", recipe=recipe, proof_tokens=64)
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["tuned"]
     blocks = len({row["name"] for row in rows})
     assert [row["tuning"] for row in rows] == ["block-ap", "norm-tweaking"] * blocks
     assert all(row["kept"] == (row["after"] < row["before"]) and row["failed"] is None for row in rows)
-    assert all(row["kept"] and len(row["calibration"]) == 8 for row in rows[::2])
-    assert figures["kl_mean"] > 0
+    assert all(row["kept"] and len(row["calibration"]) == 4 for row in rows[::2])
+    assert report["figures"]["kl_mean"] > 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
@@ -57,9 +57,11 @@ def test_what_is_not_learned_stays_as_it_was(
     report = run(model, after, gptq_recipe(tuning=[tuning]))
     first, second = weights(before), weights(after)
     assert first.keys() == second.keys()
-    changed = {name.rpartition(".")[2] for name in first if not torch.equal(first[name], second[name])}
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert any(row["kept"] for row in report["tuned"])
-    assert changed == {"scale"}
+    # The first block has the same inputs in both runs, and so the same codes.
+    assert {name.rpartition(".")[2] for name in changed if ".0." in name.partition("experts")[0]} == {"scale"}
+    assert {name.rpartition(".")[2] for name in changed} <= {"codes", "scale", "zero"}
     experts = [row for row in report["layers"] if "experts" in row["name"]]
     assert bool(experts) == (architecture == "mixtral")
     assert all("learns no codes of experts" in row["notes"][-1] for row in experts)

@@ -176,7 +176,7 @@ def plan(
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
     from bitpress.pipeline.for_runtime import carriers, fit_to
-    from bitpress.pipeline.oddities import told_untied
+    from bitpress.pipeline.oddities import told_scarce, told_untied
     from bitpress.pipeline.plan import unmeant_bits
     from bitpress.pipeline.quantize import plan_run
 
@@ -194,7 +194,7 @@ def plan(
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
         excess = None if planned.offer is None else planned.offer.excess()
         for text in [
-            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
+            *(f"{text}." for text in (*unmeant_bits(planned), *told_scarce(planned), *told_untied(planned))),
             *([] if excess is None else [excess]),
         ]:
             screen.note(text)

@@ -20,6 +20,8 @@ from bitpress.pipeline.budget import told_formats
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
+from bitpress.report.document import TunedSpan
+from bitpress.report.sentences import say_learned
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -54,6 +56,9 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
         },
     )
+    if report.get("tuned"):  # only where something was learned
+        spans = [TunedSpan.model_validate(row) for row in report["tuned"]]
+        table("\nLearned by gradients", ("", ""), [tuple(text.split(": ", 1)) for text in say_learned(spans)])
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
     table(
         "\nLargest relative errors" + (f" of the {worst[0]['measured_on']}" if worst else ""),

@@ -7,7 +7,12 @@ from bitpress.pipeline.plan import Plan, overlooked_products, unmeant_bits
 from bitpress.progress import Progress
 from bitpress.recipes import Method
 
-__all__ = ["note_oddities", "told_untied"]
+__all__ = ["note_oddities", "told_scarce", "told_untied"]
+
+
+def told_scarce(plan: Plan) -> tuple[str, ...]:
+    """Say which spans have more learned parameters than the calibration text has values to learn them from."""
+    return () if plan.learning is None else plan.learning.scarce
 
 
 def told_untied(plan: Plan) -> list[str]:
@@ -25,6 +30,10 @@ def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress:
             raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")
         progress.note(f"{text}.")
     for text in unmeant_bits(plan):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict).")
+        progress.note(f"{text}.")
+    for text in told_scarce(plan):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")

@@ -22,6 +22,7 @@ from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.gradients import gradient_bytes
+from bitpress.pipeline.learning_plan import Learning, plan_learning
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
@@ -57,6 +58,7 @@ class Plan:
     outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
     untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
+    learning  what the recipe's tuning takes
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
 
@@ -74,6 +76,7 @@ class Plan:
     given: Given | None = None
     offer: Offer | None = None
     untied: Mapping[str, str] = field(default_factory=dict)
+    learning: Learning | None = None
 
     @property
     def given_bytes(self) -> int:
@@ -190,8 +193,10 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
     length = model.task.positions(model.model.config, recipe.calibration.length)
     hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
-    compressed_bytes = sum(w.nbytes for w in weights)
-    outer_bytes = sum(found.planned.nbytes for found in outer)
+    compressed_bytes, outer_bytes = sum(w.nbytes for w in weights), sum(found.planned.nbytes for found in outer)
+    held, peak = _memory(model, method, weights, stored, hidden)
+    peak = max(peak, _outer_memory(model, outer, stored, hidden))
+    learning = plan_learning(model, method, weights, held, peak)
     return Plan(
         weights=tuple(weights),
         kept=kept,
@@ -202,8 +207,9 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
         disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _gradients(method, weights) + 32 * 2**20,
-        peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
+        peak_memory=peak if learning is None else max(peak, learning.peak),
         outer=outer,
+        learning=learning,
     )
 
 
@@ -237,18 +243,18 @@ def check_memory(plan: Plan) -> None:
 
     Some libraries end the process when an allocation fails, so a limit (ulimit -v) is checked before they can meet it.
     """
-    left = address_space_left()
-    if left is not None and left < plan.peak_memory - BASE_BYTES + SPACE_BYTES:
-        needed = plan.peak_memory - BASE_BYTES + SPACE_BYTES - left
+    left, needed = address_space_left(), plan.peak_memory - BASE_BYTES
+    if left is not None and left < needed + SPACE_BYTES:
         raise MemoryLimitError(
-            f"out of memory: the limit on this process's address space (ulimit -v) is {needed:,} bytes too low; raise it, or "
+            f"out of memory: the limit on this process's address space (ulimit -v) is {needed + SPACE_BYTES - left:,} bytes too low; raise it, or "
             "use fewer or shorter samples, or a method without statistics such as rtn."
         )
     memory = psutil.virtual_memory().available
-    if memory < plan.peak_memory - BASE_BYTES:
+    if memory < needed:
+        batch = None if plan.learning is None else plan.learning.advice(memory + BASE_BYTES)
         raise MemoryLimitError(
             f"about {plan.peak_memory:,} bytes of memory are needed and {memory:,} are free; "
-            "use fewer or shorter samples, or a method without statistics such as rtn."
+            + (batch or "use fewer or shorter samples, or a method without statistics such as rtn.")
         )
 
 
@@ -324,16 +330,14 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def _activation_bytes(method: Method, of_sample: int) -> int:
-    if not method.follows_text:
-        return 0
-    streams = 2 if of_origin(method.needs, "original") else 1
-    return streams * method.recipe.calibration.drawn * of_sample
+    return (1 + method.keeps_original) * method.recipe.calibration.drawn * of_sample if method.follows_text else 0
 
 
-def _peak_memory(
+def _memory(
     model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
-) -> int:
-    """Estimate the peak memory: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
+) -> tuple[int, int]:
+    """Estimate what is held while a block is in work (the process, embeddings and head, the block twice, statistics, hidden states), and the
+    peak, with the largest layer's working set."""
     prefix = f"{model.stack}."
     outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
@@ -347,7 +351,7 @@ def _peak_memory(
     proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
     backward = BASE_BYTES + outer + _backward_bytes(model, method, weights)
     if not method.needs:
-        return max(BASE_BYTES + outer + block + largest, backward, proof)
+        return BASE_BYTES + outer + block, max(BASE_BYTES + outer + block + largest, backward, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     positions = model.task.positions(model.model.config, method.recipe.calibration.length)
     held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
@@ -355,8 +359,8 @@ def _peak_memory(
     factor = 3 * max(widths, default=0) ** 2 * 8
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = method.recipe.batch * positions * widest * 4 * 4
-    compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
-    return max(compressing, backward, proof)
+    held = BASE_BYTES + outer + block + grams + hidden
+    return held, max(held + max(largest + factor, batch), backward, proof)
 
 
 def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: dict[str, int], hidden: int) -> int:

@@ -186,6 +186,7 @@ class BlockTuner:
         return TunedSpan(
             name=name,
             tuning=named.name,
+            span=named.part.span,
             steps=curve.steps,
             learned=sum(leaf.tensor.numel() for one in learned.values() for leaf in one.leaves()),
             tokens=tokens,

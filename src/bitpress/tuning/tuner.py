@@ -4,6 +4,7 @@ A paper is a `Tuning`: which tensors stand for a weight (`begin`), with the span
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -229,7 +230,8 @@ def _bound_(leaves: list[Leaf]) -> None:
 
 def _draw(windows: int, batch: int, seed: int, salt: int) -> Iterator[Int[torch.Tensor, " batch"]]:
     """Yield the windows of one step after the other: every window once before any comes again, as far as whole batches go."""
-    generator = torch.Generator().manual_seed((seed << 32) + salt)
+    # torch's generator uses 32 bits of a seed, so both values are mixed into 32 bits.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {salt}".encode()))
     while True:
         order = torch.randperm(windows, generator=generator)
         for at in range(0, windows - batch + 1, batch):
