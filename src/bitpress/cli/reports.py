@@ -17,6 +17,7 @@ from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.budget import told_formats
+from bitpress.pipeline.learning_plan import Learning
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
@@ -126,6 +127,11 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def _told_learning(learning: Learning) -> str:
+    batches = f", batches of {learning.batch} windows" if learning.batch else ""
+    return f"up to {size(learning.peak)} ({learning.name}{batches})"
+
+
 def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
     """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
     if whole:
@@ -153,6 +159,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
+        **({} if plan.learning is None else {"of it, learning": _told_learning(plan.learning)}),
         "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
     }
     table("\nIn all", ("", ""), list(totals.items()))

@@ -46,7 +46,7 @@ from bitpress.pipeline.identity import identify, on_device, versions
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
 from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
 from bitpress.stopping import stoppable
@@ -277,6 +277,7 @@ def _compress(
             model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
+        **_learned(committer.tuned),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
@@ -285,6 +286,24 @@ def _compress(
         "seconds_measuring": round(measured, 2),
         "seconds_capture": _seconds_of_capture(made, cached, c.method),
         "answers": answered,
+    }
+
+
+def _learned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
+    """Return mean losses of what was learned, on calibration text at the first and the last steps and on held-out text: what is overfitted."""
+    if not spans:
+        return {}
+    run = [span.calibration for span in spans if span.calibration]
+    return {
+        "learned": {
+            "spans": len(spans),
+            "kept": sum(span.kept for span in spans),
+            "calibration_first": _mean([losses[0] for losses in run]),
+            "calibration_last": _mean([losses[-1] for losses in run]),
+            "held_out_before": _mean([span.before for span in spans]),
+            "held_out_after": _mean([span.after for span in spans]),
+            "seconds": round(math.fsum(span.seconds for span in spans), 2),
+        }
     }
 
 

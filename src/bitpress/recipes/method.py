@@ -277,7 +277,7 @@ def build_method(recipe: Recipe) -> Method:
     quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
     parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [_of_key("corrections", part) for part in recipe.corrections]
-    parts += [_of_key("tuning", part) for part in recipe.tuning]
+    tunings = [_of_key("tuning", part) for part in recipe.tuning]
     inputs = None if recipe.inputs is None else _input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
@@ -298,7 +298,9 @@ def build_method(recipe: Recipe) -> Method:
         for key, own in given.items()
     }
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options)
+    return Method(
+        recipe, (*parts, quantizer, *tunings), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options
+    )
 
 
 def _input_method(said: InputRounding) -> InputMethod:
