@@ -38,6 +38,7 @@ class _Parts(TypedDict):
     weights: str | None
     quantizer: str | Mapping[str, Any] | None
     inputs: str | Mapping[str, Any] | None
+    tune: Sequence[str | Mapping[str, Any]]
     calibration: Mapping[str, Any]
     skip: Sequence[str]
     outer: Mapping[str, Any]
@@ -53,6 +54,7 @@ def quantize(
     bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
+    tune: Sequence[str | Mapping[str, Any]] = (),
     inputs: str | Mapping[str, Any] | None = None,
     calibration: str | None = None,
     samples: int | None = None,
@@ -79,13 +81,13 @@ def quantize(
     preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
     scheme      instead of both: weights and inputs of products together, such as w8a8 (`bitpress methods`)
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
+    tune        what is learned further of every block by gradients, in this order: names such as "signround", or {"name": ..., "steps": ...}
     inputs      how the inputs of products are rounded: a format, token by token, or what a recipe's key `inputs` says
     calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
     skip        patterns of weights not to quantize, such as "*.down_proj"
     embeddings  format of the embedding table, or {"weights": format, "quantizer": name}; int8-row by default without a recipe; `head` likewise
     runtime     choose what this runtime can load, and export to it at the end, into `out`
-    strict      a fallback is an error; `force` replaces another model or unfinished job of bitpress in `out`
-    requantize  quantize a model that is quantized already; else that is an error
+    strict      a fallback is an error; `force` replaces bitpress's own in `out`; `requantize` takes models that are quantized already
     max_kl      publish nothing above this KL divergence, measured on `proof_tokens` of `proof_text`; 0 tokens leave the proof out
     device      auto, cpu, cuda or cuda:N, by default BITPRESS_DEVICE or auto; `device_memory` ("2GB") limits what is taken of a GPU
     progress    None: a bar if standard error is a terminal, else silence; True: a bar there, lines in a log; False: silence; or a Progress
@@ -95,13 +97,12 @@ def quantize(
     said, named = {"embeddings": embeddings, "head": head}, not (recipe is None and preset is None and scheme is None)
     weights, bits, outer = choose_for(runtime, bits, weights, said, named=named)
     text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
-    parts = _Parts(weights=weights, quantizer=quantizer, inputs=inputs, calibration=text, skip=skip, outer=outer)
+    parts = _Parts(weights=weights, quantizer=quantizer, inputs=inputs, tune=tune, calibration=text, skip=skip, outer=outer)
     made = choose_method(recipe, preset=preset, scheme=scheme, bits=bits, **parts)
     with _computing(device, device_memory) as place, watch(progress) as shown:
-        source = open_to_quantize(model, shown, requantize=requantize)
-        made, out = fit_to(made, source, runtime), Path(out)
+        source, out = open_to_quantize(model, shown, requantize=requantize), Path(out)
         how: _How = {"strict": strict, "force": force, "proof": Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)}
-        report = quantize_directory(source, out, made, **how, device=place, progress=shown)
+        report = quantize_directory(source, out, fit_to(made, source, runtime), **how, device=place, progress=shown)
         return report if runtime is None else {**report, "exported": export_for(out, runtime, shown)}
 
 

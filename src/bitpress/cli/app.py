@@ -41,6 +41,7 @@ from bitpress.cli.options import (
     Sets,
     Skip,
     Tasks,
+    Tunings,
     Weights,
     Width,
     computing,
@@ -88,6 +89,7 @@ def quantize(
     output: Output,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -116,7 +118,8 @@ def quantize(
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
         others = {"--for": runtime, "--requantize": requantize, "--weights": weights, "--quantizer": quantizer, "--set": sets}
-        others |= {"--scheme": scheme, "--inputs": inputs, "--skip": skip, "--embeddings": embeddings, "--head": head}
+        others |= {"--tune": tune, "--scheme": scheme, "--inputs": inputs, "--skip": skip}
+        others |= {"--embeddings": embeddings, "--head": head}
         explain_preset(recipe, preset, bits, as_json, others)
         return
     from bitpress.cli.exchange import show_quantized
@@ -126,7 +129,7 @@ def quantize(
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with computing(device, device_memory) as place, Screen() as screen:
@@ -148,6 +151,7 @@ def plan(
     model: Model,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -176,13 +180,12 @@ def plan(
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
     from bitpress.pipeline.for_runtime import carriers, division, fit_to
-    from bitpress.pipeline.oddities import told_untied
-    from bitpress.pipeline.plan import unmeant_bits
+    from bitpress.pipeline.oddities import notes_of
     from bitpress.pipeline.quantize import plan_run
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):
@@ -193,9 +196,7 @@ def plan(
         planned, streamed, _ = plan_run(source, method, place)
         on_device = estimate_device(streamed, method, planned)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer) if on_device is None else None
-        excess = None if planned.offer is None else planned.offer.excess()
-        texts = [f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))]
-        for text in texts if excess is None else [*texts, excess]:
+        for text in notes_of(planned):
             screen.note(text)
     leaves, divided = carriers(planned.weights, method, streamed), division(planned.weights, method, streamed, runtime)
     if as_json:

@@ -19,9 +19,12 @@ from bitpress.kernels.integers import refuses_input, told_input
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.budget import told_formats
 from bitpress.pipeline.device_memory import DeviceMemory
+from bitpress.pipeline.learning_plan import Learning
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
+from bitpress.report.document import TunedSpan
+from bitpress.report.sentences import say_learned
 from bitpress.runtime.native.assemble import refuses_directory
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
@@ -45,7 +48,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
     run = report["run"]
     recipe = report["job"]["recipe"]
-    parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
+    parts = " + ".join(part["name"] for part in _parts_of(recipe))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
@@ -58,6 +61,9 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
             **({"device": f"{run['device']}, peak memory {size(run['peak_device_memory_bytes'])}"} if "device" in run else {}),
         },
     )
+    if report.get("tuned"):  # only where something was learned
+        spans = [TunedSpan.model_validate(row) for row in report["tuned"]]
+        table("\nLearned by gradients", ("", ""), [tuple(text.split(": ", 1)) for text in say_learned(spans)])
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
     table(
         "\nLargest relative errors" + (f" of the {worst[0]['measured_on']}" if worst else ""),
@@ -99,6 +105,11 @@ def _show_token_errors(report: Mapping[str, Any]) -> None:
         )
 
 
+def _parts_of(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parts of a resolved recipe in the order in which they act; recipes of before have no tuning."""
+    return [*recipe["transforms"], recipe["quantizer"], *recipe["corrections"], *recipe.get("tuning", ())]
+
+
 def _told_spending(budget: Mapping[str, Any]) -> str:
     """Return what a budget asked for and what was spent: "3.300 bits asked, 3.297 spent: 12 weights int2-g64-zero, ..."."""
     return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told_formats(budget['weights'])}"
@@ -118,6 +129,11 @@ def told_original(report: Mapping[str, Any]) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _told_learning(learning: Learning) -> str:
+    batches = f", batches of {learning.batch} windows" if learning.batch else ""
+    return f"up to {size(learning.peak)} ({learning.name}{batches})"
 
 
 def plan_values(plan: Plan, method: Method, seconds: float | None, on_device: DeviceMemory | None) -> dict[str, Any]:
@@ -156,6 +172,7 @@ def show_plan(
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
+        **({} if plan.learning is None else {"of it, learning": _told_learning(plan.learning)}),
         **({} if on_device is None else {"GPU memory, estimated": size(on_device.total)}),
     }
     if seconds is not None:
@@ -305,6 +322,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]
     lines += [("correction", part(c)) for c in recipe["corrections"]]
+    lines += [("learned", part(t)) for t in recipe.get("tuning", ())]
     lines += [("override", text) for text in told_overrides(recipe)]
     lines += [(key, told_outer(recipe[key])) for key in OUTER if key in recipe]
     lines += [("skip", " ".join(recipe["skip"]))] * bool(recipe["skip"])

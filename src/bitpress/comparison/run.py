@@ -269,7 +269,7 @@ def _compress(
             model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
-        **_tuned(committer.tuned),
+        **_learned(committer.tuned),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
@@ -278,6 +278,25 @@ def _compress(
         "seconds_measuring": round(measured, 2),
         "seconds_capture": _seconds_of_capture(made, cached, c.method),
         "answers": answered,
+    }
+
+
+def _learned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
+    """Return mean losses of what was learned, on calibration text at the first and the last steps and on held-out text: what is overfitted."""
+    if not spans:
+        return {}
+    run = [span.calibration for span in spans if span.calibration]
+    return {
+        "learned": {
+            "spans": len(spans),
+            "kept": sum(span.kept for span in spans),
+            "failed": [f"{span.name}: {span.failed}" for span in spans if span.failed is not None],
+            "calibration_first": _mean([losses[0] for losses in run]),
+            "calibration_last": _mean([losses[-1] for losses in run]),
+            "held_out_before": _mean([span.before for span in spans]),
+            "held_out_after": _mean([span.after for span in spans]),
+            "seconds": round(math.fsum(span.seconds for span in spans), 2),
+        }
     }
 
 
@@ -304,22 +323,6 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
         "inputs": method.recipe.calibration.inputs if method.follows_text else None,
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
-    }
-
-
-def _tuned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
-    """Sum up how spans were learned, by means over them; nothing where none was."""
-    if not spans:
-        return {}
-    return {
-        "tuned": {
-            "spans": len(spans),
-            "kept": sum(span.kept for span in spans),
-            "failed": [f"{span.name}: {span.failed}" for span in spans if span.failed is not None],
-            "held_out": [_mean([span.before for span in spans]), _mean([span.after for span in spans])],
-            "calibration": [_mean([span.calibration[at] for span in spans if span.calibration]) for at in (0, -1)],
-            "seconds": round(math.fsum(span.seconds for span in spans), 2),
-        }
     }
 
 

@@ -22,8 +22,9 @@ from jaxtyping import Float
 
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.fake_quantize import fake_quantize
-from bitpress.formats.format import Expected, Format, shared_name
+from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import Params, Streamed
+from bitpress.formats.scale_store import shared_name
 from bitpress.formats.table import stored_format
 from bitpress.formats.terms.packed import Packed
 

@@ -20,7 +20,7 @@ from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, S
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.scale_runs import RunCodes
-from bitpress.formats.scale_store import ScaleStore, first_trials
+from bitpress.formats.scale_store import ScaleStore, first_trials, shared_name
 from bitpress.formats.scales import SCALES
 
 __all__ = ["Format"]
@@ -245,10 +245,13 @@ class Format:
                 chosen[p.name] = torch.where(better.view(*better.shape, *(1 for _ in p.shape)), trial[p.name], best[p.name])
         return chosen
 
-    def stored(self, params: Params) -> Params:
-        """Return parameters that a method chose itself, rounded as stored, with the values that scales share."""
+    def stored(self, params: Params, shared: Params | None = None) -> Params:
+        """Return parameters that a method chose itself, rounded as stored, with the values that scales share: those in `shared`, or new ones."""
         grid = next(params[p.name].shape[:2] for p in self.grid.params if p.scope == "block")
-        outer = {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()}
+        chosen = (
+            {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()} if shared is None else {}
+        )
+        outer = chosen if shared is None else self._known_outer(shared)
         rounded = self._rounded(self.per_block(params), self._outer_by_block(outer, (grid[0], grid[1])))
         kept = {p.name: rounded[p.name].reshape(params[p.name].shape) for p in self.grid.params}
         return kept | {shared_name(p, part): t for p, parts in outer.items() for part, t in parts.items()}
@@ -393,8 +396,3 @@ class Format:
         if rows == 1:
             return blocks.reshape(out_features, width)
         return blocks.reshape(out_features // rows, width // cols, rows, cols).transpose(1, 2).reshape(out_features, width)
-
-
-def shared_name(param: str, part: str) -> str:
-    """Return the name of a stored tensor of a parameter: its own, or a part that many values share."""
-    return f"{param}_{part}" if part else param

@@ -19,7 +19,8 @@ from bitpress.calibration.stats import of_origin
 from bitpress.devices import device_name, usable_bytes
 from bitpress.errors import MemoryLimitError
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.plan import Plan, squares_of
+from bitpress.pipeline.host_memory import squares_of
+from bitpress.pipeline.plan import Plan
 from bitpress.recipes import Method
 
 __all__ = ["DeviceMemory", "Sizes", "check_device", "estimate_device", "refuse_beyond"]

@@ -24,6 +24,7 @@ from bitpress.pipeline.records import LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import FAR, far_classes
 from bitpress.report.document import REPORT_NAME, check_report
 from bitpress.report.page import write_page
+from bitpress.report.sentences import say_learned
 from bitpress.version import INSTALL
 
 __all__ = ["TEXTS", "make_card", "make_report", "write_report_page", "write_texts_"]
@@ -154,4 +155,6 @@ def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, object], 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"shown": shown, "ratio_text": ratio_text}
     environment.globals["install"] = INSTALL
-    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head), task=task) + "\n"
+    learned = say_learned([TunedSpan.model_validate(row) for row in report.get("tuned", ())])
+    values = {"report": report, "name": name, "head": write_front_matter(head), "task": task, "learned": learned}
+    return environment.from_string(template).render(values) + "\n"

@@ -263,7 +263,7 @@ def build_method(recipe: Recipe) -> Method:
     quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
     parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [part_of_key("corrections", part) for part in recipe.corrections]
-    parts += [part_of_key("tuning", part) for part in recipe.tuning]
+    tunings = [part_of_key("tuning", part) for part in recipe.tuning]
     inputs = None if recipe.inputs is None else input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
@@ -287,7 +287,7 @@ def build_method(recipe: Recipe) -> Method:
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
     return Method(
         recipe,
-        (*parts, quantizer),
+        (*parts, quantizer, *tunings),
         fmt,
         overrides,
         compute_dtype(recipe.compute),

@@ -133,7 +133,8 @@ class LayerRow(_Closed):
 class TunedSpan(_Closed):
     """How a block, or one weight of it, was learned by gradients. Losses are relative to the energy of what is aimed at.
 
-    name         of the block or the weight; `tuning` is the method's name
+    name         of the block or the weight (the span is a layer then); `tuning` is the method's name
+    learned      parameters that were learned, from so many calibration `tokens`
     kept         whether the result is kept; False: the start was no worse on held-out windows, and stays
     before       the loss of the start on held-out windows, `after` that of the best state seen
     calibration  the loss on calibration windows over the steps, as means of equal numbers of steps
@@ -142,6 +143,7 @@ class TunedSpan(_Closed):
 
     name: str
     tuning: str
+    span: Literal["block", "layer"]
     steps: int
     learned: int
     tokens: int

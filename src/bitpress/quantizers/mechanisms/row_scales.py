@@ -9,7 +9,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
-from bitpress.formats.format import shared_name
+from bitpress.formats.scale_store import shared_name
 
 __all__ = ["solve_scales"]
 
