@@ -1,4 +1,4 @@
-"""What runs on a GPU: the same laws as on the processor, within the noise of sums in another order.
+"""A GPU under the same laws as on the processor, within the noise of sums in another order.
 
 `pytest -m gpu tests/gpu` on a machine with one; elsewhere every test is skipped. Blocks compute in float32 here, so that what differs is the
 device alone.
