@@ -83,7 +83,7 @@ def test_quantizers(name: str) -> None:
 
 @pytest.mark.parametrize("fmt", EVERY)
 def test_formats(fmt: str) -> None:
-    alike(lambda w, stats: RTN(clip="mse").quantize(w, None, parse_format(fmt)))
+    alike(lambda w, stats: RTN(clip="mse").quantize(w, None, parse_format(fmt)), inner=64)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
