@@ -57,6 +57,7 @@ def case(inner: int = INNER) -> tuple[torch.Tensor, Stats]:
         sensitivity=felt,
         output_gram=across @ across.T / ROWS + torch.eye(ROWS),
         max_abs=x.abs().amax(0),
+        sample=x[:64],
     )
 
 
@@ -83,7 +84,7 @@ def test_quantizers(name: str) -> None:
 
 @pytest.mark.parametrize("fmt", EVERY)
 def test_formats(fmt: str) -> None:
-    alike(lambda w, stats: RTN(clip="mse").quantize(w, None, parse_format(fmt)))
+    alike(lambda w, stats: RTN(clip="mse").quantize(w, None, parse_format(fmt)), inner=64)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -127,7 +128,7 @@ def test_observers(name: str) -> None:
     x, fmt = case()[0], parse_format("int8-tensor")
     chosen = []
     for device in (CPU, DEVICE):
-        seen = Seen()
+        seen = Seen(product=lambda u: u.cumsum(-1))
         for batch in x.split(16):
             seen.add(batch.to(device))
         chosen.append(OBSERVERS[name]().choose(seen, fmt))

@@ -1,4 +1,4 @@
-"""What a run took, and on what, for its report."""
+"""The clock of a run: its time, memory and machine, for the report."""
 
 import platform
 import time

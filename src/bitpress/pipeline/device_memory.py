@@ -25,13 +25,13 @@ from bitpress.recipes import Method
 
 __all__ = ["DeviceMemory", "Sizes", "check_device", "estimate_device", "refuse_beyond"]
 
-# What CUDA and its libraries take beside tensors, and the share that an allocator loses between tensors.
+# Taken by CUDA and its libraries beside tensors, and the share that an allocator loses between tensors.
 LIBRARIES, LOST = 700 * 2**20, 1.1
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the arithmetic is of.
+    """The sizes that the arithmetic takes.
 
     outer, block    values outside the blocks, and of the largest block; `blocks` is how many there are
     weights         shapes of the block's matrices, of experts each

@@ -44,7 +44,7 @@ from bitpress.exchange.runtimes import RUNTIMES
 
 __all__ = ["Job", "Unit", "check_vacant", "differences"]
 
-# What an identity says by leaving a field out.
+# The meaning of a field that an identity leaves out.
 ABSENT = {"device": "cpu"}
 
 
