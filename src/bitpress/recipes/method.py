@@ -247,10 +247,7 @@ class Method:
             del values["budget"]
         else:
             values["budget"]["among"] = [fmt.name for fmt in self.options]
-        values |= {
-            key: "auto" if key in self.auto else {"weights": own.format.name, "quantizer": own.quantizer.settings()}
-            for key, own in self.outer.items()
-        }
+        values |= {key: "auto" if key in self.auto else _spell_outer(own) for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
@@ -298,9 +295,8 @@ def build_method(recipe: Recipe) -> Method:
 
 def _operand_method(name: str, said: InputRounding) -> InputMethod:
     made = _input_method(said)
-    looks_at = None if made.observer is None else made.observer.part.looks_at
-    if looks_at == "product" or (looks_at == "tokens" and name == "probabilities"):
-        assert made.observer is not None
+    too_much = ("product", "tokens") if name == "probabilities" else ("product",)
+    if made.observer is not None and made.observer.part.looks_at in too_much:
         raise UsageError(f"{name}: {made.observer.name} looks at inputs of linear layers; use minmax or mse.")
     if name == "probabilities":
         check_probabilities(made.format)
@@ -337,9 +333,15 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
         chosen = _named("quantizer", {"name": chosen.name, **own.quantizer})
     calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
     alone = Recipe(
-        weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute
+        weights=fmt.name,
+        transforms=(),
+        quantizer=chosen.settings(),
+        calibration=calibration,
+        compute=recipe.compute,
+        inputs=own.inputs,
     )
-    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute))
+    inputs = None if own.inputs is None else _input_method(own.inputs)
+    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute), inputs)
 
 
 def compute_dtype(compute: str) -> torch.dtype:
@@ -369,6 +371,11 @@ def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
 
 def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
     return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
+
+
+def _spell_outer(own: Method) -> dict[str, Any]:
+    values = {"weights": own.format.name, "quantizer": own.quantizer.settings()}
+    return values if own.inputs is None else {**values, "inputs": own.inputs.spec()}
 
 
 def _spell_out(own: BuiltOverride) -> dict[str, Any]:
