@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitpress
+from bitpress import native
 from bitpress.calibration import STATISTICS, observers
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.comparison.variants import read_candidates
@@ -25,6 +26,8 @@ from bitpress.pipeline.quantize import plan_run
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
+from bitpress.runtime.hf.layers import PackedLinear
+from bitpress.runtime.native.assemble import refuses_directory
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 # Schemes that leave inputs as they are.
@@ -362,6 +365,39 @@ def test_a_head_whose_input_is_rounded_is_rounded_on_every_road(tiny_model: Call
     path.write_text(json.dumps(manifest))
     assert torch.equal(logits(bitpress.load(out, dtype="fp32")), streamed(out))
     assert not torch.allclose(before, streamed(out), atol=1e-2)
+
+
+def test_a_recipe_rounds_the_input_of_a_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tiny_model("llama", tie_word_embeddings=False)
+    report = quantize(model, out, head={"weights": "int8-row", "inputs": "int3-row"})
+    assert [row["inputs"] for row in report["layers"] if row["name"] == "lm_head"] == ["int3-row dynamic"]
+    said = CompressedCheckpoint.open(out).manifest.recipe["head"]
+    assert said["inputs"] == {"format": "int3-row", "parameters": "dynamic"}
+    assert build_method(make_recipe({"head": said})).resolved()["head"] == said
+    loaded = bitpress.load(out, dtype="fp32")
+    assert torch.equal(logits(loaded), streamed(out))
+    if native.available():
+        assert "input of the output head is rounded" in str(refuses_directory(CompressedCheckpoint.open(out)))
+    assert isinstance(loaded.lm_head, PackedLinear)
+    layer = loaded.lm_head.layer()
+    loaded.lm_head = PackedLinear(CompressedLayer(layer.weight), None, torch.float32)
+    assert not torch.allclose(logits(loaded), streamed(out), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"embeddings": {"weights": "int8-row", "inputs": "int8-row"}}, "have no input to round"),
+        ({"head": {"weights": "int8-row", "inputs": STATIC}}, "head: no observer looks at its input"),
+        ({"head": {"weights": "int8-row", "inputs": "int8-row"}}, "rows of a tied matrix are looked up too"),
+        ({"head": {"weights": "int8-row", "inputs": "int8-g48"}}, "not a multiple of 48"),
+    ],
+)
+def test_inputs_that_a_matrix_outside_the_blocks_cannot_round(
+    keys: dict[str, Any], says: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises((FormatError, UsageError), match=says):
+        quantize(tiny_model("llama", tie_word_embeddings="tied" in says), tmp_path / "out", **keys)
 
 
 def test_a_rounded_model_is_not_quantized_again(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

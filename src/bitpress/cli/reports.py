@@ -117,7 +117,11 @@ def _told_spending(budget: Mapping[str, Any]) -> str:
 
 def told_outer(own: Mapping[str, Any] | str) -> str:
     """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
-    return own if isinstance(own, str) else f"{own['weights']} by {own['quantizer']['name']}"
+    if isinstance(own, str):
+        return own
+    inputs = own.get("inputs")  # recipes of before have no such key
+    rounded = "" if inputs is None else f", inputs {inputs['format']} {inputs['parameters']} (simulated)"
+    return f"{own['weights']} by {own['quantizer']['name']}{rounded}"
 
 
 def told_original(report: Mapping[str, Any]) -> str:

@@ -245,10 +245,7 @@ class Method:
             del values["budget"]
         else:
             values["budget"]["among"] = [fmt.name for fmt in self.options]
-        values |= {
-            key: "auto" if key in self.auto else {"weights": own.format.name, "quantizer": own.quantizer.settings()}
-            for key, own in self.outer.items()
-        }
+        values |= {key: "auto" if key in self.auto else _spell_outer(own) for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
 
@@ -310,9 +307,15 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
         chosen = named_part("quantizer", {"name": chosen.name, **own.quantizer})
     calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
     alone = Recipe(
-        weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute
+        weights=fmt.name,
+        transforms=(),
+        quantizer=chosen.settings(),
+        calibration=calibration,
+        compute=recipe.compute,
+        inputs=own.inputs,
     )
-    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute))
+    inputs = None if own.inputs is None else input_method(own.inputs)
+    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute), inputs)
 
 
 def compute_dtype(compute: str, device: torch.device = CPU) -> torch.dtype:
@@ -328,6 +331,11 @@ def _transforms(recipe: Recipe, quantizer: Quantizer) -> list[dict[str, Any]]:
     if "name" not in recipe.quantizer and _no_default_scales(recipe) is None:
         return [dict(part) for part in DEFAULT_TRANSFORMS]
     return [{"name": part} if isinstance(part, str) else dict(part) for part in quantizer.transforms]
+
+
+def _spell_outer(own: Method) -> dict[str, Any]:
+    values = {"weights": own.format.name, "quantizer": own.quantizer.settings()}
+    return values if own.inputs is None else {**values, "inputs": own.inputs.spec()}
 
 
 def _spell_out(own: BuiltOverride) -> dict[str, Any]:

@@ -18,7 +18,8 @@ keys: int8-row                          likewise `queries`, `keys`, `values` and
 overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
-head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names
+head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names; `inputs: int8-row`
+                                        in a head that is not tied rounds its input, with dynamic parameters
 budget: 3.3                             bits a weight on average, or {bits: 3.3, among: [int2-g64-zero, int4-g64-zero]}: what each format costs the
                                         loss is measured, and every weight has the format that spends the bits best; left out: no choice
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
@@ -210,10 +211,12 @@ class Override(_Closed):
 
 
 class OuterWeights(_Closed):
-    """What the embedding table or the output head is stored in. Without a quantizer, `method.outer_quantizer` chooses one."""
+    """What the embedding table or the output head is stored in. Without a quantizer, `method.outer_quantizer` chooses one; the input of a head
+    may be rounded."""
 
     weights: str
     quantizer: dict[str, Any] | None = None
+    inputs: InputRounding | None = None
 
 
 class Budget(_Closed):

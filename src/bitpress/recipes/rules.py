@@ -92,6 +92,10 @@ def _check_tuning(method: Method) -> None:
 def _check_outer(method: Method) -> None:
     for key, own in method.outer.items():
         needs = own.quantizer.part.needs
+        if own.inputs is not None and key == "embeddings":
+            raise UsageError("embeddings: rows of a table are looked up, and have no input to round; leave out its inputs.")
+        if own.observes:
+            raise UsageError(f"{key}: no observer looks at its input; take dynamic parameters, such as int8-row.")
         if own.exact_formats():
             raise UsageError(
                 f"{key}: {own.format.name} is a format of the blocks; leave {key} out to keep its bits as they are."

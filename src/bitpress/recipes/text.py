@@ -176,7 +176,7 @@ def _outer(where: str, given: Any) -> Any:
     if given in ("keep", "auto"):
         return given
     values = {"weights": given} if isinstance(given, str) else given
-    return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
+    return _with_inputs(_with_format(where, _with_quantizer(values))) if isinstance(values, Mapping) else values
 
 
 def _budget(where: str, given: Any) -> dict[str, Any]:

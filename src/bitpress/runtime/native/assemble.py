@@ -48,7 +48,15 @@ def refuses_directory(checkpoint: CompressedCheckpoint, config: Any = None) -> s
             return f"{name}: {reason}"
     if checkpoint.operands:
         return f"the attention of {next(iter(checkpoint.operands))} rounds its operands, which the engine does not support"
-    return refuses(build_config(checkpoint.config) if config is None else config)
+    config = build_config(checkpoint.config) if config is None else config
+    if (reason := refuses(config)) is not None:
+        return reason
+    head = checkpoint.manifest.weights.get(ARCHITECTURES[config.model_type].names().head)
+    return (
+        None
+        if head is None or head.input is None
+        else "the input of the output head is rounded, which the engine does not support"
+    )
 
 
 def load_engine(
