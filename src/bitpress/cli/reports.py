@@ -130,7 +130,7 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         out.print("[dim]--all lists every weight by its name.[/dim]")
     if plan.offer is not None:
         _show_offer(plan.offer)
-    maps = bool(method.changes) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
+    maps = bool(method.every_change) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
     reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
     totals = {

@@ -20,7 +20,7 @@ from bitpress.formats import ActivationFormat, ChannelFormat, CompressedWeight, 
 from bitpress.models.streaming import StreamedModel, no_product
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.recipes.method import InputMethod
+from bitpress.recipes.input_method import InputMethod
 from bitpress.transforms.disassemble import Disassemble
 
 __all__ = ["SeenChannels", "choose_inputs", "refused_inputs"]

@@ -7,22 +7,20 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from bitpress.arithmetic import has_fast_bf16
-from bitpress.calibration.observers import Observer
 from bitpress.corrections.correction import Correction
 from bitpress.errors import FormatError, UsageError
-from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, ChannelFormat, Format, InputFormat, find_format
-from bitpress.formats.activation import ParameterSource
+from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, ChannelFormat, Format, find_format
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
+from bitpress.recipes.input_method import InputMethod, Named
 from bitpress.recipes.kinds import KINDS, LISTS, table_of
 from bitpress.recipes.options import find_options
-from bitpress.recipes.parts import make_part, settings_of
+from bitpress.recipes.parts import make_part
 from bitpress.recipes.recipe import (
     AUTO_OUTER,
     DEFAULT_OBSERVER,
@@ -40,23 +38,9 @@ from bitpress.transforms.transform import ScaleSearch
 
 __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
-P = TypeVar("P", bound=Any, covariant=True)
 T = TypeVar("T")
 # Statistics that a head has: those of its input.
 OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
-
-
-@dataclass(frozen=True)
-class Named(Generic[P]):
-    """A part with its name in the table of its kind."""
-
-    kind: str
-    name: str
-    part: P
-
-    def settings(self) -> dict[str, Any]:
-        """Return the part as a recipe spells it, with every setting."""
-        return {"name": self.name, **settings_of(self.part)}
 
 
 @dataclass(frozen=True)
@@ -68,53 +52,18 @@ class LayerMethod:
     changes: tuple[BasisChange, ...] = ()
     targets: tuple[Target, ...] = ()
     corrections: tuple[Correction, ...] = ()
-    inputs: "InputMethod | None" = None
-
-
-@dataclass(frozen=True)
-class InputMethod:
-    """How the input of a product is rounded; `observer` chooses static parameters, and is None where they are dynamic."""
-
-    format: Format
-    parameters: ParameterSource
-    observer: Named[Observer] | None = None
-    first: tuple[float, Format] | None = None
-
-    @property
-    def name(self) -> str:
-        more = "" if self.first is None else f", first {self.first[0]:g} of the channels {self.first[1].name}"
-        return f"{self.format.name} {self.parameters}{more}"
-
-    def channels_spec(self) -> dict[str, str]:
-        """Return the keys that a layer's record will have of it, as far as a recipe says."""
-        first = {} if self.first is None else {"first": self.first[1].name}
-        return {"format": self.format.name, "parameters": self.parameters, **first}
-
-    def channels(
-        self, rest: ActivationFormat, width: int, shift: Tensor | None = None, copies: Tensor | None = None
-    ) -> InputFormat:
-        """Return the format of an input of a width whose channels are rounded as `rest` but for the first ones."""
-        if self.first is None and shift is None and copies is None:
-            return rest
-        share, fmt = self.first or (0.0, None)
-        first = None if fmt is None else ActivationFormat(fmt)
-        return ChannelFormat(rest, first, int(share * width), shift, copies)
-
-    def spec(self) -> dict[str, Any]:
-        """Return what a recipe says of it."""
-        own = {} if self.observer is None else {"observer": self.observer.settings()}
-        first = {} if self.first is None else {"first": {"share": self.first[0], "format": self.first[1].name}}
-        return {"format": self.format.name, "parameters": self.parameters, **own, **first}
+    inputs: InputMethod | None = None
 
 
 @dataclass(frozen=True)
 class BuiltOverride:
-    """An override with its parts; None: the recipe's. `inputs` are those of its weights, whoever says so."""
+    """An override with its parts; None: the recipe's. `inputs` and `changes` are those of its weights, whoever says so."""
 
     said: Override
     format: AnyFormat | None
     quantizer: Named[Quantizer] | None
     inputs: InputMethod | None
+    changes: tuple[Named[BasisChange], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +123,13 @@ class Method:
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
         """All parts, those of overrides too."""
-        return (*self.parts, *(own.quantizer for own in self.overrides if own.quantizer is not None))
+        own = [part for o in self.overrides for part in (*(() if o.quantizer is None else [o.quantizer]), *(o.changes or ()))]
+        return (*self.parts, *own)
+
+    @property
+    def every_change(self) -> list[str]:
+        """Return the names of all changes of basis, those of overrides too."""
+        return list(dict.fromkeys(named.name for named in self.every_part if named.kind == "basis"))
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -193,7 +148,7 @@ class Method:
         return any(inputs.observer is not None for inputs in self.every_input)
 
     @property
-    def every_input(self) -> list["InputMethod"]:
+    def every_input(self) -> list[InputMethod]:
         """All ways in which inputs are rounded, those of overrides too."""
         return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
 
@@ -233,7 +188,11 @@ class Method:
             if fnmatch.fnmatchcase(weight, own.said.match):
                 usual = self._default
                 return replace(
-                    usual, format=own.format or usual.format, quantizer=own.quantizer or usual.quantizer, inputs=own.inputs
+                    usual,
+                    format=own.format or usual.format,
+                    quantizer=own.quantizer or usual.quantizer,
+                    inputs=own.inputs,
+                    changes=usual.changes if own.changes is None else tuple(named.part for named in own.changes),
                 )
         return self._default
 
@@ -285,6 +244,7 @@ def build_method(recipe: Recipe) -> Method:
             None if override.weights is None else find_format(override.weights),
             None if override.quantizer is None else _named("quantizer", override.quantizer),
             inputs if override.inputs is None else None if override.inputs == "keep" else _with_first(override.inputs),
+            None if override.transforms is None else tuple(map(_basis_change, override.transforms)),
         )
         for override in recipe.overrides
     )
@@ -368,6 +328,14 @@ def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
     return _named(kind, part)
 
 
+def _basis_change(part: Mapping[str, Any]) -> Named[BasisChange]:
+    """Build a transform of an override. Raises UsageError for one that changes more than a weight alone."""
+    made = _of_key("transforms", part)
+    if made.kind != "basis":
+        raise UsageError(f"overrides: {made.name} does not change single weights alone; put it under the recipe's transforms.")
+    return made
+
+
 def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
     return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
 
@@ -376,6 +344,8 @@ def _spell_out(own: BuiltOverride) -> dict[str, Any]:
     values = {key: value for key, value in own.said.model_dump(mode="json").items() if value is not None}
     if own.said.inputs is not None:
         values["inputs"] = "keep" if own.inputs is None else own.inputs.spec()
+    if own.changes is not None:
+        values["transforms"] = [named.settings() for named in own.changes]
     return values if own.quantizer is None else values | {"quantizer": own.quantizer.settings()}
 
 
