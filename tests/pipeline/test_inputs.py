@@ -24,7 +24,7 @@ from bitpress.pipeline.estimate import _made_up, estimate_seconds
 from bitpress.pipeline.exporting import export_model, open_model
 from bitpress.pipeline.quantize import plan_run
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes import build_method, make_recipe
+from bitpress.recipes import NAMED_RECIPES, build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
 from bitpress.runtime.hf.layers import PackedLinear
 from bitpress.runtime.native.assemble import refuses_directory
@@ -154,6 +154,40 @@ def test_first_channels_that_do_not_fit_are_refused_by_the_plan(tiny_model: Call
     wide = {"format": "int4-g16", "first": {"share": 0.25, "format": "int8-row"}}
     with pytest.raises(FormatError, match=r"first 0.25 of the channels int8-row: .*not a multiple of 16"):
         quantize(tiny_model("llama"), tmp_path / "out", inputs=wide)
+
+
+def test_some_weights_are_rotated_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {**NAMED_RECIPES["quarot"].keys, "quantizer": "rtn"}
+    quantize(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", **recipe)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    rotated = {
+        name.split(".")[-2] for name in checkpoint.manifest.weights if checkpoint.read_weight(name).input_map is not None
+    }
+    assert rotated == {"down_proj"}
+    assert all(record.input is not None for record in checkpoint.manifest.weights.values())
+    resolved = build_method(make_recipe(recipe)).resolved()
+    assert resolved["overrides"][0]["transforms"] == [{"name": "hadamard", "block": "row", "outputs": False, "seed": 0}]
+    assert build_method(make_recipe(resolved)).resolved() == resolved
+    other = [{"match": "*", "transforms": ["smoothquant"]}]
+    with pytest.raises(UsageError, match="smoothquant does not change single weights alone"):
+        make_recipe({"overrides": other})
+    none = build_method(make_recipe({"transforms": ["Hadamard"], "overrides": [{"match": "*.q_proj", "transforms": []}]}))
+    assert (len(none.for_layer("a.q_proj").changes), len(none.for_layer("a.k_proj").changes)) == (0, 1)
+
+
+CORRECTED = ({"name": "lqer", "rank": 4}, {"name": "lorc", "rank": 4}, {"name": "svdquant", "rank": 4}, {"name": "outliers"})
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_corrections_and_bipolar_codes_go_with_rounded_inputs(i: int, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Every term is multiplied by the rounded input, to the bit on every road."""
+    width = (4, 4, 3, 2)[i]
+    keys = {"weights": f"bipolar{width}-row", "inputs": f"bipolar{width}-row-fp32", "corrections": [CORRECTED[i]]}
+    quantize(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", **keys)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    assert all(len(checkpoint.read_weight(name).terms) == 2 for name in checkpoint.manifest.weights if ".layers." in name)
+    model = bitpress.load(tmp_path / "out", dtype="fp32")
+    assert torch.equal(logits(model), streamed(tmp_path / "out"))
 
 
 def test_the_next_block_sees_what_rounded_inputs_make(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

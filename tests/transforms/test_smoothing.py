@@ -13,11 +13,12 @@ from bitpress.transforms.aqas import AQAS
 from bitpress.transforms.dgq_smooth import DGQSmooth
 from bitpress.transforms.equalize import Equalize
 from bitpress.transforms.fptq_smooth import FPTQSmooth
+from bitpress.transforms.llm_fp4_scale import LLMFP4Scale
 from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.smoothing import ProductError
 
 TOKENS, IN = 96, 64
-ROWS = [AQAS, QQQSmooth, DGQSmooth, FPTQSmooth]
+ROWS = [AQAS, QQQSmooth, DGQSmooth, FPTQSmooth, LLMFP4Scale]
 WEIGHTS, INPUTS = parse_format("int4-g32"), parse_format("int4-row")
 
 
@@ -58,6 +59,16 @@ def test_the_logarithm_and_the_percentile_are_the_formulas() -> None:
     assert (s > 1).sum() == 2
     # By default the count is 0.005 * 64 + 1.5, so the largest channel is the limit itself.
     assert torch.equal(DGQSmooth().plan(weights, stats_of(x), WEIGHTS), torch.ones(IN))
+
+
+def test_powers_of_two_are_the_nearest_to_the_channels() -> None:
+    x, weights = outliers() * torch.logspace(-3, 2, IN), siblings()
+    s = LLMFP4Scale(octaves=5).plan(weights, stats_of(x), WEIGHTS)
+    relative = x.abs().amax(0) / x.abs().max()
+    assert torch.equal(s, 2.0 ** relative.log2().round().clamp(min=-5))
+    assert s.max() == 1
+    assert s.min() == 2.0**-5
+    assert len(s.unique()) > 3
 
 
 def test_a_searched_strength_is_the_best_of_the_grid() -> None:

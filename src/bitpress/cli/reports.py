@@ -162,7 +162,7 @@ def show_plan(
         out.print("[dim]--all lists every weight by its name.[/dim]")
     if plan.offer is not None:
         _show_offer(plan.offer)
-    maps = bool(method.changes) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
+    maps = bool(method.every_change) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
     maps = maps or any(named.part.adds_maps for named in method.tunings)
     reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))

@@ -201,7 +201,7 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     elif isinstance(fmt, Format) and layer.quantizer.part.stored_bytes(fmt, shape, 1) != fmt.nbytes(shape):
         terms.append({"kind": f"what {layer.quantizer.name} keeps beside them"})
     terms += [{"kind": named.name} for named in method.corrections]
-    online = [named.name for named in method.changes] + [n.name for n in method.of("search") if n.part.run_time]
+    online = method.every_change + [n.name for n in method.of("search") if n.part.run_time]
     online += [named.name for named in method.tunings if named.part.adds_maps]
     if layer.quantizer.settings().get("groups") == "running":
         online = online or ["permutation"]

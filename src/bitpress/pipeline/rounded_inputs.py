@@ -33,7 +33,8 @@ from bitpress.models.products import no_product
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.recipes.method import InputMethod, Method
+from bitpress.recipes.inputs import InputMethod
+from bitpress.recipes.method import Method
 from bitpress.transforms.disassemble import Disassemble
 
 __all__ = ["ChosenOperands", "SeenChannels", "choose_operands", "refused_inputs", "refused_operands"]

@@ -300,7 +300,7 @@ class WeightCompressor:
                 outcome, stored = _divided(outcome, factor), None
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        alone = parts.quantizer.part == RTN() and not (self.method.changes or parts.corrections or self.method.of("target"))
+        alone = parts.quantizer.part == RTN() and not (parts.changes or parts.corrections or self.method.of("target"))
         with _named(name):
             plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats

@@ -15,13 +15,8 @@ from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration import of_origin
 from bitpress.corrections.correction import Correction
 from bitpress.devices import CPU
-from bitpress.formats import (
-    LOSSLESS,
-    OPERANDS,
-    AnyFormat,
-    Format,
-    find_format,
-)
+from bitpress.errors import UsageError
+from bitpress.formats import LOSSLESS, OPERANDS, AnyFormat, Format, find_format
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.inputs import InputMethod, input_method, operand_method
@@ -44,7 +39,6 @@ from bitpress.tuning.tuner import Tuning
 
 __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
-P = TypeVar("P", bound=Any, covariant=True)
 T = TypeVar("T")
 # Statistics that a head has: those of its input.
 OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
@@ -64,12 +58,13 @@ class LayerMethod:
 
 @dataclass(frozen=True)
 class BuiltOverride:
-    """An override with its parts; None: the recipe's. `inputs` are those of its weights, whoever says so."""
+    """An override with its parts; None: the recipe's. `inputs` and `changes` are those of its weights, whoever says so."""
 
     said: Override
     format: AnyFormat | None
     quantizer: Named[Quantizer] | None
     inputs: InputMethod | None
+    changes: tuple[Named[BasisChange], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,13 @@ class Method:
     @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
         """All parts, those of overrides too."""
-        return (*self.parts, *(own.quantizer for own in self.overrides if own.quantizer is not None))
+        own = [part for o in self.overrides for part in (*(() if o.quantizer is None else [o.quantizer]), *(o.changes or ()))]
+        return (*self.parts, *own)
+
+    @property
+    def every_change(self) -> list[str]:
+        """Return the names of all changes of basis, those of overrides too."""
+        return list(dict.fromkeys(named.name for named in self.every_part if named.kind == "basis"))
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -164,12 +165,12 @@ class Method:
         return any(inputs.observer is not None for inputs in self.every_input)
 
     @property
-    def every_input(self) -> list["InputMethod"]:
+    def every_input(self) -> list[InputMethod]:
         """All ways in which inputs and operands of attention are rounded, those of overrides too."""
         return [*self.product_inputs, *self.attention.values()]
 
     @property
-    def product_inputs(self) -> list["InputMethod"]:
+    def product_inputs(self) -> list[InputMethod]:
         """All ways in which inputs of products are rounded, those of overrides too."""
         return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
 
@@ -209,7 +210,11 @@ class Method:
             if fnmatch.fnmatchcase(weight, own.said.match):
                 usual = self._default
                 return replace(
-                    usual, format=own.format or usual.format, quantizer=own.quantizer or usual.quantizer, inputs=own.inputs
+                    usual,
+                    format=own.format or usual.format,
+                    quantizer=own.quantizer or usual.quantizer,
+                    inputs=own.inputs,
+                    changes=usual.changes if own.changes is None else tuple(named.part for named in own.changes),
                 )
         return self._default
 
@@ -268,6 +273,7 @@ def build_method(recipe: Recipe) -> Method:
             None if override.weights is None else find_format(override.weights),
             None if override.quantizer is None else named_part("quantizer", override.quantizer),
             inputs if override.inputs is None else None if override.inputs == "keep" else input_method(override.inputs),
+            None if override.transforms is None else tuple(map(_basis_change, override.transforms)),
         )
         for override in recipe.overrides
     )
@@ -333,6 +339,14 @@ def _transforms(recipe: Recipe, quantizer: Quantizer) -> list[dict[str, Any]]:
     return [{"name": part} if isinstance(part, str) else dict(part) for part in quantizer.transforms]
 
 
+def _basis_change(part: Mapping[str, Any]) -> Named[BasisChange]:
+    """Build a transform of an override. Raises UsageError for one that changes more than a weight alone."""
+    made = part_of_key("transforms", part)
+    if made.kind != "basis":
+        raise UsageError(f"overrides: {made.name} does not change single weights alone; put it under the recipe's transforms.")
+    return made
+
+
 def _spell_outer(own: Method) -> dict[str, Any]:
     values = {"weights": own.format.name, "quantizer": own.quantizer.settings()}
     return values if own.inputs is None else {**values, "inputs": own.inputs.spec()}
@@ -342,6 +356,8 @@ def _spell_out(own: BuiltOverride) -> dict[str, Any]:
     values = {key: value for key, value in own.said.model_dump(mode="json").items() if value is not None}
     if own.said.inputs is not None:
         values["inputs"] = "keep" if own.inputs is None else own.inputs.spec()
+    if own.changes is not None:
+        values["transforms"] = [named.settings() for named in own.changes]
     return values if own.quantizer is None else values | {"quantizer": own.quantizer.settings()}
 
 

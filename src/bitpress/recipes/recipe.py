@@ -15,7 +15,8 @@ inputs: int8-row                        how inputs of products are rounded, or {
                                         ({format: nvfp4, parameters: local}); left out: inputs stay as they are.
                                         {format: int4-row, first: {share: 0.125, format: int8-row}} rounds the first channels otherwise
 keys: int8-row                          likewise `queries`, `keys`, `values` and `probabilities` of attention, a scale for every token and head
-overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
+overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights,
+                                        transforms: [hadamard] other changes of basis
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
 head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names; `inputs: int8-row`
@@ -107,6 +108,35 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "transforms": [{"name": "klt", "parts": 8}],
             "quantizer": {"name": "gptq"},
             "inputs": {"format": "int4-row-fp32", "first": {"share": 0.125, "format": "int8-row-fp32"}},
+        },
+    ),
+    "quarot": NamedRecipe(
+        summary="4-bit weights and inputs in a rotated network, with online Hadamard rotations before down projections",
+        paper="yardstick: QuaRot",
+        source='Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", and its public code.',
+        differs="the rotations R1, R2 and R4 of the field's layout; queries and keys (R3) and the cache stay as they are, and heads are not "
+        "mixed with one another before the output projection. Down projections go by the name that they have in the Llama family; for another, write the recipe's override with its name.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "rotate"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": "int4-row-fp32",
+            "overrides": [{"match": "*.down_proj", "transforms": [{"name": "hadamard"}]}],
+        },
+    ),
+    "zeroquant-fp": NamedRecipe(
+        summary="FP4 weights whose scales in a row differ by powers of two, FP8 inputs, and a low-rank term for the error of the codes",
+        paper="P002",
+        source='Wu et al. 2023, "ZeroQuant-FP: A Leap Forward in LLMs Post-Training W4A8 Quantization Using Floating-Point Formats"; its abstract '
+        "is what could be read.",
+        differs="groups of 64; the constraint that all scales are powers of two is --weights e2m1-g64-e8m0. The low-rank term multiplies rounded "
+        "inputs too.",
+        keys={
+            "weights": "e2m1-g64-p2row",
+            "transforms": [],
+            "quantizer": {"name": "gptq"},
+            "corrections": [{"name": "lorc"}],
+            "inputs": "e4m3-row-fp32",
         },
     ),
     "comet": NamedRecipe(
@@ -202,9 +232,11 @@ class InputRounding(_Closed):
 
 
 class Override(_Closed):
-    """What weights have whose name matches; a part that is left out is the recipe's. `inputs` of "keep" are not rounded."""
+    """What weights have whose name matches; a part that is left out is the recipe's. `inputs` of "keep" are not rounded, and `transforms` are
+    changes of basis in the place of the recipe's."""
 
     match: str
+    transforms: tuple[dict[str, Any], ...] | None = None
     weights: str | None = None
     quantizer: dict[str, Any] | None = None
     inputs: InputRounding | Literal["keep"] | None = None

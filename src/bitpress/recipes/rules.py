@@ -16,8 +16,8 @@ def check_composition(method: Method) -> None:
             f"{exact[0]} keeps weights bit for bit, and {', '.join(changing)} would change them; "
             "use rtn or gptq without transforms and corrections."
         )
-    if "sensitivity" in method.needs and method.changes:
-        changes = ", ".join(named.name for named in method.changes)
+    if "sensitivity" in method.needs and method.every_change:
+        changes = ", ".join(method.every_change)
         raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
     if "output_gram" in method.needs and method.searches:
         scales = ", ".join(named.name for named in method.of("search"))

@@ -47,9 +47,9 @@ SCHEMES: dict[str, Scheme] = {
         {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row-fp32"},
     ),
     "w6a6": Scheme(
-        "6-bit integers: a scale for every output channel, and for every token",
+        "6-bit integers behind smoothing and random Hadamard rotations: a scale for every output channel, and for every token",
         "nobody's preset; the same as w8a8 in 6 bits",
-        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int6-row-fp32"},
+        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH_ROTATED, "inputs": "int6-row-fp32"},
     ),
     "w4a4": Scheme(
         "4-bit integers behind smoothing and random Hadamard rotations: a scale for every output channel, and for every token",
@@ -112,12 +112,12 @@ SCHEMES: dict[str, Scheme] = {
         {"weights": "e2m1-g16-fp8over", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "keep"},
     ),
     "mxfp4": Scheme(
-        "MXFP4 on both sides behind rotations of blocks of 32",
+        "MXFP4 on both sides behind smoothing and rotations of blocks of 32",
         "MXFP4 of compressed-tensors, behind rotations",
         {
             "weights": "mxfp4",
             "quantizer": {"name": "gptq"},
-            "transforms": ({"name": "hadamard", "block": 32},),
+            "transforms": (*_SMOOTH, {"name": "hadamard", "block": 32}),
             "inputs": "mxfp4",
         },
     ),

@@ -63,12 +63,9 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     if isinstance(merged.get("overrides"), (list, tuple)):
         parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
         merged["overrides"] = [
-            _with_inputs(_with_format(f"{where}: overrides", o)) if isinstance(o, Mapping) else o for o in parts
+            _with_lists(_with_inputs(_with_format(f"{where}: overrides", o))) if isinstance(o, Mapping) else o for o in parts
         ]
-    for key in LISTS:
-        if isinstance(merged.get(key), (list, tuple)):
-            parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
-            merged[key] = [_with_name(part, table_of(key)) for part in parts]
+    merged = _with_lists(merged)
     merged = _with_format(where, merged)
     for key in ("inputs", *OPERANDS):
         merged = _with_inputs(merged, key)
@@ -85,7 +82,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     except ValidationError as error:
         raise _usage(where, error, merged) from error
     for override in recipe.overrides:
-        if override.weights is None and override.quantizer is None and override.inputs is None:
+        if all(part is None for part in (override.weights, override.quantizer, override.inputs, override.transforms)):
             raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer nor inputs.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
     method = build_method(recipe)
@@ -123,6 +120,8 @@ def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
             usual = recipe["quantizer"] if recipe["quantizer"]["name"] == own["name"] else own
             settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
             parts.append(f"by {own['name']}{settings and f' ({settings})'}")
+        if (changes := override.get("transforms")) is not None:
+            parts.append(f"behind {', '.join(part['name'] for part in changes)}" if changes else "in its own basis")
         if rounded is not None:
             parts.append("inputs kept" if rounded == "keep" else f"inputs {_told_inputs(rounded)}")
         told.append(" ".join(part for part in parts if part))
@@ -133,6 +132,13 @@ def _told_inputs(inputs: Mapping[str, Any]) -> str:
     first = inputs.get("first")
     more = "" if first is None else f", first {first['share']:g} of the channels {first['format']}"
     return f"{inputs['format']} {inputs['parameters']}{more}"
+
+
+def _with_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put parts that are listed by their names alone as their settings are given, and spell the names as the tables do."""
+    lists = [key for key in LISTS if isinstance(values.get(key), (list, tuple))]
+    parts = {key: [{"name": part} if isinstance(part, str) else part for part in values[key]] for key in lists}
+    return {**values, **{key: [_with_name(part, table_of(key)) for part in parts[key]] for key in lists}}
 
 
 def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:

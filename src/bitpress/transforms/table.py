@@ -14,6 +14,7 @@ from bitpress.transforms.equalize import Equalize
 from bitpress.transforms.fptq_smooth import FPTQSmooth
 from bitpress.transforms.hadamard import HadamardBasis
 from bitpress.transforms.klt import KLT
+from bitpress.transforms.llm_fp4_scale import LLMFP4Scale
 from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
 from bitpress.transforms.qqq_smooth import QQQSmooth
@@ -39,6 +40,7 @@ SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {
     "qqq-smooth": QQQSmooth,
     "dgq-smooth": DGQSmooth,
     "fptq-smooth": FPTQSmooth,
+    "llm-fp4-scale": LLMFP4Scale,
     "equalize": Equalize,
 }
 
