@@ -140,7 +140,7 @@ def test_another_reader_computes_the_same_or_the_export_is_refused(
 
 def test_what_nobody_here_reads_is_said(exported: Path, pressed_original: Path) -> None:
     reading = read_by_others(pressed_original, exported, "gptq", Silent())
-    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed")
+    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed (pip install gptqmodel)")
     assert read_by_others(pressed_original, exported, "tool of tomorrow", Silent()).reader is None
 
 
