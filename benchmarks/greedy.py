@@ -2,6 +2,7 @@
 
     make peers && make bench Q=greedy
     python benchmarks/greedy.py --models smollm2-135m --bits 4 8
+    python benchmarks/greedy.py --render                            only the table, from the rows there are
 
 A model is quantized as `bitpress quantize MODEL OUT --for llama.cpp --bits N` does it. llama.cpp splits 10 prompts into tokens and goes on with
 32 each, always the most likely; then our decoded weights in float32 give logits for the same tokens. A token of llama.cpp's is equal if it is
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import ROOT, add_row
+from rows import ROOT, add_row, read_rows, rewrite_section
 
 import bitpress
 from bitpress.checkpoints.tokenizer import load_tokenizer
@@ -25,6 +26,7 @@ from bitpress.pipeline.exporting import open_model
 from bitpress.settings import cache_directory
 
 PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
+PAGE = ROOT / "docs" / "exchange.md"
 SCRIPT = ROOT / "benchmarks" / "peers" / "gguf_greedy.py"
 PROMPTS = (
     "The capital of France is",
@@ -52,7 +54,7 @@ def go_on(file: Path) -> dict[str, Any]:
     """Return llama.cpp's tokens of every prompt, and those that it goes on with."""
     if not PEER.exists():
         raise SystemExit(f"{PEER} is not here; run make peers.")
-    words = [str(PEER), str(SCRIPT), str(file), "--count", str(COUNT), "--prompts", *PROMPTS]
+    words = [str(PEER), str(SCRIPT), str(file), "--threads", "1", "--count", str(COUNT), "--prompts", *PROMPTS]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     told: dict[str, Any] = json.loads(done.stdout)
     return told
@@ -80,13 +82,25 @@ def compare(directory: Path, texts: list[dict[str, list[int]]]) -> dict[str, Any
     }
 
 
+def render() -> None:
+    """Write the table of docs/exchange.md from the last row of every model and number of bits."""
+    rows = {(row["model"], row["bits"]): row for row in read_rows("greedy")}
+    lines = ["", "| model | bits | tokens | equal | near-ties | other |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {model} | {bits} | {row['tokens']} | {row['equal']} | {row['near_ties']} | {row['other']} |"
+        for (model, bits), row in sorted(rows.items())
+    ]
+    rewrite_section(PAGE, "greedy text", [*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["bitpress-tiny"])
     parser.add_argument("--bits", type=int, nargs="*", default=[4])
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "greedy")
+    parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    for model in options.models:
+    for model in [] if options.render else options.models:
         for bits in options.bits:
             file = quantize(model, bits, options.out / f"{model}-{bits}")
             told = go_on(file)
@@ -97,6 +111,7 @@ def main() -> None:
                 f"{model}, {bits} bits: of {found['tokens']} tokens {found['equal']} equal, {found['near_ties']} near-ties, "
                 f"{found['other']} other; {found['prompts_split_alike']} of {len(PROMPTS)} prompts are split alike."
             )
+    render()
 
 
 if __name__ == "__main__":
