@@ -241,6 +241,23 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", ["gptq", "fp16", "gguf", "mlx"])
+def test_an_export_that_cannot_fit_is_refused_before_any_work(
+    target: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed at least is not more than what is written."""
+    out = tmp_path / "new" / f"out.{target}"
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, 1))
+    with pytest.raises(DiskError, match=r"at least [0-9,]+ bytes are needed and 1 are free; make room") as caught:
+        export_model(pressed_norms, out, target)
+    assert list(tmp_path.iterdir()) == []
+    needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, needed))
+    written = export_model(pressed_norms, out, target).nbytes
+    side = sum(path.stat().st_size for path in out.iterdir() if path.suffix != ".safetensors") if out.is_dir() else 0
+    assert 0.5 * written < needed + side <= written
+
+
 @pytest.mark.parametrize("target", ["gptq", "bf16", "mlx", "gguf"])
 def test_a_plain_tensor_that_reads_back_otherwise_is_caught(
     target: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
