@@ -1,5 +1,6 @@
 """Models on their way out and in: what leaves is read back the same, computes the same, and nothing is lost or rounded in silence."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.exports import note_export
 from bitpress.checkpoints.locks import lock_alone
 from bitpress.checkpoints.safetensors_file import TensorEntry
-from bitpress.errors import CheckpointError, NumericsError, UsageError
+from bitpress.errors import CheckpointError, DiskError, NumericsError, UsageError
 from bitpress.exchange import export_directory, export_gguf
 from bitpress.exchange.source import StoredLayer
 from bitpress.exchange.table import EXPORTERS
@@ -140,7 +141,7 @@ def test_another_reader_computes_the_same_or_the_export_is_refused(
 
 def test_what_nobody_here_reads_is_said(exported: Path, pressed_original: Path) -> None:
     reading = read_by_others(pressed_original, exported, "gptq", Silent())
-    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed")
+    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed (pip install gptqmodel)")
     assert read_by_others(pressed_original, exported, "tool of tomorrow", Silent()).reader is None
 
 
@@ -215,6 +216,46 @@ def test_an_export_that_reads_back_otherwise_is_not_there(
     with pytest.raises(NumericsError, match="is another weight when it is read back"):
         export_model(pressed_original, tmp_path / "out", "gptq")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "says"), [("gptq", "No space left on device"), ("gguf", "the disk is full or failing")])
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(
+    target: str, says: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy, by which GGUF files are written, does not pass on what the system said."""
+    import gguf
+
+    def full(path: Path, chunks: Iterator[bytes]) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise DiskError(f"{path}: write failed; run the same command again: it resumes.") from error
+
+    def short(*_: object) -> None:
+        raise OSError("4096 requested and 0 written")
+
+    monkeypatch.setattr(export_directory, "write_durably", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    out = tmp_path / f"out.{target}"
+    with pytest.raises(DiskError) as caught:
+        export_model(pressed_norms, out, target)
+    assert str(caught.value).startswith(f"{out}: cannot be written: {says}; nothing of it is left.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["gptq", "fp16", "gguf", "mlx"])
+def test_an_export_that_cannot_fit_is_refused_before_any_work(
+    target: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed at least is not more than what is written."""
+    out = tmp_path / "new" / f"out.{target}"
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, 1))
+    with pytest.raises(DiskError, match=r"at least [0-9,]+ bytes are needed and 1 are free; make room") as caught:
+        export_model(pressed_norms, out, target)
+    assert list(tmp_path.iterdir()) == []
+    needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, needed))
+    written = export_model(pressed_norms, out, target).nbytes
+    side = sum(path.stat().st_size for path in out.iterdir() if path.suffix != ".safetensors") if out.is_dir() else 0
+    assert 0.5 * written < needed + side <= written
 
 
 @pytest.mark.parametrize("target", ["gptq", "bf16", "mlx", "gguf"])

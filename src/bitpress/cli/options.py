@@ -12,10 +12,12 @@ from bitpress.errors import UsageError
 from bitpress.runtime.native.options import MOST_THREADS, CacheType
 from bitpress.runtime.sampling import LIMITS
 
-Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")
+]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")]
-Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
 ForRuntime = Annotated[

@@ -310,7 +310,7 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     if versions:
         out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
-        out.print(f"{alias} is {original}")
+        out.print(f"{alias} is tied to {original}: one tensor for both.")
 
 
 def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

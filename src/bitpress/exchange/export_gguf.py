@@ -92,7 +92,7 @@ class GgufExporter:
                     writer.write_tensor_data(factors[tensor.name].numpy())
                 progress.advance(tensor.parameter)
         except OSError as error:
-            raise DiskError(f"{target}: cannot be written: {error.strerror}.") from error
+            raise DiskError(f"{target}: cannot be written: {error.strerror or error}.") from error
         finally:
             writer.close()
         _sync(target)

@@ -1,6 +1,7 @@
 """Models on their way in and out: any checkpoint opened as a directory of our own, and a model exported to what other runtimes load."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from bitpress.checkpoints.hub_names import hub_names
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent, published
 from bitpress.checkpoints.source import quantization_of, read_config
-from bitpress.errors import CheckpointError, UsageError, unknown_name
+from bitpress.errors import CheckpointError, DiskError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
 from bitpress.exchange.gguf import Gguf, GgufSource
 from bitpress.exchange.runtimes import RUNTIMES
@@ -155,11 +156,25 @@ def export_model(
     network = build_skeleton(build_config(checkpoint.config), torch.float32)
     names = hub_names(network)
     fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint, network), names)
+    _check_room(checkpoint, fates, out)
     with published(out, file=exporter.is_file) as made:
         added = exporter.export(checkpoint, made, fates, names, progress)
         read_back(checkpoint, made, fates, added, names, progress)
         reading = read_by_others(directory, made, to, progress)
     return Exported(to, out, _size(out), fates, added, reading)
+
+
+def _check_room(checkpoint: CompressedCheckpoint, fates: Fates, out: Path) -> None:
+    """Raise DiskError where an export cannot fit: its plain tensors and decoded values in 16 bits, and nine tenths of the codes as they are here."""
+    needed = sum(min(entry.nbytes, 2 * entry.numel) for entry in checkpoint.plain.values())
+    for name, fate in fates.items():
+        rows, columns = checkpoint.manifest.weights[name].spec["shape"]
+        bits = {"exact": 0.9 * checkpoint.bits_of([name]), "decoded": 16.0, "rounded": 0.0}[fate.how]
+        needed += int(rows * columns * bits / 8)
+    at = next(place for place in out.parents if place.exists())
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise DiskError(f"{out}: at least {needed:,} bytes are needed and {free:,} are free; make room or choose another disk.")
 
 
 def _tables(checkpoint: CompressedCheckpoint, network: Any) -> frozenset[str]:
