@@ -136,6 +136,20 @@ def test_a_low_rank_term_reaches_the_best_of_its_rank(dtype: str) -> None:
     assert made.terms[0] is codes, "the codes stay"
 
 
+def test_ranges_and_factors_are_learned_together() -> None:
+    """ApiQ: a range that is too wide and factors that are too small, each learned; both bring more than the factors alone."""
+    w = draw(OUT, IN)
+    fmt = parse_format("int3-row")
+    params = {"scale": 1.6 * fmt.fit(w)["scale"]}
+    codes = Packed.pack(fmt, fmt.encode(w, params), fmt.stored(params))
+    term = LowRank.store(draw(OUT, 2, seed=7) * 0.05, draw(2, IN, seed=8) * 0.05, "fp16")
+    weight = CompressedWeight((codes, term))
+    made, one, before, after = run(settings("apiq", rate=5e-2), weight, w)
+    _, _, _, alone = run(settings("low-rank", rate=5e-2), weight, w)
+    assert after < 0.9 * alone < 0.9 * before
+    assert torch.equal(one.hard_value(), built_again(made).dequantize())
+
+
 def test_sides_in_a_chain_keep_the_other_maps() -> None:
     generator = torch.Generator().manual_seed(3)
     had = Hadamard.random(IN, IN, generator)
