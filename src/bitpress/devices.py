@@ -58,6 +58,7 @@ def computing_on(device: torch.device, memory: int | None = None) -> Iterator[No
     sums = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     strict, warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         for setting in settings:

@@ -42,11 +42,11 @@ from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
 from bitpress.models.walk import walk
 from bitpress.pipeline.clock import Clock
-from bitpress.pipeline.identity import identify, on_device, versions
+from bitpress.pipeline.identity import identify, versions_on
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
 from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
 from bitpress.stopping import stoppable
@@ -89,27 +89,19 @@ def compare_recipes(
     The same call goes on after what is there. A recipe that fails has a row with `failed`, and the others are done. Raises what
     `quantize_directory` raises for what is wrong before the first recipe or with the directory, JobStopped on a signal.
     """
-    progress = progress or Silent()
     Results.check_vacant(out)
     if best < 1:
         raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
     candidates = [replace(c, method=c.method.computed_on(device)) for c in candidates]
-    made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, device, progress)
+    shared = shared or Calibration(inputs="original")
+    made = _prepare(path, candidates, texts, shared, tokens, length, device, progress or Silent())
     if tasks:
-        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model)
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, made.progress.note), path, made.model)
     for candidate, plan in made.plans.items():
         if made.calibration(candidate.method) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
-    dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
-    source = made.loader.source.hashes()
-    identity = {
-        "comparison": 1,
-        "source": source,
-        "texts": made.hashes,
-        "compute": dtype,
-        "versions": versions(),
-        **on_device(device),
-    }
+    dtype, source = "bf16" if made.model.dtype == torch.bfloat16 else "fp32", made.loader.source.hashes()
+    identity = {"comparison": 1, "source": source, "texts": made.hashes, "compute": dtype, **versions_on(device)}
     results = Results.open(out, identity)
     try:
         with stoppable() as check_stop:
@@ -277,6 +269,7 @@ def _compress(
             model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
+        **_tuned(committer.tuned),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
@@ -311,6 +304,22 @@ def _summary(method: Method, plan: Plan, rows: Sequence[LayerRow]) -> dict[str, 
         "inputs": method.recipe.calibration.inputs if method.follows_text else None,
         "fallbacks": len(fallbacks),
         "first_fallback": fallbacks[0] if fallbacks else None,
+    }
+
+
+def _tuned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
+    """Sum up how spans were learned, by means over them; nothing where none was."""
+    if not spans:
+        return {}
+    return {
+        "tuned": {
+            "spans": len(spans),
+            "kept": sum(span.kept for span in spans),
+            "failed": [f"{span.name}: {span.failed}" for span in spans if span.failed is not None],
+            "held_out": [_mean([span.before for span in spans]), _mean([span.after for span in spans])],
+            "calibration": [_mean([span.calibration[at] for span in spans if span.calibration]) for at in (0, -1)],
+            "seconds": round(math.fsum(span.seconds for span in spans), 2),
+        }
     }
 
 

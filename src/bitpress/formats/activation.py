@@ -66,7 +66,7 @@ class ActivationFormat:
     @classmethod
     def static(cls, fmt: Format, params: Params) -> "ActivationFormat":
         """Return a format whose parameters are those that `fmt.fit` chose on a sample of inputs."""
-        sample = torch.zeros(1, fmt.grid.span)
+        sample = torch.zeros(1, fmt.grid.span, device=params["scale"].device)
         stored = Packed.pack(fmt, fmt.encode(sample, params), params).tensors
         return cls(fmt, "static", {name: t for name, t in stored.items() if name != "codes"})
 

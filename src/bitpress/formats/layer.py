@@ -36,7 +36,7 @@ class CompressedLayer:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return self.weight.device
 
     def to(self, device: torch.device) -> "CompressedLayer":
         """Return the layer on another device; itself where it is there."""

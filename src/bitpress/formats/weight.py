@@ -101,6 +101,10 @@ class CompressedWeight:
         return self.terms[0].shape
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all stored tensors: codes, parameters, maps."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -123,9 +127,9 @@ class CompressedWeight:
         """Return the weight in float32, maps included."""
         if self.parts > 1:
             return torch.cat([part.dequantize() for part in self.apart()])
-        w = self.terms[0].dequantize()
+        w = self.terms[0].dequantize().to(self.device)  # a term without tensors is on no device
         for term in self.terms[1:]:
-            w = w + term.dequantize()
+            w = w + term.dequantize().to(self.device)
         if self.input_map is not None:
             w = self.input_map.apply_transposed(w)
         if self.output_map is not None:
@@ -249,7 +253,7 @@ def _with_kinds(terms: Sequence[Term], kinds: Sequence[type[Term]]) -> list[Term
         if left and type(left[0]) is kind:
             filled.append(left.pop(0))
         elif kind is Sparse:
-            filled.append(Sparse.empty(terms[0].shape))
+            filled.append(Sparse.empty(terms[0].shape, next(iter(terms[0].tensors.values())).device))
         else:
             break
     if left or len(filled) < len(kinds):

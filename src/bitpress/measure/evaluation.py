@@ -104,10 +104,7 @@ def evaluate(
     """
     progress = progress or Silent()
     directory, against = Path(directory), Path(against)
-    if checkpoint is None:
-        checkpoint = open_part(directory, memory, width)
-    if checkpoint is None and is_compressed(directory):
-        checkpoint = CompressedCheckpoint.open(directory)
+    checkpoint = checkpoint or _open_checkpoint(directory, memory, width)
     chosen = _open_runtime(directory, checkpoint, runtime, engine)
     original = open_streamed(against, dtype, device=device)
     own = dtype if chosen is None or chosen.dtype is None else chosen.dtype
@@ -154,10 +151,7 @@ def evaluate_alone(
     for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
     """
     directory, progress = Path(directory), progress or Silent()
-    if checkpoint is None:
-        checkpoint = open_part(directory, memory, width)
-    if checkpoint is None and is_compressed(directory):
-        checkpoint = CompressedCheckpoint.open(directory)
+    checkpoint = checkpoint or _open_checkpoint(directory, memory, width)
     model = open_streamed(directory, dtype, checkpoint, device=device)
     task = model.task
     samples, length = draw_evaluation(text, task, directory, model.model.config, count=tokens, length=length, seed=seed)
@@ -169,6 +163,12 @@ def evaluate_alone(
     figures |= _speed(task, inputs, prepared.seconds)
     stored = {"bits_per_weight": checkpoint and checkpoint.bits_per_weight, "bytes": checkpoint and checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
+
+
+def _open_checkpoint(directory: Path, memory: int | str | None, width: int | None) -> CompressedCheckpoint | None:
+    """Open what bitpress wrote, in part where that is asked for; None for another model."""
+    part = open_part(directory, memory, width)
+    return CompressedCheckpoint.open(directory) if part is None and is_compressed(directory) else part
 
 
 def _open_runtime(

@@ -55,7 +55,8 @@ class BlockCompressor:
         compressed = {p.parameter.name for p in planned}
         self.made = made = CompressedBlock()
         sequential = self.method.recipe.calibration.sequential and needs
-        stages = stream.stages(block.index, planned) if sequential else [planned]
+        # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
+        stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
         replaced: dict[str, torch.Tensor] = {}
         seen: dict[str, Stats] = {}
         scales: Rescaled | None = None
@@ -64,7 +65,7 @@ class BlockCompressor:
             measuring = needs or self.measured is not None
             stats, scales = self._measure(block, stage, replaced, final=final) if measuring else ({}, None)
             seen |= stats if self.method.tunings else {}
-            targets = self._targets(block.index, replaced) if final and self.method.tunings else {}
+            targets = self._targets(block.index, replaced) if final and planned and self.method.tunings else {}
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -73,7 +74,7 @@ class BlockCompressor:
                 if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
-        if self.method.tunings:
+        if self.method.tunings and planned:
             self._tune_(block, planned, seen, scales, targets)
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}

@@ -12,7 +12,7 @@ from bitpress.devices import CPU
 from bitpress.recipes import Method
 from bitpress.version import __version__
 
-__all__ = ["identify", "on_device", "recorded", "versions"]
+__all__ = ["identify", "recorded", "versions", "versions_on"]
 
 
 def identify(source: Mapping[str, str], calibration: str | None, method: Method, device: torch.device = CPU) -> dict[str, Any]:
@@ -21,18 +21,17 @@ def identify(source: Mapping[str, str], calibration: str | None, method: Method,
         "source": dict(source),
         "calibration": calibration,
         "recipe": recorded(method),
-        "versions": versions(),
+        **versions_on(device),
         "directory": VERSION,
-        **on_device(device),
     }
 
 
-def on_device(device: torch.device) -> dict[str, str]:
-    """Return what an identity says of the device: sums are rounded in another order on another kind, which may change bytes.
+def versions_on(device: torch.device) -> dict[str, object]:
+    """Return what an identity says of versions and device: sums are rounded in another order on another kind, which may change bytes.
 
-    It says nothing of the processor.
+    The processor is not named.
     """
-    return {} if device.type == "cpu" else {"device": device.type}
+    return {"versions": versions()} | ({} if device.type == "cpu" else {"device": device.type})
 
 
 def recorded(method: Method) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from bitpress.pipeline.journal import Job, check_vacant
 from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
@@ -169,11 +169,13 @@ class Committer:
     ) -> None:
         self.job, self.compressor, self.total, self.progress, self.resumable = job, compressor, total, progress, resumable
         self.rows: list[LayerRow] = []
+        self.tuned: list[TunedSpan] = []
 
     def visit_(self, block: LoadedBlock) -> None:
         made = self.compressor.made
         record = made.record()
         self.rows += record.rows
+        self.tuned += record.tuned
         if self.job is not None:
             stream = self.compressor.stream
             after = stream.state if self.resumable and stream.goes_on(block) else None

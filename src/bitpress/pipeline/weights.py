@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float
 
+from bitpress import native
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.records import WeightRecord
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
@@ -261,12 +263,12 @@ class WeightCompressor:
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
             parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)
             with _named(name):
-                outcome = compress_matrix(w, alike, parts)
+                outcome = _compress(w, alike, parts)
             outcome, seen = replace(outcome, fallbacks=(scarce,)), None
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
-                outcome = compress_matrix(w, _needed(seen, needs), parts)
+                outcome = _compress(w, _needed(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
         if seen is not None and "gram" in needs and "loss_gram" in self.method.needs and seen.loss_gram is None:
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, ALIKE))
@@ -310,6 +312,14 @@ class WeightCompressor:
         if alive is not None and not bool(alive.any()):
             return "every calibration input of this layer was zero; rounded without statistics"
         return None
+
+
+def _compress(w: Float[torch.Tensor, "out in"], stats: Stats | None, parts: LayerMethod) -> Outcome:
+    """Compress a matrix on its device, or on the host where the quantizer's loops are native; the result is on the device."""
+    if w.device == CPU or not (parts.quantizer.part.native_loops and native.available()):
+        return compress_matrix(w, stats, parts)
+    outcome = compress_matrix(w.to(CPU), None if stats is None else stats.to(CPU), parts)
+    return replace(outcome, weight=outcome.weight.to(w.device))
 
 
 def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:
