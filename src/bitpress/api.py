@@ -29,6 +29,7 @@ class _Parts(TypedDict):
     weights: str | None
     quantizer: str | Mapping[str, Any] | None
     inputs: str | Mapping[str, Any] | None
+    tune: Sequence[str | Mapping[str, Any]]
     calibration: Mapping[str, Any]
     skip: Sequence[str]
     outer: Mapping[str, Any]
@@ -44,6 +45,7 @@ def quantize(
     bits: int | None = None,
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
+    tune: Sequence[str | Mapping[str, Any]] = (),
     inputs: str | Mapping[str, Any] | None = None,
     calibration: str | None = None,
     samples: int | None = None,
@@ -68,6 +70,7 @@ def quantize(
     preset      instead of a recipe: fast, balanced or best, the recipe that measured best under that rule at `bits` 4, 3 or 2
     scheme      instead of both: weights and inputs of products together, such as w8a8 (`bitpress methods`)
     bits        alone: of the preset balanced; with a quantizer: of its number format, int4-g64-zero for 4
+    tune        what is learned further of every block by gradients, in this order: names such as "signround", or {"name": ..., "steps": ...}
     inputs      how the inputs of products are rounded: a format, token by token, or what a recipe's key `inputs` says
     calibration builtin, a .txt or .jsonl file, or hf:NAME; `samples` windows of `length` tokens, drawn by `seed`
     skip        patterns of weights not to quantize, such as "*.down_proj"
@@ -84,7 +87,7 @@ def quantize(
     said, named = {"embeddings": embeddings, "head": head}, not (recipe is None and preset is None and scheme is None)
     weights, bits, outer = choose_for(runtime, bits, weights, said, named=named)
     text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
-    parts = _Parts(weights=weights, quantizer=quantizer, inputs=inputs, calibration=text, skip=skip, outer=outer)
+    parts = _Parts(weights=weights, quantizer=quantizer, inputs=inputs, tune=tune, calibration=text, skip=skip, outer=outer)
     made = choose_method(recipe, preset=preset, scheme=scheme, bits=bits, **parts)
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with watch(progress) as shown:

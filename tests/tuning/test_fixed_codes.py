@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bitpress.formats import CompressedWeight, Hadamard, Kept, LowRank, Packed, Scale, chain, parse_format
-from bitpress.tuning.learned import LearnedWeight, learned_term
+from bitpress.tuning.learned import LearnedWeight
 from bitpress.tuning.objectives import LayerObjective
 from bitpress.tuning.table import TUNINGS
-from bitpress.tuning.tuner import Tuning, tune_
+from bitpress.tuning.tuner import Tuning, begin_weight, tune_
 
 OUT, IN = 8, 32
 
@@ -25,12 +25,9 @@ def packed(w: torch.Tensor, name: str) -> Packed:
 
 
 def learned(tuning: Tuning, weight: CompressedWeight, original: torch.Tensor) -> LearnedWeight:
-    """Return a weight as the pipeline has it learned."""
-    at = learned_term(weight)
-    codes = None if at is None else tuning.begin(LearnedWeight.start(weight, original)[0])
-    found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
-    beside = {k: term for k, term in found.items() if term is not None}
-    return LearnedWeight(weight, codes, at, beside=beside, sides=tuning.begin_sides(weight))
+    one = begin_weight(tuning, weight, original)
+    assert one is not None
+    return one
 
 
 def run(

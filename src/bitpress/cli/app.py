@@ -39,6 +39,7 @@ from bitpress.cli.options import (
     Sets,
     Skip,
     Tasks,
+    Tunings,
     Weights,
     Width,
     is_set,
@@ -85,6 +86,7 @@ def quantize(
     output: Output,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -111,7 +113,14 @@ def quantize(
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
         others = {"--for": runtime, "--requantize": requantize, "--weights": weights, "--quantizer": quantizer, "--set": sets}
-        others |= {"--scheme": scheme, "--inputs": inputs, "--skip": skip, "--embeddings": embeddings, "--head": head}
+        others |= {
+            "--tune": tune,
+            "--scheme": scheme,
+            "--inputs": inputs,
+            "--skip": skip,
+            "--embeddings": embeddings,
+            "--head": head,
+        }
         explain_preset(recipe, preset, bits, as_json, others)
         return
     from bitpress.cli.exchange import show_quantized
@@ -121,7 +130,7 @@ def quantize(
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
     with Screen() as screen:
@@ -141,6 +150,7 @@ def plan(
     model: Model,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -172,7 +182,7 @@ def plan(
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):

@@ -23,6 +23,14 @@ ForRuntime = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
+Tunings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune",
+        metavar="NAME",
+        help="Learn the compressed weights further, block by block: signround, block-ap, ... (`bitpress methods`). May be repeated.",
+    ),
+]
 SchemeName = Annotated[
     str | None,
     typer.Option(

@@ -42,7 +42,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
     run = report["run"]
     recipe = report["job"]["recipe"]
-    parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
+    parts = " + ".join(part["name"] for part in _parts_of(recipe))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
@@ -93,6 +93,11 @@ def _show_token_errors(report: Mapping[str, Any]) -> None:
         out.print(
             f"[dim]Errors above {report['held_out']['far_above']:g} times that of all tokens: {counted} of {len(told)} weights.[/dim]"
         )
+
+
+def _parts_of(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parts of a resolved recipe in the order in which they act; recipes of before have no tuning."""
+    return [*recipe["transforms"], recipe["quantizer"], *recipe["corrections"], *recipe.get("tuning", ())]
 
 
 def _told_spending(budget: Mapping[str, Any]) -> str:
@@ -274,6 +279,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]
     lines += [("correction", part(c)) for c in recipe["corrections"]]
+    lines += [("learned", part(t)) for t in recipe.get("tuning", ())]
     lines += [("override", text) for text in told_overrides(recipe)]
     lines += [(key, told_outer(recipe[key])) for key in OUTER if key in recipe]
     lines += [("skip", " ".join(recipe["skip"]))] * bool(recipe["skip"])

@@ -185,7 +185,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         inputs = samples if method.follows_text else None
         held_out = inputs.held_out if inputs is not None and method.tunings else None
         stream.start_(None if inputs is None else inputs.inputs, None, held_out=held_out)
-    return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
+    return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True, progress=made.progress)
 
 
 def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str, Any]:

@@ -245,10 +245,13 @@ class Format:
                 chosen[p.name] = torch.where(better.view(*better.shape, *(1 for _ in p.shape)), trial[p.name], best[p.name])
         return chosen
 
-    def stored(self, params: Params) -> Params:
-        """Return parameters that a method chose itself, rounded as stored, with the values that scales share."""
+    def stored(self, params: Params, shared: Params | None = None) -> Params:
+        """Return parameters that a method chose itself, rounded as stored, with the values that scales share: those in `shared`, or new ones."""
         grid = next(params[p.name].shape[:2] for p in self.grid.params if p.scope == "block")
-        outer = {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()}
+        chosen = (
+            {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()} if shared is None else {}
+        )
+        outer = chosen if shared is None else self._known_outer(shared)
         rounded = self._rounded(self.per_block(params), self._outer_by_block(outer, (grid[0], grid[1])))
         kept = {p.name: rounded[p.name].reshape(params[p.name].shape) for p in self.grid.params}
         return kept | {shared_name(p, part): t for p, parts in outer.items() for part, t in parts.items()}

@@ -44,6 +44,10 @@ class ScaleStore(Protocol):
         """Return the scales in float32."""
         ...
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        """Return the shared values of a file, as `outer` returns them: scales that were stored are rounded to themselves by these."""
+        ...
+
     def expected(self, down: int, across: int) -> Shapes:
         """Return dtype and shape of every tensor of a file."""
         ...

@@ -63,6 +63,9 @@ class Plain:
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return stored[""].float()
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {}
+
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (self.dtype, (down, across))}
 
@@ -103,6 +106,9 @@ class PowerOfTwo:
         if bool((stored[""] == 255).any()):
             raise FormatError("an e8m0 scale is 255 (NaN); the file is damaged.")
         return _power_of_two(stored[""].to(torch.int32) - 127)
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, across))}
@@ -172,6 +178,9 @@ class MicroFloat:
             raise FormatError("the scale of a tensor is a NaN or an infinity.")
         return self._decoded(stored[""].contiguous().view(torch.float8_e4m3fn), tensor)
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"tensor": stored["tensor"].reshape(1, 1)}
+
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, across)), "tensor": (torch.float32, (1,))}
 
@@ -223,6 +232,9 @@ class IntegerCodes:
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return unpack(stored[""], self.bits, across).float() * stored["row"][:, None]
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"row": stored["row"][:, None]}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
@@ -281,6 +293,9 @@ class RowShifts:
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return self._decoded(unpack(stored[""], self.bits, across), stored["row"][:, None])
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"row": stored["row"][:, None]}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
@@ -342,9 +357,12 @@ class DoubleQuantized:
         return {"": codes.contiguous(), "block": block, "offset": outer["offset"].reshape(1)}
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
+        return self._decoded(stored[""].long(), self.stored_outer(stored, across))
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
         codes = stored[""]
         block = stored["block"].repeat_interleave(self.block)[: codes.numel()].reshape(codes.shape)
-        return (dynamic_map().to(codes.device)[codes.long()] * block + stored["offset"].reshape(1, 1)).clamp(min=0)
+        return {"offset": stored["offset"].reshape(1, 1), "block": block}
 
     def expected(self, down: int, across: int) -> Shapes:
         blocks = -(-down * across // self.block)

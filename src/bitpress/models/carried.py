@@ -71,6 +71,11 @@ class Carried:
         return sum(c.width for c in self._columns()) + _DIGITS
 
     @property
+    def value_columns(self) -> int:
+        """The columns that are values; those after them number the tokens."""
+        return self.width - _DIGITS
+
+    @property
     def plain_width(self) -> int:
         """The width of the hidden states that blocks return, where nothing else is carried."""
         return self._columns()[0].width

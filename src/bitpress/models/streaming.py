@@ -145,6 +145,11 @@ class StreamedModel:
             set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
 
     @property
+    def value_columns(self) -> int | None:
+        """How many of the first columns of what goes from block to block are values, where others number the tokens; None for all."""
+        return None if self._carried is None else self._carried.value_columns
+
+    @property
     def width(self) -> int:
         """Values that are stored between blocks for each position, as far as that can be said before the inputs are seen."""
         self._look_()

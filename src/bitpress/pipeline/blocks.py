@@ -18,6 +18,7 @@ from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.rounded_inputs import choose_inputs
 from bitpress.pipeline.tuning import BlockTuner
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
+from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method
 
 __all__ = ["BlockCompressor"]
@@ -30,6 +31,7 @@ class BlockCompressor:
     measured     returns the statistics of a block from an earlier pass over the uncompressed model: then no text is run, and if the
                  method needs no gram, a gram among them is used only to measure errors
     looked_at    whether later visitors run the block, so that its compressed weights must be loaded
+    progress     hears of the steps of learning
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class BlockCompressor:
         strict: bool = False,
         measured: Callable[[int], Measured] | None = None,
         looked_at: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.stream, self.method, self.planned, self.looked_at = stream, method, planned, looked_at
-        self.measured = measured
+        self.measured, self.progress = measured, progress
         self.weights = WeightCompressor(method, strict=strict)
         self.made = CompressedBlock()
 
@@ -65,7 +68,8 @@ class BlockCompressor:
             measuring = needs or self.measured is not None
             stats, scales = self._measure(block, stage, replaced, final=final) if measuring else ({}, None)
             seen |= stats if self.method.tunings else {}
-            targets = self._targets(block.index, replaced) if final and planned and self.method.tunings else {}
+            learns = final and planned and self.method.tunings
+            targets = self._targets(block, planned, replaced, scales) if learns else {}
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -89,7 +93,13 @@ class BlockCompressor:
         if goes_on:
             stream.advance_(block.index)
 
-    def _targets(self, i: int, replaced: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _targets(
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        replaced: Mapping[str, torch.Tensor],
+        scales: Rescaled | None,
+    ) -> dict[str, torch.Tensor]:
         """Return what the block should give: as the uncompressed model does there, and for the compressed blocks' states before it."""
         stream, wanted = self.stream, {named.part.targets for named in self.method.tunings if named.part.span == "block"}
         found = {}
@@ -97,10 +107,15 @@ class BlockCompressor:
             assert stream.beside is not None
             found["original"] = stream.beside
         if "same" in wanted:
-            compressed = {name: stream.model.model.get_parameter(name).data for name in replaced}
-            stream.model.fill_(replaced)
-            found["same"] = stream.run_all(i)
-            stream.model.fill_(compressed)
+            plain = dict(replaced)
+            for p in planned:  # nothing divides the input of these in the loaded block
+                if scales is not None and p.parameter.stem in scales.unfolded:
+                    name = p.parameter.name
+                    plain[name] = p.parameter.restore(self.weights.unscaled(p, block.tensors[name], scales))
+            now = {name: stream.model.model.get_parameter(name).data for name in plain}
+            stream.model.fill_(plain)
+            found["same"] = stream.run_all(block.index)
+            stream.model.fill_(now)
         return found
 
     def _tune_(
@@ -117,15 +132,21 @@ class BlockCompressor:
         kept = {name: t for name, t in tensors.items() if name not in packed}
         open_ones = [p for p in planned if p.parameter.name in packed]
         originals = {p.parameter.name: self.weights.unscaled(p, tensors[p.parameter.name], scales) for p in open_ones}
-        tuner = BlockTuner(self.stream, block.index, open_ones, originals, stats, kept, targets)
-        tuned = tuner.tune(self.method.tunings, packed)
+        inputs = {name: _of_stored(name, found, scales) for name, found in stats.items()}
+        tuner = BlockTuner(self.stream, block.index, open_ones, originals, inputs, kept, targets)
+        progress = self.progress if isinstance(self.progress, Stepwise) else None
+        tuned = tuner.tune(
+            self.method.tunings,
+            packed,
+            lambda name, share, loss: None if progress is None else progress.step(name, share, loss=loss),
+        )
         for p in open_ones:
             name = p.parameter.name
             if name in tuned.weights:
                 result = self.weights.replaced(made.parameters[name], tuned.weights[name], tensors[name], stats, scales)
                 made.put_(result)
-            if name in tuned.notes:
-                made.put_(made.parameters[name].with_note(tuned.notes[name]))
+            for text in tuned.notes.get(name, ()):
+                made.put_(made.parameters[name].with_note(text))
         made.tuned = tuned.rows
         tensors.update(tuned.vectors)
         decoded = {
@@ -169,3 +190,13 @@ class BlockCompressor:
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)
         return found
+
+
+def _of_stored(name: str, stats: Stats, scales: Rescaled | None) -> Stats:
+    """Return the statistics of the input that a compressed weight has: divided by its factors, unless its own map divides it."""
+    if scales is None or name not in scales.factors or name in scales.unfolded:
+        return stats.by_loss()
+    found, held_out = scales.stats[name], stats.held_out
+    if held_out is None:
+        return found
+    return replace(found, held_out=replace(held_out, x=held_out.x / scales.factors[name]))

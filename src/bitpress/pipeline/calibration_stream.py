@@ -87,6 +87,7 @@ class CalibrationStream:
         self._inputs: Inputs | None = None
         self._counted = 0
         self._probe_positions = PROBE_LENGTH
+        self._embedded: set[int] = set()
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -213,6 +214,12 @@ class CalibrationStream:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
+
+    def embed_batch_(self, samples: int) -> None:
+        """Let the model learn what it passes to its blocks for so many samples of calibration at a time."""
+        if self._inputs is not None and samples not in self._embedded:
+            self.model.embed(self._inputs[:samples])
+            self._embedded.add(samples)
 
     def run_all(self, i: int) -> torch.Tensor:
         """Return what the loaded block makes of the hidden states, the held-out ones too."""

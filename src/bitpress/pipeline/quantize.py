@@ -231,7 +231,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     else:
         stream.start_(inputs, job.activations(), held_out=held_out)
     del outer
-    compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
+    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, progress=progress)
     committer = Committer(job, compressor, plan.blocks + 1, progress)
     walk(model, [compressor, committer], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()

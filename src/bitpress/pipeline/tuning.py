@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from bitpress.calibration import Stats
 from bitpress.errors import NumericsError
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedWeight, Packed
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import TunedSpan
@@ -18,7 +18,7 @@ from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Named
 from bitpress.tuning.learned import Learned, LearnedVector, LearnedWeight, learned_term
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
-from bitpress.tuning.tuner import Tuning, tune_
+from bitpress.tuning.tuner import Tuning, begin_weight, tune_
 
 __all__ = ["BlockTuner", "Tuned"]
 
@@ -31,13 +31,14 @@ class Tuned:
     weights: dict[str, CompressedWeight]
     vectors: dict[str, torch.Tensor]
     rows: list[TunedSpan]
-    notes: dict[str, str]
+    notes: dict[str, list[str]]
 
 
 class BlockTuner:
     """Learns one block.
 
     originals   what the compressed weights stand for, [out, in], by the names of parameters
+    stats       of the inputs that these have
     kept        the block's other tensors, as stored
     targets     what the block should give for the hidden states of the stream, held-out windows too; None where every span is a layer
     """
@@ -60,24 +61,34 @@ class BlockTuner:
         self,
         tunings: Sequence[Named[Tuning]],
         start: Mapping[str, CompressedWeight],
-        note: Callable[[str, int, int, float], None] = lambda name, step, steps, loss: None,
+        note: Callable[[str, float, float], None] = lambda name, share, loss: None,
     ) -> Tuned:
-        """Learn what `tunings` say, each from what the one before left. Raises NumericsError where the start has no finite loss."""
+        """Learn what `tunings` say, each from what the one before left. Raises NumericsError where the start has no finite loss.
+
+        `note` hears of every step: the name of a block or weight, the share of all learning that is done, the loss.
+        """
         made, vectors = dict(start), dict[str, torch.Tensor]()
-        rows, notes = list[TunedSpan](), dict[str, str]()
-        for named in tunings:
+        rows, notes = list[TunedSpan](), dict[str, list[str]]()
+        for number, named in enumerate(tunings):
             tuning = named.part
+
+            def heard(name: str, at: int, of: int) -> Callable[[float, float], None]:
+                begun, width = (number + at / of) / len(tunings), 1 / of / len(tunings)  # noqa: B023 (called in this round)
+                return lambda share, loss: note(name, begun + share * width, loss)
+
             weights = {p.parameter.name: self._learned(p, made, tuning, named.name, notes) for p in self.planned}
             open_weights = {name: one for name, one in weights.items() if one is not None}
             if tuning.span == "layer":
-                for name, one in open_weights.items():
-                    row = self._layer(named, name, one, note)
+                for at, (name, one) in enumerate(open_weights.items()):
+                    row = self._layer(named, name, one, heard(name, at, len(open_weights)))
                     rows.append(row)
                     if row.kept:
                         made[name] = one.harden()
                 continue
             norms = self._vectors(tuning, vectors)
-            row = self._whole(named, {**open_weights, **norms}, made, vectors, note)
+            if not open_weights and not norms:
+                continue
+            row = self._whole(named, {**open_weights, **norms}, made, vectors, heard(self.name, 0, 1))
             rows.append(row)
             if row.kept:
                 made |= {name: one.harden() for name, one in open_weights.items()}
@@ -86,29 +97,25 @@ class BlockTuner:
         return Tuned(changed, vectors, rows, notes)
 
     def _learned(
-        self, p: PlannedWeight, made: Mapping[str, CompressedWeight], tuning: Tuning, method: str, notes: dict[str, str]
+        self, p: PlannedWeight, made: Mapping[str, CompressedWeight], tuning: Tuning, method: str, notes: dict[str, list[str]]
     ) -> LearnedWeight | None:
         """Return a weight as it is learned, None where its codes stay."""
-        name, weight = p.parameter.name, made[p.parameter.name]
-        if p.parameter.experts or weight.parts > 1:
-            notes[name] = f"{method} learns no codes of experts; they stay as they were"
+        name, weight, experts = p.parameter.name, made[p.parameter.name], p.parameter.experts
+        unseen = tuning.span == "layer" and p.parameter.stem not in self.stats
+        if experts or weight.parts > 1 or unseen:
+            why = "a layer that no token reached" if unseen and not experts else "experts"
+            notes.setdefault(name, []).append(f"{method} learns no codes of {why}; they stay as they were")
             return None
-        at, codes = learned_term(weight), None
-        if at is not None:
-            start, at = LearnedWeight.start(weight, self.originals[name])
-            if not is_served(tuning.serves, start.fmt):
-                notes[name] = f"{method} cannot learn codes of {start.fmt.name}; they stay as they were"
-                return None
-            codes = tuning.begin(start)
-        found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
-        beside = {k: term for k, term in found.items() if term is not None}
-        sides = tuning.begin_sides(weight)
-        if codes is None and not beside and sides is None:
-            if at is None:
-                notes[name] = f"{method} learns no codes of this weight; they stay as they were"
+        at = learned_term(weight)
+        codes = None if at is None else weight.terms[at]
+        if isinstance(codes, Packed) and not is_served(tuning.serves, codes.format):
+            notes.setdefault(name, []).append(f"{method} cannot learn codes of {codes.format.name}; they stay as they were")
             return None
         transposed = p.parameter.transposed and tuning.span == "block"
-        return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
+        learned = begin_weight(tuning, weight, self.originals[name], transposed=transposed)
+        if learned is None and at is None:
+            notes.setdefault(name, []).append(f"{method} learns no codes of this weight; they stay as they were")
+        return learned
 
     def _vectors(self, tuning: Tuning, vectors: Mapping[str, torch.Tensor]) -> dict[str, LearnedVector]:
         if not tuning.norms:
@@ -120,9 +127,7 @@ class BlockTuner:
             if name in own and stored.ndim == 1 and stored.is_floating_point()
         }
 
-    def _layer(
-        self, named: Named[Tuning], name: str, one: LearnedWeight, note: Callable[[str, int, int, float], None]
-    ) -> TunedSpan:
+    def _layer(self, named: Named[Tuning], name: str, one: LearnedWeight, note: Callable[[float, float], None]) -> TunedSpan:
         stem = name.removesuffix(".weight")
         stats = self.stats[stem]
         objective = LayerObjective(
@@ -136,21 +141,26 @@ class BlockTuner:
         learned: Mapping[str, LearnedWeight | LearnedVector],
         made: Mapping[str, CompressedWeight],
         vectors: Mapping[str, torch.Tensor],
-        note: Callable[[str, int, int, float], None],
+        note: Callable[[float, float], None],
     ) -> TunedSpan:
         model, stream = self.stream.model, self.stream
         shapes = {p.parameter.name: p.parameter for p in self.planned}
         fixed = {name: shapes[name].restore(made[name].dequantize()) for name in made if name not in learned}
         model.fill_({**fixed, **{name: v for name, v in vectors.items() if name not in learned}})
         assert stream.hidden is not None
+        counted, windows, batch = _counted(stream), len(stream.hidden), named.part.batch
+        # Steps and looks at held-out text have batches of these sizes.
+        for size in {min(batch, counted), min(batch, windows - counted), (windows - counted) % batch} - {0}:
+            stream.embed_batch_(size)
         objective = BlockObjective(
             lambda hidden, values: model.run_block_with(self.block, hidden, values),
             stream.hidden,
             self.targets[named.part.targets],
-            _counted(stream),
+            counted,
             named.part.loss,
-            batch=named.part.batch,
+            batch=batch,
             device=model.device,
+            columns=model.value_columns,
         )
         tokens = objective.windows * stream.hidden.shape[1]
         return self._run(named, self.name, objective, learned, tokens, note)
@@ -162,7 +172,7 @@ class BlockTuner:
         objective: BlockObjective | LayerObjective,
         learned: Mapping[str, Learned],
         tokens: int,
-        note: Callable[[str, int, int, float], None],
+        note: Callable[[float, float], None],
     ) -> TunedSpan:
         started, steps = time.perf_counter(), named.part.steps
         curve = tune_(
@@ -171,7 +181,7 @@ class BlockTuner:
             named.part,
             self.block,
             self.stream.check_stop,
-            lambda step, loss: note(name, step, steps, loss),
+            lambda step, loss: note(step / steps, loss),
         )
         if not math.isfinite(curve.before):
             raise NumericsError(f"{name}: the loss of what {named.name} starts from is {curve.before:g}.")

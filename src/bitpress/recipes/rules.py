@@ -73,6 +73,11 @@ def _check_tuning(method: Method) -> None:
         raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
     if method.rounds_inputs:
         raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
+    moved = next((at for at, named in enumerate(method.tunings) if named.part.norms), len(method.tunings))
+    if late := [named.name for named in method.tunings[moved:] if named.part.span == "layer"]:
+        raise UsageError(
+            f"{late[0]} learns layers by inputs measured before norms were learned by {method.tunings[moved].name}; put it first."
+        )
 
 
 def _check_outer(method: Method) -> None:

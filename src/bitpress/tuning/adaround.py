@@ -1,9 +1,9 @@
 """AdaRound: every weight rounds down or up, by a soft bit that is pushed towards 0 or 1.
 
-Source   Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; the details of its bits
-         as in the public code of BRECQ (`quant/adaptive_rounding.py`, `quant/layer_recon.py`): the stretch, the start, Adam at 1e-3, the sum
-         of the regulariser times 0.001 to 0.01.
-Differs  behind a closed form the two neighbours are those around its code; scales stay the closed form's. The loss is relative to the energy
+Source   Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"; the details of its bits as in the public code of BRECQ
+         (`quant/adaptive_rounding.py`, `quant/layer_recon.py`): the stretch, the start, Adam at 1e-3, the sum of the regulariser times 0.001
+         to 0.01.
+Differs  behind a closed form one neighbour is its code, the other the next one towards the target; scales stay the closed form's. The loss is relative to the energy
          of the span's targets, so the regulariser's weight is in units of that. 200 steps in place of 10,000 or more.
 Update   w_hat = (clamp(floor(w / s) + h(v) + z, 0, top) - z) s,  h = rectified sigmoid,
          loss + weight * mean(1 - |2 h - 1|^power), the power falling from 20 to 2, without regulariser in the first fifth of the steps
@@ -35,7 +35,7 @@ class AdaRound(Tuning):
 
     summary: ClassVar[str] = "rounding down or up, by soft bits that end hard"
     paper: ClassVar[str] = "P288"
-    serves: ClassVar[tuple[str, ...]] = ("int*",)
+    serves: ClassVar[tuple[str, ...]] = ("int*", "!int*-min*")
 
     def begin(self, start: Start) -> LearnedCodes:
         return _SoftBits(start, self.weight)
@@ -48,9 +48,13 @@ class _SoftBits(LearnedCodes):
         assert isinstance(grid, EvenlySpaced)
         params = self.fmt.per_block(self.given)
         self.scale, self.zero, self.top = params["scale"], grid.zero_of(params), grid.top
-        steps = self.fmt.to_blocks(self.base) / torch.where(self.scale == 0, 1.0, self.scale)
-        self.floor = steps.floor()
-        soft = (steps - self.floor).clamp(0.01, 0.99)
+        chosen = self.fmt.to_blocks(start.codes.float()) - self.zero
+        steps = self.fmt.to_blocks(start.target) / torch.where(self.scale == 0, 1.0, self.scale)
+        below = steps < chosen
+        self.floor = chosen - below.float()
+        soft = steps - self.floor
+        # The bit begins on the side of the code that was chosen, however far away the target is.
+        soft = torch.where(below, soft.clamp(0.51, 0.99), soft.clamp(0.01, 0.49))
         self.bits = rectified_sigmoid_inverse(soft).requires_grad_()
         self.weighted = weight
 

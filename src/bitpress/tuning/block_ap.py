@@ -46,7 +46,7 @@ class ShiftedWeights(LearnedCodes):
         self.size = start.target.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
         self.shift = torch.zeros_like(self.base, requires_grad=True)
         self.rate = scales
-        moving = [p for p in self.fmt.grid.params if p.kind != "code" or zeros]
+        moving = [p for p in self.fmt.grid.params if p.kind != "code" or (zeros and p.name == "zero")]
         self.moved = {p.name: torch.zeros_like(self.given[p.name], requires_grad=True) for p in moving} if scales else {}
         self.units = {p.name: _unit(self.given[p.name], p.kind == "code") for p in moving}
 

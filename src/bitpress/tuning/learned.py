@@ -59,6 +59,10 @@ class Learned(Protocol):
         """Return the parameter as it would be stored and loaded again, in float32."""
         ...
 
+    def start_value(self) -> torch.Tensor:
+        """Return the parameter that learning started from."""
+        ...
+
     def penalty(self, progress: float) -> torch.Tensor | None:
         """Return what is added to the loss, if anything."""
         ...
@@ -84,17 +88,19 @@ class LearnedTerm(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """A term of codes that a closed form chose. `target` is what the codes stand for, in their own basis, in float32."""
+    """A term of codes that a closed form chose. `target` is what the codes stand for, in their own basis, in float32; `shared` are the values
+    that scales share, which stay: so the start's own scales are stored as they were."""
 
     target: Float[torch.Tensor, "out in"]
     fmt: Format
     codes: Int[torch.Tensor, "codes_down codes_across"]
     params: Params
+    shared: Params
 
     @classmethod
     def of(cls, term: Packed, target: Float[torch.Tensor, "out in"]) -> "Start":
         codes, params = term.unpack()
-        return cls(target, term.format, codes, params)
+        return cls(target, term.format, codes, params, term.unpack_shared())
 
     def settled(self) -> Float[torch.Tensor, "out in"]:
         """Return values whose codes are those of the start: the target itself where plain rounding chose nearly all of them.
@@ -138,11 +144,13 @@ class LearnedCodes:
 
     def stored_params(self) -> dict[str, torch.Tensor]:
         """Return the parameters as stored, with the gradient of `params`."""
-        own = dict(self.params())
+        own, given = dict(self.params()), self.start.params
         for p in self.fmt.grid.params:
-            if p.kind == "code" and own[p.name].requires_grad:
+            if p.kind == "code":
                 own[p.name] = round_through(own[p.name]).clamp(0, (1 << p.bits) - 1)
-        kept = dict(self.fmt.stored({name: t.detach() for name, t in own.items()}))
+            elif p.kind == "scale":  # a scale keeps its sign: most stores have one only
+                own[p.name] = torch.where(given[p.name] < 0, own[p.name].clamp(max=0), own[p.name].clamp(min=0))
+        kept = dict(self.fmt.stored({name: t.detach() for name, t in own.items()}, self.start.shared))
         for p in self.fmt.grid.params:
             if own[p.name].requires_grad:
                 kept[p.name] = pass_through(own[p.name], kept[p.name])
@@ -251,9 +259,11 @@ class LearnedWeight:
             part = self.terms[k].weight(progress) if other is None else other
             total = part if total is None else total + part
         assert total is not None
-        mapped: torch.Tensor = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
-        if self.sides is not None:
-            mapped = self.sides.apply(mapped)
+        mapped: torch.Tensor
+        if self.sides is None:
+            mapped = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
+        else:
+            mapped = self.sides.apply(total, self.whole)
         return mapped.T if self.transposed else mapped
 
     def harden(self) -> CompressedWeight:
@@ -263,6 +273,10 @@ class LearnedWeight:
 
     def hard_value(self) -> torch.Tensor:
         decoded = self.harden().dequantize()
+        return decoded.T if self.transposed else decoded
+
+    def start_value(self) -> torch.Tensor:
+        decoded = self.whole.dequantize()
         return decoded.T if self.transposed else decoded
 
 
@@ -282,9 +296,12 @@ class LearnedSides:
     def leaves(self) -> list[Leaf]:
         return [Leaf(side, self.rate) for side in (self.s, self.t) if side is not None]
 
-    def apply(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
-        w = w if self.s is None else w * self.s
-        return w if self.t is None else (w.T * self.t).T
+    def apply(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight) -> Float[torch.Tensor, "out in"]:
+        """Return the sum of the terms between the weight's maps and the diagonals, in the order of a stored weight."""
+        mapped: torch.Tensor = _Mapped.apply(w, weight.input_map, None)
+        mapped = mapped if self.s is None else mapped * self.s
+        whole: torch.Tensor = _Mapped.apply(mapped, None, weight.output_map)
+        return whole if self.t is None else (whole.T * self.t).T
 
     def harden(self, weight: CompressedWeight) -> CompressedWeight:
         """Return the weight with the diagonals in its maps; two scales in a row become one."""
@@ -310,7 +327,7 @@ class LearnedVector:
     """A norm's weight or a bias, rounded to the type in which it is stored."""
 
     def __init__(self, stored: torch.Tensor, rate: float) -> None:
-        self.dtype = stored.dtype
+        self.dtype, self.stored = stored.dtype, stored
         self.vector = stored.detach().float().clone().requires_grad_()
         self.rate = rate
 
@@ -326,10 +343,8 @@ class LearnedVector:
     def hard_value(self) -> torch.Tensor:
         return self.vector.detach().to(self.dtype).float()
 
+    def start_value(self) -> torch.Tensor:
+        return self.stored.float()
+
     def harden(self) -> torch.Tensor:
         return self.vector.detach().to(self.dtype)
-
-
-def tensors_of(learned: Mapping[str, Learned]) -> list[torch.Tensor]:
-    """Return every tensor that is learned."""
-    return [leaf.tensor for one in learned.values() for leaf in one.leaves()]

@@ -14,7 +14,7 @@ import torch
 
 from bitpress.formats.grids.grid import Params
 from bitpress.tuning.learned import Leaf, LearnedCodes, Start
-from bitpress.tuning.ranges import range_params
+from bitpress.tuning.ranges import has_two_ends, range_params
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
 __all__ = ["LearnedClipping"]
@@ -40,13 +40,14 @@ class _Clipping(LearnedCodes):
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         self.ends = [
-            torch.full_like(start.params["scale"], OPEN, requires_grad=True) for _ in range(1 + ("zero" in start.params))
+            torch.full_like(start.params["scale"], OPEN, requires_grad=True) for _ in range(1 + has_two_ends(start.params))
         ]
+        # Computed as the sigmoids are, so that the first factor is 1 to the last bit.
+        self.full = torch.sigmoid(self.ends[0].detach())
 
     def leaves(self) -> list[Leaf]:
         return [Leaf(end) for end in self.ends]
 
     def params(self) -> Params:
-        full = torch.sigmoid(torch.tensor(OPEN, device=self.base.device))
-        up, down = (torch.sigmoid(end) / full for end in (self.ends[0], self.ends[-1]))
+        up, down = (torch.sigmoid(end) / self.full for end in (self.ends[0], self.ends[-1]))
         return range_params(self.fmt, self.given, up, down)

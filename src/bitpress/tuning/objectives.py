@@ -20,7 +20,12 @@ def _mse(out: Out, target: Out) -> Float[torch.Tensor, ""]:
 def _channels(out: Out, target: Out) -> Float[torch.Tensor, ""]:
     """Norm Tweaking's distance: of the mean and of the standard deviation of every channel over the tokens, here squared."""
     a, b = out.float().flatten(0, 1), target.float().flatten(0, 1)
-    return (a.mean(0) - b.mean(0)).square().mean() + (a.std(0) - b.std(0)).square().mean()
+    return (a.mean(0) - b.mean(0)).square().mean() + (_deviation(a) - _deviation(b)).square().mean()
+
+
+def _deviation(x: Float[torch.Tensor, "tokens channels"]) -> Float[torch.Tensor, " channels"]:
+    """Return the standard deviation of every channel; one that is always the same has a gradient of 0, not NaN."""
+    return x.var(0).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def _cosine(out: Out, target: Out) -> Float[torch.Tensor, ""]:
@@ -42,6 +47,7 @@ class BlockObjective(Objective):
     run      runs the block on hidden states with some of its parameters replaced
     inputs   hidden states of all windows, `targets` those that are wanted behind the block; `counted` windows are learned from, and those
              after them are held out
+    columns  how many of the states' first columns are values; further ones only number the tokens
     """
 
     def __init__(
@@ -54,15 +60,17 @@ class BlockObjective(Objective):
         *,
         batch: int,
         device: torch.device | None = None,
+        columns: int | None = None,
     ) -> None:
         self.run, self.inputs, self.targets, self.windows = run, inputs, targets, counted
         self.distance, self.batch, self.device = LOSSES[loss], batch, device or inputs.device
-        energy = torch.stack([t.float().square().mean() for t in targets[:counted].split(batch)]).mean()
+        self.columns = slice(columns)
+        energy = torch.stack([t[..., self.columns].float().square().mean() for t in targets[:counted].split(batch)]).mean()
         self.energy = max(float(energy), torch.finfo(torch.float32).tiny)
 
     def loss(self, values: Mapping[str, torch.Tensor], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
         out = self.run(self.inputs[rows].to(self.device), values)
-        return self.distance(out, self.targets[rows].to(self.device)) / self.energy
+        return self.distance(out[..., self.columns], self.targets[rows].to(self.device)[..., self.columns]) / self.energy
 
     @torch.no_grad()
     def held_out(self, values: Mapping[str, torch.Tensor]) -> float:

@@ -29,7 +29,7 @@ class SignRound(Tuning):
     ranges: bool = True
 
     summary: ClassVar[str] = "offsets before rounding and ends of ranges, by signed gradient descent"
-    paper: ClassVar[str] = "SignRound (arXiv 2309.05516)"
+    paper: ClassVar[str] = "yardstick: SignRound (arXiv 2309.05516)"
     serves: ClassVar[tuple[str, ...]] = ("int*",)
 
     def begin(self, start: Start) -> LearnedCodes:

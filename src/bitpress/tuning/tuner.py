@@ -5,7 +5,7 @@ and optimiser that it takes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Integer as Int
 
-from bitpress.errors import UsageError
+from bitpress.errors import NumericsError, UsageError
+from bitpress.finite import all_finite
 from bitpress.formats import CompressedWeight, Term
-from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, Start
+from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, learned_term
 
-__all__ = ["Curve", "Objective", "Tuning", "tune_"]
+__all__ = ["Curve", "Objective", "Tuning", "begin_weight", "tune_"]
 
 OptimizerName = Literal["adam", "sign"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -38,7 +39,8 @@ class Tuning:
     span       what is learned together: the weights of a block by its output, or every weight alone by its own
     loss       mse: squared error of the span's output; channels: squared distance of every channel's mean and deviation; cosine: squared
                error, and the logarithm of the mean cosine between tokens' outputs
-    targets    original: what the uncompressed model gives there; same: what the uncompressed span makes of the compressed one's input
+    targets    of a block. original: what the uncompressed model gives there; same: what the uncompressed block makes of the compressed one's
+               input. A layer's target is always of the second kind
     norms      learning rate of norms and biases of the block, learned with the weights; 0: they stay as they are
     checks     how often held-out text is looked at; the best of these is kept, and the start if none is better
     seed       of the draw of windows
@@ -73,7 +75,9 @@ class Tuning:
         if not 0 <= self.norms < math.inf:
             raise UsageError(f"norms={self.norms:g}: a learning rate is 0 or more.")
         if self.span == "layer" and self.norms:
-            raise UsageError("norms are learned with a block (span=block): no layer's own output tells what they should be.")
+            raise UsageError(
+                "norms are learned with a block (span=block): no layer's own output tells what they should be; give norms=0."
+            )
         if self.span == "layer" and self.loss != "mse":
             raise UsageError(f"loss={self.loss} is one of a block's output; a layer alone is measured by mse.")
         if not 0 <= self.seed < 1 << 24:
@@ -94,6 +98,22 @@ class Tuning:
     def begin_sides(self, weight: CompressedWeight) -> LearnedSides | None:
         """Return the diagonals around a weight's maps that are learned, None if its maps stay."""
         return None
+
+
+def begin_weight(
+    tuning: Tuning, weight: CompressedWeight, original: Float[torch.Tensor, "out in"], *, transposed: bool = False
+) -> LearnedWeight | None:
+    """Return a compressed weight as it is learned, None where nothing of it is. Its codes are in a format that the tuning serves."""
+    at, codes = learned_term(weight), None
+    if at is not None:
+        start, at = LearnedWeight.start(weight, original)
+        codes = tuning.begin(start)
+    found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
+    beside = {k: term for k, term in found.items() if term is not None}
+    sides = tuning.begin_sides(weight)
+    if codes is None and not beside and sides is None:
+        return None
+    return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
 
 
 class Objective(Protocol):
@@ -139,14 +159,14 @@ def tune_(
     check_stop: Callable[[], None] = lambda: None,
     note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Curve:
-    """Learn; leave every leaf in the state that was best on held-out text, which may be the start.
+    """Learn; leave every leaf in the state that was best on held-out text, or where none was better than the start, as it was at first.
 
-    `salt` keeps the draws of spans apart; `note` hears of every step's loss. Nothing is random but the draw of windows, from a generator on
+    A loss or a gradient that is not finite, or parameters that cannot be stored, end it early. `salt` keeps the draws of spans apart; `note` hears of every step's loss. Nothing is random but the draw of windows, from a generator on
     the CPU.
     """
     leaves = [leaf for one in learned.values() for leaf in one.leaves()]
     best = [leaf.tensor.detach().clone() for leaf in leaves]
-    before = after = objective.held_out({name: one.hard_value() for name, one in learned.items()})
+    before = after = objective.held_out({name: one.start_value() for name, one in learned.items()})
     losses: list[float] = []
     failed = None
     rows = _draw(objective.windows, min(tuning.batch, objective.windows), tuning.seed, salt)
@@ -158,31 +178,47 @@ def tune_(
         for group, rate in zip(optimizer.param_groups, start, strict=True):
             group["lr"] = rate * _faded(tuning.schedule, step / tuning.steps)
         progress = step / tuning.steps
-        with torch.enable_grad():
-            loss = objective.loss({name: one.value(progress) for name, one in learned.items()}, next(rows))
-            total = loss
-            for one in learned.values():
-                penalty = one.penalty(progress)
-                total = total if penalty is None else total + penalty
-            gradients = torch.autograd.grad(total, [leaf.tensor for leaf in leaves], allow_unused=True)
-        told = float(loss.detach())
-        if not math.isfinite(told) or not math.isfinite(float(total.detach())):
-            failed = f"the loss is {told:g} at step {step + 1}"
+        try:
+            told, gradients = _gradients(objective, learned, leaves, progress, next(rows))
+            losses.append(told)
+            note(step + 1, told)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.tensor.grad = gradient
+            optimizer.step()
+            _bound_(leaves)
+            if step + 1 in checks:
+                found = objective.held_out({name: one.hard_value() for name, one in learned.items()})
+                if found < after:
+                    after, best = found, [leaf.tensor.detach().clone() for leaf in leaves]
+        except NumericsError as error:
+            failed = f"step {step + 1}: {error}"
             break
-        losses.append(told)
-        note(step + 1, told)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.tensor.grad = gradient
-        optimizer.step()
-        _bound_(leaves)
-        if step + 1 in checks:
-            found = objective.held_out({name: one.hard_value() for name, one in learned.items()})
-            if found < after:
-                after, best = found, [leaf.tensor.detach().clone() for leaf in leaves]
     for leaf, tensor in zip(leaves, best, strict=True):
         leaf.tensor.grad = None
         leaf.tensor.data.copy_(tensor)
     return Curve(_means(losses), before, after, len(losses), failed)
+
+
+def _gradients(
+    objective: Objective,
+    learned: Mapping[str, Learned],
+    leaves: Sequence[Leaf],
+    progress: float,
+    rows: Int[torch.Tensor, " batch"],
+) -> tuple[float, list[torch.Tensor | None]]:
+    """Return the loss on some windows and the gradients of it and of all penalties. Raises NumericsError unless all are finite."""
+    with torch.enable_grad():
+        loss = total = objective.loss({name: one.value(progress) for name, one in learned.items()}, rows)
+        for one in learned.values():
+            penalty = one.penalty(progress)
+            total = total if penalty is None else total + penalty
+        told = float(loss.detach())
+        if not math.isfinite(told) or not math.isfinite(float(total.detach())):
+            raise NumericsError(f"the loss is {told:g}.")
+        gradients = torch.autograd.grad(total, [leaf.tensor for leaf in leaves], allow_unused=True)
+    if not all(all_finite(gradient) for gradient in gradients if gradient is not None):
+        raise NumericsError("a gradient of the loss is not finite.")
+    return told, list(gradients)
 
 
 class SignDescent(torch.optim.Optimizer):
