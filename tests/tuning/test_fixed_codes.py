@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bitpress.formats import CompressedWeight, Hadamard, Kept, LowRank, Packed, Scale, chain, parse_format
-from bitpress.tuning.learned import LearnedWeight, learned_term
+from bitpress.tuning.learned import LearnedWeight
 from bitpress.tuning.objectives import LayerObjective
 from bitpress.tuning.table import TUNINGS
-from bitpress.tuning.tuner import Tuning, tune_
+from bitpress.tuning.tuner import Tuning, begin_weight, tune_
 
 OUT, IN = 8, 32
 
@@ -25,12 +25,9 @@ def packed(w: torch.Tensor, name: str) -> Packed:
 
 
 def learned(tuning: Tuning, weight: CompressedWeight, original: torch.Tensor) -> LearnedWeight:
-    """Return a weight as the pipeline has it learned."""
-    at = learned_term(weight)
-    codes = None if at is None else tuning.begin(LearnedWeight.start(weight, original)[0])
-    found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
-    beside = {k: term for k, term in found.items() if term is not None}
-    return LearnedWeight(weight, codes, at, beside=beside, sides=tuning.begin_sides(weight))
+    one = begin_weight(tuning, weight, original)
+    assert one is not None
+    return one
 
 
 def run(
@@ -134,6 +131,20 @@ def test_a_low_rank_term_reaches_the_best_of_its_rank(dtype: str) -> None:
     assert best <= after < best + 0.05 * (before - best)
     assert torch.equal(one.hard_value(), built_again(made).dequantize())
     assert made.terms[0] is codes, "the codes stay"
+
+
+def test_ranges_and_factors_are_learned_together() -> None:
+    """ApiQ: a range that is too wide and factors that are too small, each learned; both bring more than the factors alone."""
+    w = draw(OUT, IN)
+    fmt = parse_format("int3-row")
+    params = {"scale": 1.6 * fmt.fit(w)["scale"]}
+    codes = Packed.pack(fmt, fmt.encode(w, params), fmt.stored(params))
+    term = LowRank.store(draw(OUT, 2, seed=7) * 0.05, draw(2, IN, seed=8) * 0.05, "fp16")
+    weight = CompressedWeight((codes, term))
+    made, one, before, after = run(settings("apiq", rate=5e-2), weight, w)
+    _, _, _, alone = run(settings("low-rank", rate=5e-2), weight, w)
+    assert after < 0.9 * alone < 0.9 * before
+    assert torch.equal(one.hard_value(), built_again(made).dequantize())
 
 
 def test_sides_in_a_chain_keep_the_other_maps() -> None:

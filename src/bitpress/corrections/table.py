@@ -2,6 +2,7 @@
 
 from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
+from bitpress.corrections.loftq import LoftQ, LQLoRA
 from bitpress.corrections.lorc import LoRC
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
@@ -15,6 +16,8 @@ CORRECTIONS: dict[str, type[Correction]] = {
     "lorc": LoRC,
     "lqer": LQER,
     "qera": QERA,
+    "loftq": LoftQ,
+    "lq-lora": LQLoRA,
     "svdquant": SVDQuant,
     "outliers": Outliers,
     "salient": Salient,

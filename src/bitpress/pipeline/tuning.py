@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from bitpress.calibration import Stats
 from bitpress.errors import NumericsError
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedWeight, Packed
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import TunedSpan
@@ -18,7 +18,7 @@ from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Named
 from bitpress.tuning.learned import Learned, LearnedVector, LearnedWeight, learned_term
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
-from bitpress.tuning.tuner import Tuning, tune_
+from bitpress.tuning.tuner import Tuning, begin_weight, tune_
 
 __all__ = ["BlockTuner", "Tuned"]
 
@@ -100,31 +100,22 @@ class BlockTuner:
         self, p: PlannedWeight, made: Mapping[str, CompressedWeight], tuning: Tuning, method: str, notes: dict[str, list[str]]
     ) -> LearnedWeight | None:
         """Return a weight as it is learned, None where its codes stay."""
-        name, weight, experts = (
-            p.parameter.name,
-            made[p.parameter.name],
-            p.parameter.experts or made[p.parameter.name].parts > 1,
-        )
-        if experts or (tuning.span == "layer" and p.parameter.stem not in self.stats):
-            why = "experts" if experts else "a layer that no token reached"
+        name, weight, experts = p.parameter.name, made[p.parameter.name], p.parameter.experts
+        unseen = tuning.span == "layer" and p.parameter.stem not in self.stats
+        if experts or weight.parts > 1 or unseen:
+            why = "a layer that no token reached" if unseen and not experts else "experts"
             notes.setdefault(name, []).append(f"{method} learns no codes of {why}; they stay as they were")
             return None
-        at, codes = learned_term(weight), None
-        if at is not None:
-            start, at = LearnedWeight.start(weight, self.originals[name])
-            if not is_served(tuning.serves, start.fmt):
-                notes.setdefault(name, []).append(f"{method} cannot learn codes of {start.fmt.name}; they stay as they were")
-                return None
-            codes = tuning.begin(start)
-        found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
-        beside = {k: term for k, term in found.items() if term is not None}
-        sides = tuning.begin_sides(weight)
-        if codes is None and not beside and sides is None:
-            if at is None:
-                notes.setdefault(name, []).append(f"{method} learns no codes of this weight; they stay as they were")
+        at = learned_term(weight)
+        codes = None if at is None else weight.terms[at]
+        if isinstance(codes, Packed) and not is_served(tuning.serves, codes.format):
+            notes.setdefault(name, []).append(f"{method} cannot learn codes of {codes.format.name}; they stay as they were")
             return None
         transposed = p.parameter.transposed and tuning.span == "block"
-        return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
+        learned = begin_weight(tuning, weight, self.originals[name], transposed=transposed)
+        if learned is None and at is None:
+            notes.setdefault(name, []).append(f"{method} learns no codes of this weight; they stay as they were")
+        return learned
 
     def _vectors(self, tuning: Tuning, vectors: Mapping[str, torch.Tensor]) -> dict[str, LearnedVector]:
         if not tuning.norms:

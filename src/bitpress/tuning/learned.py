@@ -259,9 +259,11 @@ class LearnedWeight:
             part = self.terms[k].weight(progress) if other is None else other
             total = part if total is None else total + part
         assert total is not None
-        mapped: torch.Tensor = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
-        if self.sides is not None:
-            mapped = self.sides.apply(mapped)
+        mapped: torch.Tensor
+        if self.sides is None:
+            mapped = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
+        else:
+            mapped = self.sides.apply(total, self.whole)
         return mapped.T if self.transposed else mapped
 
     def harden(self) -> CompressedWeight:
@@ -294,9 +296,12 @@ class LearnedSides:
     def leaves(self) -> list[Leaf]:
         return [Leaf(side, self.rate) for side in (self.s, self.t) if side is not None]
 
-    def apply(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
-        w = w if self.s is None else w * self.s
-        return w if self.t is None else (w.T * self.t).T
+    def apply(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight) -> Float[torch.Tensor, "out in"]:
+        """Return the sum of the terms between the weight's maps and the diagonals, in the order of a stored weight."""
+        mapped: torch.Tensor = _Mapped.apply(w, weight.input_map, None)
+        mapped = mapped if self.s is None else mapped * self.s
+        whole: torch.Tensor = _Mapped.apply(mapped, None, weight.output_map)
+        return whole if self.t is None else (whole.T * self.t).T
 
     def harden(self, weight: CompressedWeight) -> CompressedWeight:
         """Return the weight with the diagonals in its maps; two scales in a row become one."""

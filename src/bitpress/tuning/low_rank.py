@@ -60,7 +60,7 @@ class LearnedFactors:
 
     def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
         a, b = (pass_through(x, kept) for x, kept in zip(self._factors(), self.harden().factors(), strict=True))
-        return a @ b
+        return (a[None] @ b[None])[0]  # to the last bit as the stored term is decoded
 
     @torch.no_grad()
     def harden(self) -> LowRank:

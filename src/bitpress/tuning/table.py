@@ -2,6 +2,7 @@
 
 from bitpress.tuning.adaquant import AdaQuant
 from bitpress.tuning.adaround import AdaRound
+from bitpress.tuning.apiq import ApiQ
 from bitpress.tuning.block_ap import BlockAP
 from bitpress.tuning.candidates import Candidates
 from bitpress.tuning.decoupleq import DecoupleQ
@@ -22,6 +23,7 @@ __all__ = ["TUNINGS"]
 TUNINGS: dict[str, type[Tuning]] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
+    "apiq": ApiQ,
     "block-ap": BlockAP,
     "candidates": Candidates,
     "decoupleq": DecoupleQ,

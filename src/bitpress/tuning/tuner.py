@@ -17,9 +17,9 @@ from jaxtyping import Integer as Int
 from bitpress.errors import NumericsError, UsageError
 from bitpress.finite import all_finite
 from bitpress.formats import CompressedWeight, Term
-from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, Start
+from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, learned_term
 
-__all__ = ["Curve", "Objective", "Tuning", "tune_"]
+__all__ = ["Curve", "Objective", "Tuning", "begin_weight", "tune_"]
 
 OptimizerName = Literal["adam", "sign"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -99,6 +99,22 @@ class Tuning:
     def begin_sides(self, weight: CompressedWeight) -> LearnedSides | None:
         """Return the diagonals around a weight's maps that are learned, None if its maps stay."""
         return None
+
+
+def begin_weight(
+    tuning: Tuning, weight: CompressedWeight, original: Float[torch.Tensor, "out in"], *, transposed: bool = False
+) -> LearnedWeight | None:
+    """Return a compressed weight as it is learned, None where nothing of it is. Its codes are in a format that the tuning serves."""
+    at, codes = learned_term(weight), None
+    if at is not None:
+        start, at = LearnedWeight.start(weight, original)
+        codes = tuning.begin(start)
+    found = {k: tuning.begin_beside(term) for k, term in enumerate(weight.terms) if k != at}
+    beside = {k: term for k, term in found.items() if term is not None}
+    sides = tuning.begin_sides(weight)
+    if codes is None and not beside and sides is None:
+        return None
+    return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
 
 
 class Objective(Protocol):
