@@ -108,7 +108,7 @@ def test_targets(name: str) -> None:
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_corrections(name: str) -> None:
-    settings: dict[str, Any] = {"rank": 4} if name in ("lorc", "lqer", "qera", "svdquant") else {}
+    settings: dict[str, Any] = {"rank": 4} if "rank" in CORRECTIONS[name].__dataclass_fields__ else {}
     settings |= {"steps": 2} if name == "svdquant" else {}
     alike(lambda w, stats: compress_matrix(w, stats, parts(corrections=(CORRECTIONS[name](**settings),))))
 
