@@ -64,8 +64,16 @@ def long_files() -> dict[str, int]:
     return {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE}
 
 
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what holds statements, and the statements themselves; their expressions, most of a tree, hold no definitions."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from statements(node)
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (node for node in statements(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def python_functions(source: str) -> Iterator[tuple[str, int]]:
@@ -109,13 +117,17 @@ def count_phrases(text: str) -> dict[str, int]:
 
 def count_openings(source: str) -> dict[str, int]:
     """Count the docstrings of a source file that begin with a verb of OPENINGS."""
+    if not re.search(rf"[\"'](?:\\\\\n)?\s*(?:{'|'.join(OPENINGS.values())})", source):
+        return dict.fromkeys(OPENINGS, 0)  # most files need not be parsed
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    docstrings = [ast.get_docstring(node) or "" for node in statements(ast.parse(source)) if isinstance(node, documented)]
     return {name: sum(re.match(verb, text) is not None for text in docstrings) for name, verb in OPENINGS.items()}
 
 
 def count_untyped(source: str, annotation: str) -> int:
     """Count the places of a source file where an annotation is exactly this one, or has it as a part."""
+    if not re.search(r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", annotation))), source):
+        return 0  # most files need not be parsed
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript))
     return sum(ast.unparse(node) == annotation for node in nodes)
 

@@ -6,6 +6,7 @@ from sections import rewrite_sections
 
 from bitpress.exchange.source import Target
 from bitpress.exchange.table import EXPORTERS
+from bitpress.exchange.tensor_parallel import RULES
 from bitpress.formats import SHORT, parse_format
 from bitpress.formats.listing import usual_formats
 
@@ -29,7 +30,8 @@ def rewrite(text: str) -> str:
     """Return the document with every marked section written anew."""
     targets = {name: exporter.target for name, exporter in EXPORTERS.items() if exporter.target is not None}
     held = {name: [fmt for fmt in candidates() if holds(target, fmt)] for name, target in targets.items()}
-    return rewrite_sections(TARGET.name, text, {"matrix": matrix(held), "pairs": pairs(held)})
+    sections = {"matrix": matrix(held), "pairs": pairs(held), "tensor parallelism": rules()}
+    return rewrite_sections(TARGET.name, text, sections)
 
 
 def candidates() -> list[str]:
@@ -72,6 +74,17 @@ def pairs(held: dict[str, list[str]]) -> list[str]:
         f"| {', '.join(f'`{name}`' for name in families(formats))} | {', '.join(names)} |" for names, formats in groups.items()
     ]
     return ["", "| formats | stored code for code by |", "|---|---|", *rows, ""]
+
+
+def rules() -> list[str]:
+    """Return the table of what vLLM needs to divide a model among devices."""
+    return [
+        "",
+        "| what must hold | where vLLM says so |",
+        "|---|---|",
+        *(f"| {r.about} | `{r.file}`, `{r.name}` |" for r in RULES),
+        "",
+    ]
 
 
 def families(names: list[str]) -> list[str]:

@@ -110,7 +110,7 @@ def _specification(name: str, heading: str = "") -> Iterable[str]:
 
 
 # What the table of grids imports that makes no grid.
-NOT_OF_GRIDS = {"block", "format", "grid", "layouts", "scales", "table"}
+NOT_OF_GRIDS = {"block", "double_quantized", "format", "grid", "layouts", "scales", "table"}
 
 SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Iterable[str]]] = {
     "grid": _grids,

@@ -1,6 +1,7 @@
-"""Write the tables of methods into the marked sections of docs/methods.md and docs/activations.md: `python scripts/list_methods.py`."""
+"""Write the tables of methods into the marked sections of docs/methods.md, docs/activations.md and docs/tuning.md: `python scripts/list_methods.py`."""
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -12,17 +13,20 @@ from sections import rewrite_sections
 
 from bitpress.calibration import STATISTICS
 from bitpress.cli.listings import describe_methods
-from bitpress.corrections.table import CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
+from bitpress.tuning.table import TUNINGS
 
+# Those that leave codes and their parameters as they are.
+NO_CODES = {"norm-tweaking"}
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TARGET = DOCS / "methods.md"
 TABLES: dict[str, dict[str, type[Any]]] = {
     "quantizer": QUANTIZERS,
     "transform": dict(TRANSFORMS),
-    "correction": dict(CORRECTIONS),
+    "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
 }
 
 
@@ -76,6 +80,7 @@ def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "|---|---|---|---|---|"
     on = {
         "network": "the whole network",
+        "inputs": "how channels of inputs are rounded",
         "groups": "weights that share an input",
         "weights": "each weight alone",
         "targets": "what each weight's codes aim at",
@@ -91,6 +96,26 @@ def _corrections(rows: list[dict[str, Any]]) -> Iterable[str]:
     for row in rows:
         if row["kind"] == "correction":
             yield _line((f"`{row['name']}`", row["summary"], ", ".join(row["needs"]) or "-", row["paper"]))
+
+
+def _tunings(rows: list[dict[str, Any]]) -> Iterable[str]:
+    yield "| name | what is learned | formats | loss | norms too | steps | paper |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        if row["kind"] == "tuning":
+            settings, paper = row["settings"], row["paper"].removeprefix("yardstick: ")
+            norms = "yes" if settings["norms"] else "no"
+            codes = "none" if row["name"] in NO_CODES else _patterns(tuple(row["serves"]))
+            yield _line(
+                (f"`{row['name']}`", row["summary"], codes, f"`{settings['loss']}`", norms, str(settings["steps"]), paper)
+            )
+
+
+def _tuning_sources(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """Yield what every way to learn says of its source, and its settings."""
+    for row in rows:
+        if row["kind"] == "tuning":
+            yield from _source(row["name"], TUNINGS[row["name"]])
 
 
 def _observers(rows: list[dict[str, Any]]) -> Iterable[str]:
@@ -139,14 +164,18 @@ def _sources(rows: list[dict[str, Any]]) -> Iterable[str]:
     for row in rows:
         if row["kind"] not in TABLES:
             continue
-        method = TABLES[row["kind"]][row["name"]]
-        yield f"### `{row['name']}`\n"
-        parts = _parts(str(sys.modules[method.__module__].__doc__))
-        for part in ("Source", "Differs"):
-            if part in parts:
-                yield f"*{part}.* {parts[part]}\n"
-        settings = [f"`{f.name}={_default(f)}`" for f in dataclasses.fields(method)]
-        yield f"*Settings.* {', '.join(settings) or 'none'}.\n"
+        yield from _source(row["name"], TABLES[row["kind"]][row["name"]])
+
+
+def _source(name: str, method: type[Any]) -> Iterable[str]:
+    yield f"### `{name}`\n"
+    own = inspect.getdoc(method) or ""
+    parts = _parts(own if "\nSource " in own else str(sys.modules[method.__module__].__doc__))
+    for part in ("Source", "Differs"):
+        if part in parts:
+            yield f"*{part}.* {parts[part]}\n"
+    settings = [f"`{f.name}={_default(f)}`" for f in dataclasses.fields(method)]
+    yield f"*Settings.* {', '.join(settings) or 'none'}.\n"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -181,7 +210,11 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Iterable[str]]] = {
     "statistics": _statistics,
     "sources": _sources,
 }
-PAGES = {TARGET.name: SECTIONS, "activations.md": {"schemes": _schemes, "observers": _observers}}
+PAGES = {
+    TARGET.name: SECTIONS,
+    "activations.md": {"schemes": _schemes, "observers": _observers},
+    "tuning.md": {"tunings": _tunings, "tuning sources": _tuning_sources},
+}
 
 if __name__ == "__main__":
     main()

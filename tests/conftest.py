@@ -1,6 +1,7 @@
 """Tiny models for every test: random weights under fixed seeds, a tokenizer trained here, nothing downloaded."""
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ["BITPRESS_LAYOUTS"] = "off"  # what a test loads is laid out anew; tests of kept layouts have a folder of their own
+os.environ.setdefault("BITPRESS_DEVICE", "cpu")  # a test that is not marked gpu means the processor, whatever is there
 
 import array_checks
 import pytest
@@ -73,6 +75,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("spine", _ARCHITECTURES)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what collection made out of garbage collection: a million objects that stay, passed over again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Silence what transformers says while it loads: warnings are errors here, and bars are noise."""
@@ -87,6 +95,14 @@ def _tokenize_once() -> None:
     import tokenized_once
 
     tokenized_once.install()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _continue_shortly() -> None:
+    """Let every proof continue its prompts by a few tokens: 40 by the original model are a fifth of a tiny model's run."""
+    from bitpress.measure import continuations
+
+    continuations.NEW_TOKENS = 6
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from progress_record import Said
 from rich.console import Console
 
 import bitpress
+from bitpress import screen
 from bitpress.cli.app import quantize as command
 from bitpress.cli.recipe_options import read_method
 from bitpress.errors import UsageError
@@ -86,3 +87,18 @@ def test_a_bar_on_a_narrow_terminal_keeps_its_count_and_eta(monkeypatch: pytest.
             screen.advance(f"model.layers.{i}.mlp.experts.down_proj", error=0.25)
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).rstrip().splitlines()[-1]
     assert re.search(r"272/272 model\.layers.*… \d:\d\d:\d\d ETA \d:\d\d:\d\d$", last)
+
+
+def test_steps_of_a_unit_count_in_the_log_and_in_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the first of four units took 20 seconds: 3.5 are left, 140 seconds."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(screen, "err", Console(file=stream, width=200))
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    with Screen() as shown:
+        shown.begin("quantizing", 4)
+        now[0] = 10.0
+        shown.step("blocks.0", 0.25, loss=0.5)  # too early for a line
+        now[0] = 20.0
+        shown.step("blocks.0", 0.5, loss=0.25)
+    assert stream.getvalue().splitlines()[1].startswith("quantizing: 0/4 blocks.0  loss 0.25  memory ")
+    assert stream.getvalue().endswith("ETA 2:20\n")

@@ -11,12 +11,12 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "bitpress"
 # A floor is a list of rooms that do not know of each other.
 HOUSE = (
     ("errors", "foreign", "arithmetic", "exhaustion", "finite", "limits", "memory", "settings", "version"),
-    ("faults", "figures", "library", "packages", "progress", "stopping"),
+    ("devices", "faults", "figures", "library", "packages", "progress", "stopping"),
     ("native", "presets", "allocation", "screen"),
     ("formats",),
     ("calibration", "transforms", "kernels", "checkpoints", "evaluation"),
     ("exchange",),
-    ("models", "quantizers", "corrections", "report"),
+    ("models", "quantizers", "corrections", "report", "tuning"),
     ("recipes", "runtime"),
     ("measure",),
     ("pipeline",),

@@ -82,7 +82,10 @@ def test_names_are_found_in_any_case_and_no_two_are_alike() -> None:
     for name in (*(row.in_block("g64") for row in GRIDS.values()), *SHORT, "e4m3b7-row", "pvq4k2-g4"):
         assert spell_format(name.upper().replace("-", "_")) == name
     for name in TRANSFORMS:
-        assert build_method(make_recipe({"transforms": [name.upper()]})).resolved()["transforms"][0]["name"] == name
+        assert (
+            build_method(make_recipe({"transforms": [name.upper()], "inputs": "int8-row"})).resolved()["transforms"][0]["name"]
+            == name
+        )
     assert make_recipe({"weights": "DFloat11", "transforms": []}).weights == "dfloat11"
 
 

@@ -59,7 +59,7 @@ class Octaves(AWQScale):
 
     step: float = 2.0
 
-    def plan(self, weights: Sequence[torch.Tensor], stats: Any, fmt: Format, channel_of: Any = None) -> torch.Tensor:
+    def plan(self, weights: Sequence[torch.Tensor], stats: Any, fmt: Format, channel_of: Any = None, *_: Any) -> torch.Tensor:
         channels = torch.arange(weights[0].shape[1]) if channel_of is None else channel_of
         return self.step ** (channels % 3).float()
 

@@ -11,6 +11,7 @@ from bitpress.corrections.table import CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES, Calibration, Recipe, build_method, make_recipe
 from bitpress.transforms.table import TRANSFORMS
+from bitpress.tuning.table import TUNINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "methods.md"
@@ -34,6 +35,10 @@ def test_every_method_is_written_once_with_source_and_settings(monkeypatch: pyte
     for name in STATISTICS:
         assert f"\n| `{name}` | `[" in text
     assert "`damp=0.01`" in text.split("\n### `gptq`\n")[1].split("\n### ")[0]
+    learned = rewrite((ROOT / "docs" / "tuning.md").read_text(encoding="utf-8"), "tuning.md")
+    for name in TUNINGS:
+        assert learned.count(f"\n| `{name}` |") == 1, name
+        assert "*Source.* " in learned.split(f"\n### `{name}`\n")[1].split("\n### ")[0], name
     monkeypatch.setitem(QUANTIZERS, "another", QUANTIZERS["gptq"])
     assert "| `another` |" in rewrite(text)
 

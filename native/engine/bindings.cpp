@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -39,6 +40,7 @@ void add_codes(Linear &l, Bytes2 codes, int bits, int group, const std::string &
     CodedParts parts = take_codes(given, l.rows, l.columns);
     const nb::gil_scoped_release released;
     const auto turn = l.turns.fill();
+    if (l.rounding) sum_whole(parts.made, *l.rounding);
     l.coded.push_back(lay_out(std::move(parts), used));
 }
 
@@ -111,6 +113,15 @@ void set_map(Linear &l, nb::handle steps) {
     l.map = std::move(map);
 }
 
+// Before the codes, which are cut for it.
+void set_rounding(Linear &l, nb::handle given) {
+    const Rounding rounding = take_rounding({"rounding", given}, l.columns);
+    const nb::gil_scoped_release released;
+    const auto turn = l.turns.fill();
+    need(l.coded.empty(), "codes are cut for a rounding: it comes before them");
+    l.rounding = rounding;
+}
+
 void set_out_map(Linear &l, nb::handle steps) {
     auto map = InputMap::of(l.rows, take_map(steps, "steps", l.rows));
     const nb::gil_scoped_release released;
@@ -126,12 +137,13 @@ void linear_row(const Linear &l, int row, Array<float, 1> to) {
     l.row(row, to.data());
 }
 
-// How products with 8-bit activations read every matrix of codes: "codes", or decoded to "bytes" or "floats" first.
+// How products with 8-bit activations read every matrix of codes: "codes", or decoded to "bytes" or "floats" first, or as "integers" beside
+// inputs that the model itself rounds.
 std::vector<std::string> reads(const Linear &l) {
     const nb::gil_scoped_release released;
     const Use use(l);
     std::vector<std::string> all;
-    for (const Coded &m : l.coded) all.emplace_back(m.fast() ? "codes" : m.staged_in_bytes() ? "bytes" : "floats");
+    for (const Coded &m : l.coded) all.emplace_back(m.whole_sums ? "integers" : l.rounding ? "floats" : m.fast() ? "codes" : m.staged_in_bytes() ? "bytes" : "floats");
     return all;
 }
 
@@ -139,6 +151,24 @@ size_t linear_bytes(const Linear &l) {
     const nb::gil_scoped_release released;
     const Use use(l);
     return l.bytes();
+}
+
+// A row of inputs by the rounding of a layer without a map: codes, and for every group of columns with a scale its zero point and scale.
+void round_input(const Linear &l, Array<const float, 1> x, Array<uint8_t, 1> codes, Array<float, 1> scales, Array<int32_t, 1> zeros, const std::string &path) {
+    const nb::gil_scoped_release released;
+    const Use use(l);
+    need(l.rounding.has_value(), "the layer does not round its input");
+    const Rounding &r = *l.rounding;
+    const Cut cut = make_cut(l.columns, r.group, chunk_of(8));
+    need(x.shape(0) == size_t(l.columns) && codes.shape(0) == x.shape(0), "x and codes must be [columns]");
+    need(scales.shape(0) == size_t(cut.groups) && zeros.shape(0) == scales.shape(0), "scales and zeros must be [groups]");
+    IntegerRows rows;
+    rows.fit(cut, 1, 1);
+    choose_kernels(path.c_str()).round_row(x.data(), 0, r, rows);
+    for (int b = 0; b < cut.blocks(); ++b) {
+        for (int c = 0; c < cut.columns_of(b); ++c) codes.data()[cut.first_column(b) + c] = uint8_t(rows.values[size_t(b) * cut.width + c] + r.middle());
+    }
+    for (int g = 0; g < cut.groups; ++g) scales.data()[g] = rows.scales[size_t(g)], zeros.data()[g] = rows.less[size_t(g)] + r.middle();
 }
 
 // Products by themselves: for layers inside another runtime, and for tests.
@@ -163,14 +193,18 @@ struct Multiplier {
         const int rows = int(x.shape(0)), threads = pool.threads();
         input.plan(kernels, {}, 0, bytes);  // another layer may live where the last one was
         input.plan(kernels, {&l}, rows, bytes);
+        std::atomic<bool> finite{true};
         pool.run([&](int thread) {
-            for (int row = thread; row < rows; row += threads) input.prepare(kernels, x.data() + size_t(row) * l.columns, row);
+            for (int row = thread; row < rows; row += threads) {
+                if (!input.prepare(kernels, x.data() + size_t(row) * l.columns, row)) finite = false;
+            }
             pool.wait();
             const std::vector<Product> products{{&l, out.data(), l.rows}};
             bitpress::multiply(kernels, pool, thread, products, input, scratch[size_t(thread)]);
             pool.wait();
             map_outputs(pool, thread, products, rows);
         });
+        if (!finite) throw std::overflow_error("a scale of the inputs is beyond the range of its type");
     }
 };
 
@@ -233,6 +267,9 @@ void bind_engine(nb::module_ &m) {
         .def("set_bias", &set_bias, nb::arg("bias").noconvert())
         .def("set_map", &set_map, nb::arg("steps"))
         .def("set_out_map", &set_out_map, nb::arg("steps"))
+        .def("set_rounding", &set_rounding, nb::arg("rounding"))
+        .def("round_input", &round_input, nb::arg("x").noconvert(), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
+             nb::arg("zeros").noconvert(), nb::arg("path"))
         .def("row", &linear_row, nb::arg("row"), nb::arg("to").noconvert())
         .def_prop_ro("rows", [](const Linear &l) { return l.rows; })
         .def_prop_ro("columns", [](const Linear &l) { return l.columns; })

@@ -199,6 +199,26 @@ void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns) {
     m.picked = copied(picked.data(), count);
 }
 
+Rounding take_rounding(const Part &part, int columns) {
+    Rounding r;
+    r.bits = part.whole("bits", 1, 8), r.has_zero = part.claim("has_zero"), r.group = part.whole("group", 1, columns);
+    need(r.bits > 1 || r.has_zero, "one bit without a zero point has no positive level");
+    r.kind = scale_kind(taken<std::string>(part.at("kind"), part.path("kind"), "a name"));
+    need(r.kind == ScaleKind::f32 || r.kind == ScaleKind::f16 || r.kind == ScaleKind::bf16, "scales of inputs are kept in fp32, fp16 or bf16");
+    r.fixed = part.has("scale"), r.zero = r.middle();
+    if (!r.fixed) return r;
+    r.scale = part.number("scale");
+    need(r.scale > 0 && r.group == columns, "a fixed scale must be above 0, and is for all columns");
+    if (r.has_zero) r.zero = part.whole("zero", 0, r.top());
+    return r;
+}
+
+void sum_whole(Coded &m, const Rounding &rounding) {
+    const bool stands_alone = m.kind == CodeKind::whole && m.packing == Packing::planes && !m.less.any() && !m.picked.size();
+    m.whole_sums = stands_alone && rounding.group % m.group == 0 && m.group <= MOST_SUMMED;
+    m.has_code_sums = m.whole_sums && rounding.has_zero;
+}
+
 const char *code_kind_name(CodeKind kind) { return KIND_NAMES[int(kind)]; }
 
 CodeKind code_kind(const std::string &name) {

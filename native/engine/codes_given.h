@@ -45,6 +45,12 @@ void check_packing(const Coded &m);
 // Takes the columns of a layer of `columns`, rising.
 void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns);
 
+// How a model rounds inputs of `columns`: {"bits", "has_zero", "group", "kind"}, and {"scale", "zero"} where they are fixed.
+Rounding take_rounding(const Part &part, int columns);
+// Makes products with inputs of that rounding sums of whole numbers: of codes that are whole numbers, in groups that do not reach across
+// those of the inputs and have not too many columns.
+void sum_whole(Coded &m, const Rounding &rounding);
+
 // The name of a kind of codes, and the kind of a name that is not of `whole` and `table`.
 const char *code_kind_name(CodeKind kind);
 CodeKind code_kind(const std::string &name);

@@ -117,7 +117,7 @@ void Decoder::begin(Turn &turn, const Layer &layer) {
 
 void Decoder::take(Turn &turn, const Norm &step) {
     Input &to = turn.own.inputs[size_t(step.to)];
-    for (int row = turn.from; row < turn.to; ++row) to.prepare(kernels_, normed(turn, step.weight, row), row);
+    for (int row = turn.from; row < turn.to; ++row) prepare(to, normed(turn, step.weight, row), row);
     lap(turn, NORMS);
 }
 
@@ -141,7 +141,8 @@ void Decoder::take(Turn &turn, const Gate &step) {
     Scratch &scratch = scratch_[size_t(turn.thread)];
     const Input &input = turn.own.inputs[size_t(step.of)];
     const int inner = step.gate->rows;
-    const bool at_once = turn.count > MOST_ROWS && byte_prompts_ && !step.gate->out_map && !step.up->out_map;
+    const bool tiled = byte_prompts_ || (step.gate->rounding && step.up->rounding);
+    const bool at_once = turn.count > MOST_ROWS && tiled && !step.gate->out_map && !step.up->out_map;
     const std::vector<Product> products{{step.gate, s.gates.data(), inner}, {step.up, s.ups.data(), inner}};
     if (!turn.alone || step.meets) pool_.wait();
     if (at_once) multiply_gated(kernels_, pool_, turn.thread, {step.gate, step.up, s.acted.data(), inner, shape_.tanh_gelu}, input, scratch);
@@ -154,7 +155,7 @@ void Decoder::take(Turn &turn, const Gate &step) {
         float *acted = turn.alone ? turn.own.normed.data() : s.acted.data() + at;
         if (!at_once) kernels_.gate(s.gates.data() + at, s.ups.data() + at, inner, shape_.tanh_gelu, acted);
         check_finite(acted, inner);
-        turn.own.inputs[size_t(step.to)].prepare(kernels_, acted, row);
+        prepare(turn.own.inputs[size_t(step.to)], acted, row);
     }
     lap(turn, GATES);
 }
@@ -184,7 +185,7 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
     if (all_logits && !turn.alone) {
         if (turn.thread == 0) turn.own.to_head.plan(kernels_, {head_}, turn.count, bytes(turn.count));
         meet(turn);
-        for (int row = turn.from; row < turn.to; ++row) turn.own.to_head.prepare(kernels_, normed(turn, shape_.final_norm, row), row);
+        for (int row = turn.from; row < turn.to; ++row) prepare(turn.own.to_head, normed(turn, shape_.final_norm, row), row);
         meet(turn);
         multiply(kernels_, pool_, turn.thread, products, turn.own.to_head, scratch);
         pool_.wait();
@@ -196,7 +197,7 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
         mine.normed.resize(size_t(shape_.hidden));
         kernels_.norm(last, shape_.final_norm.data(), shape_.hidden, shape_.eps, mine.normed.data());
         mine.to_head.plan(kernels_, {head_}, 1, bytes(1));
-        mine.to_head.prepare(kernels_, mine.normed.data(), 0);
+        prepare(mine.to_head, mine.normed.data(), 0);
         multiply(kernels_, pool_, turn.thread, products, mine.to_head, scratch);
         pool_.wait();
         map_outputs(pool_, turn.thread, products, 1);

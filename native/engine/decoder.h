@@ -119,6 +119,9 @@ class Decoder {
     void rotate(float *head, int rope, const std::vector<float> &norm, int position) const;
 
     void check_finite(const float *x, int count);
+    void prepare(Input &to, const float *x, int row) {
+        if (!to.prepare(kernels_, x, row)) overflowed_ = true;
+    }
     // Whether products of so many rows round their inputs to bytes (or to bf16, where there are tiles for it).
     bool bytes(int rows) const { return rows > MOST_ROWS ? byte_prompts_ : byte_activations_; }
 

@@ -13,7 +13,7 @@ void Decoder::take(Turn &turn, const Attend &step) {
     if (turn.alone) {
         attend_one(turn, step);
         check_finite(turn.own.normed.data(), q);
-        to.prepare(kernels_, turn.own.normed.data(), 0);
+        prepare(to, turn.own.normed.data(), 0);
     } else {
         remember_rows(turn, step);
         pool_.wait();
@@ -22,7 +22,7 @@ void Decoder::take(Turn &turn, const Attend &step) {
         pool_.wait();
         for (int row = turn.from; row < turn.to; ++row) {
             check_finite(shared_.attended.data() + size_t(row) * q, q);
-            to.prepare(kernels_, shared_.attended.data() + size_t(row) * q, row);
+            prepare(to, shared_.attended.data() + size_t(row) * q, row);
         }
     }
     lap(turn, ATTENTION);

@@ -8,22 +8,21 @@ namespace bitpress {
 
 Cut flat_cut(int columns) { return make_cut(columns, columns, chunk_of(8)); }
 
-void Input::want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear, const int32_t *picked) {
+void Input::want(const Kernels &kernels, const Key &key) {
     for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].is(kind, cut, map, linear, picked)) return;
+        if (forms_[i] == key) return;
     }
     if (used_ == forms_.size()) forms_.emplace_back();
     Form &form = forms_[used_++];
-    form.kind = kind;
-    form.cut = cut;
-    form.map = map;
-    form.linear = linear;
-    form.picked = picked;
-    if (kind == Form::direct) form.quantized.fit(cut, rows_);
-    else if (kind == Form::tiled) form.tiles.fit(cut, rows_);
-    else if (kind == Form::halved) form.halves.fit(cut, rows_);
+    static_cast<Key &>(form) = key;
+    form.width = 0;
+    const Cut &cut = key.cut;
+    if (key.kind == Key::direct) form.quantized.fit(cut, rows_);
+    else if (key.kind == Key::tiled) form.tiles.fit(cut, rows_);
+    else if (key.kind == Key::halved) form.halves.fit(cut, rows_);
+    else if (key.kind == Key::integers) form.whole.fit(cut, rows_, rows_ <= MOST_ROWS ? 1 : kernels.integer_bytes);
     else {
-        form.width = kind == Form::floats ? cut.padded() : kind == Form::inner ? linear->up.width() : cut.columns;
+        form.width = key.kind == Key::floats ? cut.padded() : key.kind == Key::inner ? key.linear->up.width() : cut.columns;
         form.values.resize(size_t(rows_) * form.width);
     }
 }
@@ -37,26 +36,29 @@ void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &line
     const bool few = rows <= MOST_ROWS;
     for (const Linear *linear : linears) {
         const InputMap *map = linear->map.get();
+        const auto &rounding = linear->rounding;
         Cut whole;
         whole.columns = linear->columns;
+        const bool floats = !linear->dense.empty() || linear->sparse;
         // First, for the others are made of it.
-        if (map != nullptr || !linear->dense.empty() || linear->sparse) want(Form::mapped, whole, map);
+        if (map != nullptr || (floats && !rounding)) want(kernels, {Key::mapped, whole, map});
+        if (rounding && linear->reads_rounded_floats()) want(kernels, {Key::mapped, whole, map, nullptr, nullptr, rounding});
         for (const Coded &m : linear->coded) {
-            const Form::Kind kind = !bytes || (few && !m.reads_bytes()) ? Form::floats : few ? Form::direct : many(kernels);
-            want(kind, m.cut, map, nullptr, m.picked.data());
+            const bool in_floats = !bytes || rounding || (few && !m.reads_bytes());
+            want(kernels, key_of(in_floats ? Key::floats : few ? Key::direct : many(kernels), *linear, m));
         }
-        if (!linear->dense.empty() && bytes && !few) want(many(kernels), flat_cut(linear->columns), map);
+        if (!linear->dense.empty() && bytes && !few && !rounding) want(kernels, {many(kernels), flat_cut(linear->columns), map});
         if (linear->down.any()) {
             whole.columns = linear->down.rows();
-            want(Form::inner, whole, map, linear);
+            want(kernels, {Key::inner, whole, map, linear, nullptr, rounding});
         }
     }
     planned_ = linears;
 }
 
-const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear, const int32_t *picked) const {
+const Input::Form &Input::find(const Key &key) const {
     for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].is(kind, cut, map, linear, picked)) return forms_[i];
+        if (forms_[i] == key) return forms_[i];
     }
     __builtin_unreachable();
 }
@@ -64,7 +66,7 @@ const Input::Form &Input::find(Form::Kind kind, const Cut &cut, const InputMap *
 int64_t Input::apart() const {
     int64_t total = 0;
     for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i].kind != Form::tiled) continue;
+        if (forms_[i].kind != Key::tiled) continue;
         for (int row = 0; row < rows_; ++row) total += forms_[i].tiles.apart_counts[row];
     }
     return total;
@@ -72,7 +74,7 @@ int64_t Input::apart() const {
 
 int64_t Input::values() const {
     int64_t total = 0;
-    for (size_t i = 0; i < used_; ++i) total += forms_[i].kind == Form::tiled ? int64_t(rows_) * forms_[i].cut.columns : 0;
+    for (size_t i = 0; i < used_; ++i) total += forms_[i].kind == Key::tiled ? int64_t(rows_) * forms_[i].cut.columns : 0;
     return total;
 }
 
@@ -97,45 +99,65 @@ void reduce(const Kernels &k, const Linear &l, const float *x, float *to) {
     else std::copy(inner.data(), inner.data() + l.down.rows(), to);
 }
 
-}  // namespace
-
-void Input::prepare(const Kernels &kernels, const float *x, int row) {
-    const auto mapped_row = [&](const InputMap *map) -> const float * {
-        for (size_t i = 0; i < used_; ++i) {
-            if (forms_[i].kind == Form::mapped && forms_[i].map == map) {
-                return forms_[i].values.data() + size_t(row) * forms_[i].width;
-            }
-        }
-        return x;
-    };
-    thread_local std::vector<float> few;
-    const auto source = [&](const Form &form) -> const float * {
-        const float *from = mapped_row(form.map);
-        if (form.picked == nullptr) return from;
-        few.resize(size_t(form.cut.columns));
-        for (int c = 0; c < form.cut.columns; ++c) few[size_t(c)] = from[form.picked[c]];
-        return few.data();
-    };
-    for (size_t i = 0; i < used_; ++i) {
-        Form &form = forms_[i];
-        if (form.kind == Form::mapped) {
-            float *to = form.values.data() + size_t(row) * form.width;
-            if (form.map == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
-            else form.map->apply(x, to);
-        } else if (form.kind == Form::direct) {
-            Quantized &q = form.quantized;
-            kernels.quantize(source(form), q.cut, q.values.data() + size_t(row) * 2 * q.cut.padded(),
-                             q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
-        } else if (form.kind == Form::tiled) {
-            kernels.quantize_tiled(source(form), row, form.tiles);
-        } else if (form.kind == Form::halved) {
-            kernels.halve(source(form), row, form.halves);
-        } else if (form.kind == Form::floats) {
-            kernels.pad(source(form), form.cut, form.values.data() + size_t(row) * form.width);
-        } else {
-            reduce(kernels, *form.linear, source(form), form.values.data() + size_t(row) * form.width);
+// The values that a row's codes stand for.
+bool round_floats(const Kernels &k, const float *x, const Rounding &rounding, int columns, float *to) {
+    thread_local IntegerRows codes;
+    const Cut cut = make_cut(columns, rounding.group, chunk_of(8));
+    codes.fit(cut, 1, 1);
+    const bool finite = k.round_row(x, 0, rounding, codes);
+    for (int b = 0; b < cut.blocks(); ++b) {
+        const int g = b / cut.blocks_per_group, first = cut.first_column(b);
+        for (int c = 0; c < cut.columns_of(b); ++c) {
+            to[first + c] = float(codes.values[size_t(b) * cut.width + c] - codes.less[size_t(g)]) * codes.scales[size_t(g)];
         }
     }
+    return finite;
+}
+
+}  // namespace
+
+const float *Input::row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row) const {
+    for (size_t i = 0; i < used_; ++i) {
+        const Form &form = forms_[i];
+        if (form.kind == Key::mapped && form.map == map && form.rounding == rounding) return form.values.data() + size_t(row) * form.width;
+    }
+    return x;
+}
+
+bool Input::prepare(const Kernels &kernels, const float *x, int row) {
+    bool finite = true;
+    thread_local std::vector<float> few;
+    for (size_t i = 0; i < used_; ++i) {
+        Form &form = forms_[i];
+        float *to = form.width > 0 ? form.values.data() + size_t(row) * form.width : nullptr;
+        const bool rounds = form.rounding && (form.kind == Key::integers || form.kind == Key::mapped);
+        const float *from = form.kind == Key::mapped && !rounds ? x : row_of(form.map, rounds ? std::nullopt : form.rounding, x, row);
+        if (form.picked != nullptr) {
+            few.resize(size_t(form.cut.columns));
+            for (int c = 0; c < form.cut.columns; ++c) few[size_t(c)] = from[form.picked[c]];
+            from = few.data();
+        }
+        if (form.kind == Key::mapped) {
+            if (rounds) finite = round_floats(kernels, from, *form.rounding, form.width, to) && finite;
+            else if (form.map == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
+            else form.map->apply(x, to);
+        } else if (form.kind == Key::direct) {
+            Quantized &q = form.quantized;
+            kernels.quantize(from, q.cut, q.values.data() + size_t(row) * 2 * q.cut.padded(),
+                             q.scales.data() + size_t(row) * q.cut.blocks(), q.sums.data() + size_t(row) * q.cut.blocks());
+        } else if (form.kind == Key::tiled) {
+            kernels.quantize_tiled(from, row, form.tiles);
+        } else if (form.kind == Key::halved) {
+            kernels.halve(from, row, form.halves);
+        } else if (form.kind == Key::integers) {
+            finite = kernels.round_row(from, row, *form.rounding, form.whole) && finite;
+        } else if (form.kind == Key::floats) {
+            kernels.pad(from, form.cut, to);
+        } else {
+            reduce(kernels, *form.linear, from, to);
+        }
+    }
+    return finite;
 }
 
 }  // namespace bitpress

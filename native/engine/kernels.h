@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "matrix.h"
+#include "rounding.h"
 
 namespace bitpress {
 
@@ -104,6 +105,25 @@ constexpr int MANY_APART = 16;          // where more than this part of a row wo
 constexpr float CLOSER = 0.5f;          // so much of that bound
 constexpr int CHUNK_POSITIONS = 256;  // positions that one piece of attention looks at
 
+// Rows as whole numbers, by a rounding of the model's own, in the order of the cut: codes less the middle of all codes in bytes, or less
+// their zero point in 16 bits.
+struct IntegerRows {
+    Cut cut;
+    int rows = 0, bytes = 1;  // bytes: of a number
+    Aligned<int8_t> values;   // [row][padded columns]
+    Aligned<float> scales;    // [row][group]
+    Aligned<int32_t> sums;    // [row][group], of codes less their zero point
+    Aligned<int32_t> less;    // [row][group]: the zero point less the middle
+    void fit(const Cut &to, int count, int each) {
+        cut = to;
+        rows = count, bytes = each;
+        const size_t padded = count <= MOST_ROWS ? size_t(count) : size_t(count + 63) / 64 * 64;  // whole tiles, and their reach over the end
+        values.resize(padded * cut.padded() * bytes + 64);
+        scales.resize(size_t(rows) * cut.groups);
+        sums.resize(size_t(rows) * cut.groups), less.resize(size_t(rows) * cut.groups);
+    }
+};
+
 // Where the sums of a tile product go: they stay, or are put there strip by strip, or as act(first strip) * second strip.
 struct Put {
     enum Mode { stay, both, silu, gelu } mode = stay;
@@ -150,6 +170,20 @@ struct Kernels {
     void (*fill_halves_dense)(const Dense &, int strip, uint16_t *tiles);
     void (*half_product)(const HalfRows &x, const uint16_t *tiles, float *out, const Put &put);
     void (*halve)(const float *x, int row, HalfRows &to);
+
+    // Products of whole numbers. Many rows hold them in `integer_bytes` each, few rows in one.
+    int integer_bytes;
+    // Says whether every scale is finite.
+    bool (*round_row)(const float *x, int row, const Rounding &, IntegerRows &to);
+    // out[row][16] += the strip's weights times all rows (1 to 4) of x
+    void (*integers_few)(const Coded &, int strip, const IntegerRows &x, float *out);
+    // The codes of a strip [group][tiled_group() columns][16 rows]: lines of 64 bytes with four columns of bytes, or with two in 16 bits that
+    // have their zero points taken away.
+    void (*unpack_integers)(const Coded &, int strip, int bytes, int8_t *to);
+    // out[row][stride] += the strip's weights times all rows of x
+    void (*integers_many)(const Coded &, int strip, const IntegerRows &x, const int8_t *tiles, float *out, int stride);
+    // The sums [row][16] of bytes of a group and of rows from..to, as floats added to out.
+    void (*put_integers)(const Coded &, int strip, int group, const IntegerRows &x, int from, int to, const int32_t *sums, float *out, int stride);
 
     void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
     void (*quantize_tiled)(const float *x, int row, Tiled &to);

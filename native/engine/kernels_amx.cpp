@@ -40,8 +40,13 @@ using namespace amx;
 #define TILE_LOAD(to, from, stride) _tile_loadd(to, from, stride)
 #define TILE_STORE(from, to, stride) _tile_stored(from, to, stride)
 #define TILE_MULTIPLY(sums, left, right) _tile_dpbf16ps(sums, left, right)
+#define TILE_MULTIPLY_BYTES(sums, left, right) _tile_dpbsud(sums, left, right)
+#define TILE_ZERO(to) _tile_zero(to)
 
 inline void put_sums(const float *out, int from, int to, const Put &put) { avx512_kernels()->put_sums(out, from, to, put); }
+inline void put_integers(const Coded &m, int strip, int g, const IntegerRows &x, int from, int to, const int32_t *sums, float *out, int stride) {
+    avx512_kernels()->put_integers(m, strip, g, x, from, to, sums, out, stride);
+}
 
 #include "kernels_tiles.inc"
 
@@ -326,6 +331,7 @@ const Kernels *amx_kernels() {
         Kernels t = *avx512_kernels();
         t.name = "amx";
         t.half_product = half_product;
+        t.integers_many = integers_many;
         t.caches = caches_on_tiles();
         t.attend_tiles = attend_tiles;
         t.peak = peak;

@@ -199,13 +199,21 @@ void set_cut(Coded &m, int columns) {
     const int chunk = m.chunk();
     // A twentieth more for whole lines in every group is worth products that read the codes as they are.
     const bool apart = m.group < columns && m.group % m.span != 0;
-    m.fine = apart || padded_columns(columns, m.group, chunk) * 20 > padded_columns(columns, columns, chunk) * 21;
+    m.fine = !m.whole_sums && (apart || padded_columns(columns, m.group, chunk) * 20 > padded_columns(columns, columns, chunk) * 21);
     m.cut = make_cut(columns, m.fine ? columns : m.group, chunk);
 }
 
 size_t Coded::bytes() const {
     return lines.bytes() + scales.bytes() + zeros.values.bytes() + which.values.bytes() + less.bytes() + own.bytes() + words.bytes() + halves.bytes() +
-           points.bytes() + counts.bytes() + near_words.bytes() + near_levels.bytes() + (levels.size() > 16 ? levels.bytes() : 0) + picked.bytes();
+           points.bytes() + counts.bytes() + near_words.bytes() + near_levels.bytes() + (levels.size() > 16 ? levels.bytes() : 0) + picked.bytes() +
+           code_sums.bytes();
+}
+
+void Coded::sum_codes(const uint8_t *codes) {
+    code_sums.resize(size_t(strips()) * cut.groups * STRIP);
+    for (int row = 0; row < rows; ++row) {
+        for (int c = 0; c < cut.columns; ++c) code_sums[(size_t(row / STRIP) * cut.groups + c / cut.group) * STRIP + row % STRIP] += *codes++;
+    }
 }
 
 void Coded::find_reach() {
@@ -243,6 +251,7 @@ Coded lay_out(CodedParts parts, int threads) {
     m.find_reach();
     m.find_near();
     m.count_points();
+    if (m.has_code_sums) m.sum_codes(parts.codes);
     const int strips = m.strips();
     m.lines.resize(size_t(strips) * m.cut.blocks() * m.block_bytes());
     parallel(threads, [&](int thread) {

@@ -1,16 +1,19 @@
 // Weights as the products read them: strips of 16 output rows, laid out so that memory is read once and in order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "maps.h"
 #include "per_block.h"
+#include "rounding.h"
 
 namespace bitpress {
 
@@ -25,6 +28,7 @@ struct Cut {
     bool operator==(const Cut &) const = default;
     int blocks() const { return groups * blocks_per_group; }
     int padded() const { return blocks() * width; }
+    int tiled_group() const { return (blocks_per_group * width + 63) / 64 * 64; }  // columns of a group as whole tiles
     int first_column(int b) const { return b / blocks_per_group * group + b % blocks_per_group * block; }
     int columns_of(int b) const {
         const int left = group - b % blocks_per_group * block, in_row = columns - first_column(b);
@@ -108,6 +112,10 @@ struct Coded {
     Aligned<uint8_t> near_levels;
     Aligned<uint8_t> lines;  // [strip][block][line of 64 bytes]
     Aligned<int32_t> picked;  // the columns of the layer that these are, none where these are all
+    // Products with inputs of the model's own rounding are sums of whole numbers: every group is cut for itself. `code_sums` are those of
+    // the codes [strip][group][16], where inputs have zero points.
+    bool whole_sums = false, has_code_sums = false;
+    Aligned<int32_t> code_sums;
 
     // Whether products read the codes as they are.
     bool fast() const { return kind <= CodeKind::table && !fine && packing == Packing::planes; }
@@ -119,6 +127,7 @@ struct Coded {
     // Whether blocks are decoded to floats with their scales: where one number a block does not say the rest.
     bool staged_whole() const { return fine || less.any(); }
     int strips() const { return (rows + STRIP - 1) / STRIP; }
+    void sum_codes(const uint8_t *codes);  // [rows][columns]
     int chunk() const;  // the fewest columns that fill whole lines
     size_t block_bytes() const {
         if (packing == Packing::trits) return size_t(cut.width) / TRITS_CHUNK * 64;
@@ -200,10 +209,15 @@ struct Linear {
     std::unique_ptr<Sparse> sparse;
     Aligned<float> bias;
     std::shared_ptr<const InputMap> map, out_map;
+    std::optional<Rounding> rounding;  // of its input behind the map
     std::shared_ptr<void> owner;  // of memory that the parts borrow
 
     int strips() const { return (rows + STRIP - 1) / STRIP; }
     size_t bytes() const;
+    // Whether a part reads the values that codes of the input stand for, rather than the codes.
+    bool reads_rounded_floats() const {
+        return !dense.empty() || sparse || down.any() || std::any_of(coded.begin(), coded.end(), [](const Coded &m) { return !m.whole_sums; });
+    }
     // One row in float, slowly: an embedding's look-up. Without the map of the output, and with it: that takes all rows.
     void inner_row(int r, float *out) const;
     void row(int r, float *out) const;

@@ -8,21 +8,20 @@ namespace bitpress {
 namespace {
 
 using Form = Input::Form;
+using Key = Input::Key;
 
-const Form &form_of(const Input &input, Form::Kind kind, const Linear &l, const Coded &m) {
-    return input.find(kind, m.cut, l.map.get(), nullptr, m.picked.data());
-}
+const Form &form_of(const Input &input, Key::Kind kind, const Linear &l, const Coded &m) { return input.find(key_of(kind, l, m)); }
 
 const Form &mapped(const Input &input, const Linear &l) {
     Cut whole;
     whole.columns = l.columns;
-    return input.find(Form::mapped, whole, l.map.get());
+    return input.find({Key::mapped, whole, l.map.get(), nullptr, nullptr, l.rounding});
 }
 
 const Form &inner(const Input &input, const Linear &l) {
     Cut whole;
     whole.columns = l.down.rows();
-    return input.find(Form::inner, whole, l.map.get(), &l);
+    return input.find({Key::inner, whole, l.map.get(), &l, nullptr, l.rounding});
 }
 
 void add_sparse(const Linear &l, const Input &input, int strip, int lanes, float *out, int stride) {
@@ -62,10 +61,12 @@ void direct(const Kernels &k, const Product &p, int strip, const Input &input) {
     const int rows = input.rows();
     begin(l, strip, rows, out, STRIP);
     for (const Coded &m : l.coded) {
-        if (input.bytes() && m.reads_bytes()) {
-            k.coded_bytes(m, strip, form_of(input, Form::direct, l, m).quantized, 0, rows, out);
+        if (m.whole_sums) {
+            k.integers_few(m, strip, form_of(input, Key::integers, l, m).whole, out);
+        } else if (input.bytes() && m.reads_bytes() && !l.rounding) {
+            k.coded_bytes(m, strip, form_of(input, Key::direct, l, m).quantized, 0, rows, out);
         } else {
-            const Form &x = form_of(input, Form::floats, l, m);
+            const Form &x = form_of(input, Key::floats, l, m);
             k.coded_floats(m, strip, x.values.data(), x.width, rows, out);
         }
     }
@@ -89,6 +90,23 @@ void panel_of_up(const Kernels &k, const Linear &l, int strip, const Input &inpu
     k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, input.rows(), out, stride);
 }
 
+// The codes and the uncompressed weights of one strip times many rows that the model's own rounding has made whole numbers.
+void add_rounded(const Kernels &k, const Linear &l, int strip, const Input &input, float *out, int stride, Scratch &scratch) {
+    for (const Coded &m : l.coded) {
+        const Form &x = form_of(input, Key::floats, l, m);
+        if (m.whole_sums) {
+            scratch.tiles.resize(size_t(m.cut.groups) * m.cut.tiled_group() * STRIP * x.whole.bytes);
+            k.unpack_integers(m, strip, x.whole.bytes, scratch.tiles.data());
+            k.integers_many(m, strip, x.whole, scratch.tiles.data(), out, stride);
+            continue;
+        }
+        scratch.panel.resize(size_t(m.cut.padded()) * STRIP);
+        k.decode_coded(m, strip, scratch.panel.data());
+        k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, input.rows(), out, stride);
+    }
+    for (const Dense &m : l.dense) panel_of(k, m, strip, mapped(input, l).values.data(), input.rows(), out, stride, scratch);
+}
+
 // One of the two strips that share a tile product; no linear where there is only one.
 struct Half {
     const Linear *linear;
@@ -98,7 +116,7 @@ struct Half {
 // Whether a tile product is all that a whole strip takes.
 bool is_single(const Half &h) {
     const Linear &l = *h.linear;
-    return l.coded.size() + l.dense.size() == 1 && !l.down.any() && !l.sparse && (h.strip + 1) * STRIP <= l.rows;
+    return l.coded.size() + l.dense.size() == 1 && !l.rounding && !l.down.any() && !l.sparse && (h.strip + 1) * STRIP <= l.rows;
 }
 
 // Two strips, many rows: scratch.out[row][32]. The sums of whole strips that take a single product are put where they belong at
@@ -113,7 +131,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     const auto form = [&](const Half &h) -> const void * {
         const Linear &l = *h.linear;
         if (!l.coded.empty()) return &form_of(input, Input::many(k), l, l.coded[0]);
-        return &input.find(Input::many(k), flat_cut(l.columns), l.map.get());
+        return &input.find({Input::many(k), flat_cut(l.columns), l.map.get()});
     };
     const bool done = put.mode != Put::stay && halves[1].linear != nullptr && is_single(halves[0]) && is_single(halves[1]) &&
                       form(halves[0]) == form(halves[1]);
@@ -122,7 +140,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
         const Form *forms[2] = {halves[0].linear ? form_of(*halves[0].linear) : nullptr,
                                  halves[1].linear ? form_of(*halves[1].linear) : nullptr};
         auto run = [&](const Form &form, bool with_first, bool with_second) {
-            if (form.kind == Form::halved) {
+            if (form.kind == Key::halved) {
                 const size_t strip = size_t(form.halves.column_tiles()) * 512;
                 scratch.halves.resize(2 * strip);
                 for (int i = 0; i < 2; ++i) {
@@ -162,7 +180,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     for (size_t t = 0; t < coded; ++t) {
         with_tiles(
             [&](const Linear &l) -> const Form * {
-                return t < l.coded.size() ? &form_of(input, Input::many(k), l, l.coded[t]) : nullptr;
+                return t < l.coded.size() && !l.rounding ? &form_of(input, Input::many(k), l, l.coded[t]) : nullptr;
             },
             [&](const Linear &l) { return l.coded[t].small(); },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
@@ -173,7 +191,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
     for (size_t t = 0; t < dense; ++t) {
         with_tiles(
             [&](const Linear &l) -> const Form * {
-                return t < l.dense.size() ? &input.find(Input::many(k), flat_cut(l.columns), l.map.get()) : nullptr;
+                return t < l.dense.size() && !l.rounding ? &input.find({Input::many(k), flat_cut(l.columns), l.map.get()}) : nullptr;
             },
             [&](const Linear &) { return false; },
             [&](const Linear &l, int strip, int s, int8_t *tiles, float *scales) {
@@ -186,6 +204,7 @@ bool tiled(const Kernels &k, const Half (&halves)[2], const Input &input, Scratc
         const Linear &l = *halves[i].linear;
         const int strip = halves[i].strip;
         float *here = out + i * STRIP;
+        if (l.rounding) add_rounded(k, l, strip, input, here, 2 * STRIP, scratch);
         if (l.up.any()) panel_of_up(k, l, strip, input, here, 2 * STRIP, scratch);
         if (l.sparse) add_sparse(l, input, strip, std::min(STRIP, l.rows - strip * STRIP), here, 2 * STRIP);
     }
@@ -211,7 +230,7 @@ void paneled(const Kernels &k, const Product &p, int strip, const Input &input, 
     for (const Coded &m : l.coded) {
         scratch.panel.resize(size_t(m.cut.padded()) * STRIP);
         k.decode_coded(m, strip, scratch.panel.data());
-        const Form &x = form_of(input, Form::floats, l, m);
+        const Form &x = form_of(input, Key::floats, l, m);
         k.panel_floats(scratch.panel.data(), x.width, x.values.data(), x.width, rows, out, STRIP);
     }
     for (const Dense &m : l.dense) panel_of(k, m, strip, mapped(input, l).values.data(), rows, out, STRIP, scratch);
@@ -243,8 +262,9 @@ int piece_size(int items, int threads, bool few) { return std::max(1, std::min(f
 
 void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, const Input &input,
               Scratch &scratch) {
-    const bool few = input.rows() <= MOST_ROWS, pairs = !few && input.bytes();
-    const auto items = [&](const Product &p) { return pairs ? (p.linear->strips() + 1) / 2 : p.linear->strips(); };
+    const bool few = input.rows() <= MOST_ROWS;
+    const auto pairs = [&](const Product &p) { return !few && (input.bytes() || p.linear->rounding); };
+    const auto items = [&](const Product &p) { return pairs(p) ? (p.linear->strips() + 1) / 2 : p.linear->strips(); };
     int total = 0;
     for (const Product &p : products) total += items(p);
     const int piece = piece_size(total, pool.threads(), few);
@@ -254,7 +274,7 @@ void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<
             for (const Product &p : products) {
                 if (index < items(p)) {
                     if (few) direct(kernels, p, index, input);
-                    else if (pairs) tiled_pair(kernels, p, index, input, scratch);
+                    else if (pairs(p)) tiled_pair(kernels, p, index, input, scratch);
                     else paneled(kernels, p, index, input, scratch);
                     break;
                 }

@@ -26,42 +26,49 @@ class Input {
   public:
     // Makes room for `rows` rows and every form that these linears want. Called by one thread.
     void plan(const Kernels &kernels, const std::vector<const Linear *> &linears, int rows, bool bytes);
-    // Fills every form of one row. Different threads may fill different rows.
-    void prepare(const Kernels &kernels, const float *x, int row);
+    // Fills every form of one row. Different threads may fill different rows. Says whether every scale of the model's own rounding is finite.
+    bool prepare(const Kernels &kernels, const float *x, int row);
 
-    struct Form {
-        enum Kind { direct, tiled, halved, floats, mapped, inner } kind;
+    struct Key {
+        enum Kind { direct, tiled, halved, integers, floats, mapped, inner } kind;
         Cut cut;
-        const InputMap *map;   // that the row has been through, or null
-        const Linear *linear;  // whose low-rank term it is, or null
-        const int32_t *picked; // of the row's columns, or null for all
+        const InputMap *map = nullptr;      // that the row has been through, or null
+        const Linear *linear = nullptr;     // whose low-rank term it is, or null
+        const int32_t *picked = nullptr;    // of the row's columns, or null for all
+        std::optional<Rounding> rounding = {};  // the model's own: floats are the values that its codes stand for
+        bool operator==(const Key &) const = default;
+    };
+    struct Form : Key {
+        IntegerRows whole;
         Quantized quantized;
         Tiled tiles;
         HalfRows halves;
         Aligned<float> values;  // [row][width]
         int width;
-
-        bool is(Kind k, const Cut &c, const InputMap *m, const Linear *l, const int32_t *p) const {
-            return kind == k && cut == c && map == m && linear == l && picked == p;
-        }
     };
-    const Form &find(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr, const int32_t *picked = nullptr) const;
+    const Form &find(const Key &key) const;
     int rows() const { return rows_; }
     bool bytes() const { return bytes_; }
     // How products of many rows read a row: in bytes, or in bf16 where the processor has tiles for it.
-    static Form::Kind many(const Kernels &kernels) { return kernels.half_product != nullptr ? Form::halved : Form::tiled; }
+    static Key::Kind many(const Kernels &kernels) { return kernels.half_product != nullptr ? Key::halved : Key::tiled; }
     // Values that stand apart, of all rows and forms.
     int64_t apart() const;
     int64_t values() const;
 
   private:
-    void want(Form::Kind kind, const Cut &cut, const InputMap *map, const Linear *linear = nullptr, const int32_t *picked = nullptr);
+    void want(const Kernels &kernels, const Key &key);
+    const float *row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row) const;
     std::vector<Form> forms_;
     size_t used_ = 0;
     int rows_ = 0;
     bool bytes_ = true;
     std::vector<const Linear *> planned_;
 };
+
+// What a matrix of codes reads of an input: whole numbers where they are summed, else what `kind` says.
+inline Input::Key key_of(Input::Key::Kind kind, const Linear &l, const Coded &m) {
+    return {m.whole_sums ? Input::Key::integers : kind, m.cut, l.map.get(), nullptr, m.picked.data(), l.rounding};
+}
 
 // Memory of one thread for tiles and panels.
 struct Scratch {

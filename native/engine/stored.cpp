@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "arguments.h"
@@ -80,6 +81,8 @@ nb::dict give_coded(const Coded &m, nb::handle owner) {
         m.path.give(path.data());
         d["path"] = nb::cast(nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>>(path.data(), {Path::COUNT}), nb::rv_policy::copy);
     }
+    d["whole_sums"] = m.whole_sums;
+    if (m.has_code_sums) d["code_sums"] = as_array(m.code_sums.data(), m.code_sums.size(), owner);
     if (m.points.size()) d["points"] = as_array(m.points.data(), m.points.size(), owner);
     return d;
 }
@@ -108,6 +111,14 @@ nb::list give_map(const InputMap &map, nb::handle owner) {
         steps.append(d);
     }
     return steps;
+}
+
+nb::dict give_rounding(const Rounding &r) {
+    nb::dict d;
+    d["bits"] = r.bits, d["has_zero"] = r.has_zero, d["group"] = r.group;
+    d["kind"] = r.kind == ScaleKind::f32 ? "fp32" : r.kind == ScaleKind::f16 ? "fp16" : "bf16";
+    if (r.fixed) d["scale"] = r.scale, d["zero"] = r.zero;
+    return d;
 }
 
 // What arrays of a layer's memory hold on to: the layer, which stays as it is while there are any.
@@ -140,6 +151,7 @@ nb::dict give(nb::handle linear) {
         d["sparse"] = s;
     }
     if (l.bias.size()) d["bias"] = as_array(l.bias.data(), l.bias.size(), self);
+    if (l.rounding) d["rounding"] = give_rounding(*l.rounding);
     if (l.map) d["map"] = give_map(*l.map, self);
     if (l.out_map) d["out_map"] = give_map(*l.out_map, self);
     return d;
@@ -225,7 +237,7 @@ void take_kind(const Part &part, Coded &m) {
     need(all_finite(m.levels) && all_finite(m.words), "levels must be finite");
 }
 
-Coded take_coded(const Part &part, int rows, int all_columns, nb::list &kept) {
+Coded take_coded(const Part &part, int rows, int all_columns, const std::optional<Rounding> &rounding, nb::list &kept) {
     Coded m;
     if (part.claim("is_picked")) take_picked(m, taken<Array<const int32_t, 1>>(part.at("picked"), part.path("picked"), "whole numbers", false), all_columns);
     const int columns = m.picked.size() ? int(m.picked.size()) : all_columns;
@@ -238,9 +250,12 @@ Coded take_coded(const Part &part, int rows, int all_columns, nb::list &kept) {
     m.zero = part.whole("zero", 0, 255);
     m.gain = part.number("gain"), m.step = part.number("step");
     m.group = part.whole("group", 1, columns);
-    set_cut(m, columns);
     take_scales({part.path("scales"), part.at("scales")}, rows, (columns + m.group - 1) / m.group, m.scales);
     take_kind(part, m);
+    if (rounding) sum_whole(m, *rounding);
+    need(part.claim("whole_sums") == m.whole_sums, "sums of whole numbers are for a layer whose input is rounded");
+    set_cut(m, columns);
+    if (m.has_code_sums) copy_array(part, "code_sums", size_t(m.strips()) * m.cut.groups * STRIP, m.code_sums);
     borrow_array(part, "lines", size_t(m.strips()) * m.cut.blocks() * m.block_bytes(), m.lines, kept);
     m.find_reach();
     m.find_near();
@@ -258,7 +273,7 @@ Dense take_dense(const Part &part, int rows, int columns, nb::list &kept) {
 }
 
 Factor take_factor(const Part &part, int rows, int columns, nb::list &kept) {
-    if (part.has("lines")) return {nullptr, std::make_unique<Coded>(take_coded(part, rows, columns, kept))};
+    if (part.has("lines")) return {nullptr, std::make_unique<Coded>(take_coded(part, rows, columns, std::nullopt, kept))};
     return {std::make_unique<Dense>(take_dense(part, rows, columns, kept)), nullptr};
 }
 
@@ -293,7 +308,8 @@ Linear *take(nb::handle stored) {
     nb::list kept;
     auto l = std::make_unique<Linear>();
     l->rows = part.whole("rows", 1), l->columns = part.whole("columns", 1);
-    each_part(part, "coded", [&](const Part &given) { l->coded.push_back(take_coded(given, l->rows, l->columns, kept)); });
+    if (part.has("rounding")) l->rounding = take_rounding({part.path("rounding"), part.at("rounding")}, l->columns);
+    each_part(part, "coded", [&](const Part &given) { l->coded.push_back(take_coded(given, l->rows, l->columns, l->rounding, kept)); });
     each_part(part, "dense", [&](const Part &given) { l->dense.push_back(take_dense(given, l->rows, l->columns, kept)); });
     if (part.has("down")) {
         const Part down(part.path("down"), part.at("down")), up(part.path("up"), part.at("up"));

@@ -134,7 +134,26 @@ FOREIGN: tuple[Foreign, ...] = (
         "its usual groups",
         ("gptq", "auto_gptq", "gptqmodel", "GPTQ-Int4", "gptq_marlin"),
     ),
-    Foreign(r"auto_?round", "AutoRound", "int4-g128", "gptq", "rounding learned from calibration", ("AutoRound",)),
+    Foreign(
+        r"auto_?round(?:_best|_light)?",
+        "AutoRound",
+        "int4-g128",
+        "gptq",
+        "and --tune signround to learn roundings",
+        ("AutoRound",),
+    ),
+    Foreign(
+        r"omni_?quant", "OmniQuant", "int4-g128-zero", "rtn", "and --tune learned-clipping to learn ranges", ("OmniQuant",)
+    ),
+    Foreign(
+        r"efficient_?qat|block_?ap",
+        "EfficientQAT",
+        "int2-g64-zero",
+        "gptq",
+        "and --tune block-ap to learn blocks",
+        ("EfficientQAT",),
+    ),
+    Foreign(r"brecq", "a name of block reconstruction", "int4-g128-zero", "gptq", "and --tune adaround", ("BRECQ",)),
     Foreign(r"hqq(?:_?([2-8])_?bits?)", "HQQ", "int{}-g64-zero", "hqq", "the same", ("hqq_4bit",)),
     Foreign(r"hqq", "HQQ", "int4-g64-zero", "hqq", "its usual bits", ("hqq",)),
     Foreign(r"spqr", "SpQR", "int3-g16-zero", "spqr", "its usual groups", ("spqr",)),
@@ -143,7 +162,7 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(r"aqlm|vptq", "AQLM", "aq2x8x8-row", "aqlm", "learned vectors, 2 bits", ("aqlm", "vptq")),
     Foreign(r"higgs", "HIGGS", "gauss8x2-row", "higgs", "the same points", ("higgs",)),
     Foreign(
-        r"exl[23]|qtip|quarot|spinquant|omniquant|flatquant|ostquant",
+        r"exl[23]|qtip|quarot|spinquant|flatquant|ostquant",
         "a method with a change of basis or learned rounding",
         "int4-g64-zero",
         "ldlq",

@@ -82,8 +82,10 @@ class LevelTable:
 
 
 def serves(values: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Return whether the block functions below accept these: `[blocks, n]` on the CPU, one scale per block, and native code built."""
-    return values.ndim == 2 and scale.shape == (values.shape[0], 1) and values.device.type == "cpu" and available()
+    """Return whether the block functions below accept these: `[blocks, n]` on the CPU without a gradient, one scale per block, and native
+    code built."""
+    plain = values.device.type == "cpu" and not (values.requires_grad or scale.requires_grad)
+    return plain and values.ndim == 2 and scale.shape == (values.shape[0], 1) and available()
 
 
 def round_columns_(

@@ -1,8 +1,8 @@
 """Progress of a long run. The pipeline calls it; the command line or a notebook decides how it looks."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["Progress", "Silent", "Stepwise"]
 
 
 class Progress(Protocol):
@@ -16,6 +16,15 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """A message of one line."""
+        ...
+
+
+@runtime_checkable
+class Stepwise(Protocol):
+    """A progress that also shows how far the unit in work has come; others hear of whole units."""
+
+    def step(self, unit: str, share: float, **figures: Any) -> None:
+        """A share, from 0 to 1, of the unit in work is done; figures such as loss=0.003 belong to its last step."""
         ...
 
 

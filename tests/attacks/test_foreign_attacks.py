@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.attacks.test_safetensors_attacks import MUTATIONS
 
-from bitpress.checkpoints.safetensors_file import serialize
+from bitpress.checkpoints.safetensors_file import read_header, serialize
 from bitpress.errors import BitpressError
 from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.table import DIRECTORY_FORMATS, READ_ALONE, open_source
@@ -266,7 +266,10 @@ def test_mutations_of_layers_that_tools_wrote_are_refused_or_read(seed: str, tmp
         **(told if told.keys() & {"quantization", "quantization_config"} else {"quantization_config": told}),
     }
     held = {name: t for name, t in load_file(GOLDEN / f"{seed}.safetensors").items() if not name.endswith(".decoded")}
-    weights, config = b"".join(bytes(part) for part in serialize(held, {"format": "pt"})), json.dumps(told).encode()
+    weights, config = (
+        b"".join(bytes(part) for part in serialize(held, read_header(GOLDEN / f"{seed}.safetensors")[1])),
+        json.dumps(told).encode(),
+    )
     (tmp_path / WEIGHTS).write_bytes(weights)
     (tmp_path / "config.json").write_bytes(config)
     read_all(tmp_path)

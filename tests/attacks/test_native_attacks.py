@@ -4,7 +4,9 @@
 UndefinedBehaviorSanitizer, which ends the process at the first byte that is read or written outside of its array.
 """
 
+import copy
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -1334,8 +1336,13 @@ def test_factors_are_taken_from_layers_of_their_shapes_alone() -> None:
 # ---- layers that were stored ----
 
 
-def stored() -> dict[str, Any]:
+@functools.cache
+def stored_once() -> dict[str, Any]:
     return dict(native.library().store_linear(full_linear()))
+
+
+def stored() -> dict[str, Any]:
+    return copy.deepcopy(stored_once())
 
 
 def with_part(key: str, index: int, **values: Any) -> dict[str, Any]:
@@ -1383,8 +1390,8 @@ def stored_attacks() -> dict[str, Callable[[], Any]]:
         for index, part in enumerate(good[key]):
             for name, other in spoiled(part):
                 attacks[f"{key}[{index}]{name}"] = lambda key=key, index=index, other=other: {
-                    **stored(),
-                    key: [other if i == index else part for i, part in enumerate(stored()[key])],
+                    **(made := stored()),
+                    key: [other if i == index else part for i, part in enumerate(made[key])],
                 }
     zeros = good["coded"][0]["zeros"]
     scales = good["coded"][0]["scales"]

@@ -67,7 +67,6 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "half a surrogate": (file_bytes(b'{"\\ud800":%b}' % json.dumps(F32).encode()), "surrogate"),
     "metadata not an object": (file_bytes({"__metadata__": [], "t": F32}), "__metadata__"),
-    "metadata null": (file_bytes({"__metadata__": None, "t": F32}), "__metadata__"),
     "metadata of numbers": (file_bytes({"__metadata__": {"a": 1}, "t": F32}), "__metadata__"),
     "metadata nested": (file_bytes({"__metadata__": {"a": {}}, "t": F32}), "__metadata__"),
     "name empty": (file_bytes({"": F32}), "tensor name"),
@@ -129,7 +128,12 @@ def test_every_rule_refuses_its_file(tmp_path: Path, rule: str) -> None:
 def test_the_pattern_of_the_hostile_files_is_valid(tmp_path: Path) -> None:
     """The files above differ from this one in one respect only: it must be accepted."""
     path = tmp_path / "a.safetensors"
-    for header, size in (({"t": F32}, 8), ({"__metadata__": {"a": "1"}, "t": F32}, 8), ({}, 0)):
+    for header, size in (
+        ({"t": F32}, 8),
+        ({"__metadata__": {"a": "1"}, "t": F32}, 8),
+        ({"__metadata__": None, "t": F32}, 8),
+        ({}, 0),
+    ):
         path.write_bytes(file_bytes(header, bytes(size)))
         assert read_ours(path) == read_theirs(path)
     path.write_bytes(file_bytes({"b": {**F32, "data_offsets": [8, 16]}, "a": F32}, bytes(range(16))))

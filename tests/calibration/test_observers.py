@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from bitpress.calibration.observers import (
+    KEPT_TOKENS,
     OBSERVERS,
+    ChannelPercentile,
     Entropy,
     MinMax,
     MovingAverage,
+    OutputError,
     Percentile,
     Seen,
     SquaredError,
@@ -22,7 +25,7 @@ SYMMETRIC, SHIFTED, FLOAT = (parse_format(name) for name in ("int8-tensor", "int
 
 
 def seen(*batches: torch.Tensor) -> Seen:
-    found = Seen()
+    found = Seen(product=lambda x: x)
     for batch in batches:
         found.add(batch)
     return found
@@ -77,9 +80,51 @@ def test_the_entropy_leaves_an_outlier_out_and_nothing_of_an_even_input() -> Non
     assert math.isclose(high, 1.0, rel_tol=0.05)
 
 
+def test_a_channel_s_percentile_is_that_of_its_own_values() -> None:
+    x = normal()
+    x[:, 5] *= 50  # a channel of outliers is inside, a single outlier of another channel is not
+    x[3, 7] = 1e4
+    low, high = ChannelPercentile(90).choose(batches := seen(*x.split(KEPT_TOKENS)), SYMMETRIC)
+    assert torch.equal(batches.whole(), x)
+    assert high == pytest.approx(float(x[:, 5].quantile(0.95)))
+    assert low == pytest.approx(float(x[:, 5].quantile(0.05)))
+    assert Percentile(99).choose(batches, SYMMETRIC)[1] < high / 2
+    with pytest.raises(ValueError, match="keep is 20"):
+        ChannelPercentile(20)
+
+
+@pytest.mark.parametrize("name", ["int4-tensor", "e2m1-g16-fp8"])
+def test_the_output_error_is_that_of_the_product(name: str) -> None:
+    fmt, x = parse_format(name), normal()
+    x[:, 5] *= 50
+    w = torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
+    w[:, 5] = 0.0  # nothing reads the channel of outliers
+    found = Seen(product=lambda d: d @ w.T)
+    for batch in x.split(KEPT_TOKENS):
+        found.add(batch)
+
+    def lost(ends: tuple[float, float]) -> float:
+        return float(((static_format(fmt, ends).round(x) - x) @ w.T).square().mean())
+
+    best, plain = OutputError().choose(found, fmt), SquaredError().choose(found, fmt)
+    assert best[1] < 0.5 * found.range[1]
+    assert lost(best) < lost(plain)
+    assert lost(best) == min(lost((found.range[0] * k / 64, found.range[1] * k / 64)) for k in range(1, 65))
+
+
+def test_the_squared_error_of_groups_is_that_of_whole_tokens() -> None:
+    fmt, x = parse_format("e2m1-g16-fp8"), normal(outlier=1e5)
+    found = seen(*x.split(KEPT_TOKENS))
+    ends = SquaredError().choose(found, fmt)
+    tried = [(found.range[0] * k / 64, found.range[1] * k / 64) for k in range(1, 65)]
+    assert error(fmt, ends, x) == min(error(fmt, other, x) for other in tried)
+
+
 def test_what_was_never_seen_and_what_is_not_finite() -> None:
     with pytest.raises(CalibrationError, match="no calibration token reached this input"):
         MinMax().choose(Seen(), SYMMETRIC)
+    with pytest.raises(CalibrationError, match="no calibration token reached this input"):
+        ChannelPercentile().choose(Seen(), SYMMETRIC)
     with pytest.raises(NumericsError, match="NaN or an infinity"):
         seen(torch.tensor([[math.inf]]))
 

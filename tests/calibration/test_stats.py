@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.calibration import STATISTICS, Stats, StatsCollector, of_origin
-from bitpress.calibration.stats import TILE
+from bitpress.calibration.stats import SAMPLE, TILE
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.formats import Chain, Permutation, Scale
 from bitpress.formats.maps.rotations import Kronecker
@@ -84,7 +84,7 @@ def test_statistics_that_are_not_there() -> None:
 def full(x: torch.Tensor, original: torch.Tensor, weights: torch.Tensor) -> Stats:
     """Every statistic of one input, the heads' and the loss's drawn."""
     generator = torch.Generator().manual_seed(7)
-    collector = StatsCollector({"gram", "mean_abs"}, x.shape[1])
+    collector = StatsCollector({"gram", "mean_abs", "sample"}, x.shape[1])
     collector.add(x, "here")
     collector.add_original(x, original)
     collector.add_weighted("attention_gram", x, weights)
@@ -118,7 +118,7 @@ def test_every_statistic_follows_a_scaling() -> None:
     x, original, weights = streams()
     factor = torch.tensor([2.0, 0.5, 4.0, 1.0, 0.25, 8.0, 1.0, 2.0])
     scaled, direct = full(x, original, weights).rescaled(factor), full(x * factor, original * factor, weights)
-    for name in ("gram", "mean_abs", "cross", "attention_gram", "head_gram"):
+    for name in ("gram", "mean_abs", "cross", "attention_gram", "head_gram", "sample"):
         torch.testing.assert_close(getattr(scaled, name), getattr(direct, name), rtol=0, atol=0)
     # The weight is divided by what the input is multiplied with, so its gradient is multiplied.
     torch.testing.assert_close(scaled.sensitivity, direct.need("sensitivity", "test") * factor**2)
@@ -133,7 +133,7 @@ def test_every_statistic_follows_a_map_or_is_left_out() -> None:
     change = Chain((Permutation(order), turn, Scale(torch.arange(1.0, 9.0))))
     mapped = stats.mapped(change)
     direct = full(change.apply(x), change.apply(original), weights)
-    for name in ("gram", "cross", "attention_gram", "head_gram"):
+    for name in ("gram", "cross", "attention_gram", "head_gram", "sample"):
         torch.testing.assert_close(getattr(mapped, name), getattr(direct, name), rtol=1e-4, atol=1e-4)
     assert mapped.mean_abs is None
     assert mapped.sensitivity is None
@@ -144,6 +144,25 @@ def test_every_statistic_follows_a_map_or_is_left_out() -> None:
     other_rows = stats.mapped(None, turn)
     assert (other_rows.row_gram, other_rows.head_gram, other_rows.sensitivity) == (None, None, None)
     assert other_rows.gram is stats.gram
+
+
+@pytest.mark.parametrize("tokens", [100, SAMPLE, 5000])
+def test_a_sample_is_of_tokens_from_everywhere_whatever_the_batches(tokens: int) -> None:
+    x = torch.arange(float(tokens))[:, None].repeat(1, 3)
+    made = []
+    for batch in (7, 512):
+        collector = StatsCollector({"sample"}, 3)
+        for some in x.split(batch):
+            collector.add(some, "here")
+        made.append(collector.finish().need("sample", "here"))
+    assert torch.equal(*made)
+    drawn = made[0][:, 0]
+    assert len(drawn) == tokens if tokens <= SAMPLE else 0.45 * SAMPLE < len(drawn) <= SAMPLE
+    # Every tenth of the text has its share, and so has every place in windows of 64 tokens.
+    share = len(drawn) / tokens
+    for places in (drawn * 10 // tokens, drawn % 64 // 8):
+        counts = torch.bincount(places.long())
+        assert ((counts - tokens * share / len(counts)).abs() <= 0.35 * tokens * share / len(counts) + 1).all()
 
 
 def test_a_table_says_where_statistics_come_from() -> None:

@@ -45,6 +45,18 @@ def test_a_plan_says_where_its_weights_could_go(bitpress: Run, tiny_model: Calla
     assert "go through a map when the model runs (hadamard)" in told["targets"]["gptq"]
 
 
+def test_a_plan_for_a_server_says_over_how_many_devices_it_can_be_divided(
+    bitpress: Run, tiny_model: Callable[..., Path]
+) -> None:
+    plan = ("plan", tiny_model("llama"), "--for", "vllm", "--weights", "int4-g32")
+    done = bitpress(*plan)
+    assert "vllm runs it at these sizes of tensor parallelism: 1." in done.out
+    assert "Not at 2: model.layers.0.self_attn.o_proj: 16 inputs a device, in groups of 32." in done.out
+    told = json.loads(bitpress(*plan, "--json").out)["tensor_parallel"]
+    assert [size for size, its in told.items() if its["refusal"] is None] == ["1"]
+    assert json.loads(bitpress("plan", tiny_model("llama"), "--weights", "int4-g32", "--json").out)["tensor_parallel"] is None
+
+
 def test_export_tells_what_is_not_code_for_code(bitpress: Run, pressed_original: Path, tmp_path: Path) -> None:
     done = bitpress("export", pressed_original, tmp_path / "out", "--to", "fp16")
     assert done.code == 0

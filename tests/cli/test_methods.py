@@ -1,4 +1,4 @@
-"""`bitpress methods`: every row of the three tables, as JSON and on a narrow screen."""
+"""`bitpress methods`: every row of the tables, as JSON and on a narrow screen."""
 
 import json
 import sys
@@ -8,9 +8,10 @@ import pytest
 from bitpress.calibration import STATISTICS
 from bitpress.cli import screen
 from bitpress.cli.app import main
-from bitpress.corrections.table import CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.tuning.table import TUNINGS
 
 
 def listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -26,8 +27,10 @@ def test_every_method_is_listed_with_all_there_is_to_know(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = json.loads(listed(monkeypatch, capsys, "--json"))
-    named = {kind: {r["name"] for r in rows if r["kind"] == kind} for kind in ("quantizer", "transform", "correction")}
-    assert named == {"quantizer": set(QUANTIZERS), "transform": set(TRANSFORMS), "correction": set(CORRECTIONS)}
+    corrections = {**CORRECTIONS, **BIAS_CORRECTIONS}
+    tables = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": corrections, "tuning": TUNINGS}
+    named = {kind: {r["name"] for r in rows if r["kind"] == kind} for kind in tables}
+    assert named == {kind: set(table) for kind, table in tables.items()}
     for row in rows:
         assert {"name", "kind", "summary", "paper", "needs", "bits", "settings"} <= set(row)
         assert row["summary"]
@@ -55,7 +58,7 @@ def test_every_method_is_listed_with_all_there_is_to_know(
 
 def test_the_table_names_them_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = listed(monkeypatch, capsys)
-    for name in (*QUANTIZERS, *TRANSFORMS, *CORRECTIONS):
+    for name in (*QUANTIZERS, *TRANSFORMS, *CORRECTIONS, *TUNINGS):
         assert name in shown.split(), name
 
 

@@ -34,6 +34,7 @@ both: {weights: int3-g16-zero, quantizer: gptaq}
 longer: {weights: int3-g16-zero, quantizer: gptq, calibration: {samples: 6}}
 felt: {weights: kmeans2-row, quantizer: squeezellm}
 heads: {weights: int3-g16-zero, quantizer: boa}
+learned: {weights: int3-g16-zero, quantizer: rtn, tuning: [{name: parameters, steps: 3, batch: 3}]}
 """
 
 
@@ -96,7 +97,9 @@ def test_rows_are_what_eval_says_of_the_pressed_directory(
     architecture: str, run: Run, tiny_model: Callable[..., Path], recipes: Path, calibration: dict[str, Any], tmp_path: Path
 ) -> None:
     model = tiny_model(architecture, dtype="bfloat16")
-    chosen = ["plain", "gptq", "awq", "follows", "both", "longer"] + ["rotated", "felt", "heads"] * (architecture == "llama")
+    chosen = ["plain", "gptq", "awq", "follows", "both", "longer"] + ["rotated", "felt", "heads", "learned"] * (
+        architecture == "llama"
+    )
     done = run(*chosen, model=model, keep=True)
     assert [row["failed"] for row in done["rows"]] == [None] * len(chosen)
     made, _ = read_candidates(recipes, [3], calibration, compute="fp32", only=chosen)
@@ -113,6 +116,7 @@ def test_rows_are_what_eval_says_of_the_pressed_directory(
         checked.append(candidate.name)
         assert row["bits_per_weight"] == figures["bits_per_weight"]
         assert row["fallbacks"] == len(report["fallbacks"])
+        assert row.get("learned", {}).get("spans", 0) == len(report.get("tuned", ()))
         if candidate.name != "plain":
             assert row["error"] == pytest.approx(sum(layer["error"] for layer in report["layers"]) / len(report["layers"]))
         kept = (

@@ -135,3 +135,10 @@ def test_a_missing_file_and_an_empty_directory(tmp_path: Path) -> None:
 def test_the_bench_has_a_recipe_for_every_width_it_asks_for() -> None:
     made, _ = read_candidates(Path(__file__).resolve().parents[2] / "benchmarks" / "methods.yaml", [4, 3, 2])
     assert {"gptq, 4 bits", "gptq, 3 bits", "gptq, 2 bits", "hadamard + gptq + lqer, 3 bits"} <= {c.label for c in made}
+
+
+def test_a_learned_recipe_follows_the_compressed_model(write: Write) -> None:
+    """It learns on the outputs of compressed blocks, whatever the others are calibrated on."""
+    made, notes = read_candidates(write("plain: {weights: int4-g16}\nlearned: {weights: int4-g16, tuning: [signround]}\n"), [4])
+    assert [c.recipe.calibration.inputs for c in made] == ["original", "pressed"]
+    assert notes == ["run on the compressed model's inputs, as they ask for them: learned"]

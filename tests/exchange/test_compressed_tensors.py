@@ -8,7 +8,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.exchange.compressed_tensors import CompressedTensors
-from bitpress.exchange.compressed_tensors_scheme import read_schemes
+from bitpress.exchange.compressed_tensors_scheme import Args, read_schemes
 from bitpress.exchange.source import StoredLayer
 from bitpress.exchange.words import join_words, split_apart
 from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, Packed, parse_format
@@ -116,7 +116,7 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class() -> None:
                     "input_activations": {**W4, "strategy": "tensor_group", "dynamic": "local"},
                 }
             ),
-            "NVFP4A16",
+            "read as NVFP4 alone",
         ),
         (
             settings(a={"targets": ["Linear"], "weights": W4, "input_activations": {"strategy": "tensor", "dynamic": True}}),
@@ -144,6 +144,15 @@ def test_a_layer_that_cannot_be_told_is_refused(name: str, inputs: str, text: st
     given = layer(name, (8, 48), inputs=inputs)
     with pytest.raises(FormatError, match=text):
         CompressedTensors.write(given)
+
+
+def test_local_scales_are_told_as_nvfp4_alone() -> None:
+    told = Args.of_input("e2m1-g16-fp8over", "local")
+    assert isinstance(told, Args)
+    assert Args.from_json({**told.to_json(), "observer": "static_minmax", "zp_dtype": "torch.float8_e4m3fn"}) == told
+    refused = Args.of_input("e2m1-g16-fp8", "local")
+    assert isinstance(refused, str)
+    assert "e2m1-g16-fp8over it does" in refused
 
 
 def test_the_configuration_names_what_is_stored_as_it_is() -> None:

@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bitpress.formats import CompressedWeight, Levels, Packed, parse_format
+from bitpress.formats.double_quantized import dynamic_map
 from bitpress.formats.layouts import dense as dense
-from bitpress.formats.scales import SCALES, dynamic_map
+from bitpress.formats.scales import SCALES
 from bitpress.formats.table import find_grid
 
 HERE = Path(__file__).parent

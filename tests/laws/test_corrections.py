@@ -28,7 +28,7 @@ def case(seed: int = 0, out: int = 48, inner: int = 64) -> tuple[torch.Tensor, S
 
 def settings(name: str) -> Mapping[str, Any]:
     """Enough rank, or enough weights, to show in a small weight."""
-    return {"rank": 8} if name in ("lorc", "lqer", "qera", "svdquant") else {"share": 0.02}
+    return {"rank": 8} if name in ("lorc", "lqer", "qera", "loftq", "lq-lora", "svdquant") else {"share": 0.02}
 
 
 def terms_of(name: str, w: torch.Tensor, stats: Stats | None, **changes: Any) -> list[Term]:

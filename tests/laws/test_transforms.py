@@ -20,28 +20,38 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.calibration import Stats
 from bitpress.calibration.capture import Capture, Observed
 from bitpress.errors import CheckpointError
-from bitpress.formats import CompressedLayer, CompressedWeight, Scale, parse_format
+from bitpress.formats import ActivationFormat, ChannelFormat, CompressedLayer, CompressedWeight, Scale, parse_format
 from bitpress.kernels.reference import Reference
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.transforms import Fold, apply_fold_, find_folds
 from bitpress.transforms.basis import Maps, into_basis, with_maps
+from bitpress.transforms.disassemble import Disassemble
+from bitpress.transforms.equalize import row_sizes
+from bitpress.transforms.shift import Shift
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
-from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 
 LIMIT = 1e-6
 FMT = parse_format("int4-g16")
+INPUTS = parse_format("int4-row")
 TOKENS = torch.arange(6, 38).reshape(2, 16)
 # Few exponents, and settings beside the defaults that reach every site of a row.
 SETTINGS: Mapping[str, Sequence[dict[str, Any]]] = {
     "awq-scale": ({"grid": 4},),
     "smooth-plus": ({"alpha": 0.5},),
+    "aqas": ({"grid": 2},),
+    "qqq-smooth": ({"grid": 3},),
+    "dgq-smooth": ({"share": 0.25},),
     "hadamard": ({}, {"block": "group", "outputs": True}),
+    "klt": ({"parts": 4}, {"whole": True}),
 }
 # Each of its norms is read by experts too, whose weights are left alone.
 NOTHING_FOLDS = ("jetmoe",)
+# Searches that are tried online on every run: there all do the same with their factors, wherever these come from.
+ONLINE = ("awq-scale", "smooth-plus", "smoothquant")
 SEARCHES = [
-    (name, settings, placement)
+    pytest.param(name, settings, placement, marks=pytest.mark.release if placement == "online" and name not in ONLINE else ())
     for name, row in SCALE_SEARCHES.items()
     for settings in SETTINGS.get(name, ({},))
     for placement in sorted(row.sites["layer input"])
@@ -109,7 +119,7 @@ def look_at(path: Path) -> Spine:
         for path, module in block.named_modules()
         if type(module) in (nn.Linear, Conv1D)  # a router may be a subclass that returns more
     ]
-    capture = Capture(observed, {"gram", "mean_abs", "max_abs"})
+    capture = Capture(observed, {"gram", "mean_abs", "max_abs", "sample"})
     capture.run(lambda: run(model), whole=True)
     spine.stats = capture.finish()
     by_name = {w.name: w for w in observed}
@@ -165,7 +175,9 @@ def rescale_(model: Any, spine: Spine, search: Any, placement: Placement, *, who
             continue
         weights = [matrix(model.get_submodule(name)) for name in names]
         channel_of = fold.channel_of if placement == "folded" and fold is not None else None
-        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of)
+        made_by = fold if placement == "folded" else None
+        producer = None if made_by is None else row_sizes(model.get_submodule(block), made_by)
+        factor = search.plan([w.float() for w in weights], spine.stats[names[0]], FMT, channel_of, INPUTS, producer)
         done += bool((factor != 1).any())
         if placement == "folded":
             assert fold is not None
@@ -238,6 +250,29 @@ def test_the_laws_know_every_site_that_is_declared() -> None:
         known = {"residual", "value"} if name in NETWORK_CHANGES else {"layer input", "layer output"}
         assert set(row.sites) <= known, name
         assert all(placements and placements <= set(PLACEMENTS) for placements in row.sites.values()), name
+
+
+@pytest.mark.parametrize("name", CHANNEL_CHANGES)
+def test_changes_of_channels_keep_the_function(name: str, spine: str, models: Callable[[str], Spine]) -> None:
+    """The product sees its input itself if nothing is rounded between `enter` and `leave`."""
+    of = models(spine)
+    model, reached = copy.deepcopy(of.model), 0
+    for _, names, _ in of.groups:
+        for module in names:
+            stats, w = of.stats[module], matrix(model.get_submodule(module)).float()
+            if name == "shift":
+                fmt = ChannelFormat(ActivationFormat(INPUTS), shift=Shift().plan(stats))
+                reached += bool((fmt.tensors["shift"] != 0).any())
+            else:
+                copies = Disassemble(share=0.5).plan(
+                    stats.sample, w, lambda x, n: ChannelFormat(ActivationFormat(INPUTS), copies=n).round(x)
+                )
+                fmt = ChannelFormat(ActivationFormat(INPUTS), copies=copies)
+                reached += bool((copies > 1).any())
+            of_layer = model.get_submodule(module)
+            of_layer.register_forward_pre_hook(lambda _, x, fmt=fmt: (fmt.leave(fmt.enter(x[0])),))
+    assert reached
+    assert moved(model, of) < LIMIT
 
 
 # What of a network has one basis only, and why: norms of what blocks add to the stream; attentions whose experts read them.

@@ -4,22 +4,29 @@ import fnmatch
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from progress_record import Said
 from typer.testing import CliRunner
 
 from bitpress.cli.app import app
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, MemoryLimitError, UsageError
 from bitpress.formats import parse_format
 from bitpress.pipeline.estimate import estimate_seconds
-from bitpress.pipeline.plan import unmeant_bits
-from bitpress.pipeline.quantize import plan_run
+from bitpress.pipeline.host_memory import BASE_BYTES
+from bitpress.pipeline.learning_plan import COPIES
+from bitpress.pipeline.plan import Plan, check_memory, unmeant_bits
+from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.quantizers.rtn import RTN
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import Recipe, build_method, make_recipe
+from bitpress.tuning.table import TUNINGS
 
 # Formats of groups that fit the tiny models, of which every quantizer serves some.
 FORMATS = (
@@ -56,6 +63,76 @@ def natural(model: Path, quantizer: str) -> Recipe:
             if not unmeant_bits(planned):
                 return recipe
     raise AssertionError(f"{quantizer} serves none of {FORMATS}")
+
+
+@pytest.mark.parametrize("tuning", sorted(TUNINGS))
+def test_every_way_to_learn_can_be_timed_and_has_its_memory(tuning: str, tiny_model: Callable[..., Path]) -> None:
+    """Twice the steps take twice the time, give or take what is measured; a batch's activations are beside what it always needs."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    keys = {"weights": "int4-g16-zero", "quantizer": "rtn", "calibration": {"samples": 64, "length": 64}}
+
+    def planned(**settings: Any) -> tuple[Plan, float]:
+        recipe = make_recipe({**keys, "tuning": [{"name": tuning, **settings}]})
+        return plan_run(model, build_method(recipe))[0], estimate(model, recipe)
+
+    (few, short), (many, long) = planned(steps=500, batch=8), planned(steps=1000, batch=16)
+    assert short < long < 3600
+    assert few.learning is not None
+    assert many.learning is not None
+    assert few.learning.fixed == many.learning.fixed
+    assert many.learning.peak - few.learning.peak == 8 * few.learning.window
+    assert (few.learning.window > 0) == (TUNINGS[tuning]().span == "block")  # a layer learns from statistics
+
+
+def test_memory_and_time_of_learning_are_of_the_right_order(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Weights of a block by hand; the time of a run's own steps within a factor of ten, for what is measured is small and the machine shared."""
+    model = tiny_model("llama", num_hidden_layers=1, hidden_size=64, intermediate_size=256)
+    recipe = gptq_recipe(quantizer={"name": "rtn"}, weights="int4-row", tuning=[{"name": "block-ap", "steps": 30, "batch": 4}])
+    planned, streamed, _ = plan_run(model, build_method(recipe))
+    weights = 4 * 64 * 64 + 3 * 64 * 256
+    rows = 4 * 64 + 2 * 256 + 64  # a scale each
+    learning = planned.learning
+    assert learning is not None
+    assert learning.fixed - learning.others < 4 * (5 * (weights + rows) + COPIES * weights) < learning.fixed
+    assert learning.window == 32 * ((4 * 128 + 3 * 320) * 8 + 6 * 4 * 64)
+    plain = gptq_recipe(quantizer={"name": "rtn"}, weights="int4-row")
+    method = build_method(recipe)
+    foretold = estimate_seconds(streamed, method, planned.weights) - estimate(model, plain)
+    report = quantize_directory(model, tmp_path / "out", recipe, proof=Proof(tokens=0))
+    assert foretold / 10 < report["tuned"][0]["seconds"] < 30 * foretold
+
+
+def test_more_parameters_than_text_is_said_with_the_numbers(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, said = tiny_model("llama"), Said()
+    recipe = gptq_recipe(tuning=[{"name": "block-ap", "steps": 1}])
+    with pytest.raises(
+        UsageError, match=r"block-ap learns 10,\d+ parameters of a block, from 128 calibration tokens with 4,096 output values"
+    ):
+        quantize_directory(model, tmp_path / "out", recipe, strict=True)
+    quantize_directory(model, tmp_path / "out", recipe, proof=Proof(tokens=0), progress=said)
+    assert any("it can fit the text instead of the model" in line for line in said.lines)
+    assert plan_run(model, build_method(gptq_recipe(tuning=[{"name": "norm-tweaking"}])))[0].learning.scarce == ()  # type: ignore[union-attr]
+
+
+def test_memory_that_is_too_small_names_the_batch_that_fits(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = gptq_recipe(tuning=[{"name": "block-ap", "batch": 4}])
+    planned = plan_run(tiny_model("llama"), build_method(recipe))[0]
+    learning = planned.learning
+    assert learning is not None
+    tight = replace(planned, learning=replace(learning, others=0), peak_memory=learning.peak)
+    free = learning.fixed + 3 * learning.window - BASE_BYTES
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    with pytest.raises(MemoryLimitError, match=r"batches of 3 fit, in place of 4"):
+        check_memory(tight)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free - 3 * learning.window))
+    with pytest.raises(MemoryLimitError, match="fewer or shorter samples"):
+        check_memory(tight)
 
 
 @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))

@@ -1,21 +1,25 @@
 """Models on their way out and in: what leaves is read back the same, computes the same, and nothing is lost or rounded in silence."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import bitpress
+from bitpress.checkpoints import safetensors_file
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.exports import note_export
 from bitpress.checkpoints.locks import lock_alone
-from bitpress.errors import CheckpointError, NumericsError, UsageError
-from bitpress.exchange import export_directory
+from bitpress.checkpoints.safetensors_file import TensorEntry
+from bitpress.errors import CheckpointError, DiskError, NumericsError, UsageError
+from bitpress.exchange import export_directory, export_gguf
 from bitpress.exchange.source import StoredLayer
 from bitpress.exchange.table import EXPORTERS
 from bitpress.formats import CompressedLayer
@@ -25,6 +29,16 @@ from bitpress.pipeline.foreign_check import MOST_DISTANCE, read_by_others
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
+
+
+@pytest.fixture(scope="module")
+def pressed_norms(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tied embeddings in 8 bits, to leave for targets of every kind."""
+    out = tmp_path_factory.mktemp("norms") / "given"
+    recipe = make_recipe({"weights": "int4-g32", "quantizer": "rtn", "embeddings": "int8-row"})
+    quantize_directory(tiny_model("llama", hidden_size=64, tie_word_embeddings=True), out, recipe, proof=Proof(tokens=0))
+    return out
+
 
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
@@ -127,7 +141,7 @@ def test_another_reader_computes_the_same_or_the_export_is_refused(
 
 def test_what_nobody_here_reads_is_said(exported: Path, pressed_original: Path) -> None:
     reading = read_by_others(pressed_original, exported, "gptq", Silent())
-    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed")
+    assert (reading.reader, reading.why) == (None, "the package gptqmodel is not installed (pip install gptqmodel)")
     assert read_by_others(pressed_original, exported, "tool of tomorrow", Silent()).reader is None
 
 
@@ -201,6 +215,105 @@ def test_an_export_that_reads_back_otherwise_is_not_there(
     monkeypatch.setattr(Gptq, "read", staticmethod(read_other))
     with pytest.raises(NumericsError, match="is another weight when it is read back"):
         export_model(pressed_original, tmp_path / "out", "gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "says"), [("gptq", "No space left on device"), ("gguf", "the disk is full or failing")])
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(
+    target: str, says: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy, by which GGUF files are written, does not pass on what the system said."""
+    import gguf
+
+    def full(path: Path, chunks: Iterator[bytes]) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise DiskError(f"{path}: write failed; run the same command again: it resumes.") from error
+
+    def short(*_: object) -> None:
+        raise OSError("4096 requested and 0 written")
+
+    monkeypatch.setattr(export_directory, "write_durably", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    out = tmp_path / f"out.{target}"
+    with pytest.raises(DiskError) as caught:
+        export_model(pressed_norms, out, target)
+    assert str(caught.value).startswith(f"{out}: cannot be written: {says}; nothing of it is left.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["gptq", "fp16", "gguf", "mlx"])
+def test_an_export_that_cannot_fit_is_refused_before_any_work(
+    target: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed at least is not more than what is written."""
+    out = tmp_path / "new" / f"out.{target}"
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, 1))
+    with pytest.raises(DiskError, match=r"at least [0-9,]+ bytes are needed and 1 are free; make room") as caught:
+        export_model(pressed_norms, out, target)
+    assert list(tmp_path.iterdir()) == []
+    needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(9, 9, needed))
+    written = export_model(pressed_norms, out, target).nbytes
+    side = sum(path.stat().st_size for path in out.iterdir() if path.suffix != ".safetensors") if out.is_dir() else 0
+    assert 0.5 * written < needed + side <= written
+
+
+@pytest.mark.parametrize("target", ["gptq", "bf16", "mlx", "gguf"])
+def test_a_plain_tensor_that_reads_back_otherwise_is_caught(
+    target: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of one norm, by one step of bfloat16; nothing else is touched."""
+    out = tmp_path / f"out.{target}"
+    export_model(pressed_norms, out, target)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    read = safetensors_file.read_tensor
+
+    def read_other(file: Path, entry: TensorEntry) -> torch.Tensor:
+        value = read(file, entry)
+        if entry.name.endswith("1.post_attention_layernorm.weight"):
+            value[3] += 2**-7
+        return value
+
+    monkeypatch.setattr(export_directory, "read_tensor", read_other)
+    monkeypatch.setattr(export_gguf, "read_tensor", read_other)
+    with pytest.raises(
+        NumericsError, match=r"layers\.1\.post_attention_layernorm\.weight is another tensor when it is read back"
+    ):
+        export_model(pressed_norms, out, target)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["decoded", "rounded", "missing", "more"])
+def test_what_is_decoded_rounded_or_left_out_is_compared_too(
+    change: str, pressed_norms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings are decoded, and with --requantize the weights of blocks are rounded again."""
+    made = export_directory._Made
+    own = made.tensors
+
+    def tensors(self: Any) -> Iterator[dict[str, torch.Tensor]]:
+        for held in own(self):
+            name = next(iter(held))
+            if change == "decoded" and name == "model.embed_tokens.weight":
+                held[name][5] = -held[name][5]
+            elif change == "rounded" and name == "model.layers.0.mlp.up_proj.weight":
+                name = "model.layers.0.mlp.up_proj.weight.absmax"
+                held = {**held, name: held[name] * 1.01}
+            elif change == "missing" and name == "model.norm.weight":
+                continue
+            elif change == "more" and name == "model.norm.weight":
+                held = {**held, "lm_head.weight": torch.zeros(2, 2)}
+            yield held
+
+    monkeypatch.setattr(made, "tensors", tensors)
+    said = {
+        "decoded": "embed_tokens.weight is another tensor",
+        "rounded": "up_proj.weight has another error",
+        "missing": "norm.weight is missing",
+        "more": "lm_head.weight is no parameter of the model",
+    }
+    with pytest.raises(NumericsError, match=f"{said[change]}.* do not use this export"):
+        export_model(pressed_norms, tmp_path / "out", "bitsandbytes", requantize=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,28 +1,39 @@
 """Inputs of products that are rounded: what a recipe says, what is chosen, stored and computed, and what is refused before any work."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitpress
+from bitpress import native
 from bitpress.calibration import STATISTICS, observers
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.comparison.variants import read_candidates
 from bitpress.errors import CheckpointError, FormatError, NumericsError, UsageError
-from bitpress.models.opening import open_streamed
+from bitpress.exchange.compressed_tensors import CompressedTensors
+from bitpress.formats import ActivationFormat, AttentionOperands, ChannelFormat, CompressedLayer, parse_format
+from bitpress.models.opening import open_original, open_streamed
 from bitpress.models.walk import Stream, walk
 from bitpress.pipeline.estimate import _made_up, estimate_seconds
 from bitpress.pipeline.exporting import export_model, open_model
 from bitpress.pipeline.quantize import plan_run
-from bitpress.recipes import build_method, make_recipe
+from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import NAMED_RECIPES, build_method, make_recipe
 from bitpress.recipes.schemes import SCHEMES, scheme_keys
+from bitpress.runtime.hf.layers import PackedLinear
+from bitpress.runtime.native.assemble import refuses_directory
 
 TOKENS = torch.arange(6, 38).reshape(2, 16)
+# Schemes that leave inputs as they are.
+WEIGHTS_ALONE = {"nvfp4a16"}
 CALIBRATION = {"samples": 2, "length": 32}
+LOCAL = {"format": "e2m1-g16-fp8", "parameters": "local"}
 STATIC = {"format": "int8-tensor-zero", "parameters": "static"}
 
 
@@ -47,7 +58,9 @@ def streamed(path: Path) -> torch.Tensor:
     return model.outputs(TOKENS, stream.states[0])
 
 
-@pytest.mark.parametrize("keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}])
+@pytest.mark.parametrize(
+    "keys", [{"inputs": "int8-row"}, {"inputs": STATIC}, {"inputs": "mxfp4", "transforms": ["hadamard"]}, {"inputs": LOCAL}]
+)
 def test_every_road_computes_the_rounded_product_to_the_bit(
     keys: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -65,6 +78,116 @@ def test_every_road_computes_the_rounded_product_to_the_bit(
     plain = tmp_path / "plain"
     quantize(tiny_model("llama"), plain, **{**keys, "inputs": None})
     assert not torch.equal(logits(decoded), logits(bitpress.load(plain, dtype="fp32")))
+
+
+FIRST = {"format": "int4-row-fp32", "first": {"share": 0.25, "format": "int8-row-fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "stored"),
+    [
+        (
+            {"inputs": FIRST, "transforms": ["shift", "smoothquant", {"name": "klt", "parts": 4}, "disassemble"]},
+            {"shift", "copies"},
+        ),
+        (
+            {"inputs": STATIC, "transforms": ["shift", {"name": "smooth-plus", "alpha": 0.5}, "disassemble"]},
+            {"shift", "copies", "scale", "zero"},
+        ),
+    ],
+)
+def test_channels_that_are_not_rounded_alike(
+    keys: dict[str, Any], stored: set[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", tmp_path / "source"
+    shutil.copytree(tiny_model("gpt2"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("ln_2.bias"):
+            value.add_(torch.linspace(-5, 5, len(value)))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(source, out, **keys)
+    assert all("shifted" in row["inputs"] for row in report["layers"])
+    checkpoint = CompressedCheckpoint.open(out)
+    for name in checkpoint.manifest.weights:
+        layer = checkpoint.read_layer(name)
+        assert isinstance(layer.input, ChannelFormat)
+        assert set(layer.input.tensors) == stored
+    decoded, packed = (bitpress.load(out, weights=weights, dtype="fp32") for weights in ("decoded", "packed"))
+    assert torch.equal(logits(decoded), logits(packed))
+    assert torch.equal(logits(decoded), streamed(out))
+    # What is stored of channels is where they really lie: the middles of another text are near.
+    seen: dict[str, torch.Tensor] = {}
+    decoded.transformer.h[1].mlp.c_fc.register_forward_pre_hook(lambda _, x: seen.update(x=x[0].flatten(0, 1)))
+    logits(decoded)
+    layer = checkpoint.read_layer("transformer.h.1.mlp.c_fc.weight")
+    assert isinstance(layer.input, ChannelFormat)
+    assert layer.input.shift is not None
+    x = seen["x"] if layer.weight.input_map is None else layer.weight.input_map.apply(seen["x"])
+    middle = (x.amax(0) + x.amin(0)) / 2
+    assert (layer.input.shift - middle).norm() < 0.3 * middle.norm()
+    with pytest.raises(UsageError, match="the input of its product is rounded"):
+        export_model(out, tmp_path / "gptq", "gptq")
+    plain = {"shape": [4, 32], "terms": [{"kind": "packed", "format": "int8-row"}], "input_map": None, "output_map": None}
+    assert "are not rounded alike (first)" in str(
+        CompressedTensors.refuses(plain, {"format": "int8-row", "parameters": "dynamic", "first": "8 int4-row"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"transforms": ["shift"]}, "shift changes how inputs are rounded, and this recipe rounds none"),
+        ({"transforms": ["smoothquant", "shift"], "inputs": "int8-row"}, "shift moves the channels that scales"),
+        ({"transforms": ["shift", "shift"], "inputs": "int8-row"}, "named twice"),
+        ({"inputs": {**STATIC, "first": {"share": 0.5, "format": "int8-row"}}}, "need dynamic parameters"),
+        ({"inputs": {"format": "int4-row", "first": {"share": 0.5, "format": "int8-tensor"}}}, "tokens would share"),
+        ({"inputs": {"format": "int4-row", "first": {"share": 1.0, "format": "int8-row"}}}, "a number below 1.0"),
+    ],
+)
+def test_channels_that_cannot_be(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises((FormatError, UsageError), match=says):
+        make_recipe(keys)
+
+
+def test_first_channels_that_do_not_fit_are_refused_by_the_plan(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    wide = {"format": "int4-g16", "first": {"share": 0.25, "format": "int8-row"}}
+    with pytest.raises(FormatError, match=r"first 0.25 of the channels int8-row: .*not a multiple of 16"):
+        quantize(tiny_model("llama"), tmp_path / "out", inputs=wide)
+
+
+def test_some_weights_are_rotated_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {**NAMED_RECIPES["quarot"].keys, "quantizer": "rtn"}
+    quantize(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", **recipe)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    rotated = {
+        name.split(".")[-2] for name in checkpoint.manifest.weights if checkpoint.read_weight(name).input_map is not None
+    }
+    assert rotated == {"down_proj"}
+    assert all(record.input is not None for record in checkpoint.manifest.weights.values())
+    resolved = build_method(make_recipe(recipe)).resolved()
+    assert resolved["overrides"][0]["transforms"] == [{"name": "hadamard", "block": "row", "outputs": False, "seed": 0}]
+    assert build_method(make_recipe(resolved)).resolved() == resolved
+    other = [{"match": "*", "transforms": ["smoothquant"]}]
+    with pytest.raises(UsageError, match="smoothquant does not change single weights alone"):
+        make_recipe({"overrides": other})
+    none = build_method(make_recipe({"transforms": ["Hadamard"], "overrides": [{"match": "*.q_proj", "transforms": []}]}))
+    assert (len(none.for_layer("a.q_proj").changes), len(none.for_layer("a.k_proj").changes)) == (0, 1)
+
+
+CORRECTED = ({"name": "lqer", "rank": 4}, {"name": "lorc", "rank": 4}, {"name": "svdquant", "rank": 4}, {"name": "outliers"})
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_corrections_and_bipolar_codes_go_with_rounded_inputs(i: int, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Every term is multiplied by the rounded input, to the bit on every road."""
+    width = (4, 4, 3, 2)[i]
+    keys = {"weights": f"bipolar{width}-row", "inputs": f"bipolar{width}-row-fp32", "corrections": [CORRECTED[i]]}
+    quantize(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", **keys)
+    checkpoint = CompressedCheckpoint.open(tmp_path / "out")
+    assert all(len(checkpoint.read_weight(name).terms) == 2 for name in checkpoint.manifest.weights if ".layers." in name)
+    model = bitpress.load(tmp_path / "out", dtype="fp32")
+    assert torch.equal(logits(model), streamed(tmp_path / "out"))
 
 
 def test_the_next_block_sees_what_rounded_inputs_make(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -123,6 +246,9 @@ def test_a_recipe_with_inputs_is_spelled_out_and_read_again() -> None:
     [
         ({"format": "int8-tensor"}, "tokens would share dynamic parameters"),
         ({"format": "int8-row", "parameters": "static"}, "use|block tensor"),
+        ({"format": "nvfp4"}, "tokens would share dynamic parameters"),
+        ({"format": "nvfp4", "parameters": "static"}, "block tensor"),
+        ({"format": "nvfp4", "parameters": "local", "observer": "entropy"}, "entropy compares the codes of one range"),
         ({"format": "int8-row", "observer": "mse"}, "an observer chooses static parameters"),
         ({**STATIC, "observers": "mse"}, "inputs.observers: unknown key of inputs 'observers'"),
         ({**STATIC, "format": "aq2x8x8-tensor"}, "a range does not say its static parameters"),
@@ -149,7 +275,8 @@ def test_every_scheme_ends_in_a_model(scheme: str, tiny_model: Callable[..., Pat
     out = tmp_path / "out"
     narrow = {"weights": "e4m3-16x16", "inputs": "e4m3-g16-fp32"} if scheme == "fp8-block" else {}
     report = bitpress.quantize(tiny_model("llama"), out, scheme=scheme, samples=2, length=32, proof_tokens=0, **narrow)
-    assert all(row["inputs"] for row in report["layers"] if "layers." in row["name"])
+    rounded = scheme not in WEIGHTS_ALONE
+    assert all((row["inputs"] is not None) is rounded for row in report["layers"] if "layers." in row["name"])
     assert bool(torch.isfinite(logits(bitpress.load(out, dtype="fp32"))).all())
 
 
@@ -160,7 +287,7 @@ def test_a_scheme_and_what_contradicts_it() -> None:
         bitpress.quantize("m", "o", scheme="w8b8")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "fp8", "fp8-static", "nvfp4", "nvfp4a16"])
 def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     out, ct = tmp_path / "out", tmp_path / "ct"
     bitpress.quantize(
@@ -169,7 +296,9 @@ def test_schemes_leave_code_for_code_and_come_back(scheme: str, tiny_model: Call
     done = export_model(out, ct, "compressed-tensors")
     assert {fate.how for fate in done.fates.values()} == {"exact"}
     config = json.loads((ct / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    assert config["input_activations"]["dynamic"] is not scheme.endswith("static")
+    inputs = config["input_activations"]
+    told = None if inputs is None else inputs["dynamic"]
+    assert told == {"w8a8-static": False, "fp8-static": False, "nvfp4": "local", "nvfp4a16": None}.get(scheme, True)
     assert torch.equal(logits(bitpress.load(open_model(ct), dtype="fp32")), logits(bitpress.load(out, dtype="fp32")))
 
 
@@ -183,10 +312,72 @@ def test_static_parameters_are_those_of_the_block_s_own_inputs(tiny_model: Calla
         scales[quantizer] = [float(layer.input.tensors["scale"]) for layer in layers if layer.input is not None]
     assert scales["rtn"] == pytest.approx(scales["gptq"], rel=0.05)
     assert scales["rtn"][0] != pytest.approx(scales["rtn"][1], rel=0.05)
-    with pytest.raises(UsageError, match=r"so calibration\.inputs cannot be original"):
-        make_recipe({"inputs": STATIC, "calibration": {"inputs": "original"}})
-    with pytest.raises(UsageError, match=r"calibration\.sequential follows .* not their rounded inputs"):
-        make_recipe({"inputs": "int8-row", "quantizer": "gptq", "transforms": [], "calibration": {"sequential": True}})
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_static_parameters_behind_the_original_s_blocks_are_those_of_its_inputs(
+    quantizer: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The q_proj of a block reads what its norm makes of the block's input, whatever was done to the blocks before."""
+    scales: dict[str, list[float]] = {}
+    for weights, inputs in (("int2-g32-zero", "original"), ("int2-g32-zero", "pressed"), ("int8-row-fp32", "original")):
+        out = tmp_path / f"{weights}-{inputs}"
+        calibration = {**CALIBRATION, "inputs": inputs}
+        static = {**STATIC, "format": "int8-tensor-fp32"}
+        quantize(tiny_model("llama"), out, weights=weights, quantizer=quantizer, inputs=static, calibration=calibration)
+        checkpoint = CompressedCheckpoint.open(out)
+        layers = [checkpoint.read_layer(f"model.layers.{i}.self_attn.q_proj.weight") for i in (0, 1)]
+        scales[f"{weights}-{inputs}"] = [float(layer.input.tensors["scale"]) for layer in layers if layer.input is not None]
+    coarse, pressed, fine = scales.values()
+    assert coarse == fine
+    assert coarse[0] == pressed[0]
+    assert coarse[1] != pressed[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "transforms"),
+    [({"inputs": "int3-row"}, []), ({"inputs": STATIC | {"format": "int3-tensor"}}, ["qep"]), ({"values": "int2-row"}, [])],
+)
+def test_a_sequential_recipe_sees_what_rounded_inputs_before_it_give(
+    keys: dict[str, Any], transforms: list[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = {}
+    for name, own in (("plain", {}), ("rounded", keys)):
+        out = tmp_path / name
+        calibration = {**CALIBRATION, "sequential": True}
+        quantize(
+            tiny_model("llama"),
+            out,
+            weights="int4-g32",
+            quantizer="gptq",
+            transforms=transforms,
+            calibration=calibration,
+            **own,
+        )
+        checkpoint = CompressedCheckpoint.open(out)
+        names = ("self_attn.q_proj", "self_attn.o_proj")
+        found[name] = [checkpoint.read_weight(f"model.layers.0.{part}.weight").dequantize() for part in names]
+        assert torch.equal(logits(bitpress.load(out, dtype="fp32")), streamed(out))
+    assert torch.equal(found["plain"][0], found["rounded"][0])  # nothing is rounded before the first stage
+    assert not torch.equal(found["plain"][1], found["rounded"][1])
+
+
+@torch.no_grad()
+def test_the_original_beside_a_sequential_recipe_rounds_nothing(tiny_model: Callable[..., Path]) -> None:
+    model, _ = open_original(tiny_model("llama"), torch.float32)
+    model.load_outer_()
+    hidden = model.embed(TOKENS)
+    model.load_block_(0)
+    before = model.run_block(0, hidden)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = RTN().quantize(model.model.get_parameter(name).data, None, parse_format("int8-row")).weight
+    model.set_products_({name: CompressedLayer(weight, ActivationFormat(parse_format("int2-row")))})
+    model.set_attention_({"model.layers.0.self_attn": AttentionOperands(keys=ActivationFormat(parse_format("int2-row")))})
+    rounded = model.run_block(0, hidden)
+    assert not torch.allclose(rounded, before, atol=1e-3)
+    with model.unrounded(0):
+        assert torch.equal(model.run_block(0, hidden), before)
+    assert torch.equal(model.run_block(0, hidden), rounded)
 
 
 def test_settings_of_inputs_are_set_key_by_key() -> None:
@@ -208,6 +399,39 @@ def test_a_head_whose_input_is_rounded_is_rounded_on_every_road(tiny_model: Call
     path.write_text(json.dumps(manifest))
     assert torch.equal(logits(bitpress.load(out, dtype="fp32")), streamed(out))
     assert not torch.allclose(before, streamed(out), atol=1e-2)
+
+
+def test_a_recipe_rounds_the_input_of_a_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tiny_model("llama", tie_word_embeddings=False)
+    report = quantize(model, out, head={"weights": "int8-row", "inputs": "int3-row"})
+    assert [row["inputs"] for row in report["layers"] if row["name"] == "lm_head"] == ["int3-row dynamic"]
+    said = CompressedCheckpoint.open(out).manifest.recipe["head"]
+    assert said["inputs"] == {"format": "int3-row", "parameters": "dynamic"}
+    assert build_method(make_recipe({"head": said})).resolved()["head"] == said
+    loaded = bitpress.load(out, dtype="fp32")
+    assert torch.equal(logits(loaded), streamed(out))
+    if native.available():
+        assert "input of the output head is rounded" in str(refuses_directory(CompressedCheckpoint.open(out)))
+    assert isinstance(loaded.lm_head, PackedLinear)
+    layer = loaded.lm_head.layer()
+    loaded.lm_head = PackedLinear(CompressedLayer(layer.weight), None, torch.float32)
+    assert not torch.allclose(logits(loaded), streamed(out), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"embeddings": {"weights": "int8-row", "inputs": "int8-row"}}, "have no input to round"),
+        ({"head": {"weights": "int8-row", "inputs": STATIC}}, "head: no observer looks at its input"),
+        ({"head": {"weights": "int8-row", "inputs": "int8-row"}}, "rows of a tied matrix are looked up too"),
+        ({"head": {"weights": "int8-row", "inputs": "int8-g48"}}, "not a multiple of 48"),
+    ],
+)
+def test_inputs_that_a_matrix_outside_the_blocks_cannot_round(
+    keys: dict[str, Any], says: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises((FormatError, UsageError), match=says):
+        quantize(tiny_model("llama", tie_word_embeddings="tied" in says), tmp_path / "out", **keys)
 
 
 def test_a_rounded_model_is_not_quantized_again(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -235,6 +459,44 @@ def test_the_time_of_a_scheme_is_estimated(scheme: str, tiny_model: Callable[...
     assert set(STATISTICS) - {"row_gram", "head_gram"} <= {
         name for name in STATISTICS if getattr(_made_up(4, 8, set(STATISTICS), None), name) is not None
     }
+
+
+@pytest.mark.parametrize("observer", ["output", "channel-percentile"])
+def test_an_observer_of_whole_tokens_chooses_a_range(observer: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    scales = []
+    for name in ("minmax", observer):
+        out = tmp_path / name
+        quantize(
+            tiny_model("llama"),
+            out,
+            transforms=["hadamard"],
+            inputs={"format": "int4-tensor", "parameters": "static", "observer": name},
+        )
+        layer = CompressedCheckpoint.open(out).read_layer("model.layers.1.mlp.up_proj.weight")
+        assert layer.input is not None
+        scales.append(float(layer.input.tensors["scale"]))
+    assert 0.2 * scales[0] < scales[1] < scales[0]
+
+
+def test_an_input_that_was_always_zero_is_noted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(model, tmp_path / "out", inputs={**STATIC, "format": "int8-tensor"})
+    noted = [note["weight"] for note in report["notes"] if "its input was 0 on all calibration text" in note["what"]]
+    assert noted == ["model.layers.1.mlp.down_proj"]
+
+
+def test_the_memory_of_a_rounded_layer_is_that_of_two(tiny_model: Callable[..., Path]) -> None:
+    peaks = []
+    for said in ({}, {"inputs": "int8-row"}):
+        method = build_method(make_recipe({"weights": "int8-row", "quantizer": "rtn", "compute": "fp32", **said}))
+        plan, *_ = plan_run(tiny_model("llama"), method)
+        peaks.append(plan.peak_memory)
+    held = sum(w.weights for w in plan.weights if w.block == 0) * 4
+    assert peaks[1] - peaks[0] == held
 
 
 def test_a_comparison_looks_at_inputs_behind_compressed_blocks(tmp_path: Path) -> None:

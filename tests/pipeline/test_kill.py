@@ -40,7 +40,10 @@ import bitpress.pipeline.quantize, bitpress.checkpoints.named, bitpress.cli.repo
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.cli.app import main
 from bitpress.errors import CheckpointError
+from bitpress.measure import continuations
 import journal_events
+
+continuations.NEW_TOKENS = 6
 
 logging.set_verbosity_error()
 folder, command = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -123,7 +126,7 @@ def runs(
     command += ["--calibration", str(text_file), "--samples", "16", "--length", "64", "--set", "batch=4"]
     held_out = tmp_path_factory.mktemp("text") / "held_out.txt"
     held_out.write_text(builtin_texts("heldout")["reference"][:20_000], encoding="utf-8")
-    command += ["--proof-tokens", "256", "--proof-text", str(held_out)]
+    command += ["--proof-tokens", "64", "--proof-text", str(held_out)]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder), json.dumps(command)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},

@@ -27,6 +27,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "factors of channels": {"transforms": [{"name": "awq-scale"}]},
     "a basis": {"transforms": [{"name": "hadamard"}]},
     "a budget of bits": {"budget": {"bits": 4.5, "among": ["int3-g32-zero", "int4-g32-zero", "int6-g32-zero"]}},
+    "learned blocks": {"tuning": [{"name": "parameters", "steps": 3, "batch": 3}]},
+    "learned layers and blocks": {
+        "transforms": [{"name": "awq-scale"}],
+        "tuning": [{"name": "signround", "span": "layer", "steps": 3}, {"name": "block-ap", "targets": "same", "steps": 3}],
+    },
     "embeddings and a head": {"embeddings": {"weights": "int8-row"}, "head": {"weights": "int6-g16"}},
 }
 EVENTS = ("kept", "objects", "activations", "journal torn", "journal", "staged", "outer", "manifest", "cleared")

@@ -166,3 +166,30 @@ def test_a_comparison_has_a_row_and_a_point_for_every_model(published: Make) -> 
         for name, report in reports
     ]
     assert "None of these reports holds a distance" in check_page(write_comparison(bare)).text("p")
+
+
+def test_what_was_learned_has_a_table_a_sentence_and_a_picture(report_json: Callable[[str], Any]) -> None:
+    data = report_json("llama")
+    row = {"name": "model.layers.0", "tuning": "block-ap", "span": "block", "steps": 80, "learned": 900, "tokens": 128}
+    row |= {"before": 0.02, "after": 0.015, "kept": True, "calibration": [0.02, 0.016, 0.012], "seconds": 3.0}
+    lost = {
+        **row,
+        "name": "model.layers.1",
+        "after": 0.02,
+        "kept": False,
+        "calibration": [],
+        "failed": "step 1: the loss is nan.",
+    }
+    layer = {**row, "name": "model.layers.0.self_attn.q_proj", "tuning": "signround", "span": "layer"}
+    assert 'id="learned"' not in write_page(check_report(data, "report.json"), "m")
+    text = write_page(check_report(data | {"tuned": [row, lost, layer]}, "report.json"), "m")
+    page = check_page(text)
+    section = text.split('<section id="learned">')[1].split("</section>")[0]
+    assert (
+        "block-ap: 1 of 2 blocks are better on held-out text and kept, their loss 25.0 % lower on average; 1 ended early"
+        in section
+    )
+    assert "signround: 1 of 1 weights" in section
+    assert "step 1: the loss is nan." in section
+    assert ["-25.0 %" in section, "not kept" in section, section.count("<svg ")] == [True, True, 2]
+    assert "step" in page.text("text")

@@ -93,7 +93,8 @@ def test_a_format_of_inputs_is_stored_loaded_computed_and_told(
     assert all(layer.input is not None and layer.input.spec() == spec for layer in layers.values())
     assert verify_directory(pressed_dir)["weights"] == len(named)
     told = list(describe_directory(pressed_dir)["formats"])
-    assert told == [f"int4-g32-zero with input_map with inputs {spec['format']} {spec['parameters']} (simulated)"]
+    how = "simulated" if spec is MADE_UP else "integer products"
+    assert told == [f"int4-g32-zero with input_map with inputs {spec['format']} {spec['parameters']} ({how})"]
 
     packed = bitpress.load(pressed_dir, weights="packed", dtype="fp32")
     assert sum(isinstance(m, PackedLinear) and isinstance(m.kernel(), Reference) for m in packed.modules()) == len(named)
@@ -119,11 +120,11 @@ def test_a_format_of_inputs_is_stored_loaded_computed_and_told(
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
 def test_the_engine_leaves_such_a_directory_to_transformers(pressed_dir: Path) -> None:
     assert OpenedModel(pressed_dir).select().runtime == "native"
-    name = write_inputs(pressed_dir, DYNAMIC, "1.mlp.down_proj")[0]
+    name = write_inputs(pressed_dir, {**DYNAMIC, "format": "e4m3-row"}, "1.mlp.down_proj")[0]
     choice = OpenedModel(pressed_dir).select()
     assert choice.runtime == "transformers"
-    assert f"the input of {name} is rounded" in choice.reason
-    with pytest.raises(KernelUnavailable, match=r"is rounded.*use the runtime transformers"):
+    assert f"{name}: inputs in e4m3-row are no integers" in choice.reason
+    with pytest.raises(KernelUnavailable, match=r"are no integers; use the runtime transformers"):
         bitpress.load(pressed_dir, runtime="native")
 
 

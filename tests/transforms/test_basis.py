@@ -13,6 +13,7 @@ from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.rtn import RTN
 from bitpress.transforms.balance import balance
 from bitpress.transforms.basis import into_basis, with_maps
+from bitpress.transforms.klt import KLT
 from bitpress.transforms.table import BASIS_CHANGES
 
 FMT = parse_format("int4-g16")
@@ -22,10 +23,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("hadamard", {"block": 8}),
     ("orthogonal", {"rescale": False, "permute": False}),
     ("orthogonal", {"outputs": False}),
+    ("klt", {"parts": 4, "whole": True}),
 ]
 
 
-ROTATIONS = ("hadamard", "orthogonal")
+ROTATIONS = ("hadamard", "orthogonal", "klt")
 
 
 def case(seed: int = 0, out: int = 24, inner: int = 48) -> tuple[torch.Tensor, torch.Tensor, Stats]:
@@ -170,3 +172,40 @@ def test_blocks_follow_the_format() -> None:
     assert whole.block == 48
     pair = BASIS_CHANGES["orthogonal"](rescale=False, permute=False).plan(w, stats, FMT)
     assert [type(m) for m in pair] == [Kronecker, Kronecker]
+
+
+def test_the_karhunen_loeve_basis_sorts_by_variance_and_a_hadamard_matrix_makes_them_alike() -> None:
+    w, _, stats = case(6)
+    parts = rotations(KLT(parts=4, whole=True).plan(w, stats, FMT)[0])
+    basis, order, mixing = parts
+    spread = stats.mapped(Chain((basis, order))).need_gram("here")
+    # The whole matrix diagonalizes the gram: float32 eigenvectors of a gram whose largest entry is the scale of the error.
+    assert (spread - spread.diagonal().diag()).abs().max() < 1e-5 * spread.max()
+    variance = spread.diagonal()
+    assert (variance.diff() <= 1e-6 * variance.max()).all()
+    mixed = stats.mapped(Chain((basis, order, mixing))).need_gram("here").diagonal().reshape(4, 12)
+    torch.testing.assert_close(
+        mixed, variance.reshape(4, 12).mean(1, keepdim=True).expand(4, 12), rtol=1e-3, atol=1e-4 * float(mixed.max())
+    )
+    # The product of two small matrices gets a part of that.
+    cheap = rotations(KLT().plan(w, stats, FMT)[0])
+    assert sum(t.numel() for t in cheap[0].tensors().values()) == 6**2 + 8**2
+    by_part = [
+        stats.mapped(Chain((c, o))).need_gram("here").diagonal()[:12].sum() for c, o in ((basis, order), (cheap[0], cheap[1]))
+    ]
+    assert by_part[0] > by_part[1] > 0.9 * stats.need_gram("here").trace()
+
+
+def test_a_part_of_a_width_is_a_whole_number() -> None:
+    w, _, stats = case()
+    with pytest.raises(FormatError, match="48 channels is not a multiple of parts=5"):
+        KLT(parts=5).plan(w, stats, FMT)
+    with pytest.raises(UsageError, match="parts=0"):
+        KLT(parts=0)
+
+
+def test_channels_are_rearranged_by_size() -> None:
+    w, _, stats = case(7)
+    change = BASIS_CHANGES["rearrange"]().plan(w, stats, FMT)[0]
+    seen = stats.mapped(change).need_gram("here").diagonal()
+    assert torch.equal(seen, stats.need_gram("here").diagonal().sort(descending=True).values)

@@ -66,7 +66,7 @@ class Attention:
             logits = query[:, :, start:stop].flatten(1, 2) @ key[:, :until].mT
             logits = logits.reshape(heads, stop - start, until)
             if self.causal:
-                later = torch.ones(stop - start, max(until - start, 0), dtype=torch.bool).triu(1)
+                later = torch.ones(stop - start, max(until - start, 0), dtype=torch.bool, device=key.device).triu(1)
                 logits[:, :, start:].masked_fill_(later, -torch.inf)
             if self.mask is not None:
                 mask = self.mask.expand(*self.query.shape[:2], tokens, keys)[sample, :, start:stop, :until]
@@ -78,7 +78,7 @@ def token_weights(attention: Attention) -> Float[torch.Tensor, "batch tokens"]:
     """Weigh every token by the attention that it gets from all heads and tokens of its text: from 1 to `MOST`, then scaled to a mean of 1."""
     rows = []
     for sample in range(attention.query.shape[0]):
-        paid = torch.zeros(attention.key.shape[2])
+        paid = torch.zeros(attention.key.shape[2], device=attention.key.device)
         for scores in attention.scores(sample):
             paid[: scores.shape[-1]] += scores.sum((0, 1))
         lowest, highest = paid.min(), paid.max()
@@ -117,10 +117,10 @@ class HeadCollector:
         self._add("key", "row_gram", queries.unflatten(0, (-1, group)).sum(1))
         heads, size = self._heads("value"), x.shape[-1]
         if self._mixed is None:
-            self._mixed = torch.zeros(heads, size, size)
+            self._mixed = torch.zeros(heads, size, size, device=x.device)
         for sample, text in enumerate(x.float().reshape(query.shape[0], -1, size)):
             # (a x)'(a x) of all heads that share the value's: one product with x for all of them, and of small matrices else.
-            paid = torch.zeros(heads, text.shape[0], text.shape[0])
+            paid = torch.zeros(heads, text.shape[0], text.shape[0], device=x.device)
             for scores in attention.scores(sample):
                 for own, rows in zip(paid, scores.unflatten(0, (heads, -1)).flatten(1, 2), strict=True):
                     add_gram_(own[: rows.shape[1], : rows.shape[1]], rows)
@@ -198,7 +198,7 @@ class _Probe(TorchFunctionMode):
             self.inputs.append((product[0], product[1].data_ptr()))
             if product[1].data_ptr() == self.address:
                 # Not a multiple: a norm after the product would undo it.
-                out = out + torch.arange(out.shape[-1], dtype=out.dtype).cos()
+                out = out + torch.arange(out.shape[-1], dtype=out.dtype, device=out.device).cos()
         if is_attention(func):
             self.seen.append(Attention.of(args, kwargs))
             self.outputs.append(out)

@@ -169,7 +169,7 @@ class Capture(TorchFunctionMode):
         if leader not in counted:
             counted.append(leader)
             if leader not in self._collectors:
-                self._collectors[leader] = StatsCollector(self._needs, observed.in_features)
+                self._collectors[leader] = StatsCollector(self._needs, observed.in_features, x.device)
             if self._held_out is not None:
                 self._collectors[leader].hold_out(x, None if observed.expert else self._held_out)
                 return

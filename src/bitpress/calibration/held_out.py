@@ -31,6 +31,10 @@ class HeldOut:
     x: Float[torch.Tensor, "tokens in"]
     first: Bool[torch.Tensor, " tokens"]
 
+    def to(self, device: torch.device) -> "HeldOut":
+        """Return the inputs on another device."""
+        return HeldOut(self.x.to(device), self.first.to(device))
+
     def classes(self) -> dict[TokenClass, Bool[torch.Tensor, " tokens"]]:
         """Return the mask of every class."""
         energy = self.x.float().square().sum(-1)
@@ -41,7 +45,7 @@ class HeldOut:
 def hold_out(x: Float[torch.Tensor, "*batch in"], whole: tuple[int, int] | None) -> HeldOut:
     """Copy a batch of a layer's inputs; `whole` are windows and positions of the batch, None if only some tokens may be there."""
     rows = x.reshape(-1, x.shape[-1]).clone()
-    first = torch.zeros(len(rows), dtype=torch.bool)
+    first = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
     if whole is not None and len(rows) == whole[0] * whole[1]:
         first[:: whole[1]] = True
     return HeldOut(rows, first)

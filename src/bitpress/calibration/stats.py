@@ -3,6 +3,7 @@
     gram            [in, in]            x.T @ x / tokens
     mean_abs        [in]                mean of |x| over tokens
     max_abs         [in]                the largest |x| of all tokens
+    sample          [sample, in]        x of some tokens, drawn from all: 256 at most, and about half of that at least if there are as many
     cross           [in, in]            (x_original - x).T @ x / tokens; x_original is the same input in the uncompressed model
     attention_gram  [in, in]            the gram of tokens weighted by the attention they are paid, the weights of mean 1
     row_gram        [heads, row, row]   how errors of a head's output rows multiply in the rest of the attention
@@ -26,6 +27,7 @@ from jaxtyping import Float
 from bitpress import native
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration.held_out import HeldOut, hold_out, join_held_out
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, NumericsError
 from bitpress.finite import all_finite
 from bitpress.formats import Chain, Map, Permutation, Scale
@@ -64,6 +66,7 @@ STATISTICS: dict[str, Statistic] = {
     "gram": Statistic(("in", "in"), "input"),
     "mean_abs": Statistic(("in",), "input"),
     "max_abs": Statistic(("in",), "input"),
+    "sample": Statistic(("sample", "in"), "input"),
     "cross": Statistic(("in", "in"), "original"),
     "attention_gram": Statistic(("in", "in"), "attention"),
     "row_gram": Statistic(("heads", "row", "row"), "attention"),
@@ -78,6 +81,12 @@ def of_origin(needs: Collection[str], origin: Origin) -> frozenset[str]:
     """Return the named statistics whose source is `origin`."""
     return frozenset(name for name in needs if STATISTICS[name].origin == origin)
 
+
+# Tokens that a sample holds at most.
+SAMPLE = 256
+# Multiples of 2^32 / golden ratio spread evenly over 32 bits whatever their number, so tokens that are drawn by them follow no period of the
+# text: one of every so many would all stand at the beginnings of windows.
+_SPREAD = 2654435769
 
 # Tokens whose magnitudes are added up at a time.
 TOKENS_TOGETHER = 256
@@ -104,6 +113,7 @@ class Stats:
     sensitivity: Float[torch.Tensor, "out in"] | None = None
     output_gram: Float[torch.Tensor, "out out"] | None = None
     max_abs: Float[torch.Tensor, " in"] | None = None
+    sample: Float[torch.Tensor, "sample in"] | None = None
     held_out: HeldOut | None = None
 
     @classmethod
@@ -111,6 +121,16 @@ class Stats:
         """Make statistics from tensors by their names."""
         values: Mapping[str, Any] = found
         return cls(tokens, **values)
+
+    def to(self, device: torch.device) -> "Stats":
+        """Return the statistics on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name in STATISTICS if (value := self.found(name)) is not None}
+        return replace(self, **moved, held_out=self.held_out and self.held_out.to(device))
+
+    def found(self, name: str) -> torch.Tensor | None:
+        """Return a statistic by its name; None if it was not measured."""
+        value: torch.Tensor | None = getattr(self, name)
+        return value
 
     def rescaled(self, factor: Float[torch.Tensor, " in"]) -> "Stats":
         """Return the statistics for the input `x * factor` and the weight `w / factor`."""
@@ -123,12 +143,19 @@ class Stats:
             gram=twice(self.gram),
             mean_abs=None if self.mean_abs is None else self.mean_abs * factor.abs(),
             max_abs=None if self.max_abs is None else self.max_abs * factor.abs(),
+            sample=None if self.sample is None else self.sample * factor,
             cross=twice(self.cross),
             attention_gram=twice(self.attention_gram),
             head_gram=twice(self.head_gram),
             loss_gram=twice(self.loss_gram),
             sensitivity=None if self.sensitivity is None else self.sensitivity * factor.square(),
         )
+
+    def shifted(self, shift: Float[torch.Tensor, " in"]) -> "Stats":
+        """Return the statistics with magnitudes of `x - shift`, on the sample: those of what is rounded where a product sees x itself."""
+        sample = None if self.sample is None else self.sample - shift
+        largest = None if self.max_abs is None or sample is None else sample.abs().amax(0)
+        return replace(self, sample=sample, max_abs=largest)
 
     def mapped(self, change: Map | None, rows: Map | None = None) -> "Stats":
         """Return the statistics for the input `change` x; `rows` is a change of basis of the layer's output.
@@ -155,6 +182,7 @@ class Stats:
                 gram=twice(self.gram),
                 mean_abs=None if self.mean_abs is None or by_channel is None else by_channel(self.mean_abs),
                 max_abs=None if self.max_abs is None or by_channel is None else by_channel(self.max_abs),
+                sample=None if self.sample is None else change.apply(self.sample),
                 cross=twice(self.cross),
                 attention_gram=twice(self.attention_gram),
                 head_gram=twice(self.head_gram),
@@ -177,23 +205,24 @@ class Stats:
 
     def need(self, name: str, where: str) -> torch.Tensor:
         """Return a statistic by its name. Raises CalibrationError if it was not measured."""
-        value: torch.Tensor | None = getattr(self, name)
+        value = self.found(name)
         if value is None or self.tokens == 0:
             raise CalibrationError(f"{where}: no calibration statistics reached this layer.")
         return value
 
 
 class StatsCollector:
-    """Sums up one layer's inputs, batch by batch."""
+    """Sums up one layer's inputs, batch by batch, on the device where they are."""
 
-    def __init__(self, needs: Collection[str], in_features: int) -> None:
+    def __init__(self, needs: Collection[str], in_features: int, device: torch.device = CPU) -> None:
         self.needs = frozenset(needs)
         self.in_features = in_features
         self.tokens = 0
         size = native.gram_size(in_features)
-        self._gram = torch.zeros(size, size) if "gram" in self.needs else None
-        self._sum_abs = torch.zeros(in_features, dtype=torch.float64) if "mean_abs" in self.needs else None
-        self._max_abs = torch.zeros(in_features) if "max_abs" in self.needs else None
+        self._gram = torch.zeros(size, size, device=device) if "gram" in self.needs else None
+        self._sum_abs = torch.zeros(in_features, dtype=torch.float64, device=device) if "mean_abs" in self.needs else None
+        self._max_abs = torch.zeros(in_features, device=device) if "max_abs" in self.needs else None
+        self._sample = _Sample() if "sample" in self.needs else None
         self._cross: torch.Tensor | None = None
         self._weighted: dict[WeightedGram, torch.Tensor] = {}
         self._held_out: list[HeldOut] = []
@@ -203,10 +232,12 @@ class StatsCollector:
         x = x.reshape(-1, self.in_features)
         if not all_finite(x):
             raise NumericsError(f"{where}: the layer's input holds a NaN or an infinity during calibration.")
+        if self._sample is not None:
+            self._sample.add(x, self.tokens)
         self.tokens += x.shape[0]
         if self._gram is not None:
             # The product of bf16 values is exact in float32, so multiplying them in bf16 and adding in float32 loses nothing.
-            if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+            if _is_native(x):
                 native.add_gram_(self._gram, x.contiguous())
             else:
                 with products_of(x.dtype):
@@ -221,10 +252,11 @@ class StatsCollector:
     def add_original(self, x: Float[torch.Tensor, "*batch in"], original: Float[torch.Tensor, "*batch in"]) -> None:
         """Add a batch with the input of this layer in the uncompressed model, token by token."""
         if self._cross is None:
-            self._cross = torch.zeros(native.gram_size(self.in_features), native.gram_size(self.in_features))
+            size = native.gram_size(self.in_features)
+            self._cross = torch.zeros(size, size, device=x.device)
         given = x.reshape(-1, self.in_features).contiguous()
         difference = original.reshape(-1, self.in_features) - given
-        if x.dtype == torch.bfloat16 and "amx-bf16" in native.features():
+        if _is_native(x):
             native.add_product_(self._cross, difference, given)
         else:
             with products_of(x.dtype):
@@ -235,7 +267,7 @@ class StatsCollector:
     ) -> None:
         """Add a batch whose tokens have weights to one of the weighted grams."""
         if kind not in self._weighted:
-            self._weighted[kind] = torch.zeros(self.in_features, self.in_features)
+            self._weighted[kind] = torch.zeros(self.in_features, self.in_features, device=x.device)
         weighted = x.reshape(-1, self.in_features).float() * weight.sqrt()[:, None]
         with products_of(x.dtype):
             add_gram_(self._weighted[kind], weighted)
@@ -262,8 +294,35 @@ class StatsCollector:
             attention_gram=weighted.get("attention_gram"),
             loss_gram=weighted.get("loss_gram"),
             max_abs=self._max_abs,
+            sample=None if self._sample is None else self._sample.rows(self.in_features),
             held_out=join_held_out(self._held_out),
         )
+
+
+class _Sample:
+    """Inputs of tokens whose multiples of `_SPREAD` are below a limit, which is halved when there are too many."""
+
+    def __init__(self) -> None:
+        self._limit, self._kept, self._places = 1 << 32, torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+
+    def add(self, x: Float[torch.Tensor, "tokens in"], before: int) -> None:
+        """Draw from a batch; `before` tokens were seen before it."""
+        places = (torch.arange(before, before + len(x)) * _SPREAD) % (1 << 32)
+        drawn = places < self._limit
+        rows = x[drawn.to(x.device)].float()
+        self._places = torch.cat([self._places, places[drawn]])
+        self._kept = torch.cat([self._kept, rows]) if len(self._kept) else rows.clone()
+        while len(self._places) > SAMPLE:
+            self._limit //= 2
+            stay = self._places < self._limit
+            self._places, self._kept = self._places[stay], self._kept[stay.to(self._kept.device)]
+
+    def rows(self, features: int) -> Float[torch.Tensor, "sample in"]:
+        return self._kept if len(self._kept) else torch.empty(0, features)
+
+
+def _is_native(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and "amx-bf16" in native.features()
 
 
 def mirrored(gram: Float[torch.Tensor, "in in"]) -> Float[torch.Tensor, "in in"]:

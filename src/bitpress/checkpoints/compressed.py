@@ -15,13 +15,14 @@ Directories of version 1 have transformers' own names (model-*.safetensors and a
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from bitpress.checkpoints.claims import claim_tensors
 from bitpress.checkpoints.directory import INDEX_NAME, SINGLE_NAME, open_directory, read_index, safe_file
 from bitpress.checkpoints.durable import hash_file
 from bitpress.checkpoints.jsonfile import parse_json, read_json
@@ -33,7 +34,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, read_header, read
 from bitpress.checkpoints.side_files import CHAT_TEMPLATES, listed_file
 from bitpress.checkpoints.source import DEPTHS, SIDE_FILES, WIDTHS, read_config
 from bitpress.errors import BitpressError, CheckpointError, FormatError
-from bitpress.formats import CompressedLayer, CompressedWeight
+from bitpress.formats import AttentionOperands, CompressedLayer, CompressedWeight
 from bitpress.formats.nested import left_out_bytes, weight_at_width
 
 __all__ = [
@@ -79,7 +80,8 @@ class CompressedCheckpoint:
     """A directory that has passed every check; content used as an address is checked when a weight is read.
 
     `cut` where some terms of its weights are left out (`checkpoints.budget`): what is not in `tensors` is never read. `width` are the
-    bits that nested weights are read at (`checkpoints.width`), by default all of them.
+    bits that nested weights are read at (`checkpoints.width`), by default all of them. `stored` are the names of the tensors of every
+    weight, `operands` of every module whose attention is rounded.
     """
 
     root: Path
@@ -89,6 +91,7 @@ class CompressedCheckpoint:
     stored: Mapping[str, tuple[str, ...]]
     cut: bool = False
     width: int | None = None
+    operands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -114,9 +117,9 @@ class CompressedCheckpoint:
             raise CheckpointError(
                 f"{root}: the index and the headers of the weight files disagree about which file holds what."
             )
-        stored = _claim(root, manifest, tensors)
+        stored, operands = claim_tensors(root, manifest, tensors)
         _check_aliases(root, manifest, tensors)
-        return cls(root, _checked_config(root, manifest, tensors), manifest, tensors, stored)
+        return cls(root, _checked_config(root, manifest, tensors), manifest, tensors, stored, operands=operands)
 
     def check_hashes(self) -> None:
         """Raise CheckpointError unless every file has the SHA-256 of the manifest, as `open` does with `verify`."""
@@ -126,7 +129,7 @@ class CompressedCheckpoint:
     @property
     def plain(self) -> dict[str, TensorEntry]:
         """Parameters that are stored as they are."""
-        claimed = {name for names in self.stored.values() for name in names}
+        claimed = {name for names in (*self.stored.values(), *self.operands.values()) for name in names}
         return {name: entry for name, (_, entry) in self.tensors.items() if name not in claimed}
 
     @property
@@ -190,6 +193,18 @@ class CompressedCheckpoint:
         rounded = (name for name, record in self.manifest.weights.items() if record.input is not None)
         return {name: self.read_layer(name) for name in rounded if _is_below(name, prefix, exclude)}
 
+    def load_attention(self, prefix: str = "") -> dict[str, AttentionOperands]:
+        """Return how modules below a prefix round the operands of their attention, by the modules' names. Raises CheckpointError."""
+        found = {}
+        for name, names in self.operands.items():
+            if name.startswith(prefix):
+                tensors = {leaf.removeprefix(f"{name}."): read_tensor(*self.tensors[leaf]) for leaf in names}
+                try:
+                    found[name] = AttentionOperands.build(self.manifest.attention[name], tensors)
+                except BitpressError as error:
+                    raise CheckpointError(f"{self.root}: {name}: {error}") from error
+        return found
+
     def check_fits(self, state: Mapping[str, torch.Tensor], ties: Mapping[str, str] | None = None) -> None:
         """Raise CheckpointError unless the directory holds exactly the parameters of a model, each in its shape.
 
@@ -224,7 +239,7 @@ class CompressedCheckpoint:
     @property
     def rounds_inputs(self) -> bool:
         """Whether the inputs of some products are rounded, so that decoded weights alone compute something else."""
-        return any(record.input is not None for record in self.manifest.weights.values())
+        return bool(self.operands) or any(record.input is not None for record in self.manifest.weights.values())
 
     @property
     def nbytes(self) -> int:
@@ -346,30 +361,3 @@ def _shared(state: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> di
         original = next((name for name in names if name not in aliases), names[0])
         ties |= {name: original for name in names if name != original}
     return ties
-
-
-def _claim(root: Path, manifest: Manifest, tensors: Mapping[str, tuple[Path, TensorEntry]]) -> dict[str, tuple[str, ...]]:
-    """Match every compressed weight with the tensors that its specification implies, dtype and shape included."""
-    claimed: dict[str, tuple[str, ...]] = {}
-    owners: dict[str, str] = {}
-    for name, record in manifest.weights.items():
-        if name in tensors:
-            raise CheckpointError(f"{root}: {name!r} is stored both compressed and as it is.")
-        try:
-            expected = CompressedLayer.expected(record.spec, record.input)
-            parameter = record.parameter(name)
-        except BitpressError as error:
-            raise CheckpointError(f"{root}: {name}: {error}") from error
-        for leaf, (dtype, shape) in expected.items():
-            full = f"{parameter.stem}.{leaf}"
-            if full in owners:
-                raise CheckpointError(f"{root}: {full!r} is claimed by {owners[full]} and by {name}.")
-            if full not in tensors:
-                raise CheckpointError(f"{root}: {name}: the tensor {full!r} is missing.")
-            entry = tensors[full][1]
-            if entry.torch_dtype != dtype or entry.shape != shape:
-                got = f"{entry.torch_dtype} {list(entry.shape)}"
-                raise CheckpointError(f"{root}: {full!r} is {got}, the specification needs {dtype} {list(shape)}.")
-            owners[full] = name
-        claimed[name] = tuple(f"{parameter.stem}.{leaf}" for leaf in expected)
-    return claimed

@@ -46,7 +46,15 @@ def published(out: Path, *, file: bool = False) -> Iterator[Path]:
     try:
         if not file:
             made.mkdir()
-        yield made
+        try:
+            yield made
+        except DiskError as error:
+            if str(workshop) not in str(error):
+                raise
+            raise DiskError(
+                f"{out}: cannot be written: {_reason(error)}; nothing of it is left. Free space or choose another disk, then run the same "
+                "command again."
+            ) from error
         with _disk_errors(out):
             if os.path.lexists(out):  # made meanwhile; a rename would replace a file without a word
                 raise UsageError(f"{out}: was made by another process meanwhile; nothing was written.")
@@ -55,6 +63,12 @@ def published(out: Path, *, file: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
         os.close(lock)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the system said of a write that failed; some libraries do not pass it on."""
+    cause = error.__cause__
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else "the disk is full or failing"
 
 
 def _remove_left(parent: Path, prefix: str) -> None:

@@ -22,7 +22,7 @@ class FileRecord(_Closed):
 class WeightRecord(_Closed):
     """One compressed parameter: its specification as a `CompressedWeight`, and how it sits in the model.
 
-    `input` specifies the `ActivationFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
+    `input` specifies the `InputFormat` of its input, and is left out where there is none. Of a stack that may be loaded in part, `errors` are the relative errors of its first 1, 2, ... terms; of others it is left out.
     `flat`, where experts lie below each other in a parameter of two axes, is left out of others too.
     """
 
@@ -54,6 +54,7 @@ class WeightRecord(_Closed):
 class Manifest(_Closed):
     """What a directory holds and how it was made.
 
+    `attention` specifies the `AttentionOperands` of modules by their names, and is left out where there are none.
     `prompt_cost` are the nats a token that 8-bit inputs cost in prompts of the native engine, left out where it is not much.
     """
 
@@ -65,8 +66,10 @@ class Manifest(_Closed):
     recipe: dict[str, Any]
     job: dict[str, Any]
     prompt_cost: FiniteFloat | None = None
+    attention: dict[str, dict[str, dict[str, str]]] = {}
 
     @model_serializer(mode="wrap")
     def _without_absent(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = make(self)
-        return {key: value for key, value in values.items() if key != "prompt_cost" or value is not None}
+        absent: dict[str, Any] = {"prompt_cost": None, "attention": {}}
+        return {key: value for key, value in values.items() if key not in absent or value != absent[key]}

@@ -116,7 +116,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if data[:1] != b"{":
         raise CheckpointError(f"{path}: the header does not begin with '{{'; the file is not safetensors.")
     header = parse_json(bytes(data), str(path), MAX_HEADER_BYTES)
-    metadata = _checked_metadata(path, header.pop(_METADATA, {}))
+    metadata = _checked_metadata(path, header.pop(_METADATA, None))
     entries = [_checked_entry(path, name, fields, 8 + header_bytes) for name, fields in header.items()]
     entries.sort(key=lambda entry: entry.start)
     _check_cover(path, entries, 8 + header_bytes, num_bytes)
@@ -192,6 +192,8 @@ def _stream(head: bytes, tensors: list[torch.Tensor]) -> Iterator[bytes | memory
 
 
 def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:  # left out, or null, as MLX writes it
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(f"{path}: {_METADATA} must be an object of strings.")
     return metadata

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,12 @@ def encode_floats(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """Where every tensor of a checkpoint is, and its configuration."""
+    """Where every tensor of a checkpoint is, its configuration, and what the headers of the weight files say beside their tensors."""
 
     root: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[Path, TensorEntry]]
+    said: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path, *, quantized: bool = False) -> "SourceCheckpoint":
@@ -133,9 +134,11 @@ class SourceCheckpoint:
             raise CheckpointError(f"{root}: is quantized already (quant_method {method!r}); use the original model.")
         index = read_index(root, foreign=True)
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
+        said: dict[str, str] = {}
         for file in sorted(set(index.values())):
             target = safe_file(root, file)
-            entries, _ = read_header(target)
+            entries, metadata = read_header(target)
+            said |= metadata
             for name, entry in entries.items():
                 if index.get(name) != file:
                     raise CheckpointError(f"{target}: holds {name!r}, but the index places it in another file.")
@@ -146,7 +149,7 @@ class SourceCheckpoint:
             raise CheckpointError(
                 f"{root}: the index names {len(missing)} tensors that no file holds, first {missing[0]!r}; complete the download."
             )
-        return cls(root, config, tensors)
+        return cls(root, config, tensors, said)
 
     @property
     def names(self) -> Collection[str]:

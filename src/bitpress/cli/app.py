@@ -16,6 +16,8 @@ from bitpress.cli.options import (
     Activations,
     Cache,
     CalibrationText,
+    DeviceMemory,
+    DeviceName,
     Documents,
     Embeddings,
     Explain,
@@ -39,8 +41,10 @@ from bitpress.cli.options import (
     Sets,
     Skip,
     Tasks,
+    Tunings,
     Weights,
     Width,
+    computing,
     is_set,
     refuse_idle,
 )
@@ -85,6 +89,7 @@ def quantize(
     output: Output,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -99,6 +104,8 @@ def quantize(
     embeddings: Embeddings = None,
     head: OutputHead = None,
     runtime: ForRuntime = None,
+    device: DeviceName = None,
+    device_memory: DeviceMemory = None,
     strict: Annotated[bool, typer.Option("--strict", help="Any fallback is an error (exit 6).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another model or job of bitpress in OUT.")] = False,
     requantize: Requantize = False,
@@ -111,7 +118,8 @@ def quantize(
     """Quantize a model, measure what that cost, and publish it."""
     if explain:
         others = {"--for": runtime, "--requantize": requantize, "--weights": weights, "--quantizer": quantizer, "--set": sets}
-        others |= {"--scheme": scheme, "--inputs": inputs, "--skip": skip, "--embeddings": embeddings, "--head": head}
+        others |= {"--tune": tune, "--scheme": scheme, "--inputs": inputs, "--skip": skip}
+        others |= {"--embeddings": embeddings, "--head": head}
         explain_preset(recipe, preset, bits, as_json, others)
         return
     from bitpress.cli.exchange import show_quantized
@@ -121,17 +129,19 @@ def quantize(
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     proof = Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)
-    with Screen() as screen:
+    with computing(device, device_memory) as place, Screen() as screen:
         source = open_to_quantize(model, screen, requantize=requantize)
         method = fit_to(method, source, runtime)
         if not method.reads_text and any(v is not None for v in (calibration, samples, length, seed)):
             screen.note(
                 f"{method.quantizer.name} needs no calibration: --calibration, --samples, --length and --seed change nothing."
             )
-        report = quantize_directory(source, output, method, strict=strict, force=force, proof=proof, progress=screen)
+        report = quantize_directory(
+            source, output, method, strict=strict, force=force, proof=proof, device=place, progress=screen
+        )
         exported = None if runtime is None else export_for(output, runtime, screen)
     show_quantized(report, exported, output, as_json)
 
@@ -141,6 +151,7 @@ def plan(
     model: Model,
     weights: Weights = None,
     quantizer: QuantizerName = None,
+    tune: Tunings = None,
     scheme: SchemeName = None,
     inputs: InputFormat = None,
     preset: PresetName = None,
@@ -155,45 +166,45 @@ def plan(
     embeddings: Embeddings = None,
     head: OutputHead = None,
     runtime: ForRuntime = None,
+    device: DeviceName = None,
+    device_memory: DeviceMemory = None,
     requantize: Requantize = False,
     whole: Annotated[bool, typer.Option("--all", help="List every weight, not only the kinds of weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print what quantize would do: formats, bytes, bits, memory, disk, time. No model is written."""
     from bitpress.calibration.samples import read_texts
-    from bitpress.cli.exchange import show_targets
-    from bitpress.cli.reports import show_plan
+    from bitpress.cli.exchange import show_division, show_targets, target_values
+    from bitpress.cli.reports import plan_values, show_plan
+    from bitpress.pipeline.device_memory import estimate_device
     from bitpress.pipeline.estimate import estimate_seconds
     from bitpress.pipeline.exporting import open_to_quantize
-    from bitpress.pipeline.for_runtime import carriers, fit_to
-    from bitpress.pipeline.oddities import told_untied
-    from bitpress.pipeline.plan import unmeant_bits
+    from bitpress.pipeline.for_runtime import carriers, division, fit_to
+    from bitpress.pipeline.oddities import notes_of
     from bitpress.pipeline.quantize import plan_run
 
     text_options = (calibration, samples, length, seed)
     method = read_method(
-        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs
+        recipe, preset, bits, weights, quantizer, sets, *text_options, skip, embeddings, head, runtime, scheme, inputs, tune
     )
     text = method.recipe.calibration.text
     if method.reads_text and not text.startswith("hf:"):
         read_texts(text)  # as quantize would; a data set of the hub is not fetched for a plan
-    with Screen() as screen:
+    with computing(device, device_memory) as place, Screen() as screen:
         source = open_to_quantize(model, screen, requantize=requantize)
-        method = fit_to(method, source, runtime)
-        planned, streamed, _ = plan_run(source, method)
-        seconds = estimate_seconds(streamed, method, planned.weights, planned.outer)
-        excess = None if planned.offer is None else planned.offer.excess()
-        for text in [
-            *(f"{text}." for text in (*unmeant_bits(planned), *told_untied(planned))),
-            *([] if excess is None else [excess]),
-        ]:
+        method = fit_to(method, source, runtime).computed_on(place)
+        planned, streamed, _ = plan_run(source, method, place)
+        on_device = estimate_device(streamed, method, planned)
+        seconds = estimate_seconds(streamed, method, planned.weights, planned.outer) if on_device is None else None
+        for text in notes_of(planned):
             screen.note(text)
-    leaves = carriers(planned.weights, method, streamed)
+    leaves, divided = carriers(planned.weights, method, streamed), division(planned.weights, method, streamed, runtime)
     if as_json:
-        print_json({**planned.as_dict(), "seconds_estimate": seconds, "recipe": method.resolved(), "targets": leaves})
+        print_json(plan_values(planned, method, seconds, on_device) | target_values(leaves, divided))
     else:
-        show_plan(planned, method, seconds, whole=whole)
+        show_plan(planned, method, seconds, on_device, whole=whole)
         show_targets(leaves)
+        show_division(divided, runtime)
 
 
 @app.command("eval", epilog="Example: bitpress eval out/smollm2-4bit --against smollm2-135m --tasks arc-easy,piqa --json")
@@ -218,6 +229,8 @@ def evaluate(
     activations: Activations = None,
     cache: Cache = None,
     head: Head = None,
+    device: DeviceName = None,
+    device_memory: DeviceMemory = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model: its perplexity, its distance from the original (--against), or its accuracy (--tasks)."""
@@ -238,23 +251,21 @@ def evaluate(
     refuse_idle(context, "--runtime", runtime is None, ("activations", "cache", "head"))
     refuse_idle(context, "--tasks", not names, ("documents",))
     on_text = against is not None or not names or is_set(context, "text", "tokens", "length", "seed")
-    with Screen() as screen:
+    with computing(device, device_memory) as place, Screen() as screen:
         given = open_model(directory, screen)
         original = None if against is None else open_model(against, screen)
         part = open_part(given, memory, width)
-        how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "checkpoint": part}
+        how: dict[str, Any] = {"text": text, "tokens": tokens, "length": length, "seed": seed, "device": place}
         if original is not None:
-            figures = measure(given, original, **how, runtime=runtime, engine=engine, progress=screen)
+            figures = measure(given, original, **how, checkpoint=part, runtime=runtime, engine=engine, progress=screen)
         else:
-            figures = evaluate_alone(given, **how, progress=screen) if on_text else {}
+            figures = evaluate_alone(given, **how, checkpoint=part, progress=screen) if on_text else {}
         if names:
-            figures["tasks"] = evaluate_tasks(given, names, documents=documents, checkpoint=part, progress=screen)
+            asked: dict[str, Any] = {"documents": documents, "device": place, "progress": screen}
+            figures["tasks"] = evaluate_tasks(given, names, checkpoint=part, **asked)
             if original is not None:
-                figures["tasks_original"] = evaluate_tasks(original, names, documents=documents, progress=screen)
-    if as_json:
-        print_json(figures)
-    else:
-        figures_table(figures, accuracy_rows(figures))
+                figures["tasks_original"] = evaluate_tasks(original, names, **asked)
+    print_json(figures) if as_json else figures_table(figures, accuracy_rows(figures))
 
 
 app.add_typer(run.app)

@@ -37,7 +37,7 @@ def show_speed(facts: Mapping[str, Any]) -> None:
             "weights",
             f"{facts['bits_in_memory']:.2f} bits in memory, {facts['bits_stored']:.2f} stored, in the blocks' linear layers",
         ),
-        ("activations", f"{ACTIVATIONS[facts['activations']]}{apart}"),
+        ("activations", ", ".join(facts["inputs"]) or f"{ACTIVATIONS[facts['activations']]}{apart}"),
         ("cache", facts["cache"]),
         ("head", facts["head"]),
         *([("expanded to 16 bits", expanded)] if expanded else []),

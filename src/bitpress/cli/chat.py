@@ -89,6 +89,8 @@ class _Native:
         if f["activations"] == "mixed":
             cost = f" (8 bits would cost {f['prompt_cost']:.2g} nats)" if f["prompt_cost"] else ""
             activations += f", prompts in float{cost}"
+        if f["inputs"]:
+            activations = ", ".join(f["inputs"])
         cache = [] if f["cache"] == USUAL_CACHE else [f"{f['cache']} cache"]
         expanded = [f"expanded to 16 bits: {', '.join(f['expanded'])}"] if f["expanded"] else []
         parts = [f"native ({f['path']})", threads_text(f["threads"]), activations, *cache, f"head {f['head']}", *expanded]

@@ -74,6 +74,11 @@ class Board:
         if self._plain is not None:
             self._plain.advance(unit, **figures)
 
+    def step(self, unit: str, share: float, **figures: Any) -> None:
+        self._unit = "  ".join([unit, f"{share:.0%}", *(f"{key} {value:.3g}" for key, value in figures.items())])
+        if self._plain is not None:
+            self._plain.step(unit, share, **figures)
+
     def note(self, text: str) -> None:
         err.print(text, markup=False, soft_wrap=True)
 

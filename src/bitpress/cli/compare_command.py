@@ -11,6 +11,8 @@ from bitpress.cli.options import (
     Best,
     CalibrationText,
     Compute,
+    DeviceMemory,
+    DeviceName,
     Documents,
     ForgetCapture,
     Inputs,
@@ -29,6 +31,7 @@ from bitpress.cli.options import (
     TextTokens,
     Widths,
     chosen,
+    computing,
     refuse_idle,
 )
 from bitpress.cli.screen import print_json
@@ -60,6 +63,8 @@ def compare(
     best: Best = 3,
     keep: Keep = False,
     forget_capture: ForgetCapture = False,
+    device: DeviceName = None,
+    device_memory: DeviceMemory = None,
     requantize: Requantize = False,
     as_json: Json = False,
 ) -> None:
@@ -77,9 +82,10 @@ def compare(
     given = chosen(text=calibration, samples=samples, length=length, seed=seed, inputs=inputs)
     shared = make_recipe({"compute": compute, "calibration": {"inputs": "original", **given}}).calibration
     candidates, notes = read_candidates(recipes, parse_widths(bits), given, compute=compute, only=only or ())
+    rest: dict[str, Any] = {"documents": documents, "best": best, "keep": keep, "forget_capture": forget_capture}
     texts, names = parse_texts(text, HELDOUT), parse_tasks(tasks)
     refuse_idle(context, "--tasks", not names, ("documents", "best"))
-    with Board(len(candidates), list(texts), names) as board:
+    with computing(device, device_memory) as place, Board(len(candidates), list(texts), names) as board:
         for note in notes:
             board.note(note)
         done = compare_recipes(
@@ -91,10 +97,8 @@ def compare(
             tokens=tokens,
             length=shared.length,
             tasks=names,
-            documents=documents,
-            best=best,
-            keep=keep,
-            forget_capture=forget_capture,
+            device=place,
+            **rest,
             progress=board,
             note_row=board.row,
         )

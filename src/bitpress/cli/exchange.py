@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from bitpress.cli.options import Json
 from bitpress.cli.screen import Screen, out, print_json, size, table
+from bitpress.pipeline.for_runtime import Division
 
-__all__ = ["app", "show_export", "show_quantized", "show_targets"]
+__all__ = ["app", "show_division", "show_export", "show_quantized", "show_targets", "target_values"]
 
 app = typer.Typer()
 
@@ -99,3 +100,25 @@ def show_targets(leaves: Mapping[str, str | None]) -> None:
     for name, why in leaves.items():
         if why is not None:
             out.print(f"Not to {name}: {escape(why)}.")
+
+
+def target_values(leaves: Mapping[str, object], divided: Division | None) -> dict[str, Any]:
+    """Return as JSON what takes the weights of a plan, and over how many devices it divides them."""
+    return {"targets": leaves, "tensor_parallel": divided and divided.as_dict()}
+
+
+def show_division(divided: Division | None, runtime: str | None) -> None:
+    """Print over how many devices a runtime can divide a model, and the reason against the other numbers."""
+    if divided is None:
+        return
+    refusals, padded = divided.refusals, divided.padded
+    able = [str(devices) for devices, why in refusals.items() if why is None]
+    out.print(f"{runtime} runs it at these sizes of tensor parallelism: {', '.join(able) or 'none'}.")
+    for devices, why in refusals.items():
+        if why is not None:
+            out.print(f"Not at {devices}: {escape(why)}.")
+    if padded:
+        told = "; ".join(f"at {devices} {escape(why)}" for devices, why in padded.items())
+        out.print(
+            f"Versions of vLLM before its pull request 45295 need multiples of 64 outputs and 128 inputs, or 128 and 64: {told}."
+        )

@@ -122,7 +122,8 @@ def _of_command_line(error: Any) -> str:
     elif kind == "BadParameter" and error.param is not None:
         message = _bad_value(error)
     epilog = (command.epilog or "").partition("\n")[0]
-    return f"{where}: {message} {epilog}".strip()
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{where}: {message}{stop} {epilog}".strip()
 
 
 # Messages of typer about a value, in the words of click or pydantic, and ours for them.

@@ -118,7 +118,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show only this method, with all its settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the quantizers, transforms and corrections with their settings."""
+    """List the quantizers, transforms, corrections and ways to learn with their settings."""
     from bitpress.cli.listings import describe_methods, show_method, show_methods
     from bitpress.errors import fold, unknown_name
 

@@ -18,16 +18,21 @@ def describe_methods() -> list[dict[str, Any]]:
 
     `bits`, the least and the most that a method is meant for, are a quantizer's; so are the transforms that its paper puts before it.
     A transform's row says by `works_on` whether it changes the "network" as a whole, scales "groups" of weights that share an input, or
-    changes the basis of "weights" or the "targets" that their codes aim at.
+    changes the basis of "weights" or the "targets" that their codes aim at. A tuning's row lists patterns of the formats that it `serves`.
     """
     from bitpress.calibration.observers import OBSERVERS
-    from bitpress.corrections.table import CORRECTIONS
+    from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
     from bitpress.recipes.schemes import SCHEMES
-    from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.tuning.table import TUNINGS
 
     rows = []
-    tables: dict[str, Mapping[str, Any]] = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": CORRECTIONS}
+    tables: dict[str, Mapping[str, Any]] = {
+        "quantizer": QUANTIZERS,
+        "transform": TRANSFORMS,
+        "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
+    }
     for kind, methods in tables.items():
         for name, method in methods.items():
             settings = {f.name: f.default for f in dataclasses.fields(method)}
@@ -36,9 +41,18 @@ def describe_methods() -> list[dict[str, Any]]:
             if kind == "quantizer":
                 row["transforms"] = [{"name": part} if isinstance(part, str) else dict(part) for part in method.transforms]
             if kind == "transform":
-                on: dict[str, Mapping[str, Any]] = {"network": NETWORK_CHANGES, "weights": BASIS_CHANGES, "targets": TARGETS}
+                on: dict[str, Mapping[str, Any]] = {
+                    "network": NETWORK_CHANGES,
+                    "inputs": CHANNEL_CHANGES,
+                    "weights": BASIS_CHANGES,
+                    "targets": TARGETS,
+                }
                 row["works_on"] = next((what for what, table in on.items() if name in table), "groups")
             rows.append(row)
+    for name, tuning in TUNINGS.items():
+        settings = {f.name: f.default for f in dataclasses.fields(tuning)}
+        row = {"name": name, "kind": "tuning", "summary": tuning.summary, "needs": ["gram"], "settings": settings}
+        rows.append({**row, "paper": tuning.paper, "bits": None, "serves": list(tuning.serves)})
     for name, observer in OBSERVERS.items():
         settings = {f.name: f.default for f in dataclasses.fields(observer)}  # type: ignore[arg-type]
         rows.append(

@@ -1,18 +1,23 @@
 """Options and arguments of the commands."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from bitpress.checkpoints.budget import parse_bytes
+from bitpress.devices import computing_on
 from bitpress.errors import UsageError
 from bitpress.runtime.native.options import MOST_THREADS, CacheType
 from bitpress.runtime.sampling import LIMITS
 
-Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a named model (`bitpress models`) or a hub name.")
+]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write. The same command resumes a stopped run.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Print the preset's recipe and the reason for it, and stop.")]
-Directory = Annotated[Path, typer.Argument(help="A directory that bitpress wrote.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that bitpress wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="Quantize a model that is quantized already.")]
 ForRuntime = Annotated[
@@ -23,6 +28,14 @@ ForRuntime = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="Number format, for example int4-g64-zero (`bitpress formats`).")]
 QuantizerName = Annotated[str | None, typer.Option("--quantizer", help="Method (`bitpress methods`).")]
+Tunings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune",
+        metavar="NAME",
+        help="Learn the compressed weights further, block by block: signround, block-ap, ... (`bitpress methods`). May be repeated.",
+    ),
+]
 SchemeName = Annotated[
     str | None,
     typer.Option(
@@ -91,6 +104,13 @@ Tasks = Annotated[
 Documents = Annotated[int, typer.Option(min=1, help="Questions of every task, from the first.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="By default as many as the process may use.")]
 
+DeviceName = Annotated[
+    str | None, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="What computes; auto is a GPU if there is one.")
+]
+DeviceMemory = Annotated[
+    str | None, typer.Option("--device-memory", metavar="SIZE", help="Take at most so much of a GPU's memory, e.g. 2GB.")
+]
+
 # Of `run`.
 Prompt = Annotated[str | None, typer.Option(help="Text to answer; without it, a chat on the terminal.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -144,6 +164,11 @@ ForgetCapture = Annotated[bool, typer.Option("--forget-capture", help="Remove OU
 def chosen(**values: Any) -> dict[str, Any]:
     """Return the options that have a value."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def computing(device: str | None, memory: str | None) -> AbstractContextManager[Any]:
+    """Compute on the device that --device names, within --device-memory; gives the torch.device."""
+    return computing_on(device, None if memory is None else parse_bytes(memory))
 
 
 def is_set(context: typer.Context, *names: str) -> bool:

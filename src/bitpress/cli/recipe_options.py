@@ -31,6 +31,7 @@ def read_method(
     runtime: str | None = None,
     scheme: str | None = None,
     inputs: str | None = None,
+    tune: list[str] | None = None,
 ) -> "Method":
     """Build the recipe and the method of it, with what a runtime can load where nothing is said. Raises UsageError, FormatError."""
     from bitpress.pipeline.for_runtime import choose_for
@@ -51,6 +52,7 @@ def read_method(
         weights=weights,
         quantizer=quantizer,
         inputs=inputs,
+        tune=tune,
         calibration={"text": text, "samples": samples, "length": length, "seed": seed},
         skip=skip or (),
         outer=outer,

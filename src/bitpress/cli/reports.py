@@ -15,11 +15,17 @@ from bitpress.cli.request import threads_text
 from bitpress.cli.screen import duration, figures_table, out, size, table
 from bitpress.errors import CheckpointError, KernelUnavailable
 from bitpress.figures import ratio_text
+from bitpress.kernels.integers import refuses_input, told_input
 from bitpress.kernels.native_layout import lay_out
 from bitpress.pipeline.budget import told_formats
+from bitpress.pipeline.device_memory import DeviceMemory
+from bitpress.pipeline.learning_plan import Learning
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.plan import Plan
 from bitpress.recipes import OUTER, Method, told_budget, told_overrides, told_weights
+from bitpress.report.document import TunedSpan
+from bitpress.report.sentences import say_learned
+from bitpress.runtime.native.assemble import refuses_directory
 from bitpress.settings import usable_cores
 from bitpress.transforms.table import TARGETS
 
@@ -42,7 +48,7 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
     """Print a run's figures, its worst layers and every fallback."""
     run = report["run"]
     recipe = report["job"]["recipe"]
-    parts = " + ".join(part["name"] for part in (*recipe["transforms"], recipe["quantizer"], *recipe["corrections"]))
+    parts = " + ".join(part["name"] for part in _parts_of(recipe))
     out.print(f"[bold]{directory}[/bold]  {told_weights(recipe)} by {parts}")
     figures_table(
         {**report["figures"], "bytes": report["size"]["bytes"]},
@@ -52,8 +58,12 @@ def show_report(report: Mapping[str, Any], directory: Path) -> None:
             "original": told_original(report),
             "calibrated": f"{report['calibrated']['weights']} of {report['calibrated']['of']} weights",
             "time": f"{duration(run['seconds'])}, peak memory {size(run['peak_memory_bytes'])}, {threads_text(run['threads'])}",
+            **({"device": f"{run['device']}, peak memory {size(run['peak_device_memory_bytes'])}"} if "device" in run else {}),
         },
     )
+    if report.get("tuned"):  # only where something was learned
+        spans = [TunedSpan.model_validate(row) for row in report["tuned"]]
+        table("\nLearned by gradients", ("", ""), [tuple(text.split(": ", 1)) for text in say_learned(spans)])
     worst = sorted(report["layers"], key=lambda row: -row["error"])[:5]
     table(
         "\nLargest relative errors" + (f" of the {worst[0]['measured_on']}" if worst else ""),
@@ -95,6 +105,11 @@ def _show_token_errors(report: Mapping[str, Any]) -> None:
         )
 
 
+def _parts_of(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parts of a resolved recipe in the order in which they act; recipes of before have no tuning."""
+    return [*recipe["transforms"], recipe["quantizer"], *recipe["corrections"], *recipe.get("tuning", ())]
+
+
 def _told_spending(budget: Mapping[str, Any]) -> str:
     """Return what a budget asked for and what was spent: "3.300 bits asked, 3.297 spent: 12 weights int2-g64-zero, ..."."""
     return f"{budget['bits_asked']:.3f} bits asked, {budget['bits_spent']:.3f} spent: {told_formats(budget['weights'])}"
@@ -102,7 +117,11 @@ def _told_spending(budget: Mapping[str, Any]) -> str:
 
 def told_outer(own: Mapping[str, Any] | str) -> str:
     """Name the format and the quantizer of embeddings or of a head in a resolved recipe."""
-    return own if isinstance(own, str) else f"{own['weights']} by {own['quantizer']['name']}"
+    if isinstance(own, str):
+        return own
+    inputs = own.get("inputs")  # recipes of before have no such key
+    rounded = "" if inputs is None else f", inputs {inputs['format']} {inputs['parameters']} (simulated)"
+    return f"{own['weights']} by {own['quantizer']['name']}{rounded}"
 
 
 def told_original(report: Mapping[str, Any]) -> str:
@@ -116,8 +135,21 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False) -> None:
-    """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight."""
+def _told_learning(learning: Learning) -> str:
+    batches = f", batches of {learning.batch} windows" if learning.batch else ""
+    return f"up to {size(learning.peak)} ({learning.name}{batches})"
+
+
+def plan_values(plan: Plan, method: Method, seconds: float | None, on_device: DeviceMemory | None) -> dict[str, Any]:
+    """Return a plan as JSON, with what was estimated beside it."""
+    estimates = {"seconds_estimate": seconds, "device_memory_bytes_estimate": on_device and on_device.as_dict()}
+    return {**plan.as_dict(), **estimates, "recipe": method.resolved()}
+
+
+def show_plan(
+    plan: Plan, method: Method, seconds: float | None, on_device: DeviceMemory | None = None, *, whole: bool = False
+) -> None:
+    """Print the plan of a method: a line for every kind of weight, or with `whole` for every weight. A GPU has memory, and no estimate of seconds."""
     if whole:
         rows = [*plan.rows(), *(found.planned.row() for found in plan.outer)]
         lines = [(str(r["name"]), "x".join(map(str, r["shape"])), *_in_format(r)) for r in rows]
@@ -130,7 +162,8 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         out.print("[dim]--all lists every weight by its name.[/dim]")
     if plan.offer is not None:
         _show_offer(plan.offer)
-    maps = bool(method.changes) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
+    maps = bool(method.every_change) or any(w.method.quantizer.part.keeps_map for w in plan.weights)
+    maps = maps or any(named.part.adds_maps for named in method.tunings)
     reasons = [(why, str(e["parameters"]), size(e["bytes"])) for why, e in plan.kept_by_reason.items()]
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
     totals = {
@@ -143,8 +176,12 @@ def show_plan(plan: Plan, method: Method, seconds: float, *, whole: bool = False
         **({} if plan.given is None else {"given as": f"{plan.given.text} ({size(plan.source_bytes)} in 16 bits)"}),
         "disk needed": size(plan.disk),
         "peak memory, estimated": size(plan.peak_memory),
-        "time, estimated": f"{duration(seconds)} on an idle machine ({threads_text(torch.get_num_threads())}), without the proof",
+        **({} if plan.learning is None else {"of it, learning": _told_learning(plan.learning)}),
+        **({} if on_device is None else {"GPU memory, estimated": size(on_device.total)}),
     }
+    if seconds is not None:
+        idle = f"on an idle machine ({threads_text(torch.get_num_threads())}), without the proof"
+        totals["time, estimated"] = f"{duration(seconds)} {idle}"
     table("\nIn all", ("", ""), list(totals.items()))
 
 
@@ -166,15 +203,27 @@ def _show_offer(offer: Offer) -> None:
     )
 
 
+def _attention_of(checkpoint: CompressedCheckpoint) -> dict[str, int]:
+    """Count the modules that round an operand of their attention, by what that is."""
+    told = [
+        f"{operand} {own['format']} {own['parameters']} (simulated)"
+        for spec in checkpoint.manifest.attention.values()
+        for operand, own in spec.items()
+    ]
+    return {text: told.count(text) for text in dict.fromkeys(told)}
+
+
 def describe_directory(directory: Path) -> dict[str, Any]:
     """Describe a published model by its manifest and headers (hashes are not checked again)."""
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
     formats: dict[str, dict[str, int]] = {}
     in_memory: dict[str, dict[tuple[int, int], tuple[str, int]]] = {}
+    rounds = any(record.input is not None for record in checkpoint.manifest.weights.values())
+    is_native = rounds and refuses_directory(checkpoint) is None
     for name, record in checkpoint.manifest.weights.items():
         kinds = " + ".join(str(term.get("format", term["kind"])) for term in record.spec["terms"])
         maps = [key for key in ("input_map", "output_map") if record.spec[key] is not None]
-        inputs = [] if record.input is None else [f"inputs {record.input['format']} {record.input['parameters']} (simulated)"]
+        inputs = [] if record.input is None else [told_input(record.spec, record.input, native=is_native)]
         kind, shape = " with ".join([kinds, *maps, *inputs]), (record.spec["shape"][0], record.spec["shape"][1])
         entry = formats.setdefault(kind, {"weights": 0, "parameters": 0, "bytes": 0})
         entry["weights"] += 1
@@ -194,6 +243,7 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "formats": {
             kind: entry | _memory_bits(checkpoint, in_memory[kind], entry["parameters"]) for kind, entry in formats.items()
         },
+        "attention": _attention_of(checkpoint),
         "plain_bytes": plain,
         "aliases": checkpoint.manifest.aliases,
         "recipe": checkpoint.manifest.recipe,
@@ -212,8 +262,10 @@ def _memory_bits(
     total = 0.0
     try:
         for name, stored in shapes.values():
-            weight = checkpoint.read_weight(name)
-            total += lay_out(weight).nbytes * stored / weight.nbytes
+            layer = checkpoint.read_layer(name)
+            spec = layer.input_spec()
+            inputs = layer.input if spec is not None and refuses_input(spec) is None else None
+            total += lay_out(layer.weight, inputs=inputs).nbytes * stored / layer.weight.nbytes
     except KernelUnavailable:
         return {"bits_in_memory": None}
     return {"bits_in_memory": total * 8 / parameters}
@@ -242,6 +294,7 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
         )
         for name, e in facts["formats"].items()
     ]
+    rows += [(f"attention, {text}", str(count), "", "", "", "") for text, count in facts["attention"].items()]
     rows += [(f"{dtype}, as stored", "", "", size(count), "", "") for dtype, count in facts["plain_bytes"].items()]
     table("", ("format", "weights", "parameters", "size", "bits", "in native memory"), rows, right=(1, 2, 3, 4, 5))
     table("\nRecipe", ("", ""), [(what, escape(text)) for what, text in _recipe_lines(facts["recipe"])])
@@ -257,7 +310,7 @@ def show_inspection(facts: Mapping[str, Any]) -> None:
     if versions:
         out.print("\nQuantized with " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for alias, original in facts["aliases"].items():
-        out.print(f"{alias} is {original}")
+        out.print(f"{alias} is tied to {original}: one tensor for both.")
 
 
 def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -273,6 +326,7 @@ def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [("target" if t["name"] in TARGETS else "transform", part(t)) for t in recipe["transforms"]]
     lines += [("quantizer", part(recipe["quantizer"]))]
     lines += [("correction", part(c)) for c in recipe["corrections"]]
+    lines += [("learned", part(t)) for t in recipe.get("tuning", ())]
     lines += [("override", text) for text in told_overrides(recipe)]
     lines += [(key, told_outer(recipe[key])) for key in OUTER if key in recipe]
     lines += [("skip", " ".join(recipe["skip"]))] * bool(recipe["skip"])

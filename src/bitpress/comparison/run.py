@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bitpress.comparison.session import (
 from bitpress.comparison.statistics_cache import StatisticsCache, forget
 from bitpress.comparison.tasks import choose_best, keys_of, measure_tasks, sure_to_answer, task_rows
 from bitpress.comparison.variants import Variant
+from bitpress.devices import CPU
 from bitpress.errors import BitpressError, CheckpointError, NumericsError, UsageError
 from bitpress.measure.evaluation_text import EvaluationText, distances
 from bitpress.measure.multiple_choice import DOCUMENTS, Answers, count_batches, read_tasks, tokenize_tasks
@@ -39,11 +41,12 @@ from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
 from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
 from bitpress.models.walk import walk
-from bitpress.pipeline.identity import identify, versions
+from bitpress.pipeline.clock import Clock
+from bitpress.pipeline.identity import identify, versions_on
 from bitpress.pipeline.journal import Job
 from bitpress.pipeline.plan import Plan, check_room
-from bitpress.pipeline.quantize import Clock, Committer, Proof, Run, finish_job, plan_opened, shard_name
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Calibration, Method, told_weights
 from bitpress.stopping import stoppable
@@ -68,6 +71,7 @@ def compare_recipes(
     best: int = 3,
     keep: bool = False,
     forget_capture: bool = False,
+    device: torch.device = CPU,
     progress: Progress | None = None,
     note_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
@@ -79,24 +83,25 @@ def compare_recipes(
                 the end, by the first `documents` questions of each. The best are quantized a second time for scoring; if a bit
                 width has at most `best` recipes, they are scored in the first pass
     keep        publish what every recipe makes in OUT/models
+    device      where blocks, statistics and outputs are computed
     note_row    hears every row: what is there already first, then each as soon as it is done
 
     The same call goes on after what is there. A recipe that fails has a row with `failed`, and the others are done. Raises what
     `quantize_directory` raises for what is wrong before the first recipe or with the directory, JobStopped on a signal.
     """
-    progress = progress or Silent()
     Results.check_vacant(out)
     if best < 1:
         raise UsageError(f"best={best}: at least 1 recipe of every width answers tasks.")
-    made = _prepare(path, candidates, texts, shared or Calibration(inputs="original"), tokens, length, progress)
+    candidates = [replace(c, method=c.method.computed_on(device)) for c in candidates]
+    shared = shared or Calibration(inputs="original")
+    made = _prepare(path, candidates, texts, shared, tokens, length, device, progress or Silent())
     if tasks:
-        made.tasks = tokenize_tasks(read_tasks(tasks, documents, progress.note), path, made.model)
+        made.tasks = tokenize_tasks(read_tasks(tasks, documents, made.progress.note), path, made.model)
     for candidate, plan in made.plans.items():
         if made.calibration(candidate.method) is not None or keep:
             check_room(plan, out, 0 if keep else plan.disk)
-    dtype = "bf16" if made.model.dtype == torch.bfloat16 else "fp32"
-    source = made.loader.source.hashes()
-    identity = {"comparison": 1, "source": source, "texts": made.hashes, "compute": dtype, "versions": versions()}
+    dtype, source = "bf16" if made.model.dtype == torch.bfloat16 else "fp32", made.loader.source.hashes()
+    identity = {"comparison": 1, "source": source, "texts": made.hashes, "compute": dtype, **versions_on(device)}
     results = Results.open(out, identity)
     try:
         with stoppable() as check_stop:
@@ -132,6 +137,7 @@ def _prepare(
     shared: Calibration,
     tokens: int,
     length: int,
+    device: torch.device,
     progress: Progress,
 ) -> Comparison:
     """Open, plan and read everything: whatever cannot work is said here, before anything is written."""
@@ -150,7 +156,7 @@ def _prepare(
             f"{told[0]}: a comparison is of the blocks, and embeddings and head stay as stored; leave the key out here, and measure "
             "what it costs with `bitpress quantize`."
         )
-    model, loader = open_original(path, candidates[0].method.compute)
+    model, loader = open_original(path, candidates[0].method.compute, device=device)
     calibration: dict[Calibration, Samples] = {}
     plans: dict[Variant, Plan] = {}
     shared = shared.model_copy(update={"inputs": "original"})
@@ -255,7 +261,7 @@ def _compress(
         measured = time.perf_counter() - started - seconds
         if job is not None:
             job.settle()
-            _publish(made, job, c, check_stop, Clock(started, seconds))
+            _publish(made, job, c, check_stop, Clock(started, seconds, model.device))
     finally:
         if job is not None:
             job.close()
@@ -263,6 +269,7 @@ def _compress(
             model.drop_outer_()
     return {
         **_summary(c.method, plan, committer.rows),
+        **_learned(committer.tuned),
         "kl_mean": _mean_kl(figures),
         "kl_ci95": _mean_width(figures),
         "texts": figures,
@@ -271,6 +278,25 @@ def _compress(
         "seconds_measuring": round(measured, 2),
         "seconds_capture": _seconds_of_capture(made, cached, c.method),
         "answers": answered,
+    }
+
+
+def _learned(spans: Sequence[TunedSpan]) -> dict[str, Any]:
+    """Return mean losses of what was learned, on calibration text at the first and the last steps and on held-out text: what is overfitted."""
+    if not spans:
+        return {}
+    run = [span.calibration for span in spans if span.calibration]
+    return {
+        "learned": {
+            "spans": len(spans),
+            "kept": sum(span.kept for span in spans),
+            "failed": [f"{span.name}: {span.failed}" for span in spans if span.failed is not None],
+            "calibration_first": _mean([losses[0] for losses in run]),
+            "calibration_last": _mean([losses[-1] for losses in run]),
+            "held_out_before": _mean([span.before for span in spans]),
+            "held_out_after": _mean([span.after for span in spans]),
+            "seconds": round(math.fsum(span.seconds for span in spans), 2),
+        }
     }
 
 
@@ -314,7 +340,7 @@ def _folder(out: Path, c: Variant) -> Path:
 
 def _identity(made: Comparison, c: Variant, source: Mapping[str, str]) -> dict[str, Any]:
     samples = made.calibration(c.method)
-    return identify(source, None if samples is None else samples.sha256, c.method)
+    return identify(source, None if samples is None else samples.sha256, c.method, made.model.device)
 
 
 def _is_kept(made: Comparison, c: Variant, out: Path, source: Mapping[str, str]) -> bool:

@@ -72,7 +72,7 @@ class Comparison:
         if method.rotate is None:
             return self.model, self.loader
         if method.rotate not in self.rotated:
-            self.rotated[method.rotate] = open_original(self.path, self.model.dtype, method.rotate)
+            self.rotated[method.rotate] = open_original(self.path, self.model.dtype, method.rotate, device=self.model.device)
         return self.rotated[method.rotate]
 
     def calibration(self, method: Method) -> Samples | None:
@@ -81,7 +81,7 @@ class Comparison:
     def shares(self, method: Method) -> bool:
         """Whether the pass over the original serves a method: it calibrates just so, or needs nothing. In another basis nothing does."""
         recipe = method.recipe
-        if method.rotate is not None or method.observes:
+        if method.rotate is not None or method.observes or method.tunings:
             return False
         alike = recipe.calibration.model_copy(update={"gram": self.shared.gram})
         return not method.needs or (alike == self.shared and recipe.batch == _batch())
@@ -172,6 +172,7 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
         follows_original=method.recipe.calibration.inputs == "original",
         gradients=gradients,
         check_stop=check_stop,
+        keeps_original=method.keeps_original,
     )
     measured: Callable[[int], Measured] | None = None
     if made.shares(method) and cached.needs:
@@ -181,8 +182,10 @@ def make_compressor(made: Comparison, cached: StatisticsCache, c: Variant, check
     else:
         if method.rotate is not None and method.needs:
             made.progress.note(f"{c.label}: calibrates by itself, as statistics of the original are in another basis")
-        stream.start_(samples.inputs if samples is not None and method.follows_text else None, None)
-    return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True)
+        inputs = samples if method.follows_text else None
+        held_out = inputs.held_out if inputs is not None and method.tunings else None
+        stream.start_(None if inputs is None else inputs.inputs, None, held_out=held_out)
+    return BlockCompressor(stream, method, plan.weights, measured=measured, looked_at=True, progress=made.progress)
 
 
 def known_of(made: Comparison, c: Variant, *, failed: bool = False) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _build(values: Mapping[str, Any], shared: Mapping[str, Any], compute: str) -
     said = isinstance(own, dict) and "inputs" in own
     # On the compressed model's inputs every method can run; what it needs says whether it must.
     first = make_method({"compute": compute, **values, "calibration": {**calibration, "inputs": "pressed"}})
-    must = bool(of_origin(first.needs, "original")) or first.recipe.calibration.sequential or first.observes
+    must = bool(of_origin(first.needs, "original") or first.tunings) or first.recipe.calibration.sequential or first.observes
     if not said:
         calibration["inputs"] = "pressed" if must else calibration.get("inputs", "original")
     method = make_method({"compute": compute, **values, "calibration": calibration})

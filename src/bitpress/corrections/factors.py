@@ -45,7 +45,7 @@ def leading_part(
         raise FormatError(f"rank {rank} is more than a weight of shape {list(m.shape)} can have; use {min(m.shape)} at most.")
     size = float(m.abs().max())
     if size == 0:
-        return torch.eye(m.shape[0], rank), torch.zeros(rank, m.shape[1])
+        return torch.eye(m.shape[0], rank, device=m.device), torch.zeros(rank, m.shape[1], device=m.device)
     wide = (m / size).double()
     tall = m.shape[0] > m.shape[1]
     if tall:

@@ -51,7 +51,7 @@ class LQER:
         return None
 
     def repair(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight, stats: Stats | None) -> LowRank:
-        scale = torch.ones(w.shape[1]) if stats is None else input_scale(stats, self.scale)
+        scale = torch.ones(w.shape[1], device=w.device) if stats is None else input_scale(stats, self.scale)
         a, b = leading_part((w - weight.dequantize()) * scale, self.rank)
         return LowRank.store(a, b / scale, self.dtype)
 

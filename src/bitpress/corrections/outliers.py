@@ -53,7 +53,7 @@ def keep_largest(w: Float[torch.Tensor, "out in"], score: Float[torch.Tensor, "o
     """Keep the share of the weights with the largest scores. Raises NumericsError when a score is not finite."""
     if not bool(torch.isfinite(score).all()):
         raise NumericsError("a weight, or its score, is a NaN or an infinity.")
-    mask = torch.zeros(w.numel(), dtype=torch.bool)
+    mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)
     mask[score.flatten().topk(_count(share, w.shape[0], w.shape[1]), sorted=False).indices] = True
     return sparse(w, mask.reshape(w.shape))
 

@@ -1,6 +1,8 @@
-"""The table of corrections, one file and one line each."""
+"""The tables of corrections, one file and one line each: terms of a weight, and changes of a layer's bias."""
 
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.corrections.correction import Correction
+from bitpress.corrections.loftq import LoftQ, LQLoRA
 from bitpress.corrections.lorc import LoRC
 from bitpress.corrections.lqer import LQER
 from bitpress.corrections.outliers import Outliers
@@ -8,13 +10,17 @@ from bitpress.corrections.qera import QERA
 from bitpress.corrections.salient import Salient
 from bitpress.corrections.svdquant import SVDQuant
 
-__all__ = ["CORRECTIONS"]
+__all__ = ["BIAS_CORRECTIONS", "CORRECTIONS"]
 
 CORRECTIONS: dict[str, type[Correction]] = {
     "lorc": LoRC,
     "lqer": LQER,
     "qera": QERA,
+    "loftq": LoftQ,
+    "lq-lora": LQLoRA,
     "svdquant": SVDQuant,
     "outliers": Outliers,
     "salient": Salient,
 }
+
+BIAS_CORRECTIONS: dict[str, type[BiasCorrection]] = {"bias": BiasCorrection}

@@ -83,6 +83,8 @@ def measure_distance(
 ) -> Distance:
     """Compare two models on windows of tokens; each function maps `[1, length]` to `[1, length, vocabulary]`.
 
+    They are compared on the device that the original's logits are on.
+
     Raises NumericsError when a logit is not finite, UsageError for windows of fewer than 2 tokens.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
@@ -94,7 +96,7 @@ def measure_distance(
             raise UsageError(
                 f"the two models have vocabularies of {p.shape[-1]} and {q.shape[-1]} tokens; they cannot be compared."
             )
-        figures = _compare(p, q, window)
+        figures = _compare(p, q.to(p.device), window.to(p.device))
         # KL is never negative; rounding can make a position -1e-9, which the mean keeps, unclipped.
         sums = [math.fsum(column) for column in figures.tolist()]
         at.append(figures[0].tolist())
@@ -162,6 +164,7 @@ def measure_perplexity(
     nll = []
     for i, window in enumerate(windows):
         logits = model(window[None])[0]
+        window = window.to(logits.device)
         following = torch.cat([window[1:], window.new_full((1,), -1)])
         total, bad = 0.0, False
         for rows, tokens in zip(logits.split(ROWS), following.split(ROWS), strict=True):

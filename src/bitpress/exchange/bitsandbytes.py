@@ -29,9 +29,9 @@ from bitpress.exchange.flags import read_flag
 from bitpress.exchange.plain_layer import PlainLayer, make_packed, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
 from bitpress.formats import Block, CompressedLayer, Format, Packed, parse_format
+from bitpress.formats.double_quantized import dynamic_map
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layouts.dense import pack
-from bitpress.formats.scales import dynamic_map
 
 __all__ = ["Bitsandbytes", "skipped_modules"]
 

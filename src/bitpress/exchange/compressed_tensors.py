@@ -14,6 +14,7 @@
     X.weight_zero_point    int8 in the shape of the scales; in pack-quantized packed down the rows
     X.weight_g_idx         int32 [in]: the group of every input (`actorder: group`, which version 0.20 no longer reads)
     X.input_scale          [1], and X.input_zero_point int8 [1]: the parameters of a static input
+    X.input_global_scale   float32 [1], which divides the scales that NVFP4 fits to every 16 channels of a token (`dynamic: local`)
 
     w_hat = (code - zero) * scale        integers are signed there: theirs plus 2^(bits - 1) is our code, and our zero point
 
@@ -38,7 +39,7 @@ from bitpress.exchange.compressed_tensors_input import (
     to_unsigned,
     written_input,
 )
-from bitpress.exchange.compressed_tensors_scheme import INT, STORES, Args, Scheme, read_schemes, write_settings
+from bitpress.exchange.compressed_tensors_scheme import INT, NVFP4, STORES, Args, Scheme, read_schemes, write_settings
 from bitpress.exchange.expert_names import Stacks
 from bitpress.exchange.plain_layer import make_packed, order_of_groups, plain_layer
 from bitpress.exchange.source import ReadTensor, StoredLayer
@@ -54,7 +55,7 @@ _FLOATS: dict[str, tuple[int, str]] = {
     "mxfp8-quantized": (8, "mxfp8-g32-e8m0"),
     "mxfp6-pack-quantized": (6, "mxfp6-g32-e8m0"),
     "mxfp4-pack-quantized": (4, "mxfp4-g32-e8m0"),
-    "nvfp4-pack-quantized": (4, "e2m1-g16-fp8over"),
+    "nvfp4-pack-quantized": (4, NVFP4),
 }
 _NAMED = {name: file for file, (_, name) in _FLOATS.items()}
 _NVFP4 = "nvfp4-pack-quantized"
@@ -176,6 +177,8 @@ def _packed_shape(stored: torch.Tensor) -> tuple[int, int]:
 
 def _scheme(fmt: Format, shape: tuple[int, int], ordered: bool, input_spec: Mapping[str, str] | None) -> Scheme | str:
     """Return how a layer of these is told, or why it cannot be."""
+    if input_spec is not None and (more := sorted(set(input_spec) - {"format", "parameters"})):
+        return f"channels of its input are not rounded alike ({', '.join(more)}), which compressed-tensors cannot say"
     inputs = None if input_spec is None else Args.of_input(input_spec["format"], input_spec["parameters"])
     if isinstance(inputs, str):
         return inputs

@@ -7,7 +7,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.exchange.compressed_tensors_scheme import STORES, Args
-from bitpress.formats import ActivationFormat, parse_format
+from bitpress.formats import ActivationFormat, ChannelFormat, InputFormat, parse_format
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
 
 __all__ = ["from_unsigned", "needed", "one_value", "read_input", "to_unsigned", "written_input"]
@@ -17,6 +17,12 @@ def read_input(args: Args | None, tensors: Mapping[str, torch.Tensor]) -> Activa
     """Return how inputs are rounded. Raises FormatError for a way that our formats do not say."""
     if args is None:
         return None
+    if args.dynamic == "local":
+        needed(tensors, "input_global_scale")
+        parts = {"scale_tensor": one_value(tensors["input_global_scale"], "input_global_scale", torch.float32)}
+        made = ActivationFormat(parse_format(args.input_name()), "local", parts)
+        made.check()
+        return made
     if args.dynamic:
         return ActivationFormat(parse_format(args.input_name()))
     needed(tensors, "input_scale")
@@ -33,9 +39,12 @@ def read_input(args: Args | None, tensors: Mapping[str, torch.Tensor]) -> Activa
     return made
 
 
-def written_input(input: ActivationFormat | None) -> dict[str, torch.Tensor]:
+def written_input(input: InputFormat | None) -> dict[str, torch.Tensor]:
+    assert not isinstance(input, ChannelFormat)
     if input is None or input.parameters == "dynamic":
         return {}
+    if input.parameters == "local":
+        return {"input_global_scale": input.tensors["scale_tensor"].reshape(1)}
     stored = {"input_scale": input.tensors["scale"].reshape(1)}
     if "zero" in input.tensors:
         bits = input.format.grid.code_bits

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,7 @@ from bitpress.exchange.flags import read_flag
 from bitpress.exchange.name_patterns import NamePatterns
 from bitpress.formats import Integer, parse_format
 
-__all__ = ["INT", "STORES", "Args", "Scheme", "read_schemes", "write_settings"]
+__all__ = ["INT", "NVFP4", "STORES", "Args", "Scheme", "read_schemes", "write_settings"]
 
 INT = "int"
 STORES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -47,6 +47,9 @@ _BITS = {
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group")
 # What a target begins with that is a pattern.
 _PATTERN = "re:"
+# NVFP4 as files have it, and its strategy and groups.
+NVFP4 = "e2m1-g16-fp8over"
+_NVFP4_GROUPS = ("tensor_group", 16)
 # Inputs in powers of two, by their bits.
 _MX = {4: "mxfp4", 6: "mxfp6", 8: "mxfp8"}
 
@@ -61,7 +64,7 @@ class Args:
     strategy: str
     group_size: int | None = None
     block_structure: tuple[int, int] | None = None
-    dynamic: bool = False
+    dynamic: bool | Literal["local"] = False
     actorder: str | None = None
     scale_dtype: str | None = None
 
@@ -91,12 +94,6 @@ class Args:
             ordering = "group" if ordering else None
         if ordering not in (None, "group", "dynamic", "weight", "static"):
             raise FormatError(f"actorder {ordering!r} of compressed-tensors is not known.")
-        dynamic = local or read_flag(told, "dynamic", False)
-        if local:
-            raise FormatError(
-                "inputs are rounded with one stored scale and one of every group of a token (NVFP4 on both sides), which our formats of "
-                "inputs do not say; take a checkpoint of the weights alone (NVFP4A16)."
-            )
         return cls(
             num_bits=bits,
             type=told.get("type", INT),
@@ -104,7 +101,7 @@ class Args:
             strategy=strategy,
             group_size=group if strategy in ("group", "tensor_group") else None,
             block_structure=_sizes(told.get("block_structure")) if strategy == "block" else None,
-            dynamic=dynamic,
+            dynamic="local" if local else read_flag(told, "dynamic", False),
             actorder="group" if ordering in ("group", "dynamic") else None,
             scale_dtype=told.get("scale_dtype"),
         )
@@ -115,6 +112,10 @@ class Args:
 
     def input_name(self, store: str = "fp32") -> str:
         """Return the name of our format of such inputs. Raises FormatError where there is none."""
+        if self.dynamic == "local":
+            if (self.num_bits, self.type, self.symmetric, self.strategy, self.group_size) != (4, "float", True, *_NVFP4_GROUPS):
+                raise FormatError("inputs with one stored scale and one of every group of a token are read as NVFP4 alone.")
+            return NVFP4
         block = {"token": "row", "tensor": "tensor"}.get(self.strategy, f"g{self.group_size}")
         if self.strategy not in ("token", "tensor", "group") or self.dynamic == (self.strategy == "tensor"):
             how = "dynamic" if self.dynamic else "static"
@@ -139,6 +140,9 @@ class Args:
             fmt = parse_format(name)
         except BitpressError as error:
             return str(error)
+        if parameters == "local":
+            local = cls(4, "float", True, *_NVFP4_GROUPS, dynamic="local", scale_dtype="torch.float8_e4m3fn")
+            return local if fmt.name == NVFP4 else f"{refused}; {NVFP4} it does"
         group = fmt.block.cols if isinstance(fmt.block.cols, int) else None
         strategy = "tensor" if fmt.block.name == "tensor" else "token" if group is None else "group"
         whole = isinstance(fmt.grid, Integer)

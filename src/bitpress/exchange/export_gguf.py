@@ -92,7 +92,7 @@ class GgufExporter:
                     writer.write_tensor_data(factors[tensor.name].numpy())
                 progress.advance(tensor.parameter)
         except OSError as error:
-            raise DiskError(f"{target}: cannot be written: {error.strerror}.") from error
+            raise DiskError(f"{target}: cannot be written: {error.strerror or error}.") from error
         finally:
             writer.close()
         _sync(target)
@@ -222,7 +222,10 @@ class _Made:
         pieces = [piece.cut(value) for piece in tensor.pieces]
         values = pieces[0] if len(tensor.shape) == pieces[0].ndim else torch.stack(pieces)
         values = values if order is None else values[order]
-        return values.to({name: dtype for dtype, name in _PLAIN.items()}[tensor.kind])
+        made = values.to({name: dtype for dtype, name in _PLAIN.items()}[tensor.kind])
+        if (lost := added_error(values, made)) > self.added.get(tensor.parameter, 0.0):
+            self.added[tensor.parameter] = lost
+        return made
 
     def _read(self, tensor: _Tensor) -> torch.Tensor | CompressedLayer:
         """Return what becomes of a parameter: its values, or the layer whose codes are written."""

@@ -27,9 +27,11 @@ def plan_fates(
     for parameter, record in checkpoint.manifest.weights.items():
         why = "every weight is decoded" if target is None else _refusal(parameter, record, target, tables, names)
         if why is not None and record.input is not None:
+            more = "" if why.startswith("the input of its product is rounded (") else f" ({why})"
             raise UsageError(
                 f"{checkpoint.root}: {parameter}: the input of its product is rounded ({record.input['format']}), which {name} cannot say "
-                f"of such a layer ({why}); without it the model would compute something else."
+                f"of such a layer{more}; without it the model would compute something else. Quantize the original model without `inputs`, or "
+                "with those that the target has."
             )
         if why is None:
             fates[parameter] = Fate("exact")

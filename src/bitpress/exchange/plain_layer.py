@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer as Int
 
 from bitpress.errors import BitpressError, FormatError
-from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, Format, Packed, parse_format
+from bitpress.formats import CompressedLayer, CompressedWeight, Format, InputFormat, Packed, parse_format
 from bitpress.formats.grids.grid import Params
 from bitpress.formats.maps.map import Permutation
 
@@ -73,7 +73,7 @@ def make_packed(
     shape: tuple[int, int],
     tensors: Mapping[str, torch.Tensor],
     order: torch.Tensor | None = None,
-    input: ActivationFormat | None = None,
+    input: InputFormat | None = None,
 ) -> CompressedLayer:
     """Put such a layer together of the tensors of its term as we store them, and check it. Raises FormatError."""
     made = CompressedLayer(

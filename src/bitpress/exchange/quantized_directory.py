@@ -14,7 +14,7 @@ from bitpress.checkpoints.safetensors_file import TensorEntry, read_tensor
 from bitpress.checkpoints.side_files import read_side_file
 from bitpress.checkpoints.source import SourceCheckpoint
 from bitpress.errors import BitpressError, CheckpointError
-from bitpress.exchange.source import DirectoryFormat, ReadTensor, StoredLayer
+from bitpress.exchange.source import HEADERS, DirectoryFormat, ReadTensor, StoredLayer
 from bitpress.formats import CompressedLayer
 
 __all__ = ["QuantizedDirectory"]
@@ -41,7 +41,7 @@ class QuantizedDirectory:
         source = SourceCheckpoint.open(path, quantized=True)
         layers = _find_layers({name: entry for name, (_, entry) in source.tensors.items()}, format)
         try:
-            entries = format.entries(source.config, layers)
+            entries = format.entries({**source.config, HEADERS: source.said}, layers)
         except BitpressError as error:
             raise CheckpointError(f"{source.root / 'config.json'}: {error}") from error
         stacks = _find_stacks(source, format)

@@ -19,6 +19,7 @@ class ForeignRuntime:
     table     the format of an embedding table and of a head; keep: 16 bits
     name      of what is written, below the directory of the model
     joins     whether it joins weights that share an input into one product, so that they must have one format
+    divides   whether it divides a model among devices by the rules of `bitpress.exchange.tensor_parallel`
     experts   which experts must have one format, those of a block or of the model; apart: none
     source    where the formats are from
     """
@@ -30,6 +31,7 @@ class ForeignRuntime:
     table: str
     name: str
     joins: bool
+    divides: bool
     experts: Literal["apart", "block", "model"]
     source: str
 
@@ -50,6 +52,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="vllm",
         joins=True,
+        divides=True,
         experts="block",
         source="vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py (4 and 8 bits in every "
         "version, others in new ones) and utils/marlin_utils.py (groups of 32, 64, 128, rows); of experts compressed_tensors_moe.py there",
@@ -62,6 +65,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="transformers",
         joins=False,
+        divides=False,
         experts="model",
         source="compressed_tensors/compressors/pack_quantized; of experts transformers/integrations/compressed_tensors.py",
     ),
@@ -80,6 +84,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="int8-g32",
         name="model.gguf",
         joins=False,
+        divides=False,
         experts="apart",
         source="ggml/src/ggml-common.h, and the types that llama.cpp's src/llama-quant.cpp falls back to",
     ),
@@ -91,6 +96,7 @@ RUNTIMES: dict[str, ForeignRuntime] = {
         table="keep",
         name="mlx",
         joins=False,
+        divides=False,
         experts="apart",
         source="mlx.core.quantize: groups of 32, 64 and 128, bits 2, 3, 4, 5, 6 and 8",
     ),

@@ -19,6 +19,7 @@ from bitpress.formats import CompressedLayer
 from bitpress.progress import Progress
 
 __all__ = [
+    "HEADERS",
     "DirectoryFormat",
     "Ecosystem",
     "Exporter",
@@ -169,6 +170,9 @@ class Exporter(Protocol):
         ...
 
 
+# Where `DirectoryFormat.entries` finds what the headers of the weight files say, as safetensors calls it; no configuration has such a key.
+HEADERS = "__metadata__"
+
 ReadTensor = Callable[[str], torch.Tensor]
 
 
@@ -193,6 +197,8 @@ class DirectoryFormat(Target, Protocol):
     @staticmethod
     def entries(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, TensorEntry]]) -> Mapping[str, Mapping[str, Any]]:
         """Return what a configuration says of each of these layers, which come with their tensors below their names.
+
+        Under `HEADERS` the configuration holds what the headers of the weight files say.
 
         Raises FormatError for a version or a setting that is not known, by name.
         """

@@ -21,6 +21,7 @@ from bitpress.exchange.mlx import Mlx
 from bitpress.exchange.quantized_directory import QuantizedDirectory
 from bitpress.exchange.safetensors_directory import SafetensorsDirectory
 from bitpress.exchange.source import DirectoryFormat, Ecosystem, Exporter, LayerFormat, Source
+from bitpress.exchange.torchao import Torchao
 
 __all__ = [
     "DIRECTORY_FORMATS",
@@ -43,7 +44,7 @@ DIRECTORY_FORMATS: dict[str, type[DirectoryFormat]] = {
     "mlx": Mlx,
 }
 # The same for what is read and not written.
-READ_ALONE: dict[str, type[DirectoryFormat]] = {"bitsandbytes-int8": BitsandbytesInt8}
+READ_ALONE: dict[str, type[DirectoryFormat]] = {"bitsandbytes-int8": BitsandbytesInt8, "torchao": Torchao}
 
 
 @dataclass(frozen=True)

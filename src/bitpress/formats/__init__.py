@@ -1,7 +1,9 @@
 """Number formats: grids, blocks, bit layouts, packed terms, and weights as sums of terms. No I/O, no model."""
 
 from bitpress.formats.activation import ActivationFormat
+from bitpress.formats.attention import OPERANDS, AttentionOperands
 from bitpress.formats.block import Block
+from bitpress.formats.channels import ChannelFormat, InputFormat
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, SharedParams, StoredParam, Streamed, Tabled
@@ -28,14 +30,17 @@ __all__ = [
     "LAYOUTS",
     "LOSSLESS",
     "MAPS",
+    "OPERANDS",
     "PATTERNS",
     "SCALES",
     "SHORT",
     "TERMS",
     "ActivationFormat",
     "AnyFormat",
+    "AttentionOperands",
     "Block",
     "Chain",
+    "ChannelFormat",
     "CompressedLayer",
     "CompressedWeight",
     "DFloat11",
@@ -44,6 +49,7 @@ __all__ = [
     "Format",
     "Grid",
     "Hadamard",
+    "InputFormat",
     "Integer",
     "Kept",
     "Kronecker",

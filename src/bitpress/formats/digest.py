@@ -10,4 +10,4 @@ __all__ = ["digest"]
 
 def digest(w_hat: Float[torch.Tensor, "rows in"]) -> str:
     """Return the SHA-256 of a decoded weight's float32 values, to compare after the file is read again."""
-    return hashlib.sha256(w_hat.contiguous().numpy().data).hexdigest()
+    return hashlib.sha256(w_hat.contiguous().cpu().numpy().data).hexdigest()

@@ -21,7 +21,7 @@ from bitpress.formats.grids.grid import EvenlySpaced, Grid, Params, Streamed
 from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layouts.dense import code_dtype
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "inside_range"]
 
 # Number of levels decoded at a time to find the ends of every block: 16 MB.
 DECODED_TOGETHER = 1 << 22
@@ -44,7 +44,7 @@ def fake_quantize(x: Float[torch.Tensor, "*shape"], fmt: Format, params: Params 
     elif not bool(torch.isfinite(flat).all()):
         raise NumericsError("the tensor holds a NaN or an infinity.")
     quantized = fmt.decode(fmt.encode(flat, params), params).to(x.dtype).reshape(x.shape)
-    inside = _inside(flat, fmt, params).reshape(x.shape) if x.requires_grad else None
+    inside = inside_range(flat, fmt, params).reshape(x.shape) if x.requires_grad else None
     result: torch.Tensor = _StraightThrough.apply(x, quantized, inside)
     return result
 
@@ -60,7 +60,8 @@ class _StraightThrough(torch.autograd.Function):
         return torch.where(ctx.inside, gradients[0], 0.0), None, None
 
 
-def _inside(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) -> Bool[torch.Tensor, "rows cols"]:
+def inside_range(x: Float[torch.Tensor, "rows cols"], fmt: Format, params: Params) -> Bool[torch.Tensor, "rows cols"]:
+    """Return which values round without clamping; all of them for grids whose levels have no order."""
     grid: Any = fmt.grid  # the protocol does not say so, but grids are frozen, and a key
     codes = _outer_codes(grid)
     if codes is None:

@@ -20,7 +20,7 @@ from bitpress.formats.grids.grid import Grid, OwnSearch, Params, SharedParams, S
 from bitpress.formats.layouts.dense import row_bytes
 from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.scale_runs import RunCodes
-from bitpress.formats.scale_store import ScaleStore, first_trials
+from bitpress.formats.scale_store import ScaleStore, first_trials, shared_name
 from bitpress.formats.scales import SCALES
 
 __all__ = ["Format"]
@@ -192,7 +192,7 @@ class Format:
         if isinstance(self.grid, Streamed):
             return self.encode_columns(w.float(), self._spread(params, (w.shape[0], w.shape[1])))
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
-        return self._from_blocks(codes, w.shape[0], self.grid.span)
+        return self.from_blocks(codes, w.shape[0], self.grid.span)
 
     def decode(self, codes: Int[torch.Tensor, "codes_down codes_across"], params: Params) -> Float[torch.Tensor, "out in"]:
         """Return the weights in float32: `(codes - zero) * scale` for integers."""
@@ -200,7 +200,7 @@ class Format:
             shape = (codes.shape[0] * self.rows_per_code, codes.shape[1])
             return self.decode_columns(codes, self._spread(params, shape))
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
-        return self._from_blocks(values, codes.shape[0])
+        return self.from_blocks(values, codes.shape[0])
 
     def encode_columns(
         self, values: Float[torch.Tensor, "out cols"], params: Params
@@ -245,10 +245,13 @@ class Format:
                 chosen[p.name] = torch.where(better.view(*better.shape, *(1 for _ in p.shape)), trial[p.name], best[p.name])
         return chosen
 
-    def stored(self, params: Params) -> Params:
-        """Return parameters that a method chose itself, rounded as stored, with the values that scales share."""
+    def stored(self, params: Params, shared: Params | None = None) -> Params:
+        """Return parameters that a method chose itself, rounded as stored, with the values that scales share: those in `shared`, or new ones."""
         grid = next(params[p.name].shape[:2] for p in self.grid.params if p.scope == "block")
-        outer = {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()}
+        chosen = (
+            {p.name: self.store.outer(params[p.name].reshape(grid[0], -1)) for p in self._scales()} if shared is None else {}
+        )
+        outer = chosen if shared is None else self._known_outer(shared)
         rounded = self._rounded(self.per_block(params), self._outer_by_block(outer, (grid[0], grid[1])))
         kept = {p.name: rounded[p.name].reshape(params[p.name].shape) for p in self.grid.params}
         return kept | {shared_name(p, part): t for p, parts in outer.items() for part, t in parts.items()}
@@ -386,15 +389,10 @@ class Format:
         down, across = values.shape[0] // rows, values.shape[1] // cols
         return values.reshape(down, rows, across, cols).transpose(1, 2).reshape(-1, rows * cols)
 
-    def _from_blocks(self, blocks: torch.Tensor, out_features: int, unit: int = 1) -> torch.Tensor:
+    def from_blocks(self, blocks: torch.Tensor, out_features: int, unit: int = 1) -> torch.Tensor:
+        """Return what `to_blocks` cut, as `[out, in / unit]`."""
         width = blocks.numel() // out_features
         rows, cols = self._extent((out_features, width), unit)
         if rows == 1:
             return blocks.reshape(out_features, width)
-        down, across = out_features // rows, width // cols
-        return blocks.reshape(down, across, rows, cols).transpose(1, 2).reshape(out_features, width)
-
-
-def shared_name(param: str, part: str) -> str:
-    """Return the name of a stored tensor of a parameter: its own, or a part that many values share."""
-    return f"{param}_{part}" if part else param
+        return blocks.reshape(out_features // rows, width // cols, rows, cols).transpose(1, 2).reshape(out_features, width)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats.activation import ActivationFormat
+from bitpress.formats.channels import ChannelFormat, InputFormat, build_input, expected_input
 from bitpress.formats.format import Expected
 from bitpress.formats.weight import CompressedWeight
 
@@ -24,10 +24,12 @@ _PREFIX = "input."
 @dataclass(frozen=True)
 class CompressedLayer:
     weight: CompressedWeight
-    input: ActivationFormat | None = None
+    input: InputFormat | None = None
 
     def __post_init__(self) -> None:
-        if self.input is not None:
+        if isinstance(self.input, ChannelFormat):
+            self.input.fits(self.weight.shape[1])
+        elif self.input is not None:
             self.input.format.block_grid((1, self.weight.shape[1]))  # raises FormatError where the block does not fit
 
     @property
@@ -36,7 +38,11 @@ class CompressedLayer:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return self.weight.device
+
+    def to(self, device: torch.device) -> "CompressedLayer":
+        """Return the layer on another device; itself where it is there."""
+        return CompressedLayer(self.weight.to(device), self.input and self.input.to(device))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all stored tensors by name."""
@@ -56,7 +62,7 @@ class CompressedLayer:
         tensors = CompressedWeight.expected(spec)
         if input_spec is None:
             return tensors
-        own = ActivationFormat.expected(input_spec, spec["shape"][1])
+        own = expected_input(input_spec, spec["shape"][1])
         return tensors | {f"{_PREFIX}{name}": entry for name, entry in own.items()}
 
     @classmethod
@@ -69,12 +75,12 @@ class CompressedLayer:
         """Put a layer together and check it: the exact key set, dtypes, shapes, and content used as an address."""
         own = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
         weight = CompressedWeight.build(spec, {name: t for name, t in tensors.items() if not name.startswith(_PREFIX)})
-        expected = {} if input_spec is None else ActivationFormat.expected(input_spec, weight.shape[1])
+        expected = {} if input_spec is None else expected_input(input_spec, weight.shape[1])
         got = {name: (t.dtype, tuple(t.shape)) for name, t in own.items()}
         if got != expected:
             raise FormatError(f"the input's tensors are {got} where {expected} are needed.")
         if input_spec is None:
             return cls(weight)
-        made = ActivationFormat.build(input_spec, own)
+        made = build_input(input_spec, own)
         made.check()
         return cls(weight, made)

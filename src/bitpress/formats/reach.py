@@ -31,7 +31,7 @@ def lost_rows(w: Float[torch.Tensor, "out in"], fmt: Format) -> Bool[torch.Tenso
     """Return a mask of the rows of a finite weight that lose their size in this format."""
     rows, _ = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     largest = w.abs().max()
-    none = torch.zeros(w.shape[0], dtype=torch.bool)
+    none = torch.zeros(w.shape[0], dtype=torch.bool, device=w.device)
     if not float(largest):
         return none
     # Relative to the largest weight: squares of the smallest and the largest float32 values are out of the range of float32.
@@ -64,7 +64,7 @@ def changed_rows(
     rows, _ = fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)
     largest = torch.maximum(w.abs().max(), w_hat.abs().max())
     if not float(largest):
-        return torch.zeros(w.shape[0], dtype=torch.bool)
+        return torch.zeros(w.shape[0], dtype=torch.bool, device=w.device)
     before, after = ((m / largest).square().sum(1).view(-1, rows).sum(1) for m in (w.float(), w_hat))
     changed = ((after < before / 16) | (after > before * 16)) & (before > SMALLEST * before.max())
     return changed.repeat_interleave(rows)

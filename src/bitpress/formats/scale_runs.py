@@ -78,8 +78,10 @@ class RunCodes:
         return {"": pack(codes, self.bits), "run": outer["run"][:, :: self.run].to(torch.float16).contiguous()}
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        codes = unpack(stored[""], self.bits, across).float() - self.offset
-        return codes * stored["run"].float().repeat_interleave(self.run, 1)[:, :across]
+        return (unpack(stored[""], self.bits, across).float() - self.offset) * self.stored_outer(stored, across)["run"]
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"run": stored["run"].float().repeat_interleave(self.run, 1)[:, :across]}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 
-__all__ = ["Outer", "ScaleStore", "Shapes", "first_trials"]
+__all__ = ["Outer", "ScaleStore", "Shapes", "first_trials", "shared_name"]
 
 Outer = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -44,6 +44,10 @@ class ScaleStore(Protocol):
         """Return the scales in float32."""
         ...
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        """Return the shared values of a file, as `outer` returns them: scales that were stored are rounded to themselves by these."""
+        ...
+
     def expected(self, down: int, across: int) -> Shapes:
         """Return dtype and shape of every tensor of a file."""
         ...
@@ -73,3 +77,8 @@ def first_trials(store: ScaleStore, scale: torch.Tensor, outer: Outer, bits: flo
         return [nearest, below, above]
     other = torch.where(nearest < scale, above, torch.where(nearest > scale, below, nearest))
     return [nearest] if torch.equal(other, nearest) else [nearest, other]
+
+
+def shared_name(param: str, part: str) -> str:
+    """Return the name of a stored tensor of a parameter: its own, or a part that many values share."""
+    return f"{param}_{part}" if part else param

@@ -19,17 +19,17 @@ Values that many scales share (`outer`) are chosen once, from scales that clip n
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float
 
 from bitpress.errors import FormatError, NumericsError
+from bitpress.formats.double_quantized import DoubleQuantized
 from bitpress.formats.layouts.dense import pack, row_bytes, unpack
 from bitpress.formats.scale_runs import RunCodes
 from bitpress.formats.scale_store import Outer, ScaleStore, Shapes
 
-__all__ = ["SCALES", "DoubleQuantized", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts"]
+__all__ = ["SCALES", "IntegerCodes", "MicroFloat", "Plain", "PowerOfTwo", "RowShifts"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Plain:
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return stored[""].float()
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (self.dtype, (down, across))}
@@ -103,6 +106,9 @@ class PowerOfTwo:
         if bool((stored[""] == 255).any()):
             raise FormatError("an e8m0 scale is 255 (NaN); the file is damaged.")
         return _power_of_two(stored[""].to(torch.int32) - 127)
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, across))}
@@ -172,6 +178,9 @@ class MicroFloat:
             raise FormatError("the scale of a tensor is a NaN or an infinity.")
         return self._decoded(stored[""].contiguous().view(torch.float8_e4m3fn), tensor)
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"tensor": stored["tensor"].reshape(1, 1)}
+
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, across)), "tensor": (torch.float32, (1,))}
 
@@ -223,6 +232,9 @@ class IntegerCodes:
 
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return unpack(stored[""], self.bits, across).float() * stored["row"][:, None]
+
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"row": stored["row"][:, None]}
 
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
@@ -282,6 +294,9 @@ class RowShifts:
     def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
         return self._decoded(unpack(stored[""], self.bits, across), stored["row"][:, None])
 
+    def stored_outer(self, stored: Mapping[str, torch.Tensor], across: int) -> dict[str, torch.Tensor]:
+        return {"row": stored["row"][:, None]}
+
     def expected(self, down: int, across: int) -> Shapes:
         return {"": (torch.uint8, (down, row_bytes(across, self.bits))), "row": (torch.float32, (down,))}
 
@@ -306,78 +321,6 @@ class RowShifts:
         scale = row * _power_of_two(-codes.to(torch.int32))
         # A NaN row factor must be found even if no scale uses it.
         return torch.where((codes == self._none) & torch.isfinite(row), 0.0, scale)
-
-
-@dataclass(frozen=True)
-class DoubleQuantized:
-    """Scales minus their mean, in blocks of 256 over the tensor, as codes of the 8-bit dynamic map times the block's largest.
-
-    Source   Dettmers et al. 2023, "QLoRA", double quantization; the map is that of bitsandbytes' dynamic quantization.
-    """
-
-    block: int = 256
-
-    def outer(self, scale: Float[torch.Tensor, "down across"]) -> dict[str, torch.Tensor]:
-        offset = scale.float().mean().reshape(1, 1)
-        if not bool(torch.isfinite(offset).all()):
-            raise NumericsError("the mean of the scales is beyond the range of dq; store scales as fp32.")
-        flat = torch.nn.functional.pad((scale - offset).reshape(-1), (0, -scale.numel() % self.block))
-        largest = flat.view(-1, self.block).abs().amax(-1, keepdim=True).expand(-1, self.block)
-        return {"offset": offset, "block": largest.reshape(-1)[: scale.numel()].reshape(scale.shape)}
-
-    def round(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        return self._decoded(self._codes(scale, outer), outer)
-
-    def beside(self, scale: torch.Tensor, outer: Outer) -> tuple[torch.Tensor, torch.Tensor]:
-        nearest = self._codes(scale, outer)
-        return self._decoded((nearest - 1).clamp(min=0), outer), self._decoded((nearest + 1).clamp(max=255), outer)
-
-    @property
-    def fine_bits(self) -> int:
-        return 7  # 1/142 of the largest difference to the mean, at most: half a step of 128 levels
-
-    def pack(self, scale: Float[torch.Tensor, "down across"], outer: Outer) -> dict[str, torch.Tensor]:
-        codes = self._codes(scale, outer).to(torch.uint8)
-        block = outer["block"].reshape(-1)[:: self.block].clone(memory_format=torch.contiguous_format)
-        return {"": codes.contiguous(), "block": block, "offset": outer["offset"].reshape(1)}
-
-    def unpack(self, stored: Mapping[str, torch.Tensor], across: int) -> Float[torch.Tensor, "down across"]:
-        codes = stored[""]
-        block = stored["block"].repeat_interleave(self.block)[: codes.numel()].reshape(codes.shape)
-        return (dynamic_map().to(codes.device)[codes.long()] * block + stored["offset"].reshape(1, 1)).clamp(min=0)
-
-    def expected(self, down: int, across: int) -> Shapes:
-        blocks = -(-down * across // self.block)
-        return {"": (torch.uint8, (down, across)), "block": (torch.float32, (blocks,)), "offset": (torch.float32, (1,))}
-
-    def shared_by_rows(self) -> bool:
-        return True
-
-    @property
-    def coarseness(self) -> float:
-        return 0.5
-
-    def _codes(self, scale: torch.Tensor, outer: Outer) -> torch.Tensor:
-        levels = dynamic_map().to(scale.device)
-        block = outer["block"]
-        values = (scale - outer["offset"]) / torch.where(block == 0, 1.0, block)
-        return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
-
-    def _decoded(self, codes: torch.Tensor, outer: Outer) -> torch.Tensor:
-        return (dynamic_map().to(codes.device)[codes] * outer["block"] + outer["offset"]).clamp(min=0)
-
-
-@cache
-def dynamic_map() -> Float[torch.Tensor, " 256"]:
-    """Return the 256 levels of the signed dynamic map: for every decade, a fraction in linear steps; 7 decades at most."""
-    levels: list[float] = [0.0, 1.0]
-    for decade in range(7):
-        count = 2**decade + 1
-        edges = torch.linspace(0.1, 1, count)
-        middles = (edges[:-1] + edges[1:]) / 2
-        levels += (10.0 ** (decade - 6) * middles).tolist()
-        levels += (-(10.0 ** (decade - 6)) * middles).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
 SCALES: dict[str, ScaleStore] = {

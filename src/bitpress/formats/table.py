@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from bitpress.errors import FormatError, UsageError, shown, unknown_name
 from bitpress.foreign import foreign_hint
 from bitpress.formats.block import Block
+from bitpress.formats.double_quantized import dynamic_map
 from bitpress.formats.format import Format
 from bitpress.formats.grids.additive_book import AdditiveBook
 from bitpress.formats.grids.bitmod import bitmod
@@ -39,7 +40,7 @@ from bitpress.formats.grids.searched_float import searched_float
 from bitpress.formats.grids.shifted_levels import shifted_levels
 from bitpress.formats.grids.trellis import WIDTHS, trellis
 from bitpress.formats.layouts.table import LAYOUTS
-from bitpress.formats.scales import SCALES, dynamic_map
+from bitpress.formats.scales import SCALES
 
 __all__ = [
     "GRIDS",

@@ -101,6 +101,10 @@ class CompressedWeight:
         return self.terms[0].shape
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all stored tensors: codes, parameters, maps."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -123,9 +127,9 @@ class CompressedWeight:
         """Return the weight in float32, maps included."""
         if self.parts > 1:
             return torch.cat([part.dequantize() for part in self.apart()])
-        w = self.terms[0].dequantize()
+        w = self.terms[0].dequantize().to(self.device)  # a term without tensors is on no device
         for term in self.terms[1:]:
-            w = w + term.dequantize()
+            w = w + term.dequantize().to(self.device)
         if self.input_map is not None:
             w = self.input_map.apply_transposed(w)
         if self.output_map is not None:
@@ -178,6 +182,15 @@ class CompressedWeight:
             if tensors[name].dtype != dtype or tuple(tensors[name].shape) != dims:
                 got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
                 raise FormatError(f"{name} is {got} where {dtype} {list(dims)} is needed.")
+        weight = cls._joined(spec, tensors)
+        for part in (*weight.terms, weight.input_map, weight.output_map):
+            if part is not None:
+                part.check()
+        return weight
+
+    @classmethod
+    def _joined(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "CompressedWeight":
+        """Put a weight together from tensors that are the right ones."""
         shape = _shape(spec)
         terms: list[Term] = []
         for i, entry in enumerate(spec["terms"]):
@@ -191,11 +204,14 @@ class CompressedWeight:
             else:
                 kind, rest = split_kind(entry, "map", ANY_MAPS)
                 changes.append(ANY_MAPS[kind].build(rest, _below(tensors, f"{side}.")))
-        weight = cls(tuple(terms), changes[0], changes[1])
-        for part in (*weight.terms, weight.input_map, weight.output_map):
-            if part is not None:
-                part.check()
-        return weight
+        return cls(tuple(terms), changes[0], changes[1])
+
+    def to(self, device: torch.device) -> "CompressedWeight":
+        """Return the weight on another device, terms and maps; itself where it is there."""
+        stored = self.tensors()
+        if all(t.device == device for t in stored.values()):
+            return self
+        return self._joined(self.spec(), {name: t.to(device) for name, t in stored.items()})
 
     def row_slice(self, start: int, stop: int) -> "CompressedWeight":
         """Return some rows as a separate weight (one expert of a stack), sharing memory."""
@@ -237,7 +253,7 @@ def _with_kinds(terms: Sequence[Term], kinds: Sequence[type[Term]]) -> list[Term
         if left and type(left[0]) is kind:
             filled.append(left.pop(0))
         elif kind is Sparse:
-            filled.append(Sparse.empty(terms[0].shape))
+            filled.append(Sparse.empty(terms[0].shape, next(iter(terms[0].tensors.values())).device))
         else:
             break
     if left or len(filled) < len(kinds):

@@ -6,6 +6,8 @@
     scales   as the format stores them, 16 rows side by side; zero points and minima likewise
     table    grids of up to 16 levels: the levels in float, and the bytes nearest to them for products with 8-bit activations
     map      of the inputs, applied to a row before its product: gathers, scales, rotations that are products of small factors
+    rounding of the inputs behind the map, where the model has one of its own: integers, and products with integers of weights are sums
+             of whole numbers (`kernels.integers`)
     dense    fp16 with a factor a row, or bf16: terms whose grids have no layout here, and weights that are not compressed
 
 `lay_out` makes a `NativeLayout` of a weight. It repeats no choice that the format has made already, so `row` returns the values of
@@ -21,8 +23,9 @@ import torch
 from jaxtyping import Float
 
 from bitpress import native
-from bitpress.formats import CompressedWeight
+from bitpress.formats import ActivationFormat, ChannelFormat, CompressedWeight, InputFormat
 from bitpress.formats.format import Format
+from bitpress.formats.grids.integer import Integer
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.kept import Kept
@@ -30,6 +33,7 @@ from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
+from bitpress.kernels.integers import repeats_scales, run_columns
 from bitpress.kernels.native_codes import Codes, plan_codes
 from bitpress.kernels.native_scales import native_floats, native_scales
 
@@ -55,14 +59,17 @@ class NativeLayout:
         return values
 
 
-def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None) -> NativeLayout:
-    """Lay a compressed weight out. Raises KernelUnavailable without the native library."""
+def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None, inputs: InputFormat | None = None) -> NativeLayout:
+    """Lay a compressed weight out, for inputs that `refuses_input` accepts. Raises KernelUnavailable without the native library."""
+    assert not isinstance(inputs, ChannelFormat), inputs.name
     strips = _empty(weight.shape)
     if weight.input_map is not None:
         strips.linear.set_map(_steps(weight.input_map))
     if weight.output_map is not None:
         strips.linear.set_out_map(_steps(weight.output_map))
-    _add_terms(strips, weight.terms)
+    if inputs is not None:
+        strips.linear.set_rounding(_rounding(inputs, weight.shape[1]))
+    _add_terms(strips, weight.terms, inputs)
     return _with_bias(strips, bias)
 
 
@@ -76,6 +83,18 @@ def lay_out_matrix(w: Float[torch.Tensor, "out in"], bias: torch.Tensor | None =
 def reason_to_expand(weight: CompressedWeight) -> str | None:
     """Say which part of a weight would be decoded to 16 bits, or None."""
     return next((reason for term in weight.terms if (reason := _term_reason(term)) is not None), None)
+
+
+def _rounding(inputs: ActivationFormat, columns: int) -> dict[str, Any]:
+    """Return the rounding of inputs as native code takes it."""
+    fmt, grid = inputs.format, inputs.format.grid
+    assert isinstance(grid, Integer), fmt.name
+    rounding = {"bits": grid.bits, "has_zero": grid.zero, "group": fmt.block.resolve((1, columns))[1]}
+    if inputs.parameters == "dynamic":
+        return {**rounding, "kind": fmt.scale}
+    params = inputs.stored()
+    zero = params["zero"] if grid.zero else torch.tensor(1 << (grid.bits - 1))
+    return {**rounding, "kind": "fp32", "scale": float(params["scale"]), "zero": int(zero)}
 
 
 def _steps(change: Map) -> list[dict[str, Any]]:
@@ -139,13 +158,13 @@ def _with_bias(strips: NativeLayout, bias: torch.Tensor | None) -> NativeLayout:
     return strips
 
 
-def _add_terms(strips: NativeLayout, terms: tuple[Term, ...]) -> None:
+def _add_terms(strips: NativeLayout, terms: tuple[Term, ...], inputs: ActivationFormat | None) -> None:
     low_rank, sparse = False, False
     rest: torch.Tensor | None = None
     for term in terms:
         reason = _term_reason(term)
         if isinstance(term, Packed) and reason is None:
-            _add_packed(strips.linear, term)
+            _add_packed(strips.linear, term, inputs=inputs)
         elif isinstance(term, Kept) and reason is None:
             if term.count:
                 _add_packed(strips.linear, term.packed, term.chosen()[0].nonzero()[:, 0])
@@ -215,12 +234,15 @@ def has_layout(fmt: Format) -> bool:
     return bool(plan_codes(fmt))
 
 
-def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -> None:
-    """Add the codes of a term: of all columns of a layer, or of those picked."""
+def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None, inputs: ActivationFormat | None = None) -> None:
+    """Add the codes of a term: of all columns of a layer, or of those picked. Blocks are cut where groups of rounded inputs end."""
     fmt = term.format
     rows, cols = fmt.block.resolve(term.shape, fmt.grid.span)
     down, across = fmt.block_grid(term.shape)
     params = term.unpack_params()
+    cut = cols
+    if inputs is not None and isinstance(fmt.grid, Integer) and repeats_scales(fmt):
+        cut = run_columns(fmt, inputs.format, term.shape)
     for plan in plan_codes(fmt):
         scales = native_scales(term, plan.plane, plan.planes)
         table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
@@ -229,11 +251,11 @@ def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -
         linear.add_codes(
             _code_bytes(plan.take(term), plan.bits),
             plan.bits,
-            cols,
+            cut,
             scales.kind,
-            scales.values,
+            _repeated(scales.values, across, cols // cut),
             plan.gain * scales.gain,
-            zeros,
+            None if zeros is None else _repeated(zeros, across, cols // cut),
             plan.zero,
             table,
             levels,
@@ -246,6 +268,14 @@ def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None) -
             picked=None if picked is None else picked.to(torch.int32).numpy(),
             less=_less(term, plan),
         )
+
+
+def _repeated(values: np.ndarray, across: int, times: int) -> np.ndarray:
+    """Return the bytes of values `[down, across]` with every value repeated along its row."""
+    if times == 1:
+        return values
+    each = values.reshape(values.shape[0], across, -1).repeat(times, axis=1)
+    return np.ascontiguousarray(each).reshape(values.shape[0], -1)
 
 
 def _less(term: Packed, plan: Codes) -> dict[str, Any] | None:

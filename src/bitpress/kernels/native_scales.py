@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitpress.formats.double_quantized import dynamic_map
 from bitpress.formats.layouts.dense import unpack
 from bitpress.formats.scale_runs import RunCodes
-from bitpress.formats.scales import IntegerCodes, dynamic_map
+from bitpress.formats.scales import IntegerCodes
 from bitpress.formats.terms.packed import Packed
 
 __all__ = ["NativeScales", "native_floats", "native_scales"]

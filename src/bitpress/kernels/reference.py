@@ -29,16 +29,16 @@ class Reference:
             x = weight.input_map.apply(x)
         if layer.input is not None:
             x = layer.input.round(x)
-        first, *others = self._decoded(weight, x.dtype)
+        first, *others = self._decoded(weight, x)
         y = torch.nn.functional.linear(x, first)
         for term in others:
             y = y + torch.nn.functional.linear(x, term)
         return y if weight.output_map is None else weight.output_map.apply(y)
 
-    def _decoded(self, weight: CompressedWeight, dtype: torch.dtype) -> list[torch.Tensor]:
-        if self._kept is not None and self._kept[0].dtype == dtype:
+    def _decoded(self, weight: CompressedWeight, x: torch.Tensor) -> list[torch.Tensor]:
+        if self._kept is not None and self._kept[0].dtype == x.dtype:
             return self._kept
-        decoded = [term.dequantize().to(dtype) for term in weight.terms]
+        decoded = [term.dequantize().to(x) for term in weight.terms]
         if self.keep:
             self._kept = decoded
         return decoded

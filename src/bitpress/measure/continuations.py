@@ -17,6 +17,7 @@ from jaxtyping import Integer as Int
 from bitpress.calibration import Samples
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.devices import usable_bytes
 from bitpress.errors import BitpressError, MemoryLimitError
 from bitpress.exhaustion import is_out_of_memory
 from bitpress.measure.runtimes import Runtime
@@ -122,7 +123,7 @@ def _by_model(model: StreamedModel, prompts: Tokens, count: int) -> list[list[in
     from transformers import GenerationConfig
 
     needed = sum(p.numel() for block in model.blocks for p in block.parameters()) * model.dtype.itemsize
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available if model.device.type != "cuda" else usable_bytes(model.device)
     if needed > free // 2:
         raise MemoryLimitError(
             f"generating needs {needed:,} bytes for all weights at once, twice as many must be free, and {free:,} are."
@@ -132,7 +133,8 @@ def _by_model(model: StreamedModel, prompts: Tokens, count: int) -> list[list[in
         for i in range(len(model.blocks)):
             model.load_block_(i)
         model.model.generation_config = GenerationConfig()  # settings of the model's own would change what is most likely
-        found = model.model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+        there = prompts.to(model.device)
+        found = model.model.generate(there, attention_mask=torch.ones_like(there), generation_config=settings)
     finally:
         for i in range(len(model.blocks)):
             model.drop_block_(i)

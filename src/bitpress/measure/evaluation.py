@@ -14,6 +14,7 @@ import torch
 from bitpress.calibration import Samples
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.width import open_part
+from bitpress.devices import CPU
 from bitpress.errors import MemoryLimitError, NumericsError, UsageError
 from bitpress.evaluation.distance import by_kind, without_details
 from bitpress.formats.digest import digest
@@ -83,6 +84,7 @@ def evaluate(
     runtime: str | None = None,
     engine: EngineOptions = USUAL,
     with_runtime: bool = False,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare a compressed (or any other) model directory with the original on held-out text.
@@ -97,17 +99,16 @@ def evaluate(
     engine          options of the native engine
     with_runtime    add `runtime`: the distance through the runtime that `run` chooses, with its defaults, on at most RUNTIME_TOKENS; and of
                     models that generate `continuations`: texts of both models
+    device          where blocks and outputs are computed, but for runtimes, which are measured on the processor
     Raises CheckpointError, CalibrationError, NumericsError, UsageError, KernelUnavailable, MemoryLimitError.
     """
     progress = progress or Silent()
     directory, against = Path(directory), Path(against)
-    if checkpoint is None:
-        checkpoint = open_part(directory, memory, width)
-    if checkpoint is None and is_compressed(directory):
-        checkpoint = CompressedCheckpoint.open(directory)
+    checkpoint = checkpoint or _open_checkpoint(directory, memory, width)
     chosen = _open_runtime(directory, checkpoint, runtime, engine)
-    original = open_streamed(against, dtype)
-    candidate = open_streamed(directory, dtype if chosen is None or chosen.dtype is None else chosen.dtype, checkpoint)
+    original = open_streamed(against, dtype, device=device)
+    own = dtype if chosen is None or chosen.dtype is None else chosen.dtype
+    candidate = open_streamed(directory, own, checkpoint, device=device)
     task, config = original.task, original.model.config
     samples, length = draw_evaluation(text, task, against, config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -141,6 +142,7 @@ def evaluate_alone(
     checkpoint: CompressedCheckpoint | None = None,
     memory: int | str | None = None,
     width: int | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model directory, compressed or not, on held-out text, without an original beside it.
@@ -149,11 +151,8 @@ def evaluate_alone(
     for a model that bitpress did not write) and tokens_per_second; the rest is as for `evaluate`, and so is the perplexity.
     """
     directory, progress = Path(directory), progress or Silent()
-    if checkpoint is None:
-        checkpoint = open_part(directory, memory, width)
-    if checkpoint is None and is_compressed(directory):
-        checkpoint = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype, checkpoint)
+    checkpoint = checkpoint or _open_checkpoint(directory, memory, width)
+    model = open_streamed(directory, dtype, checkpoint, device=device)
     task = model.task
     samples, length = draw_evaluation(text, task, directory, model.model.config, count=tokens, length=length, seed=seed)
     inputs = samples.inputs
@@ -164,6 +163,12 @@ def evaluate_alone(
     figures |= _speed(task, inputs, prepared.seconds)
     stored = {"bits_per_weight": checkpoint and checkpoint.bits_per_weight, "bytes": checkpoint and checkpoint.nbytes}
     return {**figures, **stored, "text": text, "text_sha256": samples.sha256, "length": length, "seed": seed}
+
+
+def _open_checkpoint(directory: Path, memory: int | str | None, width: int | None) -> CompressedCheckpoint | None:
+    """Open what bitpress wrote, in part where that is asked for; None for another model."""
+    part = open_part(directory, memory, width)
+    return CompressedCheckpoint.open(directory) if part is None and is_compressed(directory) else part
 
 
 def _open_runtime(
@@ -229,7 +234,8 @@ def _measure_runtime(
     else:
         assert runtime.dtype is not None
         progress.begin("evaluating, as loaded", len(q.model.blocks))
-        candidate = _prepared(open_streamed(checkpoint.root, runtime.dtype, checkpoint), inputs, progress).scorer()
+        opened = open_streamed(checkpoint.root, runtime.dtype, checkpoint, device=q.model.device)
+        candidate = _prepared(opened, inputs, progress).scorer()
     figures = without_details(p.model.task.distance(p.scorer(), candidate, inputs))
     return {"name": runtime.name, "settings": dict(runtime.settings), **figures}
 

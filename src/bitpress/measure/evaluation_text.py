@@ -61,6 +61,6 @@ def distances(
 
 
 def _scorer(model: StreamedModel, states: States, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the outputs of one sample after the other."""
+    """Return the outputs of one sample after the other, on the model's device."""
     left = iter(states[name].split(1))
-    return lambda inputs: model.outputs(inputs, next(left))
+    return lambda inputs: model.outputs(inputs, next(left).to(model.device))

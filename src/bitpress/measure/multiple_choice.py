@@ -10,6 +10,7 @@ import torch
 from bitpress.calibration import begin_tokens
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.tokenizer import load_tokenizer
+from bitpress.devices import CPU
 from bitpress.errors import UsageError
 from bitpress.evaluation import Question, QuestionSet, lay_out, measure_accuracy, read_questions
 from bitpress.figures import written
@@ -105,6 +106,7 @@ def evaluate_tasks(
     documents: int = DOCUMENTS,
     dtype: torch.dtype | None = None,
     checkpoint: CompressedCheckpoint | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure the zero-shot accuracy of a compressed (or any other) model directory on tasks, by name or from files.
@@ -117,7 +119,7 @@ def evaluate_tasks(
     questions = read_tasks(tasks, documents, progress.note)
     if checkpoint is None and is_compressed(directory):
         checkpoint = CompressedCheckpoint.open(directory)
-    model = open_streamed(directory, dtype or compute_dtype("auto"), checkpoint)
+    model = open_streamed(directory, dtype or compute_dtype("auto", device), checkpoint, device=device)
     answers = Answers(model, tokenize_tasks(questions, directory, model))
     progress.begin(f"reading {', '.join(tasks)}", len(model.blocks))
     model.load_outer_()

@@ -31,7 +31,7 @@ def measure_noise(
     `note` hears of every block and sample. Raises what opening a model and measuring a distance raise.
     """
     some = {name: inputs[:FLOOR_WINDOWS] for name, inputs in texts.items()}
-    exact, _ = open_original(path, torch.float32)
+    exact, _ = open_original(path, torch.float32, device=model.device)
     exact.load_outer_()
     heldout = EvaluationText(exact, some)
     heldout.start_()

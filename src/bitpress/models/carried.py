@@ -71,6 +71,11 @@ class Carried:
         return sum(c.width for c in self._columns()) + _DIGITS
 
     @property
+    def value_columns(self) -> int:
+        """The columns that are values; those after them number the tokens."""
+        return self.width - _DIGITS
+
+    @property
     def plain_width(self) -> int:
         """The width of the hidden states that blocks return, where nothing else is carried."""
         return self._columns()[0].width
@@ -85,11 +90,11 @@ class Carried:
 
     def begin(self, tokens: Int[torch.Tensor, "batch length"]) -> Float[torch.Tensor, "batch length width"]:
         """Return the state before the first block: nothing but the text."""
-        empty = torch.zeros(*tokens.shape, self.width - _DIGITS, dtype=self.dtype)
+        empty = torch.zeros(*tokens.shape, self.width - _DIGITS, dtype=self.dtype, device=tokens.device)
         return torch.cat([empty, self._digits(tokens)], -1)
 
     def tokens(self, state: Float[torch.Tensor, "batch length width"]) -> Int[torch.Tensor, "batch length"]:
-        powers = 256 ** torch.arange(_DIGITS)
+        powers = 256 ** torch.arange(_DIGITS, device=state.device)
         return (state[..., -_DIGITS:].detach().long() * powers).sum(-1)
 
     def run(
@@ -145,7 +150,7 @@ class Carried:
         for entry in self.shared:
             value = mappings[entry.argument].get(entry.key)
             if value is None:
-                parts += [torch.zeros(*tokens.shape, c.width, dtype=self.dtype) for c in entry.columns]
+                parts += [tokens.new_zeros(*tokens.shape, c.width, dtype=self.dtype) for c in entry.columns]
             else:
                 parts += [c.pack(leaf) for c, leaf in zip(entry.columns, tensors_of(value), strict=True)]
         return torch.cat([part.to(self.dtype) for part in parts] + [self._digits(tokens)], -1)

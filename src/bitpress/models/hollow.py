@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["BREAKS", "Stop", "hollow", "stand_ins"]
+__all__ = ["BREAKS", "Stop", "buffers_on_host", "hollow", "stand_ins"]
 
 # What a model's own code may raise when its blocks return something else than it expects.
 BREAKS = (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError, AssertionError)
@@ -25,6 +25,24 @@ class Stop(Exception):
     def __init__(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.args_seen, self.kwargs_seen = args, dict(kwargs or {})
+
+
+@contextmanager
+def buffers_on_host(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model be tried on the host: buffers that are on another device come to the host, and go back."""
+    away = [
+        (module, leaf, value)
+        for module in model.modules()
+        for leaf, value in module._buffers.items()
+        if value is not None and value.device.type != "cpu"
+    ]
+    try:
+        for module, leaf, value in away:
+            module._buffers[leaf] = value.cpu()
+        yield
+    finally:
+        for module, leaf, value in away:
+            module._buffers[leaf] = value
 
 
 @contextmanager
@@ -43,7 +61,7 @@ def hollow(model: torch.nn.Module) -> Iterator[None]:
             source = (rows if value.ndim > 1 else norms)[value.dtype]
             window = source.as_strided(value.shape, _steps(value.shape))
             module._parameters[leaf] = torch.nn.Parameter(window, requires_grad=False)
-        with _InParts():
+        with _InParts(), buffers_on_host(model):
             yield
     finally:
         for module, leaf, value in held:

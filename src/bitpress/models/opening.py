@@ -10,9 +10,10 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.names import NameMap, map_names
 from bitpress.checkpoints.source import SourceCheckpoint
+from bitpress.devices import CPU
 from bitpress.errors import CheckpointError, NumericsError
 from bitpress.finite import all_finite
-from bitpress.formats import CompressedLayer
+from bitpress.formats import AttentionOperands, CompressedLayer
 from bitpress.models.rotated import RotatedNetwork
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config
@@ -44,6 +45,9 @@ class OriginalLoader:
     def load_products(self, prefix: str, exclude: str | None = None) -> dict[str, CompressedLayer]:
         return {}
 
+    def load_attention(self, prefix: str = "") -> dict[str, AttentionOperands]:
+        return {}
+
     @property
     def untied(self) -> Mapping[str, str]:
         """Return the parameters that share a tensor of the checkpoint with another one, and no longer in the model."""
@@ -73,11 +77,13 @@ class OriginalLoader:
         return value
 
 
-def open_original(path: Path, dtype: torch.dtype, rotate: Rotate | None = None) -> tuple[StreamedModel, OriginalLoader]:
-    """Open an uncompressed model for streaming, rotated where that is asked for. Raises CheckpointError."""
+def open_original(
+    path: Path, dtype: torch.dtype, rotate: Rotate | None = None, *, device: torch.device = CPU
+) -> tuple[StreamedModel, OriginalLoader]:
+    """Open an uncompressed model for streaming on a device, rotated where that is asked for. Raises CheckpointError."""
     source = SourceCheckpoint.open(path)
     config = build_config(source.config)
-    model = StreamedModel(config, None, dtype, where=str(path))
+    model = StreamedModel(config, None, dtype, device=device, where=str(path))
     entries = {name: entry for name, (_, entry) in source.tensors.items()}
     try:
         # Of a model for several kinds of input, transformers may build the text model alone.
@@ -90,16 +96,18 @@ def open_original(path: Path, dtype: torch.dtype, rotate: Rotate | None = None) 
     if rotate is not None:
         rotated, values = find_rotated(source.config, names.aliases, rotate, str(path))
         loader = OriginalLoader(source, names, values, rotated)
-        model = StreamedModel(build_config(values), None, dtype, where=str(path))
+        model = StreamedModel(build_config(values), None, dtype, device=device, where=str(path))
     model.loader = loader
     return model, loader
 
 
-def open_streamed(path: Path, dtype: torch.dtype, checkpoint: CompressedCheckpoint | None = None) -> StreamedModel:
-    """Open any model for streaming: one that bitpress wrote (decoded on the way) or an original."""
+def open_streamed(
+    path: Path, dtype: torch.dtype, checkpoint: CompressedCheckpoint | None = None, *, device: torch.device = CPU
+) -> StreamedModel:
+    """Open any model for streaming on a device: one that bitpress wrote (decoded on the way, on the host) or an original."""
     if checkpoint is None and not is_compressed(path):
-        return open_original(path, dtype)[0]
+        return open_original(path, dtype, device=device)[0]
     checkpoint = CompressedCheckpoint.open(path) if checkpoint is None else checkpoint
-    model = StreamedModel(build_config(checkpoint.config), checkpoint, dtype, where=str(checkpoint.root))
+    model = StreamedModel(build_config(checkpoint.config), checkpoint, dtype, device=device, where=str(checkpoint.root))
     checkpoint.check_fits(model.model.state_dict())
     return model

@@ -2,29 +2,35 @@
 
 The model's own code does everything outside the blocks. Its blocks are told to step aside (`forward` replaced on the instance):
 once to learn what the model passes to each of them, and later to feed stored hidden states into the norm and the head. So nothing
-here depends on an architecture. Where more than hidden states goes from block to block, or what blocks are given depends on the text,
+here depends on an architecture.
+
+A model computes on one device, where its loaded parts and what blocks are given are. Inputs and hidden states may be anywhere: results
+are where the hidden states (in `embed`, the inputs) were. Where more than hidden states goes from block to block, or what blocks are given depends on the text,
 the "hidden states" that are stored and passed on here are the states of carried.py.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 
-from bitpress.errors import CheckpointError, NumericsError
-from bitpress.formats import CompressedLayer
-from bitpress.kernels.product import LayerProduct
+from bitpress.devices import CPU
+from bitpress.errors import CheckpointError
+from bitpress.formats import AttentionOperands, CompressedLayer
+from bitpress.models.attention import attention_as_it_is, find_attentions, forget_attention_, round_attention_
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
-from bitpress.models.skeleton import build_skeleton, restore_ties_, set_parameter_
+from bitpress.models.products import products_as_they_are, set_products_
+from bitpress.models.skeleton import build_skeleton, move_buffers_, restore_ties_, set_parameter_
 from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task
 from bitpress.models.uses import Use, find_uses
 
-__all__ = ["ParameterLoader", "StreamedModel", "no_product"]
+__all__ = ["ParameterLoader", "StreamedModel"]
 
 
 class ParameterLoader(Protocol):
@@ -38,6 +44,10 @@ class ParameterLoader(Protocol):
         """Return the layers whose inputs are rounded, by the names of their weights, chosen as in `load`; decoded weights alone would not round."""
         ...
 
+    def load_attention(self, prefix: str = "") -> Mapping[str, AttentionOperands]:
+        """Return how modules below a prefix round the operands of their attention, by the modules' names."""
+        ...
+
 
 class StreamedModel:
     """A skeleton of the task that its configuration belongs to, with its outer parts loaded; blocks come and go.
@@ -45,8 +55,16 @@ class StreamedModel:
     `where` stands in errors for the configuration.
     """
 
-    def __init__(self, config: Any, loader: ParameterLoader | None, dtype: torch.dtype, *, where: str = "config.json") -> None:
-        self.dtype = dtype
+    def __init__(
+        self,
+        config: Any,
+        loader: ParameterLoader | None,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+        where: str = "config.json",
+    ) -> None:
+        self.dtype, self.device = dtype, device
         self.task = find_task(config, where)
         self._loader = loader
         self.model = build_skeleton(config, dtype, where=where)
@@ -75,11 +93,23 @@ class StreamedModel:
         """What the model does with each of its matrices."""
         return find_uses(self.model, self.task)
 
+    @cached_property
+    def attentions(self) -> dict[str, dict[str, int]]:
+        """The modules of the blocks that compute an attention: the values of a token and head of each operand. Raises CheckpointError."""
+        found = find_attentions(self.model, self.task)
+        inside = {name: sizes for name, sizes in found.items() if name.startswith(f"{self.stack}.")}
+        if not inside:
+            raise CheckpointError(
+                f"{type(self.model).__name__}: no attention of its blocks goes through transformers' interface."
+            )
+        return inside
+
     def block_name(self, i: int) -> str:
         return f"{self.stack}.{i}"
 
     def load_outer_(self) -> dict[str, torch.Tensor]:
-        """Load everything that is in no block (embeddings, norms, head) and give it as stored."""
+        """Load everything that is in no block (embeddings, norms, head) and give it as stored, on the host."""
+        move_buffers_(self.model, self.device)
         tensors = self.loader.load("", exclude=f"{self.stack}.")
         self.fill_outer_(tensors)
         products = self.loader.load_products("", exclude=f"{self.stack}.")
@@ -100,35 +130,49 @@ class StreamedModel:
         for name, value in list(self.model.named_parameters()):
             if not name.startswith(f"{self.stack}."):
                 set_parameter_(self.model, name, torch.empty_like(value, device="meta"))
+        move_buffers_(self.model, CPU)
 
     def load_block_(self, i: int) -> dict[str, torch.Tensor]:
-        """Load one block and give its tensors as stored."""
-        tensors = self.loader.load(f"{self.block_name(i)}.")
+        """Load one block and give its tensors as stored, on the device."""
+        tensors = {name: value.to(self.device) for name, value in self.loader.load(f"{self.block_name(i)}.").items()}
         self.fill_(tensors)
         self.set_products_(self.loader.load_products(f"{self.block_name(i)}."))
+        self.set_attention_(self.loader.load_attention(f"{self.block_name(i)}."))
         return tensors
 
     def fill_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set parameters, floating ones in the type that the model computes in."""
         for name, value in tensors.items():
-            set_parameter_(self.model, name, value.to(self.dtype) if value.is_floating_point() else value)
+            set_parameter_(self.model, name, value.to(self.device, self.dtype if value.is_floating_point() else None))
 
     def set_products_(self, layers: Mapping[str, CompressedLayer]) -> None:
         """Let these layers compute the products with their weights, until the block is dropped. Raises CheckpointError where a module
         computes in a way of its own."""
-        for name, layer in layers.items():
-            module = self.model.get_submodule(name.rpartition(".")[0])
-            if (why := no_product(module, name)) is not None:
-                raise CheckpointError(f"{name}: its input is rounded ({layer.input and layer.input.name}), and {why}.")
-            module.forward = partial(_forward, name, module, LayerProduct(layer, keep=True))
+        set_products_(self.model, layers, self.device)
+
+    def set_attention_(self, operands: Mapping[str, AttentionOperands]) -> None:
+        """Let modules round the operands of their attention until their block is dropped. Raises CheckpointError."""
+        round_attention_(self.model, operands)
+
+    @contextmanager
+    def unrounded(self, i: int) -> Iterator[None]:
+        """Let a block compute with its parameters as they are in the meantime, nothing rounded."""
+        with products_as_they_are(self.blocks[i]), attention_as_it_is(self.blocks[i]):
+            yield
 
     def drop_block_(self, i: int) -> None:
         """Return the block's memory back."""
+        forget_attention_(self.blocks[i])
         for module in self.blocks[i].modules():
             if module is not self.blocks[i]:
                 module.__dict__.pop("forward", None)
         for name, value in list(self.blocks[i].named_parameters()):
             set_parameter_(self.blocks[i], name, torch.empty_like(value, device="meta"))
+
+    @property
+    def value_columns(self) -> int | None:
+        """How many of the first columns of what goes from block to block are values, where others number the tokens; None for all."""
+        return None if self._carried is None else self._carried.value_columns
 
     @property
     def width(self) -> int:
@@ -140,6 +184,9 @@ class StreamedModel:
     def embed(self, inputs: Inputs) -> Float[torch.Tensor, "samples positions hidden"]:
         """Return the first block's input, and note what the model passes to every block for this shape."""
         self._look_()
+        return self._embed(inputs.to(self.device)).to(inputs.device)
+
+    def _embed(self, inputs: torch.Tensor) -> torch.Tensor:
         arguments = None
         if self._carried is None and inputs.shape not in self._seen:
             arguments = self._learn_arguments(inputs)
@@ -164,7 +211,7 @@ class StreamedModel:
         self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"]
     ) -> Float[torch.Tensor, "samples positions hidden"]:
         """Run one loaded block on hidden states of a shape that `embed` has seen."""
-        return self._run_block(i, hidden)
+        return self._run_block(i, hidden.to(self.device)).to(hidden.device)
 
     def _run_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
         if self._carried is not None:
@@ -174,12 +221,21 @@ class StreamedModel:
         result: torch.Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
+    def run_block_with(
+        self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"], values: Mapping[str, torch.Tensor]
+    ) -> Float[torch.Tensor, "samples positions hidden"]:
+        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these."""
+        prefix = f"{self.block_name(i)}."
+        inside = {f"block.{name.removeprefix(prefix)}": value.to(self.dtype) for name, value in values.items()}
+        out: torch.Tensor = torch.func.functional_call(_Runner(self, i), inside, (hidden,))
+        return out
+
     @torch.no_grad()
     def outputs(
         self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
     ) -> Float[torch.Tensor, "samples ..."]:
         """Return what the model says of the inputs (a language model: logits), from the last block's output."""
-        return self._outputs(inputs, hidden)
+        return self._outputs(inputs.to(self.device), hidden.to(self.device)).to(hidden.device)
 
     def loss_gradient(
         self,
@@ -187,11 +243,11 @@ class StreamedModel:
         hidden: Float[torch.Tensor, "samples positions hidden"],
         loss: Callable[[torch.Tensor], torch.Tensor],
     ) -> Float[torch.Tensor, "samples positions hidden"]:
-        """Return the gradient, by the last block's output, of a loss of what the model says."""
+        """Return the gradient, by the last block's output, of a loss of what the model says, which is on the device."""
         with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(self._outputs(inputs, leaf)), leaf)
-        return gradient
+            leaf = hidden.detach().to(self.device).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(self._outputs(inputs.to(self.device), leaf)), leaf)
+        return gradient.to(hidden.device)
 
     def block_gradients(
         self,
@@ -200,20 +256,23 @@ class StreamedModel:
         gradient: Float[torch.Tensor, "samples positions hidden"],
         parameters: Sequence[str],
     ) -> tuple[Float[torch.Tensor, "samples positions hidden"], list[torch.Tensor]]:
-        """Run a loaded block again and give the loss's gradients by its input and by parameters, from that by its output."""
+        """Run a loaded block again and give the loss's gradients by its input and by parameters, from that by its output.
+
+        Those by parameters are on the device.
+        """
         leaves = [self.model.get_parameter(name) for name in parameters]
         for leaf in leaves:
             leaf.requires_grad_(True)
         try:
             with torch.enable_grad():
-                start = hidden.detach().requires_grad_()
+                start = hidden.detach().to(self.device).requires_grad_()
                 out = self._run_block(i, start)
-                by_input, *found = torch.autograd.grad(out, [start, *leaves], gradient, allow_unused=True)
+                by_input, *found = torch.autograd.grad(out, [start, *leaves], gradient.to(self.device), allow_unused=True)
         finally:
             for leaf in leaves:
                 leaf.requires_grad_(False)
         given = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        return torch.zeros_like(start) if by_input is None else by_input, given
+        return (torch.zeros_like(start) if by_input is None else by_input).to(hidden.device), given
 
     def _outputs(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self._carried is not None:
@@ -300,19 +359,16 @@ class StreamedModel:
         )
 
 
-def no_product(module: torch.nn.Module, name: str) -> str | None:
-    """Return why a layer cannot compute the product with a weight in its module's place; None if it can."""
-    from transformers.pytorch_utils import Conv1D
+class _Runner(torch.nn.Module):
+    """A block as a module of its own, whose forward takes hidden states alone."""
 
-    plain = type(module) in (torch.nn.Linear, Conv1D) and name.endswith(".weight")
-    return None if plain else f"{type(module).__name__} is no plain linear layer"
+    def __init__(self, model: StreamedModel, i: int) -> None:
+        super().__init__()
+        self.block = model.blocks[i]
+        self._run = partial(model._run_block, i)
 
-
-def _forward(name: str, module: Any, product: LayerProduct, x: torch.Tensor) -> torch.Tensor:
-    try:
-        return product(x, module.bias)
-    except NumericsError as error:
-        raise NumericsError(f"{name}: {error}") from error
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._run(hidden)
 
 
 def _may_be_shared(value: Any) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from bitpress.errors import CheckpointError
 from bitpress.exhaustion import is_out_of_memory
-from bitpress.models.hollow import BREAKS
+from bitpress.models.hollow import BREAKS, buffers_on_host
 from bitpress.models.task import Task
 
 __all__ = ["Axis", "Product", "Use", "as_meta", "find_uses", "tensors_in", "weightless", "written_argument"]
@@ -289,7 +289,8 @@ def weightless(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Parameter]
                 own.append((module, leaf, parameter))
         for module, leaf, parameter in own:
             module._parameters[leaf] = made[id(parameter)]
-        yield names
+        with buffers_on_host(model):
+            yield names
     finally:
         for module, leaf, parameter in own:
             module._parameters[leaf] = parameter

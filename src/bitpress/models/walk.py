@@ -22,7 +22,7 @@ __all__ = ["LoadedBlock", "Stream", "Visitor", "walk"]
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """A block whose parameters are in memory; `tensors` are they as stored, by name."""
+    """A block whose parameters are in memory; `tensors` are they as stored, by name, on the model's device."""
 
     index: int
     name: str
@@ -65,7 +65,7 @@ def walk(
 
 
 class Stream:
-    """The hidden states of batches of inputs; a visitor that moves them past every block. `seconds` is what running took."""
+    """The hidden states of batches of inputs, on the host; a visitor that moves them past every block. `seconds` is what running took."""
 
     def __init__(self, model: StreamedModel, batches: Sequence[Inputs]) -> None:
         self.model, self.batches = model, batches
@@ -85,12 +85,15 @@ class Stream:
         self.seconds += time.perf_counter() - started
 
     def scorer(self) -> Outputs:
-        """Return a function that gives the outputs of one sample after the other behind the last block, from the first one on."""
+        """Return a function that gives the outputs of one sample after the other behind the last block, from the first one on.
+
+        They are on the model's device.
+        """
         left: Iterator[torch.Tensor] = (sample for state in self.states for sample in state.split(1))
 
         def outputs(inputs: torch.Tensor) -> torch.Tensor:
             started = time.perf_counter()
-            found = self.model.outputs(inputs, next(left))
+            found = self.model.outputs(inputs, next(left).to(self.model.device))
             self.seconds += time.perf_counter() - started
             return found
 

@@ -10,14 +10,20 @@ from dataclasses import replace
 import torch
 
 from bitpress.calibration import Stats
+from bitpress.corrections.bias import BiasCorrection
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
+from bitpress.pipeline.biases import correct_biases_
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.rounded_inputs import choose_inputs
+from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
+from bitpress.pipeline.tuning import BlockTuner
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
+from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method
+from bitpress.transforms.disassemble import Disassemble
+from bitpress.transforms.shift import Shift
 
 __all__ = ["BlockCompressor"]
 
@@ -29,6 +35,7 @@ class BlockCompressor:
     measured     returns the statistics of a block from an earlier pass over the uncompressed model: then no text is run, and if the
                  method needs no gram, a gram among them is used only to measure errors
     looked_at    whether later visitors run the block, so that its compressed weights must be loaded
+    progress     hears of the steps of learning
     """
 
     def __init__(
@@ -40,9 +47,10 @@ class BlockCompressor:
         strict: bool = False,
         measured: Callable[[int], Measured] | None = None,
         looked_at: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.stream, self.method, self.planned, self.looked_at = stream, method, planned, looked_at
-        self.measured = measured
+        self.measured, self.progress = measured, progress
         self.weights = WeightCompressor(method, strict=strict)
         self.made = CompressedBlock()
 
@@ -54,12 +62,25 @@ class BlockCompressor:
         compressed = {p.parameter.name for p in planned}
         self.made = made = CompressedBlock()
         sequential = self.method.recipe.calibration.sequential and needs
-        stages = stream.stages(block.index, planned) if sequential else [planned]
+        # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
+        stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
+        advances = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
+        foreseen = self.method.observes and stream.follows_original and stream.goes_on(block) and self.measured is None
+        if foreseen:  # the observers look at this block's inputs after its statistics are taken
+            stream.foresee_(block.index)
         replaced: dict[str, torch.Tensor] = {}
+        seen: dict[str, SeenChannels] = {}
+        measured: dict[str, Stats] = {}
+        scales: Rescaled | None = None
         for stage in stages:
             final = stage is stages[-1]
             measuring = needs or self.measured is not None
-            stats, scales = self._measure(block, stage, replaced, final=final) if measuring else ({}, None)
+            goes_on = stream.goes_on(block) and not foreseen
+            stats, scales = (
+                self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final) if measuring else ({}, None)
+            )
+            measured |= stats if self.method.tunings else {}
+            targets = self._targets(block, planned, replaced, scales) if final and planned and self.method.tunings else {}
             for p in stage:
                 stream.check_stop()
                 name = p.parameter.name
@@ -68,23 +89,109 @@ class BlockCompressor:
                 if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
+            self._round_(block, stage, seen, runs=advances or self.looked_at or not final)
+        if self.method.tunings and planned:
+            self._tune_(block, planned, measured, scales, targets)
         # Only now, since searches rewrite the norms and biases that absorb their scales.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
-        goes_on = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
-        inputs = choose_inputs(stream, block.index, planned, {name: p.weight for name, p in made.parameters.items()})
-        for name, found in inputs.items():
-            made.put_(made.parameters[name].with_input(found))
-        if inputs and (goes_on or self.looked_at):
-            model.set_products_({name: made.parameters[name].layer for name in inputs})
-        if goes_on:
+        if (bias := self.method.only(BiasCorrection)) is not None:
+            correct_biases_(stream.model, bias, planned, tensors, made, seen)
+        if foreseen:
+            stream.take_foreseen_()
+        elif advances:
             stream.advance_(block.index)
 
+    def _round_(
+        self, block: LoadedBlock, planned: Sequence[PlannedWeight], seen: Mapping[str, SeenChannels], *, runs: bool
+    ) -> None:
+        """Choose how the inputs of weights that are compressed now, and the operands of attention, are rounded; if the block still `runs`,
+        let it round them."""
+        made, model = self.made, self.stream.model
+        weights = {p.parameter.name: made.parameters[p.parameter.name].weight for p in planned}
+        channels = (seen, self.method.only(Disassemble))
+        chosen = choose_operands(self.stream, block.index, planned, weights, self.method.attention, *channels)
+        made.attention = dict(chosen.attention)
+        for name, found in chosen.inputs.items():
+            made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
+        if runs:
+            model.set_products_({name: made.parameters[name].layer for name in chosen.inputs})
+            model.set_attention_(made.attention)
+
+    def _targets(
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        replaced: Mapping[str, torch.Tensor],
+        scales: Rescaled | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return what the block should give: as the uncompressed model does there, and for the compressed blocks' states before it."""
+        stream, wanted = self.stream, {named.part.targets for named in self.method.tunings if named.part.span == "block"}
+        found = {}
+        if "original" in wanted:
+            assert stream.beside is not None
+            found["original"] = stream.beside
+        if "same" in wanted:
+            plain = dict(replaced)
+            for p in planned:  # nothing divides the input of these in the loaded block
+                if scales is not None and p.parameter.stem in scales.unfolded:
+                    name = p.parameter.name
+                    plain[name] = p.parameter.restore(self.weights.unscaled(p, block.tensors[name], scales))
+            now = {name: stream.model.model.get_parameter(name).data for name in plain}
+            stream.model.fill_(plain)
+            found["same"] = stream.run_all(block.index)
+            stream.model.fill_(now)
+        return found
+
+    def _tune_(
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        stats: Mapping[str, Stats],
+        scales: Rescaled | None,
+        targets: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Learn the compressed weights of the block further, and the norms that the recipe says; put the results into `made` and the model."""
+        made, model, tensors = self.made, self.stream.model, block.tensors
+        packed = {name: p.weight for name, p in made.parameters.items()}
+        kept = {name: t for name, t in tensors.items() if name not in packed}
+        open_ones = [p for p in planned if p.parameter.name in packed]
+        originals = {p.parameter.name: self.weights.unscaled(p, tensors[p.parameter.name], scales) for p in open_ones}
+        inputs = {name: _of_stored(name, found, scales) for name, found in stats.items()}
+        tuner = BlockTuner(self.stream, block.index, open_ones, originals, inputs, kept, targets)
+        progress = self.progress if isinstance(self.progress, Stepwise) else None
+        tuned = tuner.tune(
+            self.method.tunings,
+            packed,
+            lambda name, share, loss: None if progress is None else progress.step(name, share, loss=loss),
+        )
+        for p in open_ones:
+            name = p.parameter.name
+            if name in tuned.weights:
+                result = self.weights.replaced(made.parameters[name], tuned.weights[name], tensors[name], stats, scales)
+                made.put_(result)
+            for text in tuned.notes.get(name, ()):
+                made.put_(made.parameters[name].with_note(text))
+        made.tuned = tuned.rows
+        tensors.update(tuned.vectors)
+        decoded = {
+            p.parameter.name: p.parameter.restore(made.parameters[p.parameter.name].weight.dequantize()) for p in open_ones
+        }
+        model.fill_({**decoded, **{name: tensors[name] for name in kept}})
+
     def _measure(
-        self, block: LoadedBlock, planned: Sequence[PlannedWeight], replaced: Mapping[str, torch.Tensor], *, final: bool
+        self,
+        block: LoadedBlock,
+        planned: Sequence[PlannedWeight],
+        replaced: Mapping[str, torch.Tensor],
+        seen: dict[str, SeenChannels],
+        *,
+        goes_on: bool,
+        final: bool,
     ) -> tuple[dict[str, Stats], Rescaled]:
-        """Collect statistics of every weight's input, and rescale the block by the method's searches."""
+        """Collect statistics of every weight's input, and rescale the block by the method's searches. `seen` takes what formats of inputs
+        are chosen by."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
         if searches or self.method.needs & HEAD_STATISTICS:
@@ -92,26 +199,47 @@ class BlockCompressor:
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
         if self.measured is not None:
-            found = self.measured(block.index)
+            found = self.measured(block.index).to(stream.model.device)
         else:
-            found = stream.capture_(block.index, observed, replaced, goes_on=stream.goes_on(block), final=final)
+            found = stream.capture_(block.index, observed, replaced, goes_on=goes_on, final=final)
         stats = found.stats
         if "sensitivity" in self.method.needs:
             stats = stats | self._sensitivities(planned, stats)
         if "output_gram" in self.method.needs:
-            gradients = stream.gradients
-            stats = {name: replace(s, output_gram=gradients.get(output_gram_of(name))) for name, s in stats.items()}
+            outputs = {name: stream.of_loss(output_gram_of(name)) for name in stats}
+            stats = {name: replace(s, output_gram=outputs[name]) for name, s in stats.items()}
+        shift = self.method.only(Shift)
+        middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
+        chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )
+        for p in planned if self.method.of("channels") or self.method.of("bias") else ():
+            stem = p.parameter.stem
+            factor, folded = scales.factors.get(stem), stem not in scales.unfolded
+            channels = SeenChannels.of(stats[stem], middles.get(stem), factor, folded=folded) if stem in stats else None
+            if channels is not None:
+                seen[p.parameter.name] = channels
         return stats, scales
 
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:
         found = {}
         for p in planned:
-            matrices = p.parameter.matrices(self.stream.gradients[p.parameter.name])
+            sensitivity = self.stream.of_loss(p.parameter.name)
+            assert sensitivity is not None
+            matrices = p.parameter.matrices(sensitivity)
             for part, matrix in zip(p.parameter.parts(), matrices, strict=True):
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)
         return found
+
+
+def _of_stored(name: str, stats: Stats, scales: Rescaled | None) -> Stats:
+    """Return the statistics of the input that a compressed weight has: divided by its factors, unless its own map divides it."""
+    if scales is None or name not in scales.factors or name in scales.unfolded:
+        return stats.by_loss()
+    found, held_out = scales.stats[name], stats.held_out
+    if held_out is None:
+        return found
+    return replace(found, held_out=replace(held_out, x=held_out.x / scales.factors[name]))

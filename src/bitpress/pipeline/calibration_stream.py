@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ HEAD_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if "h
 
 @dataclass(frozen=True)
 class Measured:
-    """What calibration saw of one block.
+    """What calibration saw of one block; the probe is on the host.
 
     stats    by the name of a weight
     groups   the names of weights that share an input
@@ -46,15 +46,21 @@ class Measured:
     groups: list[list[str]]
     probe: Float[torch.Tensor, "1 positions hidden"]
 
+    def to(self, device: torch.device) -> "Measured":
+        """Return the same with the statistics on a device; weights that share an input still share theirs."""
+        moved = {id(stats): stats.to(device) for stats in self.stats.values()}
+        return replace(self, stats={name: moved[id(stats)] for name, stats in self.stats.items()})
+
 
 class CalibrationStream:
     """The hidden states of the calibration samples before the block in work, and beside them those of the uncompressed model where a
-    method compares the two.
+    method compares the two. They stay on the host; the model moves one batch at a time to its device, where statistics are summed up.
 
     needs             statistics that are collected of a block
     follows_original  blocks are fed what the uncompressed blocks before them give
     feeds_head        the last block's outputs are needed too, by `capture_head`
     gradients         what `measure_gradients` found, for statistics in which tokens count by the loss
+    keeps_original    the uncompressed model's states are carried beside, even if no statistic compares the two
     before_advance    called each time before hidden states are overwritten
     """
 
@@ -69,16 +75,20 @@ class CalibrationStream:
         gradients: Mapping[str, torch.Tensor] | None = None,
         check_stop: Callable[[], None] = lambda: None,
         before_advance: Callable[[], None] = lambda: None,
+        keeps_original: bool = False,
     ) -> None:
+        self.keeps_original = keeps_original or bool(of_origin(needs, "original"))
         self.model, self.needs, self.batch, self.follows_original = model, frozenset(needs), batch, follows_original
         self.feeds_head = feeds_head
         self.gradients, self.check_stop, self.before_advance = gradients or {}, check_stop, before_advance
         self.hidden: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
         self._streams: torch.Tensor | None = None
+        self._foreseen: torch.Tensor | None = None
         self._inputs: Inputs | None = None
         self._counted = 0
         self._probe_positions = PROBE_LENGTH
+        self._embedded: set[int] = set()
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -99,7 +109,7 @@ class CalibrationStream:
         """
         if inputs is None:
             return
-        both = bool(of_origin(self.needs, "original"))
+        both = self.keeps_original
         self._counted = len(inputs)
         if stored is not None and stored.shape[-3] == len(inputs):
             held_out = None  # stored by a version that held out nothing
@@ -177,7 +187,7 @@ class CalibrationStream:
         def loss_weights(name: str) -> torch.Tensor | None:
             """Return the weights of the tokens of the batch in work; those of all are read once a block."""
             if name not in weights:
-                weights[name] = self.gradients.get(token_weights(name))
+                weights[name] = self.of_loss(token_weights(name))
             found = weights[name]
             return None if found is None else found[counted].flatten()
 
@@ -189,10 +199,12 @@ class CalibrationStream:
         for rows, hidden in batches:
             counted = rows
             held_out = (hidden.shape[0], hidden.shape[1]) if rows.start >= self._counted else None
-            if self.beside is not None and held_out is None:
+            if self.beside is not None and (final or held_out is None):
                 self.model.fill_(original)
                 beside = self.beside[rows]
-                out = capture.run(partial(self.model.run_block, i, beside), whole=final, original=True)
+                run = partial(self.model.run_block, i, beside)
+                with self.model.unrounded(i):  # of held-out texts nothing is recorded
+                    out = run() if held_out is not None else capture.run(run, whole=final, original=True)
                 self.model.fill_(compressed)
                 if final and out is not None:
                     self.beside[rows] = self._checked(i, out)
@@ -202,6 +214,30 @@ class CalibrationStream:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
+
+    def embed_batch_(self, samples: int) -> None:
+        """Let the model learn what it passes to its blocks for so many samples of calibration at a time."""
+        if self._inputs is not None and samples not in self._embedded:
+            self.model.embed(self._inputs[:samples])
+            self._embedded.add(samples)
+
+    def run_all(self, i: int) -> torch.Tensor:
+        """Return what the loaded block makes of the hidden states, the held-out ones too."""
+        found = []
+        for _, hidden in self.batches():
+            found.append(self._checked(i, self.model.run_block(i, hidden)))
+            self.check_stop()
+        return torch.cat(found)
+
+    @property
+    def counted(self) -> int:
+        """The number of windows that count; those after them are held out."""
+        return self._counted
+
+    def of_loss(self, key: str) -> torch.Tensor | None:
+        """Return what `measure_gradients` found under a key, on the device."""
+        found = self.gradients.get(key)
+        return None if found is None else found.to(self.model.device)
 
     def goes_on(self, block: LoadedBlock) -> bool:
         """Return whether a block's outputs are needed."""
@@ -228,6 +264,17 @@ class CalibrationStream:
             if rows.start < self._counted:
                 self._checked(i, self.model.run_block(i, hidden))
                 self.check_stop()
+
+    def foresee_(self, i: int) -> None:
+        """Run the text through a block that is not compressed yet, and keep its outputs beside the inputs until `take_foreseen_`."""
+        self._foreseen = torch.cat([self._checked(i, self.model.run_block(i, hidden)) for _, hidden in self.batches()])
+        self.check_stop()
+
+    def take_foreseen_(self) -> None:
+        """Go on with the outputs that `foresee_` kept."""
+        assert self._foreseen is not None
+        self.before_advance()
+        self.hidden, self._foreseen = self._foreseen, None
 
     def advance_(self, i: int) -> None:
         self.before_advance()

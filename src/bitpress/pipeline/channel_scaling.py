@@ -17,6 +17,7 @@ from bitpress.formats import Format
 from bitpress.models.skeleton import set_parameter_
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.folding import Fold, apply_fold_, find_folds
 from bitpress.transforms.transform import ScaleSearch
 
@@ -61,6 +62,7 @@ def rescale_block_(
         return result
     # A recipe with transforms has no lossless formats: those weights must not change.
     formats = {p.parameter.stem: p.format for p in planned if not p.parameter.experts and isinstance(p.format, Format)}
+    inputs = {p.parameter.stem: p.method.inputs.format for p in planned if p.method.inputs is not None}
     plain = [[n for n in group if not observed[n][0].experts] for group in groups]
     plain = [group for group in plain if any(n in formats for n in group)]
     probe = hidden[:1, :PROBE_LENGTH]
@@ -71,7 +73,7 @@ def rescale_block_(
         set_parameter_(model.model, name, value.float() if value.is_floating_point() else value)
     for search in searches:
         for g, group in enumerate(plain):
-            _rescale_group_(model, block, group, folds.get(g), observed, formats, search, stored, result)
+            _rescale_group_(model, block, group, folds.get(g), observed, formats, inputs, search, stored, result)
     for name, value in tensors.items():
         if value.is_floating_point():
             live = model.model.get_parameter(name) if name in dict(model.model.named_parameters()) else value
@@ -85,7 +87,7 @@ def check_kept(model: StreamedModel, kept: Mapping[str, torch.Tensor]) -> None:
     """Raise NumericsError unless the uncompressed tensors that will be stored equal those that the loaded block computes with."""
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     for name, value in kept.items():
-        if name in live and not torch.equal(live[name].data, value.to(live[name].dtype)):
+        if name in live and not torch.equal(live[name].data, value.to(live[name])):
             raise NumericsError(
                 f"{name}: would be stored with other values than the model computes with; this is a bug in bitpress, please report it."
             )
@@ -98,6 +100,7 @@ def _rescale_group_(
     fold: Fold | None,
     observed: Mapping[str, tuple[WeightParameter, Observed]],
     formats: Mapping[str, Format],
+    inputs: Mapping[str, Format],
     search: ScaleSearch,
     stored: Mapping[str, torch.dtype],
     result: Rescaled,
@@ -109,7 +112,9 @@ def _rescale_group_(
     matrices = [p.matrices(w)[0] for p, w, name in zip(parameters, live, group, strict=True) if name in formats]
     seen = next(result.stats[name] for name in group if name in result.stats)
     fmt = next(formats[name] for name in group if name in formats)
-    factor = search.plan(matrices, seen, fmt, None if fold is None else fold.channel_of)
+    rounded = next((inputs[name] for name in group if name in inputs), None)
+    made_by = (None, None) if fold is None else (fold.channel_of, row_sizes(block, fold))
+    factor = search.plan(matrices, seen, fmt, made_by[0], rounded, made_by[1])
     if fold is not None:
         norm = min((dtype for dtype in stored.values() if dtype.is_floating_point), key=lambda d: d.itemsize)
         factor = apply_fold_(block, fold, fold.per_channel(factor), stored=norm)

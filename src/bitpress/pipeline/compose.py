@@ -16,6 +16,7 @@ from jaxtyping import Float
 from bitpress.calibration import Stats
 from bitpress.errors import CalibrationError, FormatError
 from bitpress.formats import CompressedWeight, Format, Term
+from bitpress.formats.maps.map import moved
 from bitpress.quantizers.quantizer import Outcome
 from bitpress.recipes import LayerMethod
 from bitpress.transforms.basis import Maps, into_basis, with_maps
@@ -38,7 +39,8 @@ def compress_matrix(
     around: list[Maps] = []
     measured = stats
     for change in method.changes:
-        maps = change.plan(w, stats, fmt)
+        inputs, outputs = change.plan(w, stats, fmt)
+        maps = (inputs and moved(inputs, w.device), outputs and moved(outputs, w.device))
         w, stats = _into(w, stats, maps)
         around.append(maps)
     lost = [n for n in sorted(quantizer.needs) if getattr(measured, n, None) is not None and getattr(stats, n) is None]
@@ -56,7 +58,7 @@ def compress_matrix(
         term = correction.split(rest, stats, fmt)
         if term is not None:
             terms.append(term)
-            rest = rest - term.dequantize()
+            rest = rest - term.dequantize().to(rest.device)
     outcome = quantizer.quantize(rest, stats, fmt)
     own = (outcome.weight.input_map, outcome.weight.output_map)
     if terms and own != (None, None):

@@ -4,12 +4,14 @@
     statistics    the sums that calibration takes over every input
     quantizing    the recipe's own parts on some rows of a made-up weight for every width of input, scale searches too
     a budget      a trial of each of its formats
+    learning      steps of a batch's products forward and back, and of every weight's own part, measured on some rows
 
 Wide inputs are sampled with fewer columns. Processor time is measured, so that the answer is that of an idle machine whatever else
 runs here now. Reading and writing files, and the evaluation, are not included.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -17,10 +19,12 @@ from dataclasses import replace
 import torch
 
 from bitpress.calibration import Stats, of_origin
-from bitpress.calibration.stats import STATISTICS, StatsCollector
+from bitpress.calibration.stats import SAMPLE, STATISTICS, StatsCollector
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
+from bitpress.formats.block import Block
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.learning_plan import begin_sample, served_by
 from bitpress.pipeline.offer import trial_parts
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.planned_weight import PlannedWeight
@@ -28,6 +32,7 @@ from bitpress.pipeline.weights import WeightCompressor
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
+from bitpress.tuning.tuner import Tuning
 
 __all__ = ["estimate_seconds"]
 
@@ -40,6 +45,8 @@ ROWS, ENOUGH = 64, 0.1
 BESIDE_PRODUCTS = 1.25
 # A block's passes up to each of its inputs in turn (attention's own input, its output, the MLP's input, its inside), together.
 STAGES = 1.3
+# Such inputs: of each, observers see a pass through the whole block.
+INPUTS_OF_A_BLOCK = 4
 
 
 def estimate_seconds(
@@ -66,21 +73,61 @@ def estimate_seconds(
         if cols not in known:
             known[cols] = _summing_seconds(needs, cols, heads, method.compute) / TOKENS
         summing += known[cols] * (min(active or experts, experts) if experts else 1)
-    return seconds + tokens * (reading * _passes(method) + summing)
+    learning = sum(_learning_seconds(model, method, named, weights) for named in method.tunings)
+    return seconds + tokens * (reading * _passes(method) + summing) + learning
 
 
 def _passes(method: Method) -> float:
     """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 * (bool(of_origin(needs, "loss")) + bool(method.options))
-    looking = float(method.observes)
+    looking = float(method.observes) * (INPUTS_OF_A_BLOCK if calibration.sequential else 1)
     if not needs:
         return backward + 2 * looking
     if calibration.inputs == "original":
-        return backward + 1
-    beside = bool(of_origin(needs, "original"))
+        return backward + 1 + 2 * looking
+    beside = method.keeps_original
     measuring = STAGES if calibration.sequential else 1.0
     return backward + measuring * (2 if beside else 1) + 1 + looking
+
+
+def _learning_seconds(model: StreamedModel, method: Method, named: Named[Tuning], weights: Sequence[PlannedWeight]) -> float:
+    """Return the seconds of learning all blocks: products forward and back (twice the forward's work) and every weight's own step."""
+    tuning, calibration = named.part, method.recipe.calibration
+    positions = model.task.positions(model.model.config, calibration.length)
+    own = served_by(named, weights)
+    step = sum(w.weights * _step_seconds(tuning, fmt, min(w.parameter.shape[1], COLUMNS[0])) for w, fmt in own)
+    if tuning.span == "layer":  # a product with the gram, forward and back
+        products = sum(3 * _product_seconds(w, torch.float32, None) * w.parameter.shape[1] / TOKENS for w, _ in own)
+        return tuning.steps * (products + step)
+    text = model.model.config.get_text_config()
+    active = getattr(text, "num_experts_per_tok", None)
+    token = BESIDE_PRODUCTS * sum(_product_seconds(w, method.compute, active) for w in weights) / TOKENS
+    batch = min(tuning.batch, calibration.samples)
+    looks = (tuning.checks + 1) * calibration.held_out
+    return positions * token * (3 * batch * tuning.steps + looks) + tuning.steps * step
+
+
+@functools.cache
+def _step_seconds(tuning: Tuning, fmt: Format, cols: int) -> float:
+    """Return the seconds that a weight's own part of a step takes for each of its values: decoding it, its gradient, the optimiser."""
+    rows = math.lcm(ROWS, fmt.block.rows) if isinstance(fmt.block.rows, int) else ROWS
+    try:
+        codes = begin_sample(tuning, fmt, rows, cols)
+    except FormatError:  # some of its columns are no whole blocks
+        return _step_seconds(tuning, replace(fmt, block=Block(1, "all"), scale="fp16"), cols)
+    if codes is None:
+        return 0.0
+    leaves = [leaf.tensor for leaf in codes.leaves()]
+    optimizer = torch.optim.Adam([{"params": leaves, "lr": 1e-6}])
+
+    def work() -> None:
+        gradients = torch.autograd.grad(codes.weight(0.5).square().mean(), leaves, allow_unused=True)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+
+    return _timed(work) / (rows * cols)
 
 
 def _product_seconds(planned: PlannedWeight, dtype: torch.dtype, active: int | None) -> float:
@@ -190,7 +237,8 @@ def _sample_seconds(
     def work() -> None:
         if isinstance(planned.format, Format) and stats:
             for search in searches:
-                search.plan([w], stats[parameter.stem], planned.format)
+                inputs = planned.method.inputs
+                search.plan([w], stats[parameter.stem], planned.format, None, None if inputs is None else inputs.format)
         compressor.compress(replace(planned, parameter=parameter), w, stats, None)
 
     return _timed(work)
@@ -203,6 +251,7 @@ def _made_up(rows: int, cols: int, needs: Collection[str], head: int | None) -> 
         "gram": gram,
         "mean_abs": x.abs().mean(0),
         "max_abs": x.abs().amax(0),
+        "sample": x[:SAMPLE],
         "cross": 0.01 * gram,
         "attention_gram": gram,
         "loss_gram": gram,

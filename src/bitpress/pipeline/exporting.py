@@ -1,6 +1,7 @@
 """Models on their way in and out: any checkpoint opened as a directory of our own, and a model exported to what other runtimes load."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,22 +11,21 @@ import torch
 from bitpress.checkpoints.compressed import CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.exports import note_export, noted_export, remove_exports
 from bitpress.checkpoints.given import read_given
-from bitpress.checkpoints.hub_names import HubNames, hub_names
+from bitpress.checkpoints.hub_names import hub_names
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.published import check_absent, published
 from bitpress.checkpoints.source import quantization_of, read_config
-from bitpress.errors import CheckpointError, NumericsError, UsageError, unknown_name
+from bitpress.errors import CheckpointError, DiskError, UsageError, unknown_name
 from bitpress.exchange.fates import plan_fates
 from bitpress.exchange.gguf import Gguf, GgufSource
-from bitpress.exchange.pieces import pieces_of
 from bitpress.exchange.runtimes import RUNTIMES
 from bitpress.exchange.source import Fates, ForeignSource
 from bitpress.exchange.table import EXPORTERS, find_ecosystem, open_source
-from bitpress.formats import CompressedLayer
 from bitpress.models.linears import find_outer
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.pipeline.foreign_check import ForeignReading, read_by_others
 from bitpress.pipeline.importing import decode_model, import_source
+from bitpress.pipeline.read_back import read_back
 from bitpress.progress import Progress, Silent
 
 __all__ = ["Exported", "export_for", "export_model", "open_model", "open_to_quantize"]
@@ -129,7 +129,7 @@ def _check_again(model: str, what: str, requantize: bool, progress: Progress) ->
 def export_model(
     model: str | Path, out: str | Path, to: str, *, requantize: bool = False, progress: Progress | None = None
 ) -> Exported:
-    """Write a compressed model, of any ecosystem, as what other runtimes load; read it back, and compare every weight.
+    """Write a compressed model, of any ecosystem, as what other runtimes load; read it back, and compare every parameter.
 
     to           a row of `bitpress.exchange.table.EXPORTERS`
     requantize   round weights again whose codes the target cannot hold; else they are an error
@@ -147,15 +147,34 @@ def export_model(
     if not is_compressed(directory):
         raise UsageError(f"{model}: is not compressed; `bitpress quantize {model} OUT` compresses it.")
     checkpoint = CompressedCheckpoint.open(directory)
+    if checkpoint.operands:
+        raise UsageError(
+            f"{model}: the attention of {next(iter(checkpoint.operands))} rounds its operands, which no other tool's files say; "
+            "quantize without queries, keys, values and probabilities."
+        )
     exporter = EXPORTERS[to]
     network = build_skeleton(build_config(checkpoint.config), torch.float32)
     names = hub_names(network)
     fates = plan_fates(checkpoint, to, exporter, requantize, _tables(checkpoint, network), names)
+    _check_room(checkpoint, fates, out)
     with published(out, file=exporter.is_file) as made:
         added = exporter.export(checkpoint, made, fates, names, progress)
-        _read_back(checkpoint, made, fates, names, progress)
+        read_back(checkpoint, made, fates, added, names, progress)
         reading = read_by_others(directory, made, to, progress)
     return Exported(to, out, _size(out), fates, added, reading)
+
+
+def _check_room(checkpoint: CompressedCheckpoint, fates: Fates, out: Path) -> None:
+    """Raise DiskError where an export cannot fit: its plain tensors and decoded values in 16 bits, and nine tenths of the codes as they are here."""
+    needed = sum(min(entry.nbytes, 2 * entry.numel) for entry in checkpoint.plain.values())
+    for name, fate in fates.items():
+        rows, columns = checkpoint.manifest.weights[name].spec["shape"]
+        bits = {"exact": 0.9 * checkpoint.bits_of([name]), "decoded": 16.0, "rounded": 0.0}[fate.how]
+        needed += int(rows * columns * bits / 8)
+    at = next(place for place in out.parents if place.exists())
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise DiskError(f"{out}: at least {needed:,} bytes are needed and {free:,} are free; make room or choose another disk.")
 
 
 def _tables(checkpoint: CompressedCheckpoint, network: Any) -> frozenset[str]:
@@ -179,22 +198,6 @@ def export_for(directory: Path, runtime: str, progress: Progress) -> dict[str, o
     done = export_model(directory, out, found.target, progress=progress).as_dict()
     note_export(directory, found.name, done)
     return done
-
-
-def _read_back(checkpoint: CompressedCheckpoint, out: Path, fates: Fates, names: HubNames, progress: Progress) -> None:
-    """Raise NumericsError unless every weight whose codes were carried over is the same when it is read again."""
-    source = open_source(out)
-    progress.begin("reading back", len(fates))
-    for name, fate in fates.items():
-        if fate.how == "exact":
-            expected = checkpoint.read_weight(name).dequantize()
-            for piece in pieces_of(names, name, tuple(expected.shape)):
-                got = source.read(piece.name)
-                if not isinstance(got, CompressedLayer) or not torch.equal(
-                    got.weight.dequantize(), expected[piece.start : piece.stop]
-                ):
-                    raise NumericsError(f"{out}: {piece.name} is another weight when it is read back; do not use this export.")
-        progress.advance(name)
 
 
 def _size(out: Path) -> int:

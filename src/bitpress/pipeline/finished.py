@@ -19,8 +19,8 @@ def find_finished(out: Path, identity: Mapping[str, Any], force: bool) -> dict[s
     if not (out / MANIFEST_NAME).exists():
         return None
     known = _known_job(out) if force else CompressedCheckpoint.open(out).manifest.job
-    if isinstance(known, dict):  # the names of files make no other model of an older directory
-        known = {**known, "directory": VERSION}
+    if isinstance(known, dict):  # the names of files make no other model of an older directory, nor does the device
+        known = {**known, "directory": VERSION, "device": identity.get("device", "cpu")}
     changed = differences(known, identity)
     if changed and not force:
         raise UsageError(f"{out}: holds another model, which differs in {'; '.join(changed)}. Use --force to replace it.")

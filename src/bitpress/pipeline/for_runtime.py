@@ -1,7 +1,7 @@
 """Recipes for other runtimes: formats that they have, by bits and shapes, and whether a plan can leave for a target at all."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,20 +11,19 @@ from bitpress.exchange.pieces import pieces_of, refuse_pieces
 from bitpress.exchange.runtimes import RUNTIMES, ForeignRuntime
 from bitpress.exchange.source import Target
 from bitpress.exchange.table import EXPORTERS
+from bitpress.exchange.tensor_parallel import padded, sizes
 from bitpress.formats import Format, parse_format
 from bitpress.models.linears import list_weights
 from bitpress.models.opening import open_original
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.served import check_groups, divide, find_groups
 from bitpress.recipes import Method, build_method
 from bitpress.recipes.recipe import Override
 
-__all__ = ["carriers", "choose_for", "find_runtime", "fit_to"]
+__all__ = ["Division", "carriers", "choose_for", "division", "find_runtime", "fit_to"]
 
 USUAL_BITS = 4
-# Parts of a block whose weights a server joins into one product, so that they must be stored alike; vLLM wants one scheme of all experts, too
-# (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe.py, get_moe_method).
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def find_runtime(name: str) -> ForeignRuntime:
@@ -70,10 +69,11 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
     weights = _weights(streamed, method)
     target, names = _target(found.target), hub_names(streamed.model)
     by_name = {planned.parameter.stem: planned for planned in weights}
-    alike = {stem: group for group in _joined(by_name, found) for stem in group}
+    groups = find_groups(streamed, method, weights, found, names)
+    alike = {stem: group.names for group in groups for stem in group.names}
     own: list[Override] = []
     for stem, planned in by_name.items():
-        together = [by_name[name] for name in alike.get(stem, [stem])]
+        together = [by_name[name] for name in alike.get(stem, (stem,)) if name in by_name]
         if planned.format != method.format or all(_refusal(p, method, target, names) is None for p in together):
             continue
         fits = [[_refusal(_in_format(p, name), method, target, names) is None for p in together] for name in chain]
@@ -102,10 +102,36 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
             )
-    _check_joined(weights, found, runtime)
     if found.experts == "model":
         _check_kept(streamed, method, names, runtime)
+    check_groups(groups, weights, runtime)
+    if found.divides and (why := sizes(divide(streamed, method, weights, found, names))[1]) is not None:
+        raise UsageError(f"{runtime} cannot load {why}. Change the recipe, or leave out --for {runtime}.")
     return method
+
+
+@dataclass(frozen=True)
+class Division:
+    """Over how many devices a runtime can divide a model: for each number why it cannot, None where it can.
+
+    padded   the first weight that some of its versions cannot multiply with on that number of devices, which others pad
+    """
+
+    refusals: Mapping[int, str | None]
+    padded: Mapping[int, str]
+
+    def as_dict(self) -> dict[str, object]:
+        return {str(devices): {"refusal": why, "padded": self.padded.get(devices)} for devices, why in self.refusals.items()}
+
+
+def division(weights: Sequence[PlannedWeight], method: Method, model: StreamedModel, runtime: str | None) -> Division | None:
+    """Return over how many devices a runtime can divide the weights of a plan; None without a runtime, or one that does not divide."""
+    if runtime is None or not (found := find_runtime(runtime)).divides:
+        return None
+    served = divide(model, method, weights, found, hub_names(model.model))
+    refusals = sizes(served)
+    tried = {devices: padded(served, devices) for devices, why in refusals.items() if why is None}
+    return Division(refusals, {devices: why for devices, why in tried.items() if why is not None})
 
 
 def carriers(weights: tuple[PlannedWeight, ...], method: Method, model: StreamedModel) -> dict[str, str | None]:
@@ -158,7 +184,9 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
     told = planned_spec(planned, method)
     if not planned.parameter.experts:
         inputs = planned.method.inputs
-        return target.refuses(told, None if inputs is None else {"format": inputs.format.name, "parameters": inputs.parameters})
+        return target.refuses(
+            told, None if inputs is None else {**inputs.channels_spec(), **{n.name: "" for n in method.of("channels")}}
+        )
     parameter = planned.parameter
     pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
     return refuse_pieces(told, pieces, target)
@@ -173,40 +201,14 @@ def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:
     elif isinstance(fmt, Format) and layer.quantizer.part.stored_bytes(fmt, shape, 1) != fmt.nbytes(shape):
         terms.append({"kind": f"what {layer.quantizer.name} keeps beside them"})
     terms += [{"kind": named.name} for named in method.corrections]
-    online = [named.name for named in method.changes] + [n.name for n in method.of("search") if n.part.run_time]
+    online = method.every_change + [n.name for n in method.of("search") if n.part.run_time]
+    online += [named.name for named in method.tunings if named.part.adds_maps]
     if layer.quantizer.settings().get("groups") == "running":
         online = online or ["permutation"]
     elif layer.quantizer.part.keeps_map:
         online.append(layer.quantizer.name)
     kind = " and ".join(online) or None
     return {"shape": list(shape), "terms": terms, "input_map": kind and {"kind": kind}, "output_map": None}
-
-
-def _joined(by_name: Mapping[str, PlannedWeight], runtime: ForeignRuntime) -> list[list[str]]:
-    """Return the weights that a runtime joins into one product, or reads alike, each group in order."""
-    groups: list[list[str]] = []
-    stacks: dict[str, list[str]] = {}
-    for stem, planned in by_name.items():
-        parent, _, leaf = stem.rpartition(".")
-        if planned.parameter.experts and runtime.experts != "apart":
-            stacks.setdefault(parent if runtime.experts == "block" else "", []).append(stem)
-        for parts in _JOINED if runtime.joins else ():
-            if leaf == parts[0]:
-                groups.append([name for part in parts if (name := f"{parent}.{part}") in by_name])
-    return [*groups, *stacks.values()]
-
-
-def _check_joined(weights: list[PlannedWeight], found: ForeignRuntime, runtime: str) -> None:
-    """Raise UsageError where weights that a runtime joins have several formats."""
-    by_name = {planned.parameter.stem: planned for planned in weights}
-    for first, *others in _joined(by_name, found):
-        fmt = by_name[first].format
-        differing = next((name for name in others if by_name[name].format != fmt), None)
-        if differing is not None:
-            raise UsageError(
-                f"{runtime} joins {first} and {differing} into one product, and their formats differ "
-                f"({fmt.name}, {by_name[differing].format.name}); give them the same."
-            )
 
 
 def _check_kept(model: StreamedModel, method: Method, names: HubNames, runtime: str) -> None:

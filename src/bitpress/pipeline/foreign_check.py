@@ -66,7 +66,8 @@ def read_by_others(directory: Path, out: Path, to: str, progress: Progress) -> F
         return ForeignReading(None, f"nothing that is installed here reads {to}")
     missing = [name for name in PACKAGES[to] if importlib.util.find_spec(name) is None]
     if missing:
-        return ForeignReading(None, f"the package {missing[0].replace('_', '-')} is not installed")
+        package = missing[0].replace("_", "-")
+        return ForeignReading(None, f"the package {package} is not installed (pip install {package})")
     checkpoint = CompressedCheckpoint.open(directory, verify=False)
     if (why := _experts_unread(checkpoint, to)) is not None:
         return ForeignReading(None, why)
@@ -122,7 +123,10 @@ def _experts_unread(checkpoint: CompressedCheckpoint, to: str) -> str | None:
 def _open(out: Path) -> Any:
     """Open an export as its users do. Raises NumericsError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # in a log they are lines of noise between ours
     try:
         return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
@@ -130,6 +134,9 @@ def _open(out: Path) -> Any:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise NumericsError(f"{out}: transformers does not open the export: {reason}; do not use it.") from error
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _decoded_bytes(checkpoint: CompressedCheckpoint) -> int:

@@ -124,11 +124,12 @@ class _Sensitivity:
         self.total = {p.name: torch.zeros(p.parameter_shape) for block in weights for p in block}
 
     def add(self, sample: Inputs, hidden: Sequence[torch.Tensor]) -> None:
-        gradient = self.model.loss_gradient(sample, hidden[-1], lambda outputs: self.model.task.loss(outputs, sample))
+        task = self.model.task
+        gradient = self.model.loss_gradient(sample, hidden[-1], lambda outputs: task.loss(outputs, sample.to(outputs.device)))
         for i in reversed(range(len(self.model.blocks))):
             gradient, found = self.model.block_gradients(i, hidden[i], gradient, self.names[i])
             for name, value in zip(self.names[i], found, strict=True):
-                self.total[name] += value.float().square()
+                self.total[name] += value.float().square().cpu()
 
     def mean(self, samples: int) -> dict[str, torch.Tensor]:
         return {name: value / samples for name, value in self.total.items()}
@@ -170,7 +171,7 @@ class _ByOutputs:
     def __init__(self, model: StreamedModel, weights: Sequence[Sequence[WeightParameter]], *, grams: bool) -> None:
         self.model = model
         alone = [p for block in weights for p in block if grams and not p.experts]
-        self.grams = {p.parts()[0]: torch.zeros(p.shape[0], p.shape[0]) for p in alone}
+        self.grams = {p.parts()[0]: torch.zeros(p.shape[0], p.shape[0], device=model.device) for p in alone}
         self.observed = [[w for _, w in observe_weights(model, block).values()] for block in weights]
         self.samples: dict[str, list[torch.Tensor]] = {}
         self.leader_of: dict[str, str] = {}
@@ -185,13 +186,13 @@ class _ByOutputs:
                 gradient, _ = self.model.block_gradients(i, hidden[i], gradient, ())
             self.leader_of |= watched.leader_of
             for name, squared in watched.found.items():
-                self.samples.setdefault(name, []).append(squared)
+                self.samples.setdefault(name, []).append(squared.cpu())
 
     def output_grams_(self) -> dict[str, torch.Tensor]:
         """Return the output_gram of every weight whose outputs the loss depends on; the sums are used up."""
         found = {}
         for name in list(self.grams):
-            gram = mirrored(self.grams.pop(name))
+            gram = mirrored(self.grams.pop(name)).cpu()
             mean = float(gram.diagonal().mean())
             if mean > 0:
                 found[output_gram_of(name)] = gram.div_(mean)

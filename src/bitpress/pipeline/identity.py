@@ -8,21 +8,30 @@ from typing import Any
 import torch
 
 from bitpress.checkpoints.compressed import VERSION
+from bitpress.devices import CPU
 from bitpress.recipes import Method
 from bitpress.version import __version__
 
-__all__ = ["identify", "recorded", "versions"]
+__all__ = ["identify", "recorded", "versions", "versions_on"]
 
 
-def identify(source: Mapping[str, str], calibration: str | None, method: Method) -> dict[str, Any]:
+def identify(source: Mapping[str, str], calibration: str | None, method: Method, device: torch.device = CPU) -> dict[str, Any]:
     """Return the identity of a compressed model from the hashes of the source's files and of the calibration tokens."""
     return {
         "source": dict(source),
         "calibration": calibration,
         "recipe": recorded(method),
-        "versions": versions(),
+        **versions_on(device),
         "directory": VERSION,
     }
+
+
+def versions_on(device: torch.device) -> dict[str, object]:
+    """Return what an identity says of versions and device: sums are rounded in another order on another kind, which may change bytes.
+
+    The processor is not named.
+    """
+    return {"versions": versions()} | ({} if device.type == "cpu" else {"device": device.type})
 
 
 def recorded(method: Method) -> dict[str, Any]:

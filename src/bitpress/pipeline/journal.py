@@ -44,6 +44,9 @@ from bitpress.exchange.runtimes import RUNTIMES
 
 __all__ = ["Job", "Unit", "check_vacant", "differences"]
 
+# The meaning of a field that an identity leaves out.
+ABSENT = {"device": "cpu"}
+
 
 class After(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -350,7 +353,8 @@ def differences(known: Any, wanted: Mapping[str, Any], prefix: str = "") -> list
     known = known if isinstance(known, dict) else {}
     changed = []
     for key in sorted(set(known) | set(wanted)):
-        a, b = known.get(key), wanted.get(key)
+        absent = ABSENT.get(key)
+        a, b = known.get(key, absent), wanted.get(key, absent)
         if isinstance(a, dict) and isinstance(b, dict):
             changed += differences(a, b, f"{prefix}{key}.")
         elif a != b:

@@ -7,7 +7,12 @@ from bitpress.pipeline.plan import Plan, overlooked_products, unmeant_bits
 from bitpress.progress import Progress
 from bitpress.recipes import Method
 
-__all__ = ["note_oddities", "told_untied"]
+__all__ = ["note_oddities", "notes_of", "told_scarce", "told_untied"]
+
+
+def told_scarce(plan: Plan) -> tuple[str, ...]:
+    """Say which spans have more learned parameters than the calibration text has values to learn them from."""
+    return () if plan.learning is None else plan.learning.scarce
 
 
 def told_untied(plan: Plan) -> list[str]:
@@ -18,6 +23,13 @@ def told_untied(plan: Plan) -> list[str]:
     ]
 
 
+def notes_of(plan: Plan) -> list[str]:
+    """Return as sentences what is noted of a plan, the bits beyond a budget too."""
+    excess = None if plan.offer is None else plan.offer.excess()
+    texts = [f"{text}." for text in (*unmeant_bits(plan), *told_scarce(plan), *told_untied(plan))]
+    return texts if excess is None else [*texts, excess]
+
+
 def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress: Progress) -> None:
     """Note what a plan's user may not have meant. Raises UsageError for some of that if it is `strict`."""
     for text in overlooked_products(plan):
@@ -25,6 +37,10 @@ def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress:
             raise UsageError(f"{text} (an error because of --strict). Skip them by name (--skip) to allow it.")
         progress.note(f"{text}.")
     for text in unmeant_bits(plan):
+        if strict:
+            raise UsageError(f"{text} (an error because of --strict).")
+        progress.note(f"{text}.")
+    for text in told_scarce(plan):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")

@@ -16,11 +16,12 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter, stem
 from bitpress.errors import BitpressError, FormatError, UsageError
-from bitpress.formats import Format
+from bitpress.formats import ActivationFormat, Format
 from bitpress.models.linears import find_outer, skipping
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import LayerRow
+from bitpress.pipeline.rounded_inputs import refused_inputs
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import OUTER, Method
@@ -69,7 +70,10 @@ def plan_outer(model: StreamedModel, method: Method) -> tuple[PlannedOuter, ...]
             continue
         looked_up = found.tied or key == "embeddings"
         try:
-            planned.append(_planned(key, matrix, value, looked_up=looked_up, auto=auto))
+            one = _planned(key, matrix, value, looked_up=looked_up, auto=auto)
+            for why in refused_inputs(model, [one.planned]):
+                raise FormatError(f"{key}: {why}")
+            planned.append(one)
         except FormatError:
             if not auto:
                 raise
@@ -125,6 +129,9 @@ def compress_outer(
     compressor = WeightCompressor(found.method, strict=strict)
     known = {} if stats is None else {found.planned.parameter.stem: stats}
     compressed, decoded = compressor.compress(found.planned, original, known, None)
+    inputs = found.planned.method.inputs
+    if inputs is not None:
+        compressed = compressed.with_input(inputs.channels(ActivationFormat(inputs.format), found.planned.parameter.shape[1]))
     made = CompressedBlock()
     # What nobody asked for may cost a head as much as the engine's own rounding may.
     if found.auto and stats is not None and (cost := _head_cost(original, decoded, stats)) > MOST_HEAD_COST:
@@ -192,6 +199,10 @@ def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up:
         quantizer.part.stored_bytes(fmt, parameter.shape)
     except BitpressError as error:
         raise FormatError(f"{where}: {error}") from error
+    if planned.method.inputs is not None and looked_up:
+        raise FormatError(
+            f"{where}: rows of a tied matrix are looked up too, and its product cannot round its input; leave out inputs."
+        )
     if quantizer.part.keeps_map and looked_up:
         raise FormatError(f"{where}: {quantizer.name} keeps a map with the matrix, and a row is looked up without one.")
     return PlannedOuter(key, planned, method, last=key == "head" and bool(method.needs), auto=auto)

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 
-from bitpress.calibration.stats import STATISTICS, of_origin
 from bitpress.checkpoints.given import Given
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.errors import BitpressError, DiskError, FormatError, MemoryLimitError, UsageError
@@ -22,11 +21,13 @@ from bitpress.limits import address_space_left
 from bitpress.models.linears import list_kept_outside, list_weights, overlooked
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.gradients import gradient_bytes
+from bitpress.pipeline.host_memory import BASE_BYTES, activation_bytes, block_memory, outer_memory
+from bitpress.pipeline.learning_plan import Learning, plan_learning
 from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
-from bitpress.pipeline.rounded_inputs import refused_inputs
+from bitpress.pipeline.rounded_inputs import refused_inputs, refused_operands
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Method
 
@@ -39,8 +40,6 @@ __all__ = [
     "unmeant_bits",
 ]
 
-# Resident memory of Python, torch and transformers before any work, measured on Linux with torch 2.13.
-BASE_BYTES = 450 * 2**20
 # Address space that libraries take beyond a job's memory: stacks of threads, arenas. Jobs of tiny models failed with 180 MiB left, not with 270.
 SPACE_BYTES = 256 * 2**20
 # Bytes that headers, index, manifest, report and card take for a compressed weight, for a block, and for the model.
@@ -57,6 +56,7 @@ class Plan:
     outer   the matrices outside the blocks that are compressed; the bits a weight are those of the blocks
     untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
+    learning  what the recipe's tuning takes
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
 
@@ -74,6 +74,7 @@ class Plan:
     given: Given | None = None
     offer: Offer | None = None
     untied: Mapping[str, str] = field(default_factory=dict)
+    learning: Learning | None = None
 
     @property
     def given_bytes(self) -> int:
@@ -184,14 +185,18 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     _check_shapes(weights)
     _check_parts(weights, method)
     _refuse(refused_inputs(model, weights), "Change the recipe's inputs, or keep those of these layers by an override.")
+    _refuse(refused_operands(model, method), "Change the recipe's queries, keys, values or probabilities, or leave them out.")
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
     ties = dict(model.model.all_tied_weights_keys)
     kept = {name: reason for name, reason in kept.items() if ties.get(name, name) not in compressed}
     kept_bytes = sum(size for name, size in stored.items() if name not in compressed)
     length = model.task.positions(model.model.config, recipe.calibration.length)
-    hidden = _activation_bytes(method, length * width * model.dtype.itemsize)
-    compressed_bytes = sum(w.nbytes for w in weights)
-    outer_bytes = sum(found.planned.nbytes for found in outer)
+    hidden = activation_bytes(method, length * width * model.dtype.itemsize)
+    compressed_bytes, outer_bytes = sum(w.nbytes for w in weights), sum(found.planned.nbytes for found in outer)
+    gradients = gradient_bytes(method.needs, [w.parameter for w in weights])
+    held, peak = block_memory(model, method, weights, stored, hidden)
+    peak = max(peak, outer_memory(model, outer, stored, hidden))
+    learning = plan_learning(model, method, weights, held, peak)
     return Plan(
         weights=tuple(weights),
         kept=kept,
@@ -201,9 +206,10 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + _gradients(method, weights) + 32 * 2**20,
-        peak_memory=max(_peak_memory(model, method, weights, stored, hidden), _outer_memory(model, outer, stored, hidden)),
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + gradients + 32 * 2**20,
+        peak_memory=peak if learning is None else max(peak, learning.peak),
         outer=outer,
+        learning=learning,
     )
 
 
@@ -237,18 +243,18 @@ def check_memory(plan: Plan) -> None:
 
     Some libraries end the process when an allocation fails, so a limit (ulimit -v) is checked before they can meet it.
     """
-    left = address_space_left()
-    if left is not None and left < plan.peak_memory - BASE_BYTES + SPACE_BYTES:
-        needed = plan.peak_memory - BASE_BYTES + SPACE_BYTES - left
+    left, needed = address_space_left(), plan.peak_memory - BASE_BYTES
+    if left is not None and left < needed + SPACE_BYTES:
         raise MemoryLimitError(
-            f"out of memory: the limit on this process's address space (ulimit -v) is {needed:,} bytes too low; raise it, or "
+            f"out of memory: the limit on this process's address space (ulimit -v) is {needed + SPACE_BYTES - left:,} bytes too low; raise it, or "
             "use fewer or shorter samples, or a method without statistics such as rtn."
         )
     memory = psutil.virtual_memory().available
-    if memory < plan.peak_memory - BASE_BYTES:
+    if memory < needed:
+        batch = None if plan.learning is None else plan.learning.advice(memory + BASE_BYTES)
         raise MemoryLimitError(
             f"about {plan.peak_memory:,} bytes of memory are needed and {memory:,} are free; "
-            "use fewer or shorter samples, or a method without statistics such as rtn."
+            + (batch or "use fewer or shorter samples, or a method without statistics such as rtn.")
         )
 
 
@@ -321,75 +327,3 @@ def _refuse(wrong: Mapping[str, Sequence[str]], advice: str) -> None:
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _activation_bytes(method: Method, of_sample: int) -> int:
-    if not method.follows_text:
-        return 0
-    streams = 2 if of_origin(method.needs, "original") else 1
-    return streams * method.recipe.calibration.drawn * of_sample
-
-
-def _peak_memory(
-    model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
-) -> int:
-    """Estimate the peak memory: the process, embeddings and head, one block twice, its largest layer's working set, the activations."""
-    prefix = f"{model.stack}."
-    outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
-    by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
-    block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
-    # Four copies in float32; low-rank corrections decompose an error in float64.
-    bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)
-    largest: int = max((math.prod(w.parameter.shape) for w in weights), default=0) * bytes_a_weight
-    # The evaluation computes in float32: two models' outer parts, a block as stored and as computed with, two samples' outputs.
-    outer_values: int = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(prefix))
-    outputs: int = 4 * model.task.output_values(model.model.config, 512)
-    proof = BASE_BYTES + 2 * outer_values * 4 + 2 * max(by_block, default=0) * 4 + 3 * outputs
-    backward = BASE_BYTES + outer + _backward_bytes(model, method, weights)
-    if not method.needs:
-        return max(BASE_BYTES + outer + block + largest, backward, proof)
-    widths = {w.parameter.shape[1] for w in weights if w.block == 0}
-    positions = model.task.positions(model.model.config, method.recipe.calibration.length)
-    held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
-    grams = sum(n * n * 4 * (1 + _squares(model, method)) + n * held_out for n in widths)
-    factor = 3 * max(widths, default=0) ** 2 * 8
-    widest = max((max(w.parameter.shape) for w in weights), default=0)
-    batch = method.recipe.batch * positions * widest * 4 * 4
-    compressing = BASE_BYTES + outer + block + grams + max(largest + factor, batch) + hidden
-    return max(compressing, backward, proof)
-
-
-def _outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: dict[str, int], hidden: int) -> int:
-    """Estimate the memory of compressing a matrix outside the blocks: five copies in float32, and its gram with what is solved of it."""
-    kept = sum(size for name, size in stored.items() if not name.startswith(f"{model.stack}."))
-
-    def work(found: PlannedOuter) -> int:
-        rows, columns = found.planned.parameter.shape
-        return rows * columns * 4 * 5 + (columns**2 * (4 + 3 * 8) if found.last else 0)
-
-    return BASE_BYTES + kept + hidden + max(map(work, outer), default=0)
-
-
-def _squares(model: StreamedModel, method: Method) -> int:
-    """Return how many statistics of the size of a gram are held for each input."""
-    heads = getattr(model.model.config.get_text_config(), "num_key_value_heads", None) or 1
-    shapes = [STATISTICS[name].shape for name in method.needs]
-    return max(1, sum((heads if shape[0] == "heads" else 1) for shape in shapes if shape[-2:] == ("in", "in")))
-
-
-def _gradients(method: Method, weights: Sequence[PlannedWeight]) -> int:
-    return gradient_bytes(method.needs, [w.parameter for w in weights])
-
-
-def _backward_bytes(model: StreamedModel, method: Method, weights: Sequence[PlannedWeight]) -> int:
-    """Estimate the memory of a backward pass: the whole model, a sum of squares beside it, and for one sample the states between
-    blocks, a block's backward pass and the loss over the outputs."""
-    if not of_origin(method.needs, "loss") and not method.options:
-        return 0
-    config, length = model.model.config, method.recipe.calibration.length
-    positions = model.task.positions(config, length)
-    whole = sum(w.weights for w in weights) * model.dtype.itemsize + _gradients(method, weights)
-    states = len(model.blocks) * positions * model.width * model.dtype.itemsize
-    first = [w for w in weights if w.block == 0]
-    back = sum(w.weights * 8 + positions * sum(w.parameter.shape) * 8 for w in first)
-    return int(whole + states + back + 4 * model.task.output_values(config, length) * 4)

@@ -1,7 +1,6 @@
 """The main job: plan, compress block by block into a journal, stage, prove, publish."""
 
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +25,20 @@ from bitpress.checkpoints.jsonfile import write_json_bytes
 from bitpress.checkpoints.records import FileRecord, Manifest
 from bitpress.checkpoints.side_files import SideFiles, read_side_file
 from bitpress.checkpoints.source import encode_config
+from bitpress.devices import CPU
 from bitpress.errors import BitpressError, NumericsError, UsageError
 from bitpress.measure.evaluation import check_reloaded, evaluate
 from bitpress.measure.runtimes import check_loads, check_opens, choose_opened, draw_prompts, measure_prompt_cost
 from bitpress.measure.samples import draw_calibration, draw_evaluation
-from bitpress.memory import peak_bytes, release
+from bitpress.memory import release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.budget import choose_formats, plan_method
 from bitpress.pipeline.calibration_stream import CalibrationStream
+from bitpress.pipeline.clock import Clock
+from bitpress.pipeline.device_memory import check_device
 from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
@@ -45,7 +47,7 @@ from bitpress.pipeline.journal import Job, check_vacant
 from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
@@ -55,28 +57,9 @@ from bitpress.runtime.sampling import GENERATION
 from bitpress.settings import use_native
 from bitpress.stopping import stoppable
 
-__all__ = ["Clock", "Committer", "Proof", "Run", "finish_job", "plan_opened", "plan_run", "quantize_directory", "shard_name"]
+__all__ = ["Committer", "Proof", "Run", "finish_job", "plan_opened", "plan_run", "quantize_directory", "shard_name"]
 
 GRADIENTS = "gradients.safetensors"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """When a run began (`time.perf_counter`), and the seconds that compressing took."""
-
-    started: float
-    compressing: float
-
-    def facts(self) -> dict[str, object]:
-        """Return what a run took, and on what, for its report."""
-        return {
-            "seconds": round(time.perf_counter() - self.started, 2),
-            "seconds_pressing": round(self.compressing, 2),
-            "peak_memory_bytes": peak_bytes(),
-            "threads": torch.get_num_threads(),
-            "native": sorted(native.features()) if native.available() else None,
-            "machine": platform.processor() or platform.machine(),
-        }
 
 
 @dataclass(frozen=True)
@@ -108,9 +91,9 @@ class Proof:
         self.tokens, self.length, self.text, self.max_kl = tokens, length, text, max_kl
 
 
-def plan_run(model: Path, method: Method) -> tuple[Plan, StreamedModel, OriginalLoader]:
-    """Open a model and plan a run without writing anything."""
-    streamed, loader = open_original(model, method.compute, method.rotate)
+def plan_run(model: Path, method: Method, device: torch.device = CPU) -> tuple[Plan, StreamedModel, OriginalLoader]:
+    """Open a model and plan a run on a device without writing anything."""
+    streamed, loader = open_original(model, method.compute, method.rotate, device=device)
     plan = plan_opened(streamed, loader, method)
     if method.reads_text:
         streamed.task.check_directory(model)
@@ -135,6 +118,7 @@ def quantize_directory(
     strict: bool = False,
     force: bool = False,
     proof: Proof | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model directory into `out` by a recipe, or the method of one, and give the report.
@@ -145,10 +129,11 @@ def quantize_directory(
     progress, proof = progress or Silent(), proof or Proof()
     started = time.perf_counter()
     check_vacant(out)
-    method = build_method(recipe) if isinstance(recipe, Recipe) else recipe
+    method = (build_method(recipe) if isinstance(recipe, Recipe) else recipe).computed_on(device)
     calibration = method.recipe.calibration
-    plan, streamed, loader = plan_run(model, method)
+    plan, streamed, loader = plan_run(model, method, device)
     check_memory(plan)
+    check_device(streamed, method, plan)
     if proof.tokens and method.reads_text and proof.text == calibration.text:
         raise UsageError(f"{proof.text}: is the calibration text; the proof needs a text that calibration never saw.")
     if proof.tokens:  # a proof that cannot be made is better known now than at the end
@@ -158,7 +143,7 @@ def quantize_directory(
     if method.reads_text:
         samples = draw_calibration(calibration, streamed.task, model, streamed.model.config)
     run = Run(model, streamed, loader, method, plan, samples)
-    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method)
+    identity = identify(loader.source.hashes(), None if samples is None else samples.sha256, method, device)
     finished = find_finished(out, identity, force)
     if finished is not None:
         progress.note(f"{out} holds this very model already; nothing was done.")
@@ -170,7 +155,7 @@ def quantize_directory(
     try:
         with stoppable() as check_stop:
             run, seconds = _compress(job, run, strict, check_stop, progress)
-            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds))
+            return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds, device))
     finally:
         job.close()
 
@@ -186,11 +171,13 @@ class Committer:
     ) -> None:
         self.job, self.compressor, self.total, self.progress, self.resumable = job, compressor, total, progress, resumable
         self.rows: list[LayerRow] = []
+        self.tuned: list[TunedSpan] = []
 
     def visit_(self, block: LoadedBlock) -> None:
         made = self.compressor.made
         record = made.record()
         self.rows += record.rows
+        self.tuned += record.tuned
         if self.job is not None:
             stream = self.compressor.stream
             after = stream.state if self.resumable and stream.goes_on(block) else None
@@ -228,6 +215,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
         gradients=gradients,
         check_stop=check_stop,
         before_advance=job.settle,
+        keeps_original=method.keeps_original,
     )
     progress.begin("quantizing", total, len(job.units))
     if job.units:
@@ -245,13 +233,13 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     else:
         stream.start_(inputs, job.activations(), held_out=held_out)
     del outer
-    compressor = BlockCompressor(stream, method, plan.weights, strict=strict)
+    compressor = BlockCompressor(stream, method, plan.weights, strict=strict, progress=progress)
     committer = Committer(job, compressor, plan.blocks + 1, progress)
     walk(model, [compressor, committer], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
     if head is not None and of_head is not None:
         stats = stream.capture_head(head.planned.parameter, head.method.needs)
-        made, _ = compress_outer(head, of_head, stats, strict=strict)
+        made, _ = compress_outer(head, of_head.to(model.device), stats, strict=strict)
         record = made.record()
         job.commit("head", HEAD_NAME, made.tensors(), record.dump(), None)
         progress.advance("head", error=record.error)
@@ -289,6 +277,7 @@ def finish_job(
         report = make_report(
             figures,
             facts.rows,
+            facts.tuned,
             run.plan,
             job.identity,
             model=base if isinstance(base, str) else run.path.name,
@@ -339,6 +328,7 @@ def _prove(
             length=proof.length,
             checkpoint=checkpoint,
             with_runtime=True,
+            device=run.model.device,
             progress=progress,
         )
     else:
@@ -387,6 +377,7 @@ def _manifest(job: Job, loader: OriginalLoader, method: Method, files: Mapping[s
         left_out=list(loader.names.left_out),
         recipe=recorded(method),
         job=job.identity,
+        attention=facts.attention,
     )
 
 

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.records import WeightRecord
 from bitpress.errors import CheckpointError
-from bitpress.report.document import LayerRow, TokenErrors
+from bitpress.report.document import LayerRow, TokenErrors, TunedSpan
 
-__all__ = ["BlockRecord", "LayerRow", "TokenErrors"]
+__all__ = ["BlockRecord", "LayerRow", "TokenErrors", "TunedSpan"]
 
 
 class _Closed(BaseModel):
@@ -20,13 +20,16 @@ class _Closed(BaseModel):
 class BlockRecord(_Closed):
     """The journal's entry for a unit of work, by the names of parameters: how weights are stored, hashes of their decoded values, rows.
 
+    `attention` specifies the operands of attention by the names of modules, and is left out where they are as they were.
     `kept` are hashes of tensors that were measured before the first block, in the first unit's record.
     """
 
     weights: dict[str, WeightRecord] = {}
     digests: dict[str, str] = {}
     rows: list[LayerRow] = []
+    tuned: list[TunedSpan] = []
     kept: dict[str, str] | None = None
+    attention: dict[str, dict[str, dict[str, str]]] = {}
 
     @classmethod
     def read(cls, where: str, facts: object) -> "BlockRecord":
@@ -42,16 +45,21 @@ class BlockRecord(_Closed):
         weights: dict[str, WeightRecord] = {}
         digests: dict[str, str] = {}
         rows: list[LayerRow] = []
+        attention: dict[str, dict[str, dict[str, str]]] = {}
+        tuned: list[TunedSpan] = []
         for record in records:
             weights |= record.weights
             digests |= record.digests
             rows += record.rows
-        return cls(weights=weights, digests=digests, rows=rows)
+            attention |= record.attention
+            tuned += record.tuned
+        return cls(weights=weights, digests=digests, rows=rows, attention=attention, tuned=tuned)
 
     def dump(self) -> dict[str, Any]:
         """Return the record as the journal holds it."""
         values = self.model_dump(mode="json")
-        return {key: value for key, value in values.items() if key != "kept" or value is not None}
+        absent = {key for key in ("kept", "tuned", "attention") if not values[key]}
+        return {key: value for key, value in values.items() if key not in absent}
 
     @property
     def error(self) -> float:

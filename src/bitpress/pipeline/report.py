@@ -20,10 +20,11 @@ from bitpress.pipeline.front_matter import write_front_matter
 from bitpress.pipeline.oddities import told_untied
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.plan import Plan
-from bitpress.pipeline.records import LayerRow
+from bitpress.pipeline.records import LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import FAR, far_classes
 from bitpress.report.document import REPORT_NAME, check_report
 from bitpress.report.page import write_page
+from bitpress.report.sentences import say_learned
 from bitpress.version import INSTALL
 
 __all__ = ["TEXTS", "make_card", "make_report", "write_report_page", "write_texts_"]
@@ -36,6 +37,7 @@ _NUMBERS = re.compile(rb"\[\n[-+.,\d\se]+\]")
 def make_report(
     figures: Mapping[str, Any],
     rows: Sequence[LayerRow],
+    tuned: Sequence[TunedSpan],
     plan: Plan,
     identity: Mapping[str, Any],
     *,
@@ -60,8 +62,6 @@ def make_report(
     untied = [{"weight": stem(alias), "what": text} for alias, text in zip(plan.untied, told_untied(plan), strict=True)]
     budget = identity["recipe"].get("budget")  # recipes of before have no such key
     spent = {"bits_asked": budget and budget["bits"], "bits_spent": figures["bits_per_weight"], "weights": plan.by_format()}
-    never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics
-    by_inputs = [row for row in rows if row.name not in never]
     # A head that bitpress chose a format for may have stayed as stored; its row says why.
     outer = [(found, row) for found in plan.outer for row in rows if row.name == found.planned.parameter.stem]
     made = [(found, row) for found, row in outer if found.planned.parameter.name in compressed]
@@ -81,9 +81,10 @@ def make_report(
         **({} if budget is None else {"budget": spent}),
         "calibration": dict(calibration) if calibration else None,
         "held_out": _held_out(rows, held_out) if held_out else None,
-        "calibrated": {"weights": sum(row.calibrated for row in by_inputs), "of": len(by_inputs)},
+        "calibrated": _calibrated(rows, plan),
         "fallbacks": [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks],
         "notes": [{"weight": row.name, "what": text} for row in rows for text in row.notes] + untied,
+        **({"tuned": [row.model_dump() for row in tuned]} if tuned else {}),
         "outer": [_outer_row(found, row) for found, row in made],
         "kept": plan.kept,
         "given": None if given is None else {**given.as_dict(), "text": given.text},
@@ -93,6 +94,13 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
+
+
+def _calibrated(rows: Sequence[LayerRow], plan: Plan) -> dict[str, int]:
+    """Count the weights whose codes calibration decided, of those whose inputs it sees."""
+    never = {found.planned.parameter.stem for found in plan.outer if not found.last}  # tables have no statistics
+    by_inputs = [row for row in rows if row.name not in never]
+    return {"weights": sum(row.calibrated for row in by_inputs), "of": len(by_inputs)}
 
 
 def _held_out(rows: Sequence[LayerRow], samples: int) -> dict[str, object]:
@@ -147,4 +155,6 @@ def make_card(report: Mapping[str, Any], name: str, head: Mapping[str, object], 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"shown": shown, "ratio_text": ratio_text}
     environment.globals["install"] = INSTALL
-    return environment.from_string(template).render(report=report, name=name, head=write_front_matter(head), task=task) + "\n"
+    learned = say_learned([TunedSpan.model_validate(row) for row in report.get("tuned", ())])
+    values = {"report": report, "name": name, "head": write_front_matter(head), "task": task, "learned": learned}
+    return environment.from_string(template).render(values) + "\n"

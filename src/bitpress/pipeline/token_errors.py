@@ -44,7 +44,8 @@ def measure_classes(
     """Return the sums of every class that has tokens; none if a square is beyond the range of float32."""
     matrices = [w, *(w - w_hat for w_hat in candidates)]
     # A weight that rounding leaves as it is has no error to multiply.
-    energies = [_energies(held_out.x, m) if bool(m.any()) else torch.zeros(len(held_out.x)) for m in matrices]
+    none = torch.zeros(len(held_out.x), device=w.device)
+    energies = [_energies(held_out.x, m) if bool(m.any()) else none for m in matrices]
     if not all(map(all_finite, energies)):
         return {}
     found: dict[str, ClassEnergies] = {}
@@ -57,7 +58,7 @@ def measure_classes(
 
 def _energies(x: Float[torch.Tensor, "tokens in"], w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, " tokens"]:
     """Return every token's squared norm of the product."""
-    total = torch.zeros(len(x))
+    total = torch.zeros(len(x), device=x.device)
     with products_of(x.dtype):
         for rows in w.float().split(ROWS_TOGETHER):
             total += (x.float() @ rows.T).square_().sum(1)

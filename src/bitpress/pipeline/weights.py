@@ -9,19 +9,30 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float
 
+from bitpress import native
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.records import WeightRecord
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
-from bitpress.formats import ActivationFormat, AnyFormat, CompressedLayer, CompressedWeight, Lossless, Scale, chain
+from bitpress.formats import (
+    AnyFormat,
+    AttentionOperands,
+    CompressedLayer,
+    CompressedWeight,
+    InputFormat,
+    Lossless,
+    Scale,
+    chain,
+)
 from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
-from bitpress.pipeline.records import BlockRecord, LayerRow
+from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
 from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
@@ -32,6 +43,8 @@ __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
 # Said under calibration.gram=loss of a weight whose tokens it cannot weigh: of experts, and of inputs with other positions than the sample.
 ALIKE = "its tokens count alike: the loss does not tell how much each of them matters here"
+# Said of an input whose stored parameters nothing decided.
+ZERO_INPUT = "its input was 0 on all calibration text, so nothing chose the range that it is rounded in"
 # Statistics that no expert has; every quantizer that needs them has a way without.
 UNKNOWN_OF_EXPERTS = frozenset({"cross", "attention_gram"})
 
@@ -45,40 +58,48 @@ class CompressedParameter:
     digest: str
     record: WeightRecord
     row: LayerRow
-    input: ActivationFormat | None = None
+    input: InputFormat | None = None
 
     @property
     def layer(self) -> CompressedLayer:
         return CompressedLayer(self.weight, self.input)
 
-    def with_input(self, input: ActivationFormat) -> "CompressedParameter":
-        """Return the parameter with a format for the input of its product."""
+    def with_note(self, note: str) -> "CompressedParameter":
+        """Return the parameter with one more note in its row of the report."""
+        return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, note]}))
+
+    def with_input(self, input: InputFormat, *, always_zero: bool = False) -> "CompressedParameter":
+        """Return the parameter with a format for the input of its product, which may have been 0 on all calibration text."""
         record = self.record.model_copy(update={"input": input.spec()})
-        row = self.row.model_copy(update={"inputs": input.name})
+        row = self.row.model_copy(update={"inputs": input.name, "notes": [*self.row.notes, *[ZERO_INPUT] * always_zero]})
         return replace(self, input=input, record=record, row=row)
 
 
 @dataclass
 class CompressedBlock:
     """A block in work: its compressed parameters, which may be replaced until the block is committed, and tensors stored as they are;
-    `notes` are rows of those of these that were to be compressed."""
+    `notes` are rows of those of these that were to be compressed; `attention` says how modules round the operands of theirs, `tuned` are rows
+    of what was learned by gradients."""
 
     parameters: dict[str, CompressedParameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[LayerRow] = field(default_factory=list)
+    attention: dict[str, AttentionOperands] = field(default_factory=dict)
+    tuned: list[TunedSpan] = field(default_factory=list)
 
     def put_(self, compressed: CompressedParameter) -> None:
         """Record a parameter, in place of an earlier result for it."""
         self.parameters[compressed.parameter.name] = compressed
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what is stored, by the names in the file."""
+        """Return what is stored, by the names in the file, on the host."""
         stored = {
             f"{made.parameter.stem}.{leaf}": tensor
             for made in self.parameters.values()
             for leaf, tensor in BitpressDirectory.write(made.layer).tensors.items()
         }
-        return stored | self.kept
+        own = {f"{name}.{leaf}": t for name, operands in self.attention.items() for leaf, t in operands.tensors().items()}
+        return {name: tensor.cpu() for name, tensor in (stored | own | self.kept).items()}
 
     def record(self) -> BlockRecord:
         made = self.parameters
@@ -86,6 +107,8 @@ class CompressedBlock:
             weights={name: p.record for name, p in made.items()},
             digests={name: p.digest for name, p in made.items()},
             rows=[*(p.row for p in made.values()), *self.notes],
+            attention={name: operands.spec() for name, operands in self.attention.items()},
+            tuned=self.tuned,
         )
 
 
@@ -170,6 +193,49 @@ class WeightCompressor:
         )
         return CompressedParameter(parameter, weight, digest(decoded), record, row), parameter.restore(decoded)
 
+    def unscaled(self, planned: PlannedWeight, tensor: torch.Tensor, scales: Rescaled | None) -> Float[torch.Tensor, "rows in"]:
+        """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
+        name = planned.parameter.stem
+        w = torch.cat(planned.parameter.matrices(tensor))
+        return w if scales is None or name not in scales.unfolded else w / scales.factors[name]
+
+    def replaced(
+        self,
+        made: CompressedParameter,
+        weight: CompressedWeight,
+        tensor: torch.Tensor,
+        stats: Mapping[str, Stats],
+        scales: Rescaled | None,
+    ) -> CompressedParameter:
+        """Return a parameter with another weight, measured as the one before. Raises NumericsError."""
+        parameter, name = made.parameter, made.parameter.stem
+        decoded = weight.dequantize()
+        if not all_finite(decoded):
+            raise NumericsError(f"{name}: the learned weight is not finite.")
+        factor = None if scales is None else scales.factors.get(name)
+        w = parameter.matrices(tensor)[0]
+        unscaled, w_hat = (w, decoded) if factor is None else (w / factor, decoded)
+        if factor is not None and scales is not None and name not in scales.unfolded:
+            w_hat = decoded / factor
+        usable = stats.get(name)
+        (after,) = output_errors(unscaled, (w_hat,), usable)
+        by_class = None
+        if made.row.held_out is not None and usable is not None and usable.held_out is not None:
+            found = token_errors([measure_classes(unscaled, (w_hat, w_hat), usable.held_out)]) or {}
+            before = made.row.held_out
+            by_class = {
+                key: e.model_copy(update={"error_rounded": before[key].error_rounded})
+                for key, e in found.items()
+                if key in before
+            }
+        picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
+        sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
+        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
+        entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
+        # The errors of some of its terms are no longer those: it is loaded as a whole.
+        record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})
+        return replace(made, weight=weight, digest=digest(decoded), record=record, row=row)
+
     def _in_range(self, parts: LayerMethod, matrices: Sequence[torch.Tensor]) -> tuple[AnyFormat, tuple[str, ...]]:
         """Return a format that holds a weight of this size, the same for all experts, and the name of the fallback, if it is one."""
         fmt = parts.format
@@ -207,17 +273,17 @@ class WeightCompressor:
         if scarce is not None:
             # Experts of one stack have the same kinds of terms and of maps, so this one is compressed in the same way, as if all its
             # channels were alike.
-            alike = Stats(1, torch.eye(w.shape[1]), torch.ones(w.shape[1]))
+            alike = Stats(1, torch.eye(w.shape[1], device=w.device), torch.ones(w.shape[1], device=w.device))
             known = parts.quantizer.part.needs <= {"gram", "mean_abs"} | UNKNOWN_OF_EXPERTS
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
             parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)
             with _named(name):
-                outcome = compress_matrix(w, alike, parts)
+                outcome = _compress(w, alike, parts)
             outcome, seen = replace(outcome, fallbacks=(scarce,)), None
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
-                outcome = compress_matrix(w, _needed(seen, needs), parts)
+                outcome = _compress(w, _needed(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
         if seen is not None and "gram" in needs and "loss_gram" in self.method.needs and seen.loss_gram is None:
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, ALIKE))
@@ -234,7 +300,7 @@ class WeightCompressor:
                 outcome, stored = _divided(outcome, factor), None
         if outcome.fallbacks and self.strict:
             raise NumericsError(f"{name}: {outcome.fallbacks[0]} (an error because of --strict).")
-        alone = parts.quantizer.part == RTN() and not (self.method.changes or parts.corrections or self.method.of("target"))
+        alone = parts.quantizer.part == RTN() and not (parts.changes or parts.corrections or self.method.of("target"))
         with _named(name):
             plain = w_hat if alone else RTN().quantize(unscaled, None, fmt).weight.dequantize()
         usable = None if scarce is not None else stats
@@ -261,6 +327,14 @@ class WeightCompressor:
         if alive is not None and not bool(alive.any()):
             return "every calibration input of this layer was zero; rounded without statistics"
         return None
+
+
+def _compress(w: Float[torch.Tensor, "out in"], stats: Stats | None, parts: LayerMethod) -> Outcome:
+    """Compress a matrix on its device, or on the host where the quantizer's loops are native; the result is on the device."""
+    if w.device == CPU or not (parts.quantizer.part.native_loops and native.available()):
+        return compress_matrix(w, stats, parts)
+    outcome = compress_matrix(w.to(CPU), None if stats is None else stats.to(CPU), parts)
+    return replace(outcome, weight=outcome.weight.to(w.device))
 
 
 def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:

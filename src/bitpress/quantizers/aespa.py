@@ -81,7 +81,9 @@ class Aespa(Quantizer):
         # From here on every row is its own block, since rows are visited separately.
         alone = Format(fmt.grid, Block(1, fmt.block.resolve((w.shape[0], w.shape[1]), fmt.grid.span)[1]), fmt.scale, fmt.layout)
         pieces, gains = [], []
-        for rows, g, feedback in zip(torch.arange(w.shape[0]).chunk(len(grams)), grams, feedbacks, strict=True):
+        for rows, g, feedback in zip(
+            torch.arange(w.shape[0], device=w.device).chunk(len(grams)), grams, feedbacks, strict=True
+        ):
             columns = Columns(alone, w[rows], feedback.importance, (1.0,), static=True, params=_of_rows(fmt, params, rows, w))
             columns.round_(feedback.order, feedback.factor, LAZY)
             descent = prepare_descent(g, feedback.order, fmt.grid.span, self.damp)
@@ -102,7 +104,8 @@ class Aespa(Quantizer):
     ) -> tuple[torch.Tensor, float]:
         """Sweep from `codes`; return the new codes of heads (without couplings: rows) whose error fell, and the share of error removed."""
         heads, height = (len(w), 1) if couplings is None else couplings.shape[:2]
-        visits = [torch.arange(len(w))] if couplings is None else [torch.arange(heads) * height + r for r in range(height)]
+        every = torch.arange(len(w), device=w.device)
+        visits = [every] if couplings is None else [every[r::height] for r in range(height)]
         picked = [_of_rows(fmt, params, rows, w) for rows in visits]
         codes, start = first.clone(), fmt.decode(first, params)
         w_hat = start
@@ -126,7 +129,7 @@ class Aespa(Quantizer):
 
     def _couplings(self, by_row: Float[torch.Tensor, "heads row row"], fallbacks: list[str]) -> torch.Tensor:
         """Return the damped row grams, divided by their mean diagonal; the identity for one that cannot be factored."""
-        one = torch.eye(by_row.shape[1])
+        one = torch.eye(by_row.shape[1], device=by_row.device)
         mean = by_row.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         damped = by_row / mean + self.damp * one
         failed = torch.linalg.cholesky_ex(torch.where(torch.isfinite(damped), damped, -one)).info != 0

@@ -84,7 +84,7 @@ class AlignedGroups(Quantizer):
         across, cols = gain.shape[2], gain.shape[3]
         score = gain.sum((0, 1, 3))
         count = min(round(self.share * across) or 1, across - 1) if 0 < self.share < 1 else round(self.share * across)
-        chosen = torch.zeros(across, dtype=torch.bool)
+        chosen = torch.zeros(across, dtype=torch.bool, device=score.device)
         chosen[score.topk(count).indices] = True
         return chosen.repeat_interleave(cols)
 

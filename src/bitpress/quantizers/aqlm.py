@@ -57,6 +57,7 @@ class AQLM(Quantizer):
     summary: ClassVar[str] = "sums of codewords learned from the layer's output, codes by beam search"
     paper: ClassVar[str] = "P295"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("aq*", "vq*")
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class AQLM(Quantizer):
         feedback = prepare(gram, self.order, span, self.damp, self.damp_limit)
         params = first_books(w, fmt)
         descent = prepare_descent(gram, feedback.order, span, self.damp)
-        roots = metric_roots(feedback.factor, w.shape[1], span)
+        roots = metric_roots(feedback.factor, w.shape[1], span, w.device)
         codes = self._search(w, feedback.order, feedback.factor, roots, fmt, params)
         best, least = (codes, params), torch.inf
         roots = torch.linalg.cholesky(torch.linalg.inv(descent.inverse))
@@ -107,7 +108,7 @@ class AQLM(Quantizer):
         shape, grid = (w.shape[0], w.shape[1]), fmt.grid
         books = _books(params)
         bits = grid.code_bits // len(books)
-        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=code_dtype(grid.code_bits))
+        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=code_dtype(grid.code_bits), device=books.device)
 
         def choose(target: torch.Tensor, place: int, column: int) -> torch.Tensor:
             at = column // grid.span
@@ -152,7 +153,7 @@ def first_books(w: Float[torch.Tensor, "out in"], fmt: Format) -> Params:
     scaled = (blocks / torch.where(scale > 0, scale, 1.0)).reshape(-1, fmt.grid.span)
     shape = next(p.shape for p in fmt.grid.params if p.name == "words")
     books = shape[0] if len(shape) == 3 else 1
-    left = scaled[spread_sample(len(scaled), VECTORS_PER_WORD * shape[-2])]
+    left = scaled[spread_sample(len(scaled), VECTORS_PER_WORD * shape[-2]).to(scaled.device)]
     words = []
     for _ in range(books):
         words.append(cluster(left, torch.ones_like(left[:, :1]), shape[-2], FIRST_ROUNDS))
@@ -184,7 +185,7 @@ def solve_words(
 
     def gathered(y: torch.Tensor) -> torch.Tensor:
         vectors = (y * scale).view(-1, span)
-        return torch.stack([torch.zeros(count, span).index_add_(0, i, vectors) for i in at])
+        return torch.stack([vectors.new_zeros(count, span).index_add_(0, i, vectors) for i in at])
 
     curvature = gathered(scale * gram.diagonal())
     curvature = torch.where(curvature > 0, curvature, 1.0)

@@ -46,6 +46,7 @@ class BoA(Quantizer):
     summary: ClassVar[str] = "error feedback across columns and across the rows of attention heads"
     paper: ClassVar[str] = "P155"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class BoA(Quantizer):
         importance = torch.stack([feedback.importance for feedback in feedbacks]).repeat_interleave(w.shape[0] // len(grams), 0)
         params = fmt.fit(w, importance, shrink_ratios(self.clip, self.steps, self.smallest))
         if by_row is None:
-            codes, _ = round_chosen(w, fmt, params, feedbacks, torch.arange(w.shape[0])[None], self.lazy)
+            codes, _ = round_chosen(w, fmt, params, feedbacks, torch.arange(w.shape[0], device=w.device)[None], self.lazy)
             return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": 0.0})
         heads, row = by_row.shape[0], by_row.shape[1]
         if heads * row != w.shape[0] or heads % len(grams):
@@ -78,14 +79,14 @@ class BoA(Quantizer):
             fallbacks.append(
                 f"a head's row gram could not be factored at damping {self.damp_limit}; no feedback across its rows"
             )
-        factors = torch.stack([torch.eye(row) if factor is None else factor for factor in across])
-        codes = round_by_rows(w, fmt, params, feedbacks, factors, torch.arange(row), self.rows, self.lazy)
+        factors = torch.stack([torch.eye(row, device=w.device) if factor is None else factor for factor in across])
+        codes = round_by_rows(w, fmt, params, feedbacks, factors, torch.arange(row, device=w.device), self.rows, self.lazy)
         return Outcome(CompressedWeight((Packed.pack(fmt, codes, params),)), tuple(fallbacks), {"heads": float(heads)})
 
 
 def attention_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats) -> float:
     """Return the relative squared error of a weight as the attention propagates it: sum over heads of tr(R D G D') / tr(R w G w')."""
-    by_row = torch.ones(w.shape[0], 1, 1) if stats.row_gram is None else stats.row_gram
+    by_row = torch.ones(w.shape[0], 1, 1, device=w.device) if stats.row_gram is None else stats.row_gram
     grams = stats.need_gram("attention")[None] if stats.head_gram is None else stats.head_gram
     grams = grams.repeat_interleave(by_row.shape[0] // len(grams), 0) if len(grams) > 1 else grams
 

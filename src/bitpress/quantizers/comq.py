@@ -89,7 +89,7 @@ class COMQ(Quantizer):
 def greedy_order(w: Float[torch.Tensor, "out in"], gram: Float[torch.Tensor, "in in"], span: int) -> Int[torch.Tensor, " in"]:
     """Return the columns by the size of their contribution to the output, the largest first; the `span` columns of a code stay together."""
     cost = (w.abs().mean(0) * gram.diagonal().clamp(min=0).sqrt()).view(-1, span).sum(-1)
-    return (torch.argsort(cost, descending=True, stable=True)[:, None] * span + torch.arange(span)).reshape(-1)
+    return (torch.argsort(cost, descending=True, stable=True)[:, None] * span + torch.arange(span, device=w.device)).reshape(-1)
 
 
 def fit_scales(

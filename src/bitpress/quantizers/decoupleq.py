@@ -114,10 +114,10 @@ def _solve(
     together = max(TOGETHER // unknowns**2, 1) * rows
     for start in range(0, w.shape[0], together):
         q, own = levels[start : start + together], w[start : start + together]
-        directions = (q, torch.ones(1, q.shape[1])) if offsets else (q,)
+        directions = (q, q.new_ones(1, q.shape[1])) if offsets else (q,)
         pull = own @ gram
         # [down, unknowns, unknowns] and [down, unknowns]: every direction inside every block against every other.
-        system = torch.empty(len(q) // rows, unknowns, unknowns)
+        system = q.new_empty(len(q) // rows, unknowns, unknowns)
         for i, direction in enumerate(directions):
             for block in range(across):
                 here = slice(block * cols, (block + 1) * cols)

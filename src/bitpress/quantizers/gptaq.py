@@ -47,6 +47,7 @@ class GPTAQ(Quantizer):
     summary: ClassVar[str] = "error feedback towards the outputs of the uncompressed model"
     paper: ClassVar[str] = "yardstick: GPTAQ"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)

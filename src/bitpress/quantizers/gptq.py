@@ -42,6 +42,7 @@ class GPTQ(Quantizer):
     summary: ClassVar[str] = "error feedback by second-order statistics of the layer's input"
     paper: ClassVar[str] = "P140"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)

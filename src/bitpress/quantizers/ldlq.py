@@ -50,6 +50,7 @@ class LDLQ(Quantizer):
     summary: ClassVar[str] = "adaptive rounding with linear feedback, nearest or stochastic; greedy passes after it"
     paper: ClassVar[str] = "P210"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios(self.clip, self.steps, self.smallest)

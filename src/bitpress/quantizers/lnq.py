@@ -48,6 +48,7 @@ class LNQ(Quantizer):
     summary: ClassVar[str] = "levels learned for the layer's output, codes by coordinate descent"
     paper: ClassVar[str] = "yardstick: LNQ"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("kmeans*",)
 
     def __post_init__(self) -> None:
@@ -120,12 +121,12 @@ def solve_levels(
     size = across * count
     pulled = w @ gram
     solved = []
-    for some in torch.arange(down).split(max(TOGETHER // (size * w.shape[1] * rows), 1)):
-        here = (some[:, None] * rows + torch.arange(rows)).flatten()
+    for some in torch.arange(down, device=w.device).split(max(TOGETHER // (size * w.shape[1] * rows), 1)):
+        here = (some[:, None] * rows + torch.arange(rows, device=w.device)).flatten()
         which = torch.nn.functional.one_hot(codes[here].long(), count).float()  # [rows, in, count]
         parts = which.view(len(here), across, cols, count)
         wanted = torch.einsum("rac,rack->rak", pulled[here].view(len(here), across, cols), parts)
-        system = torch.empty(len(here), across, count, across, count)
+        system = torch.empty(len(here), across, count, across, count, device=w.device)
         for a in range(across):
             # gram times the indicators of one block of every row, then summed over the levels of all blocks
             felt = torch.matmul(gram[:, a * cols : (a + 1) * cols], parts[:, a]).view(len(here), across, cols, count)

@@ -45,6 +45,7 @@ class MRGPTQ(Quantizer):
     summary: ClassVar[str] = "GPTQ with a scale search for MXFP4 and NVFP4, after a Hadamard rotation of every block"
     paper: ClassVar[str] = "P438"
     bits: ClassVar[tuple[float, float]] = (4, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("e2m1-*", "mxfp4-*")
 
     def __post_init__(self) -> None:
@@ -75,8 +76,8 @@ class MRGPTQ(Quantizer):
         self, w: torch.Tensor, fmt: Format, importance: torch.Tensor, ratios: tuple[float, ...]
     ) -> Float[torch.Tensor, " out"]:
         """Return the factor from 1 to 2 with the least rounding error for every row."""
-        best = torch.ones(w.shape[0])
-        least = torch.full((w.shape[0],), torch.inf)
+        best = torch.ones(w.shape[0], device=w.device)
+        least = torch.full((w.shape[0],), torch.inf, device=w.device)
         for i in range(self.row_factors):
             factor = 2.0 ** (i / self.row_factors)
             params = fmt.fit(w / factor, importance, ratios)

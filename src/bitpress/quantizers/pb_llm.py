@@ -119,7 +119,7 @@ class _EightBits:
         self.format, self.salient = parse_format(EIGHT), salient
         # Feedback moves weights before they are rounded; what is beyond the range is fed on.
         self.params = self.format.fit(torch.where(salient, lacking, 0.0) * HEADROOM)
-        self.codes = torch.zeros(salient.shape, dtype=torch.uint8)
+        self.codes = torch.zeros(salient.shape, dtype=torch.uint8, device=salient.device)
 
     def __call__(self, error: Float[torch.Tensor, "out span"], column: int) -> Float[torch.Tensor, "out span"]:
         here = slice(column, column + error.shape[1])

@@ -71,8 +71,8 @@ class PVQ(Quantizer):
         assert isinstance(grid, Pyramid)
         own_length = fmt.block.resolve(shape, grid.span) == (1, grid.span)
         params = fmt.fit(w, feedback.importance)
-        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=code_dtype(grid.code_bits))
-        roots = metric_roots(feedback.factor, shape[1], grid.span)
+        codes = torch.zeros(shape[1] // grid.span, shape[0], dtype=code_dtype(grid.code_bits), device=w.device)
+        roots = metric_roots(feedback.factor, shape[1], grid.span, w.device)
 
         def choose(target: torch.Tensor, place: int, column: int) -> torch.Tensor:
             nonlocal params
@@ -101,7 +101,7 @@ def move_pulses(
 
     The cost of a point's direction, scaled to the length `scale` (None: the best one), is measured by `metric`.
     """
-    eye = torch.eye(len(metric))
+    eye = torch.eye(len(metric), device=metric.device)
     pull = target @ metric
     p = points.float()
     for _ in range(moves):

@@ -122,7 +122,7 @@ def moved_outliers(
 
 def largest_eigenvalue(gram: Float[torch.Tensor, "in in"]) -> float:
     """Return a lower estimate of the largest eigenvalue of a gram, by power iteration."""
-    vector = torch.ones(gram.shape[0])
+    vector = torch.ones(gram.shape[0], device=gram.device)
     for _ in range(POWER_STEPS):
         vector = torch.nn.functional.normalize(gram @ vector, dim=0)
     return float(vector @ gram @ vector)

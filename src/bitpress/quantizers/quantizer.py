@@ -45,6 +45,9 @@ class Quantizer(Protocol):
                    it is never worse than rounding to nearest. One with other aims (stochastic rounding, which is right on average)
                    says False, and may be up to `LOOSE` times as far away
 
+    native_loops   whether it goes through columns one after the other, which native code does on the host faster than a GPU: where both are
+                   there, its weights are quantized on the host
+
     `tests/laws/test_quantizers.py` holds every row of the table to these declarations.
     """
 
@@ -55,6 +58,7 @@ class Quantizer(Protocol):
     bits: ClassVar[tuple[float, float]]
     serves: ClassVar[tuple[str, ...]] = ("*",)
     least_squares: ClassVar[bool] = True
+    native_loops: ClassVar[bool] = False
 
     @property
     def keeps_map(self) -> bool:

@@ -56,6 +56,7 @@ class QuIPSharp(Quantizer):
     summary: ClassVar[str] = "points of the E8 lattice with error feedback, after a random Hadamard rotation"
     paper: ClassVar[str] = "P204"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("e8p-*",)
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class QuIPSharp(Quantizer):
         feedback = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
         descent = prepare_descent(gram, feedback.order, fmt.grid.span, self.damp)
         best: list[torch.Tensor] = []
-        error = torch.full((w.shape[0],), torch.inf)
+        error = torch.full((w.shape[0],), torch.inf, device=w.device)
         target, factor = w, feedback.factor
         for _ in range(1 + self.sweeps):
             columns = Columns(fmt, target, feedback.importance, (1.0,), static=True, params=params, keep=rest)
@@ -107,7 +108,7 @@ class _Rest:
 
     def __init__(self, fmt: Format, w: Float[torch.Tensor, "out in"]) -> None:
         self.fmt, self.params, self.shape = fmt, fmt.fit(w), (w.shape[0], w.shape[1])
-        self.codes = torch.zeros(w.shape[1] // fmt.grid.span, w.shape[0], dtype=code_dtype(fmt.grid.code_bits))
+        self.codes = torch.zeros(w.shape[1] // fmt.grid.span, w.shape[0], dtype=code_dtype(fmt.grid.code_bits), device=w.device)
 
     def __call__(self, error: Float[torch.Tensor, "out span"], column: int) -> Float[torch.Tensor, "out span"]:
         params = self.fmt.columns(self.params, self.shape, column)

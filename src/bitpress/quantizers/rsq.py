@@ -41,6 +41,7 @@ class RSQ(Quantizer):
     summary: ClassVar[str] = "error feedback by the tokens that attention is drawn to, after a rotation"
     paper: ClassVar[str] = "P196"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._rounder()

@@ -55,6 +55,7 @@ class SpQR(Quantizer):
     summary: ClassVar[str] = "error feedback with the costliest weights kept apart in half precision"
     paper: ClassVar[str] = "P450"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shrink_ratios("mse", self.steps, self.smallest)

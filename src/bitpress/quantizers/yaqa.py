@@ -49,6 +49,7 @@ class YAQA(Quantizer):
     summary: ClassVar[str] = "error feedback across columns and rows, by the curvature of the model's loss"
     paper: ClassVar[str] = "yardstick: YAQA"
     bits: ClassVar[tuple[float, float]] = (2, 4)
+    native_loops: ClassVar[bool] = True
     serves: ClassVar[tuple[str, ...]] = ("*", "!tcq*")  # rows one after another, where a path runs through all of them
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class YAQA(Quantizer):
         columns = prepare(gram, self.order, fmt.grid.span, self.damp, self.damp_limit)
         fallbacks = list(columns.fallbacks)
         params = fmt.fit(w, columns.importance, shrink_ratios(self.clip, self.steps, self.smallest))
-        factor, order = torch.eye(w.shape[0]), torch.arange(w.shape[0])
+        factor, order = torch.eye(w.shape[0], device=w.device), torch.arange(w.shape[0], device=w.device)
         rows, measured = w.shape[0], None
         if by_output is None:
             fallbacks.append("the loss does not tell how its outputs matter; rounded without feedback across rows")
@@ -96,7 +97,7 @@ def curvature_error(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor,
 
 
 def _damped(gram: Float[torch.Tensor, "n n"], damp: float | None) -> Float[torch.Tensor, "n n"]:
-    return gram + (damp or 0.0) * gram.diagonal().mean() * torch.eye(len(gram))
+    return gram + (damp or 0.0) * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
 
 
 def _energy(

@@ -23,6 +23,7 @@ def choose_method(
     weights: str | None = None,
     quantizer: str | Mapping[str, Any] | None = None,
     inputs: str | Mapping[str, Any] | None = None,
+    tune: Sequence[str | Mapping[str, Any]] | None = None,
     calibration: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
     outer: Mapping[str, Any] | None = None,
@@ -33,6 +34,7 @@ def choose_method(
 
     scheme        one of `SCHEMES`: weights and inputs together; what else is said replaces its keys
     inputs        a format, or what the recipe's key `inputs` says
+    tune          what is learned of every block, in this order: names, or names with settings
     recipe        a recipe, a YAML file or a name of one, or keys; keys alone stand beside a preset, and are the stronger ones
     calibration   settings of it that replace the recipe's; those that are None do not
     outer         what the recipe's keys `embeddings` and `head` say; those that are None change nothing, and are "auto" without a recipe
@@ -62,7 +64,7 @@ def choose_method(
     if scheme is not None:
         values = scheme_keys(scheme)
     values |= own
-    named = {"inputs": inputs, "weights": weights, "quantizer": quantizer}
+    named = {"inputs": inputs, "weights": weights, "quantizer": quantizer, "tuning": list(tune) if tune else None}
     values |= {key: value for key, value in named.items() if value is not None}
     if chosen := {key: value for key, value in (calibration or {}).items() if value is not None}:
         values["calibration"] = {**values.get("calibration", {}), **chosen}

@@ -7,27 +7,26 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from bitpress.arithmetic import has_fast_bf16
-from bitpress.calibration.observers import Observer
+from bitpress.calibration import of_origin
 from bitpress.corrections.correction import Correction
-from bitpress.errors import FormatError, UsageError
-from bitpress.formats import LOSSLESS, ActivationFormat, AnyFormat, Format, find_format
-from bitpress.formats.activation import ParameterSource
+from bitpress.devices import CPU
+from bitpress.errors import UsageError
+from bitpress.formats import LOSSLESS, OPERANDS, AnyFormat, Format, find_format
 from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
-from bitpress.recipes.kinds import KINDS, LISTS, table_of
+from bitpress.recipes.inputs import InputMethod, input_method, operand_method
+from bitpress.recipes.kinds import KINDS, LISTS
+from bitpress.recipes.named import Named, named_part, part_of_key
 from bitpress.recipes.options import find_options
-from bitpress.recipes.parts import make_part, settings_of
 from bitpress.recipes.recipe import (
     AUTO_OUTER,
-    DEFAULT_OBSERVER,
     DEFAULT_TRANSFORMS,
     OUTER,
-    InputRounding,
     OuterWeights,
     Override,
     Recipe,
@@ -36,25 +35,13 @@ from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
+from bitpress.tuning.tuner import Tuning
 
 __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "build_method", "compute_dtype"]
 
-P = TypeVar("P", bound=Any, covariant=True)
+T = TypeVar("T")
 # Statistics that a head has: those of its input.
 OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
-
-
-@dataclass(frozen=True)
-class Named(Generic[P]):
-    """A part with its name in the table of its kind."""
-
-    kind: str
-    name: str
-    part: P
-
-    def settings(self) -> dict[str, Any]:
-        """Return the part as a recipe spells it, with every setting."""
-        return {"name": self.name, **settings_of(self.part)}
 
 
 @dataclass(frozen=True)
@@ -66,35 +53,18 @@ class LayerMethod:
     changes: tuple[BasisChange, ...] = ()
     targets: tuple[Target, ...] = ()
     corrections: tuple[Correction, ...] = ()
-    inputs: "InputMethod | None" = None
-
-
-@dataclass(frozen=True)
-class InputMethod:
-    """How the input of a product is rounded; `observer` chooses static parameters, and is None where they are dynamic."""
-
-    format: Format
-    parameters: ParameterSource
-    observer: Named[Observer] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.format.name} {self.parameters}"
-
-    def spec(self) -> dict[str, Any]:
-        """Return what a recipe says of it."""
-        own = {} if self.observer is None else {"observer": self.observer.settings()}
-        return {"format": self.format.name, "parameters": self.parameters, **own}
+    inputs: InputMethod | None = None
 
 
 @dataclass(frozen=True)
 class BuiltOverride:
-    """An override with its parts; None: the recipe's. `inputs` are those of its weights, whoever says so."""
+    """An override with its parts; None: the recipe's. `inputs` and `changes` are those of its weights, whoever says so."""
 
     said: Override
     format: AnyFormat | None
     quantizer: Named[Quantizer] | None
     inputs: InputMethod | None
+    changes: tuple[Named[BasisChange], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +72,7 @@ class Method:
     """A recipe built once. `parts` are in the recipe's order; those of overrides stand beside them.
 
     outer    by the keys `recipe.OUTER`, what matrices outside the blocks are compressed by: a method with no more than a quantizer
+    attention  how the operands of attention are rounded, by their names
     options  formats among which the recipe's budget chooses, none without one
     chosen   the format of a weight by its name, where it has been chosen
     auto     those of the keys of `outer` that are "auto": left out where the model has no such matrix, or one that cannot take the format
@@ -117,6 +88,7 @@ class Method:
     auto: frozenset[str] = frozenset()
     options: tuple[Format, ...] = ()
     chosen: Mapping[str, Format] = field(default_factory=dict)
+    attention: Mapping[str, InputMethod] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -139,6 +111,10 @@ class Method:
         """Return the rotation of the whole network, which comes before everything else."""
         return next((named.part for named in self.of("network")), None)
 
+    def only(self, row: type[T]) -> T | None:
+        """Return the part that is of one row of the tables, for rows that a recipe names once at most; None without one."""
+        return next((named.part for named in self.parts if isinstance(named.part, row)), None)
+
     @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:
         return self.of("basis")
@@ -148,14 +124,34 @@ class Method:
         return self.of("correction")
 
     @cached_property
+    def tunings(self) -> tuple[Named[Tuning], ...]:
+        """What is learned of every block, one after the other."""
+        return self.of("tuning")
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the uncompressed model's hidden states are carried beside the compressed one's."""
+        by_output = any(named.part.span == "block" and named.part.targets == "original" for named in self.tunings)
+        return by_output or bool(of_origin(self.needs, "original"))
+
+    @cached_property
     def every_part(self) -> tuple[Named[Any], ...]:
         """All parts, those of overrides too."""
-        return (*self.parts, *(own.quantizer for own in self.overrides if own.quantizer is not None))
+        own = [part for o in self.overrides for part in (*(() if o.quantizer is None else [o.quantizer]), *(o.changes or ()))]
+        return (*self.parts, *own)
+
+    @property
+    def every_change(self) -> list[str]:
+        """Return the names of all changes of basis, those of overrides too."""
+        return list(dict.fromkeys(named.name for named in self.every_part if named.kind == "basis"))
 
     @cached_property
     def needs(self) -> frozenset[str]:
         """Statistics that calibration has to collect."""
-        needs: frozenset[str] = frozenset().union(*(named.part.needs for named in self.every_part))
+        parts = [named for named in self.every_part if named.kind != "tuning"]
+        needs: frozenset[str] = frozenset().union(*(named.part.needs for named in parts))
+        if self.tunings:  # errors are told of the layers' outputs, before and after
+            needs |= {"gram"}
         return needs | {"loss_gram"} if self.recipe.calibration.gram == "loss" else needs
 
     @property
@@ -169,8 +165,13 @@ class Method:
         return any(inputs.observer is not None for inputs in self.every_input)
 
     @property
-    def every_input(self) -> list["InputMethod"]:
-        """All ways in which inputs are rounded, those of overrides too."""
+    def every_input(self) -> list[InputMethod]:
+        """All ways in which inputs and operands of attention are rounded, those of overrides too."""
+        return [*self.product_inputs, *self.attention.values()]
+
+    @property
+    def product_inputs(self) -> list[InputMethod]:
+        """All ways in which inputs of products are rounded, those of overrides too."""
         return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
 
     @property
@@ -186,7 +187,7 @@ class Method:
     @cached_property
     def shared_needs(self) -> frozenset[str]:
         """Statistics that every weight needs, whichever quantizer it has."""
-        return frozenset().union(*(named.part.needs for named in self.parts if named.kind != "quantizer"))
+        return frozenset().union(*(named.part.needs for named in self.parts if named.kind not in ("quantizer", "tuning")))
 
     @cached_property
     def _default(self) -> LayerMethod:
@@ -209,7 +210,11 @@ class Method:
             if fnmatch.fnmatchcase(weight, own.said.match):
                 usual = self._default
                 return replace(
-                    usual, format=own.format or usual.format, quantizer=own.quantizer or usual.quantizer, inputs=own.inputs
+                    usual,
+                    format=own.format or usual.format,
+                    quantizer=own.quantizer or usual.quantizer,
+                    inputs=own.inputs,
+                    changes=usual.changes if own.changes is None else tuple(named.part for named in own.changes),
                 )
         return self._default
 
@@ -236,31 +241,39 @@ class Method:
             del values["inputs"]  # likewise
         else:
             values["inputs"] = self.inputs.spec()
+        for key in OPERANDS:
+            del values[key]  # likewise
+        values |= {key: own.spec() for key, own in self.attention.items()}
+        if not self.tunings:
+            del values["tuning"]  # likewise
         if self.recipe.budget is None:
             del values["budget"]
         else:
             values["budget"]["among"] = [fmt.name for fmt in self.options]
-        values |= {
-            key: "auto" if key in self.auto else {"weights": own.format.name, "quantizer": own.quantizer.settings()}
-            for key, own in self.outer.items()
-        }
+        values |= {key: "auto" if key in self.auto else _spell_outer(own) for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
+
+    def computed_on(self, device: torch.device) -> "Method":
+        """Return the method with the arithmetic that is fast on a device, where the recipe does not name one."""
+        return replace(self, compute=compute_dtype(self.recipe.compute, device))
 
 
 def build_method(recipe: Recipe) -> Method:
     """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
     fmt = find_format(recipe.weights)
-    quantizer: Named[Quantizer] = _named("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
-    parts: list[Named[Any]] = [_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
-    parts += [_of_key("corrections", part) for part in recipe.corrections]
-    inputs = None if recipe.inputs is None else _input_method(recipe.inputs)
+    quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
+    parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
+    parts += [part_of_key("corrections", part) for part in recipe.corrections]
+    tunings = [part_of_key("tuning", part) for part in recipe.tuning]
+    inputs = None if recipe.inputs is None else input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
             override,
             None if override.weights is None else find_format(override.weights),
-            None if override.quantizer is None else _named("quantizer", override.quantizer),
-            inputs if override.inputs is None else None if override.inputs == "keep" else _input_method(override.inputs),
+            None if override.quantizer is None else named_part("quantizer", override.quantizer),
+            inputs if override.inputs is None else None if override.inputs == "keep" else input_method(override.inputs),
+            None if override.transforms is None else tuple(map(_basis_change, override.transforms)),
         )
         for override in recipe.overrides
     )
@@ -273,22 +286,20 @@ def build_method(recipe: Recipe) -> Method:
         key: _outer_method(recipe, key, OuterWeights(weights=AUTO_OUTER) if isinstance(own, str) else own, quantizer)
         for key, own in given.items()
     }
+    attention = {name: operand_method(name, own) for name, own in recipe.operands.items()}
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
-    return Method(recipe, (*parts, quantizer), fmt, overrides, compute_dtype(recipe.compute), inputs, outer, auto, options)
-
-
-def _input_method(said: InputRounding) -> InputMethod:
-    """Build how an input is rounded. Raises FormatError for a format that inputs cannot have, UsageError."""
-    fmt = find_format(said.format)
-    if not isinstance(fmt, Format):
-        raise FormatError(f"{fmt.name} keeps numbers bit for bit; inputs that are to stay as they are need no format.")
-    if said.parameters == "dynamic":
-        if said.observer is not None:
-            raise UsageError("an observer chooses static parameters, and these are dynamic; leave out one of them.")
-        ActivationFormat(fmt)  # raises
-        return InputMethod(fmt, "dynamic")
-    ActivationFormat(fmt, "static")
-    return InputMethod(fmt, "static", _named("observer", {"name": DEFAULT_OBSERVER, **(said.observer or {})}))
+    return Method(
+        recipe,
+        (*parts, quantizer, *tunings),
+        fmt,
+        overrides,
+        compute_dtype(recipe.compute),
+        inputs,
+        outer,
+        auto,
+        options,
+        attention=attention,
+    )
 
 
 def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quantizer]) -> Method:
@@ -299,18 +310,24 @@ def _outer_method(recipe: Recipe, key: str, own: OuterWeights, usual: Named[Quan
     if key == "head" and isinstance(fmt, Format) and usual.part.needs <= OF_OUTPUT_HEADS and is_served(usual.part.serves, fmt):
         chosen = usual
     if own.quantizer is not None:
-        chosen = _named("quantizer", {"name": chosen.name, **own.quantizer})
+        chosen = named_part("quantizer", {"name": chosen.name, **own.quantizer})
     calibration = recipe.calibration.model_copy(update={"gram": "input", "sequential": False})
     alone = Recipe(
-        weights=fmt.name, transforms=(), quantizer=chosen.settings(), calibration=calibration, compute=recipe.compute
+        weights=fmt.name,
+        transforms=(),
+        quantizer=chosen.settings(),
+        calibration=calibration,
+        compute=recipe.compute,
+        inputs=own.inputs,
     )
-    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute))
+    inputs = None if own.inputs is None else input_method(own.inputs)
+    return Method(alone, (chosen,), fmt, (), compute_dtype(recipe.compute), inputs)
 
 
-def compute_dtype(compute: str) -> torch.dtype:
-    """Return the type that blocks run in: "auto" is bf16 where that is the faster one, else fp32."""
+def compute_dtype(compute: str, device: torch.device = CPU) -> torch.dtype:
+    """Return the type that blocks run in: "auto" is bf16 where that is the faster one, as on every GPU, else fp32."""
     if compute == "auto":
-        return torch.bfloat16 if has_fast_bf16() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or has_fast_bf16() else torch.float32
     return torch.bfloat16 if compute == "bf16" else torch.float32
 
 
@@ -322,24 +339,25 @@ def _transforms(recipe: Recipe, quantizer: Quantizer) -> list[dict[str, Any]]:
     return [{"name": part} if isinstance(part, str) else dict(part) for part in quantizer.transforms]
 
 
-def _of_key(key: str, part: Mapping[str, Any]) -> Named[Any]:
-    """Build a part that a key of the recipe names: the first kind whose table has the name."""
-    kinds = [name for name, kind in KINDS.items() if kind.key == key]
-    kind = next((name for name in kinds if part.get("name") in KINDS[name].table), None)
-    if kind is None:
-        make_part(KINDS[kinds[0]].noun, part, table_of(key))  # raises for the name
-        raise AssertionError
-    return _named(kind, part)
+def _basis_change(part: Mapping[str, Any]) -> Named[BasisChange]:
+    """Build a transform of an override. Raises UsageError for one that changes more than a weight alone."""
+    made = part_of_key("transforms", part)
+    if made.kind != "basis":
+        raise UsageError(f"overrides: {made.name} does not change single weights alone; put it under the recipe's transforms.")
+    return made
 
 
-def _named(kind: str, part: Mapping[str, Any]) -> Named[Any]:
-    return Named(kind, str(part.get("name")), make_part(KINDS[kind].noun, part, KINDS[kind].table))
+def _spell_outer(own: Method) -> dict[str, Any]:
+    values = {"weights": own.format.name, "quantizer": own.quantizer.settings()}
+    return values if own.inputs is None else {**values, "inputs": own.inputs.spec()}
 
 
 def _spell_out(own: BuiltOverride) -> dict[str, Any]:
     values = {key: value for key, value in own.said.model_dump(mode="json").items() if value is not None}
     if own.said.inputs is not None:
         values["inputs"] = "keep" if own.inputs is None else own.inputs.spec()
+    if own.changes is not None:
+        values["transforms"] = [named.settings() for named in own.changes]
     return values if own.quantizer is None else values | {"quantizer": own.quantizer.settings()}
 
 

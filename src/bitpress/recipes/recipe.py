@@ -4,17 +4,23 @@ weights: int4-g64-zero
 transforms: [{name: awq-scale}]         what runs before; left out: what the quantizer's paper puts there
 quantizer: {name: gptq, damp: 0.01}     without a name: channel scales and gptq, see `Recipe`
 corrections: [{name: lqer, rank: 32}]   terms beside the codes: what is split off before the quantizer, what repairs its error after
+tuning: [{name: signround, steps: 200}] what is learned by gradients, block by block, from what the parts above chose
 calibration: {text: builtin, samples: 128, length: 512, seed: 0, chat: false,
               inputs: pressed,          or original: what the uncompressed blocks before give a block, instead of the compressed ones
               gram: input,              or loss: tokens count with the loss's squared gradient by the output of the layer
               sequential: false}        true: inside a block too, weights see what the compressed ones before them give; a pass for each
 skip: ["*.down_proj"]                   weights that stay as they are; "!*.experts.*" takes back what a pattern before it leaves out
 inputs: int8-row                        how inputs of products are rounded, or {format: int8-tensor-zero, parameters: static, observer: minmax}:
-                                        static parameters are chosen on the calibration text; left out: inputs stay as they are
-overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights
+                                        static parameters are chosen on the calibration text, and so is the stored part of local ones
+                                        ({format: nvfp4, parameters: local}); left out: inputs stay as they are.
+                                        {format: int4-row, first: {share: 0.125, format: int8-row}} rounds the first channels otherwise
+keys: int8-row                          likewise `queries`, `keys`, `values` and `probabilities` of attention, a scale for every token and head
+overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}]     other formats or methods for some weights,
+                                        transforms: [hadamard] other changes of basis
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
-head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names
+head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names; `inputs: int8-row`
+                                        in a head that is not tied rounds its input, with dynamic parameters
 budget: 3.3                             bits a weight on average, or {bits: 3.3, among: [int2-g64-zero, int4-g64-zero]}: what each format costs the
                                         loss is measured, and every weight has the format that spends the bits best; left out: no choice
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
@@ -90,6 +96,89 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "quantizer": {"name": "ldlq"},
         },
     ),
+    "resq": NamedRecipe(
+        summary="4-bit weights and inputs, the principal eighth of every input in 8 bits, each eighth rotated for itself",
+        paper="P272",
+        source='Saxena et al. 2024, "ResQ: Mixed-Precision Quantization of Large Language Models with Low-Rank Residuals"; its abstract is what '
+        "could be read.",
+        differs="the principal subspace is that of two small matrices, online at every input (`klt`), where the paper folds a whole matrix into "
+        "the network; weights have 4 bits in it too, and keys and values stay as they are.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "klt", "parts": 8}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int4-row-fp32", "first": {"share": 0.125, "format": "int8-row-fp32"}},
+        },
+    ),
+    "quarot": NamedRecipe(
+        summary="4-bit weights and inputs in a rotated network, with online Hadamard rotations before down projections",
+        paper="yardstick: QuaRot",
+        source='Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", and its public code.',
+        differs="the rotations R1, R2 and R4 of the field's layout; queries and keys (R3) and the cache stay as they are, and heads are not "
+        "mixed with one another before the output projection. Down projections go by the name that they have in the Llama family; for another, write the recipe's override with its name.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "rotate"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": "int4-row-fp32",
+            "overrides": [{"match": "*.down_proj", "transforms": [{"name": "hadamard"}]}],
+        },
+    ),
+    "zeroquant-fp": NamedRecipe(
+        summary="FP4 weights whose scales in a row differ by powers of two, FP8 inputs, and a low-rank term for the error of the codes",
+        paper="P002",
+        source='Wu et al. 2023, "ZeroQuant-FP: A Leap Forward in LLMs Post-Training W4A8 Quantization Using Floating-Point Formats"; its abstract '
+        "is what could be read.",
+        differs="groups of 64; the constraint that all scales are powers of two is --weights e2m1-g64-e8m0. The low-rank term multiplies rounded "
+        "inputs too.",
+        keys={
+            "weights": "e2m1-g64-p2row",
+            "transforms": [],
+            "quantizer": {"name": "gptq"},
+            "corrections": [{"name": "lorc"}],
+            "inputs": "e4m3-row-fp32",
+        },
+    ),
+    "comet": NamedRecipe(
+        summary="4-bit weights and inputs, the channels of outliers put in front and rounded to 8 bits",
+        paper="P010",
+        source='Liu et al. 2024, "COMET: Towards Practical W4A4KV4 LLMs Serving"; its abstract is what could be read: fine-grained mixed '
+        "precision, most activations in 4 bits.",
+        differs="one eighth of the channels of every input, the largest on the calibration text, has 8 bits; the cache stays as it is.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "rearrange"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int4-row-fp32", "first": {"share": 0.125, "format": "int8-row-fp32"}},
+        },
+    ),
+    "outliertune": NamedRecipe(
+        summary="6-bit weights and inputs, inputs with a static scale for every channel that weights take over",
+        paper="P242",
+        source='Wang et al. 2024, "OutlierTune: Efficient Channel-Wise Quantization for Large Language Models"; its abstract is what could be '
+        "read: scales of channels go into the weights before the run, ranges are made symmetric.",
+        differs="a channel's range is that of a sample, and its scale folds into the norm or the matrix before; where none takes it, all "
+        "channels of an input share one scale. Weights are rounded to nearest.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift"}, {"name": "smoothquant", "alpha": 1.0}],
+            "quantizer": {"name": "rtn"},
+            "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "minmax"}},
+        },
+    ),
+    "mptq-vit": NamedRecipe(
+        summary="smoothing of shifted inputs at a strength found by search, static 6-bit inputs",
+        paper="P384",
+        source='Tai et al. 2024, "MPTQ-ViT: Mixed-Precision Post-Training Quantization for Vision Transformer"; its abstract is what could be '
+        "read: smoothing with a bias term, and ratios of scales searched on data.",
+        differs="the search is that of `aqas`, and ranges are those of least squared error; its greedy choice of bits is `budget`.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift"}, {"name": "aqas"}],
+            "quantizer": {"name": "rtn"},
+            "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "mse"}},
+        },
+    ),
 }
 
 
@@ -123,28 +212,43 @@ class Calibration(_Closed):
         return self.samples + self.held_out
 
 
+class FirstChannels(_Closed):
+    """The leading channels of an input that are rounded in a format of their own: a share of all."""
+
+    share: float = Field(gt=0, lt=1)
+    format: str
+
+
 class InputRounding(_Closed):
-    """How the input of a product is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table."""
+    """How the input of a product, or an operand of attention, is rounded: see `formats.activation`. `observer` chooses static parameters, and has a table.
+
+    `first` are channels of an input that a transform has put in front.
+    """
 
     format: str
     parameters: ParameterSource = "dynamic"
     observer: dict[str, Any] | None = None
+    first: FirstChannels | None = None
 
 
 class Override(_Closed):
-    """What weights have whose name matches; a part that is left out is the recipe's. `inputs` of "keep" are not rounded."""
+    """What weights have whose name matches; a part that is left out is the recipe's. `inputs` of "keep" are not rounded, and `transforms` are
+    changes of basis in the place of the recipe's."""
 
     match: str
+    transforms: tuple[dict[str, Any], ...] | None = None
     weights: str | None = None
     quantizer: dict[str, Any] | None = None
     inputs: InputRounding | Literal["keep"] | None = None
 
 
 class OuterWeights(_Closed):
-    """What the embedding table or the output head is stored in. Without a quantizer, `method.outer_quantizer` chooses one."""
+    """What the embedding table or the output head is stored in. Without a quantizer, `method.outer_quantizer` chooses one; the input of a head
+    may be rounded."""
 
     weights: str
     quantizer: dict[str, Any] | None = None
+    inputs: InputRounding | None = None
 
 
 class Budget(_Closed):
@@ -166,7 +270,12 @@ class Recipe(_Closed):
     transforms: tuple[dict[str, Any], ...] | None = None
     quantizer: dict[str, Any] = {}
     corrections: tuple[dict[str, Any], ...] = ()
+    tuning: tuple[dict[str, Any], ...] = ()
     inputs: InputRounding | None = None
+    queries: InputRounding | None = None
+    keys: InputRounding | None = None
+    values: InputRounding | None = None
+    probabilities: InputRounding | None = None
     calibration: Calibration = Calibration()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
@@ -176,6 +285,12 @@ class Recipe(_Closed):
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)
     compute: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @property
+    def operands(self) -> dict[str, InputRounding]:
+        """What is said of the operands of attention, by their names."""
+        said = {"queries": self.queries, "keys": self.keys, "values": self.values, "probabilities": self.probabilities}
+        return {name: own for name, own in said.items() if own is not None}
 
     @property
     def quantizer_name(self) -> str:

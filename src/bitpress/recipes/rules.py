@@ -16,8 +16,8 @@ def check_composition(method: Method) -> None:
             f"{exact[0]} keeps weights bit for bit, and {', '.join(changing)} would change them; "
             "use rtn or gptq without transforms and corrections."
         )
-    if "sensitivity" in method.needs and method.changes:
-        changes = ", ".join(named.name for named in method.changes)
+    if "sensitivity" in method.needs and method.every_change:
+        changes = ", ".join(method.every_change)
         raise UsageError(f"the sensitivity of single weights is not known in another basis; leave out {changes}.")
     if "output_gram" in method.needs and method.searches:
         scales = ", ".join(named.name for named in method.of("search"))
@@ -27,14 +27,8 @@ def check_composition(method: Method) -> None:
         raise UsageError(
             f"{compared[0]} compares the inputs of the compressed model with the original's, so calibration.inputs must be pressed."
         )
-    if method.observes and calibration.inputs == "original":
-        raise UsageError(
-            "static parameters of inputs are chosen on what the compressed blocks before give, so calibration.inputs cannot be original."
-        )
-    if method.rounds_inputs and calibration.sequential:
-        raise UsageError(
-            "calibration.sequential follows compressed weights inside a block, and not their rounded inputs; leave out one of them."
-        )
+    if method.tunings:
+        _check_tuning(method)
     if calibration.gram == "loss":
         apart = sorted(of_origin(method.needs, "original") | of_origin(method.needs, "attention"))
         if apart:
@@ -51,6 +45,7 @@ def check_composition(method: Method) -> None:
                 "calibration.sequential follows compressed weights inside a block, so calibration.inputs must be pressed."
             )
     _check_outer(method)
+    _check_channels(method)
     transforms = method.of_key("transforms")
     behind = [named.name for named in transforms[1:] if named.kind == "network"]
     if behind:
@@ -63,9 +58,44 @@ def check_composition(method: Method) -> None:
         raise UsageError(f"{late[0]} scales the channels of the network, so it goes before any change of basis; put it first.")
 
 
+def _check_channels(method: Method) -> None:
+    by_channel = [named.name for named in method.of("channels")]
+    if by_channel and not method.product_inputs:
+        raise UsageError(f"{by_channel[0]} changes how inputs are rounded, and this recipe rounds none; add inputs.")
+    if len(set(by_channel)) < len(by_channel):
+        raise UsageError(f"{by_channel[0]} is named twice.")
+    if len(method.of("bias")) > 1:
+        raise UsageError("bias is named twice.")
+    transforms = method.of_key("transforms")
+    before = [named.kind for named in transforms[: next((i for i, n in enumerate(transforms) if n.name == "shift"), 0)]]
+    if "search" in before or "basis" in before:
+        raise UsageError("shift moves the channels that scales and changes of basis see, so it goes before them.")
+
+
+def _check_tuning(method: Method) -> None:
+    name, calibration = method.tunings[0].name, method.recipe.calibration
+    if calibration.inputs == "original":
+        raise UsageError(f"{name} learns from the outputs of compressed blocks, so calibration.inputs cannot be original.")
+    if exact := method.exact_formats():
+        raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
+    if method.rounds_inputs:
+        raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
+    if method.of("bias"):
+        raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
+    moved = next((at for at, named in enumerate(method.tunings) if named.part.norms), len(method.tunings))
+    if late := [named.name for named in method.tunings[moved:] if named.part.span == "layer"]:
+        raise UsageError(
+            f"{late[0]} learns layers by inputs measured before norms were learned by {method.tunings[moved].name}; put it first."
+        )
+
+
 def _check_outer(method: Method) -> None:
     for key, own in method.outer.items():
         needs = own.quantizer.part.needs
+        if own.inputs is not None and key == "embeddings":
+            raise UsageError("embeddings: rows of a table are looked up, and have no input to round; leave out its inputs.")
+        if own.observes:
+            raise UsageError(f"{key}: no observer looks at its input; take dynamic parameters, such as int8-row.")
         if own.exact_formats():
             raise UsageError(
                 f"{key}: {own.format.name} is a format of the blocks; leave {key} out to keep its bits as they are."

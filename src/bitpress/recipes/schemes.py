@@ -22,6 +22,7 @@ class Scheme:
 
 
 _SMOOTH = ({"name": "smoothquant"},)
+_SMOOTH_ROTATED = ({"name": "smoothquant"}, {"name": "hadamard"})
 _STATIC = {"parameters": "static", "observer": {"name": "mse"}}
 
 SCHEMES: dict[str, Scheme] = {
@@ -46,17 +47,17 @@ SCHEMES: dict[str, Scheme] = {
         {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int8-row-fp32"},
     ),
     "w6a6": Scheme(
-        "6-bit integers: a scale for every output channel, and for every token",
+        "6-bit integers behind smoothing and random Hadamard rotations: a scale for every output channel, and for every token",
         "nobody's preset; the same as w8a8 in 6 bits",
-        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "int6-row-fp32"},
+        {"weights": "int6-row", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH_ROTATED, "inputs": "int6-row-fp32"},
     ),
     "w4a4": Scheme(
-        "4-bit integers behind random Hadamard rotations of every input: a scale for every output channel, and for every token",
+        "4-bit integers behind smoothing and random Hadamard rotations: a scale for every output channel, and for every token",
         "nobody's preset; the same as w8a8 in 4 bits",
         {
             "weights": "int4-row",
             "quantizer": {"name": "gptq"},
-            "transforms": ({"name": "hadamard"},),
+            "transforms": _SMOOTH_ROTATED,
             "inputs": "int4-row-fp32",
         },
     ),
@@ -95,13 +96,28 @@ SCHEMES: dict[str, Scheme] = {
         "nobody's preset; MXFP6A8 of compressed-tensors has 8-bit inputs",
         {"weights": "mxfp6", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "mxfp6"},
     ),
+    "nvfp4": Scheme(
+        "NVFP4 on both sides: an E4M3 scale for every 16, under one for each weight and one for each input, chosen on calibration text",
+        "NVFP4 of compressed-tensors",
+        {
+            "weights": "e2m1-g16-fp8over",
+            "quantizer": {"name": "gptq"},
+            "transforms": (),
+            "inputs": {"format": "e2m1-g16-fp8over", "parameters": "local", "observer": {"name": "minmax"}},
+        },
+    ),
+    "nvfp4a16": Scheme(
+        "NVFP4 weights: an E4M3 scale for every 16, under one for each weight; inputs as they are",
+        "NVFP4A16 of compressed-tensors",
+        {"weights": "e2m1-g16-fp8over", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "keep"},
+    ),
     "mxfp4": Scheme(
-        "MXFP4 on both sides behind rotations of blocks of 32",
+        "MXFP4 on both sides behind smoothing and rotations of blocks of 32",
         "MXFP4 of compressed-tensors, behind rotations",
         {
             "weights": "mxfp4",
             "quantizer": {"name": "gptq"},
-            "transforms": ({"name": "hadamard", "block": 32},),
+            "transforms": (*_SMOOTH, {"name": "hadamard", "block": 32}),
             "inputs": "mxfp4",
         },
     ),

@@ -12,7 +12,8 @@ from bitpress.calibration.observers import OBSERVERS
 from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
 from bitpress.foreign import foreign_hint
-from bitpress.formats import read_format
+from bitpress.formats import OPERANDS, read_format
+from bitpress.kernels.integers import told_product
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
@@ -30,6 +31,7 @@ from bitpress.recipes.recipe import (
     Recipe,
 )
 from bitpress.recipes.rules import check_composition
+from bitpress.transforms.table import CHANNEL_CHANGES
 
 __all__ = ["dump_recipe", "load_recipe", "make_method", "make_recipe", "told_budget", "told_overrides", "told_weights"]
 
@@ -61,14 +63,12 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     if isinstance(merged.get("overrides"), (list, tuple)):
         parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
         merged["overrides"] = [
-            _with_inputs(_with_format(f"{where}: overrides", o)) if isinstance(o, Mapping) else o for o in parts
+            _with_lists(_with_inputs(_with_format(f"{where}: overrides", o))) if isinstance(o, Mapping) else o for o in parts
         ]
-    for key in LISTS:
-        if isinstance(merged.get(key), (list, tuple)):
-            parts = [{"name": part} if isinstance(part, str) else part for part in merged[key]]
-            merged[key] = [_with_name(part, table_of(key)) for part in parts]
+    merged = _with_lists(merged)
     merged = _with_format(where, merged)
-    merged = _with_inputs(merged)
+    for key in ("inputs", *OPERANDS):
+        merged = _with_inputs(merged, key)
     for key in OUTER:
         if key in merged:
             merged[key] = _outer(f"{where}: {key}", merged[key])
@@ -82,7 +82,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     except ValidationError as error:
         raise _usage(where, error, merged) from error
     for override in recipe.overrides:
-        if override.weights is None and override.quantizer is None and override.inputs is None:
+        if all(part is None for part in (override.weights, override.quantizer, override.inputs, override.transforms)):
             raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer nor inputs.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
     method = build_method(recipe)
@@ -93,7 +93,14 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
 def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
-    rounded = [] if inputs is None else [f"inputs {inputs['format']} {inputs['parameters']} (simulated)"]
+    said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
+    is_plain = not any(recipe.get(key) for key in OPERANDS) and not any(
+        t["name"] in CHANNEL_CHANGES for t in recipe["transforms"]
+    )
+    how = "simulated" if inputs is None else told_product(recipe["weights"], inputs, native=is_plain)
+    rounded = [
+        f"{key} {_told_inputs(own)} ({how if key == 'inputs' else 'simulated'})" for key, own in said.items() if own is not None
+    ]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
 
 
@@ -113,10 +120,25 @@ def told_overrides(recipe: Mapping[str, Any]) -> list[str]:
             usual = recipe["quantizer"] if recipe["quantizer"]["name"] == own["name"] else own
             settings = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
             parts.append(f"by {own['name']}{settings and f' ({settings})'}")
+        if (changes := override.get("transforms")) is not None:
+            parts.append(f"behind {', '.join(part['name'] for part in changes)}" if changes else "in its own basis")
         if rounded is not None:
-            parts.append("inputs kept" if rounded == "keep" else f"inputs {rounded['format']} {rounded['parameters']}")
+            parts.append("inputs kept" if rounded == "keep" else f"inputs {_told_inputs(rounded)}")
         told.append(" ".join(part for part in parts if part))
     return told
+
+
+def _told_inputs(inputs: Mapping[str, Any]) -> str:
+    first = inputs.get("first")
+    more = "" if first is None else f", first {first['share']:g} of the channels {first['format']}"
+    return f"{inputs['format']} {inputs['parameters']}{more}"
+
+
+def _with_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put parts that are listed by their names alone as their settings are given, and spell the names as the tables do."""
+    lists = [key for key in LISTS if isinstance(values.get(key), (list, tuple))]
+    parts = {key: [{"name": part} if isinstance(part, str) else part for part in values[key]] for key in lists}
+    return {**values, **{key: [_with_name(part, table_of(key)) for part in parts[key]] for key in lists}}
 
 
 def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,11 +149,11 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
 
 
-def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_inputs(values: Mapping[str, Any], key: str = "inputs") -> dict[str, Any]:
     """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them."""
-    given = values.get("inputs")
+    given = values.get(key)
     if given == "keep" and "match" not in values:  # nothing to keep them from
-        return {key: value for key, value in values.items() if key != "inputs"}
+        return {other: value for other, value in values.items() if other != key}
     if given is None or given == "keep":
         return dict(values)
     given = {"format": given} if isinstance(given, str) else given
@@ -139,7 +161,7 @@ def _with_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
         observer = given["observer"]
         named = _with_name({"name": observer} if isinstance(observer, str) else observer, OBSERVERS)
         given = {**given, "observer": named}
-    return {**values, "inputs": given}
+    return {**values, key: given}
 
 
 def _with_format(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def _outer(where: str, given: Any) -> Any:
     if given in ("keep", "auto"):
         return given
     values = {"weights": given} if isinstance(given, str) else given
-    return _with_format(where, _with_quantizer(values)) if isinstance(values, Mapping) else values
+    return _with_inputs(_with_format(where, _with_quantizer(values))) if isinstance(values, Mapping) else values
 
 
 def _budget(where: str, given: Any) -> dict[str, Any]:
@@ -199,7 +221,7 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
         "calibration": Calibration,
         "overrides": Override,
         "budget": Budget,
-        "inputs": InputRounding,
+        **dict.fromkeys(("inputs", *OPERANDS), InputRounding),
         **dict.fromkeys(OUTER, OuterWeights),
     }
     nearest_key = next((part for part in reversed(outer) if part in tables), None)
@@ -218,7 +240,7 @@ def _set_(values: dict[str, Any], text: str) -> None:
         inner = target.get(parent, {})
         if isinstance(inner, str):
             outer = {"weights": AUTO_OUTER if inner == "auto" else inner}
-            inner = outer if parent in OUTER else {"format": inner} if parent == "inputs" else {"name": inner}
+            inner = outer if parent in OUTER else {"format": inner} if parent in ("inputs", *OPERANDS) else {"name": inner}
         if not isinstance(inner, dict):
             raise UsageError(f"--set {shown(text)}: {parent!r} has no settings.")
         target[parent] = dict(inner)

@@ -24,6 +24,7 @@ __all__ = [
     "LayerRow",
     "Report",
     "TokenErrors",
+    "TunedSpan",
     "WeightPicture",
     "check_report",
     "dump_report",
@@ -127,6 +128,31 @@ class LayerRow(_Closed):
     fallbacks: list[str]
     seconds: float = 0.0
     picture: WeightPicture | None = None
+
+
+class TunedSpan(_Closed):
+    """How a block, or one weight of it, was learned by gradients. Losses are relative to the energy of what is aimed at.
+
+    name         of the block or the weight (the span is a layer then); `tuning` is the method's name
+    learned      parameters that were learned, from so many calibration `tokens`
+    kept         whether the result is kept; False: the start was no worse on held-out windows, and stays
+    before       the loss of the start on held-out windows, `after` that of the best state seen
+    calibration  the loss on calibration windows over the steps, as means of equal numbers of steps
+    failed       why it ended early
+    """
+
+    name: str
+    tuning: str
+    span: Literal["block", "layer"]
+    steps: int
+    learned: int
+    tokens: int
+    before: float
+    after: float
+    kept: bool
+    calibration: list[float]
+    seconds: float
+    failed: str | None = None
 
 
 class TextDistance(_Closed):
@@ -287,6 +313,8 @@ class RunFacts(_Open):
     threads: int
     native: list[str] | None
     machine: str
+    device: str | None = None
+    peak_device_memory_bytes: int | None = None
 
 
 class JobIdentity(_Open):
@@ -315,6 +343,7 @@ class Report(_Open):
     held_out: HeldOut | None = None
     notes: list[Remark] = []
     outer: list[OuterRow] = []
+    tuned: list[TunedSpan] = []
     kept: dict[str, str] = {}
     budget: Budget | None = None
     given: dict[str, Any] | None = None

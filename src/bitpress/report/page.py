@@ -13,10 +13,10 @@ from importlib.resources import files
 from typing import Any
 
 from bitpress.figures import shown
-from bitpress.report.document import LayerRow, PositionDistance, Report, TextDistance
+from bitpress.report.document import LayerRow, PositionDistance, Report, TextDistance, TunedSpan
 from bitpress.report.heat_map import STEPS, HeatMap, draw_heat_map
-from bitpress.report.plots import Bar, Dot, plot_bars, plot_front, plot_positions
-from bitpress.report.sentences import say_kl, say_parts, say_recipe, say_run
+from bitpress.report.plots import Bar, Course, Dot, plot_bars, plot_course, plot_front, plot_positions
+from bitpress.report.sentences import say_kl, say_learned, say_parts, say_recipe, say_run
 from bitpress.screen import duration, size
 
 __all__ = ["write_comparison", "write_page"]
@@ -86,6 +86,8 @@ def write_page(report: Report, name: str) -> str:
         "heat_map": heat_map,
         "weights": _weights(heat_map),
         "plots": _plots(report),
+        "learned": say_learned(report.tuned),
+        "courses": _courses(report.tuned),
         "loading": [
             (row.runtime, row.note, row.code.format(name=name, auto_class=report.auto_class))
             for row in LOADING
@@ -130,6 +132,18 @@ def _plots(report: Report) -> dict[str, str]:
     if len(places) > 1:
         found["by_position"] = plot_positions(places, "KL divergence by position in the window")
     return found
+
+
+def _courses(spans: Sequence[TunedSpan]) -> list[tuple[str, str]]:
+    """Draw the course of one span of every way to learn, the one that gained the most, with a caption."""
+    drawn = []
+    for name, span in dict.fromkeys((one.tuning, one.span) for one in spans):
+        own = [one for one in spans if (one.tuning, one.span) == (name, span) and one.calibration and one.before > 0]
+        if own:
+            best = min(own, key=lambda one: one.after / one.before)
+            course = Course(best.calibration, best.steps, best.before, best.after)
+            drawn.append((f"{name}: {best.name}", plot_course(course, f"loss of {best.name} over the steps of {name}")))
+    return drawn
 
 
 def _of_text(found: TextDistance) -> tuple[str, float | None, float | None]:

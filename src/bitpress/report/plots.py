@@ -18,7 +18,7 @@ from typing import Any
 
 from bitpress.report.compare_picture import front
 
-__all__ = ["Bar", "Dot", "plot_bars", "plot_front", "plot_positions"]
+__all__ = ["Bar", "Course", "Dot", "plot_bars", "plot_course", "plot_front", "plot_positions"]
 
 INK, FAINT, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", ACCENT: "var(--accent)", SECOND: "var(--second)"}
@@ -63,6 +63,45 @@ class Dot:
     size: int
     kl: float
     half: float | None
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a loss went: means over equal numbers of steps on calibration text, and on held-out text at the start and of what is kept."""
+
+    losses: Sequence[float]
+    steps: int
+    before: float
+    after: float
+
+
+def plot_course(course: Course, told: str) -> str:
+    """Draw a loss over the steps, and the held-out one at its start and behind it."""
+    with _settings(told):
+        axes = _axes(2.5, left=0.72, bottom=0.45)
+        width = course.steps / len(course.losses)
+        middles = [width * (k + 0.5) for k in range(len(course.losses))]
+        axes.plot(
+            middles, course.losses, color=ACCENT, linewidth=1.6, label="calibration", marker="o" if len(middles) < 3 else None
+        )
+        axes.plot(
+            [0, course.steps],
+            [course.before, course.after],
+            color=SECOND,
+            linestyle=":",
+            linewidth=1.2,
+            marker="o",
+            markersize=5,
+            label="held out",
+        )
+        axes.set_xlim(-0.02 * course.steps, 1.04 * course.steps)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, relative")
+        axes.locator_params(axis="both", nbins=5)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.grid(True, axis="y")
+        axes.legend(frameon=False, loc="best", fontsize=LETTERS)
+        return _svg(axes.figure, told)
 
 
 def plot_bars(bars: Sequence[Bar], told: str) -> str:

@@ -1,23 +1,38 @@
 """The words of the report page: what was done, in one sentence, and what the bytes are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitpress.figures import ratio_text, shown
-from bitpress.report.document import Report
+from bitpress.report.document import Report, TunedSpan
 from bitpress.screen import size as bytes_text
 
-__all__ = ["say_kl", "say_parts", "say_recipe", "say_run"]
+__all__ = ["say_kl", "say_learned", "say_parts", "say_recipe", "say_run"]
 
 Part = tuple[str, int]
 
 
 def say_recipe(recipe: Mapping[str, Any]) -> str:
     """Return the parts of a resolved recipe: `int4-g64-zero by awq-scale + gptq`."""
-    parts = [*recipe.get("transforms", ()), recipe["quantizer"], *recipe.get("corrections", ())]
+    parts = [*recipe.get("transforms", ()), recipe["quantizer"], *recipe.get("corrections", ()), *recipe.get("tuning", ())]
     budget = recipe.get("budget")
     weights = f"{budget['bits']:g} bits a weight" if budget else str(recipe["weights"])
     return f"{weights} by {' + '.join(str(part['name']) for part in parts)}"
+
+
+def say_learned(spans: Sequence[TunedSpan]) -> list[str]:
+    """Say for every way to learn what came of it: how many blocks or weights were kept, and how much lower their losses are."""
+    told = []
+    for name, span in dict.fromkeys((one.tuning, one.span) for one in spans):
+        own = [one for one in spans if (one.tuning, one.span) == (name, span)]
+        kept = [one for one in own if one.kept]
+        noun = "block" if span == "block" else "weight"
+        text = f"{name}: {len(kept)} of {len(own)} {noun}s are better on held-out text and kept"
+        if kept:
+            text += f", their loss {100 * sum(1 - one.after / one.before for one in kept) / len(kept):.1f} % lower on average"
+        early = sum(one.failed is not None for one in own)
+        told.append(text + (f"; {early} ended early" if early else ""))
+    return told
 
 
 def say_kl(value: float | str | None, mean: float | str | None) -> str:

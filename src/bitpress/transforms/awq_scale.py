@@ -54,6 +54,8 @@ class AWQScale:
         stats: InputStats,
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
+        inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
         if not weights:
@@ -76,7 +78,7 @@ class AWQScale:
 
 def tie(values: Float[torch.Tensor, " in"], channel_of: Int[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
     """Replace every value by the mean over the inputs that come from the same channel."""
-    channels = int(channel_of.max()) + 1
+    channels, channel_of = int(channel_of.max()) + 1, channel_of.to(values.device)
     total = torch.zeros(channels, device=values.device).index_add_(0, channel_of, values)
     count = torch.zeros(channels, device=values.device).index_add_(0, channel_of, torch.ones_like(values))
     return (total / count.clamp(min=1))[channel_of]

@@ -51,7 +51,7 @@ class QEP:
         size = gram.diagonal().mean()
         if not size > 0:
             return w, ()
-        factor, failed = torch.linalg.cholesky_ex(gram / size + self.damp * torch.eye(gram.shape[0]))
+        factor, failed = torch.linalg.cholesky_ex(gram / size + self.damp * torch.eye(gram.shape[0], device=gram.device))
         shift = self.strength * torch.cholesky_solve((w @ (stats.cross / size)).T, factor).T
         if failed or not shift.norm() < w.norm():  # also where something is not finite
             return w, ("the QEP correction is larger than the weight; it was skipped for this layer",)

@@ -14,6 +14,7 @@ Fails    CalibrationError when no token reached the weights. With a searched alp
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -22,8 +23,9 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.formats import Format
-from bitpress.transforms.awq_scale import OutputError, normalise, tie
+from bitpress.transforms.awq_scale import OutputError
 from bitpress.transforms.sites import Sites
+from bitpress.transforms.smoothing import bounded, column_sizes, input_sizes, least, power
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["SmoothPlus"]
@@ -54,40 +56,18 @@ class SmoothPlus:
         stats: InputStats,
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
+        inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        if not weights:
-            raise UsageError("smooth-plus: a plan needs at least one weight.")
+        columns = column_sizes(weights, channel_of, "smooth-plus")
         if stats.gram is None or stats.mean_abs is None or stats.tokens == 0:
             raise CalibrationError(
                 "smooth-plus: no calibration statistics reached these weights; gram and mean_abs are needed."
             )
-        inputs = stats.mean_abs.float()
-        columns = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
-        if channel_of is not None:
-            inputs, columns = tie(inputs, channel_of), tie(columns, channel_of)
-        inputs, columns = bounded(inputs), bounded(columns)
+        needed = input_sizes(stats.mean_abs, stats.tokens, channel_of, "smooth-plus", "mean_abs")
+        sizes, columns = bounded(needed), bounded(columns)
         if self.alpha is not None:
-            return smoothing(inputs, columns, self.alpha)
-        error_of = OutputError(weights, stats.gram, fmt).of
-        best = torch.ones_like(inputs)
-        best_error = error_of(best)
-        for i in range(self.grid + 1):
-            factor = smoothing(inputs, columns, i / self.grid)
-            error = error_of(factor)
-            if error < best_error:
-                best, best_error = factor, error
-        return best
-
-
-def smoothing(
-    inputs: Float[torch.Tensor, " in"], columns: Float[torch.Tensor, " in"], alpha: float
-) -> Float[torch.Tensor, " in"]:
-    """Return the factors of one strength, their range centred on 1."""
-    return normalise(inputs.pow(alpha) / columns.pow(1 - alpha))
-
-
-def bounded(magnitude: Float[torch.Tensor, " in"]) -> Float[torch.Tensor, " in"]:
-    """Return magnitudes relative to the largest, at least 1e-5: a channel without input or without weights has the magnitude 0."""
-    largest = magnitude.max()
-    return (magnitude / largest).clamp(min=1e-5) if largest > 0 else torch.ones_like(magnitude)
+            return power(sizes, columns, self.alpha)
+        tried = (power(sizes, columns, i / self.grid) for i in range(self.grid + 1))
+        return least(chain([torch.ones_like(sizes)], tried), OutputError(weights, stats.gram, fmt).of)

@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Integer as Int
 
-from bitpress.errors import CalibrationError, UsageError
+from bitpress.errors import UsageError
 from bitpress.formats import Format
-from bitpress.transforms.awq_scale import tie
 from bitpress.transforms.sites import Sites
-from bitpress.transforms.smooth_plus import bounded, smoothing
+from bitpress.transforms.smoothing import bounded, column_sizes, input_sizes, power
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["SmoothQuant"]
@@ -50,14 +49,10 @@ class SmoothQuant:
         stats: InputStats,
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
+        inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        if not weights:
-            raise UsageError("smoothquant: a plan needs at least one weight.")
-        if stats.max_abs is None or stats.tokens == 0:
-            raise CalibrationError("smoothquant: no calibration statistics reached these weights; max_abs is needed.")
-        columns = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
-        inputs = stats.max_abs.float()
-        if channel_of is not None:
-            inputs, columns = tie(inputs, channel_of), tie(columns, channel_of)
-        return smoothing(bounded(inputs), bounded(columns), self.alpha)
+        columns = column_sizes(weights, channel_of, "smoothquant")
+        sizes = input_sizes(stats.max_abs, stats.tokens, channel_of, "smoothquant", "max_abs")
+        return power(bounded(sizes), bounded(columns), self.alpha)

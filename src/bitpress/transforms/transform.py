@@ -37,6 +37,11 @@ class InputStats(Protocol):
         """The largest |x| of all tokens."""
         ...
 
+    @property
+    def sample(self) -> Float[torch.Tensor, "sample in"] | None:
+        """Inputs of some tokens, drawn from all."""
+        ...
+
 
 class ScaleSearch(Protocol):
     """One paper's way to choose the factors.
@@ -61,10 +66,14 @@ class ScaleSearch(Protocol):
         stats: InputStats,
         fmt: Format,
         channel_of: Int[torch.Tensor, " in"] | None = None,
+        inputs: Format | None = None,
+        producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the positive float32 factor of every input channel for all weights that share the input.
 
         `channel_of[i]` is the producer's channel that makes input channel i: inputs from one channel share one factor.
-        None makes every input a channel of its own. Raises CalibrationError, FormatError, NumericsError.
+        None makes every input a channel of its own. `inputs` is the format to which the input will be rounded, None if it stays as it is.
+        `producer` holds the largest magnitude of the matrix row that makes each input, None where no matrix does.
+        Raises CalibrationError, FormatError, NumericsError.
         """
         ...

@@ -18,7 +18,7 @@ from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.format import Expected
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 
-__all__ = ["MAPS", "Chain", "Map", "Permutation", "Scale", "chain", "split_kind"]
+__all__ = ["MAPS", "Chain", "Map", "Permutation", "Scale", "chain", "moved", "split_kind"]
 
 
 class Map(Protocol):
@@ -209,6 +209,11 @@ def chain(*maps: Map | None) -> Map | None:
     for change in maps:
         parts += change.maps if isinstance(change, Chain) else [] if change is None else [change]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def moved(change: Map, device: torch.device) -> Map:
+    """Return a map on another device."""
+    return MAPS[change.kind].build(change.spec(), {name: t.to(device) for name, t in change.tensors().items()})
 
 
 def split_kind(entry: Any, noun: str, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

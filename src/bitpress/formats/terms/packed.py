@@ -4,6 +4,7 @@ A weight may be several weights stacked along the rows (experts) that share noth
 together, each part has its own parameters, one part's tensors after the other's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,9 +14,10 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
-from bitpress.formats.format import Expected, Format, shared_name
+from bitpress.formats.format import Expected, Format
 from bitpress.formats.grids.grid import Params
 from bitpress.formats.layouts import dense as dense
+from bitpress.formats.scale_store import shared_name
 from bitpress.formats.table import stored_format
 from bitpress.formats.terms.specs import check_rows, read_parts, with_parts
 
@@ -73,6 +75,17 @@ class Packed:
                 stored = {part: self.tensors[shared_name(p.name, part)] for part in fmt.store.expected(1, 1)}
                 params[p.name] = fmt.store.unpack(stored, count).reshape(down, across, *p.shape)
         return params
+
+    def unpack_shared(self) -> Params:
+        """Return the values that scales share, by their stored names, in the shapes in which `Format.stored` takes them."""
+        fmt, found = self.format, dict[str, torch.Tensor]()
+        _, across = fmt.block_grid(self.shape)
+        for p in fmt.grid.params:
+            if p.kind == "scale":
+                stored = {part: self.tensors[shared_name(p.name, part)] for part in fmt.store.expected(1, 1)}
+                outer = fmt.store.stored_outer(stored, across * math.prod(p.shape))
+                found |= {shared_name(p.name, part): t for part, t in outer.items()}
+        return found
 
     def dequantize(self) -> Float[torch.Tensor, "out in"]:
         """Return the weights in float32."""

@@ -39,9 +39,9 @@ class Sparse:
     kind: ClassVar[str] = "sparse"
 
     @classmethod
-    def empty(cls, shape: tuple[int, int]) -> "Sparse":
+    def empty(cls, shape: tuple[int, int], device: torch.device) -> "Sparse":
         """Return a term without any weight."""
-        return cls(shape, {"row_start": torch.zeros(shape[0] + 1, dtype=torch.int32)})
+        return cls(shape, {"row_start": torch.zeros(shape[0] + 1, dtype=torch.int32, device=device)})
 
     @property
     def count(self) -> int:

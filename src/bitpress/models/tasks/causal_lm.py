@@ -123,8 +123,9 @@ class CausalLM:
         self, outputs: Float[torch.Tensor, "samples length vocabulary"], generator: torch.Generator
     ) -> Float[torch.Tensor, ""]:
         flat = outputs.flatten(0, 1).float()
-        drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
-        return torch.nn.functional.cross_entropy(flat, drawn)
+        # Drawn on the host, so that every device has the same targets.
+        drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return torch.nn.functional.cross_entropy(flat, drawn.to(flat.device))
 
     def distance(
         self, original: Outputs, candidate: Outputs, inputs: Tokens, note: Callable[[int], None] = lambda done: None

@@ -95,10 +95,12 @@ def prepare_descent(
     tiles = h[order][:, order].reshape(codes, span, codes * span)
     blocks = torch.stack([tiles[i, :, i * span : (i + 1) * span] for i in range(codes)])
     if span > 1:
-        blocks = blocks + RIDGE * blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(span)
+        blocks = blocks + RIDGE * blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(span, device=h.device)
     inverse = torch.linalg.inv(blocks)
     triangle = torch.bmm(inverse, tiles).reshape(codes * span, codes * span)
-    code = torch.arange(codes).repeat_interleave(span)
+    code = torch.arange(codes, device=h.device).repeat_interleave(span)
     triangle = triangle.mul_(code[:, None] > code).fill_diagonal_(1.0)
-    factor = torch.linalg.solve_triangular(triangle, torch.eye(len(order)), upper=False, unitriangular=True).T.contiguous()
+    factor = torch.linalg.solve_triangular(
+        triangle, torch.eye(len(order), device=h.device), upper=False, unitriangular=True
+    ).T.contiguous()
     return Descent(h, order, inverse, triangle, factor)

@@ -79,7 +79,7 @@ def prepare(gram: Float[torch.Tensor, "in in"], order: str, span: int, damp: flo
         fallbacks.append(f"the gram could not be factored at damping {damp_limit}; rounded without error feedback")
     elif needed > damp:
         fallbacks.append(f"the gram needed damping {needed:g} instead of {damp:g}")
-    importance = torch.where(dead, diagonal[~dead].mean() if not dead.all() else torch.ones(()), diagonal)
+    importance = torch.where(dead, diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(()), diagonal)
     return Feedback(columns, factor, needed, dead, importance, tuple(fallbacks))
 
 
@@ -107,10 +107,10 @@ def _factor(
 def _column_order(diagonal: torch.Tensor, order: str, span: int) -> torch.Tensor:
     """Return the columns in the order of rounding; the `span` columns of a code stay together."""
     if order == "natural":
-        return torch.arange(diagonal.numel())
+        return torch.arange(diagonal.numel(), device=diagonal.device)
     energy = diagonal.view(-1, span).sum(-1)
     leaders = torch.argsort(energy, descending=True, stable=True) * span
-    return (leaders[:, None] + torch.arange(span)).reshape(-1)
+    return (leaders[:, None] + torch.arange(span, device=leaders.device)).reshape(-1)
 
 
 class Columns:
@@ -140,7 +140,9 @@ class Columns:
         self.shape = (w.shape[0], w.shape[1])
         self.params: Params = fmt.fit(w, importance, ratios) if params is None else params
         codes_down = self.shape[0] // fmt.rows_per_code
-        self._codes = torch.zeros(self.shape[1] // fmt.grid.span, codes_down, dtype=code_dtype(fmt.grid.code_bits))
+        self._codes = torch.zeros(
+            self.shape[1] // fmt.grid.span, codes_down, dtype=code_dtype(fmt.grid.code_bits), device=w.device
+        )
         self.block_cols = fmt.block.resolve(self.shape, fmt.grid.span)[1]
         self._at_block: dict[int, Params] = {}
 
@@ -166,7 +168,7 @@ class Columns:
                 continue
             own = factor[start:stop, start:stop]
             plain = self.keep is None and self.dither is None
-            if levels is not None and plain and native.available() and not w.is_cuda:
+            if levels is not None and plain and native.available() and w.device.type == "cpu":
                 errors = self._round_natively(part, at[start:stop], own, levels)
             else:
                 errors = self._round_part(part, at[start:stop], own)

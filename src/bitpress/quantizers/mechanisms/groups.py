@@ -43,10 +43,12 @@ def walk(
             left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
 
-def metric_roots(factor: Float[torch.Tensor, "in in"] | None, size: int, span: int) -> Float[torch.Tensor, "groups span span"]:
+def metric_roots(
+    factor: Float[torch.Tensor, "in in"] | None, size: int, span: int, device: torch.device
+) -> Float[torch.Tensor, "groups span span"]:
     """Return R of every group in the factor's order: |difference R|^2 is the cost of its error after later groups have compensated."""
     if factor is None:
-        return torch.eye(span).repeat(size // span, 1, 1)
+        return torch.eye(span, device=device).repeat(size // span, 1, 1)
     own = torch.stack([factor[i : i + span, i : i + span] for i in range(0, size, span)])
     roots: torch.Tensor = torch.linalg.inv(own)
     return roots

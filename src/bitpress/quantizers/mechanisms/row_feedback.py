@@ -36,9 +36,9 @@ def round_by_rows(
     has too), so many `rows` at a time.
     """
     heads, row = factors.shape[0], factors.shape[1]
-    every = torch.arange(w.shape[0]).view(heads, row)[:, order]
+    every = torch.arange(w.shape[0], device=w.device).view(heads, row)[:, order]
     open_ = w[every]  # [heads, row, in] in the order of the visits
-    codes = torch.empty(0)
+    codes = w.new_empty(0)
     whole = w.clone()
     for start in range(0, row, rows):
         now, later = slice(start, start + rows), slice(start + rows, None)
@@ -66,7 +66,7 @@ def round_chosen(
         at = rows.flatten()
         part, own, took = w, params, at
         if fmt.block.rows == 1:  # else rows of a block have parameters together, and all are rounded
-            part, own, took = w[at], _rows_of(fmt, params, at), torch.arange(len(at))
+            part, own, took = w[at], _rows_of(fmt, params, at), torch.arange(len(at), device=w.device)
         columns = Columns(fmt, part, feedback.importance, (1.0,), static=True, params=own)
         columns.round_(feedback.order, feedback.factor, lazy)
         codes.append(columns.codes[took])

@@ -9,7 +9,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
-from bitpress.formats.format import shared_name
+from bitpress.formats.scale_store import shared_name
 
 __all__ = ["solve_scales"]
 
@@ -36,9 +36,9 @@ def solve_scales(
     gram = gram / gram.diagonal().mean()
     pulled = w @ gram
     solved = []
-    for rows in torch.arange(len(w)).split(max(TOGETHER // across**2, 1)):
+    for rows in torch.arange(len(w), device=w.device).split(max(TOGETHER // across**2, 1)):
         v = unit[rows]
-        system = torch.empty(len(rows), across, across)
+        system = w.new_empty(len(rows), across, across)
         for a in range(across):
             here = slice(a * cols, (a + 1) * cols)
             system[:, a] = (v[:, here] @ gram[here]).mul_(v).view(len(rows), across, cols).sum(-1)

@@ -83,6 +83,9 @@ def arrange(
         return Arranged(w, gram, feedback, None, running)
     moved = feedback.order
     feedback = replace(
-        feedback, order=torch.arange(len(moved)), dead=feedback.dead[moved], importance=feedback.importance[moved]
+        feedback,
+        order=torch.arange(len(moved), device=moved.device),
+        dead=feedback.dead[moved],
+        importance=feedback.importance[moved],
     )
     return Arranged(w[:, moved].contiguous(), gram[moved][:, moved].contiguous(), feedback, moved, running)

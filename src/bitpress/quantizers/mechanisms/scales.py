@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from bitpress.errors import NumericsError
 from bitpress.formats import Format, Params
-from bitpress.formats.format import shared_name
+from bitpress.formats.scale_store import shared_name
 
 __all__ = ["stored_scales", "stored_zeros"]
 

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitpress.checkpoints.compressed import OUTER_NAME, WEIGHT_FILE_MARKS, CompressedCheckpoint, is_compressed
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, UsageError
+from bitpress.models.attention import round_attention_
 from bitpress.models.skeleton import set_parameter_
 from bitpress.models.tasks.table import find_task
 from bitpress.runtime.hf.layers import refuse_saving, replace_
@@ -116,6 +117,7 @@ class BitpressQuantizer(HfQuantizer):
             else:
                 owner._parameters[leaf] = torch.nn.Parameter(checkpoint.decode(name).to(device, dtype))
         model.tie_weights(recompute_mapping=False)
+        round_attention_(model, checkpoint.load_attention())
         if is_packed or checkpoint.rounds_inputs:
             model.save_pretrained = refuse_saving
         else:

@@ -19,7 +19,7 @@ from bitpress.errors import CheckpointError, UsageError
 from bitpress.formats import CompressedLayer, CompressedWeight
 from bitpress.kernels import Kernel
 from bitpress.kernels.product import LayerProduct
-from bitpress.models.streaming import no_product
+from bitpress.models.products import no_product
 
 __all__ = ["PackedLinear", "PackedParameter", "PackedWeight", "refuse_saving", "replace_"]
 

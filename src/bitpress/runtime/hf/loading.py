@@ -10,6 +10,7 @@ from bitpress.checkpoints.budget import within
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.width import at_width
 from bitpress.errors import UsageError
+from bitpress.models.attention import round_attention_
 from bitpress.models.skeleton import build_config, build_skeleton, set_parameter_
 from bitpress.runtime.hf.layers import refuse_saving, replace_
 from bitpress.runtime.prompt import read_generation
@@ -71,6 +72,7 @@ def load_opened(
     chosen = DTYPES[dtype] or default_dtype(checkpoint, config)
     model = open_skeleton(checkpoint, chosen, config)
     fill_(model, checkpoint, chosen, packed=weights == "packed", note=note)
+    round_attention_(model, checkpoint.load_attention())
     model.tie_weights(recompute_mapping=False)
     generation = read_generation(checkpoint)
     if generation is not None:

@@ -12,9 +12,10 @@ from bitpress import native
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.checkpoints.safetensors_file import read_tensor
 from bitpress.errors import CheckpointError, FormatError, KernelUnavailable
-from bitpress.formats import CompressedWeight
+from bitpress.formats import CompressedWeight, InputFormat
 from bitpress.formats.table import parse_format
 from bitpress.formats.terms.packed import Packed
+from bitpress.kernels.integers import refuses_input, told_input
 from bitpress.kernels.native_layout import NativeLayout, lay_out, lay_out_matrix
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.runtime.native.architectures.steps import NativeStep, Step, make_step
@@ -42,10 +43,20 @@ def refuses(config: Any) -> str | None:
 
 def refuses_directory(checkpoint: CompressedCheckpoint, config: Any = None) -> str | None:
     """Return why the native engine cannot run a directory here, or None. `config` is its configuration, if it was built already."""
-    rounded = next((name for name, record in checkpoint.manifest.weights.items() if record.input is not None), None)
-    if rounded is not None:
-        return f"the input of {rounded} is rounded by its layer's own format, which the engine does not support"
-    return refuses(build_config(checkpoint.config) if config is None else config)
+    for name, record in checkpoint.manifest.weights.items():
+        if record.input is not None and (reason := refuses_input(record.input)) is not None:
+            return f"{name}: {reason}"
+    if checkpoint.operands:
+        return f"the attention of {next(iter(checkpoint.operands))} rounds its operands, which the engine does not support"
+    config = build_config(checkpoint.config) if config is None else config
+    if (reason := refuses(config)) is not None:
+        return reason
+    head = checkpoint.manifest.weights.get(ARCHITECTURES[config.model_type].names().head)
+    return (
+        None
+        if head is None or head.input is None
+        else "the input of the output head is rounded, which the engine does not support"
+    )
 
 
 def load_engine(
@@ -123,6 +134,7 @@ def assemble(checkpoint: CompressedCheckpoint, config: Any, head: str, note: Cal
         bytes_per_token=layer_bytes + made_head.nbytes,
         bits=inside,
         prompt_cost=checkpoint.manifest.prompt_cost,
+        inputs=sorted(reader.inputs),
     )
 
 
@@ -134,6 +146,8 @@ class _Reader:
         self.norm_offset = norm_offset
         self.note = note
         self.expanded: list[str] = []
+        # How inputs are rounded by the model itself.
+        self.inputs: set[str] = set()
         # Every linear layer of a step, with its bytes in the file.
         self.linears: list[tuple[NativeLayout, int]] = []
 
@@ -159,15 +173,29 @@ class _Reader:
         return self.checkpoint.read_weight(name) if name in self.checkpoint.manifest.weights else self.plain(name)
 
     def linear(self, stem: str) -> NativeLayout:
-        weight = self.weight(f"{stem}.weight")
+        name = f"{stem}.weight"
         bias = self.plain(f"{stem}.bias") if self.has(f"{stem}.bias") else None
-        made = self.strips(stem, weight, bias)
+        if name in self.checkpoint.manifest.weights:
+            layer = self.checkpoint.read_layer(name)
+            weight: CompressedWeight | torch.Tensor = layer.weight
+            made = self.strips(stem, layer.weight, bias, layer.input)
+            if (spec := layer.input_spec()) is not None:
+                self.inputs.add(told_input(layer.weight.spec(), spec))
+        else:
+            weight = self.plain(name)
+            made = self.strips(stem, weight, bias)
         self.linears.append((made, weight.nbytes + (0 if bias is None else bias.nbytes)))
         return made
 
-    def strips(self, stem: str, weight: CompressedWeight | torch.Tensor, bias: torch.Tensor | None = None) -> NativeLayout:
+    def strips(
+        self,
+        stem: str,
+        weight: CompressedWeight | torch.Tensor,
+        bias: torch.Tensor | None = None,
+        inputs: InputFormat | None = None,
+    ) -> NativeLayout:
         try:
-            made = lay_out(weight, bias) if isinstance(weight, CompressedWeight) else lay_out_matrix(weight, bias)
+            made = lay_out(weight, bias, inputs) if isinstance(weight, CompressedWeight) else lay_out_matrix(weight, bias)
         except FormatError as error:
             raise CheckpointError(f"{self.checkpoint.root}: {stem}: {error}") from error
         self.expanded += made.expanded

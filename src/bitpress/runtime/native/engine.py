@@ -4,7 +4,8 @@
     for token in engine.generate(tokens, max_tokens=64): ...
 
 Products read the codes as they are stored (`kernels.native_layout`) and take their input in 8 bits, rounded anew at every product, or in float
-(`activations="none"`), or prompts in float and single tokens in 8 bits ("mixed"). Norms, attention and everything between products are computed in float, the cache is kept in 16 or 8 bits.
+(`activations="none"`), or prompts in float and single tokens in 8 bits ("mixed"). Where the model rounds the input of a product itself, its codes
+are multiplied (`kernels.integers`), whatever the option says. Norms, attention and everything between products are computed in float, the cache is kept in 16 or 8 bits.
 Nothing here imports torch or transformers: a model that is laid out already (`runtime.native.layout_cache`) runs without them.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -194,6 +195,7 @@ class Parts:
     bytes_per_token  bytes of all weights that a token is multiplied with
     bits             bits per weight of the linear layers: as stored, and in native memory
     prompt_cost      nats per token that 8-bit inputs cost in prompts; None if the directory records no cost
+    inputs           how the model itself rounds inputs of products, and whether those are products of whole numbers
     """
 
     config: Any
@@ -207,6 +209,7 @@ class Parts:
     bytes_per_token: int
     bits: Bits
     prompt_cost: float | None = None
+    inputs: list[str] = field(default_factory=list)
 
 
 def wanted_context(layout: Layout, context: int | None) -> int:
@@ -263,6 +266,7 @@ def make_engine(parts: Parts, options: EngineOptions, *, where: object = "the mo
         "threads": used,
         "activations": activations,
         "prompt_cost": parts.prompt_cost,
+        "inputs": parts.inputs,
         "cache": options.cache_type,
         "head": parts.head_format,
         "expanded": parts.expanded,

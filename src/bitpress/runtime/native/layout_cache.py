@@ -138,6 +138,7 @@ def _to_tree(parts: Parts, tokenizer: Any, generation: Any, file_bytes: int) -> 
         "bytes_per_token": parts.bytes_per_token,
         "bits": asdict(parts.bits),
         "prompt_cost": parts.prompt_cost,
+        "inputs": parts.inputs,
         "file_bytes": file_bytes,
         "generation": None if generation is None else {name: _within(getattr(generation, name, None)) for name in _SETTINGS},
         "tokenizer": None if plain is None else plain.as_tree(),
@@ -164,6 +165,7 @@ def _from_tree(tree: Mapping[str, Any]) -> CachedLayout:
         bytes_per_token=tree["bytes_per_token"],
         bits=Bits(**tree["bits"]),
         prompt_cost=tree["prompt_cost"],
+        inputs=tree["inputs"],
     )
     tokenizer, generation = tree["tokenizer"], tree["generation"]
     return CachedLayout(

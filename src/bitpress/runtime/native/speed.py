@@ -127,7 +127,7 @@ def _load(
     start = time.perf_counter()
     text = load_native(directory, replace(options, context=room), width=width)
     seconds, engine = time.perf_counter() - start, text.engine
-    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "cache", "head", "expanded", *BITS)}
+    facts = {key: engine.facts[key] for key in ("path", "threads", "activations", "inputs", "cache", "head", "expanded", *BITS)}
     facts |= {"directory": str(directory), "repeats": repeats, "load_seconds": seconds, "file_bytes": text.file_bytes}
     return engine, facts
 

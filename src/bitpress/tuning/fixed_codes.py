@@ -1,0 +1,73 @@
+"""Codes that stay while their parameters are learned: scales, float zero points, levels, codebooks.
+
+w_hat = decode(codes, params),  parameters by a gradient; zero points in code units stay
+"""
+
+import torch
+from jaxtyping import Float
+
+from bitpress.formats import Kept, Packed, Params, Term
+from bitpress.tuning.learned import Leaf, LearnedCodes, LearnedTerm, Start
+
+__all__ = ["FixedCodes", "FixedKept", "learned_params"]
+
+
+class FixedCodes(LearnedCodes):
+    """Leaves are relative to the mean size of each parameter, so that one rate suits all of them."""
+
+    def __init__(self, start: Start, rate: float = 1.0) -> None:
+        self.fmt, self.start, self.given, self.rate = start.fmt, start, dict(start.params), rate
+        moving = [p.name for p in self.fmt.grid.params if p.kind != "code"]
+        self.moved = {name: torch.zeros_like(self.given[name], requires_grad=True) for name in moving}
+        tiny = torch.finfo(torch.float32).tiny
+        self.units = {name: self.given[name].abs().mean().clamp_min(tiny) for name in moving}
+
+    def leaves(self) -> list[Leaf]:
+        return [Leaf(t, self.rate) for t in self.moved.values()]
+
+    def params(self) -> Params:
+        return {name: t + self.moved[name] * self.units[name] if name in self.moved else t for name, t in self.given.items()}
+
+    def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
+        return self.fmt.decode(self.start.codes, self.stored_params())
+
+    @torch.no_grad()
+    def harden(self) -> Packed:
+        return Packed.pack(self.fmt, self.start.codes, self.stored_params())
+
+
+class FixedKept:
+    """The codes of some columns or rows, at their places in a weight that is zero elsewhere."""
+
+    def __init__(self, term: Kept, rate: float = 1.0) -> None:
+        self.term, self.codes = term, _fixed(term.packed, rate)
+        self.at = term.chosen()[0].nonzero()[:, 0]
+
+    def leaves(self) -> list[Leaf]:
+        return self.codes.leaves()
+
+    def penalty(self, progress: float) -> None:
+        return None
+
+    def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
+        values = self.codes.weight(progress)
+        whole = values.new_zeros(self.term.shape)
+        return whole.index_copy(1 if self.term.axis == "columns" else 0, self.at, values)
+
+    def harden(self) -> Kept:
+        return Kept.place(self.codes.harden(), self.term.axis, self.term.chosen()[0])
+
+
+def learned_params(term: Term, rate: float = 1.0) -> LearnedTerm | None:
+    """Return a term whose codes stay and whose parameters are learned, None where it has no such parameters."""
+    if isinstance(term, Kept) and term.parts == 1 and term.count and _moves(term.packed):
+        return FixedKept(term, rate)
+    return _fixed(term, rate) if isinstance(term, Packed) and term.parts == 1 and _moves(term) else None
+
+
+def _fixed(term: Packed, rate: float) -> FixedCodes:
+    return FixedCodes(Start.of(term, term.dequantize()), rate)
+
+
+def _moves(term: Packed) -> bool:
+    return any(p.kind != "code" for p in term.format.grid.params)

@@ -1,0 +1,350 @@
+"""Tensors of a block while they are learned: the codes of a weight, and vectors (norms, biases).
+
+The codes of a weight are learned in their own basis, and other terms beside them likewise; its maps stay as they are, but for a diagonal at
+either end (`LearnedSides`). A forward computes with the very values that would be stored at that moment: parameters are rounded as their store
+rounds them, and the gradient passes through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from jaxtyping import Integer as Int
+
+from bitpress.errors import FormatError
+from bitpress.formats import Chain, CompressedWeight, Format, Map, Packed, Scale, Term, chain
+from bitpress.formats.fake_quantize import inside_range
+from bitpress.formats.grids.grid import EvenlySpaced, Params, Streamed
+from bitpress.transforms.basis import into_basis
+from bitpress.tuning.relaxation import pass_through, round_through
+
+__all__ = [
+    "Leaf",
+    "Learned",
+    "LearnedCodes",
+    "LearnedSides",
+    "LearnedTerm",
+    "LearnedVector",
+    "LearnedWeight",
+    "Start",
+    "learned_term",
+]
+
+# The share of codes that plain rounding would choose too, from which on a start counts as rounded.
+ROUNDED = 0.97
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that is learned. `rate` multiplies the learning rate; after every step values are put between `low` and `high`."""
+
+    tensor: torch.Tensor
+    rate: float = 1.0
+    low: float | None = None
+    high: float | None = None
+
+
+class Learned(Protocol):
+    """A parameter of the model while it is learned. `progress` goes from 0 at the first step to 1 behind the last one."""
+
+    def leaves(self) -> list[Leaf]: ...
+
+    def value(self, progress: float) -> torch.Tensor:
+        """Return the parameter in float32, with a gradient by the leaves."""
+        ...
+
+    def hard_value(self) -> torch.Tensor:
+        """Return the parameter as it would be stored and loaded again, in float32."""
+        ...
+
+    def start_value(self) -> torch.Tensor:
+        """Return the parameter that learning started from."""
+        ...
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """Return what is added to the loss, if anything."""
+        ...
+
+
+class LearnedTerm(Protocol):
+    """A term of a weight while it is learned."""
+
+    def leaves(self) -> list[Leaf]: ...
+
+    def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
+        """Return the term in float32, with a gradient by the leaves."""
+        ...
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """Return what is added to the loss, if anything."""
+        ...
+
+    def harden(self) -> Term:
+        """Return the term as it is stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """A term of codes that a closed form chose. `target` is what the codes stand for, in their own basis, in float32; `shared` are the values
+    that scales share, which stay: so the start's own scales are stored as they were."""
+
+    target: Float[torch.Tensor, "out in"]
+    fmt: Format
+    codes: Int[torch.Tensor, "codes_down codes_across"]
+    params: Params
+    shared: Params
+
+    @classmethod
+    def of(cls, term: Packed, target: Float[torch.Tensor, "out in"]) -> "Start":
+        codes, params = term.unpack()
+        return cls(target, term.format, codes, params, term.unpack_shared())
+
+    def settled(self) -> Float[torch.Tensor, "out in"]:
+        """Return values whose codes are those of the start: the target itself where plain rounding chose nearly all of them.
+
+        Codes of error feedback belong together, and a target beside the edge of its code's cell would leave it at the first step: there,
+        and wherever the target has another code, the decoded value is returned.
+        """
+        fmt, decoded = self.fmt, self.fmt.decode(self.codes, self.params)
+        if isinstance(fmt.grid, Streamed):
+            return decoded
+        same = fmt.encode(self.target, self.params) == self.codes
+        if int(same.sum()) < ROUNDED * same.numel():
+            return decoded
+        return torch.where(same.repeat_interleave(fmt.grid.span, 1), self.target, decoded)
+
+
+class LearnedCodes:
+    """One term of codes while it is learned. A parametrisation overrides what it learns: `values`, `params`, `weight` or `penalty`.
+
+    base    values that encode to the codes of the start, in the basis of the codes
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.fmt, self.start = start.fmt, start
+        self.base = start.settled()
+        self.given = dict(start.params)
+
+    def leaves(self) -> list[Leaf]:
+        return []
+
+    def values(self, params: Params) -> Float[torch.Tensor, "out in"]:
+        """Return the values that are encoded; `params` are those of the codes, as stored."""
+        return self.base
+
+    def params(self) -> Params:
+        """Return the parameters of the codes, `[block rows, block columns, *shape]`, before they are rounded as stored."""
+        return self.given
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        return None
+
+    def stored_params(self) -> dict[str, torch.Tensor]:
+        """Return the parameters as stored, with the gradient of `params`."""
+        own, given = dict(self.params()), self.start.params
+        for p in self.fmt.grid.params:
+            if p.kind == "code":
+                own[p.name] = round_through(own[p.name]).clamp(0, (1 << p.bits) - 1)
+            elif p.kind == "scale":  # a scale keeps its sign: most stores have one only
+                own[p.name] = torch.where(given[p.name] < 0, own[p.name].clamp(max=0), own[p.name].clamp(min=0))
+        kept = dict(self.fmt.stored({name: t.detach() for name, t in own.items()}, self.start.shared))
+        for p in self.fmt.grid.params:
+            if own[p.name].requires_grad:
+                kept[p.name] = pass_through(own[p.name], kept[p.name])
+        return kept
+
+    def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
+        """Return the decoded values, with gradients by the leaves."""
+        params = self.stored_params()
+        values, grid = self.values(params), self.fmt.grid
+        if isinstance(grid, EvenlySpaced) and not isinstance(grid, Streamed):
+            across = self.fmt.per_block(params)
+            scale, zero = across["scale"], grid.zero_of(across)
+            steps = self.fmt.to_blocks(values) / torch.where(scale == 0, 1.0, scale)
+            codes = (round_through(steps) + zero).clamp(0, grid.top)
+            return self.fmt.from_blocks((codes - zero) * scale, values.shape[0])
+        fixed = {name: t.detach() for name, t in params.items()}
+        codes_now = self.fmt.encode(values.detach(), fixed)
+        decoded = self.fmt.decode(codes_now, params)
+        if values.requires_grad:
+            decoded = decoded + pass_through(values, torch.zeros_like(values), inside_range(values.detach(), self.fmt, fixed))
+        return decoded
+
+    @torch.no_grad()
+    def harden(self) -> Packed:
+        """Return the codes as they are stored."""
+        params = self.stored_params()
+        return Packed.pack(self.fmt, self.fmt.encode(self.values(params), params), params)
+
+
+class _Mapped(torch.autograd.Function):
+    """The maps around the terms of a weight, as `CompressedWeight.dequantize` applies them."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, input_map: Map | None, output_map: Map | None) -> torch.Tensor:
+        ctx.maps = input_map, output_map
+        if input_map is not None:
+            w = input_map.apply_transposed(w)
+        return w if output_map is None else output_map.apply(w.T).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (input_map, output_map), g = ctx.maps, gradients[0]
+        if output_map is not None:
+            g = output_map.apply_transposed(g.T).T
+        return g if input_map is None else input_map.apply(g), None, None
+
+
+def learned_term(weight: CompressedWeight) -> int | None:
+    """Return the number of the term whose codes can be learned: the first packed one, of a weight that is not a stack with maps of parts."""
+    packed = [at for at, term in enumerate(weight.terms) if isinstance(term, Packed) and term.parts == 1]
+    return packed[0] if packed and weight.parts == 1 else None
+
+
+class LearnedWeight:
+    """A compressed weight some of whose terms are learned.
+
+    codes        its term number `at`, the first one of codes, if that is learned
+    beside       other terms that are learned, by their numbers
+    sides        the diagonals around its maps that are learned
+    transposed   whether the model's parameter is [in, out]
+    """
+
+    def __init__(
+        self,
+        weight: CompressedWeight,
+        codes: LearnedTerm | None,
+        at: int | None,
+        *,
+        beside: Mapping[int, LearnedTerm] | None = None,
+        sides: "LearnedSides | None" = None,
+        transposed: bool = False,
+    ) -> None:
+        own = {} if codes is None or at is None else {at: codes}
+        self.terms = dict(sorted({**own, **(beside or {})}.items()))
+        self.whole, self.sides, self.transposed = weight, sides, transposed
+        self.others = [None if k in self.terms else term.dequantize() for k, term in enumerate(weight.terms)]
+
+    @staticmethod
+    def start(weight: CompressedWeight, original: Float[torch.Tensor, "out in"]) -> tuple[Start, int]:
+        """Return what is to be learned of a weight. Raises FormatError for one without codes that can be."""
+        at = learned_term(weight)
+        if at is None:
+            raise FormatError("this weight has no term of codes that can be learned.")
+        target = into_basis(original.float(), (weight.input_map, weight.output_map))
+        for k, term in enumerate(weight.terms):
+            if k != at:
+                target = target - term.dequantize()
+        term = weight.terms[at]
+        assert isinstance(term, Packed)
+        return Start.of(term, target), at
+
+    def leaves(self) -> list[Leaf]:
+        own = [leaf for term in self.terms.values() for leaf in term.leaves()]
+        return own if self.sides is None else own + self.sides.leaves()
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        total: torch.Tensor | None = None
+        for term in self.terms.values():
+            part = term.penalty(progress)
+            total = part if total is None else total if part is None else total + part
+        return total
+
+    def value(self, progress: float) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for k, other in enumerate(self.others):
+            part = self.terms[k].weight(progress) if other is None else other
+            total = part if total is None else total + part
+        assert total is not None
+        mapped: torch.Tensor
+        if self.sides is None:
+            mapped = _Mapped.apply(total, self.whole.input_map, self.whole.output_map)
+        else:
+            mapped = self.sides.apply(total, self.whole)
+        return mapped.T if self.transposed else mapped
+
+    def harden(self) -> CompressedWeight:
+        terms = [self.terms[k].harden() if k in self.terms else term for k, term in enumerate(self.whole.terms)]
+        weight = replace(self.whole, terms=tuple(terms))
+        return weight if self.sides is None else self.sides.harden(weight)
+
+    def hard_value(self) -> torch.Tensor:
+        decoded = self.harden().dequantize()
+        return decoded.T if self.transposed else decoded
+
+    def start_value(self) -> torch.Tensor:
+        decoded = self.whole.dequantize()
+        return decoded.T if self.transposed else decoded
+
+
+class LearnedSides:
+    """Diagonals at both ends of a weight's maps, learned from ones, and stored as scale maps.
+
+    w_hat = diag(t) T_out (sum of terms) T_in diag(s)
+    """
+
+    def __init__(self, weight: CompressedWeight, *, inputs: bool, outputs: bool, rate: float = 1.0) -> None:
+        rows, cols = weight.shape
+        device = next(iter(weight.tensors().values())).device
+        self.s = torch.ones(cols, device=device, requires_grad=True) if inputs else None
+        self.t = torch.ones(rows, device=device, requires_grad=True) if outputs else None
+        self.rate = rate
+
+    def leaves(self) -> list[Leaf]:
+        return [Leaf(side, self.rate) for side in (self.s, self.t) if side is not None]
+
+    def apply(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight) -> Float[torch.Tensor, "out in"]:
+        """Return the sum of the terms between the weight's maps and the diagonals, in the order of a stored weight."""
+        mapped: torch.Tensor = _Mapped.apply(w, weight.input_map, None)
+        mapped = mapped if self.s is None else mapped * self.s
+        whole: torch.Tensor = _Mapped.apply(mapped, None, weight.output_map)
+        return whole if self.t is None else (whole.T * self.t).T
+
+    def harden(self, weight: CompressedWeight) -> CompressedWeight:
+        """Return the weight with the diagonals in its maps; two scales in a row become one."""
+        s, t = (None if side is None else Scale(side.detach().clone()) for side in (self.s, self.t))
+        ahead, behind = _maps(s, weight.input_map), _maps(weight.output_map, t)
+        return replace(weight, input_map=chain(*ahead), output_map=chain(*behind))
+
+
+def _maps(*maps: Map | None) -> list[Map]:
+    """Return single maps in a row, scales side by side multiplied."""
+    joined: list[Map] = []
+    for one in maps:
+        for single in one.maps if isinstance(one, Chain) else [] if one is None else [one]:
+            last = joined[-1] if joined else None
+            if isinstance(single, Scale) and isinstance(last, Scale):
+                joined[-1] = Scale(last.scale * single.scale)
+            else:
+                joined.append(single)
+    return joined
+
+
+class LearnedVector:
+    """A norm's weight or a bias, rounded to the type in which it is stored."""
+
+    def __init__(self, stored: torch.Tensor, rate: float) -> None:
+        self.dtype, self.stored = stored.dtype, stored
+        self.vector = stored.detach().float().clone().requires_grad_()
+        self.rate = rate
+
+    def leaves(self) -> list[Leaf]:
+        return [Leaf(self.vector, self.rate)]
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        return None
+
+    def value(self, progress: float) -> torch.Tensor:
+        return pass_through(self.vector, self.hard_value())
+
+    def hard_value(self) -> torch.Tensor:
+        return self.vector.detach().to(self.dtype).float()
+
+    def start_value(self) -> torch.Tensor:
+        return self.stored.float()
+
+    def harden(self) -> torch.Tensor:
+        return self.vector.detach().to(self.dtype)

@@ -1,0 +1,41 @@
+"""Every way to learn, by the name that a recipe uses."""
+
+from bitpress.tuning.adaquant import AdaQuant
+from bitpress.tuning.adaround import AdaRound
+from bitpress.tuning.apiq import ApiQ
+from bitpress.tuning.block_ap import BlockAP
+from bitpress.tuning.candidates import Candidates
+from bitpress.tuning.decoupleq import DecoupleQ
+from bitpress.tuning.flexround import LRQ, FlexRound
+from bitpress.tuning.jlcm import JLCM
+from bitpress.tuning.learned_clipping import LearnedClipping
+from bitpress.tuning.low_rank import LowRankFactors
+from bitpress.tuning.norm_tweaking import NormTweaking
+from bitpress.tuning.nupes import NUPES
+from bitpress.tuning.parameters import Parameters
+from bitpress.tuning.ptq161 import PTQ161
+from bitpress.tuning.quip_sharp import QuIPSharp
+from bitpress.tuning.signround import SignRound
+from bitpress.tuning.tuner import Tuning
+
+__all__ = ["TUNINGS"]
+
+TUNINGS: dict[str, type[Tuning]] = {
+    "adaquant": AdaQuant,
+    "adaround": AdaRound,
+    "apiq": ApiQ,
+    "block-ap": BlockAP,
+    "candidates": Candidates,
+    "decoupleq": DecoupleQ,
+    "flexround": FlexRound,
+    "jlcm": JLCM,
+    "learned-clipping": LearnedClipping,
+    "low-rank": LowRankFactors,
+    "lrq": LRQ,
+    "norm-tweaking": NormTweaking,
+    "nupes": NUPES,
+    "parameters": Parameters,
+    "ptq161": PTQ161,
+    "quip-sharp": QuIPSharp,
+    "signround": SignRound,
+}
