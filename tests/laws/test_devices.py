@@ -27,6 +27,9 @@ ROWS, INNER, HEADS = 16, 32, 2
 # Methods with so many steps that the small case takes seconds on a device that is computed by Python.
 SLOW = {"boa", "lnq", "decoupleq", "aqlm", "aespa", "quantease", "comq", "pvq", "spqr", "adadim", "db_llm"}
 ROW_OF = [pytest.param(name, marks=[pytest.mark.release] * (name in SLOW)) for name in QUANTIZERS]
+# One format of every kind of grid on every run.
+OF_KIND = {type(parse_format(fmt).grid): fmt for fmt in EVERY}
+FORMAT_OF = [pytest.param(fmt, marks=[pytest.mark.release] * (fmt not in OF_KIND.values())) for fmt in EVERY]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,7 @@ def test_quantizers(name: str) -> None:
     alike(lambda w, stats: method.quantize(w, stats, parse_format(served(name, "int4-g16-zero"))))
 
 
-@pytest.mark.parametrize("fmt", EVERY)
+@pytest.mark.parametrize("fmt", FORMAT_OF)
 def test_formats(fmt: str) -> None:
     alike(lambda w, stats: RTN(clip="mse").quantize(w, None, parse_format(fmt)), inner=64)
 

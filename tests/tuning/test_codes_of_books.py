@@ -68,33 +68,6 @@ def test_words_are_learned_with_the_choice() -> None:
     assert after < 0.7 * before
 
 
-def test_a_power_that_the_weights_have_is_found() -> None:
-    """NUPES: weights on the levels of another exponent than the stored one; the learned one brings the error down."""
-    fmt = parse_format("pow4-row")
-    codes = torch.arange(16, dtype=torch.uint8).repeat(1, 2)
-    params = {"scale": torch.full((1, 1), 1.0), "which": torch.tensor([[2.0]])}
-    w = fmt.decode(codes, params)
-    start = Packed.pack(fmt, codes, {**params, "which": torch.tensor([[3.0]])})
-    one, before, after = run(TUNINGS["nupes"](steps=200), start, w, torch.eye(32))
-    assert one.harden().terms[0].unpack_params()["which"].tolist() == [[2.0]]  # type: ignore[attr-defined]
-    assert after < before / 5
-
-
-def test_a_power_has_the_gradient_of_its_formula() -> None:
-    fmt = parse_format("pow4-row")
-    codes = torch.arange(16, dtype=torch.uint8)[None]
-    params = {"scale": torch.full((1, 1), 2.0), "which": torch.tensor([[4.0]])}
-    w = fmt.decode(codes, params)
-    term = TUNINGS["nupes"]().begin(Start.of(Packed.pack(fmt, codes, params), w))
-    assert term is not None
-    up = draw(1, 16)
-    which = term.leaves()[-1].tensor
-    (gradient,) = torch.autograd.grad((term.weight(0.0) * up).sum(), which)
-    size = (codes.float() - 8).abs() / 8
-    by_hand = 0.25 * (up * w * torch.where(size == 0, 1.0, size).log()).sum()
-    assert torch.allclose(gradient.flatten(), by_hand, rtol=1e-4)
-
-
 def test_joint_learning_moves_codes_and_words() -> None:
     """JLCM: better than the same number of steps with the codes fixed."""
     w, gram = draw(16, 32), correlated(32)

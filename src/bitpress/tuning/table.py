@@ -11,7 +11,6 @@ from bitpress.tuning.jlcm import JLCM
 from bitpress.tuning.learned_clipping import LearnedClipping
 from bitpress.tuning.low_rank import LowRankFactors
 from bitpress.tuning.norm_tweaking import NormTweaking
-from bitpress.tuning.nupes import NUPES
 from bitpress.tuning.parameters import Parameters
 from bitpress.tuning.ptq161 import PTQ161
 from bitpress.tuning.quip_sharp import QuIPSharp
@@ -33,7 +32,6 @@ TUNINGS: dict[str, type[Tuning]] = {
     "low-rank": LowRankFactors,
     "lrq": LRQ,
     "norm-tweaking": NormTweaking,
-    "nupes": NUPES,
     "parameters": Parameters,
     "ptq161": PTQ161,
     "quip-sharp": QuIPSharp,
