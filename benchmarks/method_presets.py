@@ -31,7 +31,9 @@ SHARED_RULE = (
 
 def choose_presets() -> None:
     """Write src/bitpress/presets.json."""
-    on_processor = [row for row in latest() if row["bits"] is not None and not on_gpu(row)]  # their times are what presets promise
+    on_processor = [
+        row for row in latest() if row["bits"] is not None and not on_gpu(row)
+    ]  # their times are what presets promise
     rows = [row for row in on_processor if not chooses_bits(row) and not reason_to_expand_of(row)]
     some = rows[0]
     samples, texts = some["recipe"]["calibration"], some["sources"]

@@ -27,8 +27,9 @@ ROWS, INNER, HEADS = 16, 32, 2
 # Methods with so many steps that the small case takes seconds on a device that is computed by Python.
 SLOW = {"boa", "lnq", "decoupleq", "aqlm", "aespa", "quantease", "comq", "pvq", "spqr", "adadim", "db_llm"}
 ROW_OF = [pytest.param(name, marks=[pytest.mark.release] * (name in SLOW)) for name in QUANTIZERS]
-# One format of every kind of grid on every run.
-OF_KIND = {type(parse_format(fmt).grid): fmt for fmt in EVERY}
+# One format of every kind of grid on every run, but for searches of many steps.
+MANY_STEPS = ("dual", "planes", "trits", "olive")
+OF_KIND = {type(parse_format(fmt).grid): fmt for fmt in EVERY if not fmt.startswith(MANY_STEPS)}
 FORMAT_OF = [pytest.param(fmt, marks=[pytest.mark.release] * (fmt not in OF_KIND.values())) for fmt in EVERY]
 
 

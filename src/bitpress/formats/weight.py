@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Integer as Int
 
+from bitpress.devices import CPU
 from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
 from bitpress.formats.maps.map import MAPS, Map, split_kind
@@ -102,7 +103,7 @@ class CompressedWeight:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return next((t.device for t in self.tensors().values()), CPU)  # terms that are empty have no tensors
 
     @property
     def nbytes(self) -> int:
@@ -253,12 +254,16 @@ def _with_kinds(terms: Sequence[Term], kinds: Sequence[type[Term]]) -> list[Term
         if left and type(left[0]) is kind:
             filled.append(left.pop(0))
         elif kind is Sparse:
-            filled.append(Sparse.empty(terms[0].shape, next(iter(terms[0].tensors.values())).device))
+            filled.append(Sparse.empty(terms[0].shape, _device_of(terms)))
         else:
             break
     if left or len(filled) < len(kinds):
         raise FormatError("only weights with the same kinds of terms, in the same order, can be stacked.")
     return filled
+
+
+def _device_of(terms: Sequence[Term]) -> torch.device:
+    return next((t.device for term in terms for t in term.tensors.values()), CPU)
 
 
 def _map_spec(change: Map | None) -> dict[str, Any] | None:
