@@ -6,8 +6,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from bitpress.checkpoints.budget import parse_bytes
-from bitpress.devices import computing_on
 from bitpress.errors import UsageError
 from bitpress.runtime.native.options import MOST_THREADS, CacheType
 from bitpress.runtime.sampling import LIMITS
@@ -168,6 +166,9 @@ def chosen(**values: Any) -> dict[str, Any]:
 
 def computing(device: str | None, memory: str | None) -> AbstractContextManager[Any]:
     """Compute on the device that --device names, within --device-memory; gives the torch.device."""
+    from bitpress.checkpoints.budget import parse_bytes
+    from bitpress.devices import computing_on
+
     return computing_on(device, None if memory is None else parse_bytes(memory))
 
 
