@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from bitpress.cli.options import Json
 from bitpress.cli.screen import Screen, out, print_json, size, table
-from bitpress.pipeline.for_runtime import Division
+
+if TYPE_CHECKING:
+    from bitpress.pipeline.for_runtime import Division
 
 __all__ = ["app", "show_division", "show_export", "show_quantized", "show_targets", "target_values"]
 
@@ -102,12 +104,12 @@ def show_targets(leaves: Mapping[str, str | None]) -> None:
             out.print(f"Not to {name}: {escape(why)}.")
 
 
-def target_values(leaves: Mapping[str, object], divided: Division | None) -> dict[str, Any]:
+def target_values(leaves: Mapping[str, object], divided: "Division | None") -> dict[str, Any]:
     """Return as JSON what takes the weights of a plan, and over how many devices it divides them."""
     return {"targets": leaves, "tensor_parallel": divided and divided.as_dict()}
 
 
-def show_division(divided: Division | None, runtime: str | None) -> None:
+def show_division(divided: "Division | None", runtime: str | None) -> None:
     """Print over how many devices a runtime can divide a model, and the reason against the other numbers."""
     if divided is None:
         return
