@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitpress.checkpoints.compressed import CompressedCheckpoint
-from bitpress.errors import FormatError, UsageError
+from bitpress.errors import FormatError, NumericsError, UsageError
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.recipes import make_method
 
@@ -118,6 +118,30 @@ def test_a_format_that_is_not_served_is_noted(
     assert "tuned" not in report
     assert {row["notes"][-1] for row in report["layers"]} == {"adaround cannot learn codes of nf4-g32; they stay as they were"}
     assert CompressedCheckpoint.open(tmp_path / "out")
+
+
+def test_a_tuning_that_can_learn_nothing_is_said_before_any_work(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = gptq_recipe(weights="nf4-g32", quantizer={"name": "rtn"}, tuning=[{"name": "adaround", **FEW}])
+    with pytest.raises(UsageError, match=r"adaround learns codes of int.*it learns nothing.*--strict"):
+        quantize_directory(tiny_model("llama"), tmp_path / "out", recipe, proof=Proof(tokens=0), strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_that_ends_early_is_a_fallback(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Scales are thrown beyond the range of their store at the first step."""
+    recipe = gptq_recipe(tuning=[{"name": "parameters", "norms": 0.0, "rate": 1e6, **FEW}])
+    report = run(tiny_model("llama"), tmp_path / "out", recipe)
+    said = {row["weight"]: row["what"] for row in report["fallbacks"]}
+    assert report["tuned"][0]["failed"] is not None
+    assert said.keys() == {row["name"] for row in report["tuned"] if row["failed"] is not None}
+    assert "parameters ended early" in said[report["tuned"][0]["name"]]
+    assert "its start is kept" in said[report["tuned"][0]["name"]]
+    with pytest.raises(NumericsError, match=r"parameters ended early.*--strict"):
+        quantize_directory(tiny_model("llama"), tmp_path / "strict", recipe, proof=Proof(tokens=0), strict=True)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -196,7 +196,7 @@ def plan(
         planned, streamed, _ = plan_run(source, method, place)
         on_device = estimate_device(streamed, method, planned)
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer) if on_device is None else None
-        for text in notes_of(planned):
+        for text in notes_of(planned, method):
             screen.note(text)
     leaves, divided = carriers(planned.weights, method, streamed), division(planned.weights, method, streamed, runtime)
     if as_json:

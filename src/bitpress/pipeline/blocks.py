@@ -11,6 +11,7 @@ import torch
 
 from bitpress.calibration import Stats
 from bitpress.corrections.bias import BiasCorrection
+from bitpress.errors import NumericsError
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.biases import correct_biases_
@@ -174,6 +175,8 @@ class BlockCompressor:
             for text in tuned.notes.get(name, ()):
                 made.put_(made.parameters[name].with_note(text))
         made.tuned = tuned.rows
+        if self.weights.strict and (early := next((row for row in tuned.rows if row.failed is not None), None)) is not None:
+            raise NumericsError(f"{early.name}: {early.tuning} ended early: {early.failed} (an error because of --strict).")
         tensors.update(tuned.vectors)
         decoded = {
             p.parameter.name: p.parameter.restore(made.parameters[p.parameter.name].weight.dequantize()) for p in open_ones

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from bitpress.errors import UsageError
+from bitpress.formats import Format
 from bitpress.pipeline.plan import Plan, overlooked_products, unmeant_bits
 from bitpress.progress import Progress
+from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Method
 
 __all__ = ["note_oddities", "notes_of", "told_scarce", "told_untied"]
@@ -15,6 +17,16 @@ def told_scarce(plan: Plan) -> tuple[str, ...]:
     return () if plan.learning is None else plan.learning.scarce
 
 
+def told_idle(plan: Plan, method: Method) -> list[str]:
+    """Say which tunings can learn no weight of a plan, and no norm either."""
+    formats = {w.format for w in plan.weights if isinstance(w.format, Format)}
+    return [
+        f"{named.name} learns codes of {', '.join(named.part.serves)}, and no weight of this recipe has such a format: it learns nothing"
+        for named in method.tunings
+        if not named.part.norms and not any(is_served(named.part.serves, fmt) for fmt in formats)
+    ]
+
+
 def told_untied(plan: Plan) -> list[str]:
     """Say which parameters of a plan have a matrix of their own that had none in the source."""
     return [
@@ -23,10 +35,10 @@ def told_untied(plan: Plan) -> list[str]:
     ]
 
 
-def notes_of(plan: Plan) -> list[str]:
+def notes_of(plan: Plan, method: Method) -> list[str]:
     """Return as sentences what is noted of a plan, the bits beyond a budget too."""
     excess = None if plan.offer is None else plan.offer.excess()
-    texts = [f"{text}." for text in (*unmeant_bits(plan), *told_scarce(plan), *told_untied(plan))]
+    texts = [f"{text}." for text in (*unmeant_bits(plan), *told_scarce(plan), *told_idle(plan, method), *told_untied(plan))]
     return texts if excess is None else [*texts, excess]
 
 
@@ -40,7 +52,7 @@ def note_oddities(plan: Plan, method: Method, out: Path, strict: bool, progress:
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")
-    for text in told_scarce(plan):
+    for text in (*told_scarce(plan), *told_idle(plan, method)):
         if strict:
             raise UsageError(f"{text} (an error because of --strict).")
         progress.note(f"{text}.")

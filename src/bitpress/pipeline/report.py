@@ -82,7 +82,7 @@ def make_report(
         "calibration": dict(calibration) if calibration else None,
         "held_out": _held_out(rows, held_out) if held_out else None,
         "calibrated": _calibrated(rows, plan),
-        "fallbacks": [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks],
+        "fallbacks": [{"weight": row.name, "what": text} for row in rows for text in row.fallbacks] + told_early(tuned),
         "notes": [{"weight": row.name, "what": text} for row in rows for text in row.notes] + untied,
         **({"tuned": [row.model_dump() for row in tuned]} if tuned else {}),
         "outer": [_outer_row(found, row) for found, row in made],
@@ -94,6 +94,16 @@ def make_report(
         "run": dict(timing),
         "job": dict(identity),
     }
+
+
+def told_early(tuned: Sequence[TunedSpan]) -> list[dict[str, str]]:
+    """Return the fallbacks of spans that were not learned to their end."""
+    left = {True: "what was best until then is kept", False: "its start is kept"}
+    return [
+        {"weight": row.name, "what": f"{row.tuning} ended early ({row.failed.removesuffix('.')}); {left[row.kept]}"}
+        for row in tuned
+        if row.failed is not None
+    ]
 
 
 def _calibrated(rows: Sequence[LayerRow], plan: Plan) -> dict[str, int]:

@@ -20,7 +20,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.transforms.sites import Sites
-from bitpress.transforms.smoothing import beyond, column_sizes, input_sizes
+from bitpress.transforms.smoothing import beyond, check_weights, input_sizes
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["DGQSmooth"]
@@ -52,7 +52,7 @@ class DGQSmooth:
         producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        column_sizes(weights, channel_of, "dgq-smooth")
+        check_weights(weights, "dgq-smooth")
         sizes = input_sizes(stats.max_abs, stats.tokens, channel_of, "dgq-smooth", "max_abs")
         limit = float(sizes.sort(descending=True).values[min(int(len(sizes) * self.share + 1.5), len(sizes)) - 1])
         return beyond(sizes, limit) if limit > 0 else torch.ones_like(sizes)

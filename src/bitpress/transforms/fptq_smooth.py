@@ -19,7 +19,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.formats import Format
 from bitpress.transforms.sites import Sites
-from bitpress.transforms.smoothing import column_sizes, input_sizes, logarithmic
+from bitpress.transforms.smoothing import check_weights, input_sizes, logarithmic
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["FPTQSmooth"]
@@ -46,5 +46,5 @@ class FPTQSmooth:
         producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        column_sizes(weights, channel_of, "fptq-smooth")
+        check_weights(weights, "fptq-smooth")
         return logarithmic(input_sizes(stats.max_abs, stats.tokens, channel_of, "fptq-smooth", "max_abs"))

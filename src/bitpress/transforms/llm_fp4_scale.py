@@ -21,7 +21,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.transforms.sites import Sites
-from bitpress.transforms.smoothing import bounded, column_sizes, input_sizes
+from bitpress.transforms.smoothing import bounded, check_weights, input_sizes
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["LLMFP4Scale"]
@@ -53,6 +53,6 @@ class LLMFP4Scale:
         producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        column_sizes(weights, channel_of, "llm-fp4-scale")
+        check_weights(weights, "llm-fp4-scale")
         sizes = input_sizes(stats.max_abs, stats.tokens, channel_of, "llm-fp4-scale", "max_abs")
         return torch.exp2(bounded(sizes).log2().round().clamp(min=-self.octaves))

@@ -21,7 +21,7 @@ from jaxtyping import Integer as Int
 from bitpress.errors import UsageError
 from bitpress.formats import Format
 from bitpress.transforms.sites import Sites
-from bitpress.transforms.smoothing import ProductError, beyond, column_sizes, input_sizes, least
+from bitpress.transforms.smoothing import ProductError, beyond, check_weights, input_sizes, least
 from bitpress.transforms.transform import InputStats
 
 __all__ = ["QQQSmooth"]
@@ -56,7 +56,7 @@ class QQQSmooth:
         producer: Float[torch.Tensor, " in"] | None = None,
     ) -> Float[torch.Tensor, " in"]:
         """Choose the factor of every input channel; see `ScaleSearch`."""
-        column_sizes(weights, channel_of, "qqq-smooth")
+        check_weights(weights, "qqq-smooth")
         sizes = input_sizes(stats.max_abs, stats.tokens, channel_of, "qqq-smooth", "max_abs")
         error_of = ProductError.on(stats, weights, fmt, inputs, "qqq-smooth").of
         largest = float(sizes.max())

@@ -21,7 +21,7 @@ from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.transforms.awq_scale import normalise, tie
 from bitpress.transforms.transform import InputStats
 
-__all__ = ["ProductError", "beyond", "bounded", "column_sizes", "input_sizes", "least", "logarithmic", "power"]
+__all__ = ["ProductError", "beyond", "bounded", "check_weights", "column_sizes", "input_sizes", "least", "logarithmic", "power"]
 
 
 def input_sizes(
@@ -33,12 +33,17 @@ def input_sizes(
     return sizes.float() if channel_of is None else tie(sizes.float(), channel_of)
 
 
+def check_weights(weights: Sequence[Float[torch.Tensor, "_out in"]], where: str) -> None:
+    """Raise UsageError where there is no weight."""
+    if not weights:
+        raise UsageError(f"{where}: a plan needs at least one weight.")
+
+
 def column_sizes(
     weights: Sequence[Float[torch.Tensor, "_out in"]], channel_of: Int[torch.Tensor, " in"] | None, where: str
 ) -> Float[torch.Tensor, " in"]:
     """Return the largest magnitude of every column of weights that share an input. Raises UsageError where there is no weight."""
-    if not weights:
-        raise UsageError(f"{where}: a plan needs at least one weight.")
+    check_weights(weights, where)
     columns = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
     return columns if channel_of is None else tie(columns, channel_of)
 

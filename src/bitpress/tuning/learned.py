@@ -288,9 +288,8 @@ class LearnedSides:
 
     def __init__(self, weight: CompressedWeight, *, inputs: bool, outputs: bool, rate: float = 1.0) -> None:
         rows, cols = weight.shape
-        device = next(iter(weight.tensors().values())).device
-        self.s = torch.ones(cols, device=device, requires_grad=True) if inputs else None
-        self.t = torch.ones(rows, device=device, requires_grad=True) if outputs else None
+        self.s = torch.ones(cols, device=weight.device, requires_grad=True) if inputs else None
+        self.t = torch.ones(rows, device=weight.device, requires_grad=True) if outputs else None
         self.rate = rate
 
     def leaves(self) -> list[Leaf]:

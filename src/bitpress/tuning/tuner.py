@@ -6,6 +6,7 @@ and optimiser that it takes.
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -31,7 +32,7 @@ POINTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(ABC):
     """One paper's way to learn. A parametrisation inherits these settings and gives defaults of its own.
 
     steps      of the optimiser, in each span
@@ -88,9 +89,9 @@ class Tuning:
     def learning_rate(self) -> float:
         return 1 / self.steps if self.rate is None else self.rate
 
+    @abstractmethod
     def begin(self, start: Start) -> LearnedTerm | None:
         """Return what is learned of a weight's first term of codes, None if codes and parameters stay as they are."""
-        raise NotImplementedError
 
     def begin_beside(self, term: Term) -> LearnedTerm | None:
         """Return what is learned of a term beside that one, None if it stays."""
@@ -168,13 +169,15 @@ def tune_(
     leaves = [leaf for one in learned.values() for leaf in one.leaves()]
     best = [leaf.tensor.detach().clone() for leaf in leaves]
     before = after = objective.held_out({name: one.start_value() for name, one in learned.items()})
+    if not leaves:
+        return Curve((), before, before, 0)
     losses: list[float] = []
     failed = None
     rows = _draw(objective.windows, min(tuning.batch, objective.windows), tuning.seed, salt)
     optimizer = _optimizer(leaves, tuning)
     start = [group["lr"] for group in optimizer.param_groups]
     checks = {tuning.steps * (k + 1) // tuning.checks for k in range(tuning.checks)}
-    for step in range(tuning.steps if leaves else 0):
+    for step in range(tuning.steps):
         check_stop()
         for group, rate in zip(optimizer.param_groups, start, strict=True):
             group["lr"] = rate * _faded(tuning.schedule, step / tuning.steps)
@@ -239,8 +242,6 @@ class SignDescent(torch.optim.Optimizer):
 def _optimizer(leaves: list[Leaf], tuning: Tuning) -> torch.optim.Optimizer:
     rate = tuning.learning_rate
     groups: list[dict[str, object]] = [{"params": [leaf.tensor], "lr": rate * leaf.rate} for leaf in leaves]
-    if not groups:
-        groups = [{"params": [torch.zeros(1)], "lr": 0.0}]
     return SignDescent(groups) if tuning.optimizer == "sign" else torch.optim.Adam(groups)
 
 
