@@ -56,8 +56,8 @@ def ours(model: str, name: str, what: str, options: argparse.Namespace, *more: s
     """Run `bitpress bench`."""
     command = [sys.executable, "-m", "bitpress", "bench", what, pressed(model, name), "--json", "--repeats", options.repeats]
     facts = run([*command, "--threads", options.threads, *more])
-    kept = ("tokens_per_second", "share", "path", "context", "file_bytes", "peak_memory_bytes", "load_seconds", "cache", "head")
-    kept += ("bits_stored", "bits_in_memory", "expanded")
+    kept = ["tokens_per_second", "share", "path", "context", "file_bytes", "peak_memory_bytes", "load_seconds", "cache", "head"]
+    kept += ["bits_stored", "bits_in_memory", "expanded"]
     row = {key: facts[key] for key in kept if key in facts}
     row |= {key: facts[key] for key in facts if key.startswith(("gigabytes", "machine", "tera", "bytes_per_token"))}
     return {"tool": "bitpress", "format": name, **row}

@@ -40,6 +40,7 @@ from bitpress.measure.noise_floor import measure_noise
 from bitpress.measure.samples import draw_calibration
 from bitpress.models.opening import open_original
 from bitpress.models.tasks.causal_lm import draw_windows
+from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.identity import versions
 from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import output_errors
@@ -124,11 +125,11 @@ class Bench:
         self.noise = self._noise(out / "noise.json")
 
     def _capture(self, where: Path) -> StatisticsCache:
-        recipe = Recipe(quantizer={"name": "rtn"}, calibration=self.calibration)
-        wanted = {**self.identity, "calibration": self.windows.sha256, "batch": recipe.batch}
+        batch = Recipe().batch
+        wanted = {**self.identity, "calibration": self.windows.sha256, "batch": batch}
         where.parent.mkdir(parents=True, exist_ok=True)
         tokens = self.windows.inputs
-        return capture_original(where, wanted, self.model, self.texts, recipe, tokens, {"gram"}, lambda: None, Silent())
+        return capture_original(where, wanted, self.model, self.texts, tokens, {"gram"}, batch, lambda: None, Silent())
 
     def _noise(self, where: Path) -> dict[str, Any]:
         """Measure the original in bf16 against itself in float32, as a comparison does."""
@@ -157,19 +158,9 @@ class Bench:
         started = time.perf_counter()
         heldout = EvaluationText(self.model, self.texts)
         heldout.start_()
-        errors = []
-        for i, stats in enumerate(self.stats):
-            prefix = f"{self.model.block_name(i)}."
-            original = self.model.load_block_(i)
-            given = {name: read_tensor(weights, entry) for name, entry in entries.items() if name.startswith(prefix)}
-            if set(given) == linears & set(original):  # with norms of its own its inputs are others, and so would the error be
-                errors += [
-                    output_errors(original[name].float(), (w.float(),), stats[name.removesuffix(".weight")])[0]
-                    for name, w in given.items()
-                ]
-            self.model.fill_(given)
-            heldout.step_(i)
-            self.model.drop_block_(i)
+        peer = PeerWeights(weights, self)
+        walk(self.model, [peer, heldout])
+        errors = peer.errors
         figures = distances((self.model, self.states), (self.model, heldout.states), self.texts)
         widths = [f["kl_ci95"] for f in figures.values()]
         return {
@@ -180,6 +171,25 @@ class Bench:
             "measured_on": "output" if errors else None,
             "seconds_measuring": round(time.perf_counter() - started, 2),
         }
+
+
+class PeerWeights:
+    """A visitor that puts a file's tensors in the place of a block's own, and keeps the output errors of its linears."""
+
+    def __init__(self, weights: Path, bench: Bench) -> None:
+        self.weights, self.bench, self.errors = weights, bench, list[float]()
+        self.entries, _ = read_header(weights)
+
+    def visit_(self, block: LoadedBlock) -> None:
+        stats, prefix = self.bench.stats[block.index], f"{block.name}."
+        given = {name: read_tensor(self.weights, entry) for name, entry in self.entries.items() if name.startswith(prefix)}
+        linears = {name for name in given if name.endswith("_proj.weight")}
+        if linears == set(given):  # with norms of its own its inputs are others, and so would the error be
+            self.errors += [
+                output_errors(block.tensors[name].float(), (w.float(),), stats[name.removesuffix(".weight")])[0]
+                for name, w in given.items()
+            ]
+        self.bench.model.fill_(given)
 
 
 def mean(values: Sequence[float]) -> float:

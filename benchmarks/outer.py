@@ -9,6 +9,7 @@ judges it. One row a format and quantizer, and one (`as stored`) without.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def measure_head(model: Any, windows: torch.Tensor) -> Stats:
     head = model.get_output_embeddings().weight
     capture = Capture([Observed("head", head, True, False)], {"gram"})
     for window in windows:
-        capture.run(lambda given=window: logits_of(model, given[None]), whole=False)
+        capture.run(partial(logits_of, model, window[None]), whole=False)
     return capture.finish()["head"]
 
 

@@ -9,10 +9,11 @@ Tensors are drawn and written one at a time, below 1 GB of memory.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 2048,

@@ -3,10 +3,12 @@
     make bench Q=schemes                                        bitpress-tiny, and a copy of it with large channels behind norms
     python benchmarks/schemes.py --models smollm2-135m-regauged smollm2-135m-outliers --samples 128 --tokens 32768
     python benchmarks/schemes.py --only 'w4a4*'                 some of them
-    python benchmarks/schemes.py --render                       only the table, from the rows there are
+    python benchmarks/schemes.py --choose                       by calibration text: what the named schemes take is chosen so
+    python benchmarks/schemes.py --render                       only the tables, from the rows there are
 
 Products of rounded inputs are computed from the values that codes stand for (simulated). A row of benchmarks/results/schemes.jsonl is one
-recipe on one model; a recipe that has a row with the same number of tokens is run again, and the table takes the last row.
+recipe on one model; a recipe that has a row with the same number of tokens is run again, and the table takes the last row. With --choose
+every built-in calibration text is cut in the middle: the first halves calibrate, the second halves judge, and held-out text is not read.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any
 from rows import ROOT, add_row, read_rows, rewrite_section
 from safetensors.torch import load_file, save_file
 
+from bitpress.calibration.samples import builtin_texts
 from bitpress.checkpoints.named import resolve_model
 from bitpress.checkpoints.regauge import plant_outliers_
 from bitpress.models.skeleton import build_config
@@ -49,8 +52,22 @@ def directory_of(model: str, out: Path) -> str:
     return str(target)
 
 
+def cut_calibration_text(out: Path) -> list[str]:
+    """Write both halves of every built-in calibration text, and return the options that calibrate on the first and judge by the second."""
+    halves: tuple[list[str], list[str]] = ([], [])
+    for text in builtin_texts("calibration").values():
+        middle = text.index("\n", len(text) // 2)
+        for half, part in zip(halves, (text[:middle], text[middle:]), strict=True):
+            half.append(json.dumps({"text": part}) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    files = out / "calibration-first.jsonl", out / "calibration-second.jsonl"
+    for file, lines in zip(files, halves, strict=True):
+        file.write_text("".join(lines), encoding="utf-8")
+    return ["--calibration", str(files[0]), "--text", f"calibration={files[1]}"]
+
+
 def measure(model: str, options: argparse.Namespace) -> None:
-    out = options.out / "".join(letter if letter.isalnum() else "-" for letter in model)
+    out = options.out / "".join(letter if letter.isalnum() else "-" for letter in f"{model}{' choice' * options.choose}")
     command = [
         sys.executable,
         "-m",
@@ -63,6 +80,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
     ]
     command += ["--bits", "8,6,4", "--tokens", str(options.tokens), "--samples", str(options.samples), "--json"]
     command += [part for pattern in options.only for part in ("--only", pattern)]
+    command += cut_calibration_text(options.out) if options.choose else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}")
@@ -71,12 +89,13 @@ def measure(model: str, options: argparse.Namespace) -> None:
         if row["failed"]:
             print(f"{row['name']}: failed: {row['failed']}", file=sys.stderr)
         else:
-            add_row("schemes", {"model": model, "compute": found["compute"], "noise": found["floor"], "simulated": True, **row})
+            shared = {"model": model, "compute": found["compute"], "noise": found["floor"], "simulated": True}
+            add_row("schemes", {**shared, "choice": options.choose, **row})
 
 
 def render() -> None:
     """Write the table of docs/activations.md: one line a recipe, one column a model."""
-    rows = read_rows("schemes")
+    rows = [row for row in read_rows("schemes") if not row.get("choice")]
     last = {(row["model"], row["name"]): row for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -95,6 +114,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--tokens", type=int, default=8192, help="of every held-out text")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "schemes")
+    parser.add_argument("--choose", action="store_true", help="by halves of the calibration text; held-out text is not read")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from auto_round import AutoRound
-from llmcompressor_gptq import fail, load_model
+from checkpoint import fail, load_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from checkpoint import fail, load_model
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor_gptq import fail, load_model, load_tokens, packed
+from llmcompressor_gptq import load_tokens, packed
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
