@@ -72,11 +72,15 @@ def test_a_given_rotation_is_that_of_the_file_and_exactly_orthogonal(tmp_path: P
 
 def test_a_file_whose_rotation_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     rotate = rotations(tmp_path, residual=random_rotation(24), values=2 * torch.eye(8), other=torch.eye(8, dtype=torch.int64))
-    with pytest.raises(CheckpointError, match=r"R\.safetensors: residual is 24x24 of float32; a rotation of 32 channels is 32x32"):
+    with pytest.raises(
+        CheckpointError, match=r"R\.safetensors: residual is 24x24 of float32; a rotation of 32 channels is 32x32"
+    ):
         rotate.of_residual(32, centred=False)
     with pytest.raises(CheckpointError, match=r"values is not orthogonal: R R' is up to 3 away from the identity, and 0.01 is"):
         rotate.of_values(8, 0)
-    with pytest.raises(CheckpointError, match=r"holds no tensor values\.1 or values, but residual; add it, or use values: false"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no tensor values\.1 or values, but residual; add it, or use values: false"
+    ):
         rotations(tmp_path, residual=random_rotation(24)).of_values(8, 1)
     with pytest.raises(CheckpointError, match="values is not orthogonal"):
         rotations(tmp_path, values=torch.full((8, 8), float("nan"))).of_values(8)

@@ -57,7 +57,9 @@ def read_rotation(path: str, digest: str, names: tuple[str, ...], width: int) ->
         raise CheckpointError(f"{path}: holds no tensor {' or '.join(names)}, but {told}; add it, or use {side}: false.")
     if tuple(matrix.shape) != (width, width) or not matrix.is_floating_point():
         shape = "x".join(map(str, matrix.shape))
-        raise CheckpointError(f"{path}: {name} is {shape} of {str(matrix.dtype).removeprefix('torch.')}; a rotation of {width} channels is {width}x{width} floats.")
+        raise CheckpointError(
+            f"{path}: {name} is {shape} of {str(matrix.dtype).removeprefix('torch.')}; a rotation of {width} channels is {width}x{width} floats."
+        )
     return _nearest(matrix.double(), f"{path}: {name}")
 
 
@@ -65,7 +67,9 @@ def _nearest(matrix: Float[torch.Tensor, "n n"], where: str) -> Float[torch.Tens
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
     away = float((matrix @ matrix.T - eye).abs().max())
     if not away <= TOLERANCE:  # a NaN too
-        raise CheckpointError(f"{where} is not orthogonal: R R' is up to {away:.2g} away from the identity, and {TOLERANCE:g} is allowed.")
+        raise CheckpointError(
+            f"{where} is not orthogonal: R R' is up to {away:.2g} away from the identity, and {TOLERANCE:g} is allowed."
+        )
     for _ in range(4):  # the distance squares each time
         matrix = matrix @ (1.5 * eye - 0.5 * matrix.T @ matrix)
     return matrix
