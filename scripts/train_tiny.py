@@ -135,7 +135,7 @@ MODELS: dict[str, TinyModel] = {
             "pad_token_id": 1,
             "initializer_range": 0.05,
         },
-        Plan(steps=260, cosine_steps=1000, cool_from=150, length=256),
+        Plan(steps=600, cosine_steps=1000, cool_from=350, length=256),
     ),
 }
 
