@@ -2,6 +2,7 @@
 
     make bench Q=schemes                                        bitpress-tiny, and a copy of it with large channels behind norms
     python benchmarks/schemes.py --models smollm2-135m-regauged smollm2-135m-outliers --samples 128 --tokens 32768
+    python benchmarks/schemes.py --models bitpress-tiny-mamba --only '*per token'          a Mamba: train it first (scripts/train_tiny.py)
     python benchmarks/schemes.py --only 'w4a4*'                 some of them
     python benchmarks/schemes.py --choose                       by calibration text: what the named schemes take is chosen so
     python benchmarks/schemes.py --render                       only the tables, from the rows there are
@@ -30,11 +31,18 @@ from bitpress.settings import cache_directory
 RECIPES = ROOT / "benchmarks" / "schemes.yaml"
 PAGE = ROOT / "docs" / "activations.md"
 PLANTED = "bitpress-tiny, outliers"
+TRAINED = "bitpress-tiny-mamba"
 SEED = 20261127
 
 
 def directory_of(model: str, out: Path) -> str:
-    """Return what `bitpress compare` takes: a name, or the directory of the copy with planted outliers, made first if needed."""
+    """Return what `bitpress compare` takes: a name, the directory of the copy with planted outliers, made first if needed, or that of the
+    Mamba, which `scripts/train_tiny.py` has made."""
+    if model == TRAINED:
+        made = cache_directory() / "trained" / model
+        if not made.exists():
+            raise SystemExit(f"{model}: is not there; train it first: python scripts/train_tiny.py {model}")
+        return str(made)
     if model != PLANTED:
         return model
     source, target = resolve_model("bitpress-tiny"), out / "bitpress-tiny-outliers"

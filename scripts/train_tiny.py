@@ -1,11 +1,13 @@
-"""Train the test models that ship inside the package, from scratch on public-domain text, on one core.
+"""Train the test models that ship inside the package, and a small Mamba that does not, from scratch on public-domain text, on one core.
 
     python scripts/train_tiny.py bitpress-tiny
     python scripts/train_tiny.py bitpress-tiny-moe
+    python scripts/train_tiny.py bitpress-tiny-mamba
 
 The same command goes on where a stopped run left off. On one kind of processor, a resumed run ends in the same weights, byte for
 byte, as an uninterrupted one: the order of the windows and the rate of learning depend on nothing but the seed and the step. The
-directory is written under `src/bitpress/tiny_models`, the curve under `benchmarks/results`; `scripts/draw_tiny.py` draws it.
+directory is written under `src/bitpress/tiny_models`, the curve under `benchmarks/results`; `scripts/draw_tiny.py` draws it. The Mamba and
+its curve go into the cache, under `trained`; `benchmarks/schemes.py --models bitpress-tiny-mamba` measures it.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scan import own_scan
 from tiny_card import Facts, card
 from tiny_texts import LEFT_OUT, TextKind, fetch_texts
 
@@ -45,7 +48,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "src" / "bitpress" / "tiny_models"
+SHIPPED = ROOT / "src" / "bitpress" / "tiny_models"
 RESULTS = ROOT / "benchmarks" / "results"
 VOCABULARY = 4096
 CONTEXT = 512
@@ -116,6 +119,23 @@ MODELS: dict[str, TinyModel] = {
             "sliding_window": None,
         },
         Plan(steps=350, cosine_steps=350, cool_from=350, peak_rate=2e-3, aux=0.05),
+    ),
+    "bitpress-tiny-mamba": TinyModel(
+        "MambaConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "expand": 2,
+            "state_size": 16,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+            "initializer_range": 0.05,
+        },
+        Plan(steps=600, cosine_steps=1000, cool_from=350, length=256),
     ),
 }
 
@@ -205,7 +225,7 @@ def judge(model: Any, windows: torch.Tensor) -> float:
     """Return the mean loss of the next token over windows, in nats."""
     model.eval()
     with torch.no_grad():
-        losses = [_loss(model(input_ids=rows).logits, rows).item() * len(rows) for rows in windows.split(4)]
+        losses = [_loss(model(input_ids=rows, use_cache=False).logits, rows).item() * len(rows) for rows in windows.split(4)]
     model.train()
     return sum(losses) / len(windows)
 
@@ -250,6 +270,7 @@ def train(model: Any, windows: torch.Tensor, heldout: torch.Tensor, plan: Plan, 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the model in bf16 and its tokenizer, elsewhere first, and rename the directory into place."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f".{out.name}-{os.getpid()}")
     shutil.rmtree(made, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(made)
@@ -313,19 +334,24 @@ def expert_shares(model: Any, windows: torch.Tensor) -> list[tuple[float, float]
     return shares
 
 
+def directory_of(name: str) -> Path:
+    """Return where a trained model is written: inside the package, or in the cache if it does not ship."""
+    return (SHIPPED if name in SHIPPED_MODELS else cache_directory() / "trained") / name
+
+
 def write_card(name: str, tokenizer: Any, rows: list[Row], texts: list[TextKind], text_tokens: int, device: str) -> None:
     """Judge the weights as they are stored, on more text than the curve, and write the card beside them."""
     from transformers import AutoModelForCausalLM
 
     tiny = MODELS[name]
-    model = AutoModelForCausalLM.from_pretrained(OUT / name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory_of(name), dtype=torch.float32)
     by_kind = heldout_windows(tokenizer, tiny.plan.length, 16)
     losses = {kind: judge(model, windows) for kind, windows in by_kind.items()}
     shares = expert_shares(model, torch.cat([windows[:4] for windows in by_kind.values()])) if tiny.plan.aux else []
     facts = Facts(
         name=name,
         class_name=type(model).__name__,
-        parameters=SHIPPED_MODELS[name].parameters,
+        parameters=model.num_parameters(),
         shape={key: value for key, value in tiny.shape.items() if value is not None and not key.endswith("_id")},
         steps=rows[-1].step,
         tokens=rows[-1].tokens,
@@ -339,7 +365,7 @@ def write_card(name: str, tokenizer: Any, rows: list[Row], texts: list[TextKind]
         left_out=LEFT_OUT,
         seed=tiny.plan.seed,
     )
-    (OUT / name / "README.md").write_text(card(facts), encoding="utf-8")
+    (directory_of(name) / "README.md").write_text(card(facts), encoding="utf-8")
 
 
 def processor() -> str:
@@ -349,7 +375,7 @@ def processor() -> str:
 
 def main() -> None:
     """Train one model, or finish a run that was stopped, and write its directory, its card and its curve."""
-    parser = argparse.ArgumentParser(description="Train a test model that ships inside the package.")
+    parser = argparse.ArgumentParser(description="Train a test model.")
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("--work", type=Path, default=cache_directory() / "training", help="folder for checkpoints")
     arguments = parser.parse_args()
@@ -361,11 +387,12 @@ def main() -> None:
     windows = cut_windows(documents, tokenizer, tiny.plan.length)
     heldout = torch.cat(list(heldout_windows(tokenizer, tiny.plan.length, 4).values()))
     model = build_model(tiny.config, tiny.shape, tiny.plan.seed)
-    with Screen() as progress:
+    with Screen() as progress, own_scan():
         rows = train(model, windows, heldout, tiny.plan, folder, progress)
-    save(model, tokenizer, OUT / name)
+    save(model, tokenizer, directory_of(name))
     write_card(name, tokenizer, rows, texts, windows.numel(), processor())
-    write_curve(RESULTS / f"{name}-loss.csv", rows, processor())
+    curves = RESULTS if name in SHIPPED_MODELS else directory_of(name)
+    write_curve(curves / f"{name}-loss.csv", rows, processor())
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
     ),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "mamba2": ("Mamba2Config", {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
 }
 _NOT_OF_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -70,9 +72,9 @@ CHAT_TEMPLATE = (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Try a test that takes a `spine` on every architecture."""
+    """Try a test that takes a `spine` on every architecture, and on what its module adds to these."""
     if "spine" in metafunc.fixturenames:
-        metafunc.parametrize("spine", _ARCHITECTURES)
+        metafunc.parametrize("spine", [*_ARCHITECTURES, *getattr(metafunc.module, "MORE_SPINES", ())])
 
 
 def pytest_collection_finish() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from progress_record import Said
+from scan import own_scan
 from tiny_texts import SHARED_RUN, chunks, holds_chunk, without_shared
 from train_tiny import MODELS, Plan, balance, batch_of, build_model, rate, train
 
@@ -93,3 +94,27 @@ def test_text_that_shares_a_run_with_an_unseen_text_is_dropped() -> None:
     other = "A paragraph of its own, which no unseen text holds."
     assert without_shared(f"{other}\n\nSee {runs[3]}\n\n{other}", unseen) == f"{other}\n\n{other}"
     assert without_shared(runs[5].replace(" ", "\n\n"), unseen) == ""  # a run that straddles paragraphs
+
+
+def test_the_scan_for_training_is_that_of_transformers_with_its_gradients() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 3, "initializer_range": 0.5}
+    torch.manual_seed(6)
+    model = MambaForCausalLM(MambaConfig(**shape)).train()
+    tokens = torch.arange(12).reshape(2, 6)
+
+    def step() -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = model(input_ids=tokens, use_cache=False).logits
+        logits.square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    theirs = step()
+    with own_scan():
+        ours = step()
+    assert len(ours) == 1 + len(list(model.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    with own_scan(), pytest.raises(ValueError, match="it has no cache"):
+        model.eval()(input_ids=tokens, use_cache=True)

@@ -36,6 +36,8 @@ EXPECTED: dict[str, tuple[set[str], set[str]]] = {
         {"self_attn.o_proj", "feed_forward.experts.down_proj", "feed_forward.shared_expert.down_proj"},
     ),
     "qwen3_moe": ({_QKV, "mlp.experts.gate_up_proj mlp.gate"}, {"self_attn.o_proj", "mlp.experts.down_proj"}),
+    "mamba": (set(), {"mixer.out_proj"}),
+    "mamba2": (set(), {"mixer.out_proj"}),
 }
 
 

@@ -75,6 +75,8 @@ JOINED: dict[str, list[tuple[str, ...]]] = {
     "jetmoe": [("input_linear", "output_linear")],
     "llama4": [("gate_up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")],
     "qwen3_moe": [("gate_up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")],
+    "mamba": [],
+    "mamba2": [],
 }
 
 

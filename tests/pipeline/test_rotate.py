@@ -1,5 +1,6 @@
 """A rotated model from plan to published directory: nothing is left for run time, tied matrices are two, and every road reads the same."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bitpress
 from bitpress import native
@@ -155,3 +157,33 @@ def test_what_cannot_be_rotated_is_said_before_any_work(tiny_model: Callable[...
         make_method({**values, "transforms": ["rotate", {"name": "rotate", "seed": 1}]})
     with pytest.raises(UsageError, match="dfloat11 keeps weights bit for bit, and rotate would change them"):
         make_method({"weights": "dfloat11", "transforms": ["rotate"]})
+
+
+def test_a_given_rotation_is_recorded_and_another_file_does_not_resume(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    path, file, out = tiny_model("llama"), tmp_path / "R.safetensors", tmp_path / "out"
+
+    def write(seed: int) -> None:
+        made = [torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed)))[0] for n in (32, 16)]
+        save_file({"residual": made[0].contiguous(), "values": made[1].contiguous()}, file)
+
+    def method() -> Any:
+        rotate = {"name": "rotate", "kind": "given", "tensors": str(file)}
+        return make_method({"weights": "int8-g16-zero", "quantizer": "rtn", "compute": "fp32", "transforms": [rotate]})
+
+    write(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_directory(path, out, method(), proof=Proof(tokens=0), progress=Stopping(2))
+    write(2)
+    with pytest.raises(UsageError, match=r"unfinished job that differs in recipe\.transforms"):
+        quantize_directory(path, out, method(), proof=Proof(tokens=0))
+    write(1)
+    report = quantize_directory(path, out, method(), proof=Proof(tokens=128, length=32))
+    assert report["figures"]["kl_mean"] < 1e-2
+    recorded = CompressedCheckpoint.open(out).manifest.job["recipe"]["transforms"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [(part["tensors"], part["sha256"]) for part in recorded] == [("R.safetensors", digest)]
+    before, after = logits(path, None), logits(path, Rotate(kind="given", tensors=str(file)))
+    assert not torch.equal(before, after)
+    assert (before - after).abs().max() < 1e-5 * before.abs().max()
+    plain = make_method({"weights": "int4-g16", "quantizer": "rtn", "transforms": ["rotate"]}).resolved()
+    assert "tensors" not in plain["transforms"][0]  # recipes of before have no such keys

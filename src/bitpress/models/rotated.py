@@ -4,6 +4,7 @@ Everything is computed in float64 and rounded once, to the type in which the ten
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +62,8 @@ class RotatedNetwork:
 
     def _rotation(self, turn: Turn) -> Rotation:
         if turn.heads is not None:
-            return self.rotate.of_values(turn.heads.shape[1])
+            number = re.search(r"\.(\d+)\.", turn.parameter)
+            return self.rotate.of_values(turn.heads.shape[1], None if number is None else int(number[1]))
         assert self.residual is not None
         return self.rotate.of_residual(self.residual.width, centred=self.residual.centred)
 

@@ -35,11 +35,14 @@ def versions_on(device: torch.device) -> dict[str, object]:
 
 
 def recorded(method: Method) -> dict[str, Any]:
-    """Return the recipe as it is stored: a text file by its name alone, since the hash of its tokens identifies its content."""
+    """Return the recipe as it is stored: files by their names alone, since a hash identifies what they hold."""
     resolved = method.resolved()
     text = resolved["calibration"]["text"]
     if not text.startswith(("builtin", "hf:")):
         resolved["calibration"]["text"] = Path(text).name
+    for part in resolved["transforms"]:
+        if part.get("tensors") is not None:
+            part["tensors"] = Path(part["tensors"]).name
     return resolved
 
 

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 
 from bitpress.calibration import Stats
-from bitpress.report.document import Channels, Distribution, WeightPicture
+from bitpress.evaluation.utilization import sampled, utilization
+from bitpress.formats import CompressedWeight
+from bitpress.report.document import Channels, Distribution, Utilization, WeightPicture
+from bitpress.transforms.basis import into_basis
 
-__all__ = ["MatrixPicture", "draw_weight", "look_at"]
+__all__ = ["MatrixPicture", "draw_weight", "look_at", "with_utilization"]
 
 # The values of a matrix that are counted; rows are left out evenly to come down to so many.
 SAMPLE = 2**18
@@ -36,6 +39,7 @@ class MatrixPicture:
     weights: Float[torch.Tensor, " in"]
     inputs: Float[torch.Tensor, " in"] | None
     errors: Float[torch.Tensor, " in"]
+    utilization: Utilization | None = None
 
 
 def look_at(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in"], stats: Stats | None) -> MatrixPicture:
@@ -62,6 +66,45 @@ def look_at(w: Float[torch.Tensor, "out in"], w_hat: Float[torch.Tensor, "out in
         inputs=inputs,
         errors=errors if inputs is None else errors * inputs,
     )
+
+
+def with_utilization(
+    picture: MatrixPicture,
+    w: Float[torch.Tensor, "out in"],
+    weight: CompressedWeight,
+    factor: Float[torch.Tensor, " in"] | None,
+    stats: Stats | None,
+) -> MatrixPicture:
+    """Add how much of the space of codes is used, before and after: a weight's columns take `factor`, then the maps of `weight`; its input
+    the inverse of both."""
+    now = into_basis(w if factor is None else w * factor, (weight.input_map, weight.output_map))
+    rows = _pair(w, now)
+    if rows is None:
+        return picture
+    held_out = None if stats is None else stats.held_out
+    inputs = None
+    if held_out is not None:
+        x = sampled(held_out.x).float()
+        moved = x if factor is None else x / factor
+        inputs = _pair(x, moved if weight.input_map is None else weight.input_map.apply(moved))
+    return replace(picture, utilization=Utilization(weights=rows, inputs=inputs))
+
+
+def _pair(before: torch.Tensor, after: torch.Tensor) -> list[float] | None:
+    pair = [utilization(before), utilization(after)]
+    return None if None in pair else [value for value in pair if value is not None]
+
+
+def _all_utilized(found: Sequence[Utilization]) -> Utilization | None:
+    """Return the means over all matrices of a parameter."""
+
+    def means(pairs: Sequence[list[float]]) -> list[float]:
+        return [_short(sum(values) / len(pairs)) for values in zip(*pairs, strict=True)]
+
+    inputs = [one.inputs for one in found if one.inputs is not None]
+    if not found:
+        return None
+    return Utilization(weights=means([one.weights for one in found]), inputs=means(inputs) if inputs else None)
 
 
 def draw_weight(matrices: Sequence[MatrixPicture]) -> WeightPicture:
@@ -93,6 +136,7 @@ def draw_weight(matrices: Sequence[MatrixPicture]) -> WeightPicture:
             weights=[_short(value) for value in of_weights[index].tolist()],
             error=[_short(value) for value in share[index].tolist()],
         ),
+        utilization=_all_utilized([m.utilization for m in matrices if m.utilization is not None]),
     )
 
 

@@ -34,7 +34,7 @@ from bitpress.pipeline.compose import compress_matrix
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
-from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
+from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at, with_utilization
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
@@ -228,7 +228,9 @@ class WeightCompressor:
                 for key, e in found.items()
                 if key in before
             }
-        picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
+        folded = None if factor is None or scales is None or name in scales.unfolded else factor
+        seen = with_utilization(look_at(unscaled, w_hat, usable), unscaled, weight, folded, usable)
+        picture = None if made.row.picture is None else draw_weight([seen])
         sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
         row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
         entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
@@ -293,6 +295,7 @@ class WeightCompressor:
             text = f"{changed} of {w.shape[0]} rows lost their size: this recipe cannot hold them in {fmt.name}"
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, text))
         unscaled, w_hat, factor = w, decoded, None if scales is None else scales.factors.get(name)
+        mapped = outcome.weight
         stored: torch.Tensor | None = decoded
         if factor is not None and scales is not None:
             unscaled, w_hat = w / factor, decoded / factor
@@ -308,6 +311,7 @@ class WeightCompressor:
         held_out = None if usable is None else usable.held_out
         by_class = {} if held_out is None else measure_classes(unscaled, (plain, w_hat), held_out)
         on_output, picture = usable is not None and usable.gram is not None, look_at(unscaled, w_hat, usable)
+        picture = with_utilization(picture, unscaled, mapped, factor, usable)
         return _Matrix(outcome, stored, (before, after), on_output, calibrated, by_class, picture)
 
     def _scarce(self, name: str, parameter: WeightParameter, stats: Stats | None, needs: Collection[str]) -> str | None:

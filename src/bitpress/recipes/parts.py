@@ -55,5 +55,6 @@ def _unknown_part(kind: str, name: str, table: Mapping[str, Any]) -> UsageError:
 
 
 def settings_of(part: Any) -> dict[str, Any]:
-    """Return every setting of a part with its value."""
-    return dataclasses.asdict(part)
+    """Return every setting of a part with its value, but for those that are None and that recipes of before do not have."""
+    later = {field.name for field in dataclasses.fields(part) if field.metadata.get("later")}
+    return {name: value for name, value in dataclasses.asdict(part).items() if value is not None or name not in later}

@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "TokenErrors",
     "TunedSpan",
+    "Utilization",
     "WeightPicture",
     "check_report",
     "dump_report",
@@ -82,11 +83,20 @@ class Channels(_Closed):
     error: list[float]
 
 
+class Utilization(_Closed):
+    """How much of the box that one scale would span is filled (`evaluation.utilization`): by the weight's rows and by its input, each [before
+    the transforms, after]. None where the input was not sampled."""
+
+    weights: list[float]
+    inputs: list[float] | None = None
+
+
 class WeightPicture(_Closed):
     """What a weight looks like before and after; of experts, all together."""
 
     distribution: Distribution
     channels: Channels
+    utilization: Utilization | None = None
 
 
 class TokenErrors(_Closed):

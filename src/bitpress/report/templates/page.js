@@ -46,6 +46,12 @@
     return make("table", {}, make("tr", {}, ...head), ...body);
   };
 
+  const used = (u) => {
+    const row = (label, pair) => make("tr", {}, make("td", {}, label), ...pair.map((value) => make("td", { class: "number" }, percent(value))));
+    const head = ["", "before transforms", "after"].map((text, i) => make("th", { class: i ? "number" : "" }, text));
+    return make("table", {}, make("tr", {}, ...head), row("rows of the weight", u.weights), ...(u.inputs ? [row("inputs", u.inputs)] : []));
+  };
+
   const legend = () => make("p", { class: "legend" }, make("i", { class: "before" }), make("span", {}, "original"), make("i", { class: "after" }), make("span", {}, "compressed"));
 
   const show = (number) => {
@@ -63,6 +69,7 @@
         make("p", { class: "note" }, `σ = ${d.deviation};${outside} the largest is ${d.largest} σ.`),
         make("h4", {}, `Outlier channels: the largest ${c.ranked_by} of ${c.of}, as multiples of the median channel's`), channels(c),
       );
+      if (w.picture.utilization) parts.push(make("h4", {}, "Use of the range that one scale spans"), used(w.picture.utilization));
     }
     for (const text of [...w.fallbacks, ...w.notes]) parts.push(make("p", { class: "note" }, text));
     if (others.length) {
