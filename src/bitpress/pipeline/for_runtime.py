@@ -82,7 +82,7 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             own.append(Override(match=stem, weights=parse_format(other).name))
     if own:
         recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
-        method = build_method(recipe)
+        method = build_method(recipe, usual=method.quantizer.usual)
         weights = _weights(streamed, method)
     if method.options:
         raise UsageError(

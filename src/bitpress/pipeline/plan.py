@@ -279,10 +279,10 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
 
 
 def unmeant_bits(plan: Plan) -> list[str]:
-    """Say which formats of a plan have more or fewer bits per weight than the quantizer is meant for."""
+    """Say which formats of a plan have more or fewer bits per weight than the quantizer that the user named is meant for."""
     found: dict[str, None] = {}
     for planned in plan.weights:
-        if isinstance(planned.format, Format):
+        if isinstance(planned.format, Format) and not planned.method.quantizer.usual:
             name, (least, most) = planned.method.quantizer.name, planned.method.quantizer.part.bits
             value = planned.format.code_bits_per_weight
             if not math.floor(least) <= value <= math.ceil(most):

@@ -7,7 +7,8 @@ from typing import Any
 from bitpress.errors import UsageError
 from bitpress.presets import preset_keys
 from bitpress.recipes.method import Method
-from bitpress.recipes.recipe import OUTER, Recipe
+from bitpress.recipes.parts import spelled
+from bitpress.recipes.recipe import NAMED_RECIPES, OUTER, Recipe
 from bitpress.recipes.schemes import scheme_keys
 from bitpress.recipes.text import load_recipe, make_method
 
@@ -49,14 +50,18 @@ def choose_method(
         raise UsageError(f"{option('scheme')} and {other} both say what weights are; give one of them.")
     said = {text.partition("=")[0].strip() for text in sets} | own.keys()
     whole = recipe is not None and (not isinstance(recipe, Mapping) or preset is not None)
+    names_quantizer = quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"})
     values = preset_keys(
         preset,
         bits,
         beside_recipe=whole or "weights" in own,
         weights=weights is not None or "weights" in said,
-        quantizer=quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"}),
+        quantizer=names_quantizer,
         option=option,
     )
+    is_path = isinstance(recipe, (str, Path))
+    is_named = is_path and spelled(str(recipe), NAMED_RECIPES) in NAMED_RECIPES and not Path(str(recipe)).exists()
+    usual = not names_quantizer and (bool(values) or scheme is not None or is_named)
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
@@ -73,4 +78,4 @@ def choose_method(
     if recipe is None:
         values = {**dict.fromkeys(OUTER, "auto"), **values}
     values |= {key: value for key, value in (outer or {}).items() if value is not None}
-    return make_method(values, sets)
+    return make_method(values, sets, usual=usual)

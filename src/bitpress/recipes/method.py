@@ -259,10 +259,14 @@ class Method:
         return replace(self, compute=compute_dtype(self.recipe.compute, device))
 
 
-def build_method(recipe: Recipe) -> Method:
-    """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
+def build_method(recipe: Recipe, *, usual: bool = False) -> Method:
+    """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong.
+
+    `usual`: the quantizer that the recipe names is bitpress's own choice, as in a scheme.
+    """
     fmt = find_format(recipe.weights)
     quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
+    quantizer = replace(quantizer, usual=usual or "name" not in recipe.quantizer)
     parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [part_of_key("corrections", part) for part in recipe.corrections]
     tunings = [part_of_key("tuning", part) for part in recipe.tuning]

@@ -54,8 +54,10 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     return make_method(values, sets, where).recipe
 
 
-def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Method:
-    """Build a recipe and the method of it, as `make_recipe` does."""
+def make_method(
+    values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe", *, usual: bool = False
+) -> Method:
+    """Build a recipe and the method of it, as `make_recipe` does; `usual`: see `build_method`."""
     merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
     for text in sets:
         _set_(merged, text)
@@ -85,7 +87,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         if all(part is None for part in (override.weights, override.quantizer, override.inputs, override.transforms)):
             raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer nor inputs.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
-    method = build_method(recipe)
+    method = build_method(recipe, usual=usual)
     check_composition(method)
     return method
 
