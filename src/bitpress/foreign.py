@@ -219,6 +219,9 @@ FOREIGN: tuple[Foreign, ...] = (
         f"{_ROWS}; --scheme w8a8 has its transform, smoothquant, and rounds inputs",
         ("SmoothQuant",),
     ),
+    Foreign(r"fptq", "FPTQ", "int4-g64", None, "--recipe fptq is the whole of it", ("FPTQ",)),
+    Foreign(r"llm_?fp4", "LLM-FP4", "e2m1-row", "rtn", "--recipe llm-fp4 chooses exponent bits", ("LLM-FP4",)),
+    Foreign(r"abq(?:_?llm)?", "ABQ-LLM", "balanced2-g64", None, "--recipe abq-llm smooths and rounds inputs too", ("ABQ-LLM",)),
     Foreign(r"i_?matrix", "llama.cpp", "int4-g32-zero", "gptq", "it weighs errors by the layer's inputs", ("imatrix",)),
     # Bits alone
     Foreign(

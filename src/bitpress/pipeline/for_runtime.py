@@ -88,6 +88,10 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
         raise UsageError(
             f"{runtime} needs formats that are known before the run, and the recipe's budget chooses them in it; leave out budget."
         )
+    if method.settings:
+        raise UsageError(
+            f"{runtime} needs layers that are known before the run, and the recipe's choose settles them in it; leave out choose."
+        )
     own_formats = {name for formats in found.formats.values() for name in _names(formats)}
     for planned in weights:
         why = _refusal(planned, method, target, names)
@@ -176,6 +180,8 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if method.options:
         return "a budget chooses its format in the run"
+    if planned.method.settings:
+        return "it chooses its setting in the run"
     if isinstance(fmt, Format):
         try:
             fmt.whole_runs(planned.parameter.shape)

@@ -59,9 +59,7 @@ def choose_method(
         quantizer=names_quantizer,
         option=option,
     )
-    is_path = isinstance(recipe, (str, Path))
-    is_named = is_path and spelled(str(recipe), NAMED_RECIPES) in NAMED_RECIPES and not Path(str(recipe)).exists()
-    usual = not names_quantizer and (bool(values) or scheme is not None or is_named)
+    usual = not names_quantizer and (bool(values) or scheme is not None or _is_named(recipe))
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
@@ -79,3 +77,10 @@ def choose_method(
         values = {**dict.fromkeys(OUTER, "auto"), **values}
     values |= {key: value for key, value in (outer or {}).items() if value is not None}
     return make_method(values, sets, usual=usual)
+
+
+def _is_named(recipe: object) -> bool:
+    """Whether a recipe is one of `NAMED_RECIPES`, and not the user's file."""
+    if not isinstance(recipe, (str, Path)) or Path(recipe).exists():
+        return False
+    return spelled(str(recipe), NAMED_RECIPES) in NAMED_RECIPES
