@@ -274,7 +274,7 @@ def _memory_bits(
         for name, stored in shapes.values():
             layer = checkpoint.read_layer(name)
             spec = layer.input_spec()
-            inputs = layer.input if spec is not None and refuses_input(spec) is None else None
+            inputs = layer.input if spec is not None and refuses_input(spec, layer.weight.spec()) is None else None
             total += lay_out(layer.weight, inputs=inputs).nbytes * stored / layer.weight.nbytes
     except KernelUnavailable:
         return {"bits_in_memory": None}

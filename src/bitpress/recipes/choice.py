@@ -43,11 +43,10 @@ def choose_method(
     option        returns the caller's spelling of an option, for messages
     """
     own = dict(recipe) if isinstance(recipe, Mapping) else {}
-    if scheme is not None and (
-        preset is not None or bits is not None or (recipe is not None and not isinstance(recipe, Mapping))
-    ):
-        other = option("preset" if preset is not None else "bits" if bits is not None else "recipe")
-        raise UsageError(f"{option('scheme')} and {other} both say what weights are; give one of them.")
+    is_whole = recipe is not None and not isinstance(recipe, Mapping)
+    rivals = [name for name, said in (("preset", preset is not None), ("bits", bits is not None), ("recipe", is_whole)) if said]
+    if scheme is not None and rivals:
+        raise UsageError(f"{option('scheme')} and {option(rivals[0])} both say what weights are; give one of them.")
     said = {text.partition("=")[0].strip() for text in sets} | own.keys()
     whole = recipe is not None and (not isinstance(recipe, Mapping) or preset is not None)
     names_quantizer = quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"})
@@ -64,9 +63,7 @@ def choose_method(
         values = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
         values = load_recipe(recipe).model_dump(exclude_unset=True)
-    if scheme is not None:
-        values = scheme_keys(scheme)
-    values |= own
+    values = (values if scheme is None else scheme_keys(scheme)) | own
     named = {"inputs": inputs, "weights": weights, "quantizer": quantizer, "tuning": list(tune) if tune else None}
     values |= {key: value for key, value in named.items() if value is not None}
     if chosen := {key: value for key, value in (calibration or {}).items() if value is not None}:
