@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from bitpress.allocation.choices import Choice
 from bitpress.calibration import Stats
-from bitpress.calibration.observers import Seen, static_format
+from bitpress.calibration.observers import KEPT_TOKENS, Seen, static_format
 from bitpress.devices import CPU
 from bitpress.errors import CalibrationError
 from bitpress.formats import ActivationFormat, Format
@@ -125,6 +125,7 @@ def _rounded(x: Float[torch.Tensor, "tokens in"], own: InputMethod, w: Float[tor
         rest = ActivationFormat(own.format)
     else:
         seen = Seen(product=lambda u: u @ w.T.to(CPU))
-        seen.add(x)
+        for part in x.split(KEPT_TOKENS):  # an observer keeps so many tokens of a batch
+            seen.add(part)
         rest = static_format(own.format, own.observer.part.choose(seen, own.format)).to(x.device)
     return own.channels(rest, x.shape[1]).round(x)
