@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitpress
+from bitpress import native
 from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import CalibrationError, FormatError, UsageError
-from bitpress.formats import parse_format
+from bitpress.formats import CompressedWeight, parse_format
 from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.maps.reassembly import Reassembly
+from bitpress.kernels.native_layout import lay_out, reason_to_expand
+from bitpress.quantizers.rtn import RTN
 from bitpress.runtime.native.assemble import refuses_directory
 from bitpress.transforms.reassemble import Reassemble, reassembled
 
@@ -104,6 +107,21 @@ def test_bad_settings_and_maps_are_refused() -> None:
             change.check()
     with pytest.raises(FormatError, match="no settings but sums"):
         Reassembly.expected({"mean": True}, 4)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler was there when bitpress was installed")
+def test_the_engine_holds_a_reassembled_weight_as_a_whole() -> None:
+    x, w = layer()
+    change, _ = Reassemble(bits=3).plan(w, Stats(60, sample=x), FMT)
+    assert change is not None
+    packed = RTN().quantize(change.dual().apply(w), None, FMT).weight
+    weight = CompressedWeight(packed.terms, change)
+    assert reason_to_expand(weight) == "reassembly"
+    held = lay_out(weight)
+    assert held.expanded == ["reassembly"]
+    # Values are held in 16 bits with 11 digits.
+    wanted = weight.dequantize()
+    torch.testing.assert_close(torch.stack([held.row(i) for i in range(OUT)]), wanted, rtol=2**-10, atol=2**-20)
 
 
 def test_a_reassembled_model_is_stored_and_computes_the_same_on_every_road(
