@@ -86,7 +86,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
         "--recipes",
         str(RECIPES),
     ]
-    command += ["--bits", "8,6,4", "--tokens", str(options.tokens), "--samples", str(options.samples), "--json"]
+    command += ["--bits", "8,6,4,3,2", "--tokens", str(options.tokens), "--samples", str(options.samples), "--json"]
     command += [part for pattern in options.only for part in ("--only", pattern)]
     command += cut_calibration_text(options.out) if options.choose else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sections import rewrite_sections
 
+from bitpress.allocation.choices import CHOICES
 from bitpress.calibration import STATISTICS
 from bitpress.cli.listings import describe_methods
 from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
@@ -127,6 +128,18 @@ def _observers(rows: list[dict[str, Any]]) -> Iterable[str]:
             yield _line((f"`{row['name']}`", row["summary"], settings or "-", row["paper"]))
 
 
+def _choices(rows: list[dict[str, Any]]) -> Iterable[str]:
+    yield "| name | how a layer chooses | needs | settings | paper |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        if row["kind"] == "choice":
+            settings = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in row["settings"].items())
+            yield _line((f"`{row['name']}`", row["summary"], ", ".join(row["needs"]), settings or "-", row["paper"]))
+    for name, choice in CHOICES.items():
+        parts = _parts(inspect.getdoc(choice) or "")
+        yield f"\n`{name}`: *Source.* {parts['Source']} *Differs.* {parts['Differs']}"
+
+
 def _schemes(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "| name | what is stored and rounded | keys | stored so by |"
     yield "|---|---|---|---|"
@@ -212,7 +225,7 @@ SECTIONS: dict[str, Callable[[list[dict[str, Any]]], Iterable[str]]] = {
 }
 PAGES = {
     TARGET.name: SECTIONS,
-    "activations.md": {"schemes": _schemes, "observers": _observers},
+    "activations.md": {"choices": _choices, "schemes": _schemes, "observers": _observers},
     "tuning.md": {"tunings": _tunings, "tuning sources": _tuning_sources},
 }
 

@@ -1,6 +1,7 @@
 """Names of other tools: every example finds its row, and every suggestion is a recipe here."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from bitpress.formats import GRIDS, SHORT, find_format
 from bitpress.formats.table import spell_format
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import Recipe, build_method, load_recipe, make_recipe
+from bitpress.recipes.schemes import scheme_keys
 from bitpress.transforms.table import TRANSFORMS
+from bitpress.tuning.table import TUNINGS
 
 EXAMPLES = [(row, name) for row in FOREIGN for name in row.examples]
 
@@ -29,6 +32,9 @@ def test_a_suggestion_is_a_recipe(row: Any, name: str) -> None:
     assert hint is not None
     assert f"weights {found[1]}" in hint
     assert len(hint) < 200
+    kinds = {"scheme": scheme_keys, "recipe": load_recipe, "inputs": find_format, "tune": lambda word: TUNINGS[word]}
+    for option, word in re.findall(r"--(\w+) ([\w-]+)", hint):
+        assert option == "bits" or kinds[option](word)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ class Foreign:
 _DEFAULT = "integers with a scale and a zero point for every 64"
 _SYMMETRIC = "integers with a scale for every"
 _ROWS = "8-bit integers with a scale for every row"
+_INPUTS = "--inputs int8-row-fp32 rounds inputs too"
+
+
+def _scheme(name: str) -> str:
+    """Point to a scheme, for a name that says how inputs are rounded."""
+    return f"--scheme {name} rounds inputs too"
+
 
 FOREIGN: tuple[Foreign, ...] = (
     # llama.cpp: its types have their own names here (`SHORT` of `formats.table`); these are its mixes and other types
@@ -56,8 +63,15 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(
         r"(?:w4a(?:16|8)|int4)_(?:auto)?awq", "TensorRT-LLM", "int4-g128-zero", "awq", "the same", ("int4_awq", "W4A16_AWQ")
     ),
-    Foreign(r"w8a16|w8a8(?:_?int8)?|int_?w8a8", "vLLM", "int8-row", None, _ROWS, ("W8A16", "W8A8", "w8a8_int8")),
-    Foreign(r"w([2-7])a(?:16|8|4)", "vLLM", "int{}-g128", None, f"{_SYMMETRIC} 128", ("W4A16", "W4A8", "W3A16")),
+    Foreign(r"w8a16", "vLLM", "int8-row", None, _ROWS, ("W8A16",)),
+    Foreign(
+        r"w8a8(?:_?int8)?|int_?w8a8", "vLLM", "int8-row", None, f"{_ROWS}; {_scheme('w8a8')}", ("W8A8", "w8a8_int8", "int_w8a8")
+    ),
+    Foreign(r"w(4)a8", "vLLM", "int{}-g128", None, f"{_SYMMETRIC} 128; {_scheme('w4a8')}", ("W4A8",)),
+    Foreign(r"w(4)a4", "vLLM", "int{}-row", None, f"{_SYMMETRIC} row; {_scheme('w4a4')}", ("W4A4",)),
+    Foreign(r"w(6)a6", "OmniQuant", "int{}-row", None, f"{_SYMMETRIC} row; {_scheme('w6a6')}", ("W6A6",)),
+    Foreign(r"w([2-7])a16", "vLLM", "int{}-g128", None, f"{_SYMMETRIC} 128", ("W4A16", "W3A16")),
+    Foreign(r"w([2-7])a[48]", "vLLM", "int{}-g128", None, f"{_SYMMETRIC} 128; {_INPUTS}", ("W3A8", "W6A8")),
     Foreign(
         r"fp8_?e5m2|f(?:loat)?8_e5m2\w*", "vLLM", "e5m2-row", None, "8-bit floats with a scale for every row", ("fp8_e5m2",)
     ),
@@ -66,12 +80,21 @@ FOREIGN: tuple[Foreign, ...] = (
         "vLLM",
         "e4m3-row",
         None,
-        "8-bit floats with a scale for every row",
+        f"8-bit floats with a scale for every row; {_scheme('fp8')}",
         ("fp8", "FP8_DYNAMIC", "float8wo", "fbgemm_fp8", "W8A8-FP8", "fp8_e4m3"),
     ),
-    Foreign(r"(?:modelopt_)?nvfp4\w*", "vLLM", "nvfp4", None, "the same", ("nvfp4", "NVFP4A16", "modelopt_nvfp4")),
-    Foreign(r"(?:modelopt_)?mxfp4\w*", "vLLM", "mxfp4", None, "the same", ("mxfp4", "MXFP4A16", "mxfp4_moe")),
-    Foreign(r"mxfp([68])\w+", "vLLM", "mxfp{}", None, "the same", ("MXFP8A16", "mxfp6_e2m3")),
+    Foreign(
+        r"(?:modelopt_)?nvfp4\w*",
+        "vLLM",
+        "nvfp4",
+        None,
+        f"the same; {_scheme('nvfp4')}",
+        ("nvfp4", "NVFP4A16", "modelopt_nvfp4"),
+    ),
+    Foreign(
+        r"(?:modelopt_)?mxfp4\w*", "vLLM", "mxfp4", None, f"the same; {_scheme('mxfp4')}", ("mxfp4", "MXFP4A16", "mxfp4_moe")
+    ),
+    Foreign(r"mxfp([68])\w+", "vLLM", "mxfp{}", None, f"the same; {_scheme('mxfp8')}", ("MXFP8A16", "mxfp6_e2m3")),
     # bitsandbytes
     Foreign(r"(?:bnb_|bitsandbytes_)?fp4(?:_\w+)?", "bitsandbytes", "fp4bnb-g64", "rtn", "the same levels", ("fp4", "bnb-fp4")),
     Foreign(
@@ -93,14 +116,22 @@ FOREIGN: tuple[Foreign, ...] = (
     # torchao
     Foreign(r"int4_?(?:wo|weight_only)_?(\d+)", "torchao", "int4-g{}-zero", "rtn", "the same groups", ("int4wo-64",)),
     Foreign(r"int4_?(?:wo|weight_only)", "torchao", "int4-g128-zero", "rtn", "the same groups", ("int4wo", "int4_weight_only")),
-    Foreign(r"8da4w|int8da_?int4w\w*", "torchao", "int4-g32", "rtn", "the same groups", ("8da4w", "int8da_int4w")),
+    Foreign(r"8da4w|int8da_?int4w\w*", "torchao", "int4-g32", "rtn", f"the same groups; {_INPUTS}", ("8da4w", "int8da_int4w")),
     Foreign(
-        r"int8_?(?:wo|dq|weight_only|dynamic\w*)|eetq|quanto(?:_int8)?",
+        r"int8_?(?:wo|weight_only)|eetq|quanto(?:_int8)?",
         "torchao",
         "int8-row",
         "rtn",
         _ROWS,
-        ("int8wo", "int8dq", "int8_weight_only", "eetq"),
+        ("int8wo", "int8_weight_only", "eetq"),
+    ),
+    Foreign(
+        r"int8_?(?:dq|dynamic\w*)",
+        "torchao",
+        "int8-row",
+        "rtn",
+        f"{_ROWS}; {_scheme('w8a8')}",
+        ("int8dq", "int8_dynamic_activation_int8_weight"),
     ),
     Foreign(r"uint([2-7])(?:_?wo)?", "torchao", "int{}-g64-zero", None, _DEFAULT, ("uint4", "uint3wo")),
     Foreign(
@@ -162,14 +193,35 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(r"aqlm|vptq", "AQLM", "aq2x8x8-row", "aqlm", "learned vectors, 2 bits", ("aqlm", "vptq")),
     Foreign(r"higgs", "HIGGS", "gauss8x2-row", "higgs", "the same points", ("higgs",)),
     Foreign(
-        r"exl[23]|qtip|quarot|spinquant|flatquant|ostquant",
+        r"exl2|flatquant|ostquant",
         "a method with a change of basis or learned rounding",
         "int4-g64-zero",
         "ldlq",
         "rotated weights; --bits 4 takes the recipe that measured best",
-        ("exl2", "EXL3", "QTIP", "QuaRot", "SpinQuant"),
+        ("exl2", "FlatQuant"),
     ),
-    Foreign(r"smooth_?quant|sq8?", "SmoothQuant", "int8-row", None, f"{_ROWS}; transforms smooth-plus", ("SmoothQuant",)),
+    Foreign(
+        r"qtip|exl3", "a method of trellises", "tcq2-row", "ldlq", "--recipe qtip is the whole of it, rotated", ("QTIP", "EXL3")
+    ),
+    Foreign(
+        r"quarot|spinquant",
+        "a method of rotated networks",
+        "int4-row",
+        "gptq",
+        "--recipe quarot rotates the network and rounds inputs too",
+        ("QuaRot", "SpinQuant"),
+    ),
+    Foreign(
+        r"smooth_?quant|sq8?",
+        "SmoothQuant",
+        "int8-row",
+        None,
+        f"{_ROWS}; --scheme w8a8 has its transform, smoothquant, and rounds inputs",
+        ("SmoothQuant",),
+    ),
+    Foreign(r"fptq", "FPTQ", "int4-g64", None, "--recipe fptq is the whole of it", ("FPTQ",)),
+    Foreign(r"llm_?fp4", "LLM-FP4", "e2m1-row", "rtn", "--recipe llm-fp4 chooses exponent bits", ("LLM-FP4",)),
+    Foreign(r"abq(?:_?llm)?", "ABQ-LLM", "balanced2-g64", None, "--recipe abq-llm smooths and rounds inputs too", ("ABQ-LLM",)),
     Foreign(r"i_?matrix", "llama.cpp", "int4-g32-zero", "gptq", "it weighs errors by the layer's inputs", ("imatrix",)),
     # Bits alone
     Foreign(

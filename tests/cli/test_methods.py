@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from bitpress.allocation.choices import CHOICES
 from bitpress.calibration import STATISTICS
 from bitpress.cli import screen
 from bitpress.cli.app import main
@@ -28,7 +29,7 @@ def test_every_method_is_listed_with_all_there_is_to_know(
 ) -> None:
     rows = json.loads(listed(monkeypatch, capsys, "--json"))
     corrections = {**CORRECTIONS, **BIAS_CORRECTIONS}
-    tables = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": corrections, "tuning": TUNINGS}
+    tables = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": corrections, "tuning": TUNINGS, "choice": CHOICES}
     named = {kind: {r["name"] for r in rows if r["kind"] == kind} for kind in tables}
     assert named == {kind: set(table) for kind, table in tables.items()}
     for row in rows:

@@ -20,6 +20,7 @@ from bitpress.exchange.source import LayerFormat, ReadTensor, StoredLayer
 from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS, LAYER_FORMATS, Directories, open_source
 from bitpress.formats import MAPS, TERMS, ActivationFormat, CompressedLayer, CompressedWeight, Map, Packed, Term, parse_format
 from bitpress.formats.maps.map import Chain, Permutation, Scale
+from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.terms.dfloat11 import dfloat11
 from bitpress.formats.terms.kept import keep_columns
@@ -54,6 +55,9 @@ MAP: dict[str, Callable[[], Map]] = {
     "permutation": lambda: Permutation(torch.arange(IN).flip(0).to(torch.int32)),
     "hadamard": lambda: Hadamard.random(IN, 8, torch.Generator().manual_seed(2)),
     "kronecker": lambda: Kronecker.random(IN, torch.Generator().manual_seed(2)),
+    "reassembly": lambda: Reassembly(
+        torch.tensor([1, *range(1, IN)], dtype=torch.int32), torch.tensor([2, *range(1, IN)], dtype=torch.int32)
+    ),
     "chain": lambda: Chain((Scale(draw(IN).abs() + 1), Hadamard.random(IN, 8, torch.Generator().manual_seed(2)))),
 }
 

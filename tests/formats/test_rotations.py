@@ -7,6 +7,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import MAPS, Chain, CompressedWeight, Hadamard, Kronecker, Map, Permutation, Scale, parse_format
+from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import LARGEST, core_of, hadamard_matrix
 from bitpress.formats.terms.packed import Packed
 
@@ -69,6 +70,7 @@ MAKERS = {
     "kronecker": lambda n, s: Kronecker.random(n, seeded(s)),
     "scale": lambda n, s: Scale(torch.rand(n, generator=seeded(s)) + 0.5),
     "permutation": lambda n, s: Permutation(torch.randperm(n, generator=seeded(s)).to(torch.int32)),
+    "reassembly": lambda n, s: Reassembly(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32)),
     "chain": lambda n, s: Chain((MAKERS["scale"](n, s), MAKERS["permutation"](n, s), MAKERS["kronecker"](n, s))),
 }
 

@@ -13,6 +13,7 @@ import torch
 
 from bitpress.errors import FormatError
 from bitpress.formats import MAPS, TERMS, Chain, CompressedWeight, Map, Packed, Permutation, Scale, Term, parse_format
+from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.dfloat11 import dfloat11
 from bitpress.formats.terms.kept import keep_columns
@@ -109,8 +110,33 @@ def matrix(change: Map) -> torch.Tensor:
         return torch.eye(len(change.order))[change.order.long()]
     if isinstance(change, Kronecker):
         return torch.kron(change.left, change.right)
+    if isinstance(change, Reassembly):
+        return reassembly(change)
     assert isinstance(change, Hadamard)
     return hadamard(change)
+
+
+def reassembly(change: Reassembly) -> torch.Tensor:
+    """Return the matrix position by position, as the map's head says it."""
+    n, rows = len(change.into), torch.zeros(len(change.into), len(change.into))
+    into, copied = change.into.tolist(), change.copied.tolist()
+    for i in range(n):
+        if into[i] == i:
+            group = [c for c in range(n) if into[c] == i]
+            parts = 1 + sum(into[k] != k and copied[k] == i for k in range(n))
+            rows[i, group] = 1.0 if change.sums else 1 / len(group) / parts
+        else:
+            parts = 1 + sum(into[k] != k and copied[k] == copied[i] for k in range(n))
+            rows[i, copied[i]] = 1.0 if change.sums else 1 / parts
+    return rows
+
+
+def reassembled(size: int) -> Reassembly:
+    """Average three channels, and two others; split the first channel into three, and the last into two."""
+    into, copied = torch.arange(size, dtype=torch.int32), torch.arange(size, dtype=torch.int32)
+    into[[2, 4, 8]] = torch.tensor([5, 5, 7], dtype=torch.int32)
+    copied[[2, 4, 8]] = torch.tensor([0, 0, size - 1], dtype=torch.int32)
+    return Reassembly(into, copied)
 
 
 def make(kind: str, size: int) -> Map:
@@ -122,6 +148,7 @@ def make(kind: str, size: int) -> Map:
         "permutation": lambda: order,
         "hadamard": lambda: Hadamard.random(size, size, generator),
         "kronecker": lambda: Kronecker.random(size, generator),
+        "reassembly": lambda: reassembled(size),
         "chain": lambda: Chain((scale, order, Hadamard.random(size, size // 2, generator))),
     }
     return whole[kind]()
@@ -137,6 +164,8 @@ def test_a_map_is_its_matrix(kind: str, size: int) -> None:
     bound = 1.5 * size * EPS * float(x.norm(dim=1).max() + y.norm(dim=1).max())
     torch.testing.assert_close(change.apply(x), x @ whole.T, rtol=0, atol=bound)
     torch.testing.assert_close(change.apply_transposed(x), x @ whole, rtol=0, atol=bound)
+    if isinstance(change, Reassembly):  # no change of basis: it keeps products where channels that are averaged are alike
+        x = x[:, change.into.long()]
     # <T x, T^-T y> = <x, y>: a weight whose rows change by the dual keeps its products.
     torch.testing.assert_close(
         (change.apply(x) * change.dual().apply(y)).sum(1), (x * y).sum(1), rtol=0, atol=bound * float(x.norm(dim=1).max())

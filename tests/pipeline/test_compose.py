@@ -307,6 +307,7 @@ def test_the_whole_way(
             "tokens",
             "held_out",
             "inputs",
+            "choice",
             "calibrated",
             "notes",
             "fallbacks",

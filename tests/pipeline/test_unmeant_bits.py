@@ -2,13 +2,39 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bitpress.errors import UsageError
-from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.pipeline.plan import unmeant_bits
+from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
 from bitpress.progress import Silent
 from bitpress.recipes import make_recipe
+from bitpress.recipes.choice import choose_method
+
+
+@pytest.mark.parametrize(
+    ("said", "warned"),
+    [
+        ({"scheme": "w8a8"}, False),
+        ({"scheme": "w8a8", "quantizer": "gptq"}, True),
+        ({"scheme": "w8a8", "sets": ["quantizer.name=gptq"]}, True),
+        ({"scheme": "w8a8", "sets": ["quantizer.damp=0.1"]}, False),
+        ({"weights": "int8-row"}, False),
+        ({"recipe": {"weights": "int8-row", "quantizer": "gptq"}}, True),
+        ({"recipe": "moqe", "weights": "int2-row"}, False),
+        ({"recipe": "moqe", "weights": "int2-row", "quantizer": "rtn"}, True),
+        ({"preset": "balanced", "bits": 4, "sets": ["weights=int8-g32"]}, False),
+        ({"bits": 8, "quantizer": "gptq"}, True),
+    ],
+)
+def test_a_quantizer_that_bitpress_chose_is_not_called_unmeant(
+    said: dict[str, Any], warned: bool, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model("mixtral" if said.get("recipe") == "moqe" else "llama", num_hidden_layers=1)
+    plan, _, _ = plan_run(model, choose_method(**said))
+    assert bool(unmeant_bits(plan)) is warned
 
 
 class Notes(Silent):

@@ -66,9 +66,21 @@ def describe_methods() -> list[dict[str, Any]]:
                 "bits": None,
             }
         )
+    rows += _describe_choices()
     for name, scheme in SCHEMES.items():
         row = {"name": name, "kind": "scheme", "summary": scheme.summary, "needs": [], "settings": dict(scheme.keys)}
         rows.append({**row, "paper": scheme.source, "bits": None})
+    return rows
+
+
+def _describe_choices() -> list[dict[str, Any]]:
+    from bitpress.allocation.choices import CHOICES
+
+    rows = []
+    for name, choice in CHOICES.items():
+        settings = {f.name: f.default for f in dataclasses.fields(choice)}
+        row = {"name": name, "kind": "choice", "summary": choice.summary, "needs": sorted(choice.needs), "settings": settings}
+        rows.append({**row, "paper": choice.paper, "bits": None})
     return rows
 
 

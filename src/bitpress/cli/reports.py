@@ -168,6 +168,7 @@ def show_plan(
     table("\nKept as stored, by the reason", ("why", "parameters", "size"), reasons, right=(1, 2))
     totals = {
         "method": " + ".join(named.name for named in method.parts),
+        **_told_choice(plan, method),
         "compressed weights": f"{size(plan.compressed_bytes)}, {plan.bits_per_weight:.4f} bits a weight{', maps not counted' * maps}",
         **({} if not plan.outer else {"embeddings, head": size(plan.outer_bytes)}),
         "kept as stored": size(plan.kept_bytes),
@@ -183,6 +184,15 @@ def show_plan(
         idle = f"on an idle machine ({threads_text(torch.get_num_threads())}), without the proof"
         totals["time, estimated"] = f"{duration(seconds)} {idle}"
     table("\nIn all", ("", ""), list(totals.items()))
+
+
+def _told_choice(plan: Plan, method: Method) -> dict[str, str]:
+    """Say what layers choose among, as a line of a plan's totals."""
+    free = [w for w in plan.weights if w.method.settings and not w.parameter.experts]
+    if not free:
+        return {}
+    among = " | ".join(setting.name for setting in method.settings)
+    return {"chosen in the run": f"by {method.of('choice')[0].name}, for {len(free)} of {len(plan.weights)} weights: {among}"}
 
 
 def _in_format(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -264,7 +274,7 @@ def _memory_bits(
         for name, stored in shapes.values():
             layer = checkpoint.read_layer(name)
             spec = layer.input_spec()
-            inputs = layer.input if spec is not None and refuses_input(spec) is None else None
+            inputs = layer.input if spec is not None and refuses_input(spec, layer.weight.spec()) is None else None
             total += lay_out(layer.weight, inputs=inputs).nbytes * stored / layer.weight.nbytes
     except KernelUnavailable:
         return {"bits_in_memory": None}

@@ -31,7 +31,7 @@ from bitpress.formats.grids.levels import Levels, Rule
 from bitpress.formats.grids.logarithmic import logarithmic
 from bitpress.formats.grids.minifloat import Specials, minifloat_levels
 from bitpress.formats.grids.minimum_integer import MinimumInteger
-from bitpress.formats.grids.named_levels import IQ4NL, bipolar, fp4_bitsandbytes, normal_float
+from bitpress.formats.grids.named_levels import IQ4NL, balanced, bipolar, fp4_bitsandbytes, normal_float
 from bitpress.formats.grids.outlier_pair import FLINT4, INT4, INT8, OutlierPair
 from bitpress.formats.grids.planes import Planes
 from bitpress.formats.grids.power import EXPONENTS, WIDE, power
@@ -114,6 +114,7 @@ GRIDS: dict[str, Row] = {
         for b in range(2, 9)
     },
     **{f"bipolar{b}": Row(Levels(f"bipolar{b}", bipolar(b)), "odd integers, symmetric, no zero") for b in range(1, 9)},
+    "balanced2": Row(Levels("balanced2", balanced(2)), "-2 to 2: 2 bits and a level more, symmetric"),
     **{
         f"e{x}m{bits - 1 - x}": Row(_minifloat(x, bits - 1 - x), f"{bits}-bit minifloat")
         for bits in range(3, 9)

@@ -32,6 +32,7 @@ __all__ = [
     "IntegerInput",
     "IntegerProduct",
     "is_integer_product",
+    "kinds_of",
     "multiply_integers",
     "refuses_input",
     "repeats_scales",
@@ -49,9 +50,11 @@ BESIDE = ("low_rank", "sparse")
 _SAID = {"format", "parameters", "observer"}
 
 
-def refuses_input(input_spec: Mapping[str, Any]) -> str | None:
-    """Say why the native engine cannot round such an input, or None."""
+def refuses_input(input_spec: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> str | None:
+    """Say why the native engine cannot round such an input, that of a weight with a specification, or None."""
     fmt = stored_format(input_spec["format"])
+    if spec is not None and "reassembly" in kinds_of(spec["input_map"]):
+        return "channels of inputs are averaged (reassembly) before they are rounded"
     if apart := sorted(set(input_spec) - _SAID):
         return f"channels of inputs are not rounded alike ({', '.join(apart)})"
     if input_spec["parameters"] == "local":
@@ -63,12 +66,19 @@ def refuses_input(input_spec: Mapping[str, Any]) -> str | None:
     return None
 
 
+def kinds_of(map_spec: Mapping[str, Any] | None) -> set[str]:
+    """Return the kinds of the maps in the specification of one."""
+    if map_spec is None:
+        return set()
+    return {map_spec["kind"]} | {part["kind"] for part in map_spec.get("maps", ())}
+
+
 def is_integer_product(spec: Mapping[str, Any], input_spec: Mapping[str, Any] | None) -> bool:
     """Return whether the native engine multiplies a layer of these specifications on whole numbers.
 
     What stands beside integers of weights, low-rank factors and sparse outliers, reads the values of the input's codes.
     """
-    if input_spec is None or refuses_input(input_spec) is not None:
+    if input_spec is None or refuses_input(input_spec, spec) is not None:
         return False
     columns = spec["shape"][1]
     codes = [term for term in spec["terms"] if term["kind"] not in BESIDE]

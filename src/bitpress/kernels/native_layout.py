@@ -27,6 +27,7 @@ from bitpress.formats import ActivationFormat, ChannelFormat, CompressedWeight, 
 from bitpress.formats.format import Format
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
+from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.kept import Kept
 from bitpress.formats.terms.low_rank import LowRank
@@ -63,6 +64,11 @@ def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None, inputs: 
     """Lay a compressed weight out, for inputs that `refuses_input` accepts. Raises KernelUnavailable without the native library."""
     assert not isinstance(inputs, ChannelFormat), inputs.name
     strips = _empty(weight.shape)
+    if (reason := _map_reason(weight)) is not None:  # the weight as a whole, for inputs as they are
+        assert inputs is None
+        strips.expanded.append(reason)
+        _add_dense(strips, weight.dequantize())
+        return _with_bias(strips, bias)
     if weight.input_map is not None:
         strips.linear.set_map(_steps(weight.input_map))
     if weight.output_map is not None:
@@ -82,7 +88,12 @@ def lay_out_matrix(w: Float[torch.Tensor, "out in"], bias: torch.Tensor | None =
 
 def reason_to_expand(weight: CompressedWeight) -> str | None:
     """Say which part of a weight would be decoded to 16 bits, or None."""
-    return next((reason for term in weight.terms if (reason := _term_reason(term)) is not None), None)
+    return _map_reason(weight) or next((reason for term in weight.terms if (reason := _term_reason(term)) is not None), None)
+
+
+def _map_reason(weight: CompressedWeight) -> str | None:
+    changes = [step for m in (weight.input_map, weight.output_map) for step in (m.maps if isinstance(m, Chain) else [m])]
+    return "reassembly" if any(isinstance(step, Reassembly) for step in changes) else None
 
 
 def _rounding(inputs: ActivationFormat, columns: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.biases import correct_biases_
 from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStream, Measured, output_gram_of
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
+from bitpress.pipeline.layer_choice import Settled, settle_layers
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
 from bitpress.pipeline.tuning import BlockTuner
@@ -77,20 +78,21 @@ class BlockCompressor:
             final = stage is stages[-1]
             measuring = needs or self.measured is not None
             goes_on = stream.goes_on(block) and not foreseen
-            stats, scales = (
-                self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final) if measuring else ({}, None)
-            )
+            settled = Settled(tuple(stage), {})
+            stats: dict[str, Stats] = {}
+            if measuring:
+                stats, scales, settled = self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final)
             measured |= stats if self.method.tunings else {}
             targets = self._targets(block, planned, replaced, scales) if final and planned and self.method.tunings else {}
-            for p in stage:
+            for p in settled.planned:
                 stream.check_stop()
                 name = p.parameter.name
                 result, decoded = self.weights.compress(p, tensors[name], stats, scales)
-                made.put_(result)
+                made.put_(result.with_choice(settled.told.get(p.parameter.stem)))
                 if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
-            self._round_(block, stage, seen, runs=advances or self.looked_at or not final)
+            self._round_(block, settled.planned, seen, runs=advances or self.looked_at or not final)
         if self.method.tunings and planned:
             self._tune_(block, planned, measured, scales, targets)
         # Only now, since searches rewrite the norms and biases that absorb their scales.
@@ -192,9 +194,9 @@ class BlockCompressor:
         *,
         goes_on: bool,
         final: bool,
-    ) -> tuple[dict[str, Stats], Rescaled]:
-        """Collect statistics of every weight's input, and rescale the block by the method's searches. `seen` takes what formats of inputs
-        are chosen by."""
+    ) -> tuple[dict[str, Stats], Rescaled, Settled]:
+        """Collect statistics of every weight's input, rescale the block by the method's searches, and let layers choose among their settings,
+        before or behind that. `seen` takes what formats of inputs are chosen by."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
         if searches or self.method.needs & HEAD_STATISTICS:
@@ -215,16 +217,29 @@ class BlockCompressor:
         middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
         chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
+        settled = settle_layers(self.method, planned, chosen_by, block.tensors, "range")
+        groups, apart = (found.groups, found.probe), settled.unscaled
         scales = rescale_block_(
-            stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
+            stream.model,
+            block.index,
+            block.tensors,
+            settled.planned,
+            observed,
+            groups[0],
+            chosen_by,
+            searches,
+            groups[1],
+            apart,
         )
+        if not settled.told:
+            settled = settle_layers(self.method, planned, scales.stats, block.tensors, "output error")
         for p in planned if self.method.of("channels") or self.method.of("bias") else ():
             stem = p.parameter.stem
             factor, folded = scales.factors.get(stem), stem not in scales.unfolded
             channels = SeenChannels.of(stats[stem], middles.get(stem), factor, folded=folded) if stem in stats else None
             if channels is not None:
                 seen[p.parameter.name] = channels
-        return stats, scales
+        return stats, scales, settled
 
     def _sensitivities(self, planned: Sequence[PlannedWeight], stats: Mapping[str, Stats]) -> dict[str, Stats]:
         found = {}

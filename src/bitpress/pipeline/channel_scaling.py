@@ -4,7 +4,7 @@ If no producer can absorb the division, the factor stays with the weight and its
 leaves such inputs unscaled. Experts are not scaled: their inputs come through a router that must see the same values as before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,9 @@ def rescale_block_(
     stats: Mapping[str, Stats],
     searches: Sequence[ScaleSearch],
     hidden: torch.Tensor,
+    unscaled: Collection[str] = (),
 ) -> Rescaled:
-    """Search and fold the scales of one block; rewrite `tensors` and the loaded block to match.
+    """Search and fold the scales of one block; rewrite `tensors` and the loaded block to match. A group with an `unscaled` weight is left alone.
 
     Folding is done in float32 on the stored values; norms and biases are rounded once to the type in which they are stored, and the
     consumers are multiplied by the factor that results from this rounding.
@@ -64,7 +65,7 @@ def rescale_block_(
     formats = {p.parameter.stem: p.format for p in planned if not p.parameter.experts and isinstance(p.format, Format)}
     inputs = {p.parameter.stem: p.method.inputs.format for p in planned if p.method.inputs is not None}
     plain = [[n for n in group if not observed[n][0].experts] for group in groups]
-    plain = [group for group in plain if any(n in formats for n in group)]
+    plain = [group for group in plain if any(n in formats for n in group) and not any(n in unscaled for n in group)]
     probe = hidden[:1, :PROBE_LENGTH]
     block = model.blocks[i]
     folds = find_folds(block, lambda: model.run_block(i, probe), [[observed[n][1] for n in group] for group in plain])

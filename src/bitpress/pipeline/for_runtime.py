@@ -82,11 +82,15 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
             own.append(Override(match=stem, weights=parse_format(other).name))
     if own:
         recipe = method.recipe.model_copy(update={"overrides": (*own, *method.recipe.overrides)})
-        method = build_method(recipe)
+        method = build_method(recipe, usual=method.quantizer.usual)
         weights = _weights(streamed, method)
     if method.options:
         raise UsageError(
             f"{runtime} needs formats that are known before the run, and the recipe's budget chooses them in it; leave out budget."
+        )
+    if method.settings:
+        raise UsageError(
+            f"{runtime} needs layers that are known before the run, and the recipe's choose settles them in it; leave out choose."
         )
     own_formats = {name for formats in found.formats.values() for name in _names(formats)}
     for planned in weights:
@@ -176,6 +180,8 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
         return "its module (Conv1D) holds the weight transposed, which this tool does not read compressed"
     if method.options:
         return "a budget chooses its format in the run"
+    if planned.method.settings:
+        return "it chooses its setting in the run"
     if isinstance(fmt, Format):
         try:
             fmt.whole_runs(planned.parameter.shape)

@@ -33,7 +33,9 @@ def block_memory(
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
     block = max(by_block, default=0) * (2 + model.dtype.itemsize + 1)
     # Layers that round their inputs hold their decoded weights beside the block's.
-    again = max((sum(w.weights for w in weights if w.block == i and w.method.inputs) for i in range(len(by_block))), default=0)
+    again = max(
+        (sum(w.weights for w in weights if w.block == i and w.method.every_input) for i in range(len(by_block))), default=0
+    )
     block += again * model.dtype.itemsize
     # Four copies in float32; low-rank corrections decompose an error in float64.
     bytes_a_weight = 4 * 4 + (2 * 8 if method.corrections else 0)

@@ -182,9 +182,11 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     experts = {name for w in weights for name in w.parameter.pattern_names[2:]}
     outer = plan_outer(model, method)
     check_patterns(recipe, {w.parameter.stem for w in weights}, kept, model.model.state_dict(), experts)
-    _check_shapes(weights)
-    _check_parts(weights, method)
-    _refuse(refused_inputs(model, weights), "Change the recipe's inputs, or keep those of these layers by an override.")
+    every = [option for w in weights for option in (w, *w.under_settings)]
+    _check_shapes(every)
+    _check_parts(every, method)
+    _check_sizes(weights)
+    _refuse(refused_inputs(model, every), "Change the recipe's inputs, or keep those of these layers by an override.")
     _refuse(refused_operands(model, method), "Change the recipe's queries, keys, values or probabilities, or leave them out.")
     compressed = {w.parameter.name for w in (*weights, *(found.planned for found in outer))}
     ties = dict(model.model.all_tied_weights_keys)
@@ -278,11 +280,22 @@ def _check_shapes(weights: Sequence[PlannedWeight]) -> None:
     _refuse(wrong, "Choose another block, override these layers or skip them.")
 
 
+def _check_sizes(weights: Sequence[PlannedWeight]) -> None:
+    """Raise FormatError where settings that a layer chooses among differ in size: what is stored is known before the run."""
+    wrong: dict[str, list[str]] = {}
+    for planned in weights:
+        for other in planned.under_settings:
+            if other.nbytes != planned.nbytes:
+                told = f"choose: {other.format.name} takes {other.nbytes:,} bytes where {planned.format.name} takes {planned.nbytes:,}."
+                wrong.setdefault(told, []).append(planned.parameter.stem)
+    _refuse(wrong, "List formats of one size, or choose among sizes by a budget.")
+
+
 def unmeant_bits(plan: Plan) -> list[str]:
-    """Say which formats of a plan have more or fewer bits per weight than the quantizer is meant for."""
+    """Say which formats of a plan have more or fewer bits per weight than the quantizer that the user named is meant for."""
     found: dict[str, None] = {}
     for planned in plan.weights:
-        if isinstance(planned.format, Format):
+        if isinstance(planned.format, Format) and not planned.method.quantizer.usual:
             name, (least, most) = planned.method.quantizer.name, planned.method.quantizer.part.bits
             value = planned.format.code_bits_per_weight
             if not math.floor(least) <= value <= math.ceil(most):

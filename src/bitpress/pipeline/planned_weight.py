@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitpress.checkpoints.parameter import WeightParameter
@@ -38,6 +38,11 @@ class PlannedWeight:
     def weights(self) -> int:
         return math.prod(self.parameter.stacked_shape)
 
+    @property
+    def under_settings(self) -> list["PlannedWeight"]:
+        """Return the weight as it would be under every setting that its layer may choose."""
+        return [replace(self, method=self.method.under(setting)) for setting in self.method.settings]
+
     def row(self) -> dict[str, object]:
         return {
             "name": self.parameter.stem,
@@ -46,6 +51,7 @@ class PlannedWeight:
             "bytes": self.nbytes,
             "bits_per_weight": self.nbytes * 8 / self.weights,
             **({} if self.method.inputs is None else {"inputs": self.method.inputs.name}),
+            **({} if not self.method.settings else {"settings": [setting.name for setting in self.method.settings]}),
         }
 
 

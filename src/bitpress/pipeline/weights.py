@@ -68,6 +68,10 @@ class CompressedParameter:
         """Return the parameter with one more note in its row of the report."""
         return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, note]}))
 
+    def with_choice(self, told: str | None) -> "CompressedParameter":
+        """Return the parameter with what its layer chose, and by what, in its row of the report."""
+        return self if told is None else replace(self, row=self.row.model_copy(update={"choice": told}))
+
     def with_input(self, input: InputFormat, *, always_zero: bool = False) -> "CompressedParameter":
         """Return the parameter with a format for the input of its product, which may have been 0 on all calibration text."""
         record = self.record.model_copy(update={"input": input.spec()})

@@ -7,7 +7,8 @@ from typing import Any
 from bitpress.errors import UsageError
 from bitpress.presets import preset_keys
 from bitpress.recipes.method import Method
-from bitpress.recipes.recipe import OUTER, Recipe
+from bitpress.recipes.parts import spelled
+from bitpress.recipes.recipe import NAMED_RECIPES, OUTER, Recipe
 from bitpress.recipes.schemes import scheme_keys
 from bitpress.recipes.text import load_recipe, make_method
 
@@ -42,28 +43,27 @@ def choose_method(
     option        returns the caller's spelling of an option, for messages
     """
     own = dict(recipe) if isinstance(recipe, Mapping) else {}
-    if scheme is not None and (
-        preset is not None or bits is not None or (recipe is not None and not isinstance(recipe, Mapping))
-    ):
-        other = option("preset" if preset is not None else "bits" if bits is not None else "recipe")
-        raise UsageError(f"{option('scheme')} and {other} both say what weights are; give one of them.")
+    is_whole = recipe is not None and not isinstance(recipe, Mapping)
+    rivals = [name for name, said in (("preset", preset is not None), ("bits", bits is not None), ("recipe", is_whole)) if said]
+    if scheme is not None and rivals:
+        raise UsageError(f"{option('scheme')} and {option(rivals[0])} both say what weights are; give one of them.")
     said = {text.partition("=")[0].strip() for text in sets} | own.keys()
     whole = recipe is not None and (not isinstance(recipe, Mapping) or preset is not None)
+    names_quantizer = quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"})
     values = preset_keys(
         preset,
         bits,
         beside_recipe=whole or "weights" in own,
         weights=weights is not None or "weights" in said,
-        quantizer=quantizer is not None or not said.isdisjoint({"quantizer", "quantizer.name"}),
+        quantizer=names_quantizer,
         option=option,
     )
+    usual = not names_quantizer and (bool(values) or scheme is not None or _is_named(recipe))
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(exclude_unset=True)
     elif isinstance(recipe, (str, Path)):
         values = load_recipe(recipe).model_dump(exclude_unset=True)
-    if scheme is not None:
-        values = scheme_keys(scheme)
-    values |= own
+    values = (values if scheme is None else scheme_keys(scheme)) | own
     named = {"inputs": inputs, "weights": weights, "quantizer": quantizer, "tuning": list(tune) if tune else None}
     values |= {key: value for key, value in named.items() if value is not None}
     if chosen := {key: value for key, value in (calibration or {}).items() if value is not None}:
@@ -73,4 +73,11 @@ def choose_method(
     if recipe is None:
         values = {**dict.fromkeys(OUTER, "auto"), **values}
     values |= {key: value for key, value in (outer or {}).items() if value is not None}
-    return make_method(values, sets)
+    return make_method(values, sets, usual=usual)
+
+
+def _is_named(recipe: object) -> bool:
+    """Whether a recipe is one of `NAMED_RECIPES`, and not the user's file."""
+    if not isinstance(recipe, (str, Path)) or Path(recipe).exists():
+        return False
+    return spelled(str(recipe), NAMED_RECIPES) in NAMED_RECIPES

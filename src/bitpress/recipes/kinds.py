@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitpress.allocation.choices import CHOICES
 from bitpress.calibration.observers import OBSERVERS
 from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
@@ -37,10 +38,11 @@ KINDS: dict[str, Kind] = {
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
     "tuning": Kind("tuning", "tuning", TUNINGS),
     "observer": Kind("observer", "observer", OBSERVERS),
+    "choice": Kind("choose", "choice", CHOICES),
 }
 
-# Keys of a recipe that list parts; `quantizer` names a single one, and so does `observer` below `inputs`.
-LISTS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.key not in ("quantizer", "observer")))
+# Keys of a recipe that list parts; `quantizer` names a single one, and so do `observer` below `inputs` and `by` below `choose`.
+LISTS = tuple(dict.fromkeys(kind.key for kind in KINDS.values() if kind.key not in ("quantizer", "observer", "choose")))
 
 
 def table_of(key: str) -> Table:

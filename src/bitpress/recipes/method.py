@@ -21,6 +21,7 @@ from bitpress.quantizers.quantizer import Quantizer, is_served
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes.inputs import InputMethod, input_method, operand_method
 from bitpress.recipes.kinds import KINDS, LISTS
+from bitpress.recipes.layer import LayerMethod, Setting, build_settings
 from bitpress.recipes.named import Named, named_part, part_of_key
 from bitpress.recipes.options import find_options
 from bitpress.recipes.recipe import (
@@ -33,7 +34,6 @@ from bitpress.recipes.recipe import (
 )
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
-from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 from bitpress.tuning.tuner import Tuning
 
@@ -42,18 +42,6 @@ __all__ = ["OF_OUTPUT_HEADS", "InputMethod", "LayerMethod", "Method", "Named", "
 T = TypeVar("T")
 # Statistics that a head has: those of its input.
 OF_OUTPUT_HEADS = frozenset({"gram", "mean_abs"})
-
-
-@dataclass(frozen=True)
-class LayerMethod:
-    """The parts for one weight: everything that `compress_matrix` needs beside the weight and its statistics."""
-
-    format: AnyFormat
-    quantizer: Named[Quantizer]
-    changes: tuple[BasisChange, ...] = ()
-    targets: tuple[Target, ...] = ()
-    corrections: tuple[Correction, ...] = ()
-    inputs: InputMethod | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,7 @@ class Method:
     attention  how the operands of attention are rounded, by their names
     options  formats among which the recipe's budget chooses, none without one
     chosen   the format of a weight by its name, where it has been chosen
+    settings what every layer chooses among during the run, by the rule that is the part of kind "choice"
     auto     those of the keys of `outer` that are "auto": left out where the model has no such matrix, or one that cannot take the format
     """
 
@@ -89,6 +78,7 @@ class Method:
     options: tuple[Format, ...] = ()
     chosen: Mapping[str, Format] = field(default_factory=dict)
     attention: Mapping[str, InputMethod] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
 
     def of(self, kind: str) -> tuple[Named[Any], ...]:
         """Return the parts of one kind."""
@@ -171,8 +161,9 @@ class Method:
 
     @property
     def product_inputs(self) -> list[InputMethod]:
-        """All ways in which inputs of products are rounded, those of overrides too."""
-        return [inputs for inputs in (self.inputs, *(own.inputs for own in self.overrides)) if inputs is not None]
+        """All ways in which inputs of products are rounded, those of overrides and settings too."""
+        every = (self.inputs, *(own.inputs for own in self.overrides), *(own.inputs for own in self.settings))
+        return [inputs for inputs in every if inputs is not None]
 
     @property
     def rounds_inputs(self) -> bool:
@@ -198,6 +189,7 @@ class Method:
             tuple(named.part for named in self.of("target")),
             tuple(named.part for named in self.corrections),
             self.inputs,
+            self.settings,
         )
 
     def for_layer(self, weight: str) -> LayerMethod:
@@ -214,6 +206,7 @@ class Method:
                     format=own.format or usual.format,
                     quantizer=own.quantizer or usual.quantizer,
                     inputs=own.inputs,
+                    settings=usual.settings if own.said.weights is None and own.said.inputs is None else (),
                     changes=usual.changes if own.changes is None else tuple(named.part for named in own.changes),
                 )
         return self._default
@@ -250,6 +243,10 @@ class Method:
             del values["budget"]
         else:
             values["budget"]["among"] = [fmt.name for fmt in self.options]
+        if self.recipe.choose is None:
+            del values["choose"]
+        else:
+            values["choose"] = {"by": self.of("choice")[0].settings(), "among": [own.spec() for own in self.settings]}
         values |= {key: "auto" if key in self.auto else _spell_outer(own) for key, own in self.outer.items()}
         values["compute"] = "bf16" if self.compute == torch.bfloat16 else "fp32"
         return values
@@ -259,13 +256,18 @@ class Method:
         return replace(self, compute=compute_dtype(self.recipe.compute, device))
 
 
-def build_method(recipe: Recipe) -> Method:
-    """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong."""
+def build_method(recipe: Recipe, *, usual: bool = False) -> Method:
+    """Build every part of a recipe. Raises UsageError and FormatError that say which name or setting is wrong.
+
+    `usual`: the quantizer that the recipe names is bitpress's own choice, as in a scheme.
+    """
     fmt = find_format(recipe.weights)
     quantizer: Named[Quantizer] = named_part("quantizer", {**recipe.quantizer, "name": recipe.quantizer_name})
+    quantizer = replace(quantizer, usual=usual or "name" not in recipe.quantizer)
     parts: list[Named[Any]] = [part_of_key("transforms", part) for part in _transforms(recipe, quantizer.part)]
     parts += [part_of_key("corrections", part) for part in recipe.corrections]
     tunings = [part_of_key("tuning", part) for part in recipe.tuning]
+    choice = [] if recipe.choose is None else [named_part("choice", recipe.choose.by)]
     inputs = None if recipe.inputs is None else input_method(recipe.inputs)
     overrides = tuple(
         BuiltOverride(
@@ -290,7 +292,7 @@ def build_method(recipe: Recipe) -> Method:
     options = () if recipe.budget is None else find_options(recipe.budget, fmt, quantizer.name, quantizer.part.serves)
     return Method(
         recipe,
-        (*parts, quantizer, *tunings),
+        (*parts, quantizer, *tunings, *choice),
         fmt,
         overrides,
         compute_dtype(recipe.compute),
@@ -299,6 +301,7 @@ def build_method(recipe: Recipe) -> Method:
         auto,
         options,
         attention=attention,
+        settings=build_settings(recipe.choose),
     )
 
 

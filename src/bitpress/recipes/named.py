@@ -14,11 +14,12 @@ P = TypeVar("P", bound=Any, covariant=True)
 
 @dataclass(frozen=True)
 class Named(Generic[P]):
-    """A part with its name in the table of its kind."""
+    """A part with its name in the table of its kind; `usual`: bitpress chose it, where the user named none."""
 
     kind: str
     name: str
     part: P
+    usual: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return the part as a recipe spells it, with every setting."""

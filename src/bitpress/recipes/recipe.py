@@ -23,6 +23,9 @@ head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied 
                                         in a head that is not tied rounds its input, with dynamic parameters
 budget: 3.3                             bits a weight on average, or {bits: 3.3, among: [int2-g64-zero, int4-g64-zero]}: what each format costs the
                                         loss is measured, and every weight has the format that spends the bits best; left out: no choice
+choose: {by: output-error,              what every layer takes one of, by what calibration measures there: formats of one size for its weight, how its
+         among: [{weights: e2m1-row, inputs: e2m1-row}, {weights: e1m2-row, inputs: keep}]}     input is rounded, and with `scales: false` no
+                                        channel scales; left out: no choice
 min_expert_tokens: 32                   experts that see fewer are rounded plainly and named
 batch: 8                                windows that go through a block together
 compute: auto                           bf16 where that is the faster one (AMX tiles), else fp32
@@ -45,7 +48,9 @@ __all__ = [
     "OUTER",
     "Budget",
     "Calibration",
+    "Choose",
     "InputRounding",
+    "LayerSetting",
     "NamedRecipe",
     "OuterWeights",
     "Override",
@@ -72,6 +77,15 @@ class NamedRecipe:
     source: str
     differs: str
     keys: Mapping[str, Any]
+
+
+# The splits of 4 bits into exponent and mantissa.
+_FP4 = ("e1m2", "e2m1", "e3m0")
+_STATIC_INT8 = {"format": "int8-tensor", "parameters": "static", "observer": {"name": "minmax"}}
+
+
+def _float_input(grid: str) -> dict[str, Any]:
+    return {"format": f"{grid}-tensor", "parameters": "static", "observer": {"name": "output"}}
 
 
 NAMED_RECIPES: dict[str, NamedRecipe] = {
@@ -179,6 +193,60 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "mse"}},
         },
     ),
+    "llm-fp4": NamedRecipe(
+        summary="4-bit floats on both sides, exponent bits chosen for every layer by the error of its output, channel scales in exponents",
+        paper="P008",
+        source='Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", its abstract and its public code (`quant_layers/fp_linear.py`).',
+        differs="1, 2 or 3 exponent bits for weight and input, all nine pairs compared (`choose`). An input's clipping is that of least output error, a "
+        "weight's that of least squared error. Products of attention stay as they are. Other widths: a recipe file with other formats.",
+        keys={
+            "weights": "e2m1-row",
+            "transforms": [{"name": "llm-fp4-scale"}],
+            "quantizer": {"name": "rtn", "clip": "mse"},
+            "inputs": _float_input("e2m1"),
+            "choose": {
+                "by": {"name": "output-error"},
+                "among": [{"weights": f"{w}-row", "inputs": _float_input(x)} for w in _FP4 for x in _FP4],
+            },
+        },
+    ),
+    "fptq": NamedRecipe(
+        summary="4-bit weights in groups; inputs in 8 bits with static scales, equalized before, or with scales for every token, by their range",
+        paper="P275",
+        source='Li et al. 2023, "FPTQ: Fine-grained Post-Training Quantization for Large Language Models": its abstract, its formula as llm-compressor has '
+        "it, and a summary (papers.lunadong.com/paper/14731) of its choice by layer.",
+        differs="groups of 64; the limits of the ranges, 15 and 150, are this project's. An input in the middle that no earlier layer can divide has static "
+        "scales and is not equalized.",
+        keys={
+            "weights": "int4-g64",
+            "transforms": [{"name": "fptq-smooth"}],
+            "quantizer": {"name": "rtn", "clip": "mse"},
+            "inputs": _STATIC_INT8,
+            "choose": {
+                "by": {"name": "range", "edges": [15.0, 150.0]},
+                "among": [
+                    {"inputs": _STATIC_INT8, "scales": False},
+                    {"inputs": _STATIC_INT8},
+                    {"inputs": {"format": "int8-row-fp32"}, "scales": False},
+                ],
+            },
+        },
+    ),
+    "abq-llm": NamedRecipe(
+        summary="weights of five levels from -2 to 2 behind smoothing, 8-bit tokens",
+        paper="P339",
+        source='Zeng et al. 2024, "ABQ-LLM: Arbitrary-Bit Quantized Inference Acceleration for Large Language Models": its abstract, and its public code '
+        "(`algorithm/quantize/quantizer.py`, `abq_llm.py`).",
+        differs="groups of 64. Its distribution correction begins with the factors of SmoothQuant, which are all of it here: learning them, clipping and the "
+        "compensation vectors of some down projections (which begin at 0) against attention maps and outputs of blocks is left out. The levels are "
+        "symmetric, where the code also has a zero point; stored in 3 bits.",
+        keys={
+            "weights": "balanced2-g64",
+            "transforms": [{"name": "smoothquant"}],
+            "quantizer": {"name": "rtn", "clip": "mse"},
+            "inputs": {"format": "int8-row-fp32"},
+        },
+    ),
 }
 
 
@@ -258,6 +326,22 @@ class Budget(_Closed):
     among: tuple[str, ...] | None = None
 
 
+class LayerSetting(_Closed):
+    """What a layer may choose: a format of its weight and how its input is rounded, the recipe's where they are left out; without `scales` the
+    recipe's channel scales pass its input by. `inputs` of "keep" are not rounded."""
+
+    weights: str | None = None
+    inputs: InputRounding | Literal["keep"] | None = None
+    scales: bool = True
+
+
+class Choose(_Closed):
+    """The settings of which every layer takes one, by a rule of the table `allocation.choices`."""
+
+    by: dict[str, Any]
+    among: tuple[LayerSetting, ...] = Field(min_length=2)
+
+
 class Recipe(_Closed):
     """See the head of this file.
 
@@ -282,6 +366,7 @@ class Recipe(_Closed):
     embeddings: OuterWeights | Literal["auto", "keep"] | None = None
     head: OuterWeights | Literal["auto", "keep"] | None = None
     budget: Budget | None = None
+    choose: Choose | None = None
     min_expert_tokens: int = Field(default=32, ge=0)
     batch: int = Field(default=8, ge=1)
     compute: Literal["auto", "bf16", "fp32"] = "auto"

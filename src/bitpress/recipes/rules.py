@@ -46,6 +46,8 @@ def check_composition(method: Method) -> None:
             )
     _check_outer(method)
     _check_channels(method)
+    if method.settings:
+        _check_choice(method)
     transforms = method.of_key("transforms")
     behind = [named.name for named in transforms[1:] if named.kind == "network"]
     if behind:
@@ -70,6 +72,29 @@ def _check_channels(method: Method) -> None:
     before = [named.kind for named in transforms[: next((i for i, n in enumerate(transforms) if n.name == "shift"), 0)]]
     if "search" in before or "basis" in before:
         raise UsageError("shift moves the channels that scales and changes of basis see, so it goes before them.")
+
+
+def _check_choice(method: Method) -> None:
+    (rule,) = method.of("choice")
+    try:
+        rule.part.check(len(method.settings))
+    except UsageError as error:
+        raise UsageError(f"choose: {rule.name}: {error}") from error
+    bare = [setting for setting in method.settings if not setting.said.scales]
+    if bare and not method.searches:
+        raise UsageError(
+            "choose: `scales: false` leaves out channel scales, and this recipe has none; add a transform such as smoothquant."
+        )
+    if bare and rule.part.measures == "output error":
+        raise UsageError(
+            f"choose: {rule.name} compares settings behind channel scales; leave out `scales`, or choose by range."
+        )
+    if exact := method.exact_formats():
+        raise UsageError(f"choose: {exact[0]} keeps weights bit for bit, so there is nothing to choose; leave one of them out.")
+    if method.options and any(setting.format is not None for setting in method.settings):
+        raise UsageError("choose: a budget chooses the formats of weights too; leave them out of `among`, or leave out budget.")
+    if method.tunings:
+        raise UsageError(f"{method.tunings[0].name} learns formats that are known before the run; leave out choose.")
 
 
 def _check_tuning(method: Method) -> None:

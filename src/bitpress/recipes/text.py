@@ -8,6 +8,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bitpress.allocation.choices import CHOICES
 from bitpress.calibration.observers import OBSERVERS
 from bitpress.errors import UsageError, fold, shown, unknown_name
 from bitpress.faults import parse_yaml, read_yaml, value_fault
@@ -25,7 +26,9 @@ from bitpress.recipes.recipe import (
     OUTER,
     Budget,
     Calibration,
+    Choose,
     InputRounding,
+    LayerSetting,
     OuterWeights,
     Override,
     Recipe,
@@ -54,8 +57,10 @@ def make_recipe(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     return make_method(values, sets, where).recipe
 
 
-def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe") -> Method:
-    """Build a recipe and the method of it, as `make_recipe` does."""
+def make_method(
+    values: Mapping[str, Any] | None = None, sets: Sequence[str] = (), where: str = "recipe", *, usual: bool = False
+) -> Method:
+    """Build a recipe and the method of it, as `make_recipe` does; `usual`: see `build_method`."""
     merged: dict[str, Any] = {key: value for key, value in (values or {}).items() if value is not None}
     for text in sets:
         _set_(merged, text)
@@ -63,7 +68,8 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     if isinstance(merged.get("overrides"), (list, tuple)):
         parts = [_with_quantizer(o) if isinstance(o, Mapping) else o for o in merged["overrides"]]
         merged["overrides"] = [
-            _with_lists(_with_inputs(_with_format(f"{where}: overrides", o))) if isinstance(o, Mapping) else o for o in parts
+            _with_lists(_with_inputs(_with_format(f"{where}: overrides", o), keeps=True)) if isinstance(o, Mapping) else o
+            for o in parts
         ]
     merged = _with_lists(merged)
     merged = _with_format(where, merged)
@@ -72,6 +78,8 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
     for key in OUTER:
         if key in merged:
             merged[key] = _outer(f"{where}: {key}", merged[key])
+    if "choose" in merged:
+        merged["choose"] = _choose(f"{where}: choose", merged["choose"])
     if "budget" in merged:
         merged["budget"] = _budget(f"{where}: budget", merged["budget"])
         match merged["budget"].get("among"):
@@ -85,7 +93,7 @@ def make_method(values: Mapping[str, Any] | None = None, sets: Sequence[str] = (
         if all(part is None for part in (override.weights, override.quantizer, override.inputs, override.transforms)):
             raise UsageError(f"{where}: overrides: {override.match!r} names neither weights nor a quantizer nor inputs.")
     # Every part is built, so that a wrong name or value shows here and not after an hour.
-    method = build_method(recipe)
+    method = build_method(recipe, usual=usual)
     check_composition(method)
     return method
 
@@ -101,7 +109,9 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     rounded = [
         f"{key} {_told_inputs(own)} ({how if key == 'inputs' else 'simulated'})" for key, own in said.items() if own is not None
     ]
-    return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *told_overrides(recipe)])
+    choice = recipe.get("choose")
+    chosen = [] if choice is None else [f"each layer one of {len(choice['among'])} settings, by {choice['by']['name']}"]
+    return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *chosen, *told_overrides(recipe)])
 
 
 def told_budget(recipe: Mapping[str, Any]) -> str | None:
@@ -149,10 +159,11 @@ def _with_quantizer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "quantizer": _with_name({"name": given} if isinstance(given, str) else given, QUANTIZERS)}
 
 
-def _with_inputs(values: Mapping[str, Any], key: str = "inputs") -> dict[str, Any]:
-    """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them."""
+def _with_inputs(values: Mapping[str, Any], key: str = "inputs", *, keeps: bool = False) -> dict[str, Any]:
+    """Put inputs that are given by a format alone as they are given in full, and names as the tables spell them; `keeps`: "keep" says more than
+    nothing does."""
     given = values.get(key)
-    if given == "keep" and "match" not in values:  # nothing to keep them from
+    if given == "keep" and not keeps:  # nothing to keep them from
         return {other: value for other, value in values.items() if other != key}
     if given is None or given == "keep":
         return dict(values)
@@ -183,6 +194,19 @@ def _outer(where: str, given: Any) -> Any:
         return given
     values = {"weights": given} if isinstance(given, str) else given
     return _with_inputs(_with_format(where, _with_quantizer(values))) if isinstance(values, Mapping) else values
+
+
+def _choose(where: str, given: Any) -> Any:
+    """Return what the key `choose` says as its settings, names spelled as the tables do."""
+    if not isinstance(given, Mapping):
+        return given
+    by = given.get("by")
+    values = {**given, "by": _with_name({"name": by} if isinstance(by, str) else by, CHOICES)}
+    if isinstance(given.get("among"), (list, tuple)):
+        values["among"] = [
+            _with_inputs(_with_format(where, own), keeps=True) if isinstance(own, Mapping) else own for own in given["among"]
+        ]
+    return values
 
 
 def _budget(where: str, given: Any) -> dict[str, Any]:
@@ -221,6 +245,8 @@ def _usage(where: str, error: ValidationError, given: Mapping[str, Any]) -> Usag
         "calibration": Calibration,
         "overrides": Override,
         "budget": Budget,
+        "choose": Choose,
+        "among": LayerSetting,
         **dict.fromkeys(("inputs", *OPERANDS), InputRounding),
         **dict.fromkeys(OUTER, OuterWeights),
     }

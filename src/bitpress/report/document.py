@@ -118,6 +118,7 @@ class LayerRow(_Closed):
     held_out         errors on tokens that calibration did not count: "all" of them, and those of each class of `calibration.held_out`
                      that has any; None where nothing was held out
     inputs           how the input of its product is rounded; None: it is not
+    choice           what the layer chose of the recipe's settings, and what was measured; None where there was no choice
     seconds          time spent on compressing it
     picture          its distribution and its outlier channels
     """
@@ -134,6 +135,7 @@ class LayerRow(_Closed):
     tokens: int | list[int]
     held_out: dict[str, TokenErrors] | None = None
     inputs: str | None = None
+    choice: str | None = None
     notes: list[str]
     fallbacks: list[str]
     seconds: float = 0.0

@@ -6,8 +6,8 @@ Source   Liu et al. 2023, "QLLM: Accurate and Efficient Low-Bitwidth Quantizatio
 Differs  the equal parts of a channel round alike, so they are stored as one with their number (`formats.channels`), and its column once; a
          product of integers adds them as many times. `steps` limits in equal ratios are tried, where the code takes 100 and more equal steps; the error is that of the
          weight's own output on a sample of tokens, where the code runs attention and activation behind it. The assembly of like channels,
-         which keeps the number of columns and changes the function, is left out, and so is the tuning of low-rank weights: the product has
-         up to `share` more columns.
+         which keeps the number of columns and changes the function, is `reassemble`; the tuning of low-rank weights is left out. Here the
+         product has up to `share` more columns.
 Needs    sample [tokens, in] float32.      Cost  1 byte a channel, up to `share` more products.
 Update   f = max(1, ceil(max |x| / limit)) by channel;  Q(x) becomes f Q(x / f);  limit = argmin |(f Q(x / f) - x) w'|^2
 Fails    CalibrationError when no token reached the weight.
@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from bitpress.errors import CalibrationError, UsageError
 from bitpress.transforms.sites import Sites
 
-__all__ = ["Disassemble"]
+__all__ = ["Disassemble", "limits_of"]
 
 # A number of copies is stored in a byte.
 MOST = 255
@@ -61,13 +61,13 @@ class Disassemble:
             raise CalibrationError("disassemble: no calibration statistics reached this weight; sample is needed.")
         sizes = sample.abs().amax(0)
         none = torch.ones(len(sizes), dtype=torch.uint8, device=sizes.device)
-        largest, most = float(sizes.max()), int(self.share * len(sizes))
+        most = int(self.share * len(sizes))
 
         def error_of(copies: torch.Tensor) -> float:
             return float(((round_(sample, copies) - sample) @ w.T).square().sum())
 
         best, least, tried = none, error_of(none), none
-        for limit in self._limits(sizes, largest, most):
+        for limit in limits_of(sizes, most, self.steps):
             copies = (sizes / limit).ceil().clamp(1, MOST).to(torch.uint8)
             if torch.equal(copies, tried):
                 continue
@@ -76,16 +76,18 @@ class Disassemble:
                 best, least = copies, error
         return best
 
-    def _limits(self, sizes: Float[torch.Tensor, " in"], largest: float, most: int) -> list[float]:
-        """Return limits from the largest channel down to the one at which as many channels are added as may be."""
-        if not largest > 0:
-            return []
 
-        def added(limit: float) -> int:
-            return int((sizes / limit).ceil().clamp(min=1).sum()) - len(sizes)
+def limits_of(sizes: Float[torch.Tensor, " in"], most: int, steps: int) -> list[float]:
+    """Return limits from the largest channel down to the one at which `most` channels are added, or as many as may be."""
+    largest = float(sizes.max())
+    if not largest > 0:
+        return []
 
-        low, high = 0.0, largest
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if middle == 0 or added(middle) > most else (low, middle)
-        return [largest * (high / largest) ** (i / self.steps) for i in range(1, self.steps + 1)]
+    def added(limit: float) -> int:
+        return int((sizes / limit).ceil().clamp(min=1).sum()) - len(sizes)
+
+    low, high = 0.0, largest
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle == 0 or added(middle) > most else (low, middle)
+    return [largest * (high / largest) ** (i / steps) for i in range(1, steps + 1)]

@@ -2,8 +2,8 @@
 
 Source   Li et al. 2023, "FPTQ: Fine-grained Post-Training Quantization for Large Language Models" (P275): its abstract, and its formula as
          llm-compressor has it (`LogarithmicEqualizationModifier`).
-Differs  for every input that an earlier layer can divide, where the paper chooses by layer between this, static scales and scales for every
-         token; a recipe says so by `overrides` of `inputs`. Channels below 1e-5 of the largest count as that. Factors are not centred.
+Differs  for every input that an earlier layer can divide; the paper's choice by layer between this, static scales and scales for every token is
+         the recipe's `choose` by range (the recipe `fptq`). Channels below 1e-5 of the largest count as that. Factors are not centred.
 Needs    max_abs [in] float32.      Cost  O(in).
 Update   s = max |x| / log2(2 + max |x|)
 Fails    CalibrationError when no token reached the weights.

@@ -3,8 +3,8 @@
 Source   Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers" (P008): its abstract is what could be read. A scale for every
          channel of an input is moved into the exponents of the weights, so that a product of floats needs no other.
 Differs  the power nearest to the channel's largest magnitude, and no channel further from the largest than `octaves`; it folds into the
-         norm or matrix before the weights. Which exponent bits a format has is the recipe's `weights` and `inputs`, or its `budget`, and not
-         searched here; clipping is the quantizer's.
+         norm or matrix before the weights. Exponent bits are chosen by the recipe's `choose` (the recipe `llm-fp4`), clipping is the
+         quantizer's and the observer's.
 Needs    max_abs [in] float32.      Cost  O(in).
 Update   s = 2^round(log2 max |x|) by channel
 Fails    CalibrationError when no token reached the weights.

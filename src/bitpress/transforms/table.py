@@ -19,6 +19,7 @@ from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
 from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.rearrange import Rearrange
+from bitpress.transforms.reassemble import Reassemble
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.shift import Shift
 from bitpress.transforms.smooth_plus import SmoothPlus
@@ -50,6 +51,7 @@ BASIS_CHANGES: dict[str, type[BasisChange]] = {
     "orthogonal": OrthogonalBasis,
     "klt": KLT,
     "rearrange": Rearrange,
+    "reassemble": Reassemble,
 }
 
 TARGETS: dict[str, type[Target]] = {"qep": QEP}

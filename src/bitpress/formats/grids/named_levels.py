@@ -5,13 +5,14 @@ binary        -1, 1                                                             
 ternary       -1, 0, 1 by codes 0, 1, 2                                           BitNet b1.58 (mean), BitNet b1.58 Reloaded (median)
 fp4bnb        a 4-bit float with unordered codes, divided by 12                   bitsandbytes, its table "fp4"
 iq4nl         integers along a cubic, by codes from the smallest                    llama.cpp, IQ4_NL and IQ4_XS
+balancedN     the integers from -2^(N-1) to 2^(N-1): a level more than N bits have  ABQ-LLM's bit balance (symmetric; 2 bits there)
 bipolarN      the odd numbers from -(2^N - 1) to 2^N - 1: no zero, no unused code
 """
 
 import math
 from statistics import NormalDist
 
-__all__ = ["IQ4NL", "bipolar", "fp4_bitsandbytes", "normal_float"]
+__all__ = ["IQ4NL", "balanced", "bipolar", "fp4_bitsandbytes", "normal_float"]
 
 # No zero: the smallest magnitude is 1, and llama.cpp's scales multiply these integers.
 IQ4NL = (*(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0), *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0))
@@ -48,6 +49,12 @@ def bipolar(bits: int) -> tuple[float, ...]:
     top = (1 << bits) - 1
     assert math.log2(top + 1) == bits
     return tuple(float(2 * code - top) for code in range(top + 1))
+
+
+def balanced(bits: int) -> tuple[float, ...]:
+    """Return the whole numbers from -2^(bits - 1) to 2^(bits - 1), rising: 2^bits + 1 levels."""
+    most = 1 << (bits - 1)
+    return tuple(float(level) for level in range(-most, most + 1))
 
 
 def fp4_bitsandbytes() -> tuple[float, ...]:

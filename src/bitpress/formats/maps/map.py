@@ -3,7 +3,7 @@
     y = T_out (sum of terms) T_in x
 
 A map acts on the last dimension. The `i`-th value after `Scale` is `scale[i] * x[i]`, after `Permutation` it is `x[order[i]]`.
-`Hadamard` and `Kronecker` are in `formats.maps.rotations`.
+`Hadamard` and `Kronecker` are in `formats.maps.rotations`, `Reassembly`, the one map that cannot be undone, in `formats.maps.reassembly`.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.format import Expected
+from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 
 __all__ = ["MAPS", "Chain", "Map", "Permutation", "Scale", "chain", "moved", "split_kind"]
@@ -33,7 +34,8 @@ class Map(Protocol):
         ...
 
     def dual(self) -> "Map":
-        """Return the map T^-T for the rows of a weight whose inputs are mapped by T; T itself for a rotation."""
+        """Return the map T^-T for the rows of a weight whose inputs are mapped by T; T itself for a rotation. A reassembly has no inverse, and
+        returns the map of columns that goes with it."""
         ...
 
     def spec(self) -> dict[str, Any]: ...
@@ -194,12 +196,13 @@ class Chain:
             change.check()
 
 
-MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker]] = {
+MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker] | type[Reassembly]] = {
     "scale": Scale,
     "permutation": Permutation,
     "chain": Chain,
     "hadamard": Hadamard,
     "kronecker": Kronecker,
+    "reassembly": Reassembly,
 }
 
 

@@ -44,7 +44,7 @@ def refuses(config: Any) -> str | None:
 def refuses_directory(checkpoint: CompressedCheckpoint, config: Any = None) -> str | None:
     """Return why the native engine cannot run a directory here, or None. `config` is its configuration, if it was built already."""
     for name, record in checkpoint.manifest.weights.items():
-        if record.input is not None and (reason := refuses_input(record.input)) is not None:
+        if record.input is not None and (reason := refuses_input(record.input, record.spec)) is not None:
             return f"{name}: {reason}"
     if checkpoint.operands:
         return f"the attention of {next(iter(checkpoint.operands))} rounds its operands, which the engine does not support"
