@@ -3,7 +3,7 @@
     y = T_out (sum of terms) T_in x
 
 A map acts on the last dimension. The `i`-th value after `Scale` is `scale[i] * x[i]`, after `Permutation` it is `x[order[i]]`.
-`Hadamard` and `Kronecker` are in `formats.maps.rotations`.
+`Hadamard` and `Kronecker` are in `formats.maps.rotations`, `Affine` in `formats.maps.affine`.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.format import Expected
+from bitpress.formats.maps.affine import Affine
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 
 __all__ = ["MAPS", "Chain", "Map", "Permutation", "Scale", "chain", "moved", "split_kind"]
@@ -194,12 +195,13 @@ class Chain:
             change.check()
 
 
-MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker]] = {
+MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker] | type[Affine]] = {
     "scale": Scale,
     "permutation": Permutation,
     "chain": Chain,
     "hadamard": Hadamard,
     "kronecker": Kronecker,
+    "affine": Affine,
 }
 
 
