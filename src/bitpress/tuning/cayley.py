@@ -25,7 +25,7 @@ def cayley(a: Float[torch.Tensor, "n n"]) -> Float[torch.Tensor, "n n"]:
     skew = a.double() - a.double().T
     eye = torch.eye(len(a), dtype=torch.float64, device=a.device)
     turned: torch.Tensor = torch.linalg.solve(eye - skew, eye + skew)
-    return turned.float()
+    return turned.float().contiguous()  # solved column by column: products of another layout are rounded otherwise
 
 
 def orders_of(width: int, *, whole: bool) -> tuple[int, int] | None:

@@ -74,7 +74,7 @@ class Affine:
             if not bool(torch.isfinite(factor).all()):
                 raise FormatError(f"the factor {name} of an affine map holds a NaN or an infinity.")
             values = torch.linalg.svdvals(factor.double())
-            if not float(values[0]) <= CONDITION * float(values[-1]):
+            if not 0 < float(values[0]) <= CONDITION * float(values[-1]):
                 raise FormatError(f"the factor {name} of an affine map cannot be inverted in float32.")
 
 

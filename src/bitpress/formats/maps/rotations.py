@@ -220,7 +220,32 @@ def _walsh_factors(size: int) -> list[torch.Tensor]:
 
 
 def multiply_factors(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
-    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
+    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`, the same to the last bit whether a gradient is wanted or not."""
+    if x.requires_grad or any(factor.requires_grad for factor in factors):
+        result: torch.Tensor = _Multiplied.apply(x, *factors)
+        return result
+    return _multiply(x, factors)
+
+
+class _Multiplied(torch.autograd.Function):
+    """torch folds axes into one product or not by whether a gradient is wanted, and rounds otherwise then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *factors)
+        return _multiply(x.detach(), [factor.detach() for factor in factors])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        leaves = [t.detach().requires_grad_(needed) for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]
+        with torch.enable_grad():
+            y = _multiply(leaves[0], leaves[1:])
+        found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], gradients[0]))
+        return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _multiply(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
+    """Multiply the last axis, which becomes the first, once for each factor."""
     rows = x.shape[0]
     for factor in reversed(factors):
         order = factor.shape[0]
