@@ -227,10 +227,8 @@ class StreamedModel:
         hidden: Float[torch.Tensor, "samples positions hidden"],
         values: Mapping[str, torch.Tensor | CompressedLayer],
     ) -> Float[torch.Tensor, "samples positions hidden"]:
-        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these.
-
-        A layer in a weight's place computes the product with it, and rounds its input as it says.
-        """
+        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these. A layer in a weight's place
+        computes the product with it, and rounds its input as it says."""
         prefix = f"{self.block_name(i)}."
         layers = {name: value for name, value in values.items() if isinstance(value, CompressedLayer)}
         inside = {

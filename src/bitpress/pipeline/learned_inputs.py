@@ -56,7 +56,7 @@ def begin_inputs(
     folds = _find_folds(tuning, stream, block, groups, able, made)
     prefix = stream.model.block_name(block)
     shared: dict[str, SharedInput] = {}
-    folded: list[tuple[SharedInput, str, Fold]] = []
+    folded: list[_Producer] = []
     for g, group in enumerate(groups):
         for alike in _alike([able[stem] for stem in group if stem in able], made):
             first = alike[0].parameter.name
@@ -65,7 +65,7 @@ def begin_inputs(
             own = SharedInput(tuning, weight.shape[1], weight.input_map, weight.device, folded=taken, rounded=inputs.get(first))
             shared |= {p.parameter.name: own for p in alike}
             if fold is not None and taken is not None:
-                folded.append((own, f"{prefix}.{fold.producer}", fold))
+                folded.append(_Producer(f"{prefix}.{fold.producer}", own, taken))
     leads: set[int] = set()
     for p in able.values():
         name = p.parameter.name
@@ -75,25 +75,35 @@ def begin_inputs(
         own, weight = shared[name], made[name]
         term = weight.terms[0]
         assert isinstance(term, Packed)
-        codes = MappedCodes(
-            originals[name],
-            term.format,
-            own,
-            clip=tuning.clip_weights,
-            rows=tuple(s for s, producer, fold in folded if fold.kind == "rows" and producer == p.parameter.stem),
-            output_map=weight.output_map,
-        )
-        found.weights[name] = MappedWeight(
-            weight, codes, inputs.get(name), leads=id(own) not in leads, transposed=p.parameter.transposed
-        )
+        rows = tuple(one.shared for one in folded if one.is_matrix and one.name == p.parameter.stem)
+        clip, lead = tuning.clip_weights, id(own) not in leads
+        codes = MappedCodes(originals[name], term.format, own, clip=clip, rows=rows, output_map=weight.output_map)
+        found.weights[name] = MappedWeight(weight, codes, inputs.get(name), leads=lead, transposed=p.parameter.transposed)
         leads.add(id(own))
-    for own, producer, fold in folded:
-        for leaf in ("bias",) if fold.kind == "rows" else ("weight", "bias"):
-            name = f"{producer}.{leaf}"
-            if name in vectors:
-                assert own.folded is not None
-                found.vectors[name] = FoldedVector(own.folded, own.own["scales"], vectors[name], bias=leaf == "bias")
+    for one in folded:
+        found.vectors |= one.vectors(vectors)
     return found
+
+
+@dataclass(frozen=True)
+class _Producer:
+    """A module that takes the factors of an input."""
+
+    name: str
+    shared: SharedInput
+    folded: Folded
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.folded.stored is None
+
+    def vectors(self, stored: Mapping[str, torch.Tensor]) -> dict[str, FoldedVector]:
+        """Return its vectors that are divided: the weight of a norm, and a bias."""
+        leaves = {f"{self.name}.{leaf}": leaf == "bias" for leaf in ("weight", "bias")[self.is_matrix :]}
+        factors = self.shared.own["scales"]
+        return {
+            name: FoldedVector(self.folded, factors, stored[name], bias=bias) for name, bias in leaves.items() if name in stored
+        }
 
 
 def _why_not(tuning: MapTuning, p: PlannedWeight, weight: CompressedWeight) -> str | None:

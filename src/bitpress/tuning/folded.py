@@ -4,7 +4,7 @@
     norm_plus_one  the same of 1 + weight
     rows           rows of an earlier weight divided by s, before that is rounded itself
 
-A bias is divided with the weight. What a fold is and how it is found: `transforms.folding`.
+A bias is divided with the weight. Folds are found by trial (`transforms.folding`).
 """
 
 import torch
