@@ -156,6 +156,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tuning": ["flatquant", {"name": "signround", "span": "layer"}]},
         "before maps were learned by flatquant",
     ),
+    "steps of rotations": ({"tuning": [{"name": "block-ap", "optimizer": "cayley"}]}, "optimizer=cayley"),
+    "rotations by other steps": ({"tuning": [{"name": "spinquant", "optimizer": "adam"}]}, "optimizer=adam"),
     "less than nothing": ({"tuning": [{"name": "flatquant", "clip_inputs": -1}]}, "clip_inputs=-1"),
     "layers behind norms": ({"tuning": [{"name": "parameters"}, {"name": "signround", "span": "layer"}]}, "put it first"),
     "norms of a layer": ({"tuning": [{"name": "parameters", "span": "layer"}]}, "give norms=0"),

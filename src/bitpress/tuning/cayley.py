@@ -40,16 +40,22 @@ def rotation(left: Float[torch.Tensor, "a a"], right: Float[torch.Tensor, "b b"]
 
 
 class CayleySGD(torch.optim.Optimizer):
-    """Steps of square matrices stay orthogonal."""
+    """Steps of matrices stay orthogonal; vectors beside them (norms, clips) take those of Adam."""
 
     def __init__(self, groups: list[dict[str, object]]) -> None:
         super().__init__(groups, {"lr": 0.0})
+        self.beside = [group for group in self.param_groups if any(x.ndim != 2 for x in group["params"])]
+        self.adam = torch.optim.Adam([{"params": group["params"]} for group in self.beside]) if self.beside else None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.adam is not None:
+            for own, group in zip(self.adam.param_groups, self.beside, strict=True):
+                own["lr"] = group["lr"]
+            self.adam.step()
         for group in self.param_groups:
             for x in group["params"]:
-                if x.grad is not None:
+                if x.grad is not None and x.ndim == 2:
                     state = self.state[x]
                     state["momentum"] = MOMENTUM * state.get("momentum", 0.0) + x.grad.double()
                     x.copy_(_turned(x.double(), state["momentum"], group["lr"]))

@@ -33,6 +33,7 @@ class SpinQuant(MapTuning):
     whole: bool = False
 
     summary: ClassVar[str] = "a rotation for every input, by steps on the manifold of rotations"
+    rotates: ClassVar[bool] = True
     paper: ClassVar[str] = "yardstick: SpinQuant (arXiv 2405.16406)"
 
     def matrix(self, width: int, device: torch.device) -> LearnedMatrix | None:

@@ -49,7 +49,7 @@ class Tuning(ABC):
     seed       of the draw of windows
 
     summary, paper, serves as those of a quantizer: `serves` are names of formats whose codes it can learn; `adds_maps` says whether weights
-    get maps that they did not have, and `moves_inputs` whether weights have other inputs afterwards, whose statistics are not those measured.
+    get maps that they did not have, and `moves_inputs` whether weights have other inputs afterwards, whose statistics are not those measured. `rotates`: its matrices are orthogonal, and only steps of `cayley` keep them so.
     """
 
     steps: int = 200
@@ -69,11 +69,14 @@ class Tuning(ABC):
     serves: ClassVar[tuple[str, ...]] = ("*",)
     adds_maps: ClassVar[bool] = False
     moves_inputs: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checks"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: it is 1 or more.")
+        if (self.optimizer == "cayley") != self.rotates:
+            raise UsageError(f"optimizer={self.optimizer}: cayley takes steps of rotations, and spinquant's take no others.")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"rate={self.rate:g}: a learning rate is more than 0.")
         if not 0 <= self.norms < math.inf:
