@@ -15,7 +15,10 @@ IN, OUT = 32, 8
 ROW4, ROW8 = (ActivationFormat(parse_format(f"int{bits}-row-fp32")) for bits in (4, 8))
 SHIFT = torch.linspace(-3, 3, IN)
 COPIES = torch.ones(IN, dtype=torch.uint8).index_fill(0, torch.tensor([3, 20]), 5)
+CLIP = torch.tensor([0.7, 0.9])
 CASES = [
+    ChannelFormat(ROW4, clip=CLIP),
+    ChannelFormat(ROW4, ROW8, 8, SHIFT, COPIES, CLIP),
     ChannelFormat(ROW4, shift=SHIFT),
     ChannelFormat(ROW4, copies=COPIES),
     ChannelFormat(ROW4, ROW8, 8),
@@ -110,3 +113,20 @@ def test_what_does_not_fit_or_is_damaged_is_refused() -> None:
     layer = CompressedLayer(weight, ChannelFormat(ROW4, shift=SHIFT))
     with pytest.raises(FormatError, match="tensors are"):
         CompressedLayer.build(weight.spec(), {**layer.tensors(), "input.shift": SHIFT[:5]}, layer.input_spec())
+
+
+def test_a_clip_takes_the_ends_of_every_block_in() -> None:
+    """Each token's, or each group's, values above 0.7 times its largest and below 0.9 times its smallest are these ends."""
+    x = inputs()
+    for name, width in (("int4-row-fp32", IN), ("int4-g8-zero", 8)):
+        rest = ActivationFormat(parse_format(name))
+        apart = x.reshape(-1, IN // width, width)
+        high, low = 0.7 * apart.amax(-1, keepdim=True).clamp(min=0), 0.9 * apart.amin(-1, keepdim=True).clamp(max=0)
+        expected = rest.round(apart.clamp(low, high).reshape(x.shape))
+        assert torch.equal(ChannelFormat(rest, clip=CLIP).round(x), expected)
+    static = ActivationFormat.static(parse_format("int8-tensor"), parse_format("int8-tensor").fit(x[0]))
+    with pytest.raises(FormatError, match="clip goes with those"):
+        ChannelFormat(static, clip=CLIP)
+    for bad in (torch.tensor([1.5, 0.5]), torch.tensor([0.0, 0.5]), torch.tensor([torch.nan, 0.5])):
+        with pytest.raises(FormatError, match="clip is two factors"):
+            ChannelFormat(ROW4, clip=bad).check()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats import MAPS, Chain, CompressedWeight, Hadamard, Kronecker, Map, Permutation, Scale, parse_format
+from bitpress.formats import MAPS, Affine, Chain, CompressedWeight, Hadamard, Kronecker, Map, Permutation, Scale, parse_format
 from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import LARGEST, core_of, hadamard_matrix
 from bitpress.formats.terms.packed import Packed
@@ -68,6 +68,7 @@ MAKERS = {
     "hadamard": lambda n, s: Hadamard.random(n, n, seeded(s)),
     "hadamard blocks": lambda n, s: Hadamard.random(n, 8, seeded(s)),
     "kronecker": lambda n, s: Kronecker.random(n, seeded(s)),
+    "affine": lambda n, s: Affine(*(torch.eye(m) + 0.1 * torch.randn(m, m, generator=seeded(s)) for m in (4, n // 4))),
     "scale": lambda n, s: Scale(torch.rand(n, generator=seeded(s)) + 0.5),
     "permutation": lambda n, s: Permutation(torch.randperm(n, generator=seeded(s)).to(torch.int32)),
     "reassembly": lambda n, s: Reassembly(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32)),
@@ -148,3 +149,17 @@ def test_content_that_is_no_rotation_is_refused() -> None:
     Hadamard(12, 12, 12, signs).check()
     with pytest.raises(FormatError, match="beyond its width"):
         Hadamard(12, 12, 12, signs | torch.tensor([0, 16], dtype=torch.uint8)).check()
+
+
+def test_an_affine_map_that_cannot_be_undone_is_refused() -> None:
+    eye, half = torch.eye(4), torch.eye(4)
+    half[3, 3] = 1e-5
+    Affine(eye, half * 0 + 2 * eye).check()
+    for bad, why in ((half, "cannot be inverted"), (eye * torch.nan, "NaN"), (eye * 0, "cannot be inverted")):
+        with pytest.raises(FormatError, match=f"right of an affine map .*{why}"):
+            Affine(eye, bad).check()
+    with pytest.raises(FormatError, match="without an inverse"):
+        Affine(eye, eye * 0).dual()
+    for spec, size in (({}, 16), ({"left": 5}, 16), ({"left": True}, 16), ({"left": 1}, 1031)):
+        with pytest.raises(FormatError, match="affine map"):
+            Affine.expected(spec, size)

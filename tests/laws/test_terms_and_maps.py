@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bitpress.errors import FormatError
-from bitpress.formats import MAPS, TERMS, Chain, CompressedWeight, Map, Packed, Permutation, Scale, Term, parse_format
+from bitpress.formats import MAPS, TERMS, Affine, Chain, CompressedWeight, Map, Packed, Permutation, Scale, Term, parse_format
 from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.dfloat11 import dfloat11
@@ -108,7 +108,7 @@ def matrix(change: Map) -> torch.Tensor:
         return torch.diag(change.scale)
     if isinstance(change, Permutation):
         return torch.eye(len(change.order))[change.order.long()]
-    if isinstance(change, Kronecker):
+    if isinstance(change, (Kronecker, Affine)):
         return torch.kron(change.left, change.right)
     if isinstance(change, Reassembly):
         return reassembly(change)
@@ -149,6 +149,7 @@ def make(kind: str, size: int) -> Map:
         "hadamard": lambda: Hadamard.random(size, size, generator),
         "kronecker": lambda: Kronecker.random(size, generator),
         "reassembly": lambda: reassembled(size),
+        "affine": lambda: Affine(*(torch.eye(n) + 0.1 * torch.randn(n, n, generator=generator) for n in (4, size // 4))),
         "chain": lambda: Chain((scale, order, Hadamard.random(size, size // 2, generator))),
     }
     return whole[kind]()

@@ -16,6 +16,7 @@ from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import make_method
 from bitpress.tuning.learned import LearnedVector, LearnedWeight, _Mapped
+from bitpress.tuning.learned_maps import MapTuning
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
 from bitpress.tuning.table import TUNINGS
 from bitpress.tuning.tuner import Curve, Objective, Tuning, _draw, begin_weight, tune_
@@ -64,8 +65,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "lqer": {"quantizer": "rtn", "corrections": [{"name": "lqer", "rank": 2}]},
 }
 SOFT = {"adaround", "candidates"}  # those whose forward is not that of hard codes
-# Those that learn no codes, and of many weights nothing.
-BESIDE = {"norm-tweaking", "low-rank"}
+# Those that learn no codes, and of many weights nothing; maps are learned with the inputs that weights share (tests/laws/test_learned_maps.py).
+BESIDE = {"norm-tweaking", "low-rank", *(name for name, row in TUNINGS.items() if issubclass(row, MapTuning))}
 
 
 def case(seed: int = 0, inner: int = 256) -> tuple[torch.Tensor, Stats, torch.Tensor]:

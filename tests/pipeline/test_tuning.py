@@ -147,7 +147,18 @@ def test_learning_that_ends_early_is_a_fallback(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "inputs of the original": ({"calibration": {"inputs": "original"}}, "calibration.inputs cannot be original"),
     "formats without loss": ({"weights": "dfloat11", "quantizer": {"name": "rtn"}}, "dfloat11 keeps weights bit for bit"),
-    "rounded inputs": ({"inputs": "int8-row"}, "this recipe rounds them"),
+    "rounded inputs of layers": (
+        {"inputs": "int8-row", "tuning": [{"name": "signround", "span": "layer"}]},
+        "learn blocks",
+    ),
+    "maps of a layer": ({"tuning": [{"name": "flatquant", "span": "layer"}]}, "use span=block"),
+    "layers behind maps": (
+        {"tuning": ["flatquant", {"name": "signround", "span": "layer"}]},
+        "before maps were learned by flatquant",
+    ),
+    "steps of rotations": ({"tuning": [{"name": "block-ap", "optimizer": "cayley"}]}, "optimizer=cayley"),
+    "rotations by other steps": ({"tuning": [{"name": "spinquant", "optimizer": "adam"}]}, "optimizer=adam"),
+    "less than nothing": ({"tuning": [{"name": "flatquant", "clip_inputs": -1}]}, "clip_inputs=-1"),
     "layers behind norms": ({"tuning": [{"name": "parameters"}, {"name": "signround", "span": "layer"}]}, "put it first"),
     "norms of a layer": ({"tuning": [{"name": "parameters", "span": "layer"}]}, "give norms=0"),
     "a loss of blocks": ({"tuning": [{"name": "signround", "span": "layer", "loss": "channels"}]}, "loss=channels"),

@@ -12,6 +12,7 @@ from bitpress.formats.grids.levels import Levels
 from bitpress.formats.layer import CompressedLayer
 from bitpress.formats.layouts.table import LAYOUTS, Layout
 from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format, read_format
+from bitpress.formats.maps.affine import Affine
 from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.nested import narrow
@@ -36,6 +37,7 @@ __all__ = [
     "SHORT",
     "TERMS",
     "ActivationFormat",
+    "Affine",
     "AnyFormat",
     "AttentionOperands",
     "Block",

@@ -88,13 +88,16 @@ class ActivationFormat:
         return f"{self.format.name} {self.parameters}"
 
     def round(self, x: Float[torch.Tensor, "*tokens in"]) -> Float[torch.Tensor, "*tokens in"]:
-        """Return the values that the product sees, in the type of x. Raises NumericsError where x is not finite."""
+        """Return the values that the product sees, in the type of x. Raises NumericsError where x is not finite.
+
+        The gradient is the straight-through one; fitted parameters have theirs, stored ones have none.
+        """
         if self.parameters == "dynamic" or not x.numel():
-            return fake_quantize(x, self.format)
+            return fake_quantize(x, self.format, ranges=True)
         if self.parameters == "local":
             flat = x.detach().reshape(-1, x.shape[-1]).float()
             shared = {name: t.reshape(1, 1) for name, t in self.tensors.items()}
-            return fake_quantize(x, self.format, self.format.fit(flat, shared=shared))
+            return fake_quantize(x, self.format, self.format.fit(flat, shared=shared), ranges=True)
         return fake_quantize(x, self.format, self.stored())
 
     def to(self, device: torch.device) -> "ActivationFormat":

@@ -6,10 +6,13 @@ z   `shift`, one number a channel: what lies far from 0 is rounded by its distan
 f   `copies`, a whole number a channel: the channel counts as f channels of an f-th of it, with the same column of the weight
     each. They round alike, so that f times one of them is their sum, and codes of all are those of one.
 Q_first  a format of the leading channels, which a map may have put there; the other channels have `rest`
+c   `clip`, two numbers: in every block of `rest`, values above c[0] times its largest and below c[1] times its smallest are taken to these
+    ends before its parameters are fitted. They are not static ones then.
 
-Before rounding this is the identity. `first` is dynamic. Beside the keys of an `ActivationFormat`, its specification holds those that it has of
+Before rounding, and without `clip`, this is the identity. `first` is dynamic. Beside the keys of an `ActivationFormat`, its specification
+holds those that it has of
 
-    {"first": "16 int8-row-fp32", "shift": "float32", "copies": "uint8"}
+    {"first": "16 int8-row-fp32", "shift": "float32", "copies": "uint8", "clip": "float32"}
 """
 
 from collections.abc import Mapping
@@ -21,40 +24,48 @@ from jaxtyping import Float, UInt8
 
 from bitpress.errors import FormatError
 from bitpress.formats.activation import ActivationFormat
+from bitpress.formats.fake_quantize import clip_blocks
 from bitpress.formats.format import Expected
 
 __all__ = ["ChannelFormat", "InputFormat", "build_input", "expected_input"]
 
-_KEYS = ("first", "shift", "copies")
-_STORED = {"shift": torch.float32, "copies": torch.uint8}
+_KEYS = ("first", "shift", "copies", "clip")
+_STORED = {"shift": torch.float32, "copies": torch.uint8, "clip": torch.float32}
 
 
 @dataclass(frozen=True)
 class ChannelFormat:
-    """`rest` rounds all channels, or those after the `count` that `first` rounds; `shift` and `copies` as at the head of this file."""
+    """`rest` rounds all channels, or those after the `count` that `first` rounds; `shift`, `copies` and `clip` as at the head of this file."""
 
     rest: ActivationFormat
     first: ActivationFormat | None = None
     count: int = 0
     shift: Float[torch.Tensor, " in"] | None = None
     copies: UInt8[torch.Tensor, " in"] | None = None
+    clip: Float[torch.Tensor, " ends"] | None = None
 
     def __post_init__(self) -> None:
         if (self.first is None) != (self.count == 0) or self.count < 0:
             raise FormatError(f"{self.count} leading channels and {'no' if self.first is None else 'a'} format for them.")
         if self.first is not None and (self.first.parameters != "dynamic" or self.rest.parameters != "dynamic"):
             raise FormatError("leading channels of a format of their own need dynamic parameters, as do the others.")
+        if self.clip is not None and self.rest.parameters == "static":
+            raise FormatError("static parameters are a range of their own; clip goes with those that are fitted to a token.")
 
     @property
     def name(self) -> str:
         """Words for a report: `int4-row-fp32 dynamic, first 16 int8-row-fp32, shifted`."""
         more = [] if self.first is None else [f"first {self.count} {self.first.format.name}"]
-        more += [word for word, t in (("shifted", self.shift), ("outliers apart", self.copies)) if t is not None]
+        more += [
+            word
+            for word, t in (("shifted", self.shift), ("outliers apart", self.copies), ("clipped", self.clip))
+            if t is not None
+        ]
         return ", ".join([self.rest.name, *more])
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        own = {"shift": self.shift, "copies": self.copies}
+        own = {"shift": self.shift, "copies": self.copies, "clip": self.clip}
         return {**self.rest.tensors, **{name: t for name, t in own.items() if t is not None}}
 
     def enter(self, x: Float[torch.Tensor, "*tokens in"]) -> Float[torch.Tensor, "*tokens in"]:
@@ -72,14 +83,18 @@ class ChannelFormat:
         """Return the values that the product sees, in the type of x. Raises NumericsError where x is not finite."""
         u = self.enter(x)
         if self.first is None:
-            return self.leave(self.rest.round(u)).to(x.dtype)
-        head, tail = u[..., : self.count], u[..., self.count :]
+            return self.leave(self.rest.round(self._clipped(u))).to(x.dtype)
+        head, tail = u[..., : self.count], self._clipped(u[..., self.count :])
         return self.leave(torch.cat([self.first.round(head), self.rest.round(tail)], -1)).to(x.dtype)
+
+    def _clipped(self, u: Float[torch.Tensor, "*tokens channels"]) -> Float[torch.Tensor, "*tokens channels"]:
+        """Return values between the ends of every block's range. A NaN stays one."""
+        return u if self.clip is None or not u.numel() else clip_blocks(u, self.rest.format, self.clip[0], self.clip[1])
 
     def to(self, device: torch.device) -> "ChannelFormat":
         """Return the format with its stored values on another device."""
-        shift, copies = (None if t is None else t.to(device) for t in (self.shift, self.copies))
-        return replace(self, rest=self.rest.to(device), shift=shift, copies=copies)
+        shift, copies, clip = (None if t is None else t.to(device) for t in (self.shift, self.copies, self.clip))
+        return replace(self, rest=self.rest.to(device), shift=shift, copies=copies, clip=clip)
 
     def fits(self, in_features: int) -> None:
         """Raise FormatError unless the format takes inputs of a width."""
@@ -103,6 +118,8 @@ class ChannelFormat:
             raise FormatError("the input's shift holds a NaN or an infinity.")
         if self.copies is not None and not bool((self.copies > 0).all()):
             raise FormatError("the input's copies hold a 0: a channel is there once at least.")
+        if self.clip is not None and not bool(((self.clip > 0) & (self.clip <= 1)).all()):
+            raise FormatError("the input's clip is two factors above 0, of at most 1.")
 
 
 InputFormat = ActivationFormat | ChannelFormat
@@ -114,7 +131,7 @@ def expected_input(spec: Mapping[str, Any], in_features: int) -> Expected:
     made = ActivationFormat.expected(plain, in_features)
     for key in _STORED:
         if key in own:
-            made[key] = (_STORED[key], (in_features,))
+            made[key] = (_STORED[key], (2,) if key == "clip" else (in_features,))
     _first(plain, own)
     return made
 

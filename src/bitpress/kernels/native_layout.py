@@ -26,6 +26,7 @@ from bitpress import native
 from bitpress.formats import ActivationFormat, ChannelFormat, CompressedWeight, InputFormat
 from bitpress.formats.format import Format
 from bitpress.formats.grids.integer import Integer
+from bitpress.formats.maps.affine import Affine
 from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
 from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
@@ -122,7 +123,7 @@ def _steps(change: Map) -> list[dict[str, Any]]:
         return [{"kind": "gather", "order": change.order.to(torch.int32).contiguous().numpy()}]
     if isinstance(change, Scale):
         return [_scaling(change.scale)]
-    if isinstance(change, Kronecker):
+    if isinstance(change, (Kronecker, Affine)):
         left, right = _flat(change.left), _flat(change.right)
         across = change.left.shape[0]
         block = across * change.right.shape[0]

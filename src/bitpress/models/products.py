@@ -11,7 +11,7 @@ from bitpress.errors import CheckpointError, NumericsError
 from bitpress.formats import CompressedLayer
 from bitpress.kernels.product import LayerProduct
 
-__all__ = ["no_product", "products_as_they_are", "set_products_"]
+__all__ = ["no_product", "products_as_they_are", "products_instead", "set_products_"]
 
 
 def set_products_(model: torch.nn.Module, layers: Mapping[str, CompressedLayer], device: torch.device) -> None:
@@ -32,6 +32,22 @@ def products_as_they_are(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for below, forward in held:
             below.forward = forward
+
+
+@contextmanager
+def products_instead(model: torch.nn.Module, layers: Mapping[str, CompressedLayer]) -> Iterator[None]:
+    """Let other layers compute products in the meantime; a gradient reaches their tensors."""
+    modules: list[Any] = [model.get_submodule(name.rpartition(".")[0]) for name in layers]
+    held = [module.__dict__.get("forward") for module in modules]
+    for (name, layer), module in zip(layers.items(), modules, strict=True):
+        module.forward = partial(_forward, name, module, LayerProduct(layer, keep=True))
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, held, strict=True):
+            module.__dict__.pop("forward")
+            if forward is not None:
+                module.forward = forward
 
 
 def no_product(module: torch.nn.Module, name: str) -> str | None:

@@ -24,7 +24,7 @@ from bitpress.models.attention import attention_as_it_is, find_attentions, forge
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
-from bitpress.models.products import products_as_they_are, set_products_
+from bitpress.models.products import products_as_they_are, products_instead, set_products_
 from bitpress.models.skeleton import build_skeleton, move_buffers_, restore_ties_, set_parameter_
 from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task
@@ -222,12 +222,22 @@ class StreamedModel:
         return result
 
     def run_block_with(
-        self, i: int, hidden: Float[torch.Tensor, "samples positions hidden"], values: Mapping[str, torch.Tensor]
+        self,
+        i: int,
+        hidden: Float[torch.Tensor, "samples positions hidden"],
+        values: Mapping[str, torch.Tensor | CompressedLayer],
     ) -> Float[torch.Tensor, "samples positions hidden"]:
-        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these."""
+        """Run one loaded block with other values for some of its parameters, by their names; a gradient reaches these. A layer in a weight's place
+        computes the product with it, and rounds its input as it says."""
         prefix = f"{self.block_name(i)}."
-        inside = {f"block.{name.removeprefix(prefix)}": value.to(self.dtype) for name, value in values.items()}
-        out: torch.Tensor = torch.func.functional_call(_Runner(self, i), inside, (hidden,))
+        layers = {name: value for name, value in values.items() if isinstance(value, CompressedLayer)}
+        inside = {
+            f"block.{name.removeprefix(prefix)}": value.to(self.dtype)
+            for name, value in values.items()
+            if not isinstance(value, CompressedLayer)
+        }
+        with products_instead(self.model, layers):
+            out: torch.Tensor = torch.func.functional_call(_Runner(self, i), inside, (hidden,))
         return out
 
     @torch.no_grad()

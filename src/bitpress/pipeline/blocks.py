@@ -143,7 +143,8 @@ class BlockCompressor:
                     plain[name] = p.parameter.restore(self.weights.unscaled(p, block.tensors[name], scales))
             now = {name: stream.model.model.get_parameter(name).data for name in plain}
             stream.model.fill_(plain)
-            found["same"] = stream.run_all(block.index)
+            with stream.model.unrounded(block.index):
+                found["same"] = stream.run_all(block.index)
             stream.model.fill_(now)
         return found
 
@@ -162,7 +163,8 @@ class BlockCompressor:
         open_ones = [p for p in planned if p.parameter.name in packed]
         originals = {p.parameter.name: self.weights.unscaled(p, tensors[p.parameter.name], scales) for p in open_ones}
         inputs = {name: _of_stored(name, found, scales) for name, found in stats.items()}
-        tuner = BlockTuner(self.stream, block.index, open_ones, originals, inputs, kept, targets)
+        rounded = {name: p.input for name, p in made.parameters.items() if p.input is not None}
+        tuner = BlockTuner(self.stream, block.index, open_ones, originals, inputs, kept, targets, rounded)
         progress = self.progress if isinstance(self.progress, Stepwise) else None
         tuned = tuner.tune(
             self.method.tunings,
@@ -172,8 +174,10 @@ class BlockCompressor:
         for p in open_ones:
             name = p.parameter.name
             if name in tuned.weights:
-                result = self.weights.replaced(made.parameters[name], tuned.weights[name], tensors[name], stats, scales)
-                made.put_(result)
+                result = self.weights.replaced(
+                    made.parameters[name], tuned.weights[name], tensors[name], stats, scales, tuned.folded.get(name)
+                )
+                made.put_(result if name not in tuned.inputs else result.with_input(tuned.inputs[name]))
             for text in tuned.notes.get(name, ()):
                 made.put_(made.parameters[name].with_note(text))
         made.tuned = tuned.rows
@@ -184,6 +188,7 @@ class BlockCompressor:
             p.parameter.name: p.parameter.restore(made.parameters[p.parameter.name].weight.dequantize()) for p in open_ones
         }
         model.fill_({**decoded, **{name: tensors[name] for name in kept}})
+        model.set_products_({name: made.parameters[name].layer for name in rounded})
 
     def _measure(
         self,

@@ -136,14 +136,15 @@ class CalibrationStream:
         """Let the model learn what it passes to its blocks for inputs as short as the probe."""
         self._probe_positions = self.model.embed(self.model.task.shorten(inputs[:1], PROBE_LENGTH)).shape[1]
 
-    def _probe(self) -> torch.Tensor:
+    def probe(self) -> torch.Tensor:
+        """Return a short input of the block."""
         return self.batches()[0][1][:1, : self._probe_positions]
 
     def stages(self, i: int, planned: Sequence[PlannedWeight]) -> list[list[PlannedWeight]]:
         """Part a block's weights by their inputs, in the order in which these are made; experts together, by what they share."""
         observed = self.observe([p.parameter for p in planned])
         capture = Capture([w for _, w in observed.values()], ())
-        probe = self._probe()
+        probe = self.probe()
         capture.run(lambda: self.model.run_block(i, probe), whole=True)
 
         def alike(name: str) -> str:
@@ -177,7 +178,7 @@ class CalibrationStream:
         in the `final` of a block's passes.
         """
         batches = self.batches()
-        probe = self._probe().clone()
+        probe = self.probe().clone()
         roles = None
         if HEAD_STATISTICS & self.needs:
             roles = find_roles(lambda: self.model.run_block(i, probe), [w for _, w in observed.values()])
@@ -214,6 +215,13 @@ class CalibrationStream:
                 hidden.copy_(self._checked(i, out))
             self.check_stop()
         return Measured(capture.finish(), capture.groups(), probe)
+
+    def shared_inputs(self, i: int, observed: Mapping[str, tuple[WeightParameter, Observed]]) -> list[list[str]]:
+        """Return the names of weights of a loaded block that share an input, group by group."""
+        capture = Capture([w for _, w in observed.values()], ())
+        with self.model.unrounded(i):
+            capture.run(lambda: self.model.run_block(i, self.probe()), whole=True)
+        return capture.groups()
 
     def embed_batch_(self, samples: int) -> None:
         """Let the model learn what it passes to its blocks for so many samples of calibration at a time."""

@@ -20,6 +20,7 @@ from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Method, Named
 from bitpress.tuning.learned import LearnedTerm, Start
+from bitpress.tuning.learned_maps import MapTuning
 from bitpress.tuning.tuner import Tuning
 
 __all__ = ["Learning", "begin_sample", "plan_learning", "served_by"]
@@ -87,7 +88,7 @@ def served_by(named: Named[Tuning], weights: Sequence[PlannedWeight]) -> list[tu
 
 
 def begin_sample(tuning: Tuning, fmt: Format, rows: int, cols: int) -> LearnedTerm | None:
-    """Return what is learned of a made-up weight."""
+    """Return what is learned of a made-up weight; of its input's map what others may share with it."""
     down, across = fmt.block_grid((rows, cols))
 
     def values(p: StoredParam) -> torch.Tensor:
@@ -99,7 +100,8 @@ def begin_sample(tuning: Tuning, fmt: Format, rows: int, cols: int) -> LearnedTe
     codes = torch.zeros(
         rows // fmt.rows_per_code, cols // fmt.grid.span, dtype=torch.uint8 if fmt.grid.code_bits <= 8 else torch.int32
     )
-    return tuning.begin(Start(torch.randn(rows, cols, generator=generator) * 0.02, fmt, codes, params, fmt.stored(params)))
+    start = Start(torch.randn(rows, cols, generator=generator) * 0.02, fmt, codes, params, fmt.stored(params))
+    return tuning.begin_alone(start) if isinstance(tuning, MapTuning) else tuning.begin(start)
 
 
 def _learned(model: StreamedModel, named: Named[Tuning], weights: Sequence[PlannedWeight]) -> tuple[int, int]:

@@ -10,13 +10,16 @@ from jaxtyping import Float
 
 from bitpress.calibration import Stats
 from bitpress.errors import NumericsError
-from bitpress.formats import CompressedWeight, Packed
+from bitpress.formats import CompressedLayer, CompressedWeight, InputFormat, Packed
 from bitpress.pipeline.calibration_stream import CalibrationStream
+from bitpress.pipeline.learned_inputs import begin_inputs
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import TunedSpan
 from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import Named
+from bitpress.tuning.folded import FoldedVector
 from bitpress.tuning.learned import Learned, LearnedVector, LearnedWeight, learned_term
+from bitpress.tuning.learned_maps import MappedWeight, MapTuning
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
 from bitpress.tuning.tuner import Tuning, begin_weight, tune_
 
@@ -26,12 +29,18 @@ __all__ = ["BlockTuner", "Tuned"]
 @dataclass(frozen=True)
 class Tuned:
     """What came out of learning a block: weights and vectors that changed, by the names of parameters, a row for each span, and notes on
-    weights that could not be learned, by name."""
+    weights that could not be learned, by name.
+
+    inputs    formats of inputs that changed
+    folded    the factors of weights' entries, where channel factors were folded
+    """
 
     weights: dict[str, CompressedWeight]
     vectors: dict[str, torch.Tensor]
     rows: list[TunedSpan]
     notes: dict[str, list[str]]
+    inputs: dict[str, InputFormat]
+    folded: dict[str, Float[torch.Tensor, "out in"]]
 
 
 class BlockTuner:
@@ -40,6 +49,7 @@ class BlockTuner:
     originals   what the compressed weights stand for, [out, in], by the names of parameters
     stats       of the inputs that these have
     kept        the block's other tensors, as stored
+    inputs      how inputs of products are rounded, by the names of parameters
     targets     what the block should give for the hidden states of the stream, held-out windows too; None where every span is a layer
     """
 
@@ -52,8 +62,10 @@ class BlockTuner:
         stats: Mapping[str, Stats],
         kept: Mapping[str, torch.Tensor],
         targets: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, InputFormat],
     ) -> None:
-        self.stream, self.block, self.planned, self.originals = stream, block, planned, originals
+        self.stream, self.block, self.planned, self.originals = stream, block, planned, dict(originals)
+        self.inputs, self.folded = dict(inputs), dict[str, torch.Tensor]()
         self.stats, self.kept, self.targets = stats, kept, targets
         self.name = stream.model.block_name(block)
 
@@ -76,16 +88,22 @@ class BlockTuner:
                 begun, width = (number + at / of) / len(tunings), 1 / of / len(tunings)  # noqa: B023 (called in this round)
                 return lambda share, loss: note(name, begun + share * width, loss)
 
-            weights = {p.parameter.name: self._learned(p, made, tuning, named.name, notes) for p in self.planned}
+            weights: dict[str, LearnedWeight | MappedWeight | None] = {}
+            folded: dict[str, FoldedVector] = {}
+            if isinstance(tuning, MapTuning):
+                weights, folded = self._mapped(tuning, named.name, made, vectors, notes)
+            else:
+                weights |= {p.parameter.name: self._learned(p, made, tuning, named.name, notes) for p in self.planned}
             open_weights = {name: one for name, one in weights.items() if one is not None}
             if tuning.span == "layer":
                 for at, (name, one) in enumerate(open_weights.items()):
+                    assert isinstance(one, LearnedWeight)
                     row = self._layer(named, name, one, heard(name, at, len(open_weights)))
                     rows.append(row)
                     if row.kept:
                         made[name] = one.harden()
                 continue
-            norms = self._vectors(tuning, vectors)
+            norms: dict[str, LearnedVector | FoldedVector] = {**self._vectors(tuning, vectors), **folded}
             if not open_weights and not norms:
                 continue
             row = self._whole(named, {**open_weights, **norms}, made, vectors, heard(self.name, 0, 1))
@@ -93,8 +111,40 @@ class BlockTuner:
             if row.kept:
                 made |= {name: one.harden() for name, one in open_weights.items()}
                 vectors |= {name: one.harden() for name, one in norms.items()}
+                self._keep_inputs_(open_weights)
         changed = {name: weight for name, weight in made.items() if weight is not start[name]}
-        return Tuned(changed, vectors, rows, notes)
+        return Tuned(
+            changed, vectors, rows, notes, {name: self.inputs[name] for name in self.inputs if name in changed}, self.folded
+        )
+
+    def _mapped(
+        self,
+        tuning: MapTuning,
+        method: str,
+        made: Mapping[str, CompressedWeight],
+        vectors: Mapping[str, torch.Tensor],
+        notes: dict[str, list[str]],
+    ) -> tuple[dict[str, LearnedWeight | MappedWeight | None], dict[str, FoldedVector]]:
+        """Return the weights whose inputs' maps are learned, and the vectors that take their factors. The loaded block is that of `made`."""
+        self._fill_(made, vectors)
+        found = begin_inputs(
+            tuning, self.stream, self.block, self.planned, made, self.inputs, self.originals, {**self.kept, **vectors}
+        )
+        for name, why in found.notes.items():
+            notes.setdefault(name, []).append(f"{method} {why}")
+        return dict(found.weights), found.vectors
+
+    def _keep_inputs_(self, learned: Mapping[str, LearnedWeight | MappedWeight]) -> None:
+        """Take over how inputs are rounded now, and what weights stand for."""
+        for name, one in learned.items():
+            if isinstance(one, MappedWeight):
+                rounded = one.harden_input()
+                if rounded is not None:
+                    self.inputs[name] = rounded
+                with torch.no_grad():
+                    self.originals[name] = one.codes.fold(one.codes.target)
+                    before = self.folded.get(name)
+                    self.folded[name] = one.codes.fold(torch.ones_like(one.codes.target) if before is None else before)
 
     def _learned(
         self, p: PlannedWeight, made: Mapping[str, CompressedWeight], tuning: Tuning, method: str, notes: dict[str, list[str]]
@@ -112,7 +162,7 @@ class BlockTuner:
             notes.setdefault(name, []).append(f"{method} cannot learn codes of {codes.format.name}; they stay as they were")
             return None
         transposed = p.parameter.transposed and tuning.span == "block"
-        learned = begin_weight(tuning, weight, self.originals[name], transposed=transposed)
+        learned = begin_weight(tuning, weight, self.originals[name], transposed=transposed, input=self.inputs.get(name))
         if learned is None and at is None:
             notes.setdefault(name, []).append(f"{method} learns no codes of this weight; they stay as they were")
         return learned
@@ -138,15 +188,14 @@ class BlockTuner:
     def _whole(
         self,
         named: Named[Tuning],
-        learned: Mapping[str, LearnedWeight | LearnedVector],
+        learned: Mapping[str, LearnedWeight | MappedWeight | LearnedVector | FoldedVector],
         made: Mapping[str, CompressedWeight],
         vectors: Mapping[str, torch.Tensor],
         note: Callable[[float, float], None],
     ) -> TunedSpan:
         model, stream = self.stream.model, self.stream
-        shapes = {p.parameter.name: p.parameter for p in self.planned}
-        fixed = {name: shapes[name].restore(made[name].dequantize()) for name in made if name not in learned}
-        model.fill_({**fixed, **{name: v for name, v in vectors.items() if name not in learned}})
+        fixed = {name: weight for name, weight in made.items() if name not in learned}
+        self._fill_(fixed, {name: v for name, v in vectors.items() if name not in learned})
         assert stream.hidden is not None
         counted, windows, batch = _counted(stream), len(stream.hidden), named.part.batch
         # Steps and looks at held-out text have batches of these sizes.
@@ -164,6 +213,12 @@ class BlockTuner:
         )
         tokens = objective.windows * stream.hidden.shape[1]
         return self._run(named, self.name, objective, learned, tokens, note)
+
+    def _fill_(self, made: Mapping[str, CompressedWeight], vectors: Mapping[str, torch.Tensor]) -> None:
+        """Let the loaded block compute with these weights and vectors."""
+        model, shapes = self.stream.model, {p.parameter.name: p.parameter for p in self.planned}
+        model.fill_({**{name: shapes[name].restore(weight.dequantize()) for name, weight in made.items()}, **vectors})
+        model.set_products_({name: CompressedLayer(made[name], own) for name, own in self.inputs.items() if name in made})
 
     def _run(
         self,

@@ -210,17 +210,18 @@ class WeightCompressor:
         tensor: torch.Tensor,
         stats: Mapping[str, Stats],
         scales: Rescaled | None,
+        folded: Float[torch.Tensor, "out in"] | None = None,
     ) -> CompressedParameter:
-        """Return a parameter with another weight, measured as the one before. Raises NumericsError."""
+        """Return a parameter with another weight, measured as the one before; its entries hold `folded` factors. Raises NumericsError."""
         parameter, name = made.parameter, made.parameter.stem
         decoded = weight.dequantize()
         if not all_finite(decoded):
             raise NumericsError(f"{name}: the learned weight is not finite.")
         factor = None if scales is None else scales.factors.get(name)
-        w = parameter.matrices(tensor)[0]
-        unscaled, w_hat = (w, decoded) if factor is None else (w / factor, decoded)
+        w, shown = parameter.matrices(tensor)[0], decoded if folded is None else decoded / folded
+        unscaled, w_hat = (w, shown) if factor is None else (w / factor, shown)
         if factor is not None and scales is not None and name not in scales.unfolded:
-            w_hat = decoded / factor
+            w_hat = shown / factor
         usable = stats.get(name)
         (after,) = output_errors(unscaled, (w_hat,), usable)
         by_class = None

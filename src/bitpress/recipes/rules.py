@@ -103,14 +103,18 @@ def _check_tuning(method: Method) -> None:
         raise UsageError(f"{name} learns from the outputs of compressed blocks, so calibration.inputs cannot be original.")
     if exact := method.exact_formats():
         raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
-    if method.rounds_inputs:
-        raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
+    if method.rounds_inputs and (alone := [named.name for named in method.tunings if named.part.span == "layer"]):
+        raise UsageError(
+            f"{alone[0]} learns layers by inputs as they are, and this recipe rounds them; learn blocks (span: block), or leave out one of them."
+        )
     if method.of("bias"):
         raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
-    moved = next((at for at, named in enumerate(method.tunings) if named.part.norms), len(method.tunings))
+    moving = [at for at, named in enumerate(method.tunings) if named.part.norms or named.part.moves_inputs]
+    moved = next(iter(moving), len(method.tunings))
     if late := [named.name for named in method.tunings[moved:] if named.part.span == "layer"]:
+        what = "maps" if method.tunings[moved].part.moves_inputs else "norms"
         raise UsageError(
-            f"{late[0]} learns layers by inputs measured before norms were learned by {method.tunings[moved].name}; put it first."
+            f"{late[0]} learns layers by inputs measured before {what} were learned by {method.tunings[moved].name}; put it first."
         )
 
 

@@ -2,10 +2,11 @@
 
 The codes of a weight are learned in their own basis, and other terms beside them likewise; its maps stay as they are, but for a diagonal at
 either end (`LearnedSides`). A forward computes with the very values that would be stored at that moment: parameters are rounded as their store
-rounds them, and the gradient passes through.
+rounds them, and the gradient passes through. Where a layer's input is rounded its value is a `CompressedLayer` that holds tensors with gradients
+in the place of stored ones, so that one product computes both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError
-from bitpress.formats import Chain, CompressedWeight, Format, Map, Packed, Scale, Term, chain
+from bitpress.formats import Chain, CompressedLayer, CompressedWeight, Format, InputFormat, Map, Packed, Scale, Term, chain
 from bitpress.formats.fake_quantize import inside_range
 from bitpress.formats.grids.grid import EvenlySpaced, Params, Streamed
 from bitpress.transforms.basis import into_basis
@@ -28,8 +29,12 @@ __all__ = [
     "LearnedTerm",
     "LearnedVector",
     "LearnedWeight",
+    "Soft",
     "Start",
+    "Value",
+    "joined_maps",
     "learned_term",
+    "soft_weight",
 ]
 
 # The share of codes that plain rounding would choose too, from which on a start counts as rounded.
@@ -46,20 +51,48 @@ class Leaf:
     high: float | None = None
 
 
+# A parameter in float32, or for a weight whose input is rounded the layer that computes its product.
+Value = torch.Tensor | CompressedLayer
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A term of a weight that is learned: its values, with their gradient."""
+
+    value: Float[torch.Tensor, "out in"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.value.shape[0], self.value.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"value": self.value}
+
+    def dequantize(self) -> Float[torch.Tensor, "out in"]:
+        return self.value
+
+
+def soft_weight(whole: CompressedWeight, parts: Sequence[Float[torch.Tensor, "out in"]]) -> CompressedWeight:
+    """Return a weight with values, and their gradients, in the place of its terms. Nothing of it can be stored."""
+    soft: Any = tuple(Soft(part) for part in parts)
+    return replace(whole, terms=soft)
+
+
 class Learned(Protocol):
     """A parameter of the model while it is learned. `progress` goes from 0 at the first step to 1 behind the last one."""
 
     def leaves(self) -> list[Leaf]: ...
 
-    def value(self, progress: float) -> torch.Tensor:
-        """Return the parameter in float32, with a gradient by the leaves."""
+    def value(self, progress: float) -> Value:
+        """Return the parameter, with a gradient by the leaves."""
         ...
 
-    def hard_value(self) -> torch.Tensor:
-        """Return the parameter as it would be stored and loaded again, in float32."""
+    def hard_value(self) -> Value:
+        """Return the parameter as it would be stored and loaded again."""
         ...
 
-    def start_value(self) -> torch.Tensor:
+    def start_value(self) -> Value:
         """Return the parameter that learning started from."""
         ...
 
@@ -211,6 +244,7 @@ class LearnedWeight:
     beside       other terms that are learned, by their numbers
     sides        the diagonals around its maps that are learned
     transposed   whether the model's parameter is [in, out]
+    input        how the input of its product is rounded, None where it is not
     """
 
     def __init__(
@@ -222,7 +256,9 @@ class LearnedWeight:
         beside: Mapping[int, LearnedTerm] | None = None,
         sides: "LearnedSides | None" = None,
         transposed: bool = False,
+        input: InputFormat | None = None,
     ) -> None:
+        self.input = input
         own = {} if codes is None or at is None else {at: codes}
         self.terms = dict(sorted({**own, **(beside or {})}.items()))
         self.whole, self.sides, self.transposed = weight, sides, transposed
@@ -253,10 +289,13 @@ class LearnedWeight:
             total = part if total is None else total if part is None else total + part
         return total
 
-    def value(self, progress: float) -> torch.Tensor:
+    def value(self, progress: float) -> Value:
+        parts = [self.terms[k].weight(progress) if other is None else other for k, other in enumerate(self.others)]
+        if self.input is not None:
+            soft = soft_weight(self.whole, parts)
+            return CompressedLayer(soft if self.sides is None else self.sides.around(soft), self.input)
         total: torch.Tensor | None = None
-        for k, other in enumerate(self.others):
-            part = self.terms[k].weight(progress) if other is None else other
+        for part in parts:
             total = part if total is None else total + part
         assert total is not None
         mapped: torch.Tensor
@@ -271,12 +310,16 @@ class LearnedWeight:
         weight = replace(self.whole, terms=tuple(terms))
         return weight if self.sides is None else self.sides.harden(weight)
 
-    def hard_value(self) -> torch.Tensor:
-        decoded = self.harden().dequantize()
-        return decoded.T if self.transposed else decoded
+    def hard_value(self) -> Value:
+        return self._as_stored(self.harden())
 
-    def start_value(self) -> torch.Tensor:
-        decoded = self.whole.dequantize()
+    def start_value(self) -> Value:
+        return self._as_stored(self.whole)
+
+    def _as_stored(self, weight: CompressedWeight) -> Value:
+        if self.input is not None:
+            return CompressedLayer(weight, self.input)
+        decoded = weight.dequantize()
         return decoded.T if self.transposed else decoded
 
 
@@ -303,13 +346,21 @@ class LearnedSides:
         return whole if self.t is None else (whole.T * self.t).T
 
     def harden(self, weight: CompressedWeight) -> CompressedWeight:
-        """Return the weight with the diagonals in its maps; two scales in a row become one."""
-        s, t = (None if side is None else Scale(side.detach().clone()) for side in (self.s, self.t))
-        ahead, behind = _maps(s, weight.input_map), _maps(weight.output_map, t)
+        """Return the weight with the diagonals in its maps as they are stored."""
+        return self._between(weight, *(None if side is None else side.detach().clone() for side in (self.s, self.t)))
+
+    def around(self, weight: CompressedWeight) -> CompressedWeight:
+        """Return the weight with the diagonals in its maps, with their gradients."""
+        return self._between(weight, self.s, self.t)
+
+    def _between(self, weight: CompressedWeight, *sides: torch.Tensor | None) -> CompressedWeight:
+        """Put diagonals around a weight; two scales in a row become one."""
+        s, t = (None if side is None else Scale(side) for side in sides)
+        ahead, behind = joined_maps(s, weight.input_map), joined_maps(weight.output_map, t)
         return replace(weight, input_map=chain(*ahead), output_map=chain(*behind))
 
 
-def _maps(*maps: Map | None) -> list[Map]:
+def joined_maps(*maps: Map | None) -> list[Map]:
     """Return single maps in a row, scales side by side multiplied."""
     joined: list[Map] = []
     for one in maps:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Integer as Int
 
+from bitpress.tuning.learned import Value
 from bitpress.tuning.tuner import LossName, Objective
 
 __all__ = ["LOSSES", "BlockObjective", "LayerObjective"]
@@ -52,7 +53,7 @@ class BlockObjective(Objective):
 
     def __init__(
         self,
-        run: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
+        run: Callable[[torch.Tensor, Mapping[str, Value]], torch.Tensor],
         inputs: Out,
         targets: Out,
         counted: int,
@@ -68,12 +69,12 @@ class BlockObjective(Objective):
         energy = torch.stack([t[..., self.columns].float().square().mean() for t in targets[:counted].split(batch)]).mean()
         self.energy = max(float(energy), torch.finfo(torch.float32).tiny)
 
-    def loss(self, values: Mapping[str, torch.Tensor], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
+    def loss(self, values: Mapping[str, Value], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
         out = self.run(self.inputs[rows].to(self.device), values)
         return self.distance(out[..., self.columns], self.targets[rows].to(self.device)[..., self.columns]) / self.energy
 
     @torch.no_grad()
-    def held_out(self, values: Mapping[str, torch.Tensor]) -> float:
+    def held_out(self, values: Mapping[str, Value]) -> float:
         total, windows = 0.0, len(self.inputs)
         for at in range(self.windows, windows, self.batch):
             rows = torch.arange(at, min(at + self.batch, windows))
@@ -99,12 +100,17 @@ class LayerObjective(Objective):
         self.energy = ((self.w @ gram) * self.w).sum().clamp_min(tiny)
         self.energy_held_out = self.energy if held_out is None else (held_out.float() @ self.w.T).square().sum().clamp_min(tiny)
 
-    def loss(self, values: Mapping[str, torch.Tensor], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
-        off = values[self.name] - self.w
+    def loss(self, values: Mapping[str, Value], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
+        off = self._weight(values) - self.w
         return ((off @ self.gram) * off).sum() / self.energy
 
     @torch.no_grad()
-    def held_out(self, values: Mapping[str, torch.Tensor]) -> float:
+    def held_out(self, values: Mapping[str, Value]) -> float:
         if self.tokens is None or not len(self.tokens):
             return float(self.loss(values, torch.zeros(1, dtype=torch.long)))
-        return float((self.tokens.float() @ (values[self.name] - self.w).T).square().sum() / self.energy_held_out)
+        return float((self.tokens.float() @ (self._weight(values) - self.w).T).square().sum() / self.energy_held_out)
+
+    def _weight(self, values: Mapping[str, Value]) -> Float[torch.Tensor, "out in"]:
+        value = values[self.name]
+        assert isinstance(value, torch.Tensor)  # recipes that round inputs learn no layer alone
+        return value

@@ -17,12 +17,13 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import NumericsError, UsageError
 from bitpress.finite import all_finite
-from bitpress.formats import CompressedWeight, Term
-from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, learned_term
+from bitpress.formats import CompressedWeight, InputFormat, Term
+from bitpress.tuning.cayley import CayleySGD
+from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, Value, learned_term
 
 __all__ = ["Curve", "Objective", "Tuning", "begin_weight", "tune_"]
 
-OptimizerName = Literal["adam", "sign"]
+OptimizerName = Literal["adam", "sign", "cayley"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 LossName = Literal["mse", "channels", "cosine"]
 Span = Literal["layer", "block"]
@@ -48,7 +49,7 @@ class Tuning(ABC):
     seed       of the draw of windows
 
     summary, paper, serves as those of a quantizer: `serves` are names of formats whose codes it can learn; `adds_maps` says whether weights
-    get maps that they did not have.
+    get maps that they did not have, and `moves_inputs` whether weights have other inputs afterwards, whose statistics are not those measured. `rotates`: its matrices are orthogonal, and only steps of `cayley` keep them so.
     """
 
     steps: int = 200
@@ -67,11 +68,15 @@ class Tuning(ABC):
     paper: ClassVar[str]
     serves: ClassVar[tuple[str, ...]] = ("*",)
     adds_maps: ClassVar[bool] = False
+    moves_inputs: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checks"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: it is 1 or more.")
+        if (self.optimizer == "cayley") != self.rotates:
+            raise UsageError(f"optimizer={self.optimizer}: cayley takes steps of rotations, and spinquant's take no others.")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"rate={self.rate:g}: a learning rate is more than 0.")
         if not 0 <= self.norms < math.inf:
@@ -103,9 +108,15 @@ class Tuning(ABC):
 
 
 def begin_weight(
-    tuning: Tuning, weight: CompressedWeight, original: Float[torch.Tensor, "out in"], *, transposed: bool = False
+    tuning: Tuning,
+    weight: CompressedWeight,
+    original: Float[torch.Tensor, "out in"],
+    *,
+    transposed: bool = False,
+    input: InputFormat | None = None,
 ) -> LearnedWeight | None:
-    """Return a compressed weight as it is learned, None where nothing of it is. Its codes are in a format that the tuning serves."""
+    """Return a compressed weight as it is learned, None where nothing of it is. Its codes are in a format that the tuning serves; `input` is
+    how the input of its product is rounded."""
     at, codes = learned_term(weight), None
     if at is not None:
         start, at = LearnedWeight.start(weight, original)
@@ -115,7 +126,7 @@ def begin_weight(
     sides = tuning.begin_sides(weight)
     if codes is None and not beside and sides is None:
         return None
-    return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed)
+    return LearnedWeight(weight, codes, at, beside=beside, sides=sides, transposed=transposed, input=input)
 
 
 class Objective(Protocol):
@@ -123,11 +134,11 @@ class Objective(Protocol):
 
     windows: int
 
-    def loss(self, values: Mapping[str, torch.Tensor], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
+    def loss(self, values: Mapping[str, Value], rows: Int[torch.Tensor, " batch"]) -> Float[torch.Tensor, ""]:
         """Return the loss on some windows of the calibration text, with a gradient by the values."""
         ...
 
-    def held_out(self, values: Mapping[str, torch.Tensor]) -> float:
+    def held_out(self, values: Mapping[str, Value]) -> float:
         """Return the loss on held-out windows."""
         ...
 
@@ -242,6 +253,8 @@ class SignDescent(torch.optim.Optimizer):
 def _optimizer(leaves: list[Leaf], tuning: Tuning) -> torch.optim.Optimizer:
     rate = tuning.learning_rate
     groups: list[dict[str, object]] = [{"params": [leaf.tensor], "lr": rate * leaf.rate} for leaf in leaves]
+    if tuning.optimizer == "cayley":
+        return CayleySGD(groups)
     return SignDescent(groups) if tuning.optimizer == "sign" else torch.optim.Adam(groups)
 
 

@@ -3,7 +3,8 @@
     y = T_out (sum of terms) T_in x
 
 A map acts on the last dimension. The `i`-th value after `Scale` is `scale[i] * x[i]`, after `Permutation` it is `x[order[i]]`.
-`Hadamard` and `Kronecker` are in `formats.maps.rotations`, `Reassembly`, the one map that cannot be undone, in `formats.maps.reassembly`.
+`Hadamard` and `Kronecker` are in `formats.maps.rotations`, `Affine` in `formats.maps.affine`, `Reassembly`, the one map that cannot be undone,
+in `formats.maps.reassembly`.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from jaxtyping import Integer as Int
 
 from bitpress.errors import FormatError, unknown_name
 from bitpress.formats.format import Expected
+from bitpress.formats.maps.affine import Affine
 from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 
@@ -196,13 +198,16 @@ class Chain:
             change.check()
 
 
-MAPS: dict[str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker] | type[Reassembly]] = {
+MAPS: dict[
+    str, type[Scale] | type[Permutation] | type[Chain] | type[Hadamard] | type[Kronecker] | type[Affine] | type[Reassembly]
+] = {
     "scale": Scale,
     "permutation": Permutation,
     "chain": Chain,
     "hadamard": Hadamard,
     "kronecker": Kronecker,
     "reassembly": Reassembly,
+    "affine": Affine,
 }
 
 

@@ -26,7 +26,7 @@ from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
 from bitpress.formats.layouts import dense as dense
 
-__all__ = ["Hadamard", "Kronecker", "core_of", "hadamard_matrix"]
+__all__ = ["LARGEST", "Hadamard", "Kronecker", "core_of", "hadamard_matrix", "most_equal_order", "multiply_factors"]
 
 # The largest dense factor that a file may ask for.
 LARGEST = 1024
@@ -96,7 +96,7 @@ class Hadamard:
     def _mix(self, x: Float[torch.Tensor, "... n"], *, transposed: bool) -> Float[torch.Tensor, "... n"]:
         core = hadamard_matrix(self.core)
         factors = [core.T if transposed else core, *_walsh_factors(self.block // self.core)]
-        return (_multiply(x.reshape(-1, self.block), factors) / math.sqrt(self.block)).reshape(x.shape)
+        return (multiply_factors(x.reshape(-1, self.block), factors) / math.sqrt(self.block)).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Kronecker:
     @classmethod
     def random(cls, size: int, generator: torch.Generator) -> "Kronecker":
         """Draw two orthogonal matrices of the most equal orders, uniformly. Raises FormatError for a width without such orders."""
-        a = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
+        a = most_equal_order(size)
         cls.expected({"left": a}, size)
         return cls(_random_orthogonal(a, generator), _random_orthogonal(size // a, generator))
 
@@ -150,7 +150,12 @@ class Kronecker:
                 raise FormatError(f"the factor {name} of a kronecker map is not orthogonal.")
 
     def _mix(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return _multiply(x.reshape(-1, left.shape[0] * right.shape[0]), [left, right]).reshape(x.shape)
+        return multiply_factors(x.reshape(-1, left.shape[0] * right.shape[0]), [left, right]).reshape(x.shape)
+
+
+def most_equal_order(size: int) -> int:
+    """Return the smaller of the two most equal whole numbers whose product is the size."""
+    return max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
 
 
 def core_of(block: int) -> int:
@@ -214,8 +219,33 @@ def _walsh_factors(size: int) -> list[torch.Tensor]:
     return factors
 
 
+def multiply_factors(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
+    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`, the same to the last bit whether a gradient is wanted or not."""
+    if x.requires_grad or any(factor.requires_grad for factor in factors):
+        result: torch.Tensor = _Multiplied.apply(x, *factors)
+        return result
+    return _multiply(x, factors)
+
+
+class _Multiplied(torch.autograd.Function):
+    """torch folds axes into one product or not by whether a gradient is wanted, and rounds otherwise then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *factors)
+        return _multiply(x.detach(), [factor.detach() for factor in factors])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        leaves = [t.detach().requires_grad_(needed) for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]
+        with torch.enable_grad():
+            y = _multiply(leaves[0], leaves[1:])
+        found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], gradients[0]))
+        return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
 def _multiply(x: Float[torch.Tensor, "rows n"], factors: Sequence[torch.Tensor]) -> Float[torch.Tensor, "rows n"]:
-    """Return (f0 ⊗ f1 ⊗ ...) x for every row of `x`: the last axis is multiplied and becomes the first, once for each factor."""
+    """Multiply the last axis, which becomes the first, once for each factor."""
     rows = x.shape[0]
     for factor in reversed(factors):
         order = factor.shape[0]
