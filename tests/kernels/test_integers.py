@@ -265,6 +265,21 @@ def test_leading_channels_that_cut_rows_too_finely_are_computed_from_values() ->
             assert ((y - values @ w.T).abs() <= values.abs() @ w.abs().T * 200 * 2.0**-24).all(), (path, count)
 
 
+def test_a_bad_range_of_leading_channels_is_an_error() -> None:
+    good = {"bits": 8, "has_zero": False, "group": 8, "kind": "fp32"}
+    for bad in (
+        {"columns": 0},
+        {"columns": 32},
+        {"columns": 8, "group": 9},
+        {"columns": 8, "bits": 9},
+        {"columns": 8, "kind": "e8m0"},
+    ):
+        with pytest.raises(ValueError, match=r"must|are kept in"):
+            native.library().Linear(4, 32).set_rounding({**good, "first": {**good, **bad}})
+    with pytest.raises(ValueError, match="a fixed scale is for all columns"):
+        native.library().Linear(4, 32).set_rounding({**good, "scale": 1.0, "zero": 0, "first": {**good, "columns": 8}})
+
+
 # ---- products ----
 
 
