@@ -106,6 +106,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/engine.py --render
 	$(BIN)/python benchmarks/schemes.py --render
 	$(BIN)/python benchmarks/learning.py --render
+	$(BIN)/python benchmarks/integers.py --render
 	$(BIN)/python benchmarks/exchange.py --render
 	$(BIN)/python benchmarks/greedy.py --render
 	$(BIN)/python benchmarks/encoder.py --render

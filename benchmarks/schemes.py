@@ -37,12 +37,12 @@ SEED = 20261127
 
 def directory_of(model: str, out: Path) -> str:
     """Return what `bitpress compare` takes: a name, the directory of the copy with planted outliers, made first if needed, or that of the
-    Mamba, which `scripts/train_tiny.py` has made."""
+    Mamba, which `scripts/train_tiny.py` has trained."""
     if model == TRAINED:
-        made = cache_directory() / "trained" / model
-        if not made.exists():
+        trained = cache_directory() / "trained" / model
+        if not trained.exists():
             raise SystemExit(f"{model}: is not there; train it first: python scripts/train_tiny.py {model}")
-        return str(made)
+        return str(trained)
     if model != PLANTED:
         return model
     source, target = resolve_model("bitpress-tiny"), out / "bitpress-tiny-outliers"

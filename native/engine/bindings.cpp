@@ -153,22 +153,26 @@ size_t linear_bytes(const Linear &l) {
     return l.bytes();
 }
 
-// A row of inputs by the rounding of a layer without a map: codes, and for every group of columns with a scale its zero point and scale.
+// A row of inputs by the map and the rounding of a layer: codes, and for every run of columns with a scale its zero point and scale.
 void round_input(const Linear &l, Array<const float, 1> x, Array<uint8_t, 1> codes, Array<float, 1> scales, Array<int32_t, 1> zeros, const std::string &path) {
     const nb::gil_scoped_release released;
     const Use use(l);
     need(l.rounding.has_value(), "the layer does not round its input");
     const Rounding &r = *l.rounding;
-    const Cut cut = make_cut(l.columns, r.group, chunk_of(8));
+    const Cut cut = make_cut(l.columns, r.run(), chunk_of(8));
     need(x.shape(0) == size_t(l.columns) && codes.shape(0) == x.shape(0), "x and codes must be [columns]");
-    need(scales.shape(0) == size_t(cut.groups) && zeros.shape(0) == scales.shape(0), "scales and zeros must be [groups]");
+    need(scales.shape(0) == size_t(cut.groups) && zeros.shape(0) == scales.shape(0), "scales and zeros must be [runs]");
     IntegerRows rows;
     rows.fit(cut, 1, 1);
-    choose_kernels(path.c_str()).round_row(x.data(), 0, r, rows);
+    const Kernels &kernels = choose_kernels(path.c_str());
+    std::vector<float> mapped(x.data(), x.data() + x.shape(0));
+    if (l.map) l.map->apply(kernels, x.data(), mapped.data());
+    kernels.round_row(mapped.data(), 0, r, rows);
+    const auto middle = [&](int b) { return r.range_of(cut.first_column(b)).middle(); };
     for (int b = 0; b < cut.blocks(); ++b) {
-        for (int c = 0; c < cut.columns_of(b); ++c) codes.data()[cut.first_column(b) + c] = uint8_t(rows.values[size_t(b) * cut.width + c] + r.middle());
+        for (int c = 0; c < cut.columns_of(b); ++c) codes.data()[cut.first_column(b) + c] = uint8_t(rows.values[size_t(b) * cut.width + c] + middle(b));
     }
-    for (int g = 0; g < cut.groups; ++g) scales.data()[g] = rows.scales[size_t(g)], zeros.data()[g] = rows.less[size_t(g)] + r.middle();
+    for (int g = 0; g < cut.groups; ++g) scales.data()[g] = rows.scales[size_t(g)], zeros.data()[g] = rows.less[size_t(g)] + r.range_of(g * cut.group).middle();
 }
 
 // Products by themselves: for layers inside another runtime, and for tests.
@@ -202,7 +206,7 @@ struct Multiplier {
             const std::vector<Product> products{{&l, out.data(), l.rows}};
             bitpress::multiply(kernels, pool, thread, products, input, scratch[size_t(thread)]);
             pool.wait();
-            map_outputs(pool, thread, products, rows);
+            map_outputs(kernels, pool, thread, products, rows);
         });
         if (!finite) throw std::overflow_error("a scale of the inputs is beyond the range of its type");
     }

@@ -199,14 +199,30 @@ void take_picked(Coded &m, const Array<const int32_t, 1> &picked, int columns) {
     m.picked = copied(picked.data(), count);
 }
 
-Rounding take_rounding(const Part &part, int columns) {
-    Rounding r;
+namespace {
+
+CodeRange take_range(const Part &part, int columns) {
+    CodeRange r;
     r.bits = part.whole("bits", 1, 8), r.has_zero = part.claim("has_zero"), r.group = part.whole("group", 1, columns);
     need(r.bits > 1 || r.has_zero, "one bit without a zero point has no positive level");
     r.kind = scale_kind(taken<std::string>(part.at("kind"), part.path("kind"), "a name"));
     need(r.kind == ScaleKind::f32 || r.kind == ScaleKind::f16 || r.kind == ScaleKind::bf16, "scales of inputs are kept in fp32, fp16 or bf16");
+    return r;
+}
+
+}  // namespace
+
+Rounding take_rounding(const Part &part, int columns) {
+    Rounding r;
+    if (part.has("first")) {
+        const Part leading{part.path("first"), part.at("first")};
+        r.first = leading.whole("columns", 1, columns - 1);
+        r.leading = take_range(leading, r.first);
+    }
+    static_cast<CodeRange &>(r) = take_range(part, columns - r.first);
     r.fixed = part.has("scale"), r.zero = r.middle();
     if (!r.fixed) return r;
+    need(r.first == 0, "a fixed scale is for all columns, and the first ones have a range of their own");
     r.scale = part.number("scale");
     need(r.scale > 0 && r.group == columns, "a fixed scale must be above 0, and is for all columns");
     if (r.has_zero) r.zero = part.whole("zero", 0, r.top());
@@ -215,8 +231,8 @@ Rounding take_rounding(const Part &part, int columns) {
 
 void sum_whole(Coded &m, const Rounding &rounding) {
     const bool stands_alone = m.kind == CodeKind::whole && m.packing == Packing::planes && !m.less.any() && !m.picked.size();
-    m.whole_sums = stands_alone && rounding.group % m.group == 0 && m.group <= MOST_SUMMED;
-    m.has_code_sums = m.whole_sums && rounding.has_zero;
+    m.whole_sums = stands_alone && rounding.run() % m.group == 0 && m.group <= MOST_SUMMED;
+    m.has_code_sums = m.whole_sums && (rounding.has_zero || (rounding.first > 0 && rounding.leading.has_zero));
 }
 
 const char *code_kind_name(CodeKind kind) { return KIND_NAMES[int(kind)]; }

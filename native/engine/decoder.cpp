@@ -131,7 +131,7 @@ void Decoder::take(Turn &turn, const Multiply &step) {
     if (!turn.alone || step.meets) pool_.wait();
     multiply(kernels_, pool_, turn.thread, products, input, scratch_[size_t(turn.thread)]);
     pool_.wait();
-    map_outputs(pool_, turn.thread, products, turn.count);
+    map_outputs(kernels_, pool_, turn.thread, products, turn.count);
     note_apart(turn, input);
     lap(turn, PRODUCTS);
 }
@@ -148,7 +148,7 @@ void Decoder::take(Turn &turn, const Gate &step) {
     if (at_once) multiply_gated(kernels_, pool_, turn.thread, {step.gate, step.up, s.acted.data(), inner, shape_.tanh_gelu}, input, scratch);
     else multiply(kernels_, pool_, turn.thread, products, input, scratch);
     pool_.wait();
-    if (!at_once) map_outputs(pool_, turn.thread, products, turn.count);
+    if (!at_once) map_outputs(kernels_, pool_, turn.thread, products, turn.count);
     note_apart(turn, input);
     for (int row = turn.from; row < turn.to; ++row) {
         const size_t at = size_t(row) * inner;
@@ -189,7 +189,7 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
         meet(turn);
         multiply(kernels_, pool_, turn.thread, products, turn.own.to_head, scratch);
         pool_.wait();
-        map_outputs(pool_, turn.thread, products, turn.count);
+        map_outputs(kernels_, pool_, turn.thread, products, turn.count);
     } else {
         meet(turn);
         Rows &mine = *rows_[size_t(turn.thread)];
@@ -200,7 +200,7 @@ void Decoder::multiply_head(Turn &turn, bool all_logits) {
         prepare(mine.to_head, mine.normed.data(), 0);
         multiply(kernels_, pool_, turn.thread, products, mine.to_head, scratch);
         pool_.wait();
-        map_outputs(pool_, turn.thread, products, 1);
+        map_outputs(kernels_, pool_, turn.thread, products, 1);
     }
     lap(turn, HEAD);
 }

@@ -8,14 +8,17 @@ namespace bitpress {
 
 Cut flat_cut(int columns) { return make_cut(columns, columns, chunk_of(8)); }
 
-void Input::want(const Kernels &kernels, const Key &key) {
-    for (size_t i = 0; i < used_; ++i) {
-        if (forms_[i] == key) return;
+void Input::want(const Kernels &kernels, const Key &key, bool passing) {
+    const auto known = std::find_if(forms_.begin(), forms_.begin() + ptrdiff_t(used_), [&](const Form &form) { return form == key; });
+    if (known != forms_.begin() + ptrdiff_t(used_)) {
+        if (passing || !known->passing) return;
+        known->passing = false;
+        return known->values.resize(size_t(rows_) * known->width);
     }
     if (used_ == forms_.size()) forms_.emplace_back();
     Form &form = forms_[used_++];
     static_cast<Key &>(form) = key;
-    form.width = 0;
+    form.width = 0, form.passing = passing;
     const Cut &cut = key.cut;
     if (key.kind == Key::direct) form.quantized.fit(cut, rows_);
     else if (key.kind == Key::tiled) form.tiles.fit(cut, rows_);
@@ -23,7 +26,7 @@ void Input::want(const Kernels &kernels, const Key &key) {
     else if (key.kind == Key::integers) form.whole.fit(cut, rows_, rows_ <= MOST_ROWS ? 1 : kernels.integer_bytes);
     else {
         form.width = key.kind == Key::floats ? cut.padded() : key.kind == Key::inner ? key.linear->up.width() : cut.columns;
-        form.values.resize(size_t(rows_) * form.width);
+        if (!passing) form.values.resize(size_t(rows_) * form.width);
     }
 }
 
@@ -41,7 +44,8 @@ void Input::plan(const Kernels &kernels, const std::vector<const Linear *> &line
         whole.columns = linear->columns;
         const bool floats = !linear->dense.empty() || linear->sparse;
         // First, for the others are made of it.
-        if (map != nullptr || (floats && !rounding)) want(kernels, {Key::mapped, whole, map});
+        const bool read = floats && !rounding;
+        if (map != nullptr || read) want(kernels, {Key::mapped, whole, map}, !read);
         if (rounding && linear->reads_rounded_floats()) want(kernels, {Key::mapped, whole, map, nullptr, nullptr, rounding});
         for (const Coded &m : linear->coded) {
             const bool in_floats = !bytes || rounding || (few && !m.reads_bytes());
@@ -102,7 +106,7 @@ void reduce(const Kernels &k, const Linear &l, const float *x, float *to) {
 // The values that a row's codes stand for.
 bool round_floats(const Kernels &k, const float *x, const Rounding &rounding, int columns, float *to) {
     thread_local IntegerRows codes;
-    const Cut cut = make_cut(columns, rounding.group, chunk_of(8));
+    const Cut cut = make_cut(columns, rounding.run(), chunk_of(8));
     codes.fit(cut, 1, 1);
     const bool finite = k.round_row(x, 0, rounding, codes);
     for (int b = 0; b < cut.blocks(); ++b) {
@@ -116,12 +120,22 @@ bool round_floats(const Kernels &k, const float *x, const Rounding &rounding, in
 
 }  // namespace
 
-const float *Input::row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row) const {
+const float *Input::row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row) {
     for (size_t i = 0; i < used_; ++i) {
-        const Form &form = forms_[i];
-        if (form.kind == Key::mapped && form.map == map && form.rounding == rounding) return form.values.data() + size_t(row) * form.width;
+        if (forms_[i].kind == Key::mapped && forms_[i].map == map && forms_[i].rounding == rounding) return place(i, row);
     }
     return x;
+}
+
+// Where a row of floats of a form is. A passing one is in this thread's cache from its making to its last use.
+float *Input::place(size_t i, int row) {
+    thread_local std::vector<Aligned<float>> passing;
+    Form &form = forms_[i];
+    if (form.width == 0) return nullptr;
+    if (!form.passing) return form.values.data() + size_t(row) * form.width;
+    if (passing.size() <= i) passing.resize(i + 1);
+    passing[i].resize(size_t(form.width));
+    return passing[i].data();
 }
 
 bool Input::prepare(const Kernels &kernels, const float *x, int row) {
@@ -129,7 +143,7 @@ bool Input::prepare(const Kernels &kernels, const float *x, int row) {
     thread_local std::vector<float> few;
     for (size_t i = 0; i < used_; ++i) {
         Form &form = forms_[i];
-        float *to = form.width > 0 ? form.values.data() + size_t(row) * form.width : nullptr;
+        float *to = place(i, row);
         const bool rounds = form.rounding && (form.kind == Key::integers || form.kind == Key::mapped);
         const float *from = form.kind == Key::mapped && !rounds ? x : row_of(form.map, rounds ? std::nullopt : form.rounding, x, row);
         if (form.picked != nullptr) {
@@ -140,7 +154,7 @@ bool Input::prepare(const Kernels &kernels, const float *x, int row) {
         if (form.kind == Key::mapped) {
             if (rounds) finite = round_floats(kernels, from, *form.rounding, form.width, to) && finite;
             else if (form.map == nullptr) std::memcpy(to, x, size_t(form.width) * sizeof(float));
-            else form.map->apply(x, to);
+            else form.map->apply(kernels, x, to);
         } else if (form.kind == Key::direct) {
             Quantized &q = form.quantized;
             kernels.quantize(from, q.cut, q.values.data() + size_t(row) * 2 * q.cut.padded(),

@@ -188,6 +188,9 @@ struct Kernels {
     void (*quantize)(const float *x, const Cut &, int8_t *values, float *scales, int32_t *sums);
     void (*quantize_tiled)(const float *x, int row, Tiled &to);
     void (*pad)(const float *x, const Cut &, float *to);
+    // A step of a map: to = (left ⊗ right) (factors * x) block by block; factors may be null, and x may be `to`. `spare` has room for a row,
+    // and for two strips of `across` rows.
+    void (*mix)(const Mixing &, const float *x, const float *factors, float *to, int columns, float *spare);
 
     void (*norm)(const float *x, const float *weight, int n, float eps, float *to);
     void (*add)(const float *x, int n, float *to);

@@ -284,7 +284,7 @@ void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<
     }
 }
 
-void map_outputs(Pool &pool, int thread, const std::vector<Product> &products, int rows) {
+void map_outputs(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, int rows) {
     thread_local std::vector<float> row_before;
     bool any = false;
     for (const Product &p : products) {
@@ -295,7 +295,7 @@ void map_outputs(Pool &pool, int thread, const std::vector<Product> &products, i
         for (int row = thread; row < rows; row += pool.threads()) {
             float *out = p.out + size_t(row) * p.stride;
             std::copy(out, out + l.rows, row_before.data());
-            l.out_map->apply(row_before.data(), out);
+            l.out_map->apply(kernels, row_before.data(), out);
             for (int i = 0; i < l.rows && l.bias.size(); ++i) out[i] += l.bias[size_t(i)];
         }
     }

@@ -45,6 +45,7 @@ class Input {
         HalfRows halves;
         Aligned<float> values;  // [row][width]
         int width;
+        bool passing;  // mapped rows that only other forms are made of: each thread has one, and no product reads it
     };
     const Form &find(const Key &key) const;
     int rows() const { return rows_; }
@@ -56,8 +57,9 @@ class Input {
     int64_t values() const;
 
   private:
-    void want(const Kernels &kernels, const Key &key);
-    const float *row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row) const;
+    void want(const Kernels &kernels, const Key &key, bool passing = false);
+    const float *row_of(const InputMap *map, const std::optional<Rounding> &rounding, const float *x, int row);
+    float *place(size_t form, int row);
     std::vector<Form> forms_;
     size_t used_ = 0;
     int rows_ = 0;
@@ -93,6 +95,6 @@ void multiply(const Kernels &kernels, Pool &pool, int thread, const std::vector<
               Scratch &scratch);
 
 // The maps of the products' outputs, once all threads have multiplied; some rows for each of them. Waits where there are such maps.
-void map_outputs(Pool &pool, int thread, const std::vector<Product> &products, int rows);
+void map_outputs(const Kernels &kernels, Pool &pool, int thread, const std::vector<Product> &products, int rows);
 
 }  // namespace bitpress

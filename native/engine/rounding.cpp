@@ -18,7 +18,7 @@ float kept(float scale, ScaleKind kind) {
 
 }  // namespace
 
-RoundingStep fit_step(float below, float above, const Rounding &r) {
+RoundingStep fit_step(float below, float above, const CodeRange &r) {
     const float top = float(r.top()), half = float(r.middle());
     if (!r.has_zero) return {kept(std::max(above / (half - 1.0f), below / half), r.kind), r.middle()};
     const float scale = (above + below) / top;

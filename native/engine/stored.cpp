@@ -113,10 +113,20 @@ nb::list give_map(const InputMap &map, nb::handle owner) {
     return steps;
 }
 
-nb::dict give_rounding(const Rounding &r) {
+nb::dict give_range(const CodeRange &r) {
     nb::dict d;
     d["bits"] = r.bits, d["has_zero"] = r.has_zero, d["group"] = r.group;
     d["kind"] = r.kind == ScaleKind::f32 ? "fp32" : r.kind == ScaleKind::f16 ? "fp16" : "bf16";
+    return d;
+}
+
+nb::dict give_rounding(const Rounding &r) {
+    nb::dict d = give_range(r);
+    if (r.first > 0) {
+        nb::dict leading = give_range(r.leading);
+        leading["columns"] = r.first;
+        d["first"] = leading;
+    }
     if (r.fixed) d["scale"] = r.scale, d["zero"] = r.zero;
     return d;
 }

@@ -12,7 +12,7 @@ void Linear::row(int r, float *out) const {
     if (out_map == nullptr) return inner_row(r, out);
     std::vector<float> unit(size_t(rows), 0.0f), factors(static_cast<size_t>(rows)), each(static_cast<size_t>(columns));
     unit[size_t(r)] = 1.0f;
-    out_map->apply_transposed(unit.data(), factors.data());
+    out_map->apply_transposed(choose_kernels(nullptr), unit.data(), factors.data());
     std::fill(out, out + columns, 0.0f);
     for (int k = 0; k < rows; ++k) {
         if (factors[size_t(k)] == 0.0f) continue;
@@ -69,7 +69,7 @@ void Linear::inner_row(int r, float *out) const {
     if (sparse) {
         for (int64_t i = sparse->starts[r]; i < sparse->starts[r + 1]; ++i) terms[sparse->column(i)] += sparse->value(i);
     }
-    if (map) map->apply_transposed(terms.data(), out);
+    if (map) map->apply_transposed(choose_kernels(nullptr), terms.data(), out);
     else std::copy(terms.begin(), terms.end(), out);
 }
 

@@ -12,7 +12,9 @@ import torch
 from bitpress import native
 from bitpress.errors import FormatError, NumericsError
 from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, parse_format
+from bitpress.formats.channels import InputFormat, build_input
 from bitpress.formats.maps.map import Permutation
+from bitpress.formats.maps.rotations import Hadamard
 from bitpress.formats.terms.low_rank import low_rank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import sparse
@@ -61,7 +63,10 @@ def rows_of(count: int, columns: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
-def made_input(name: str, x: torch.Tensor) -> ActivationFormat:
+def made_input(name: str, x: torch.Tensor) -> InputFormat:
+    if " first " in name:
+        rest, _, first = name.partition(" first ")
+        return build_input({"format": rest, "parameters": "dynamic", "first": first}, {})
     fmt = parse_format(name)
     return ActivationFormat.static(fmt, fmt.fit(x)) if fmt.block.name == "tensor" else ActivationFormat(fmt)
 
@@ -171,6 +176,110 @@ def test_sums_are_exact(weights: str, inputs: str) -> None:
         assert torch.equal(wanted.sums[0].sum(2).double(), wanted.exact)
 
 
+# ---- rotations before the rounding ----
+
+# Widths and blocks: cores of 36, 20, 12 and 148 rows beside Walsh's matrices of 1 to 256; blocks narrower than a vector.
+ROTATIONS = [(576, 576), (80, 80), (192, 24), (444, 148), (2368, 2368), (256, 256), (200, 8), (36, 12), (96, 32)]
+
+
+@pytest.mark.parametrize(("columns", "block"), ROTATIONS)
+def test_rows_are_rotated_and_rounded_as_one_after_the_other(columns: int, block: int) -> None:
+    """Rotated rows are within the bound of exact ones and alike on every code path; rounding them at once changes no bit."""
+    rotation = Hadamard.random(columns, block, generator(7))
+    eye = torch.eye(columns)
+    rotating = lay_out(CompressedWeight((sparse(eye, eye > 0),), rotation))
+    w = torch.randn(17, columns, generator=generator(8))
+    given = ActivationFormat(parse_format("int8-row-fp32"))
+    at_once = lay_out(CompressedWeight((press("int8-row", w),), rotation), inputs=given)
+    after = lay_out(CompressedWeight((press("int8-row", w),)), inputs=given)
+    # A value is rounded once as a product, and once for every addition on its way: of Walsh's matrix, of four rows of the core, and of
+    # all of its fours. The factor 1 / sqrt(block) is rounded too.
+    along = block // rotation.core
+    roundings = (2 + along.bit_length() - 1 + 2 + rotation.core // 4) * 2.0**-24
+    for count in (1, 6):
+        x = rows_of(count, columns)
+        exact = rotation.apply(x.double())
+        size = (x.double().abs().reshape(-1, block).sum(1) / block**0.5).reshape(count, -1).repeat_interleave(block, 1)
+        rows = {path: product(rotating, x, path) for path in PATHS}
+        for path, y in rows.items():
+            assert ((y.double() - exact).abs() <= size * roundings / (1 - roundings)).all(), (path, count)
+            assert torch.equal(y, rows[PATHS[0]]), (path, count)
+            assert torch.equal(product(at_once, x, path), product(after, y, path)), (path, count)
+        codes, zeros, scales = native_codes(at_once, x, 1, PATHS[0])
+        wanted = round_input(rows[PATHS[0]], given)
+        assert torch.equal(codes, wanted.codes)
+        assert torch.equal(zeros, wanted.zeros)
+        assert torch.equal(scales, wanted.scales)
+
+
+# ---- leading channels in more bits ----
+
+FIRST = [
+    "int4-row-fp32 first 48 int8-row-fp32",
+    "int4-g16-zero-bf16 first 96 int8-row-fp32",
+    "int8-row first 48 int4-g24-zero-fp32",
+]
+
+
+@pytest.mark.parametrize("inputs", FIRST)
+@pytest.mark.parametrize("weights", ["int4-row", "int8-g64-zero", "int3-g24", "int4-tensor"])
+def test_leading_channels_are_rounded_apart(inputs: str, weights: str) -> None:
+    layer = made_layer(weights, inputs, (39, 192))
+    if (weights, inputs) in [
+        ("int3-g24", FIRST[1]),
+        ("int8-g64-zero", FIRST[2]),
+    ]:  # scales would be repeated for every 8 columns
+        assert not is_integer_product(layer.weight.spec(), layer.input_spec())
+        return
+    strips = lay_out(layer.weight, inputs=layer.input)
+    assert strips.linear.reads == ["integers"]
+    library = native.library()
+    again = NativeLayout(library.restore_linear(library.store_linear(strips.linear)), strips.shape)
+    assert layer.input is not None
+    for count in (1, 4, 37):
+        x = rows_of(count, 192, seed=count)
+        given, wanted = round_input(x, layer.input), multiply_integers(x, layer)
+        for path in PATHS:
+            codes, zeros, scales = native_codes(strips, x, given.scales.shape[1], path)
+            assert torch.equal(codes, given.codes), path
+            assert torch.equal(zeros, given.zeros), path
+            assert torch.equal(scales, given.scales), path
+            y = product(strips, x, path)
+            assert ((y.double() - wanted.exact).abs() <= wanted.bound).all(), (path, count)
+        assert torch.equal(product(again, x, PATHS[0]), product(strips, x, PATHS[0]))
+        values = (given.codes - given.zeros.repeat_interleave(192 // given.zeros.shape[1], 1)).float()
+        assert torch.equal(values * given.scales.repeat_interleave(192 // given.scales.shape[1], 1), layer.input.round(x))
+
+
+def test_leading_channels_that_cut_rows_too_finely_are_computed_from_values() -> None:
+    layer = made_layer("int4-row", "int4-row-fp32 first 37 int8-row-fp32", (39, 192))
+    assert not is_integer_product(layer.weight.spec(), layer.input_spec())
+    assert layer.input is not None
+    strips = lay_out(layer.weight, inputs=layer.input)
+    assert strips.linear.reads == ["floats"]
+    for count in (2, 9):
+        x = rows_of(count, 192)
+        values, w = layer.input.round(x).double(), layer.weight.dequantize().double()
+        for path in PATHS:
+            y = product(strips, x, path).double()
+            assert ((y - values @ w.T).abs() <= values.abs() @ w.abs().T * 200 * 2.0**-24).all(), (path, count)
+
+
+def test_a_bad_range_of_leading_channels_is_an_error() -> None:
+    good = {"bits": 8, "has_zero": False, "group": 8, "kind": "fp32"}
+    for bad in (
+        {"columns": 0},
+        {"columns": 32},
+        {"columns": 8, "group": 9},
+        {"columns": 8, "bits": 9},
+        {"columns": 8, "kind": "e8m0"},
+    ):
+        with pytest.raises(ValueError, match=r"must|are kept in"):
+            native.library().Linear(4, 32).set_rounding({**good, "first": {**good, **bad}})
+    with pytest.raises(ValueError, match="a fixed scale is for all columns"):
+        native.library().Linear(4, 32).set_rounding({**good, "scale": 1.0, "zero": 0, "first": {**good, "columns": 8}})
+
+
 # ---- products ----
 
 
@@ -272,7 +381,9 @@ def test_what_is_no_product_of_whole_numbers_is_said() -> None:
     assert "scales in e8m0" in str(refuses_input({"format": "int8-g32-e8m0", "parameters": "dynamic"}))
     assert refuses_input({"format": "int8-tensor-e8m0", "parameters": "static"}) is None
     assert refuses_input({**dynamic, "shift": "float32"}) == "channels of inputs are not rounded alike (shift)"
-    assert "(copies, first)" in str(refuses_input({**dynamic, "copies": "uint8", "first": "16 int8-row-fp32"}))
+    assert "(copies)" in str(refuses_input({**dynamic, "copies": "uint8", "first": "16 int8-row-fp32"}))
+    assert refuses_input({**dynamic, "first": "16 int4-row-fp32"}) is None
+    assert refuses_input({**dynamic, "first": {"share": 0.1, "format": "e4m3-row"}}) == "inputs in e4m3-row are no integers"
     assert "local parameters" in str(refuses_input({"format": "int4-g16-fp8over", "parameters": "local"}))
     with pytest.raises(FormatError, match="whole numbers"):
         multiply_integers(torch.zeros(1, 64), made_layer("nf4-g32", "int8-row", (8, 64)))

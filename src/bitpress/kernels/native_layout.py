@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 
 from bitpress import native
-from bitpress.formats import ActivationFormat, ChannelFormat, CompressedWeight, InputFormat
+from bitpress.formats import ChannelFormat, CompressedWeight, InputFormat
 from bitpress.formats.format import Format
 from bitpress.formats.grids.integer import Integer
 from bitpress.formats.maps.affine import Affine
@@ -35,7 +35,7 @@ from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
 from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
-from bitpress.kernels.integers import repeats_scales, run_columns
+from bitpress.kernels.integers import run_columns
 from bitpress.kernels.native_codes import Codes, plan_codes
 from bitpress.kernels.native_scales import native_floats, native_scales
 
@@ -63,7 +63,7 @@ class NativeLayout:
 
 def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None, inputs: InputFormat | None = None) -> NativeLayout:
     """Lay a compressed weight out, for inputs that `refuses_input` accepts. Raises KernelUnavailable without the native library."""
-    assert not isinstance(inputs, ChannelFormat), inputs.name
+    assert not isinstance(inputs, ChannelFormat) or (inputs.shift is None and inputs.copies is None), inputs.name
     strips = _empty(weight.shape)
     if (reason := _map_reason(weight)) is not None:  # the weight as a whole, for inputs as they are
         assert inputs is None
@@ -97,8 +97,12 @@ def _map_reason(weight: CompressedWeight) -> str | None:
     return "reassembly" if any(isinstance(step, Reassembly) for step in changes) else None
 
 
-def _rounding(inputs: ActivationFormat, columns: int) -> dict[str, Any]:
+def _rounding(inputs: InputFormat, columns: int) -> dict[str, Any]:
     """Return the rounding of inputs as native code takes it."""
+    if isinstance(inputs, ChannelFormat):
+        assert inputs.first is not None
+        first = {"columns": inputs.count, **_rounding(inputs.first, inputs.count)}
+        return {**_rounding(inputs.rest, columns - inputs.count), "first": first}
     fmt, grid = inputs.format, inputs.format.grid
     assert isinstance(grid, Integer), fmt.name
     rounding = {"bits": grid.bits, "has_zero": grid.zero, "group": fmt.block.resolve((1, columns))[1]}
@@ -170,7 +174,7 @@ def _with_bias(strips: NativeLayout, bias: torch.Tensor | None) -> NativeLayout:
     return strips
 
 
-def _add_terms(strips: NativeLayout, terms: tuple[Term, ...], inputs: ActivationFormat | None) -> None:
+def _add_terms(strips: NativeLayout, terms: tuple[Term, ...], inputs: InputFormat | None) -> None:
     low_rank, sparse = False, False
     rest: torch.Tensor | None = None
     for term in terms:
@@ -246,15 +250,15 @@ def has_layout(fmt: Format) -> bool:
     return bool(plan_codes(fmt))
 
 
-def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None, inputs: ActivationFormat | None = None) -> None:
+def _add_packed(linear: Any, term: Packed, picked: torch.Tensor | None = None, inputs: InputFormat | None = None) -> None:
     """Add the codes of a term: of all columns of a layer, or of those picked. Blocks are cut where groups of rounded inputs end."""
     fmt = term.format
     rows, cols = fmt.block.resolve(term.shape, fmt.grid.span)
     down, across = fmt.block_grid(term.shape)
     params = term.unpack_params()
     cut = cols
-    if inputs is not None and isinstance(fmt.grid, Integer) and repeats_scales(fmt):
-        cut = run_columns(fmt, inputs.format, term.shape)
+    if inputs is not None and isinstance(fmt.grid, Integer):
+        cut = run_columns(fmt, inputs, term.shape)
     for plan in plan_codes(fmt):
         scales = native_scales(term, plan.plane, plan.planes)
         table, levels, step = plan.table() if plan.levels is not None else (None, None, 1.0)
