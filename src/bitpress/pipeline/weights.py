@@ -195,9 +195,9 @@ class WeightCompressor:
 
     def unscaled(self, planned: PlannedWeight, tensor: torch.Tensor, scales: Rescaled | None) -> Float[torch.Tensor, "rows in"]:
         """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
-        name = planned.parameter.stem
-        w = torch.cat(planned.parameter.matrices(tensor))
-        return w if scales is None or name not in scales.unfolded else w / scales.factors[name]
+        parameter = planned.parameter
+        named = zip(parameter.parts(), parameter.matrices(tensor), strict=True)
+        return torch.cat([w if scales is None or name not in scales.unfolded else w / scales.factors[name] for name, w in named])
 
     def replaced(
         self,
@@ -208,29 +208,32 @@ class WeightCompressor:
         scales: Rescaled | None,
     ) -> CompressedParameter:
         """Return a parameter with another weight, measured as the one before. Raises NumericsError."""
-        parameter, name = made.parameter, made.parameter.stem
+        parameter = made.parameter
         decoded = weight.dequantize()
         if not all_finite(decoded):
-            raise NumericsError(f"{name}: the learned weight is not finite.")
-        factor = None if scales is None else scales.factors.get(name)
-        w = parameter.matrices(tensor)[0]
-        unscaled, w_hat = (w, decoded) if factor is None else (w / factor, decoded)
-        if factor is not None and scales is not None and name not in scales.unfolded:
-            w_hat = decoded / factor
-        usable = stats.get(name)
-        (after,) = output_errors(unscaled, (w_hat,), usable)
-        by_class = None
-        if made.row.held_out is not None and usable is not None and usable.held_out is not None:
-            found = token_errors([measure_classes(unscaled, (w_hat, w_hat), usable.held_out)]) or {}
-            before = made.row.held_out
+            raise NumericsError(f"{parameter.stem}: the learned weight is not finite.")
+        errors, classes, pictures = list[float](), list[Mapping[str, ClassEnergies]](), list[MatrixPicture]()
+        parts = decoded.chunk(max(parameter.experts, 1))
+        for name, w, part in zip(parameter.parts(), parameter.matrices(tensor), parts, strict=True):
+            factor = None if scales is None else scales.factors.get(name)
+            unscaled, w_hat = (w, part) if factor is None else (w / factor, part)
+            if factor is not None and scales is not None and name not in scales.unfolded:
+                w_hat = part / factor
+            usable = stats.get(name)
+            errors += output_errors(unscaled, (w_hat,), usable)
+            if usable is not None and usable.held_out is not None:
+                classes.append(measure_classes(unscaled, (w_hat, w_hat), usable.held_out))
+            pictures.append(look_at(unscaled, w_hat, usable))
+        by_class, before = None, made.row.held_out
+        if before is not None and classes:
             by_class = {
                 key: e.model_copy(update={"error_rounded": before[key].error_rounded})
-                for key, e in found.items()
+                for key, e in (token_errors(classes) or {}).items()
                 if key in before
             }
-        picture = None if made.row.picture is None else draw_weight([look_at(unscaled, w_hat, usable)])
+        picture = None if made.row.picture is None else draw_weight(pictures)
         sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
-        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
+        row = made.row.model_copy(update={"error": _mean(errors), "held_out": by_class, "picture": picture, **sizes})
         entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
         # The errors of some of its terms are no longer those: it is loaded as a whole.
         record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})
