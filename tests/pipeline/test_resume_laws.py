@@ -84,7 +84,9 @@ def test_a_stopped_run_ends_in_the_same_bytes(
     def run(out: Path, reach: Callable[[str], None]) -> None:
         with monkeypatch.context() as patch:
             watch(reach, patch.setattr)
-            quantize_directory(tiny_model("llama", **MODELS.get(recipe, {})), out, gptq_recipe(**RECIPES[recipe]), proof=Proof(tokens=0))
+            quantize_directory(
+                tiny_model("llama", **MODELS.get(recipe, {})), out, gptq_recipe(**RECIPES[recipe]), proof=Proof(tokens=0)
+            )
 
     if recipe not in whole_runs:
         events: list[str] = []

@@ -222,7 +222,8 @@ class BlockCompressor:
                     one.made.put_(one.made.parameters[name].with_note(text))
             tensors.update({name: t for name, t in tuned.vectors.items() if name in tensors})
             decoded = {
-                p.parameter.name: p.parameter.restore(one.made.parameters[p.parameter.name].weight.dequantize()) for p in one.weights
+                p.parameter.name: p.parameter.restore(one.made.parameters[p.parameter.name].weight.dequantize())
+                for p in one.weights
             }
             self.stream.model.fill_({**decoded, **{n: t for n, t in tensors.items() if n not in one.made.parameters}})
         opened[0].made.tuned = [*opened[0].made.tuned, *tuned.rows]

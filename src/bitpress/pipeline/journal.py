@@ -178,9 +178,7 @@ class Job:
         """Make a unit durable. When this returns, the unit survives a kill."""
         self.commit_together([Work(unit, shard, tensors, facts)], activations)
 
-    def commit_together(
-        self, works: Sequence[Work], activations: torch.Tensor | None, *, replaces: bool = False
-    ) -> None:
+    def commit_together(self, works: Sequence[Work], activations: torch.Tensor | None, *, replaces: bool = False) -> None:
         """Make units durable, all or none of them; the activations are those behind the last one. With `replaces` they stand in the places of
         the units of their names, whose files stay until the job ends."""
         by_name, files = {unit.unit: unit for unit in self.units}, []
@@ -214,6 +212,11 @@ class Job:
             for old in (self.root / "activations").iterdir():
                 if after is None or old.name != after.file:
                     old.unlink()
+
+    def find(self, unit: Unit) -> Path:
+        """Return where a unit's file lies: in the job's folder, or where it is published."""
+        made = self.root / "objects" / unit.shard
+        return made if made.exists() else self.out / unit.shard
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Store tensors that were measured before the first unit; return their hashes, which that unit's facts must hold as `kept`."""
@@ -360,8 +363,7 @@ class Job:
         for unit in units:
             _add_(self.units, unit)
         for unit in self.units:
-            made, final = self.root / "objects" / unit.shard, self.out / unit.shard
-            present = made if made.exists() else final
+            present = self.find(unit)
             if not present.exists() or hash_file(present) != unit.sha256:
                 raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
 

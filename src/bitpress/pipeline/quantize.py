@@ -44,6 +44,7 @@ from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, Work, check_vacant
+from bitpress.pipeline.network import learn_committed
 from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
@@ -156,6 +157,11 @@ def quantize_directory(
     try:
         with stoppable() as check_stop:
             run, seconds = _compress(job, run, strict, check_stop, progress)
+            if samples is not None:
+                begun = time.perf_counter()
+                parts = (run.model, run.method, run.plan.weights, samples)
+                learn_committed(job, *parts, strict=strict, check_stop=check_stop, progress=progress)
+                seconds += time.perf_counter() - begun
             return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds, device))
     finally:
         job.close()

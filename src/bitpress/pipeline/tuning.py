@@ -24,7 +24,7 @@ from bitpress.tuning.stack import LearnedStack, begin_stack, parts_of
 from bitpress.tuning.tuner import Objective, Tuning, begin_weight, tune_
 from bitpress.tuning.wide_objectives import BlockRun, WindowObjective
 
-__all__ = ["Held", "SpanTuner", "Targets", "Tuned", "begin_vectors", "begin_weights", "block_runs"]
+__all__ = ["Held", "SpanTuner", "Targets", "Tuned", "begin_vectors", "begin_weights", "block_runs", "windows_counted"]
 
 # By the name of a target, what is wanted behind blocks of the span, by their number in it.
 Targets = Mapping[str, Mapping[int, torch.Tensor]]
@@ -64,7 +64,13 @@ class SpanTuner:
     """
 
     def __init__(
-        self, stream: CalibrationStream, through: Sequence[int], held: Held, inputs: torch.Tensor | None, targets: Targets, learned: int = 1
+        self,
+        stream: CalibrationStream,
+        through: Sequence[int],
+        held: Held,
+        inputs: torch.Tensor | None,
+        targets: Targets,
+        learned: int = 1,
     ) -> None:
         self.stream, self.through, self.planned, self.originals = stream, through, held.planned, held.originals
         self.stats, self.kept, self.inputs, self.targets = held.stats, held.kept, inputs, targets
@@ -185,7 +191,9 @@ class SpanTuner:
         if len(self.through) == 1:
             (block,) = self.through
             run, wanted = partial(model.run_block_with, block), targets[0]
-            alone = BlockObjective(run, inputs, wanted, counted, named.part.loss, batch=batch, device=model.device, columns=columns)
+            alone = BlockObjective(
+                run, inputs, wanted, counted, named.part.loss, batch=batch, device=model.device, columns=columns
+            )
             return self._run(named, self.name, alone, learned, tokens, note)
         runs = block_runs(model, self.through, learned)
         wide = WindowObjective(
@@ -293,7 +301,10 @@ def block_runs(model: StreamedModel, through: Sequence[int], learned: Mapping[st
 
 
 def _counted(stream: CalibrationStream) -> int:
-    """Return the windows that are learned from: those of calibration, or all but the last sixteenth where none beside them is held out."""
     assert stream.hidden is not None
-    windows = len(stream.hidden)
-    return stream.counted if stream.counted < windows else max(windows - max(windows // 16, 1), 1)
+    return windows_counted(stream.counted, len(stream.hidden))
+
+
+def windows_counted(counted: int, windows: int) -> int:
+    """Return the windows that are learned from: those of calibration, or all but the last sixteenth where none beside them is held out."""
+    return counted if counted < windows else max(windows - max(windows // 16, 1), 1)

@@ -197,7 +197,9 @@ class WeightCompressor:
         """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
         parameter = planned.parameter
         named = zip(parameter.parts(), parameter.matrices(tensor), strict=True)
-        return torch.cat([w if scales is None or name not in scales.unfolded else w / scales.factors[name] for name, w in named])
+        return torch.cat(
+            [w if scales is None or name not in scales.unfolded else w / scales.factors[name] for name, w in named]
+        )
 
     def replaced(
         self,

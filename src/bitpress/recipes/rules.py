@@ -82,10 +82,29 @@ def _check_tuning(method: Method) -> None:
         raise UsageError(f"{name} learns with inputs as they are, and this recipe rounds them; leave out one of them.")
     if method.of("bias"):
         raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
+    _check_spans(method)
     moved = next((at for at, named in enumerate(method.tunings) if named.part.norms), len(method.tunings))
     if late := [named.name for named in method.tunings[moved:] if named.part.span == "layer"]:
         raise UsageError(
             f"{late[0]} learns layers by inputs measured before norms were learned by {method.tunings[moved].name}; put it first."
+        )
+
+
+SPANS = {"layer": 0, "block": 0, "windows": 1, "network": 2}
+
+
+def _check_spans(method: Method) -> None:
+    """Raise UsageError for spans that do not follow one another, and windows that differ."""
+    for before, after in zip(method.tunings, method.tunings[1:], strict=False):
+        if SPANS[before.part.span] > SPANS[after.part.span]:
+            raise UsageError(
+                f"{after.name} learns span={after.part.span}, which is done before span={before.part.span} of {before.name}; put it first."
+            )
+    windows = method.tunings_of("windows")
+    shapes = [(named.part.window, named.part.overlap, named.part.ahead, named.part.joined((1.0, 2.0))) for named in windows]
+    if other := [named.name for named, shape in zip(windows, shapes, strict=True) if shape != shapes[0]]:
+        raise UsageError(
+            f"{windows[0].name} and {other[0]} learn windows that differ; give both the same window, overlap and ahead."
         )
 
 

@@ -67,6 +67,10 @@ class Learned(Protocol):
         """Return what is added to the loss, if anything."""
         ...
 
+    def harden(self) -> CompressedWeight | torch.Tensor:
+        """Return the parameter as it is stored."""
+        ...
+
 
 class LearnedTerm(Protocol):
     """A term of a weight while it is learned."""

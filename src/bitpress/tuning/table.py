@@ -5,17 +5,21 @@ from bitpress.tuning.adaround import AdaRound
 from bitpress.tuning.apiq import ApiQ
 from bitpress.tuning.block_ap import BlockAP
 from bitpress.tuning.candidates import Candidates
+from bitpress.tuning.cbq import CBQ
 from bitpress.tuning.decoupleq import DecoupleQ
+from bitpress.tuning.e2e_qp import E2EQP
 from bitpress.tuning.flexround import LRQ, FlexRound
 from bitpress.tuning.jlcm import JLCM
 from bitpress.tuning.learned_clipping import LearnedClipping
 from bitpress.tuning.low_rank import LowRankFactors
+from bitpress.tuning.modcap import ModCap
 from bitpress.tuning.norm_tweaking import NormTweaking
 from bitpress.tuning.parameters import Parameters
 from bitpress.tuning.ptq161 import PTQ161
 from bitpress.tuning.quip_sharp import QuIPSharp
 from bitpress.tuning.signround import SignRound
 from bitpress.tuning.tuner import Tuning
+from bitpress.tuning.wkvquant import WKVQuant
 
 __all__ = ["TUNINGS"]
 
@@ -25,15 +29,19 @@ TUNINGS: dict[str, type[Tuning]] = {
     "apiq": ApiQ,
     "block-ap": BlockAP,
     "candidates": Candidates,
+    "cbq": CBQ,
     "decoupleq": DecoupleQ,
+    "e2e-qp": E2EQP,
     "flexround": FlexRound,
     "jlcm": JLCM,
     "learned-clipping": LearnedClipping,
     "low-rank": LowRankFactors,
     "lrq": LRQ,
+    "modcap": ModCap,
     "norm-tweaking": NormTweaking,
     "parameters": Parameters,
     "ptq161": PTQ161,
     "quip-sharp": QuIPSharp,
     "signround": SignRound,
+    "wkvquant": WKVQuant,
 }

@@ -96,7 +96,9 @@ class Tuning(ABC):
                 f"loss={self.loss} does not measure span={self.span}: the network is learned by {' or '.join(OF_LOGITS)}, and nothing else is."
             )
         if self.span == "network" and self.targets != "original":
-            raise UsageError("targets=same is of blocks; what the network says is compared with the original (targets=original).")
+            raise UsageError(
+                "targets=same is of blocks; what the network says is compared with the original (targets=original)."
+            )
         _check_window(self)
         if not 0 <= self.seed < 1 << 24:
             raise UsageError(f"seed={self.seed}: it is a whole number from 0 to {(1 << 24) - 1}.")

@@ -5,7 +5,6 @@ parameters made anew from what is learned. So a span takes the memory of one blo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -27,7 +26,7 @@ def _through(run: BlockRun, hidden: torch.Tensor, values: Mapping[str, torch.Ten
     """Run a block so that its inside is not kept for the gradient."""
     if not torch.is_grad_enabled():
         return run(hidden, values)
-    out: torch.Tensor = checkpoint(partial(run, values=values), hidden, use_reentrant=False, preserve_rng_state=False)
+    out: torch.Tensor = checkpoint(lambda h: run(h, values), hidden, use_reentrant=False, preserve_rng_state=False)
     return out
 
 
@@ -96,9 +95,6 @@ def _kl_top(
     return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
-
-
-
 class NetworkObjective(Objective):
     """What the model says of texts, in nats a token: beside the original, or of the text's own next tokens.
 
@@ -128,7 +124,9 @@ class NetworkObjective(Objective):
         for run in self.runs:
             hidden = _through(run, hidden, values)
         # One text at a time: logits are the largest tensors here.
-        return torch.stack([self._text(h, x, row) for h, x, row in zip(hidden.split(1), inputs.split(1), rows, strict=True)]).mean()
+        return torch.stack(
+            [self._text(h, x, row) for h, x, row in zip(hidden.split(1), inputs.split(1), rows, strict=True)]
+        ).mean()
 
     def _text(self, hidden: torch.Tensor, inputs: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
