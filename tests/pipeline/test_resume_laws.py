@@ -38,6 +38,9 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"name": "block-ap", "span": "windows", "window": 2, "overlap": 1, "targets": "same", "steps": 3},
         ],
     },
+    "a learned network": {
+        "tuning": [{"name": "parameters", "span": "network", "loss": "kl-top", "steps": 2, "batch": 2, "rate": 2e-2}],
+    },
     "embeddings and a head": {"embeddings": {"weights": "int8-row"}, "head": {"weights": "int6-g16"}},
 }
 # Windows that overlap need a third block.

@@ -15,17 +15,14 @@ Publishing renames the weight files into OUT and writes the manifest last.
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import shutil
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.checkpoints.directory import check_file_name
@@ -38,47 +35,18 @@ from bitpress.checkpoints.durable import (
     write_durably,
 )
 from bitpress.checkpoints.exports import remove_exports
-from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
+from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
 from bitpress.checkpoints.safetensors_file import TensorsOnDisk, read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
 from bitpress.exchange.runtimes import RUNTIMES
+from bitpress.pipeline.units import After, Unit, Work, add_, line_of, read_unit
 
-__all__ = ["Job", "Unit", "Work", "check_vacant", "differences"]
+__all__ = ["Job", "check_vacant", "differences"]
 
 # The meaning of a field that an identity leaves out.
 ABSENT = {"device": "cpu"}
-
-
-class After(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    file: str
-    sha256: str
-
-
-class Unit(BaseModel):
-    """A finished unit of work, as a line of the journal holds it; `facts` are the job's own record of it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    unit: str
-    shard: str
-    bytes: int
-    sha256: str
-    facts: dict[str, Any]
-    after: After | None
-    joined: bool = False
-    replaces: bool = False
-
-
-@dataclass(frozen=True)
-class Work:
-    """A unit to commit: its name, the name of its file, and what is in it. Without tensors the file stays that of the unit it replaces."""
-
-    unit: str
-    shard: str
-    tensors: Mapping[str, torch.Tensor] | None
-    facts: Mapping[str, Any]
 
 
 class Job:
@@ -145,19 +113,8 @@ class Job:
             os.close(self._lock)
             self._lock = None
 
-    def commit_behind(
-        self,
-        unit: str,
-        shard: str,
-        tensors: Mapping[str, torch.Tensor],
-        facts: Mapping[str, Any],
-        activations: torch.Tensor | None,
-    ) -> None:
-        """Commit a unit while the next one is worked on. The arguments may not change before `settle` has returned."""
-        self.commit_together_behind([Work(unit, shard, tensors, facts)], activations)
-
     def commit_together_behind(self, works: Sequence[Work], activations: torch.Tensor | None) -> None:
-        """Commit units, all or none of them, while the next one is worked on, as `commit_behind` does."""
+        """Commit units, all or none of them, while the next one is worked on. The arguments may not change before `settle` has returned."""
         self.settle()
         self._pending = self._writer.submit(self.commit_together, works, activations)
 
@@ -205,9 +162,9 @@ class Job:
             )
             for at, (work, (size, digest)) in enumerate(zip(works, files, strict=True))
         ]
-        append_durably(self.root / "journal.jsonl", b"".join(map(_line, units)))
+        append_durably(self.root / "journal.jsonl", b"".join(map(line_of, units)))
         for unit in units:
-            _add_(self.units, unit)
+            add_(self.units, unit)
         if not replaces:
             for old in (self.root / "activations").iterdir():
                 if after is None or old.name != after.file:
@@ -350,7 +307,7 @@ class Job:
             crc, _, payload = raw.partition(b" ")
             if crc != b"%08x" % zlib.crc32(payload):
                 raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
-            units.append(_checked_unit(f"{path}:{number + 1}", bytes(payload)))
+            units.append(read_unit(f"{path}:{number + 1}", bytes(payload)))
         unfinished = len(torn)
         while units and units[-1].joined:  # it happens with the next one only
             units.pop()
@@ -361,41 +318,11 @@ class Job:
                 file.truncate(len(data) - unfinished)
                 os.fsync(file.fileno())
         for unit in units:
-            _add_(self.units, unit)
+            add_(self.units, unit)
         for unit in self.units:
             present = self.find(unit)
             if not present.exists() or hash_file(present) != unit.sha256:
                 raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
-
-
-def _line(unit: Unit) -> bytes:
-    """Return a unit as a line of the journal."""
-    values = {key: value for key, value in unit.model_dump().items() if value or key not in ("joined", "replaces")}
-    payload = json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-    return b"%08x " % zlib.crc32(payload) + payload + b"\n"
-
-
-def _add_(units: list[Unit], unit: Unit) -> None:
-    """Add a unit to those that are done, or put it in the place of the one that it replaces."""
-    at = next((k for k, known in enumerate(units) if known.unit == unit.unit), None) if unit.replaces else None
-    if unit.replaces and at is None:
-        raise CheckpointError(f"the journal replaces {unit.unit}, which it does not hold; start again with --force.")
-    if at is None:
-        units.append(unit)
-    else:
-        units[at] = unit.model_copy(update={"after": units[at].after})
-
-
-def _checked_unit(where: str, payload: bytes) -> Unit:
-    """Read a line of the journal; its names become paths, so they are checked like those of any other file."""
-    values = parse_json(payload, where)
-    try:
-        unit = Unit.model_validate(values)
-    except ValidationError as error:
-        raise CheckpointError(f"{where}: is not a unit of work; start again with --force.") from error
-    for name in (unit.shard, unit.after.file if unit.after else unit.shard):
-        check_file_name(where, name)
-    return unit
 
 
 @contextlib.contextmanager

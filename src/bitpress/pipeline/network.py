@@ -23,20 +23,22 @@ from bitpress.finite import all_finite
 from bitpress.formats import CompressedLayer, CompressedWeight
 from bitpress.formats.digest import digest
 from bitpress.models.streaming import StreamedModel
-from bitpress.models.walk import Stream, walk
-from bitpress.pipeline.blocks import check_early
-from bitpress.pipeline.journal import Job, Unit, Work
+from bitpress.models.walk import LoadedBlock, Stream, Visitor, walk
+from bitpress.pipeline.blocks import BlockCompressor, check_early
+from bitpress.pipeline.journal import Job
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, TunedSpan
 from bitpress.pipeline.tuning import begin_vectors, begin_weights, block_runs, windows_counted
+from bitpress.pipeline.units import Unit, Work
 from bitpress.pipeline.weights import CompressedBlock, CompressedParameter
+from bitpress.pipeline.windows import compress_blocks
 from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method, Named
 from bitpress.tuning.learned import Learned
 from bitpress.tuning.tuner import Curve, Tuning, tune_
 from bitpress.tuning.wide_objectives import NetworkObjective, Teacher
 
-__all__ = ["learn_committed", "learn_network"]
+__all__ = ["compress_all", "learn_committed", "learn_network"]
 
 
 def learn_network(
@@ -229,6 +231,61 @@ def learn_committed(
         else:  # it has the rows of the report, and the file that it had
             works.append(Work(unit.unit, unit.shard, None, record.dump()))
     job.commit_together(works, None, replaces=True)
+
+
+def compress_all(
+    compressor: BlockCompressor,
+    visitors: Sequence[Visitor],
+    samples: Samples | None,
+    *,
+    check_stop: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Compress a model without a journal, learn its network where the method says so, and hand every final block to the visitors.
+
+    Where the network is learned, all compressed blocks are held at once.
+    """
+    method, model = compressor.method, compressor.stream.model
+    if samples is None or not method.tunings_of("network"):
+        compress_blocks(compressor, visitors, check_stop=check_stop)
+        return
+    collected = _Collected(compressor)
+    compress_blocks(compressor, [collected], check_stop=check_stop)
+    learn_network(
+        model,
+        method,
+        compressor.planned,
+        collected.blocks,
+        {},
+        samples,
+        strict=compressor.weights.strict,
+        check_stop=check_stop,
+        progress=progress,
+    )
+    progress.begin("judging the network", len(collected.blocks))
+    walk(model, [_Refilled(compressor, collected.blocks), *visitors], check_stop=check_stop)
+
+
+class _Collected:
+    """A visitor that keeps the compressed blocks."""
+
+    def __init__(self, compressor: BlockCompressor) -> None:
+        self.compressor, self.blocks = compressor, list[CompressedBlock]()
+
+    def visit_(self, block: LoadedBlock) -> None:
+        self.blocks.append(self.compressor.made)
+
+
+class _Refilled:
+    """A visitor that puts compressed blocks into the model again."""
+
+    def __init__(self, compressor: BlockCompressor, blocks: Sequence[CompressedBlock]) -> None:
+        self.compressor, self.blocks = compressor, blocks
+
+    def visit_(self, block: LoadedBlock) -> None:
+        made = self.compressor.made = self.blocks[block.index]
+        decoded = {name: p.parameter.restore(p.weight.dequantize()) for name, p in made.parameters.items()}
+        self.compressor.stream.model.fill_({**decoded, **made.kept})
 
 
 def _read_block(job: Job, unit: Unit) -> CompressedBlock:

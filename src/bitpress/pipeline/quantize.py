@@ -43,13 +43,14 @@ from bitpress.pipeline.finished import find_finished
 from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
-from bitpress.pipeline.journal import Job, Work, check_vacant
+from bitpress.pipeline.journal import Job, check_vacant
 from bitpress.pipeline.network import learn_committed
 from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
 from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
+from bitpress.pipeline.units import Work
 from bitpress.pipeline.windows import compress_blocks
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method

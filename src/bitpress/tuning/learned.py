@@ -7,6 +7,7 @@ rounds them, and the gradient passes through.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -146,14 +147,21 @@ class LearnedCodes:
     def penalty(self, progress: float) -> torch.Tensor | None:
         return None
 
+    @cached_property
+    def below_zero(self) -> dict[str, torch.Tensor | None]:
+        """Return where scales begin below 0, None for those that nowhere do."""
+        masks = {p.name: self.start.params[p.name] < 0 for p in self.fmt.grid.params if p.kind == "scale"}
+        return {name: mask if bool(mask.any()) else None for name, mask in masks.items()}
+
     def stored_params(self) -> dict[str, torch.Tensor]:
         """Return the parameters as stored, with the gradient of `params`."""
-        own, given = dict(self.params()), self.start.params
+        own = dict(self.params())
         for p in self.fmt.grid.params:
             if p.kind == "code":
                 own[p.name] = round_through(own[p.name]).clamp(0, (1 << p.bits) - 1)
             elif p.kind == "scale":  # a scale keeps its sign: most stores have one only
-                own[p.name] = torch.where(given[p.name] < 0, own[p.name].clamp(max=0), own[p.name].clamp(min=0))
+                above, below = own[p.name].clamp(min=0), self.below_zero[p.name]
+                own[p.name] = above if below is None else torch.where(below, own[p.name].clamp(max=0), above)
         kept = dict(self.fmt.stored({name: t.detach() for name, t in own.items()}, self.start.shared))
         for p in self.fmt.grid.params:
             if own[p.name].requires_grad:
