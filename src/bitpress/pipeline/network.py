@@ -295,8 +295,11 @@ def _read_block(job: Job, unit: Unit) -> CompressedBlock:
     entries = read_header(path)[0]
     tensors = {name: read_tensor(path, entry) for name, entry in entries.items()}
     rows, made = {row.name: row for row in record.rows}, dict[str, CompressedParameter]()
-    for name, stored in record.weights.items():
-        parameter = stored.parameter(name)
+    order = {row.name: at for at, row in enumerate(record.rows)}
+    found = [(stored.parameter(name), stored) for name, stored in record.weights.items()]
+    # A line of the journal sorts its names, one that is still in memory does not: the rows have one order in both.
+    for parameter, stored in sorted(found, key=lambda one: order[one[0].stem]):
+        name = parameter.name
         own = {leaf: tensors.pop(f"{parameter.stem}.{leaf}") for leaf in CompressedWeight.expected(stored.spec)}
         weight = CompressedWeight.build(stored.spec, own)
         made[name] = CompressedParameter(parameter, weight, record.digests[name], stored, rows[parameter.stem])
