@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def prompts(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.turns + 1):
         for name, engine in engines.items():
             engine.truncate(0)
-            seconds[name].append(timed(lambda engine=engine: engine.read(tokens, logits=True)))
+            seconds[name].append(timed(partial(engine.read, tokens, logits=True)))
     peers += [transformers(model, options)] if options.transformers else []
     bf16 = max((rates["median"] for rates in peers), default=None)  # the better of its two runs
     rows = []

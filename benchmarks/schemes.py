@@ -37,7 +37,7 @@ SEED = 20261127
 
 def directory_of(model: str, out: Path) -> str:
     """Return what `bitpress compare` takes: a name, the directory of the copy with planted outliers, made first if needed, or that of the
-    Mamba, which `scripts/train_tiny.py` has trained."""
+    Mamba, which `scripts/train_tiny.py` has made."""
     if model == TRAINED:
         trained = cache_directory() / "trained" / model
         if not trained.exists():

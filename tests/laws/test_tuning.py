@@ -64,7 +64,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "ldlq behind hadamard": {"quantizer": "ldlq", "transforms": [{"name": "hadamard", "outputs": True}]},
     "lqer": {"quantizer": "rtn", "corrections": [{"name": "lqer", "rank": 2}]},
 }
-SOFT = {"adaround", "candidates"}  # those whose forward is not that of hard codes
+SOFT = {"adaround", "candidates", "cbq", "modcap"}  # those whose forward is not that of hard codes
 # Those that learn no codes, and of many weights nothing; maps are learned with the inputs that weights share (tests/laws/test_learned_maps.py).
 BESIDE = {"norm-tweaking", "low-rank", *(name for name, row in TUNINGS.items() if issubclass(row, MapTuning))}
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_ends_with_the_start_and_is_named(name: str, gr
     w, stats, _ = case(3, 64)
     fmt = next(f for f in ("int4-g16-zero", *FORMATS) if is_served(TUNINGS[name].serves, parse_format(f)))
     weight = begun(fmt, "rtn", w, stats)
-    tuning = shorter(name, span="block")
+    tuning = shorter(name)
     one = begun_weight(tuning, weight, w)
     learned = LearnedVector(w[0], 1.0) if one is None else one
     curve = tune_(Broken(gradient_only), {"w": learned}, tuning)

@@ -64,6 +64,15 @@ def test_a_limit_below_the_whole_model_holds_a_block() -> None:
     assert DeviceMemory.of(plain).total < 35 * GB
 
 
+def test_a_compressed_head_and_what_is_learned_count() -> None:
+    """A head of two billion weights has five copies in float32, its gram with what is solved of it, and the outputs of a sample."""
+    headed = DeviceMemory.of(replace(LLAMA_70B, head=(2 * VOCABULARY, HIDDEN)))
+    assert headed.work == 5 * 4 * 2 * VOCABULARY * HIDDEN + 28 * HIDDEN**2 + 4 * LLAMA_70B.outputs
+    assert headed.work > DeviceMemory.of(LLAMA_70B).work
+    learned = DeviceMemory.of(replace(LLAMA_70B, learning=50 * GB))
+    assert learned.total > 50 * GB + learned.outer + learned.block
+
+
 def test_sizes_are_those_of_the_model(tiny_model: Callable[..., Path]) -> None:
     method = make_method({"weights": "int4-g16", "quantizer": "gptq"})
     model, loader = open_original(tiny_model("llama"), torch.float32)

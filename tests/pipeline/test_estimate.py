@@ -81,7 +81,7 @@ def test_every_way_to_learn_can_be_timed_and_has_its_memory(tuning: str, tiny_mo
     assert many.learning is not None
     assert few.learning.fixed == many.learning.fixed
     assert many.learning.peak - few.learning.peak == 8 * few.learning.window
-    assert (few.learning.window > 0) == (TUNINGS[tuning]().span == "block")  # a layer learns from statistics
+    assert (few.learning.window > 0) == (TUNINGS[tuning]().span != "layer")  # a layer learns from statistics
 
 
 def test_memory_and_time_of_learning_are_of_the_right_order(

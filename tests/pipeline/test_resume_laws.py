@@ -32,8 +32,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transforms": [{"name": "awq-scale"}],
         "tuning": [{"name": "signround", "span": "layer", "steps": 3}, {"name": "block-ap", "targets": "same", "steps": 3}],
     },
+    "learned windows": {
+        "tuning": [
+            {"name": "signround", "steps": 2},
+            {"name": "block-ap", "span": "windows", "window": 2, "overlap": 1, "targets": "same", "steps": 3},
+        ],
+    },
+    "a learned network": {
+        "tuning": [{"name": "parameters", "span": "network", "loss": "kl-top", "steps": 2, "batch": 2, "rate": 2e-2}],
+    },
     "embeddings and a head": {"embeddings": {"weights": "int8-row"}, "head": {"weights": "int6-g16"}},
 }
+# Windows that overlap need a third block.
+MODELS: dict[str, dict[str, Any]] = {"learned windows": {"num_hidden_layers": 3}}
 EVENTS = ("kept", "objects", "activations", "journal torn", "journal", "staged", "outer", "manifest", "cleared")
 
 
@@ -76,7 +87,9 @@ def test_a_stopped_run_ends_in_the_same_bytes(
     def run(out: Path, reach: Callable[[str], None]) -> None:
         with monkeypatch.context() as patch:
             watch(reach, patch.setattr)
-            quantize_directory(tiny_model("llama"), out, gptq_recipe(**RECIPES[recipe]), proof=Proof(tokens=0))
+            quantize_directory(
+                tiny_model("llama", **MODELS.get(recipe, {})), out, gptq_recipe(**RECIPES[recipe]), proof=Proof(tokens=0)
+            )
 
     if recipe not in whole_runs:
         events: list[str] = []

@@ -64,7 +64,8 @@ def test_what_is_not_learned_stays_as_it_was(
     assert {name.rpartition(".")[2] for name in changed} <= {"codes", "scale", "zero"}
     experts = [row for row in report["layers"] if "experts" in row["name"]]
     assert bool(experts) == (architecture == "mixtral")
-    assert all("learns no codes of experts" in row["notes"][-1] for row in experts)
+    if experts:  # each of them has scales of its own, and they are learned with the block
+        assert any("experts" in name for name in changed)
 
 
 def test_the_first_loss_is_that_of_the_start(

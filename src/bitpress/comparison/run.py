@@ -40,10 +40,10 @@ from bitpress.measure.multiple_choice import DOCUMENTS, Answers, count_batches, 
 from bitpress.measure.noise_floor import FLOOR_WINDOWS, measure_noise
 from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.models.opening import open_original
-from bitpress.models.walk import walk
 from bitpress.pipeline.clock import Clock
 from bitpress.pipeline.identity import identify, versions_on
 from bitpress.pipeline.journal import Job
+from bitpress.pipeline.network import compress_all
 from bitpress.pipeline.plan import Plan, check_room
 from bitpress.pipeline.quantize import Committer, Proof, Run, finish_job, plan_opened, shard_name
 from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
@@ -250,7 +250,7 @@ def _compress(
     try:
         made.progress.begin(c.label, plan.blocks)
         committer = Committer(job, compressor, plan.blocks + 1, made.progress, resumable=False)
-        walk(model, [compressor, judges, committer], check_stop=check_stop)
+        compress_all(compressor, [judges, committer], made.calibration(c.method), check_stop=check_stop, progress=made.progress)
         seconds = time.perf_counter() - started - judges.seconds
         seconds_cpu = time.process_time() - cpu - judges.cpu_seconds
         # A stage of its own: a window takes another time than a block, and the end is foretold from the units that are done.

@@ -27,6 +27,7 @@ from bitpress.models.walk import LoadedBlock, walk
 from bitpress.pipeline.calibration_stream import CalibrationStream, Measured, StatisticsVisitor
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.journal import Job
+from bitpress.pipeline.units import Work
 from bitpress.progress import Progress
 
 __all__ = ["StatisticsCache", "capture_original"]
@@ -198,7 +199,8 @@ class _Commit:
         tensors, facts = _packed(found)
         facts["seconds"] = time.perf_counter() - self._started
         shard = f"block-{block.index:05d}.safetensors"
-        self.job.commit_behind(block.name, shard, tensors, facts, None if block.last else self.collected.stream.state)
+        work = Work(block.name, shard, tensors, facts)
+        self.job.commit_together_behind([work], None if block.last else self.collected.stream.state)
         self._started = time.perf_counter()
 
 

@@ -247,6 +247,12 @@ class StreamedModel:
         """Return what the model says of the inputs (a language model: logits), from the last block's output."""
         return self._outputs(inputs.to(self.device), hidden.to(self.device)).to(hidden.device)
 
+    def says(
+        self, inputs: Inputs, hidden: Float[torch.Tensor, "samples positions hidden"]
+    ) -> Float[torch.Tensor, "samples ..."]:
+        """Return what `outputs` does, on the device, with a gradient by the hidden states."""
+        return self._outputs(inputs.to(self.device), hidden.to(self.device))
+
     def loss_gradient(
         self,
         inputs: Inputs,

@@ -5,13 +5,14 @@ so the same inputs give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bitpress.calibration import Stats
 from bitpress.corrections.bias import BiasCorrection
 from bitpress.errors import NumericsError
+from bitpress.formats import CompressedWeight
 from bitpress.models.linears import list_weights
 from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.biases import correct_biases_
@@ -19,15 +20,37 @@ from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStr
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.layer_choice import Settled, settle_layers
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.records import TunedSpan
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
-from bitpress.pipeline.tuning import BlockTuner
+from bitpress.pipeline.tuning import Held, SpanTuner, Targets, Tuned
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method
 from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.shift import Shift
 
-__all__ = ["BlockCompressor"]
+__all__ = ["BlockCompressor", "OpenBlock", "check_early", "packed_weights"]
+
+
+@dataclass(frozen=True)
+class OpenBlock:
+    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds."""
+
+    block: LoadedBlock
+    made: CompressedBlock
+    planned: tuple[PlannedWeight, ...]
+    measured: Mapping[str, Stats]
+    scales: Rescaled | None
+    seen: Mapping[str, SeenChannels]
+
+    @property
+    def weights(self) -> list[PlannedWeight]:
+        """The weights that are compressed."""
+        return [p for p in self.planned if p.parameter.name in self.made.parameters]
+
+    def stats(self) -> dict[str, Stats]:
+        """Return the statistics of the inputs that the compressed weights have."""
+        return {name: _of_stored(name, found, self.scales) for name, found in self.measured.items()}
 
 
 class BlockCompressor:
@@ -38,6 +61,8 @@ class BlockCompressor:
                  method needs no gram, a gram among them is used only to measure errors
     looked_at    whether later visitors run the block, so that its compressed weights must be loaded
     progress     hears of the steps of learning
+    joined       whether the block in work is committed with the next one only
+    beside_same  what the uncompressed blocks make of the hidden states that the compressed ones were given, where windows are learned by it
     """
 
     def __init__(
@@ -55,19 +80,34 @@ class BlockCompressor:
         self.measured, self.progress = measured, progress
         self.weights = WeightCompressor(method, strict=strict)
         self.made = CompressedBlock()
+        self.joined = False
+        self.beside_same: torch.Tensor | None = None
 
     def visit_(self, block: LoadedBlock) -> None:
         """Compress a block into `made`, and move the calibration text past it (not past the last block where nothing needs its outputs)."""
+        opened = self.open_(block)
+        self.close_(opened)
+        follows = self.method.follows_text
+        if self._foresees(block):
+            self.stream.take_foreseen_()
+        elif self.stream.goes_on(block) and follows and not self.stream.follows_original and self.measured is None:
+            self.stream.advance_(block.index)
+
+    def _foresees(self, block: LoadedBlock) -> bool:
+        stream = self.stream
+        return self.method.observes and stream.follows_original and stream.goes_on(block) and self.measured is None
+
+    def open_(self, block: LoadedBlock) -> OpenBlock:
+        """Compress a block into `made`, and learn it by itself where the method says so."""
         stream, model, tensors = self.stream, self.stream.model, block.tensors
         needs, follows = self.method.needs, self.method.follows_text
         planned = [p for p in self.planned if p.block == block.index]
-        compressed = {p.parameter.name for p in planned}
         self.made = made = CompressedBlock()
         sequential = self.method.recipe.calibration.sequential and needs
         # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
         stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
         advances = stream.goes_on(block) and follows and not stream.follows_original and self.measured is None
-        foreseen = self.method.observes and stream.follows_original and stream.goes_on(block) and self.measured is None
+        foreseen = self._foresees(block)
         if foreseen:  # the observers look at this block's inputs after its statistics are taken
             stream.foresee_(block.index)
         replaced: dict[str, torch.Tensor] = {}
@@ -83,7 +123,7 @@ class BlockCompressor:
             if measuring:
                 stats, scales, settled = self._measure(block, stage, replaced, seen, goes_on=goes_on, final=final)
             measured |= stats if self.method.tunings else {}
-            targets = self._targets(block, planned, replaced, scales) if final and planned and self.method.tunings else {}
+            targets = self._targets(block, planned, replaced, scales) if final and self.method.tunings else {}
             for p in settled.planned:
                 stream.check_stop()
                 name = p.parameter.name
@@ -93,18 +133,22 @@ class BlockCompressor:
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
             self._round_(block, settled.planned, seen, runs=advances or self.looked_at or not final)
-        if self.method.tunings and planned:
-            self._tune_(block, planned, measured, scales, targets)
+        opened = OpenBlock(block, made, tuple(planned), measured, scales, seen)
+        if (alone := self.method.tunings_of("layer", "block")) and planned:
+            tuner = SpanTuner(stream, [block.index], self.held([opened]), stream.hidden, targets)
+            self.take_([opened], tuner.tune(alone, packed_weights([opened]), self.heard))
+        return opened
+
+    def close_(self, opened: OpenBlock) -> None:
+        """Put what is stored beside the compressed weights into the block."""
+        block, made = opened.block, opened.made
+        compressed = {p.parameter.name for p in opened.planned}
         # Only now, since searches rewrite the norms and biases that absorb their scales.
-        made.kept = {name: t for name, t in tensors.items() if name not in compressed}
+        made.kept = {name: t for name, t in block.tensors.items() if name not in compressed}
         if self.method.searches:
-            check_kept(model, made.kept)
+            check_kept(self.stream.model, made.kept)
         if (bias := self.method.only(BiasCorrection)) is not None:
-            correct_biases_(stream.model, bias, planned, tensors, made, seen)
-        if foreseen:
-            stream.take_foreseen_()
-        elif advances:
-            stream.advance_(block.index)
+            correct_biases_(self.stream.model, bias, list(opened.planned), block.tensors, made, opened.seen)
 
     def _round_(
         self, block: LoadedBlock, planned: Sequence[PlannedWeight], seen: Mapping[str, SeenChannels], *, runs: bool
@@ -128,14 +172,15 @@ class BlockCompressor:
         planned: Sequence[PlannedWeight],
         replaced: Mapping[str, torch.Tensor],
         scales: Rescaled | None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Targets:
         """Return what the block should give: as the uncompressed model does there, and for the compressed blocks' states before it."""
-        stream, wanted = self.stream, {named.part.targets for named in self.method.tunings if named.part.span == "block"}
+        stream = self.stream
+        wanted = {named.part.targets for named in self.method.tunings_of("block")}
         found = {}
         if "original" in wanted:
             assert stream.beside is not None
-            found["original"] = stream.beside
-        if "same" in wanted:
+            found["original"] = {0: stream.beside}
+        if "same" in wanted or self.beside_same is not None:
             plain = dict(replaced)
             for p in planned:  # nothing divides the input of these in the loaded block
                 if scales is not None and p.parameter.stem in scales.unfolded:
@@ -144,51 +189,51 @@ class BlockCompressor:
             now = {name: stream.model.model.get_parameter(name).data for name in plain}
             stream.model.fill_(plain)
             with stream.model.unrounded(block.index):
-                found["same"] = stream.run_all(block.index)
+                if "same" in wanted:
+                    found["same"] = {0: stream.run_all(block.index)}
+                if self.beside_same is not None:
+                    self.beside_same = stream.run_all(block.index, self.beside_same)
             stream.model.fill_(now)
         return found
 
-    def _tune_(
-        self,
-        block: LoadedBlock,
-        planned: Sequence[PlannedWeight],
-        stats: Mapping[str, Stats],
-        scales: Rescaled | None,
-        targets: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Learn the compressed weights of the block further, and the norms that the recipe says; put the results into `made` and the model."""
-        made, model, tensors = self.made, self.stream.model, block.tensors
-        packed = {name: p.weight for name, p in made.parameters.items()}
-        kept = {name: t for name, t in tensors.items() if name not in packed}
-        open_ones = [p for p in planned if p.parameter.name in packed]
-        originals = {p.parameter.name: self.weights.unscaled(p, tensors[p.parameter.name], scales) for p in open_ones}
-        inputs = {name: _of_stored(name, found, scales) for name, found in stats.items()}
-        rounded = {name: p.input for name, p in made.parameters.items() if p.input is not None}
-        tuner = BlockTuner(self.stream, block.index, open_ones, originals, inputs, kept, targets, rounded)
-        progress = self.progress if isinstance(self.progress, Stepwise) else None
-        tuned = tuner.tune(
-            self.method.tunings,
-            packed,
-            lambda name, share, loss: None if progress is None else progress.step(name, share, loss=loss),
-        )
-        for p in open_ones:
-            name = p.parameter.name
-            if name in tuned.weights:
-                result = self.weights.replaced(
-                    made.parameters[name], tuned.weights[name], tensors[name], stats, scales, tuned.folded.get(name)
-                )
-                made.put_(result if name not in tuned.inputs else result.with_input(tuned.inputs[name]))
-            for text in tuned.notes.get(name, ()):
-                made.put_(made.parameters[name].with_note(text))
-        made.tuned = tuned.rows
-        if self.weights.strict and (early := next((row for row in tuned.rows if row.failed is not None), None)) is not None:
-            raise NumericsError(f"{early.name}: {early.tuning} ended early: {early.failed} (an error because of --strict).")
-        tensors.update(tuned.vectors)
-        decoded = {
-            p.parameter.name: p.parameter.restore(made.parameters[p.parameter.name].weight.dequantize()) for p in open_ones
+    def held(self, opened: Sequence[OpenBlock]) -> Held:
+        """Return what learning holds of blocks that are compressed."""
+        originals = {
+            p.parameter.name: self.weights.unscaled(p, one.block.tensors[p.parameter.name], one.scales)
+            for one in opened
+            for p in one.weights
         }
-        model.fill_({**decoded, **{name: tensors[name] for name in kept}})
-        model.set_products_({name: made.parameters[name].layer for name in rounded})
+        kept = {name: t for one in opened for name, t in one.block.tensors.items() if name not in one.made.parameters}
+        stats = {name: found for one in opened for name, found in one.stats().items()}
+        rounded = {n: p.input for one in opened for n, p in one.made.parameters.items() if p.input is not None}
+        return Held([p for one in opened for p in one.weights], originals, stats, kept, rounded)
+
+    def heard(self, name: str, share: float, loss: float) -> None:
+        """Hear of a step of learning."""
+        if isinstance(self.progress, Stepwise):
+            self.progress.step(name, share, loss=loss)
+
+    def take_(self, opened: Sequence[OpenBlock], tuned: Tuned) -> None:
+        """Put what was learned of compressed blocks into them and into the model; the first of them gets the rows of the report."""
+        for one in opened:
+            tensors = one.block.tensors
+            for p in one.weights:
+                name = p.parameter.name
+                if name in tuned.weights:
+                    made, folded = one.made.parameters[name], tuned.folded.get(name)
+                    result = self.weights.replaced(made, tuned.weights[name], tensors[name], one.measured, one.scales, folded)
+                    one.made.put_(result if name not in tuned.inputs else result.with_input(tuned.inputs[name]))
+                for text in tuned.notes.get(name, ()):
+                    one.made.put_(one.made.parameters[name].with_note(text))
+            tensors.update({name: t for name, t in tuned.vectors.items() if name in tensors})
+            decoded = {
+                p.parameter.name: p.parameter.restore(one.made.parameters[p.parameter.name].weight.dequantize())
+                for p in one.weights
+            }
+            self.stream.model.fill_({**decoded, **{n: t for n, t in tensors.items() if n not in one.made.parameters}})
+            self.stream.model.set_products_({n: p.layer for n, p in one.made.parameters.items() if p.input is not None})
+        opened[0].made.tuned = [*opened[0].made.tuned, *tuned.rows]
+        check_early(tuned.rows, strict=self.weights.strict)
 
     def _measure(
         self,
@@ -256,6 +301,17 @@ class BlockCompressor:
                 if part in stats:
                     found[part] = replace(stats[part], sensitivity=matrix)
         return found
+
+
+def packed_weights(opened: Sequence[OpenBlock]) -> dict[str, CompressedWeight]:
+    """Return the compressed weights of blocks, by the names of parameters."""
+    return {name: p.weight for one in opened for name, p in one.made.parameters.items()}
+
+
+def check_early(rows: Sequence[TunedSpan], *, strict: bool) -> None:
+    """Raise NumericsError where learning ended early and that is an error."""
+    if strict and (early := next((row for row in rows if row.failed is not None), None)) is not None:
+        raise NumericsError(f"{early.name}: {early.tuning} ended early: {early.failed} (an error because of --strict).")
 
 
 def _of_stored(name: str, stats: Stats, scales: Rescaled | None) -> Stats:

@@ -229,11 +229,11 @@ class CalibrationStream:
             self.model.embed(self._inputs[:samples])
             self._embedded.add(samples)
 
-    def run_all(self, i: int) -> torch.Tensor:
-        """Return what the loaded block makes of the hidden states, the held-out ones too."""
+    def run_all(self, i: int, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the loaded block makes of the hidden states, the held-out ones too, or of other `states` of the same text."""
         found = []
-        for _, hidden in self.batches():
-            found.append(self._checked(i, self.model.run_block(i, hidden)))
+        for rows, hidden in self.batches():
+            found.append(self._checked(i, self.model.run_block(i, hidden if states is None else states[rows])))
             self.check_stop()
         return torch.cat(found)
 
@@ -283,6 +283,13 @@ class CalibrationStream:
         assert self._foreseen is not None
         self.before_advance()
         self.hidden, self._foreseen = self._foreseen, None
+
+    def return_to_(self, hidden: torch.Tensor | None, beside: torch.Tensor | None) -> None:
+        """Take up hidden states from before again, and the original's beside them; those that are None stay as they are."""
+        self.before_advance()
+        for now, before in ((self.hidden, hidden), (self.beside, beside)):
+            if now is not None and before is not None:
+                now.copy_(before)
 
     def advance_(self, i: int) -> None:
         self.before_advance()

@@ -4,7 +4,8 @@
     block        the largest block: as stored, and as computed with; once more in float32 where searches rescale it
     statistics   the squares of every input of a block, and the copies while the largest of them is completed
     batch        the activations of one batch in a block
-    work         one weight's working set: copies in float32, the factors of its gram in float64
+    work         one weight's working set: copies in float32, the factors of its gram in float64; that of the output head if it is larger
+    learning     of the largest span that is learned by gradients: what is learned, copies of its weights, activations of a batch
     backward     the whole model, its gradients' sums and one sample on the way back, where a method needs the loss's gradients
     proof        both models' outer parts and a block in float32, and the outputs of a sample
 
@@ -41,6 +42,8 @@ class Sizes:
     outputs         values that the model says of a sample
     squares         statistics of the size of a gram, for each input; 0 where the method needs none
     backward        whether the loss's gradients are needed; `searches` whether a block is rescaled
+    head            shape of the matrix outside the blocks that is compressed on the device, if there is one
+    learning        bytes of what is learned by gradients, copies and activations of a batch too
     """
 
     outer: int
@@ -56,6 +59,8 @@ class Sizes:
     squares: int
     backward: bool = False
     searches: bool = False
+    head: tuple[int, int] | None = None
+    learning: int = 0
 
     @classmethod
     def of(cls, model: StreamedModel, method: Method, plan: Plan) -> Self:
@@ -70,6 +75,7 @@ class Sizes:
         widths = (*(width for _, width in groups), next(w.parameter.shape[1] for w in first))
         experts = max(max(w.parameter.experts, 1) for w in first)
         total = sum(values.values())
+        learning = plan.learning
         return cls(
             outer=total - sum(by_block),
             block=max(by_block),
@@ -84,6 +90,8 @@ class Sizes:
             squares=squares_of(model, method) if method.needs else 0,
             backward=bool(of_origin(method.needs, "loss") or method.options),
             searches=bool(method.searches),
+            head=next((found.planned.parameter.shape for found in plan.outer if found.last), None),
+            learning=0 if learning is None else learning.beside + learning.batch * learning.window,
         )
 
 
@@ -98,6 +106,7 @@ class DeviceMemory:
     work: int
     backward: int
     proof: int
+    learning: int = 0
 
     @classmethod
     def of(cls, sizes: Sizes) -> Self:
@@ -108,20 +117,23 @@ class DeviceMemory:
         outputs = 4 * s.outputs
         grams = s.squares * 4 * sum(n * n for n in s.inputs) + (3 * 4 * widest**2 if s.squares else 0)
         whole = (s.blocks * s.block + s.outer) * s.itemsize
+        head, head_in = (0, 0) if s.head is None else (s.head[0] * s.head[1], s.head[1])
+        of_head = 5 * 4 * head + (4 + 3 * 8) * head_in**2 * bool(s.squares) + outputs * bool(s.squares)
         back = s.block * (s.itemsize + 4) + 16 * s.positions * sum(sum(shape) for shape in s.weights) + 4 * outputs
         return cls(
             outer=s.outer * s.itemsize,
             block=s.block * copies,
             statistics=grams,
             batch=s.batch * s.positions * through * 4 * 4 if s.squares else 0,
-            work=5 * 4 * largest + (3 * 8 * widest**2 if s.squares else 0),
+            work=max(5 * 4 * largest + (3 * 8 * widest**2 if s.squares else 0), of_head),
             backward=whole + back if s.backward else 0,
             proof=2 * s.outer * 4 + s.block * (4 + s.stored) + 3 * outputs,
+            learning=s.learning,
         )
 
     @property
     def total(self) -> int:
-        streaming = self.outer + self.block + self.statistics + max(self.batch, self.work)
+        streaming = self.outer + self.block + self.statistics + max(self.batch, self.work, self.learning)
         return LIBRARIES + int(LOST * max(streaming, self.backward, self.proof))
 
     def as_dict(self) -> dict[str, int]:

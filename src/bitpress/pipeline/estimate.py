@@ -24,14 +24,16 @@ from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.formats.block import Block
 from bitpress.models.streaming import StreamedModel
-from bitpress.pipeline.learning_plan import begin_sample, served_by
+from bitpress.pipeline.learning_sample import begin_sample, served_by
 from bitpress.pipeline.offer import trial_parts
 from bitpress.pipeline.outer_weights import PlannedOuter
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.weights import WeightCompressor
+from bitpress.pipeline.windows import windows_of
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
+from bitpress.tuning.span import Window
 from bitpress.tuning.tuner import Tuning
 
 __all__ = ["estimate_seconds"]
@@ -53,7 +55,10 @@ def estimate_seconds(
     model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], outer: Sequence[PlannedOuter] = ()
 ) -> float:
     """Return the seconds that calibrating and quantizing the planned weights would take on this machine if nothing else ran on it."""
-    seconds = _pressing(model, method, weights) + sum(_pressing(model, found.method, [found.planned]) for found in outer)
+    repeats = _repeats(windows_of(method, weights, len(model.blocks)), len(model.blocks))
+    seconds = repeats * _pressing(model, method, weights) + sum(
+        _pressing(model, found.method, [found.planned]) for found in outer
+    )
     needs = method.needs
     if not method.reads_text:
         return seconds
@@ -74,7 +79,7 @@ def estimate_seconds(
             known[cols] = _summing_seconds(needs, cols, heads, method.compute) / TOKENS
         summing += known[cols] * (min(active or experts, experts) if experts else 1)
     learning = sum(_learning_seconds(model, method, named, weights) for named in method.tunings)
-    return seconds + tokens * (reading * _passes(method) + summing) + learning
+    return seconds + tokens * repeats * (reading * _passes(method) + summing) + learning
 
 
 def _passes(method: Method) -> float:
@@ -105,7 +110,20 @@ def _learning_seconds(model: StreamedModel, method: Method, named: Named[Tuning]
     token = BESIDE_PRODUCTS * sum(_product_seconds(w, method.compute, active) for w in weights) / TOKENS
     batch = min(tuning.batch, calibration.samples)
     looks = (tuning.checks + 1) * calibration.held_out
-    return positions * token * (3 * batch * tuning.steps + looks) + tuning.steps * step
+    if tuning.span == "block":
+        return positions * token * (3 * batch * tuning.steps + looks) + tuning.steps * step
+    # Blocks of wider spans run forward once more, and decode their weights again, on the way back.
+    windows, blocks = windows_of(method, weights, len(model.blocks)), len(model.blocks)
+    whole = tuning.span == "network"
+    ran = 1.0 if whole else sum(len(w.through) for w in windows) / blocks
+    made = 1.0 if whole else _repeats(windows, blocks)
+    wide = positions * token * ran * (4 * batch * tuning.steps + looks) + 2 * tuning.steps * step * made
+    return wide + (positions * token * calibration.drawn if tuning.loss == "kl-top" else 0.0)
+
+
+def _repeats(windows: Sequence[Window], blocks: int) -> float:
+    """Return how often a block is compressed on average: those of overlaps are compressed again in the next window."""
+    return sum(len(w.blocks) for w in windows) / blocks if windows else 1.0
 
 
 @functools.cache

@@ -25,9 +25,9 @@ def activation_bytes(method: Method, of_sample: int) -> int:
 
 def block_memory(
     model: StreamedModel, method: Method, weights: Sequence[PlannedWeight], stored: dict[str, int], hidden: int
-) -> tuple[int, int]:
-    """Estimate what is held while a block is in work (the process, embeddings and head, the block twice, statistics, hidden states), and the
-    peak, with the largest layer's working set."""
+) -> tuple[int, int, int]:
+    """Estimate what is held while a block is in work (the process, embeddings and head, the block twice, statistics, hidden states), of that the
+    block with its statistics, and the peak, with the largest layer's working set."""
     prefix = f"{model.stack}."
     outer = sum(size for name, size in stored.items() if not name.startswith(prefix))
     by_block: list[int] = [sum(w.weights for w in weights if w.block == i) for i in range(len(model.blocks))]
@@ -46,7 +46,7 @@ def block_memory(
     proof = BASE_BYTES + 2 * outer_values * 4 + (2 * max(by_block, default=0) + again) * 4 + 3 * outputs
     backward = BASE_BYTES + outer + _backward_bytes(model, method, weights)
     if not method.needs:
-        return BASE_BYTES + outer + block, max(BASE_BYTES + outer + block + largest, backward, proof)
+        return BASE_BYTES + outer + block, block, max(BASE_BYTES + outer + block + largest, backward, proof)
     widths = {w.parameter.shape[1] for w in weights if w.block == 0}
     positions = model.task.positions(model.model.config, method.recipe.calibration.length)
     held_out = positions * method.recipe.calibration.held_out * model.dtype.itemsize
@@ -55,7 +55,7 @@ def block_memory(
     widest = max((max(w.parameter.shape) for w in weights), default=0)
     batch = method.recipe.batch * positions * widest * 4 * 4
     held = BASE_BYTES + outer + block + grams + hidden
-    return held, max(held + max(largest + factor, batch), backward, proof)
+    return held, block + grams, max(held + max(largest + factor, batch), backward, proof)
 
 
 def outer_memory(model: StreamedModel, outer: Sequence[PlannedOuter], stored: dict[str, int], hidden: int) -> int:

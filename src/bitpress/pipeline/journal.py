@@ -7,22 +7,22 @@
     OUT/.bitpress/activations/      the exact inputs of the next block
     OUT/.bitpress/kept/             tensors that were measured once, before the first unit
 
-A unit is committed in this order: its weight file, the activations after it, its journal line; each is fsynced before the next.
+A unit is committed in this order: its weight file, the activations after it, its journal line; each is fsynced before the next. Units that are
+committed together happen all or not at all: their lines are one append, and a line that says "joined" counts with the next one only. A unit
+that replaces an earlier one (`replaces`) has a file of another name, and stands in its place from then on.
 Publishing renames the weight files into OUT and writes the manifest last.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitpress.checkpoints.compressed import JOB_DIRECTORY, MANIFEST_NAME
 from bitpress.checkpoints.directory import check_file_name
@@ -35,35 +35,18 @@ from bitpress.checkpoints.durable import (
     write_durably,
 )
 from bitpress.checkpoints.exports import remove_exports
-from bitpress.checkpoints.jsonfile import parse_json, read_json, write_json_bytes
+from bitpress.checkpoints.jsonfile import read_json, write_json_bytes
 from bitpress.checkpoints.locks import JOB_LOCK, is_same, lock_alone, working_process
 from bitpress.checkpoints.safetensors_file import TensorsOnDisk, read_header, read_tensor, serialize
 from bitpress.checkpoints.side_files import check_listed_name
 from bitpress.errors import CheckpointError, DiskError, UsageError
 from bitpress.exchange.runtimes import RUNTIMES
+from bitpress.pipeline.units import After, Unit, Work, add_, line_of, read_unit
 
-__all__ = ["Job", "Unit", "check_vacant", "differences"]
+__all__ = ["Job", "check_vacant", "differences"]
 
 # The meaning of a field that an identity leaves out.
 ABSENT = {"device": "cpu"}
-
-
-class After(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    file: str
-    sha256: str
-
-
-class Unit(BaseModel):
-    """A finished unit of work, as a line of the journal holds it; `facts` are the job's own record of it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    unit: str
-    shard: str
-    bytes: int
-    sha256: str
-    facts: dict[str, Any]
-    after: After | None
 
 
 class Job:
@@ -130,17 +113,10 @@ class Job:
             os.close(self._lock)
             self._lock = None
 
-    def commit_behind(
-        self,
-        unit: str,
-        shard: str,
-        tensors: Mapping[str, torch.Tensor],
-        facts: Mapping[str, Any],
-        activations: torch.Tensor | None,
-    ) -> None:
-        """Commit a unit while the next one is worked on. The arguments may not change before `settle` has returned."""
+    def commit_together_behind(self, works: Sequence[Work], activations: torch.Tensor | None) -> None:
+        """Commit units, all or none of them, while the next one is worked on. The arguments may not change before `settle` has returned."""
         self.settle()
-        self._pending = self._writer.submit(self.commit, unit, shard, tensors, facts, activations)
+        self._pending = self._writer.submit(self.commit_together, works, activations)
 
     def settle(self) -> None:
         """Wait until the last unit is durable; raise the error of its commit, if any."""
@@ -157,19 +133,47 @@ class Job:
         activations: torch.Tensor | None,
     ) -> None:
         """Make a unit durable. When this returns, the unit survives a kill."""
-        size, digest = write_durably(self.root / "objects" / shard, serialize(tensors, {"format": "pt"}))
+        self.commit_together([Work(unit, shard, tensors, facts)], activations)
+
+    def commit_together(self, works: Sequence[Work], activations: torch.Tensor | None, *, replaces: bool = False) -> None:
+        """Make units durable, all or none of them; the activations are those behind the last one. With `replaces` they stand in the places of
+        the units of their names, whose files stay until the job ends."""
+        by_name, files = {unit.unit: unit for unit in self.units}, []
+        for work in works:
+            if work.tensors is None:
+                files.append((by_name[work.unit].bytes, by_name[work.unit].sha256))
+            else:
+                files.append(write_durably(self.root / "objects" / work.shard, serialize(work.tensors, {"format": "pt"})))
         after = None
         if activations is not None:
-            name = f"{len(self.units):05d}.safetensors"
+            name = f"{len(self.units) + len(works) - 1:05d}.safetensors"
             _, left = write_durably(self.root / "activations" / name, serialize({"hidden": activations}, None))
             after = After(file=name, sha256=left)
-        line = Unit(unit=unit, shard=shard, bytes=size, sha256=digest, facts=dict(facts), after=after)
-        payload = json.dumps(line.model_dump(), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-        append_durably(self.root / "journal.jsonl", b"%08x " % zlib.crc32(payload) + payload + b"\n")
-        self.units.append(line)
-        for old in (self.root / "activations").iterdir():
-            if after is None or old.name != after.file:
-                old.unlink()
+        units = [
+            Unit(
+                unit=work.unit,
+                shard=work.shard,
+                bytes=size,
+                sha256=digest,
+                facts=dict(work.facts),
+                after=after if at == len(works) - 1 else None,
+                joined=at < len(works) - 1,
+                replaces=replaces,
+            )
+            for at, (work, (size, digest)) in enumerate(zip(works, files, strict=True))
+        ]
+        append_durably(self.root / "journal.jsonl", b"".join(map(line_of, units)))
+        for unit in units:
+            add_(self.units, unit)
+        if not replaces:
+            for old in (self.root / "activations").iterdir():
+                if after is None or old.name != after.file:
+                    old.unlink()
+
+    def find(self, unit: Unit) -> Path:
+        """Return where a unit's file lies: in the job's folder, or where it is published."""
+        made = self.root / "objects" / unit.shard
+        return made if made.exists() else self.out / unit.shard
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Store tensors that were measured before the first unit; return their hashes, which that unit's facts must hold as `kept`."""
@@ -298,33 +302,27 @@ class Job:
             data = bytearray(num_bytes)
             read_into(path, descriptor, memoryview(data), 0)
         *lines, torn = data.split(b"\n")
+        units = list[Unit]()
         for number, raw in enumerate(lines):
             crc, _, payload = raw.partition(b" ")
             if crc != b"%08x" % zlib.crc32(payload):
                 raise CheckpointError(f"{path}: line {number + 1} is damaged; start again with --force.")
-            self.units.append(_checked_unit(f"{path}:{number + 1}", bytes(payload)))
-        if torn:
-            # The line that was being written when the process was killed: that unit did not happen.
+            units.append(read_unit(f"{path}:{number + 1}", bytes(payload)))
+        unfinished = len(torn)
+        while units and units[-1].joined:  # it happens with the next one only
+            units.pop()
+            unfinished += len(lines.pop()) + 1
+        if unfinished:
+            # Lines that were being written when the process was killed: those units did not happen.
             with _disk_errors(path), path.open("r+b") as file:
-                file.truncate(len(data) - len(torn))
+                file.truncate(len(data) - unfinished)
                 os.fsync(file.fileno())
+        for unit in units:
+            add_(self.units, unit)
         for unit in self.units:
-            made, final = self.root / "objects" / unit.shard, self.out / unit.shard
-            present = made if made.exists() else final
+            present = self.find(unit)
             if not present.exists() or hash_file(present) != unit.sha256:
                 raise CheckpointError(f"{present}: a finished weight file is missing or damaged; start again with --force.")
-
-
-def _checked_unit(where: str, payload: bytes) -> Unit:
-    """Read a line of the journal; its names become paths, so they are checked like those of any other file."""
-    values = parse_json(payload, where)
-    try:
-        unit = Unit.model_validate(values)
-    except ValidationError as error:
-        raise CheckpointError(f"{where}: is not a unit of work; start again with --force.") from error
-    for name in (unit.shard, unit.after.file if unit.after else unit.shard):
-        check_file_name(where, name)
-    return unit
 
 
 @contextlib.contextmanager

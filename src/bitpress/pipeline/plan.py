@@ -196,9 +196,10 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
     hidden = activation_bytes(method, length * width * model.dtype.itemsize)
     compressed_bytes, outer_bytes = sum(w.nbytes for w in weights), sum(found.planned.nbytes for found in outer)
     gradients = gradient_bytes(method.needs, [w.parameter for w in weights])
-    held, peak = block_memory(model, method, weights, stored, hidden)
+    again = compressed_bytes if method.tunings_of("network") else 0  # blocks are written once more before the former files go
+    held, of_block, peak = block_memory(model, method, weights, stored, hidden)
     peak = max(peak, outer_memory(model, outer, stored, hidden))
-    learning = plan_learning(model, method, weights, held, peak)
+    learning = plan_learning(model, method, weights, held, of_block, peak)
     return Plan(
         weights=tuple(weights),
         kept=kept,
@@ -208,7 +209,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         kept_bytes=kept_bytes,
         source_bytes=sum(stored.values()),
         # Side files and headers are small. The activations count twice, since the new ones are written before the old ones are removed.
-        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + gradients + 32 * 2**20,
+        disk=compressed_bytes + outer_bytes + kept_bytes + 2 * hidden + gradients + again + 32 * 2**20,
         peak_memory=peak if learning is None else max(peak, learning.peak),
         outer=outer,
         learning=learning,

@@ -33,7 +33,7 @@ from bitpress.measure.samples import draw_calibration, draw_evaluation
 from bitpress.memory import release
 from bitpress.models.opening import OriginalLoader, open_original
 from bitpress.models.streaming import StreamedModel
-from bitpress.models.walk import LoadedBlock, walk
+from bitpress.models.walk import LoadedBlock
 from bitpress.pipeline.blocks import BlockCompressor
 from bitpress.pipeline.budget import choose_formats, plan_method
 from bitpress.pipeline.calibration_stream import CalibrationStream
@@ -44,11 +44,14 @@ from bitpress.pipeline.front_matter import front_matter
 from bitpress.pipeline.gradients import measure_gradients
 from bitpress.pipeline.identity import identify, recorded
 from bitpress.pipeline.journal import Job, check_vacant
+from bitpress.pipeline.network import learn_committed
 from bitpress.pipeline.oddities import note_oddities
 from bitpress.pipeline.outer_weights import compress_outer, compress_tables
 from bitpress.pipeline.plan import Plan, check_memory, check_room
 from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.report import TEXTS, make_report, write_report_page, write_texts_
+from bitpress.pipeline.units import Work
+from bitpress.pipeline.windows import compress_blocks
 from bitpress.progress import Progress, Silent
 from bitpress.recipes import Method, Recipe, build_method
 from bitpress.report.document import REPORT_NAME
@@ -155,6 +158,11 @@ def quantize_directory(
     try:
         with stoppable() as check_stop:
             run, seconds = _compress(job, run, strict, check_stop, progress)
+            if samples is not None:
+                begun = time.perf_counter()
+                parts = (run.model, run.method, run.plan.weights, samples)
+                learn_committed(job, *parts, strict=strict, check_stop=check_stop, progress=progress)
+                seconds += time.perf_counter() - begun
             return finish_job(job, run, proof, progress, check_stop, Clock(started, seconds, device))
     finally:
         job.close()
@@ -172,6 +180,7 @@ class Committer:
         self.job, self.compressor, self.total, self.progress, self.resumable = job, compressor, total, progress, resumable
         self.rows: list[LayerRow] = []
         self.tuned: list[TunedSpan] = []
+        self.waiting: list[Work] = []  # blocks that are committed with the next one only
 
     def visit_(self, block: LoadedBlock) -> None:
         made = self.compressor.made
@@ -182,7 +191,10 @@ class Committer:
             stream = self.compressor.stream
             after = stream.state if self.resumable and stream.goes_on(block) else None
             shard = shard_name(block.index + 1, self.total)
-            self.job.commit_behind(block.name, shard, made.tensors(), record.dump(), after)
+            self.waiting.append(Work(block.name, shard, made.tensors(), record.dump()))
+            if not self.compressor.joined:
+                works, self.waiting = self.waiting, []
+                self.job.commit_together_behind(works, after)
         self.progress.advance(block.name, error=record.error)
 
 
@@ -235,7 +247,7 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     del outer
     compressor = BlockCompressor(stream, method, plan.weights, strict=strict, progress=progress)
     committer = Committer(job, compressor, plan.blocks + 1, progress)
-    walk(model, [compressor, committer], first=max(done - 1, 0), check_stop=check_stop)
+    compress_blocks(compressor, [committer], first=max(done - 1, 0), check_stop=check_stop)
     job.settle()
     if head is not None and of_head is not None:
         stats = stream.capture_head(head.planned.parameter, head.method.needs)

@@ -38,6 +38,7 @@ from bitpress.pipeline.weight_picture import MatrixPicture, draw_weight, look_at
 from bitpress.quantizers.quantizer import Outcome, is_served, output_errors
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod, Method, Named
+from bitpress.tuning.stack import parts_of
 
 __all__ = ["CompressedBlock", "CompressedParameter", "WeightCompressor"]
 
@@ -199,9 +200,11 @@ class WeightCompressor:
 
     def unscaled(self, planned: PlannedWeight, tensor: torch.Tensor, scales: Rescaled | None) -> Float[torch.Tensor, "rows in"]:
         """Return what a compressed parameter stands for, experts stacked: `tensor` without the factors that its input map takes back."""
-        name = planned.parameter.stem
-        w = torch.cat(planned.parameter.matrices(tensor))
-        return w if scales is None or name not in scales.unfolded else w / scales.factors[name]
+        parameter = planned.parameter
+        named = zip(parameter.parts(), parameter.matrices(tensor), strict=True)
+        return torch.cat(
+            [w if scales is None or name not in scales.unfolded else w / scales.factors[name] for name, w in named]
+        )
 
     def replaced(
         self,
@@ -213,31 +216,31 @@ class WeightCompressor:
         folded: Float[torch.Tensor, "out in"] | None = None,
     ) -> CompressedParameter:
         """Return a parameter with another weight, measured as the one before; its entries hold `folded` factors. Raises NumericsError."""
-        parameter, name = made.parameter, made.parameter.stem
-        decoded = weight.dequantize()
-        if not all_finite(decoded):
-            raise NumericsError(f"{name}: the learned weight is not finite.")
-        factor = None if scales is None else scales.factors.get(name)
-        w, shown = parameter.matrices(tensor)[0], decoded if folded is None else decoded / folded
-        unscaled, w_hat = (w, shown) if factor is None else (w / factor, shown)
-        if factor is not None and scales is not None and name not in scales.unfolded:
-            w_hat = shown / factor
-        usable = stats.get(name)
-        (after,) = output_errors(unscaled, (w_hat,), usable)
-        by_class = None
-        if made.row.held_out is not None and usable is not None and usable.held_out is not None:
-            found = token_errors([measure_classes(unscaled, (w_hat, w_hat), usable.held_out)]) or {}
-            before = made.row.held_out
+        parameter = made.parameter
+        if not all_finite(decoded := weight.dequantize()):
+            raise NumericsError(f"{parameter.stem}: the learned weight is not finite.")
+        errors, classes, pictures = list[float](), list[Mapping[str, ClassEnergies]](), list[MatrixPicture]()
+        count = max(parameter.experts, 1)
+        parts = zip((decoded if folded is None else decoded / folded).chunk(count), parts_of(weight, count), strict=True)
+        for name, w, (part, own) in zip(parameter.parts(), parameter.matrices(tensor), parts, strict=True):
+            factor = None if scales is None else scales.factors.get(name)
+            divided = None if scales is None or name in scales.unfolded else factor
+            unscaled, w_hat = w if factor is None else w / factor, part if divided is None else part / divided
+            usable = stats.get(name)
+            errors += output_errors(unscaled, (w_hat,), usable)
+            if usable is not None and usable.held_out is not None:
+                classes.append(measure_classes(unscaled, (w_hat, w_hat), usable.held_out))
+            pictures.append(with_utilization(look_at(unscaled, w_hat, usable), unscaled, own, divided, usable))
+        by_class, before = None, made.row.held_out
+        if before is not None and classes:
             by_class = {
                 key: e.model_copy(update={"error_rounded": before[key].error_rounded})
-                for key, e in found.items()
+                for key, e in (token_errors(classes) or {}).items()
                 if key in before
             }
-        folded = None if factor is None or scales is None or name in scales.unfolded else factor
-        seen = with_utilization(look_at(unscaled, w_hat, usable), unscaled, weight, folded, usable)
-        picture = None if made.row.picture is None else draw_weight([seen])
-        sizes = {"bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight}
-        row = made.row.model_copy(update={"error": after, "held_out": by_class, "picture": picture, **sizes})
+        picture = None if made.row.picture is None else draw_weight(pictures)
+        found = {"error": _mean(errors), "held_out": by_class, "picture": picture}
+        row = made.row.model_copy(update={**found, "bytes": weight.nbytes, "bits_per_weight": weight.bits_per_weight})
         entry = BitpressDirectory.write(CompressedLayer(weight, made.input)).entry
         # The errors of some of its terms are no longer those: it is loaded as a whole.
         record = made.record.model_copy(update={"spec": entry["spec"], "errors": None})

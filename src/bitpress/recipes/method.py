@@ -118,10 +118,14 @@ class Method:
         """What is learned of every block, one after the other."""
         return self.of("tuning")
 
+    def tunings_of(self, *spans: str) -> tuple[Named[Tuning], ...]:
+        """Return what is learned over some kinds of spans."""
+        return tuple(named for named in self.tunings if named.part.span in spans)
+
     @property
     def keeps_original(self) -> bool:
         """Whether the uncompressed model's hidden states are carried beside the compressed one's."""
-        by_output = any(named.part.span == "block" and named.part.targets == "original" for named in self.tunings)
+        by_output = any(named.part.targets == "original" for named in self.tunings_of("block", "windows"))
         return by_output or bool(of_origin(self.needs, "original"))
 
     @cached_property

@@ -103,18 +103,40 @@ def _check_tuning(method: Method) -> None:
         raise UsageError(f"{name} learns from the outputs of compressed blocks, so calibration.inputs cannot be original.")
     if exact := method.exact_formats():
         raise UsageError(f"{exact[0]} keeps weights bit for bit, and {name} would change them; leave it out.")
-    if method.rounds_inputs and (alone := [named.name for named in method.tunings if named.part.span == "layer"]):
+    if method.rounds_inputs and (other := [named for named in method.tunings if named.part.span != "block"]):
         raise UsageError(
-            f"{alone[0]} learns layers by inputs as they are, and this recipe rounds them; learn blocks (span: block), or leave out one of them."
+            f"{other[0].name} learns span={other[0].part.span} by inputs as they are, and this recipe rounds them; learn blocks "
+            "(span: block), or leave out one of them."
         )
+    if wide := [named for named in method.tunings if named.part.moves_inputs and named.part.span != "block"]:
+        raise UsageError(f"{wide[0].name} learns maps of inputs block by block (span: block), not span={wide[0].part.span}.")
     if method.of("bias"):
         raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
+    _check_spans(method)
     moving = [at for at, named in enumerate(method.tunings) if named.part.norms or named.part.moves_inputs]
     moved = next(iter(moving), len(method.tunings))
     if late := [named.name for named in method.tunings[moved:] if named.part.span == "layer"]:
         what = "maps" if method.tunings[moved].part.moves_inputs else "norms"
         raise UsageError(
             f"{late[0]} learns layers by inputs measured before {what} were learned by {method.tunings[moved].name}; put it first."
+        )
+
+
+SPANS = {"layer": 0, "block": 0, "windows": 1, "network": 2}
+
+
+def _check_spans(method: Method) -> None:
+    """Raise UsageError for spans that do not follow one another, and windows that differ."""
+    for before, after in zip(method.tunings, method.tunings[1:], strict=False):
+        if SPANS[before.part.span] > SPANS[after.part.span]:
+            raise UsageError(
+                f"{after.name} learns span={after.part.span}, which is done before span={before.part.span} of {before.name}; put it first."
+            )
+    windows = method.tunings_of("windows")
+    shapes = [(named.part.window, named.part.overlap, named.part.ahead, named.part.joined((1.0, 2.0))) for named in windows]
+    if other := [named.name for named, shape in zip(windows, shapes, strict=True) if shape != shapes[0]]:
+        raise UsageError(
+            f"{windows[0].name} and {other[0]} learn windows that differ; give both the same window, overlap and ahead."
         )
 
 

@@ -143,9 +143,11 @@ class LayerRow(_Closed):
 
 
 class TunedSpan(_Closed):
-    """How a block, or one weight of it, was learned by gradients. Losses are relative to the energy of what is aimed at.
+    """How a block, one weight of it, several blocks or the network was learned by gradients. Losses are relative to the energy of what is aimed
+    at, those of the network in nats a token.
 
-    name         of the block or the weight (the span is a layer then); `tuning` is the method's name
+    name         of the block or the weight (the span is a layer then), of the first block with the number of the last one (windows), or of the
+                 stack of blocks (network); `tuning` is the method's name
     learned      parameters that were learned, from so many calibration `tokens`
     kept         whether the result is kept; False: the start was no worse on held-out windows, and stays
     before       the loss of the start on held-out windows, `after` that of the best state seen
@@ -155,7 +157,7 @@ class TunedSpan(_Closed):
 
     name: str
     tuning: str
-    span: Literal["block", "layer"]
+    span: Literal["block", "layer", "windows", "network"]
     steps: int
     learned: int
     tokens: int

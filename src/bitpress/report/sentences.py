@@ -26,7 +26,7 @@ def say_learned(spans: Sequence[TunedSpan]) -> list[str]:
     for name, span in dict.fromkeys((one.tuning, one.span) for one in spans):
         own = [one for one in spans if (one.tuning, one.span) == (name, span)]
         kept = [one for one in own if one.kept]
-        noun = "block" if span == "block" else "weight"
+        noun = {"block": "block", "layer": "weight", "windows": "window", "network": "network"}[span]
         text = f"{name}: {len(kept)} of {len(own)} {noun}s are better on held-out text and kept"
         if kept:
             text += f", their loss {100 * sum(1 - one.after / one.before for one in kept) / len(kept):.1f} % lower on average"

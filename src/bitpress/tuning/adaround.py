@@ -21,7 +21,7 @@ from bitpress.tuning.learned import Leaf, LearnedCodes, Start
 from bitpress.tuning.relaxation import rectified_sigmoid, rectified_sigmoid_inverse, undecided
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
-__all__ = ["AdaRound"]
+__all__ = ["AdaRound", "SoftBits"]
 
 # The share of the steps without regulariser, and the power at the first and the last step behind it.
 WARM_UP = 0.2
@@ -39,10 +39,12 @@ class AdaRound(Tuning):
     serves: ClassVar[tuple[str, ...]] = ("int*", "!int*-min*")
 
     def begin(self, start: Start) -> LearnedCodes:
-        return _SoftBits(start, self.weight)
+        return SoftBits(start, self.weight)
 
 
-class _SoftBits(LearnedCodes):
+class SoftBits(LearnedCodes):
+    """A soft bit for every weight. What learns them in another way overrides `soft`, and where scales are learned too, `across`."""
+
     def __init__(self, start: Start, weight: float) -> None:
         super().__init__(start)
         grid = self.fmt.grid
@@ -62,16 +64,24 @@ class _SoftBits(LearnedCodes):
     def leaves(self) -> list[Leaf]:
         return [Leaf(self.bits)]
 
+    def soft(self) -> torch.Tensor:
+        """Return what the soft bits are the rectified sigmoid of, [blocks, values of a block]."""
+        return self.bits
+
+    def across(self) -> torch.Tensor:
+        """Return the scale of every block as stored, with a gradient where it is learned."""
+        return self.scale
+
     def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
-        codes = (self.floor + rectified_sigmoid(self.bits) + self.zero).clamp(0, self.top)
-        return self.fmt.from_blocks((codes - self.zero) * self.scale, self.base.shape[0])
+        codes = (self.floor + rectified_sigmoid(self.soft()) + self.zero).clamp(0, self.top)
+        return self.fmt.from_blocks((codes - self.zero) * self.across(), self.base.shape[0])
 
     def penalty(self, progress: float) -> torch.Tensor | None:
         if progress < WARM_UP:
             return None
         behind = (progress - WARM_UP) / (1 - WARM_UP)
-        return self.weighted * undecided(rectified_sigmoid(self.bits), POWERS[0] + (POWERS[1] - POWERS[0]) * behind)
+        return self.weighted * undecided(rectified_sigmoid(self.soft()), POWERS[0] + (POWERS[1] - POWERS[0]) * behind)
 
     def values(self, params: Params) -> Float[torch.Tensor, "out in"]:
-        hard = self.floor + (rectified_sigmoid(self.bits) >= 0.5)
-        return self.fmt.from_blocks(hard * self.scale, self.base.shape[0])
+        hard = self.floor + (rectified_sigmoid(self.soft()) >= 0.5)
+        return self.fmt.from_blocks(hard * self.across(), self.base.shape[0])

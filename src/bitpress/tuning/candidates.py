@@ -56,6 +56,7 @@ class Candidates(Tuning):
 class _Choices(FixedCodes):
     def __init__(self, start: Start, count: int, rate: float, weight: float) -> None:
         super().__init__(start)
+        self.start = start
         self.choice_rate, self.weighted = rate, weight
         self.candidates, distances = self._nearest(min(count, self.fmt.grid.num_codes))
         tiny = torch.finfo(torch.float32).tiny

@@ -3,6 +3,8 @@
 w_hat = decode(codes, params),  parameters by a gradient; zero points in code units stay
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 
@@ -16,7 +18,10 @@ class FixedCodes(LearnedCodes):
     """Leaves are relative to the mean size of each parameter, so that one rate suits all of them."""
 
     def __init__(self, start: Start, rate: float = 1.0) -> None:
-        self.fmt, self.start, self.given, self.rate = start.fmt, start, dict(start.params), rate
+        self.fmt, self.given, self.rate = start.fmt, dict(start.params), rate
+        self.start = replace(
+            start, target=start.target.new_empty(0, 0)
+        )  # codes stay, whatever they stand for: it need not be held
         moving = [p.name for p in self.fmt.grid.params if p.kind != "code"]
         self.moved = {name: torch.zeros_like(self.given[name], requires_grad=True) for name in moving}
         tiny = torch.finfo(torch.float32).tiny

@@ -8,6 +8,7 @@ in the place of stored ones, so that one product computes both.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,10 @@ class Learned(Protocol):
         """Return what is added to the loss, if anything."""
         ...
 
+    def harden(self) -> CompressedWeight | torch.Tensor:
+        """Return the parameter as it is stored."""
+        ...
+
 
 class LearnedTerm(Protocol):
     """A term of a weight while it is learned."""
@@ -175,14 +180,21 @@ class LearnedCodes:
     def penalty(self, progress: float) -> torch.Tensor | None:
         return None
 
+    @cached_property
+    def below_zero(self) -> dict[str, torch.Tensor | None]:
+        """Return where scales begin below 0, None for those that nowhere do."""
+        masks = {p.name: self.start.params[p.name] < 0 for p in self.fmt.grid.params if p.kind == "scale"}
+        return {name: mask if bool(mask.any()) else None for name, mask in masks.items()}
+
     def stored_params(self) -> dict[str, torch.Tensor]:
         """Return the parameters as stored, with the gradient of `params`."""
-        own, given = dict(self.params()), self.start.params
+        own = dict(self.params())
         for p in self.fmt.grid.params:
             if p.kind == "code":
                 own[p.name] = round_through(own[p.name]).clamp(0, (1 << p.bits) - 1)
             elif p.kind == "scale":  # a scale keeps its sign: most stores have one only
-                own[p.name] = torch.where(given[p.name] < 0, own[p.name].clamp(max=0), own[p.name].clamp(min=0))
+                above, below = own[p.name].clamp(min=0), self.below_zero[p.name]
+                own[p.name] = above if below is None else torch.where(below, own[p.name].clamp(max=0), above)
         kept = dict(self.fmt.stored({name: t.detach() for name, t in own.items()}, self.start.shared))
         for p in self.fmt.grid.params:
             if own[p.name].requires_grad:

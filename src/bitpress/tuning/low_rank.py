@@ -59,7 +59,9 @@ class LearnedFactors:
         return None
 
     def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
-        a, b = (pass_through(x, kept) for x, kept in zip(self._factors(), self.harden().factors(), strict=True))
+        now = self._factors()
+        stored = LowRank.store(now[0].detach(), now[1].detach(), self.term.dtype).factors()
+        a, b = (pass_through(x, kept) for x, kept in zip(now, stored, strict=True))
         return (a[None] @ b[None])[0]  # to the last bit as the stored term is decoded
 
     @torch.no_grad()

@@ -18,6 +18,13 @@ def _mse(out: Out, target: Out) -> Float[torch.Tensor, ""]:
     return (out.float() - target.float()).square().mean()
 
 
+def _mae(out: Out, target: Out) -> Float[torch.Tensor, ""]:
+    """Return the mean absolute error, in units of the targets' mean square over their mean size: relative to the latter in the end."""
+    target = target.float()
+    size = target.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (out.float() - target).abs().mean() * target.square().mean() / size
+
+
 def _channels(out: Out, target: Out) -> Float[torch.Tensor, ""]:
     """Norm Tweaking's distance: of the mean and of the standard deviation of every channel over the tokens, here squared."""
     a, b = out.float().flatten(0, 1), target.float().flatten(0, 1)
@@ -37,6 +44,7 @@ def _cosine(out: Out, target: Out) -> Float[torch.Tensor, ""]:
 
 LOSSES: dict[LossName, Callable[[Out, Out], Float[torch.Tensor, ""]]] = {
     "mse": _mse,
+    "mae": _mae,
     "channels": _channels,
     "cosine": _cosine,
 }

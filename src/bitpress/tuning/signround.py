@@ -51,4 +51,5 @@ class _Offsets(LearnedCodes):
 
     def values(self, params: Params) -> Float[torch.Tensor, "out in"]:
         rows, cols = self.fmt.block.resolve((self.base.shape[0], self.base.shape[1]))
-        return self.base + self.offset * params["scale"].repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+        scale = params["scale"] if rows == 1 else params["scale"].repeat_interleave(rows, 0)
+        return self.base + self.offset * scale.repeat_interleave(cols, 1)

@@ -21,12 +21,14 @@ from bitpress.formats import CompressedWeight, InputFormat, Term
 from bitpress.tuning.cayley import CayleySGD
 from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, Value, learned_term
 
-__all__ = ["Curve", "Objective", "Tuning", "begin_weight", "tune_"]
+__all__ = ["OF_LOGITS", "Curve", "Objective", "Tuning", "begin_weight", "tune_"]
 
 OptimizerName = Literal["adam", "sign", "cayley"]
 ScheduleName = Literal["constant", "linear", "cosine"]
-LossName = Literal["mse", "channels", "cosine"]
-Span = Literal["layer", "block"]
+LossName = Literal["mse", "mae", "channels", "cosine", "kl-top", "cross-entropy"]
+Span = Literal["layer", "block", "windows", "network"]
+# Losses of what the whole model says; the others are of hidden states.
+OF_LOGITS: tuple[LossName, ...] = ("kl-top", "cross-entropy")
 
 # The points of a curve: averages over as many steps as that takes.
 POINTS = 50
@@ -39,9 +41,13 @@ class Tuning(ABC):
     steps      of the optimiser, in each span
     batch      windows of calibration text a step; a span of one layer uses the statistics of all text in each
     rate       learning rate; None: 1 / steps
-    span       what is learned together: the weights of a block by its output, or every weight alone by its own
-    loss       mse: squared error of the span's output; channels: squared distance of every channel's mean and deviation; cosine: squared
-               error, and the logarithm of the mean cosine between tokens' outputs
+    span       what is learned together: the weights of a block by its output; every weight alone by its own (layer); those of blocks in a row
+               by the output of the last of them (windows); those of all blocks by what the model says (network)
+    window     of windows: so many blocks are learned together; `overlap` of them are compressed anew and learned again in the next window;
+               `ahead` blocks behind them run uncompressed, and their outputs count too
+    loss       mse, mae: squared and absolute error of the span's output; channels: squared distance of every channel's mean and deviation;
+               cosine: squared error, and the logarithm of the mean cosine between tokens' outputs. Of the network: kl-top, the KL divergence
+               over the tokens that the original finds likeliest; cross-entropy, of the text's next tokens
     targets    of a block. original: what the uncompressed model gives there; same: what the uncompressed block makes of the compressed one's
                input. A layer's target is always of the second kind
     norms      learning rate of norms and biases of the block, learned with the weights; 0: they stay as they are
@@ -58,6 +64,9 @@ class Tuning(ABC):
     optimizer: OptimizerName = "adam"
     schedule: ScheduleName = "cosine"
     span: Span = "block"
+    window: int = 1
+    overlap: int = 0
+    ahead: int = 0
     loss: LossName = "mse"
     targets: Literal["original", "same"] = "original"
     norms: float = 0.0
@@ -87,6 +96,15 @@ class Tuning(ABC):
             )
         if self.span == "layer" and self.loss != "mse":
             raise UsageError(f"loss={self.loss} is one of a block's output; a layer alone is measured by mse.")
+        if (self.span == "network") != (self.loss in OF_LOGITS):
+            raise UsageError(
+                f"loss={self.loss} does not measure span={self.span}: the network is learned by {' or '.join(OF_LOGITS)}, and nothing else is."
+            )
+        if self.span == "network" and self.targets != "original":
+            raise UsageError(
+                "targets=same is of blocks; what the network says is compared with the original (targets=original)."
+            )
+        _check_window(self)
         if not 0 <= self.seed < 1 << 24:
             raise UsageError(f"seed={self.seed}: it is a whole number from 0 to {(1 << 24) - 1}.")
 
@@ -105,6 +123,23 @@ class Tuning(ABC):
     def begin_sides(self, weight: CompressedWeight) -> LearnedSides | None:
         """Return the diagonals around a weight's maps that are learned, None if its maps stay."""
         return None
+
+    def joined(self, capacities: Sequence[float]) -> list[range] | None:
+        """Return which blocks in a row are learned together, by the size of what each can hold; None: `window` and `overlap` say so."""
+        return None
+
+
+def _check_window(tuning: Tuning) -> None:
+    """Raise UsageError for windows that make no sense, and for settings of windows beside another span."""
+    window, overlap, ahead = tuning.window, tuning.overlap, tuning.ahead
+    if min(window - 1, overlap, ahead) < 0 or overlap >= window:
+        raise UsageError(
+            f"window={window}, overlap={overlap}, ahead={ahead}: a window has 1 block or more, fewer of them overlap, and 0 or more are ahead."
+        )
+    if tuning.span == "windows" and window == 1 and not ahead:
+        raise UsageError("span=windows needs window=2 or more, or blocks ahead; a block alone is span=block.")
+    if tuning.span != "windows" and (window > 1 or ahead):
+        raise UsageError(f"window={window}, ahead={ahead}: these are settings of span=windows, and span is {tuning.span}.")
 
 
 def begin_weight(
@@ -171,15 +206,19 @@ def tune_(
     salt: int = 0,
     check_stop: Callable[[], None] = lambda: None,
     note: Callable[[int, float], None] = lambda step, loss: None,
+    *,
+    lazily: bool = False,
 ) -> Curve:
     """Learn; leave every leaf in the state that was best on held-out text, or where none was better than the start, as it was at first.
 
-    A loss or a gradient that is not finite, or parameters that cannot be stored, end it early. `salt` keeps the draws of spans apart; `note` hears of every step's loss. Nothing is random but the draw of windows, from a generator on
-    the CPU.
+    A loss or a gradient that is not finite, or parameters that cannot be stored, end it early. `salt` keeps the draws of spans apart; `note`
+    hears of every step's loss. Nothing is random but the draw of windows, from a generator on the CPU. `lazily`: a parameter is made where the
+    objective reads it, and again when it reads it again, so that a span of many blocks need not hold all of them.
     """
+    values = _Values if lazily else _made
     leaves = [leaf for one in learned.values() for leaf in one.leaves()]
     best = [leaf.tensor.detach().clone() for leaf in leaves]
-    before = after = objective.held_out({name: one.start_value() for name, one in learned.items()})
+    before = after = objective.held_out(values(learned, lambda one: one.start_value()))
     if not leaves:
         return Curve((), before, before, 0)
     losses: list[float] = []
@@ -194,7 +233,7 @@ def tune_(
             group["lr"] = rate * _faded(tuning.schedule, step / tuning.steps)
         progress = step / tuning.steps
         try:
-            told, gradients = _gradients(objective, learned, leaves, progress, next(rows))
+            told, gradients = _gradients(objective, learned, leaves, progress, next(rows), values)
             losses.append(told)
             note(step + 1, told)
             for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -202,7 +241,7 @@ def tune_(
             optimizer.step()
             _bound_(leaves)
             if step + 1 in checks:
-                found = objective.held_out({name: one.hard_value() for name, one in learned.items()})
+                found = objective.held_out(values(learned, lambda one: one.hard_value()))
                 if found < after:
                     after, best = found, [leaf.tensor.detach().clone() for leaf in leaves]
         except NumericsError as error:
@@ -220,10 +259,11 @@ def _gradients(
     leaves: Sequence[Leaf],
     progress: float,
     rows: Int[torch.Tensor, " batch"],
+    values: "Reader",
 ) -> tuple[float, list[torch.Tensor | None]]:
     """Return the loss on some windows and the gradients of it and of all penalties. Raises NumericsError unless all are finite."""
     with torch.enable_grad():
-        loss = total = objective.loss({name: one.value(progress) for name, one in learned.items()}, rows)
+        loss = total = objective.loss(values(learned, lambda one: one.value(progress)), rows)
         for one in learned.values():
             penalty = one.penalty(progress)
             total = total if penalty is None else total + penalty
@@ -234,6 +274,29 @@ def _gradients(
     if not all(all_finite(gradient) for gradient in gradients if gradient is not None):
         raise NumericsError("a gradient of the loss is not finite.")
     return told, list(gradients)
+
+
+Reader = Callable[[Mapping[str, Learned], Callable[[Learned], Value]], Mapping[str, Value]]
+
+
+def _made(learned: Mapping[str, Learned], read: Callable[[Learned], Value]) -> dict[str, Value]:
+    return {name: read(one) for name, one in learned.items()}
+
+
+class _Values(Mapping[str, Value]):
+    """Parameters that are made when they are read."""
+
+    def __init__(self, learned: Mapping[str, Learned], read: Callable[[Learned], Value]) -> None:
+        self.learned, self.read = learned, read
+
+    def __getitem__(self, name: str) -> Value:
+        return self.read(self.learned[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.learned)
+
+    def __len__(self) -> int:
+        return len(self.learned)
 
 
 class SignDescent(torch.optim.Optimizer):
