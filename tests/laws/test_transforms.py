@@ -20,8 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.calibration import Stats
 from bitpress.calibration.capture import Capture, Observed
 from bitpress.errors import CheckpointError
-from bitpress.formats import ActivationFormat, ChannelFormat, CompressedLayer, CompressedWeight, Scale, parse_format
+from bitpress.formats import (
+    ActivationFormat,
+    AttentionOperands,
+    ChannelFormat,
+    CompressedLayer,
+    CompressedWeight,
+    Scale,
+    parse_format,
+)
 from bitpress.kernels.reference import Reference
+from bitpress.models.attention import round_attention_, watching
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.transforms import Fold, apply_fold_, find_folds
@@ -30,7 +39,15 @@ from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.shift import Shift
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
-from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.table import (
+    ATTENTION_CHANGES,
+    BASIS_CHANGES,
+    CHANNEL_CHANGES,
+    NETWORK_CHANGES,
+    SCALE_SEARCHES,
+    TARGETS,
+    TRANSFORMS,
+)
 
 LIMIT = 1e-6
 FMT = parse_format("int4-g16")
@@ -248,8 +265,28 @@ def test_the_laws_know_every_site_that_is_declared() -> None:
     for name, row in TRANSFORMS.items():
         assert bool(row.sites) == (name not in TARGETS), name
         known = {"residual", "value"} if name in NETWORK_CHANGES else {"layer input", "layer output"}
+        known = {"query/key"} if name in ATTENTION_CHANGES else known
         assert set(row.sites) <= known, name
         assert all(placements and placements <= set(PLACEMENTS) for placements in row.sites.values()), name
+
+
+@pytest.mark.parametrize("name", ATTENTION_CHANGES)
+def test_rotations_of_scores_keep_the_function(name: str, spine: str, models: Callable[[str], Spine]) -> None:
+    """Queries and keys are turned, and nothing is rounded, wherever transformers' interface computes the attention."""
+    of = models(spine)
+    model = copy.deepcopy(of.model)
+    seen: dict[str, list[torch.Tensor]] = {}
+    watched = {n: {"keys": seen.setdefault(n, []).append} for n, _ in model.named_modules()}
+    with watching(model, watched):
+        run(model)
+    rows = {n: found[0].shape[-1] for n, found in seen.items() if found}
+    assert len(rows) == 2
+    change = ATTENTION_CHANGES[name]()
+    round_attention_(model, {n: AttentionOperands(rotation=change.plan(row)) for n, row in rows.items()})
+    turned: dict[str, list[torch.Tensor]] = {n: [] for n in rows}
+    with watching(model, {n: {"keys": turned[n].append} for n in rows}):
+        assert moved(model, of) < LIMIT
+    assert not any(torch.allclose(turned[n][0], seen[n][0]) for n in rows)
 
 
 @pytest.mark.parametrize("name", CHANNEL_CHANGES)

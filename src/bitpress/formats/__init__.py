@@ -15,6 +15,7 @@ from bitpress.formats.lossless import LOSSLESS, AnyFormat, Lossless, find_format
 from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.nested import narrow
+from bitpress.formats.probability_offset import OffsetOf, ProbabilityOffset
 from bitpress.formats.scale_store import ScaleStore
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, Row, describe_formats, find_row, parse_format
@@ -58,9 +59,11 @@ __all__ = [
     "Lossless",
     "LowRank",
     "Map",
+    "OffsetOf",
     "Packed",
     "Params",
     "Permutation",
+    "ProbabilityOffset",
     "Row",
     "Scale",
     "ScaleStore",

@@ -23,7 +23,6 @@ from bitpress.pipeline.tuning import BlockTuner
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method
-from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.shift import Shift
 
 __all__ = ["BlockCompressor"]
@@ -111,8 +110,7 @@ class BlockCompressor:
         let it round them."""
         made, model = self.made, self.stream.model
         weights = {p.parameter.name: made.parameters[p.parameter.name].weight for p in planned}
-        channels = (seen, self.method.only(Disassemble))
-        chosen = choose_operands(self.stream, block.index, planned, weights, self.method.attention, *channels)
+        chosen = choose_operands(self.stream, block.index, planned, weights, self.method, seen)
         made.attention = dict(chosen.attention)
         for name, found in chosen.inputs.items():
             made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))

@@ -14,6 +14,7 @@ import torch
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration import of_origin
 from bitpress.corrections.correction import Correction
+from bitpress.corrections.softmax_bias import SoftmaxBias
 from bitpress.devices import CPU
 from bitpress.errors import UsageError
 from bitpress.formats import LOSSLESS, OPERANDS, AnyFormat, Format, find_format
@@ -161,8 +162,10 @@ class Method:
 
     @cached_property
     def observes(self) -> bool:
-        """Whether static parameters of inputs are chosen on the calibration text."""
-        return any(inputs.observer is not None for inputs in self.every_input)
+        """Whether static parameters of operands, or offsets of probabilities, are chosen on the calibration text."""
+        offset, heads = self.only(SoftmaxBias), self.outer.values()
+        by_text = any(inputs.observer is not None for inputs in self.every_input) or any(own.observes for own in heads)
+        return by_text or (offset is not None and offset.observes)
 
     @property
     def every_input(self) -> list[InputMethod]:
