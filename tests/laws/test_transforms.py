@@ -6,6 +6,7 @@ products add up at random. In float64 logits then move by about 1e-7 of the larg
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from bitpress.transforms.basis import Maps, into_basis, with_maps
 from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.shift import Shift
+from bitpress.transforms.shift_folds import find_shift_folds, layer_bias, norm_bias
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
 from bitpress.transforms.table import (
     ATTENTION_CHANGES,
@@ -166,6 +168,11 @@ def one_block(model: Any, block: nn.Module) -> Callable[[], torch.Tensor]:
         return out[0] if isinstance(out, tuple) else out
 
     return again
+
+
+def observed(model: Any, name: str) -> Observed:
+    module = model.get_submodule(name)
+    return Observed(name, module.weight, not isinstance(module, Conv1D))
 
 
 def matrix(module: Any) -> torch.Tensor:
@@ -309,6 +316,33 @@ def test_changes_of_channels_keep_the_function(name: str, spine: str, models: Ca
             of_layer = model.get_submodule(module)
             of_layer.register_forward_pre_hook(lambda _, x, fmt=fmt: (fmt.leave(fmt.enter(x[0])),))
     assert reached
+    assert moved(model, of) < LIMIT
+
+
+# Architectures whose norms, and the layers behind them, have biases.
+BIASED = {"opt": 4, "gpt2": 4}
+
+
+@torch.no_grad()
+def test_folded_shifts_keep_the_function(spine: str, models: Callable[[str], Spine]) -> None:
+    of = models(spine)
+    model, done = copy.deepcopy(of.model), 0
+    before = copy.deepcopy(model)
+    for block_name, groups in itertools.groupby(of.groups, key=lambda group: group[0]):
+        own, block = list(groups), model.get_submodule(block_name)
+        views = [[observed(model, name) for name in names] for _, names, _ in own]
+        folds = {g: fold for g, (_, _, fold) in enumerate(own) if fold is not None}
+        for g, found in find_shift_folds(block, one_block(model, block), views, folds).items():
+            shift = Shift().plan(of.stats[own[g][1][0]]).double()
+            norm = block.get_submodule(found.producer)
+            bias, taken = norm_bias(norm.bias.detach(), shift)
+            norm.bias.data.copy_(bias)
+            for name in found.consumers:
+                layer: Any = block.get_submodule(name)
+                layer.bias.data.copy_(layer_bias(layer.bias.detach(), matrix(layer), taken))
+            assert float((norm.bias - before.get_submodule(f"{block_name}.{found.producer}").bias).abs().max()) > 0
+            done += 1
+    assert done == BIASED.get(spine, 0)
     assert moved(model, of) < LIMIT
 
 

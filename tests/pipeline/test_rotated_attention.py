@@ -55,18 +55,13 @@ def streamed(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "keys", "told"),
     [
-        ("llama", ROTATED, {"queries int8-row dynamic, rotated", "keys int4-row-zero dynamic, rotated"}),
-        (
-            "gpt2",
-            {**STATIC, **corrected("query")},
-            {"keys int4-tensor static, rotated", "probabilities int4-row dynamic, an offset for each query"},
-        ),
-        ("llama", corrected("head"), {"probabilities int4-row dynamic, an offset for each head"}),
+        ("llama", {**ROTATED, **corrected("head")}, "probabilities int4-row dynamic, an offset for each head"),
+        ("gpt2", {**STATIC, **corrected("query")}, "keys int4-tensor static, rotated"),
         ("opt", corrected("attention", {"format": "int4-tensor", "parameters": "static"}), None),
     ],
 )
 def test_every_road_computes_them_to_the_bit(
-    family: str, keys: dict[str, Any], told: set[str] | None, tiny_model: Callable[..., Path], tmp_path: Path
+    family: str, keys: dict[str, Any], told: str | None, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     quantize(tiny_model(family), out, **keys)
@@ -80,7 +75,7 @@ def test_every_road_computes_them_to_the_bit(
     models["transformers"] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     got = {name: logits(model) for name, model in models.items()} | {"streamed": streamed(out)}
     assert all(torch.equal(value, got["decoded"]) for value in got.values())
-    assert told is None or {f"{text} (simulated)" for text in told} == describe_directory(out)["attention"].keys()
+    assert told is None or f"{told} (simulated)" in describe_directory(out)["attention"]
     # Without what is under test the same operands give something else, and nothing far away.
     plain = {name: AttentionOperands(**dict(own.items())) for name, own in operands.items()}
     forget_attention_(models["packed"])

@@ -19,6 +19,7 @@ from bitpress.pipeline.calibration_stream import HEAD_STATISTICS, CalibrationStr
 from bitpress.pipeline.channel_scaling import Rescaled, check_kept, rescale_block_
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
+from bitpress.pipeline.shifting import BlockShifts
 from bitpress.pipeline.tuning import BlockTuner
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.progress import Progress, Stepwise
@@ -52,6 +53,7 @@ class BlockCompressor:
         self.stream, self.method, self.planned, self.looked_at = stream, method, planned, looked_at
         self.measured, self.progress = measured, progress
         self.weights = WeightCompressor(method, strict=strict)
+        self.shifts: BlockShifts | None = None
         self.made = CompressedBlock()
 
     def visit_(self, block: LoadedBlock) -> None:
@@ -60,7 +62,8 @@ class BlockCompressor:
         needs, follows = self.method.needs, self.method.follows_text
         planned = [p for p in self.planned if p.block == block.index]
         compressed = {p.parameter.name for p in planned}
-        self.made = made = CompressedBlock()
+        self.made, self.shifts = CompressedBlock(), None
+        made = self.made
         sequential = self.method.recipe.calibration.sequential and needs
         # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
         stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
@@ -92,7 +95,11 @@ class BlockCompressor:
             self._round_(block, stage, seen, runs=advances or self.looked_at or not final)
         if self.method.tunings and planned:
             self._tune_(block, planned, measured, scales, targets)
-        # Only now, since searches rewrite the norms and biases that absorb their scales.
+        if self.shifts is not None and planned:
+            layers = {name: made.parameters[name].layer for name in self.shifts.fold_(model, planned, tensors, made, seen)}
+            if advances or self.looked_at:
+                model.set_products_(layers)
+        # Only now, since searches and shifts rewrite the norms and biases that absorb them.
         made.kept = {name: t for name, t in tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(model, made.kept)
@@ -195,7 +202,7 @@ class BlockCompressor:
         are chosen by."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
-        if searches or self.method.needs & HEAD_STATISTICS:
+        if searches or self.method.folds_shifts or self.method.needs & HEAD_STATISTICS:
             # An uncompressed weight may share an input that is rescaled, and must be divided too; or it may belong to the attention.
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
@@ -209,10 +216,11 @@ class BlockCompressor:
         if "output_gram" in self.method.needs:
             outputs = {name: stream.of_loss(output_gram_of(name)) for name in stats}
             stats = {name: replace(s, output_gram=outputs[name]) for name, s in stats.items()}
-        shift = self.method.only(Shift)
-        middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
-        chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
+        if (shift := self.method.only(Shift)) is not None:
+            self.shifts = BlockShifts.choose(shift, stream.model, block.index, planned, observed, found)
+            chosen_by = self.shifts.of_distances(chosen_by)
+        middles = {} if self.shifts is None else self.shifts.middles
         scales = rescale_block_(
             stream.model, block.index, block.tensors, planned, observed, found.groups, chosen_by, searches, found.probe
         )

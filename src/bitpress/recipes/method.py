@@ -34,6 +34,7 @@ from bitpress.recipes.recipe import (
 )
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
+from bitpress.transforms.shift import Shift
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 from bitpress.tuning.tuner import Tuning
@@ -115,6 +116,12 @@ class Method:
     def only(self, row: type[T]) -> T | None:
         """Return the part that is of one row of the tables, for rows that a recipe names once at most; None without one."""
         return next((named.part for named in self.parts if isinstance(named.part, row)), None)
+
+    @property
+    def folds_shifts(self) -> bool:
+        """Whether norms in front of weights take the shifts of their inputs."""
+        shift = self.only(Shift)
+        return shift is not None and shift.place != "online"
 
     @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:

@@ -183,6 +183,21 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "minmax"}},
         },
     ),
+    "repquant": NamedRecipe(
+        summary="6-bit weights and inputs, outputs of norms calibrated by channel, probabilities of attention in powers of the square root of 2",
+        paper="P231",
+        source='Li et al. 2024, "RepQuant: Towards Accurate Post-Training Quantization of Large Transformer Models via Scale Reparameterization", '
+        "its abstract, and the public code of its forerunner RepQ-ViT.",
+        differs="ends of channels are searched, not learned, and gptq stands for the reconstruction of weights. Of the 7 bits of a probability one is "
+        "a sign that it does not use. Other inputs than those of norms have one range of least squared error, as in the paper.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift", "place": "folded", "ends": "clipped"}, {"name": "repquant-scale"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int6-tensor-zero", "parameters": "static", "observer": {"name": "mse"}},
+            "probabilities": {"format": "sqrtlog7-tensor", "parameters": "static", "observer": {"name": "mse"}},
+        },
+    ),
     "mptq-vit": NamedRecipe(
         summary="smoothing of shifted inputs at a strength found by search, static 6-bit inputs",
         paper="P384",

@@ -39,6 +39,7 @@ def check_composition(method: Method) -> None:
     if calibration.sequential:
         whole = [named.name for named in method.of("search")]
         whole += sorted(of_origin(method.needs, "attention"))
+        whole += ["a shift that folds"] * method.folds_shifts
         if whole:
             raise UsageError(f"{whole[0]} sees a block as a whole, so calibration.sequential must be false.")
         if calibration.inputs == "original":

@@ -20,6 +20,7 @@ from bitpress.transforms.qep import QEP
 from bitpress.transforms.qk_hadamard import QKHadamard
 from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.rearrange import Rearrange
+from bitpress.transforms.repquant_scale import RepQuantScale
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.shift import Shift
 from bitpress.transforms.smooth_plus import SmoothPlus
@@ -53,6 +54,7 @@ SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {
     "fptq-smooth": FPTQSmooth,
     "llm-fp4-scale": LLMFP4Scale,
     "equalize": Equalize,
+    "repquant-scale": RepQuantScale,
 }
 
 BASIS_CHANGES: dict[str, type[BasisChange]] = {
