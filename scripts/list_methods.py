@@ -14,7 +14,7 @@ from sections import rewrite_sections
 from bitpress.allocation.choices import CHOICES
 from bitpress.calibration import STATISTICS
 from bitpress.cli.listings import describe_methods
-from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS, OFFSET_CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import NAMED_RECIPES
 from bitpress.transforms.table import TRANSFORMS
@@ -27,7 +27,7 @@ TARGET = DOCS / "methods.md"
 TABLES: dict[str, dict[str, type[Any]]] = {
     "quantizer": QUANTIZERS,
     "transform": dict(TRANSFORMS),
-    "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
+    "correction": {**CORRECTIONS, **BIAS_CORRECTIONS, **OFFSET_CORRECTIONS},
 }
 
 
@@ -81,6 +81,7 @@ def _transforms(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "|---|---|---|---|---|"
     on = {
         "network": "the whole network",
+        "attention": "queries and keys of attention",
         "inputs": "how channels of inputs are rounded",
         "groups": "weights that share an input",
         "weights": "each weight alone",

@@ -9,7 +9,7 @@ from bitpress.allocation.choices import CHOICES
 from bitpress.calibration import STATISTICS
 from bitpress.cli import screen
 from bitpress.cli.app import main
-from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS, OFFSET_CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.transforms.table import BASIS_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
 from bitpress.tuning.table import TUNINGS
@@ -28,7 +28,7 @@ def test_every_method_is_listed_with_all_there_is_to_know(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = json.loads(listed(monkeypatch, capsys, "--json"))
-    corrections = {**CORRECTIONS, **BIAS_CORRECTIONS}
+    corrections = {**CORRECTIONS, **BIAS_CORRECTIONS, **OFFSET_CORRECTIONS}
     tables = {"quantizer": QUANTIZERS, "transform": TRANSFORMS, "correction": corrections, "tuning": TUNINGS, "choice": CHOICES}
     named = {kind: {r["name"] for r in rows if r["kind"] == kind} for kind in tables}
     assert named == {kind: set(table) for kind, table in tables.items()}

@@ -6,6 +6,7 @@ products add up at random. In float64 logits then move by about 1e-7 of the larg
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,17 @@ from bitpress.calibration import Stats
 from bitpress.calibration.capture import Capture, Observed
 from bitpress.checkpoints.named import NAMED_MODELS, resolve_model
 from bitpress.errors import CheckpointError
-from bitpress.formats import ActivationFormat, ChannelFormat, CompressedLayer, CompressedWeight, Scale, parse_format
+from bitpress.formats import (
+    ActivationFormat,
+    AttentionOperands,
+    ChannelFormat,
+    CompressedLayer,
+    CompressedWeight,
+    Scale,
+    parse_format,
+)
 from bitpress.kernels.reference import Reference
+from bitpress.models.attention import round_attention_, watching
 from bitpress.models.rotating import find_rotated
 from bitpress.models.skeleton import build_config, build_skeleton
 from bitpress.transforms import Fold, apply_fold_, find_folds
@@ -30,8 +40,17 @@ from bitpress.transforms.basis import Maps, into_basis, with_maps
 from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.equalize import row_sizes
 from bitpress.transforms.shift import Shift
+from bitpress.transforms.shift_folds import find_shift_folds, layer_bias, norm_bias
 from bitpress.transforms.sites import PLACEMENTS, SITES, Placement, Site
-from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS, TRANSFORMS
+from bitpress.transforms.table import (
+    ATTENTION_CHANGES,
+    BASIS_CHANGES,
+    CHANNEL_CHANGES,
+    NETWORK_CHANGES,
+    SCALE_SEARCHES,
+    TARGETS,
+    TRANSFORMS,
+)
 
 # Beside the architectures of the tests: a trained model, for a release.
 MORE_SPINES = [pytest.param("smollm2-135m", marks=pytest.mark.release)]
@@ -162,6 +181,11 @@ def one_block(model: Any, block: nn.Module) -> Callable[[], torch.Tensor]:
     return again
 
 
+def observed(model: Any, name: str) -> Observed:
+    module = model.get_submodule(name)
+    return Observed(name, module.weight, not isinstance(module, Conv1D))
+
+
 def matrix(module: Any) -> torch.Tensor:
     """Return a module's own weight as [out, in], sharing memory."""
     weight: torch.Tensor = module.weight.detach()
@@ -269,8 +293,28 @@ def test_the_laws_know_every_site_that_is_declared() -> None:
     for name, row in TRANSFORMS.items():
         assert bool(row.sites) == (name not in TARGETS), name
         known = {"residual", "value"} if name in NETWORK_CHANGES else {"layer input", "layer output"}
+        known = {"query/key"} if name in ATTENTION_CHANGES else known
         assert set(row.sites) <= known, name
         assert all(placements and placements <= set(PLACEMENTS) for placements in row.sites.values()), name
+
+
+@pytest.mark.parametrize("name", ATTENTION_CHANGES)
+def test_rotations_of_scores_keep_the_function(name: str, spine: str, models: Callable[[str], Spine]) -> None:
+    """Queries and keys are turned, and nothing is rounded, wherever transformers' interface computes the attention."""
+    of = models(spine)
+    model = copy.deepcopy(of.model)
+    seen: dict[str, list[torch.Tensor]] = {}
+    watched = {n: {"keys": seen.setdefault(n, []).append} for n, _ in model.named_modules()}
+    with watching(model, watched):
+        run(model)
+    rows = {n: found[0].shape[-1] for n, found in seen.items() if found}
+    assert len(rows) == 2
+    change = ATTENTION_CHANGES[name]()
+    round_attention_(model, {n: AttentionOperands(rotation=change.plan(row)) for n, row in rows.items()})
+    turned: dict[str, list[torch.Tensor]] = {n: [] for n in rows}
+    with watching(model, {n: {"keys": turned[n].append} for n in rows}):
+        assert moved(model, of) < LIMIT
+    assert not any(torch.allclose(turned[n][0], seen[n][0]) for n in rows)
 
 
 @pytest.mark.parametrize("name", CHANNEL_CHANGES)
@@ -293,6 +337,33 @@ def test_changes_of_channels_keep_the_function(name: str, spine: str, models: Ca
             of_layer = model.get_submodule(module)
             of_layer.register_forward_pre_hook(lambda _, x, fmt=fmt: (fmt.leave(fmt.enter(x[0])),))
     assert reached
+    assert moved(model, of) < LIMIT
+
+
+# Architectures whose norms, and the layers behind them, have biases.
+BIASED = {"opt": 4, "gpt2": 4}
+
+
+@torch.no_grad()
+def test_folded_shifts_keep_the_function(spine: str, models: Callable[[str], Spine]) -> None:
+    of = models(spine)
+    model, done = copy.deepcopy(of.model), 0
+    before = copy.deepcopy(model)
+    for block_name, groups in itertools.groupby(of.groups, key=lambda group: group[0]):
+        own, block = list(groups), model.get_submodule(block_name)
+        views = [[observed(model, name) for name in names] for _, names, _ in own]
+        folds = {g: fold for g, (_, _, fold) in enumerate(own) if fold is not None}
+        for g, found in find_shift_folds(block, one_block(model, block), views, folds).items():
+            shift = Shift().plan(of.stats[own[g][1][0]]).double()
+            norm = block.get_submodule(found.producer)
+            bias, taken = norm_bias(norm.bias.detach(), shift)
+            norm.bias.data.copy_(bias)
+            for name in found.consumers:
+                layer: Any = block.get_submodule(name)
+                layer.bias.data.copy_(layer_bias(layer.bias.detach(), matrix(layer), taken))
+            assert float((norm.bias - before.get_submodule(f"{block_name}.{found.producer}").bias).abs().max()) > 0
+            done += 1
+    assert done == BIASED.get(spine, 0)
     assert moved(model, of) < LIMIT
 
 

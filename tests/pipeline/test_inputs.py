@@ -418,11 +418,31 @@ def test_a_recipe_rounds_the_input_of_a_head(tiny_model: Callable[..., Path], tm
     assert not torch.allclose(logits(loaded), streamed(out), atol=1e-2)
 
 
+@pytest.mark.parametrize("observer", ["minmax", "output"])
+def test_the_input_of_a_head_has_stored_parameters(observer: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """They serve what the last norm gives on the calibration text, and every road computes with them."""
+    out, model = tmp_path / "out", tiny_model("llama", tie_word_embeddings=False)
+    own = {"format": "int4-tensor-zero", "parameters": "static", "observer": observer}
+    report = quantize(model, out, head={"weights": "int8-row", "inputs": own})
+    assert [row["inputs"] for row in report["layers"] if row["name"] == "lm_head"] == ["int4-tensor-zero static"]
+    found = CompressedCheckpoint.open(out).read_layer("lm_head.weight").input
+    loaded = bitpress.load(out, dtype="fp32")
+    assert torch.equal(logits(loaded), streamed(out))
+    assert torch.equal(logits(bitpress.load(out, dtype="fp32", weights="packed")), streamed(out))
+    seen: list[torch.Tensor] = []
+    loaded.model.norm.register_forward_hook(lambda _, x, y: seen.append(y))
+    logits(loaded)
+    # Other text than the calibration's, so the range is about that of its inputs, and not of another one.
+    assert isinstance(found, ActivationFormat)
+    span = 15 * float(found.stored()["scale"])
+    assert 0.3 * float(seen[0].max() - seen[0].min()) < span < 2 * float(seen[0].max() - seen[0].min())
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
         ({"embeddings": {"weights": "int8-row", "inputs": "int8-row"}}, "have no input to round"),
-        ({"head": {"weights": "int8-row", "inputs": STATIC}}, "head: no observer looks at its input"),
+        ({"embeddings": {"weights": "int8-row", "inputs": STATIC}}, "have no input to round"),
         ({"head": {"weights": "int8-row", "inputs": "int8-row"}}, "rows of a tied matrix are looked up too"),
         ({"head": {"weights": "int8-row", "inputs": "int8-g48"}}, "not a multiple of 48"),
     ],

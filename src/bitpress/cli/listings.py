@@ -17,21 +17,28 @@ def describe_methods() -> list[dict[str, Any]]:
     """List every table: name, kind, what it does, its paper, the statistics it needs, its settings.
 
     `bits`, the least and the most that a method is meant for, are a quantizer's; so are the transforms that its paper puts before it.
-    A transform's row says by `works_on` whether it changes the "network" as a whole, scales "groups" of weights that share an input, or
+    A transform's row says by `works_on` whether it changes the "network" as a whole or the operands of "attention", scales "groups" of weights that share an input, or
     changes the basis of "weights" or the "targets" that their codes aim at. A tuning's row lists patterns of the formats that it `serves`.
     """
     from bitpress.calibration.observers import OBSERVERS
-    from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
+    from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS, OFFSET_CORRECTIONS
     from bitpress.quantizers.table import QUANTIZERS
     from bitpress.recipes.schemes import SCHEMES
-    from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, TARGETS, TRANSFORMS
+    from bitpress.transforms.table import (
+        ATTENTION_CHANGES,
+        BASIS_CHANGES,
+        CHANNEL_CHANGES,
+        NETWORK_CHANGES,
+        TARGETS,
+        TRANSFORMS,
+    )
     from bitpress.tuning.table import TUNINGS
 
     rows = []
     tables: dict[str, Mapping[str, Any]] = {
         "quantizer": QUANTIZERS,
         "transform": TRANSFORMS,
-        "correction": {**CORRECTIONS, **BIAS_CORRECTIONS},
+        "correction": {**CORRECTIONS, **BIAS_CORRECTIONS, **OFFSET_CORRECTIONS},
     }
     for kind, methods in tables.items():
         for name, method in methods.items():
@@ -43,6 +50,7 @@ def describe_methods() -> list[dict[str, Any]]:
             if kind == "transform":
                 on: dict[str, Mapping[str, Any]] = {
                     "network": NETWORK_CHANGES,
+                    "attention": ATTENTION_CHANGES,
                     "inputs": CHANNEL_CHANGES,
                     "weights": BASIS_CHANGES,
                     "targets": TARGETS,
@@ -55,17 +63,8 @@ def describe_methods() -> list[dict[str, Any]]:
         rows.append({**row, "paper": tuning.paper, "bits": None, "serves": list(tuning.serves)})
     for name, observer in OBSERVERS.items():
         settings = {f.name: f.default for f in dataclasses.fields(observer)}  # type: ignore[arg-type]
-        rows.append(
-            {
-                "name": name,
-                "kind": "observer",
-                "summary": observer.summary,
-                "needs": [],
-                "settings": settings,
-                "paper": observer.source,
-                "bits": None,
-            }
-        )
+        row = {"name": name, "kind": "observer", "summary": observer.summary, "needs": [], "settings": settings}
+        rows.append({**row, "paper": observer.source, "bits": None})
     rows += _describe_choices()
     for name, scheme in SCHEMES.items():
         row = {"name": name, "kind": "scheme", "summary": scheme.summary, "needs": [], "settings": dict(scheme.keys)}

@@ -16,6 +16,7 @@ from bitpress.formats.maps.affine import Affine
 from bitpress.formats.maps.map import MAPS, Chain, Map, Permutation, Scale, chain
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
 from bitpress.formats.nested import narrow
+from bitpress.formats.probability_offset import OffsetOf, ProbabilityOffset
 from bitpress.formats.scale_store import ScaleStore
 from bitpress.formats.scales import SCALES
 from bitpress.formats.table import GRIDS, PATTERNS, SHORT, Row, describe_formats, find_row, parse_format
@@ -60,9 +61,11 @@ __all__ = [
     "Lossless",
     "LowRank",
     "Map",
+    "OffsetOf",
     "Packed",
     "Params",
     "Permutation",
+    "ProbabilityOffset",
     "Row",
     "Scale",
     "ScaleStore",

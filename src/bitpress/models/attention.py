@@ -1,13 +1,13 @@
 """Attention with rounded operands, for every architecture whose attention goes through transformers' attention interface.
 
 A model is told once to call the function here (`listen_`). Modules that compute an attention hand it queries and keys behind rotary
-positions, and values; it rounds what the module's `AttentionOperands` say, and the rest is torch's own attention. Only where probabilities
+positions, and values; it rotates and rounds what the module's `AttentionOperands` say, and the rest is torch's own attention. Only where probabilities
 are rounded is the softmax taken here, in float32 and some queries at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,16 @@ from bitpress.formats import ActivationFormat, AttentionOperands
 from bitpress.models.task import Task
 from bitpress.models.uses import find_uses
 
-__all__ = ["Watch", "attention_as_it_is", "find_attentions", "forget_attention_", "listen_", "round_attention_", "watching"]
+__all__ = [
+    "HeadSizes",
+    "Watch",
+    "attention_as_it_is",
+    "find_attentions",
+    "forget_attention_",
+    "listen_",
+    "round_attention_",
+    "watching",
+]
 
 # The name under which transformers knows the function, and what it finds at a module.
 INTERFACE = "bitpress"
@@ -100,15 +109,24 @@ def watching(model: Any, watches: Mapping[str, Watch]) -> Iterator[None]:
             modules[name].__dict__.pop(_WATCHED, None)
 
 
-def find_attentions(model: Any, task: Task) -> dict[str, dict[str, int]]:
-    """Return the values of a token and head of queries, keys and values, by the names of the modules that compute an attention.
+@dataclass(frozen=True)
+class HeadSizes:
+    """An attention's heads of queries, keys and values, by the operand's name: how many there are, and the values of a token in one."""
+
+    heads: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def find_attentions(model: Any, task: Task) -> dict[str, HeadSizes]:
+    """Return the heads of queries, keys and values, by the names of the modules that compute an attention.
 
     The model's own code runs once without weights. Raises CheckpointError.
     """
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, HeadSizes] = {}
 
     def note(name: str, operand: str, x: torch.Tensor) -> None:
-        found.setdefault(name, {})[operand] = int(x.shape[-1])
+        sizes = found.setdefault(name, HeadSizes())
+        sizes.heads[operand], sizes.rows[operand] = int(x.shape[1]), int(x.shape[-1])
 
     names = [name for name, _ in model.named_modules()]
     parts = ("queries", "keys", "values")
@@ -133,6 +151,7 @@ def _forward(
     watch: Watch = module.__dict__.get(_WATCHED, {})
     rounded = module.__dict__.get(_ROUNDED, _Rounded("", AttentionOperands()))
     operands = rounded.operands.to(query.device)
+    query, key = operands.turned(query), operands.turned(key)
     query, key, value = (
         _round(rounded.name, name, x, own, watch)
         for name, x, own in (
@@ -155,7 +174,7 @@ def _forward(
     mask, blind = _open_rows(attention_mask)
     attention = Attention(query, key, value, mask, causal, scale)
     show = watch.get("probabilities", lambda x: None)
-    out = torch.stack([_attend(attention, i, rounded.name, operands.probabilities, show) for i in range(query.shape[0])])
+    out = torch.stack([_attend(attention, i, rounded.name, operands, show) for i in range(query.shape[0])])
     out = out if blind is None else out.masked_fill(blind, 0.0)
     return out.transpose(1, 2).contiguous(), None
 
@@ -178,13 +197,14 @@ def _round(name: str, operand: str, x: torch.Tensor, own: ActivationFormat | Non
 
 
 def _attend(
-    attention: Attention, sample: int, name: str, own: ActivationFormat | None, show: Callable[[torch.Tensor], None]
+    attention: Attention, sample: int, name: str, operands: AttentionOperands, show: Callable[[torch.Tensor], None]
 ) -> Float[torch.Tensor, "heads tokens row"]:
     """Return the output of one sample of a batch, its probabilities rounded."""
     value = attention.value[sample].float()
     pieces = []
     for scores in attention.scores(sample):
-        p = _round(name, "probabilities", scores, own, {"probabilities": show})
+        p = _round(name, "probabilities", scores, operands.probabilities, {"probabilities": show})
+        p = p if operands.offset is None else operands.offset.apply(p, scores)
         # A key that is masked or comes later has the probability 0, which no format may raise.
         p = torch.where(scores == 0, 0.0, p).unflatten(0, (value.shape[0], -1))  # [key heads, group, rows, until]
         pieces.append(torch.einsum("kgtu,kur->kgtr", p, value[:, : p.shape[-1]]).flatten(0, 1))

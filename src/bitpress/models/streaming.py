@@ -20,7 +20,7 @@ from jaxtyping import Float
 from bitpress.devices import CPU
 from bitpress.errors import CheckpointError
 from bitpress.formats import AttentionOperands, CompressedLayer
-from bitpress.models.attention import attention_as_it_is, find_attentions, forget_attention_, round_attention_
+from bitpress.models.attention import HeadSizes, attention_as_it_is, find_attentions, forget_attention_, round_attention_
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
@@ -94,8 +94,8 @@ class StreamedModel:
         return find_uses(self.model, self.task)
 
     @cached_property
-    def attentions(self) -> dict[str, dict[str, int]]:
-        """The modules of the blocks that compute an attention: the values of a token and head of each operand. Raises CheckpointError."""
+    def attentions(self) -> dict[str, HeadSizes]:
+        """The modules of the blocks that compute an attention, with the heads of each operand. Raises CheckpointError."""
         found = find_attentions(self.model, self.task)
         inside = {name: sizes for name, sizes in found.items() if name.startswith(f"{self.stack}.")}
         if not inside:

@@ -22,11 +22,11 @@ from bitpress.pipeline.layer_choice import Settled, settle_layers
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import TunedSpan
 from bitpress.pipeline.rounded_inputs import SeenChannels, choose_operands
+from bitpress.pipeline.shifting import BlockShifts
 from bitpress.pipeline.tuning import Held, SpanTuner, Targets, Tuned
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.progress import Progress, Stepwise
 from bitpress.recipes import Method
-from bitpress.transforms.disassemble import Disassemble
 from bitpress.transforms.shift import Shift
 
 __all__ = ["BlockCompressor", "OpenBlock", "check_early", "packed_weights"]
@@ -34,14 +34,16 @@ __all__ = ["BlockCompressor", "OpenBlock", "check_early", "packed_weights"]
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds."""
+    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds;
+    `shifts` are folded when it is closed."""
 
     block: LoadedBlock
     made: CompressedBlock
     planned: tuple[PlannedWeight, ...]
     measured: Mapping[str, Stats]
     scales: Rescaled | None
-    seen: Mapping[str, SeenChannels]
+    seen: dict[str, SeenChannels]
+    shifts: BlockShifts | None
 
     @property
     def weights(self) -> list[PlannedWeight]:
@@ -79,6 +81,7 @@ class BlockCompressor:
         self.stream, self.method, self.planned, self.looked_at = stream, method, planned, looked_at
         self.measured, self.progress = measured, progress
         self.weights = WeightCompressor(method, strict=strict)
+        self.shifts: BlockShifts | None = None
         self.made = CompressedBlock()
         self.joined = False
         self.beside_same: torch.Tensor | None = None
@@ -102,7 +105,8 @@ class BlockCompressor:
         stream, model, tensors = self.stream, self.stream.model, block.tensors
         needs, follows = self.method.needs, self.method.follows_text
         planned = [p for p in self.planned if p.block == block.index]
-        self.made = made = CompressedBlock()
+        self.made, self.shifts = CompressedBlock(), None
+        made = self.made
         sequential = self.method.recipe.calibration.sequential and needs
         # A block without weights to compress has one stage too, in which the uncompressed model's states move on.
         stages = (stream.stages(block.index, planned) if sequential else []) or [planned]
@@ -133,7 +137,7 @@ class BlockCompressor:
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
             self._round_(block, settled.planned, seen, runs=advances or self.looked_at or not final)
-        opened = OpenBlock(block, made, tuple(planned), measured, scales, seen)
+        opened = OpenBlock(block, made, tuple(planned), measured, scales, seen, self.shifts)
         if (alone := self.method.tunings_of("layer", "block")) and planned:
             tuner = SpanTuner(stream, [block.index], self.held([opened]), stream.hidden, targets)
             self.take_([opened], tuner.tune(alone, packed_weights([opened]), self.heard))
@@ -143,7 +147,11 @@ class BlockCompressor:
         """Put what is stored beside the compressed weights into the block."""
         block, made = opened.block, opened.made
         compressed = {p.parameter.name for p in opened.planned}
-        # Only now, since searches rewrite the norms and biases that absorb their scales.
+        if opened.shifts is not None and opened.planned:
+            moved = opened.shifts.fold_(self.stream.model, opened.planned, block.tensors, made, opened.seen)
+            if self.stream.goes_on(block) or self.looked_at:
+                self.stream.model.set_products_({name: made.parameters[name].layer for name in moved})
+        # Only now, since searches and shifts rewrite the norms and biases that absorb them.
         made.kept = {name: t for name, t in block.tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(self.stream.model, made.kept)
@@ -157,8 +165,7 @@ class BlockCompressor:
         let it round them."""
         made, model = self.made, self.stream.model
         weights = {p.parameter.name: made.parameters[p.parameter.name].weight for p in planned}
-        channels = (seen, self.method.only(Disassemble))
-        chosen = choose_operands(self.stream, block.index, planned, weights, self.method.attention, *channels)
+        chosen = choose_operands(self.stream, block.index, planned, weights, self.method, seen)
         made.attention = dict(chosen.attention)
         for name, found in chosen.inputs.items():
             made.put_(made.parameters[name].with_input(found, always_zero=name in chosen.always_zero))
@@ -249,7 +256,7 @@ class BlockCompressor:
         before or behind that. `seen` takes what formats of inputs are chosen by."""
         stream, searches = self.stream, self.method.searches
         parameters = [p.parameter for p in planned]
-        if searches or self.method.needs & HEAD_STATISTICS:
+        if searches or self.method.folds_shifts or self.method.needs & HEAD_STATISTICS:
             # An uncompressed weight may share an input that is rescaled, and must be divided too; or it may belong to the attention.
             parameters, _ = list_weights(stream.model, block.index, ())
         observed = stream.observe(parameters)
@@ -263,10 +270,11 @@ class BlockCompressor:
         if "output_gram" in self.method.needs:
             outputs = {name: stream.of_loss(output_gram_of(name)) for name in stats}
             stats = {name: replace(s, output_gram=outputs[name]) for name, s in stats.items()}
-        shift = self.method.only(Shift)
-        middles = {} if shift is None else {name: shift.plan(s) for name, s in stats.items() if s.tokens}
         chosen_by = {name: s.by_loss() for name, s in stats.items()}
-        chosen_by |= {name: chosen_by[name].shifted(middle) for name, middle in middles.items()}
+        if (shift := self.method.only(Shift)) is not None:
+            self.shifts = BlockShifts.choose(shift, stream.model, block.index, planned, observed, found)
+            chosen_by = self.shifts.of_distances(chosen_by)
+        middles = {} if self.shifts is None else self.shifts.middles
         settled = settle_layers(self.method, planned, chosen_by, block.tensors, "range")
         groups, apart = (found.groups, found.probe), settled.unscaled
         scales = rescale_block_(

@@ -266,6 +266,19 @@ class CalibrationStream:
             self.check_stop()
         return capture.finish().get(parameter.stem)
 
+    def look_at_head(self, parameter: WeightParameter, see: Callable[[torch.Tensor], None]) -> None:
+        """Show the inputs of the output head, once the text is behind the last block, for the samples that count."""
+        assert self._inputs is not None
+        assert self.hidden is not None
+        module = self.model.model.get_submodule(parameter.name.rpartition(".")[0])
+        hook = module.register_forward_pre_hook(lambda _, args: see(args[0]))
+        try:
+            for sample, hidden in zip(self._inputs[: self._counted].split(1), self.hidden.split(1), strict=False):
+                self.model.outputs(sample, hidden)
+                self.check_stop()
+        finally:
+            hook.remove()
+
     def look_(self, i: int) -> None:
         """Run the samples that count through a block, whose outputs are not kept."""
         for rows, hidden in self.batches():

@@ -20,6 +20,7 @@ import torch
 
 from bitpress.calibration import Stats, of_origin
 from bitpress.calibration.stats import SAMPLE, STATISTICS, StatsCollector
+from bitpress.corrections.softmax_bias import SoftmaxBias
 from bitpress.errors import BitpressError, FormatError
 from bitpress.formats import AnyFormat, Format
 from bitpress.formats.block import Block
@@ -86,7 +87,9 @@ def _passes(method: Method) -> float:
     """Return how often the calibration text is run through the blocks."""
     needs, calibration = method.needs, method.recipe.calibration
     backward = 4.0 * (bool(of_origin(needs, "loss")) + bool(method.options))
-    looking = float(method.observes) * (INPUTS_OF_A_BLOCK if calibration.sequential else 1)
+    offset = method.only(SoftmaxBias)
+    looks = method.observes + (offset is not None and offset.observes)  # offsets are seen once more, behind their format
+    looking = float(looks) * (INPUTS_OF_A_BLOCK if calibration.sequential else 1)
     if not needs:
         return backward + 2 * looking
     if calibration.inputs == "original":

@@ -16,12 +16,12 @@ import torch
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter, stem
 from bitpress.errors import BitpressError, FormatError, UsageError
-from bitpress.formats import ActivationFormat, Format
+from bitpress.formats import Format
 from bitpress.models.linears import find_outer, skipping
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import LayerRow
-from bitpress.pipeline.rounded_inputs import refused_inputs
+from bitpress.pipeline.rounded_inputs import Look, choose_input, refused_inputs
 from bitpress.pipeline.weights import CompressedBlock, WeightCompressor
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import OUTER, Method
@@ -123,15 +123,17 @@ def _is_skipped(key: str, matrix: WeightParameter, own: Method, model: StreamedM
 
 
 def compress_outer(
-    found: PlannedOuter, original: torch.Tensor, stats: Stats | None, *, strict: bool = False
+    found: PlannedOuter, original: torch.Tensor, stats: Stats | None, look: Look | None = None, *, strict: bool = False
 ) -> tuple[CompressedBlock, torch.Tensor]:
-    """Compress a matrix; return it as a block of its own, and its decoded values. `stats` are those of the head's input."""
+    """Compress a matrix; return it as a block of its own, and its decoded values. `stats` are those of the head's input, and
+    `look` runs the calibration text through the head where its input has stored parameters."""
     compressor = WeightCompressor(found.method, strict=strict)
     known = {} if stats is None else {found.planned.parameter.stem: stats}
     compressed, decoded = compressor.compress(found.planned, original, known, None)
     inputs = found.planned.method.inputs
     if inputs is not None:
-        compressed = compressed.with_input(inputs.channels(ActivationFormat(inputs.format), found.planned.parameter.shape[1]))
+        chosen, always_zero = choose_input(compressed.parameter.name, inputs, compressed.weight, look)
+        compressed = compressed.with_input(chosen, always_zero=always_zero)
     made = CompressedBlock()
     # What nobody asked for may cost a head as much as the engine's own rounding may.
     if found.auto and stats is not None and (cost := _head_cost(original, decoded, stats)) > MOST_HEAD_COST:
@@ -205,4 +207,4 @@ def _planned(key: str, parameter: WeightParameter, method: Method, *, looked_up:
         )
     if quantizer.part.keeps_map and looked_up:
         raise FormatError(f"{where}: {quantizer.name} keeps a map with the matrix, and a row is looked up without one.")
-    return PlannedOuter(key, planned, method, last=key == "head" and bool(method.needs), auto=auto)
+    return PlannedOuter(key, planned, method, last=key == "head" and (bool(method.needs) or method.observes), auto=auto)

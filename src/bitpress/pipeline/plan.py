@@ -27,7 +27,8 @@ from bitpress.pipeline.offer import Offer
 from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.patterns import check_patterns
 from bitpress.pipeline.planned_weight import PlannedWeight, place_in_block
-from bitpress.pipeline.rounded_inputs import refused_inputs, refused_operands
+from bitpress.pipeline.rounded_attention import refused_operands, rotation_operations
+from bitpress.pipeline.rounded_inputs import refused_inputs
 from bitpress.quantizers.quantizer import check_served
 from bitpress.recipes import Method
 
@@ -57,6 +58,7 @@ class Plan:
     untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
     learning  what the recipe's tuning takes
+    rotation_operations  multiplications and additions a token that rotations of queries and keys take at run time, in all blocks
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
 
@@ -75,6 +77,7 @@ class Plan:
     offer: Offer | None = None
     untied: Mapping[str, str] = field(default_factory=dict)
     learning: Learning | None = None
+    rotation_operations: int = 0
 
     @property
     def given_bytes(self) -> int:
@@ -155,6 +158,7 @@ class Plan:
             "untied": dict(self.untied),
             "disk_bytes_needed": self.disk,
             "peak_memory_bytes_estimate": self.peak_memory,
+            "rotation_operations": self.rotation_operations,
         }
 
 
@@ -213,6 +217,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         peak_memory=peak if learning is None else max(peak, learning.peak),
         outer=outer,
         learning=learning,
+        rotation_operations=rotation_operations(model, method),
     )
 
 

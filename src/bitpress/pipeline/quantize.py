@@ -251,7 +251,8 @@ def _compress(job: Job, run: Run, strict: bool, check_stop: Callable[[], None], 
     job.settle()
     if head is not None and of_head is not None:
         stats = stream.capture_head(head.planned.parameter, head.method.needs)
-        made, _ = compress_outer(head, of_head.to(model.device), stats, strict=strict)
+        look = partial(stream.look_at_head, head.planned.parameter)
+        made, _ = compress_outer(head, of_head.to(model.device), stats, look, strict=strict)
         record = made.record()
         job.commit("head", HEAD_NAME, made.tensors(), record.dump(), None)
         progress.advance("head", error=record.error)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, UInt8
 
 from bitpress.calibration import Stats
-from bitpress.calibration.observers import Observer, Seen, static_format
+from bitpress.calibration.observers import Observer, Seen
 from bitpress.devices import CPU
-from bitpress.errors import BitpressError, FormatError, NumericsError
+from bitpress.errors import FormatError, NumericsError
 from bitpress.formats import (
     ActivationFormat,
     AttentionOperands,
@@ -28,19 +28,22 @@ from bitpress.formats import (
     fake_quantize,
 )
 from bitpress.kernels.reference import Reference
-from bitpress.models.attention import watching
+from bitpress.models.attention import Watch, watching
 from bitpress.models.products import no_product
 from bitpress.models.streaming import StreamedModel
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.rounded_attention import BlockAttention
 from bitpress.recipes.inputs import InputMethod
 from bitpress.recipes.method import Method
 from bitpress.transforms.disassemble import Disassemble
 
-__all__ = ["ChosenOperands", "SeenChannels", "choose_operands", "refused_inputs", "refused_operands"]
+__all__ = ["ChosenOperands", "Look", "SeenChannels", "choose_input", "choose_operands", "refused_inputs"]
 
 # A shift of channels and how often each is there, where an input has them.
 Around = tuple[torch.Tensor | None, torch.Tensor | None]
+# Runs a text, and shows what it is given every input of one weight.
+Look = Callable[[Callable[[torch.Tensor], None]], None]
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,22 @@ def refused_inputs(model: StreamedModel, planned: Sequence[PlannedWeight]) -> di
     return wrong
 
 
-def refused_operands(model: StreamedModel, method: Method) -> dict[str, list[str]]:
-    """Return the modules whose attention cannot round an operand as the method says, by the reason. Raises CheckpointError."""
-    wrong: dict[str, list[str]] = {}
-    for operand, own in method.attention.items():
-        for name, sizes in model.attentions.items():
-            try:
-                own.format.block_grid((1, sizes.get(operand, own.format.grid.span)))
-            except FormatError as error:
-                wrong.setdefault(f"{operand} {own.name}: {str(error).removesuffix('.')}.", []).append(name)
-    return wrong
+def choose_input(name: str, own: InputMethod, weight: CompressedWeight, look: Look | None) -> tuple[InputFormat, bool]:
+    """Return how the input of a weight outside the blocks is rounded, and whether it was 0 on all calibration text.
+
+    `look` runs the text and shows the weight's inputs; it is called where stored parameters have to be chosen.
+    Raises CalibrationError, NumericsError.
+    """
+    so_far = own.channels(ActivationFormat(own.format, own.parameters), weight.shape[1])
+    if own.observer is None:
+        return so_far, False
+    assert look is not None
+    seen, change = _seen(own.observer.part, weight, so_far), weight.input_map
+    try:
+        look(seen.add if change is None else lambda x: seen.add(change.apply(x)))
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error}") from error
+    return own.channels(own.made(seen, name), weight.shape[1]), seen.always_zero
 
 
 def choose_operands(
@@ -123,44 +132,38 @@ def choose_operands(
     i: int,
     planned: Sequence[PlannedWeight],
     weights: Mapping[str, CompressedWeight],
-    attention: Mapping[str, InputMethod],
+    method: Method,
     channels: Mapping[str, SeenChannels],
-    disassemble: Disassemble | None,
 ) -> ChosenOperands:
     """Return how the inputs of a loaded block and the operands of its attention are rounded.
 
     weights     the compressed weights, whose decoded values are in the model if any parameters are stored
-    attention   how operands of attention are rounded, by their names
     channels    by the names of parameters, where shifts or copies of channels are wanted
     Raises CalibrationError, NumericsError, CheckpointError.
     """
     of_inputs = {p.parameter.name: p.method.inputs for p in planned if p.method.inputs is not None}
+    disassemble = method.only(Disassemble)
     around = {name: _around(own, channels.get(name), weights[name], disassemble) for name, own in of_inputs.items()}
     # Stored parameters come last: the format so far says what an observer looks at.
     so_far = {
         name: own.channels(ActivationFormat(own.format, own.parameters), weights[name].shape[1], *around[name])
         for name, own in of_inputs.items()
     }
-    prefix = f"{stream.model.block_name(i)}."
-    modules = [name for name in stream.model.attentions if name.startswith(prefix)] if attention else []
-    of_attention = {(name, operand): own for name in modules for operand, own in attention.items()}
+    attention = BlockAttention(stream, i, method)
     seen_inputs = {
         name: _seen(own.observer.part, weights[name], so_far[name])
         for name, own in of_inputs.items()
         if own.observer is not None
     }
-    seen_operands = {key: Seen() for key, own in of_attention.items() if own.observer is not None}
-    if seen_inputs or seen_operands:
-        _watch(stream, i, seen_inputs, seen_operands, weights, so_far)
+    watches = attention.watches()
+    if seen_inputs or watches:
+        _watch(stream, i, seen_inputs, watches, weights, so_far)
     inputs = {
-        name: own.channels(_made(name, own, seen_inputs.get(name)), weights[name].shape[1], *around[name])
+        name: own.channels(own.made(seen_inputs.get(name), name), weights[name].shape[1], *around[name])
         for name, own in of_inputs.items()
     }
-    operands: dict[str, dict[str, ActivationFormat]] = {name: {} for name in modules}
-    for (name, operand), own in of_attention.items():
-        operands[name][operand] = _made(f"{name}: {operand}", own, seen_operands.get((name, operand)))
     zero = frozenset(name for name, seen in seen_inputs.items() if seen.always_zero)
-    return ChosenOperands(inputs, {name: AttentionOperands(**own) for name, own in operands.items()}, zero)
+    return ChosenOperands(inputs, attention.choose(), zero)
 
 
 def _around(own: InputMethod, seen: SeenChannels | None, weight: CompressedWeight, disassemble: Disassemble | None) -> Around:
@@ -175,15 +178,6 @@ def _seen(observer: Observer, weight: CompressedWeight, fmt: InputFormat) -> See
     behind = CompressedLayer(CompressedWeight(weight.terms, None, weight.output_map)).to(CPU)
     product, on_host = partial(Reference(keep=True).matmul, layer=behind), fmt.to(CPU)
     return Seen(product=(lambda u: product(on_host.leave(u))) if isinstance(on_host, ChannelFormat) else product)
-
-
-def _made(name: str, own: InputMethod, seen: Seen | None) -> ActivationFormat:
-    if own.observer is None or seen is None:
-        return ActivationFormat(own.format)
-    try:
-        return static_format(own.format, own.observer.part.choose(seen, own.format))
-    except BitpressError as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _behind(seen: SeenChannels | None, weight: CompressedWeight) -> SeenChannels | None:
@@ -213,7 +207,7 @@ def _watch(
     stream: CalibrationStream,
     i: int,
     inputs: Mapping[str, Seen],
-    operands: Mapping[tuple[str, str], Seen],
+    watches: Mapping[str, Watch],
     weights: Mapping[str, CompressedWeight],
     formats: Mapping[str, InputFormat],
 ) -> None:
@@ -227,9 +221,6 @@ def _watch(
 
     modules = {name: stream.model.model.get_submodule(name.rpartition(".")[0]) for name in inputs}
     hooks = [module.register_forward_pre_hook(partial(look, name)) for name, module in modules.items()]
-    watches: dict[str, dict[str, Callable[[torch.Tensor], None]]] = {}
-    for (name, operand), seen in operands.items():
-        watches.setdefault(name, {})[operand] = seen.add
     try:
         with watching(stream.model.model, watches) if watches else contextlib.nullcontext():
             stream.look_(i)

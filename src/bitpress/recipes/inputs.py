@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bitpress.calibration.observers import Observer
-from bitpress.errors import FormatError, UsageError
+from bitpress.calibration.observers import Observer, Seen, static_format
+from bitpress.errors import BitpressError, FormatError, UsageError
 from bitpress.formats import ActivationFormat, ChannelFormat, Format, InputFormat, find_format
 from bitpress.formats.activation import ParameterSource
 from bitpress.formats.attention import check_probabilities
@@ -34,6 +34,18 @@ class InputMethod:
         """Return the keys that a layer's record will have of it, as far as a recipe says."""
         first = {} if self.first is None else {"first": self.first[1].name}
         return {"format": self.format.name, "parameters": self.parameters, **first}
+
+    def made(self, seen: Seen | None, where: str) -> ActivationFormat:
+        """Return the format with the stored parameters that its observer chooses by what was seen; `where` stands in errors.
+
+        Raises CalibrationError, NumericsError.
+        """
+        if self.observer is None or seen is None:
+            return ActivationFormat(self.format)
+        try:
+            return static_format(self.format, self.observer.part.choose(seen, self.format))
+        except BitpressError as error:
+            raise type(error)(f"{where}: {error}") from error
 
     def channels(
         self, rest: ActivationFormat, width: int, shift: Tensor | None = None, copies: Tensor | None = None

@@ -6,9 +6,16 @@ from typing import Any
 
 from bitpress.allocation.choices import CHOICES
 from bitpress.calibration.observers import OBSERVERS
-from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS
+from bitpress.corrections.table import BIAS_CORRECTIONS, CORRECTIONS, OFFSET_CORRECTIONS
 from bitpress.quantizers.table import QUANTIZERS
-from bitpress.transforms.table import BASIS_CHANGES, CHANNEL_CHANGES, NETWORK_CHANGES, SCALE_SEARCHES, TARGETS
+from bitpress.transforms.table import (
+    ATTENTION_CHANGES,
+    BASIS_CHANGES,
+    CHANNEL_CHANGES,
+    NETWORK_CHANGES,
+    SCALE_SEARCHES,
+    TARGETS,
+)
 from bitpress.tuning.table import TUNINGS
 
 __all__ = ["KINDS", "LISTS", "Kind", "Table", "table_of"]
@@ -29,12 +36,14 @@ class Kind:
 # By the kind's name, in the order in which parts act on a weight.
 KINDS: dict[str, Kind] = {
     "network": Kind("transforms", "transform", NETWORK_CHANGES),
+    "attention": Kind("transforms", "transform", ATTENTION_CHANGES),
     "channels": Kind("transforms", "transform", CHANNEL_CHANGES),
     "search": Kind("transforms", "transform", SCALE_SEARCHES),
     "basis": Kind("transforms", "transform", BASIS_CHANGES),
     "target": Kind("transforms", "transform", TARGETS),
     "correction": Kind("corrections", "correction", CORRECTIONS),
     "bias": Kind("corrections", "correction", BIAS_CORRECTIONS),
+    "offset": Kind("corrections", "correction", OFFSET_CORRECTIONS),
     "quantizer": Kind("quantizer", "quantizer", QUANTIZERS),
     "tuning": Kind("tuning", "tuning", TUNINGS),
     "observer": Kind("observer", "observer", OBSERVERS),

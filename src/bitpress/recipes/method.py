@@ -14,6 +14,7 @@ import torch
 from bitpress.arithmetic import has_fast_bf16
 from bitpress.calibration import of_origin
 from bitpress.corrections.correction import Correction
+from bitpress.corrections.softmax_bias import SoftmaxBias
 from bitpress.devices import CPU
 from bitpress.errors import UsageError
 from bitpress.formats import LOSSLESS, OPERANDS, AnyFormat, Format, find_format
@@ -34,6 +35,7 @@ from bitpress.recipes.recipe import (
 )
 from bitpress.transforms.basis import BasisChange
 from bitpress.transforms.rotate import Rotate
+from bitpress.transforms.shift import Shift
 from bitpress.transforms.transform import ScaleSearch
 from bitpress.tuning.tuner import Tuning
 
@@ -105,6 +107,12 @@ class Method:
         """Return the part that is of one row of the tables, for rows that a recipe names once at most; None without one."""
         return next((named.part for named in self.parts if isinstance(named.part, row)), None)
 
+    @property
+    def folds_shifts(self) -> bool:
+        """Whether norms in front of weights take the shifts of their inputs."""
+        shift = self.only(Shift)
+        return shift is not None and shift.place != "online"
+
     @cached_property
     def changes(self) -> tuple[Named[BasisChange], ...]:
         return self.of("basis")
@@ -155,8 +163,10 @@ class Method:
 
     @cached_property
     def observes(self) -> bool:
-        """Whether static parameters of inputs are chosen on the calibration text."""
-        return any(inputs.observer is not None for inputs in self.every_input)
+        """Whether static parameters of operands, or offsets of probabilities, are chosen on the calibration text."""
+        offset, heads = self.only(SoftmaxBias), self.outer.values()
+        by_text = any(inputs.observer is not None for inputs in self.every_input) or any(own.observes for own in heads)
+        return by_text or (offset is not None and offset.observes)
 
     @property
     def every_input(self) -> list[InputMethod]:

@@ -20,7 +20,7 @@ overrides: [{match: "*.v_proj", weights: int8-row, quantizer: rtn, inputs: keep}
 embeddings: int8-row                    the embedding table, or {weights: int8-row, quantizer: rtn}; left out: as stored; auto: int8-row
                                         where there is a table that can take it
 head: {weights: int6-g64, quantizer: gptq}      the output head, likewise; tied ones are one matrix, which either key names; `inputs: int8-row`
-                                        in a head that is not tied rounds its input, with dynamic parameters
+                                        in a head that is not tied rounds its input, as `inputs` above
 budget: 3.3                             bits a weight on average, or {bits: 3.3, among: [int2-g64-zero, int4-g64-zero]}: what each format costs the
                                         loss is measured, and every weight has the format that spends the bits best; left out: no choice
 choose: {by: output-error,              what every layer takes one of, by what calibration measures there: formats of one size for its weight, how its
@@ -128,13 +128,30 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
         summary="4-bit weights and inputs in a rotated network, with online Hadamard rotations before down projections",
         paper="yardstick: QuaRot",
         source='Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", and its public code.',
-        differs="the rotations R1, R2 and R4 of the field's layout; queries and keys (R3) and the cache stay as they are, and heads are not "
+        differs="the rotations R1, R2 and R4 of the field's layout; queries and keys (R3) and the cache stay as they are (`quarot-kv4` has them), and heads are not "
         "mixed with one another before the output projection. Down projections go by the name that they have in the Llama family; for another, write the recipe's override with its name.",
         keys={
             "weights": "int4-row",
             "transforms": [{"name": "rotate"}],
             "quantizer": {"name": "gptq"},
             "inputs": "int4-row-fp32",
+            "overrides": [{"match": "*.down_proj", "transforms": [{"name": "hadamard"}]}],
+        },
+    ),
+    "quarot-kv4": NamedRecipe(
+        summary="quarot with keys and values in 4 bits too, queries and keys rotated behind rotary positions",
+        paper="yardstick: QuaRot",
+        source='Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", and its public code (`rotation_utils.py`).',
+        differs="the rotations R1 to R4 of the field's layout. Keys and values have a scale and a zero point for every token and head, where "
+        "the code has groups of 128 channels; they are rounded where attention multiplies them, and the cache that a runtime keeps is its own. "
+        "The rest is as in quarot.",
+        keys={
+            "weights": "int4-row",
+            "transforms": [{"name": "rotate"}, {"name": "qk-hadamard"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": "int4-row-fp32",
+            "keys": "int4-row-zero",
+            "values": "int4-row-zero",
             "overrides": [{"match": "*.down_proj", "transforms": [{"name": "hadamard"}]}],
         },
     ),
@@ -178,6 +195,21 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
             "transforms": [{"name": "shift"}, {"name": "smoothquant", "alpha": 1.0}],
             "quantizer": {"name": "rtn"},
             "inputs": {"format": "int6-tensor", "parameters": "static", "observer": {"name": "minmax"}},
+        },
+    ),
+    "repquant": NamedRecipe(
+        summary="6-bit weights and inputs, outputs of norms calibrated by channel, probabilities of attention in powers of the square root of 2",
+        paper="P231",
+        source='Li et al. 2024, "RepQuant: Towards Accurate Post-Training Quantization of Large Transformer Models via Scale Reparameterization", '
+        "its abstract, and the public code of its forerunner RepQ-ViT.",
+        differs="ends of channels are searched, not learned, and gptq stands for the reconstruction of weights. Of the 7 bits of a probability one is "
+        "a sign that it does not use. Other inputs than those of norms have one range of least squared error, as in the paper.",
+        keys={
+            "weights": "int6-row",
+            "transforms": [{"name": "shift", "place": "folded", "ends": "clipped"}, {"name": "repquant-scale"}],
+            "quantizer": {"name": "gptq"},
+            "inputs": {"format": "int6-tensor-zero", "parameters": "static", "observer": {"name": "mse"}},
+            "probabilities": {"format": "sqrtlog7-tensor", "parameters": "static", "observer": {"name": "mse"}},
         },
     ),
     "mptq-vit": NamedRecipe(

@@ -10,7 +10,8 @@ __all__ = ["check_composition"]
 def check_composition(method: Method) -> None:
     """Raise UsageError for parts that each are fine and do not go together."""
     calibration, exact = method.recipe.calibration, method.exact_formats()
-    changing = [named.name for named in (*method.of_key("transforms"), *method.corrections)]
+    moving = [named for named in method.of_key("transforms") if named.kind != "attention"]
+    changing = [named.name for named in (*moving, *method.corrections)]
     if exact and changing:
         raise UsageError(
             f"{exact[0]} keeps weights bit for bit, and {', '.join(changing)} would change them; "
@@ -38,6 +39,7 @@ def check_composition(method: Method) -> None:
     if calibration.sequential:
         whole = [named.name for named in method.of("search")]
         whole += sorted(of_origin(method.needs, "attention"))
+        whole += ["a shift that folds"] * method.folds_shifts
         if whole:
             raise UsageError(f"{whole[0]} sees a block as a whole, so calibration.sequential must be false.")
         if calibration.inputs == "original":
@@ -46,6 +48,7 @@ def check_composition(method: Method) -> None:
             )
     _check_outer(method)
     _check_channels(method)
+    _check_attention(method)
     if method.settings:
         _check_choice(method)
     transforms = method.of_key("transforms")
@@ -97,6 +100,15 @@ def _check_choice(method: Method) -> None:
         raise UsageError(f"{method.tunings[0].name} learns formats that are known before the run; leave out choose.")
 
 
+def _check_attention(method: Method) -> None:
+    for kind, operands in (("attention", ("queries", "keys")), ("offset", ("probabilities",))):
+        named, rounded = [part.name for part in method.of(kind)], " or ".join(operands)
+        if len(named) > 1:
+            raise UsageError(f"{named[0]} is named twice.")
+        if named and not any(operand in method.attention for operand in operands):
+            raise UsageError(f"{named[0]} serves the rounding of {rounded}, and this recipe rounds none; add {operands[-1]}.")
+
+
 def _check_tuning(method: Method) -> None:
     name, calibration = method.tunings[0].name, method.recipe.calibration
     if calibration.inputs == "original":
@@ -145,8 +157,6 @@ def _check_outer(method: Method) -> None:
         needs = own.quantizer.part.needs
         if own.inputs is not None and key == "embeddings":
             raise UsageError("embeddings: rows of a table are looked up, and have no input to round; leave out its inputs.")
-        if own.observes:
-            raise UsageError(f"{key}: no observer looks at its input; take dynamic parameters, such as int8-row.")
         if own.exact_formats():
             raise UsageError(
                 f"{key}: {own.format.name} is a format of the blocks; leave {key} out to keep its bits as they are."

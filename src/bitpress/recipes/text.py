@@ -103,7 +103,7 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     inputs = recipe.get("inputs")  # recipes of before have no such key
     said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
     is_plain = not any(recipe.get(key) for key in OPERANDS) and not any(
-        t["name"] in CHANNEL_CHANGES for t in recipe["transforms"]
+        t["name"] in CHANNEL_CHANGES and t.get("place") != "folded" for t in recipe["transforms"]
     )
     how = "simulated" if inputs is None else told_product(recipe["weights"], inputs, native=is_plain)
     rounded = [

@@ -54,7 +54,7 @@ def with_maps(weight: CompressedWeight, maps: Maps) -> CompressedWeight:
     return CompressedWeight(weight.terms, chain(input_map, weight.input_map), chain(weight.output_map, output_map))
 
 
-def generator_of(seed: int, side: Literal["input", "output", "residual", "value"], width: int) -> torch.Generator:
+def generator_of(seed: int, side: Literal["input", "output", "residual", "value", "query/key"], width: int) -> torch.Generator:
     """Return the generator of the random map of one side; it is the same for every weight of this width."""
     if type(seed) is not int or not 0 <= seed < 1 << 24:
         raise UsageError(f"seed={seed!r}: it is a whole number from 0 to {(1 << 24) - 1}.")

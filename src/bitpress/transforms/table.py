@@ -1,4 +1,4 @@
-"""The table of transforms: changes of the whole network and of how channels of inputs are rounded, searches for channel factors (for groups of weights), changes of basis and of
+"""The table of transforms: changes of the whole network, of the operands of attention and of how channels of inputs are rounded, searches for channel factors (for groups of weights), changes of basis and of
 target (for single weights).
 
 Every row declares its sites, and whether it is folded or stays online there (`transforms.sites`).
@@ -17,9 +17,11 @@ from bitpress.transforms.klt import KLT
 from bitpress.transforms.llm_fp4_scale import LLMFP4Scale
 from bitpress.transforms.orthogonal import OrthogonalBasis
 from bitpress.transforms.qep import QEP
+from bitpress.transforms.qk_hadamard import QKHadamard
 from bitpress.transforms.qqq_smooth import QQQSmooth
 from bitpress.transforms.rearrange import Rearrange
 from bitpress.transforms.reassemble import Reassemble
+from bitpress.transforms.repquant_scale import RepQuantScale
 from bitpress.transforms.rotate import Rotate
 from bitpress.transforms.shift import Shift
 from bitpress.transforms.smooth_plus import SmoothPlus
@@ -27,9 +29,19 @@ from bitpress.transforms.smoothquant import SmoothQuant
 from bitpress.transforms.target import Target
 from bitpress.transforms.transform import ScaleSearch
 
-__all__ = ["BASIS_CHANGES", "CHANNEL_CHANGES", "NETWORK_CHANGES", "SCALE_SEARCHES", "TARGETS", "TRANSFORMS"]
+__all__ = [
+    "ATTENTION_CHANGES",
+    "BASIS_CHANGES",
+    "CHANNEL_CHANGES",
+    "NETWORK_CHANGES",
+    "SCALE_SEARCHES",
+    "TARGETS",
+    "TRANSFORMS",
+]
 
 NETWORK_CHANGES: dict[str, type[Rotate]] = {"rotate": Rotate}
+
+ATTENTION_CHANGES: dict[str, type[QKHadamard]] = {"qk-hadamard": QKHadamard}
 
 CHANNEL_CHANGES: dict[str, type[Shift] | type[Disassemble]] = {"shift": Shift, "disassemble": Disassemble}
 
@@ -43,6 +55,7 @@ SCALE_SEARCHES: dict[str, type[ScaleSearch]] = {
     "fptq-smooth": FPTQSmooth,
     "llm-fp4-scale": LLMFP4Scale,
     "equalize": Equalize,
+    "repquant-scale": RepQuantScale,
 }
 
 BASIS_CHANGES: dict[str, type[BasisChange]] = {
@@ -56,8 +69,12 @@ BASIS_CHANGES: dict[str, type[BasisChange]] = {
 
 TARGETS: dict[str, type[Target]] = {"qep": QEP}
 
-TRANSFORMS: dict[str, type[Rotate] | type[Shift] | type[Disassemble] | type[ScaleSearch] | type[BasisChange] | type[Target]] = {
+TRANSFORMS: dict[
+    str,
+    type[Rotate] | type[QKHadamard] | type[Shift] | type[Disassemble] | type[ScaleSearch] | type[BasisChange] | type[Target],
+] = {
     **NETWORK_CHANGES,
+    **ATTENTION_CHANGES,
     **CHANNEL_CHANGES,
     **SCALE_SEARCHES,
     **BASIS_CHANGES,

@@ -56,7 +56,9 @@ class LearnedStack:
 
 
 def parts_of(weight: CompressedWeight, count: int) -> list[CompressedWeight]:
-    """Return the weights of a stack of `count`, sharing memory."""
+    """Return the weights of a stack of `count`, sharing memory; a single one as it is."""
+    if count == 1:
+        return [weight]
     height = weight.shape[0] // count
     return [weight.row_slice(a, a + height) for a in range(0, weight.shape[0], height)]
 
