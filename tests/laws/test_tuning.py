@@ -15,9 +15,10 @@ from bitpress.formats import MAPS, CompressedWeight, Packed, parse_format
 from bitpress.pipeline.compose import compress_matrix
 from bitpress.quantizers.quantizer import is_served
 from bitpress.recipes import make_method
-from bitpress.tuning.learned import LearnedVector, LearnedWeight, _Mapped
+from bitpress.tuning.learned import LearnedVector, LearnedWeight
 from bitpress.tuning.learned_maps import MapTuning
 from bitpress.tuning.objectives import BlockObjective, LayerObjective
+from bitpress.tuning.sides import AroundTerms
 from bitpress.tuning.table import TUNINGS
 from bitpress.tuning.tuner import Curve, Objective, Tuning, _draw, begin_weight, tune_
 
@@ -289,6 +290,6 @@ def test_a_gradient_goes_through_every_map_as_through_its_matrix() -> None:
         inner, outer = stored.make(kind, stored.IN), stored.make(kind, 40)
         w = stored.draw(40, stored.IN, seed=8).requires_grad_()
         g = stored.draw(40, stored.IN, seed=9)
-        (found,) = torch.autograd.grad(_Mapped.apply(w, inner, outer), w, g)
+        (found,) = torch.autograd.grad(AroundTerms.apply(w, inner, outer), w, g)
         expected = stored.matrix(outer).T @ g @ stored.matrix(inner).T
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

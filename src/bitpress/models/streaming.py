@@ -12,7 +12,7 @@ the "hidden states" that are stored and passed on here are the states of carried
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,29 +24,14 @@ from bitpress.models.attention import HeadSizes, attention_as_it_is, find_attent
 from bitpress.models.carried import Carried
 from bitpress.models.find_carried import choose_stack, find_carried
 from bitpress.models.hollow import BREAKS, Stop, hollow, stand_ins
+from bitpress.models.parameter_loader import ParameterLoader
 from bitpress.models.products import products_as_they_are, products_instead, set_products_
 from bitpress.models.skeleton import build_skeleton, move_buffers_, restore_ties_, set_parameter_
 from bitpress.models.task import Inputs
 from bitpress.models.tasks.table import find_task
 from bitpress.models.uses import Use, find_uses
 
-__all__ = ["ParameterLoader", "StreamedModel"]
-
-
-class ParameterLoader(Protocol):
-    """Where parameters come from: an original checkpoint, or a compressed one decoded on the way."""
-
-    def load(self, prefix: str, exclude: str | None = None) -> dict[str, torch.Tensor]:
-        """Return every parameter and buffer whose name begins with `prefix` but not with `exclude`."""
-        ...
-
-    def load_products(self, prefix: str, exclude: str | None = None) -> Mapping[str, CompressedLayer]:
-        """Return the layers whose inputs are rounded, by the names of their weights, chosen as in `load`; decoded weights alone would not round."""
-        ...
-
-    def load_attention(self, prefix: str = "") -> Mapping[str, AttentionOperands]:
-        """Return how modules below a prefix round the operands of their attention, by the modules' names."""
-        ...
+__all__ = ["StreamedModel"]
 
 
 class StreamedModel:

@@ -7,8 +7,9 @@ from typing import Any
 from bitpress.errors import UsageError
 from bitpress.presets import preset_keys
 from bitpress.recipes.method import Method
+from bitpress.recipes.named_recipes import NAMED_RECIPES
 from bitpress.recipes.parts import spelled
-from bitpress.recipes.recipe import NAMED_RECIPES, OUTER, Recipe
+from bitpress.recipes.recipe import OUTER, Recipe
 from bitpress.recipes.schemes import scheme_keys
 from bitpress.recipes.text import load_recipe, make_method
 

@@ -18,11 +18,11 @@ from bitpress.kernels.integers import told_product
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes.kinds import LISTS, table_of
 from bitpress.recipes.method import Method, build_method
+from bitpress.recipes.named_recipes import NAMED_RECIPES
 from bitpress.recipes.parts import spelled
 from bitpress.recipes.recipe import (
     AUTO_OUTER,
     DEFAULT_QUANTIZER,
-    NAMED_RECIPES,
     OUTER,
     Budget,
     Calibration,

@@ -35,7 +35,8 @@ from bitpress.formats import (
 from bitpress.formats.fake_quantize import clip_blocks
 from bitpress.transforms.basis import into_basis
 from bitpress.tuning.folded import Folded
-from bitpress.tuning.learned import Leaf, LearnedTerm, Start, Value, joined_maps, soft_weight
+from bitpress.tuning.learned import Leaf, LearnedTerm, Start, Value, soft_weight
+from bitpress.tuning.sides import joined_maps
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
 __all__ = ["SERVED", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "SharedInput"]

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from bitpress.formats import CompressedWeight, Term
 from bitpress.tuning.fixed_codes import FixedCodes, learned_params
-from bitpress.tuning.learned import LearnedSides, LearnedTerm, Start
+from bitpress.tuning.learned import LearnedTerm, Start
+from bitpress.tuning.sides import LearnedSides
 from bitpress.tuning.tuner import LossName, ScheduleName, Tuning
 
 __all__ = ["PTQ161"]

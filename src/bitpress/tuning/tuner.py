@@ -19,7 +19,8 @@ from bitpress.errors import NumericsError, UsageError
 from bitpress.finite import all_finite
 from bitpress.formats import CompressedWeight, InputFormat, Term
 from bitpress.tuning.cayley import CayleySGD
-from bitpress.tuning.learned import Leaf, Learned, LearnedSides, LearnedTerm, LearnedWeight, Start, Value, learned_term
+from bitpress.tuning.learned import Leaf, Learned, LearnedTerm, LearnedWeight, Start, Value, learned_term
+from bitpress.tuning.sides import LearnedSides
 
 __all__ = ["OF_LOGITS", "Curve", "Objective", "Tuning", "begin_weight", "tune_"]
 
