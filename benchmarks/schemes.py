@@ -16,11 +16,13 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rows import ROOT, add_row, read_rows, rewrite_section
 from safetensors.torch import load_file, save_file
+from scheme_picture import Shown, draw_schemes
 
 from bitpress.calibration.samples import builtin_texts
 from bitpress.checkpoints.named import resolve_model
@@ -33,6 +35,19 @@ PAGE = ROOT / "docs" / "activations.md"
 PLANTED = "bitpress-tiny, outliers"
 TRAINED = "bitpress-tiny-mamba"
 SEED = 20261127
+JUDGED = ("smollm2-135m-regauged", "smollm2-135m-outliers")
+FAMILIES = ("w8a8", "w4a8", "w6a6", "w4a4", "fp8", "int4 x fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "original", "other")
+# The recipe that a named scheme is.
+SCHEME_ROWS = {
+    "w8a8": "w8a8, smoothquant, per token",
+    "w8a8-static": "w8a8, smoothquant, per tensor static",
+    "w4a8": "w4a8, smoothquant, per token",
+    "w6a6": "w6a6, smoothquant + hadamard, per token",
+    "w4a4": "w4a4, smoothquant + hadamard, per token",
+    "fp8": "fp8, per token",
+    "mxfp4": "mxfp4, smoothquant + hadamard of 32",
+    "nvfp4": "nvfp4",
+}
 
 
 def directory_of(model: str, out: Path) -> str:
@@ -102,17 +117,69 @@ def measure(model: str, options: argparse.Namespace) -> None:
 
 
 def render() -> None:
-    """Write the table of docs/activations.md: one line a recipe, one column a model."""
-    rows = [row for row in read_rows("schemes") if not row.get("choice")]
+    """Write the tables of docs/activations.md and README.md, and docs/schemes.svg."""
+    rows = [row for row in read_rows("schemes") if row["kind"] == "recipe"]
+    _table("measured schemes", [row for row in rows if not row.get("choice")])
+    _table("chosen schemes", [row for row in rows if row.get("choice")])
+    last = {
+        (row["model"], row["name"]): row for row in read_rows("schemes") if not row.get("choice") and row["model"] in JUDGED
+    }
+    shown = list(_shown(last))
+    if shown:
+        title = "Inputs and weights in few bits: KL from the original, nats a token"
+        (ROOT / "docs" / "schemes.svg").write_text(draw_schemes(shown, title), encoding="utf-8")
+        _readme(last)
+
+
+def _table(section: str, rows: list[dict[str, Any]]) -> None:
+    """Write one line a recipe, one column a model."""
     last = {(row["model"], row["name"]): row for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
     lines = ["", f"| weights and inputs | bits | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
-    for name in names:
+    for name in dict.fromkeys(row["name"] for row in rows):
         some = next(last[model, name] for model in models if (model, name) in last)
         cells = [f"{last[model, name]['kl_mean']:.2g}" if (model, name) in last else "" for model in models]
         lines.append(f"| {name} | {some['bits_per_weight']:.2f} | {' | '.join(cells)} |")
-    rewrite_section(PAGE, "measured schemes", [*lines, ""])
+    rewrite_section(PAGE, section, [*lines, ""])
+
+
+def _shown(last: Mapping[tuple[str, str], dict[str, Any]]) -> Iterator[Shown]:
+    """Yield every recipe and package that was measured on SmolLM2, in the order of the schemes."""
+    schemes: dict[str, str] = {}
+    for _, name in last:
+        row = next(last[model, name] for model in JUDGED if (model, name) in last)
+        schemes[name] = _family(row["beside"] if row["kind"] == "peer" else name)
+    for name, scheme in sorted(schemes.items(), key=lambda pair: FAMILIES.index(pair[1])):
+        plain, outliers = (last.get((model, name)) for model in JUDGED)
+        is_peer = (plain or outliers or {})["kind"] == "peer"
+        yield Shown(scheme, name, is_peer, plain["kl_mean"] if plain else None, outliers["kl_mean"] if outliers else None)
+
+
+def _family(name: str) -> str:
+    return next((family for family in FAMILIES if name.startswith(family)), FAMILIES[-1])
+
+
+def _pair(rows: list[dict[str, Any] | None]) -> str:
+    return ", ".join(f"{row['kl_mean']:.4f}" if row else "-" for row in rows)
+
+
+def _readme(last: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+    """Write one line for each named scheme of README.md, with the best package beside it."""
+    lines = [
+        "",
+        "| `--scheme` | bits of weights, stored | KL | KL, planted outliers | best other package, the same two |",
+        "|---|---|---|---|---|",
+    ]
+    for scheme, name in SCHEME_ROWS.items():
+        if not all((model, name) in last for model in JUDGED):
+            continue
+        own = [last[model, name] for model in JUDGED]
+        peers = {n: [last.get((m, n)) for m in JUDGED] for (_, n), row in last.items() if row.get("beside") == scheme}
+        best = min(peers.items(), key=lambda pair: sum(r["kl_mean"] for r in pair[1] if r), default=None)
+        told = "-" if best is None else f"{best[0]}: {_pair(best[1])}"
+        figures = [f"{row['kl_mean']:.4f}" for row in own]
+        lines.append(f"| `{scheme}` | {own[0]['bits_per_weight']:.2f} | {' | '.join(figures)} | {told} |")
+    rewrite_section(ROOT / "README.md", "schemes", [*lines, ""])
 
 
 def main() -> None:

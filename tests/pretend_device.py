@@ -19,6 +19,8 @@ __all__ = ["DEVICE", "pretending"]
 aten = torch.ops.aten
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend", 0)
+# torch's gradient checkpoints ask the registered device for its autocast types, also where nothing runs on it.
+torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
 
 # Where CUDA takes tensors of the host: copies between devices, and whole numbers that say which entries are meant.
 _CROSSING = {aten.copy_.default, aten._to_copy.default}

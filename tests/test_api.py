@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from progress_record import Said
@@ -68,9 +69,9 @@ def test_progress_of_ones_own_hears_everything(
 def test_a_recipe_is_built_once(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     built = []
 
-    def counting(recipe: Recipe) -> Method:
+    def counting(recipe: Recipe, **said: Any) -> Method:
         built.append(recipe)
-        return build_method(recipe)
+        return build_method(recipe, **said)
 
     monkeypatch.setattr("bitpress.recipes.text.build_method", counting)
     monkeypatch.setattr("bitpress.pipeline.quantize.build_method", counting)

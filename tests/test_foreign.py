@@ -89,7 +89,9 @@ def test_names_are_found_in_any_case_and_no_two_are_alike() -> None:
         assert spell_format(name.upper().replace("-", "_")) == name
     for name in TRANSFORMS:
         assert (
-            build_method(make_recipe({"transforms": [name.upper()], "inputs": "int8-row"})).resolved()["transforms"][0]["name"]
+            build_method(make_recipe({"transforms": [name.upper()], "inputs": "int8-row", "keys": "int8-row"})).resolved()[
+                "transforms"
+            ][0]["name"]
             == name
         )
     assert make_recipe({"weights": "DFloat11", "transforms": []}).weights == "dfloat11"

@@ -18,7 +18,18 @@ from bitpress.exchange.gguf import Gguf
 from bitpress.exchange.plain_layer import make_plain, plain_layer, unpack_plain
 from bitpress.exchange.source import LayerFormat, ReadTensor, StoredLayer
 from bitpress.exchange.table import ECOSYSTEMS, EXPORTERS, LAYER_FORMATS, Directories, open_source
-from bitpress.formats import MAPS, TERMS, ActivationFormat, CompressedLayer, CompressedWeight, Map, Packed, Term, parse_format
+from bitpress.formats import (
+    MAPS,
+    TERMS,
+    ActivationFormat,
+    Affine,
+    CompressedLayer,
+    CompressedWeight,
+    Map,
+    Packed,
+    Term,
+    parse_format,
+)
 from bitpress.formats.maps.map import Chain, Permutation, Scale
 from bitpress.formats.maps.reassembly import Reassembly
 from bitpress.formats.maps.rotations import Hadamard, Kronecker
@@ -55,6 +66,7 @@ MAP: dict[str, Callable[[], Map]] = {
     "permutation": lambda: Permutation(torch.arange(IN).flip(0).to(torch.int32)),
     "hadamard": lambda: Hadamard.random(IN, 8, torch.Generator().manual_seed(2)),
     "kronecker": lambda: Kronecker.random(IN, torch.Generator().manual_seed(2)),
+    "affine": lambda: Affine(torch.eye(2) + 0.1 * draw(2, 2), torch.eye(IN // 2)),
     "reassembly": lambda: Reassembly(
         torch.tensor([1, *range(1, IN)], dtype=torch.int32), torch.tensor([2, *range(1, IN)], dtype=torch.int32)
     ),

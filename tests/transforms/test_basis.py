@@ -18,7 +18,7 @@ from bitpress.transforms.table import BASIS_CHANGES
 
 FMT = parse_format("int4-g16")
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in BASIS_CHANGES),
+    *((name, {}) for name in BASIS_CHANGES if name != "reassemble"),  # an approximation: tests/transforms/test_reassemble.py
     ("hadamard", {"block": "group", "outputs": True}),
     ("hadamard", {"block": 8}),
     ("orthogonal", {"rescale": False, "permute": False}),
