@@ -122,4 +122,5 @@ def _without_shift(own: InputFormat) -> InputFormat:
     """Return the format of an input whose shift is made in front of the layer."""
     if not isinstance(own, ChannelFormat):
         return own
-    return own.rest if own.first is None and own.copies is None else replace(own, shift=None)
+    bare = own.first is None and own.copies is None and own.clip is None
+    return own.rest if bare else replace(own, shift=None)
