@@ -143,3 +143,19 @@ def test_maps_of_inputs_that_are_learned_are_not_behind_a_shift_that_folds() -> 
         else:
             with pytest.raises(UsageError, match=r"ostquant learns the channels of inputs, .* use place: online"):
                 make_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "integer products"),
+        ({"transforms": ["reassemble"]}, "simulated"),
+        ({"tuning": ["omniquant"]}, "simulated"),
+        ({"tuning": ["flatquant"]}, "simulated"),
+        ({"tuning": ["ostquant"]}, "integer products"),
+    ],
+)
+def test_a_recipe_says_when_channels_are_not_rounded_alike(keys: dict[str, Any], told: str) -> None:
+    """Channels that are averaged, learned shifts and learned clipping: the engine multiplies no whole numbers there."""
+    recipe = {"weights": "int8-row", "quantizer": "rtn", "inputs": "int8-row-fp32", **keys}
+    assert f"({told})" in told_weights(build_method(make_recipe(recipe)).resolved())
