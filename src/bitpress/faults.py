@@ -31,6 +31,7 @@ _NEEDED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than": lambda c: f"a number below {c['lt']} is needed",
     "less_than_equal": lambda c: f"{c['le']} or less is needed",
     "tuple_type": lambda c: "a list is needed",
+    "too_short": lambda c: f"a list of {c['min_length']} or more is needed",
     "list_type": lambda c: "a list is needed",
     "dict_type": lambda c: "a mapping of keys to values is needed",
     "mapping_type": lambda c: "a mapping of keys to values is needed",

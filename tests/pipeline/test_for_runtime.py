@@ -1,5 +1,6 @@
 """Recipes that a runtime could not load are refused before any work, and plans say so."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bitpress.pipeline.quantize import plan_run
 from bitpress.pipeline.served import find_groups
 from bitpress.recipes import build_method, make_recipe
 
+Q8 = {"weights": "int8-g32", "quantizer": "rtn"}
 RTN = {"weights": "int4-g32", "quantizer": "rtn"}
 W8A8 = {"weights": "int8-row", "quantizer": "rtn", "inputs": "int8-row-fp32"}
 
@@ -124,3 +126,35 @@ def test_a_row_that_does_not_fill_words_is_refused(tiny_model: Callable[..., Pat
         UsageError, match=r"vllm cannot load model\.layers\.0\.mlp\.down_proj: 100 inputs a device, 4 bits each"
     ):
         fit_to(build_method(make_recipe({**RTN, "weights": "int4-row"})), path, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "keys", "says"),
+    [
+        ("vllm", {**W8A8, "keys": "int8-row"}, "its attention rounds keys"),
+        (
+            "llama.cpp",
+            {**Q8, "head": {"weights": "int8-g32", "quantizer": "rtn", "inputs": "int8-row-fp32"}},
+            "lm_head: .*rounded",
+        ),
+    ],
+)
+def test_what_is_rounded_at_run_time_leaves_for_no_tool_that_cannot_say_it(
+    runtime: str, keys: dict[str, Any], says: str, tiny_model: Callable[..., Path]
+) -> None:
+    """`export` refuses operands of attention and inputs of a head: a plan does too, and no run is begun for such a runtime."""
+    method = build_method(make_recipe(keys))
+    plan, model, _ = plan_run(tiny_model("llama"), method)
+    assert plan.rounds
+    found = carriers(plan.weights, method, model, plan.outer)
+    assert re.search(says, found["gguf"] or "")
+    assert ("keys" in keys) == (found["compressed-tensors"] is not None)
+    with pytest.raises(UsageError, match=says):
+        fit_to(method, tiny_model("llama"), runtime)
+
+
+def test_a_folded_shift_leaves_layers_that_a_runtime_loads(tiny_model: Callable[..., Path]) -> None:
+    for place, able in (("folded", ["compressed-tensors"]), ("either", [])):
+        method = build_method(make_recipe({**W8A8, "transforms": [{"name": "shift", "place": place}]}))
+        plan, model, _ = plan_run(tiny_model("opt"), method)
+        assert [name for name, why in carriers(plan.weights, method, model).items() if why is None] == able

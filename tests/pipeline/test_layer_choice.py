@@ -158,7 +158,7 @@ def test_a_plan_lists_the_settings_and_an_override_settles_its_layers(tiny_model
     [
         ({"choose": {"by": "range", "among": [{}, {}]}}, "range: 2 edges part 3 settings"),
         ({"choose": {"by": "least", "among": [{}, {}]}}, "unknown choice 'least'"),
-        ({"choose": {"by": "output-error", "among": [{}]}}, "choose.among"),
+        ({"choose": {"by": "output-error", "among": [{}]}}, "choose.among: a list of 2 or more is needed"),
         ({"choose": {"among": [{}, {}]}}, "choose.by"),
         ({"choose": "range"}, "choose"),
         ({"choose": {"by": "output-error", "among": [{}, {"weight": "int4-row"}]}}, "Did you mean 'weights'?"),

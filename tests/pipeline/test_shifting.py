@@ -113,3 +113,49 @@ def test_a_recipe_says_that_folded_shifts_leave_integer_products() -> None:
                 "calibration": {"sequential": True},
             }
         )
+
+
+def test_layers_that_choose_how_their_inputs_are_rounded_are_shifted_too(off_centre: Path, tmp_path: Path) -> None:
+    """The recipe itself rounds no input, and one setting none either: a note says of those that round alone what was not shifted."""
+    choose = {"by": {"name": "range", "edges": [1000.0]}, "among": [{"inputs": STATIC}, {"inputs": "keep"}]}
+    overrides = [{"match": "*.fc2", "inputs": "keep"}]
+    kept = {
+        "inputs": None,
+        "choose": choose,
+        "overrides": overrides,
+        "skip": ["*", "!*.0.*.q_proj", "!*.0.fc?", "!*.0.*.out_proj"],
+    }
+    report = quantize(off_centre, tmp_path / "out", {"name": "shift", "place": "folded"}, **kept)
+    assert far(off_centre, tmp_path / "out") < 0.02
+    assert {item["weight"].rpartition(".")[2] for item in report["notes"] if item["what"] == NO_NORM_BIAS} == {"out_proj"}
+
+
+def test_maps_of_inputs_that_are_learned_are_not_behind_a_shift_that_folds() -> None:
+    for place in ("folded", "either", "online"):
+        recipe = {
+            "quantizer": "rtn",
+            "inputs": "int8-row-fp32",
+            "transforms": [{"name": "shift", "place": place}],
+            "tuning": ["ostquant"],
+        }
+        if place == "online":
+            make_recipe(recipe)
+        else:
+            with pytest.raises(UsageError, match=r"ostquant learns the channels of inputs, .* use place: online"):
+                make_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "integer products"),
+        ({"transforms": ["reassemble"]}, "simulated"),
+        ({"tuning": ["omniquant"]}, "simulated"),
+        ({"tuning": ["flatquant"]}, "simulated"),
+        ({"tuning": ["ostquant"]}, "integer products"),
+    ],
+)
+def test_a_recipe_says_when_channels_are_not_rounded_alike(keys: dict[str, Any], told: str) -> None:
+    """Channels that are averaged, learned shifts and learned clipping: the engine multiplies no whole numbers there."""
+    recipe = {"weights": "int8-row", "quantizer": "rtn", "inputs": "int8-row-fp32", **keys}
+    assert f"({told})" in told_weights(build_method(make_recipe(recipe)).resolved())

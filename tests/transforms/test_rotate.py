@@ -86,6 +86,8 @@ def test_a_file_whose_rotation_does_not_fit_is_said_in_one_line(tmp_path: Path) 
         rotations(tmp_path, values=torch.full((8, 8), float("nan"))).of_values(8)
     with pytest.raises(UsageError, match=r"is another file than the recipe records \(SHA-256 .*leave sha256 out"):
         Rotate(kind="given", tensors=str(tmp_path / "R.safetensors"), sha256="0" * 64)
+    with pytest.raises(UsageError, match=r"R\\x00': the name holds a NUL character"):
+        Rotate(kind="given", tensors="R\0")
     with pytest.raises(UsageError, match=r"none\.safetensors: cannot be read"):
         Rotate(kind="given", tensors=str(tmp_path / "none.safetensors"))
     for wrong in ({"kind": "given"}, {"tensors": str(tmp_path / "R.safetensors")}, {"sha256": "0" * 64}):

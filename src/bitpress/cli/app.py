@@ -198,12 +198,13 @@ def plan(
         seconds = estimate_seconds(streamed, method, planned.weights, planned.outer) if on_device is None else None
         for text in notes_of(planned, method):
             screen.note(text)
-    leaves, divided = carriers(planned.weights, method, streamed), division(planned.weights, method, streamed, runtime)
+    leaves = carriers(planned.weights, method, streamed, planned.outer)
+    divided = division(planned.weights, method, streamed, runtime)
     if as_json:
         print_json(plan_values(planned, method, seconds, on_device) | target_values(leaves, divided))
     else:
         show_plan(planned, method, seconds, on_device, whole=whole)
-        show_targets(leaves)
+        show_targets(leaves, decoded=not planned.rounds)
         show_division(divided, runtime)
 
 

@@ -95,10 +95,11 @@ def show_export(done: Mapping[str, Any]) -> None:
         table("Not code for code", ("what", "why", "weights", "relative error added, at most"), told, right=(2, 3))
 
 
-def show_targets(leaves: Mapping[str, str | None]) -> None:
-    """Print what the weights of a plan could be exported to bit for bit, and why not to the others."""
+def show_targets(leaves: Mapping[str, str | None], *, decoded: bool) -> None:
+    """Print what the weights of a plan could be exported to bit for bit, and why not to the others; `decoded`: in 16 bits too."""
     able = [name for name, why in leaves.items() if why is None]
-    out.print(f"\nCan be exported code for code to: {', '.join(able) or 'nothing'}, and decoded to bf16 and fp16.")
+    more = ", and decoded to bf16 and fp16." if decoded else "; decoded weights would not round what the model rounds."
+    out.print(f"\nCan be exported code for code to: {', '.join(able) or 'nothing'}{more}")
     for name, why in leaves.items():
         if why is not None:
             out.print(f"Not to {name}: {escape(why)}.")

@@ -16,10 +16,13 @@ from bitpress.formats import Format, parse_format
 from bitpress.models.linears import list_weights
 from bitpress.models.opening import open_original
 from bitpress.models.streaming import StreamedModel
+from bitpress.pipeline.outer_weights import PlannedOuter, plan_outer
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.served import check_groups, divide, find_groups
 from bitpress.recipes import Method, build_method
 from bitpress.recipes.recipe import Override
+from bitpress.transforms.disassemble import Disassemble
+from bitpress.transforms.shift import Shift
 
 __all__ = ["Division", "carriers", "choose_for", "division", "find_runtime", "fit_to"]
 
@@ -92,16 +95,12 @@ def fit_to(method: Method, model: Path, runtime: str | None) -> Method:
         raise UsageError(
             f"{runtime} needs layers that are known before the run, and the recipe's choose settles them in it; leave out choose."
         )
-    own_formats = {name for formats in found.formats.values() for name in _names(formats)}
-    for planned in weights:
-        why = _refusal(planned, method, target, names)
-        if why is None and planned.format.name not in own_formats:
-            why = f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
-        if why is None and planned_spec(planned, method)["input_map"] is not None:
-            why = "its inputs are taken in another order (groups: running), which the runtime does not read"
-        inputs = planned.method.inputs
-        if why is None and inputs is not None and not any(fnmatchcase(planned.format.name, name) for name in found.inputs):
-            why = f"it does not round inputs ({inputs.name}) beside weights in {planned.format.name}"
+    if method.attention:
+        raise UsageError(
+            f"{runtime} cannot load the model: {_refused_attention(method)}. Leave out {', '.join(method.attention)}, or --for {runtime}."
+        )
+    for planned, own_method in [*((p, method) for p in weights), *_rounding_heads(plan_outer(streamed, method))]:
+        why = _refusal(planned, own_method, target, names) or _not_there(planned, own_method, found)
         if why is not None:
             raise UsageError(
                 f"{runtime} cannot load {planned.parameter.stem}: {why}. Change the recipe, or leave out --for {runtime}."
@@ -138,17 +137,48 @@ def division(weights: Sequence[PlannedWeight], method: Method, model: StreamedMo
     return Division(refusals, {devices: why for devices, why in tried.items() if why is not None})
 
 
-def carriers(weights: tuple[PlannedWeight, ...], method: Method, model: StreamedModel) -> dict[str, str | None]:
-    """Return for every target why it could not hold the weights of a plan bit for bit; None where it could."""
+def carriers(
+    weights: Sequence[PlannedWeight], method: Method, model: StreamedModel, outer: Sequence[PlannedOuter] = ()
+) -> dict[str, str | None]:
+    """Return for every target why it could not hold the weights of a plan bit for bit; None where it could.
+
+    Of the `outer` matrices those count whose inputs are rounded: others are decoded where a target cannot hold them.
+    """
+    every = [*((p, method) for p in weights), *_rounding_heads(outer)]
     names = hub_names(model.model)
     told: dict[str, str | None] = {}
     for name, exporter in EXPORTERS.items():
         if exporter.target is None:
             continue
-        reasons = {planned.parameter.stem: _refusal(planned, method, exporter.target, names) for planned in weights}
+        if method.attention:
+            told[name] = _refused_attention(method)
+            continue
+        reasons = {planned.parameter.stem: _refusal(planned, own, exporter.target, names) for planned, own in every}
         first = next((f"{stem}: {why}" for stem, why in reasons.items() if why is not None), None)
         told[name] = first
     return told
+
+
+def _refused_attention(method: Method) -> str:
+    return f"its attention rounds {', '.join(method.attention)}, which no other tool's files say"
+
+
+def _rounding_heads(outer: Sequence[PlannedOuter]) -> list[tuple[PlannedWeight, Method]]:
+    """Return the heads whose inputs are rounded, which decoded weights would not do, with their methods."""
+    return [(found.planned, found.method) for found in outer if found.planned.method.inputs is not None]
+
+
+def _not_there(planned: PlannedWeight, method: Method, runtime: ForeignRuntime) -> str | None:
+    """Say which part of a weight's plan a runtime does not have although its files could say it, or None."""
+    own_formats = {name for formats in runtime.formats.values() for name in _names(formats)}
+    if planned.format.name not in own_formats:
+        return f"it has no {planned.format.name}; it has {', '.join(sorted(own_formats))}"
+    if planned_spec(planned, method)["input_map"] is not None:
+        return "its inputs are taken in another order (groups: running), which the runtime does not read"
+    inputs = planned.method.inputs
+    if inputs is not None and not any(fnmatchcase(planned.format.name, name) for name in runtime.inputs):
+        return f"it does not round inputs ({inputs.name}) beside weights in {planned.format.name}"
+    return None
 
 
 def _target(name: str) -> type[Target]:
@@ -189,13 +219,16 @@ def _refusal(planned: PlannedWeight, method: Method, target: type[Target], names
             return str(error).removesuffix(".")
     told = planned_spec(planned, method)
     if not planned.parameter.experts:
-        inputs = planned.method.inputs
-        return target.refuses(
-            told, None if inputs is None else {**inputs.channels_spec(), **{n.name: "" for n in method.of("channels")}}
-        )
+        inputs, apart = planned.method.inputs, {n.name: "" for n in method.of("channels") if not _folds(n.part)}
+        return target.refuses(told, None if inputs is None else {**inputs.channels_spec(), **apart})
     parameter = planned.parameter
     pieces = () if parameter.transposed else pieces_of(names, parameter.name, parameter.parameter_shape)
     return refuse_pieces(told, pieces, target)
+
+
+def _folds(part: Shift | Disassemble) -> bool:
+    """Whether layers are plain behind a change of their input's channels."""
+    return isinstance(part, Shift) and part.place == "folded"
 
 
 def planned_spec(planned: PlannedWeight, method: Method) -> dict[str, object]:

@@ -58,7 +58,7 @@ class Plan:
     untied  parameters that shared a tensor with another one in the source and have their own in what is made
     given   the user's own file, if it was converted first
     learning  what the recipe's tuning takes
-    rotation_operations  multiplications and additions a token that rotations of queries and keys take at run time, in all blocks
+    rotation_operations  multiplications and additions a token that rotations of queries and keys take at run time, in all blocks; `rounds_attention`: operands of attention are rounded
     offer   the formats that a budget has not chosen yet: then the formats of the free weights are the recipe's, and the bytes are the budget's
     """
 
@@ -78,6 +78,13 @@ class Plan:
     untied: Mapping[str, str] = field(default_factory=dict)
     learning: Learning | None = None
     rotation_operations: int = 0
+    rounds_attention: bool = False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether inputs of products or operands of attention are rounded when the model runs, which decoded weights would not do."""
+        every = (*self.weights, *(found.planned for found in self.outer))
+        return self.rounds_attention or any(w.method.every_input for w in every)
 
     @property
     def given_bytes(self) -> int:
@@ -218,6 +225,7 @@ def make_plan(model: StreamedModel, method: Method, stored: dict[str, int]) -> P
         outer=outer,
         learning=learning,
         rotation_operations=rotation_operations(model, method),
+        rounds_attention=bool(method.attention),
     )
 
 

@@ -54,7 +54,8 @@ class BlockShifts:
         found: Measured,
     ) -> "BlockShifts":
         """Choose the shifts by the statistics of a loaded block, whose weights are the original ones. Raises CalibrationError."""
-        rounded = {p.parameter.stem: p.method.inputs.format for p in planned if p.method.inputs is not None}
+        # Of a layer that is still to choose, the first format that its input may have.
+        rounded = {p.parameter.stem: p.method.every_input[0].format for p in planned if p.method.every_input}
         groups = [[name for name in group if not observed[name][0].experts] for group in found.groups]
         folds: dict[str, list[WeightParameter]] = {}
         if shift.place != "online":
@@ -113,8 +114,9 @@ class BlockShifts:
                     plain.add(parameter.name)
             model.fill_(changed)
         for p in planned if self.shift.place == "folded" else ():
-            if p.method.inputs is not None and p.parameter.name not in plain:
-                made.put_(made.parameters[p.parameter.name].with_note(NO_NORM_BIAS))
+            own = made.parameters[p.parameter.name]
+            if own.input is not None and p.parameter.name not in plain:
+                made.put_(own.with_note(NO_NORM_BIAS))
         return plain
 
 
@@ -122,4 +124,5 @@ def _without_shift(own: InputFormat) -> InputFormat:
     """Return the format of an input whose shift is made in front of the layer."""
     if not isinstance(own, ChannelFormat):
         return own
-    return own.rest if own.first is None and own.copies is None else replace(own, shift=None)
+    bare = own.first is None and own.copies is None and own.clip is None
+    return own.rest if bare else replace(own, shift=None)

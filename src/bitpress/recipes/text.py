@@ -102,9 +102,7 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     """Name the format of a resolved recipe, and what overrides have instead: "e8p-row; *.v_proj int4-g64 by gptq"."""
     inputs = recipe.get("inputs")  # recipes of before have no such key
     said = {"inputs": inputs} | {key: recipe.get(key) for key in OPERANDS}
-    is_plain = not any(recipe.get(key) for key in OPERANDS) and not any(
-        t["name"] in CHANNEL_CHANGES and t.get("place") != "folded" for t in recipe["transforms"]
-    )
+    is_plain = not any(recipe.get(key) for key in OPERANDS) and not _rounds_apart(recipe)
     how = "simulated" if inputs is None else told_product(recipe["weights"], inputs, native=is_plain)
     rounded = [
         f"{key} {_told_inputs(own)} ({how if key == 'inputs' else 'simulated'})" for key, own in said.items() if own is not None
@@ -112,6 +110,14 @@ def told_weights(recipe: Mapping[str, Any]) -> str:
     choice = recipe.get("choose")
     chosen = [] if choice is None else [f"each layer one of {len(choice['among'])} settings, by {choice['by']['name']}"]
     return "; ".join([told_budget(recipe) or recipe["weights"], *rounded, *chosen, *told_overrides(recipe)])
+
+
+def _rounds_apart(recipe: Mapping[str, Any]) -> bool:
+    """Whether channels of inputs are shifted, copied, averaged or clipped beside their rounding, which is no product of whole numbers."""
+    changed = any(
+        t["name"] == "reassemble" or (t["name"] in CHANNEL_CHANGES and t.get("place") != "folded") for t in recipe["transforms"]
+    )
+    return changed or any(t.get("shifts") or t.get("clip_inputs") for t in recipe.get("tuning", ()))
 
 
 def told_budget(recipe: Mapping[str, Any]) -> str | None:

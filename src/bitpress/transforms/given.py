@@ -28,6 +28,8 @@ TOLERANCE = 1e-2
 
 def hash_rotations(path: str, recorded: str | None) -> str:
     """Return the SHA-256 of a file of rotations. Raises UsageError where there is none, or another than the recipe records."""
+    if "\0" in path:
+        raise UsageError(f"tensors={path!r}: the name holds a NUL character; name a safetensors file of rotations.")
     try:
         with Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
