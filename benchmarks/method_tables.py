@@ -18,8 +18,6 @@ DOCUMENT = ROOT / "docs" / "methods-results.md"
 # The held-out text of a kind that the built-in calibration mix has not.
 UNSEEN = "reference"
 SEEN = "speeches"
-# Recipes that the README shows however they did, and how it calls them: with no option `quantize` takes 4 bits.
-YARDSTICKS = {("default of quantize", 4): "`quantize` with no option, 4 bits", ("rtn", 4): "", ("rtn", 3): "", ("rtn", 2): ""}
 
 
 def render() -> None:
@@ -105,18 +103,19 @@ def task_line(name: str, bits: str, kl: str, own: Mapping[str, Mapping[str, Any]
 
 
 def render_readme(rows: list[dict[str, Any]], peers: list[dict[str, Any]], names: list[str]) -> None:
-    """Write the section `methods` of README.md: for 4, 3 and 2 bits the best recipe, what `quantize` takes, another package and rounding."""
+    """Write the section `methods` of README.md: for 4, 3 and 2 bits the best recipe, what `quantize --bits` takes, and another package."""
     lines = [
         f"| | stored bits | {' | '.join(f'KL, {name}' for name in names)} | same top token, {names[0]} |",
         f"|---|---|{'---|' * len(names)}---|",
     ]
     for bits in (4, 3, 2):
         near = [row for row in rows if row["bits"] == bits and row["bits_per_weight"] <= bits + BEYOND]
-        named = {**YARDSTICKS, (find_preset(DEFAULT_PRESET, bits).chosen.name, bits): f"`quantize --bits {bits}`"}
-        shown = [*near[:1], *(row for row in near[1:] if (row["name"], bits) in named)]
+        taken = find_preset(DEFAULT_PRESET, bits).chosen.name
+        shown = [*near[:1], *(row for row in near[1:] if row["name"] == taken)]
         shown += [row for row in peers if bits <= row["bits_per_weight"] < bits + 1][:1]
         for row in sorted(shown, key=lambda r: r["kl_mean"]):
-            name = named.get((row["name"], bits)) or row["label"] if row["kind"] == "recipe" else f"*{row['label']}*"
+            own = f"`quantize --bits {bits}`" if row["name"] == taken else row["label"]
+            name = own if row["kind"] == "recipe" else f"*{row['label']}*"
             texts = [row["texts"][text] for text in names]
             cells = [name, f"{row['bits_per_weight']:.2f}", *(f"{text['kl_mean']:.4f}" for text in texts)]
             lines.append(f"| {' | '.join(cells)} | {100 * texts[0]['top1_agreement']:.1f} % |")

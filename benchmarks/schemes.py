@@ -46,7 +46,7 @@ SCHEME_ROWS = {
     "w4a4": "w4a4, smoothquant + hadamard, per token",
     "fp8": "fp8, per token",
     "mxfp4": "mxfp4, smoothquant + hadamard of 32",
-    "nvfp4": "nvfp4",
+    "nvfp4": "nvfp4, smoothquant",
 }
 
 
@@ -179,7 +179,7 @@ def _readme(last: Mapping[tuple[str, str], dict[str, Any]]) -> None:
         told = "-" if best is None else f"{best[0]}: {_pair(best[1])}"
         figures = [f"{row['kl_mean']:.4f}" for row in own]
         lines.append(f"| `{scheme}` | {own[0]['bits_per_weight']:.2f} | {' | '.join(figures)} | {told} |")
-    rewrite_section(ROOT / "README.md", "schemes", [*lines, ""])
+    rewrite_section(ROOT / "README.md", "schemes", lines)
 
 
 def main() -> None:

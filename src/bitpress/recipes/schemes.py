@@ -84,7 +84,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4-fp8": Scheme(
         "4-bit weights in groups of 64, tokens in 8-bit floats (E4M3)",
         "W4AFP8 of compressed-tensors, in groups of 64 in place of 128",
-        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": (), "inputs": "e4m3-row-fp32"},
+        {"weights": "int4-g64", "quantizer": {"name": "gptq"}, "transforms": _SMOOTH, "inputs": "e4m3-row-fp32"},
     ),
     "mxfp8": Scheme(
         "MXFP8 on both sides: a power of two for every 32",
@@ -94,7 +94,7 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp6": Scheme(
         "MXFP6 on both sides: a power of two for every 32",
         "nobody's preset; MXFP6A8 of compressed-tensors has 8-bit inputs",
-        {"weights": "mxfp6", "quantizer": {"name": "rtn"}, "transforms": (), "inputs": "mxfp6"},
+        {"weights": "mxfp6", "quantizer": {"name": "rtn"}, "transforms": _SMOOTH, "inputs": "mxfp6"},
     ),
     "nvfp4": Scheme(
         "NVFP4 on both sides: an E4M3 scale for every 16, under one for each weight and one for each input, chosen on calibration text",
@@ -102,7 +102,7 @@ SCHEMES: dict[str, Scheme] = {
         {
             "weights": "e2m1-g16-fp8over",
             "quantizer": {"name": "gptq"},
-            "transforms": (),
+            "transforms": _SMOOTH,
             "inputs": {"format": "e2m1-g16-fp8over", "parameters": "local", "observer": {"name": "minmax"}},
         },
     ),
