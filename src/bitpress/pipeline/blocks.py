@@ -215,7 +215,12 @@ class BlockCompressor:
             for one in opened
             for p in one.weights
         }
-        kept = {name: t for one in opened for name, t in one.block.tensors.items() if name not in one.made.parameters}
+        kept = {
+            name: t
+            for one in opened
+            for name, t in (one.block.tensors.items() if one.weights else ())  # a block without compressed weights stays
+            if name not in one.made.parameters
+        }
         stats = {name: found for one in opened for name, found in one.stats().items()}
         rounded = {n: p.input for one in opened for n, p in one.made.parameters.items() if p.input is not None}
         return Held([p for one in opened for p in one.weights], originals, stats, kept, rounded)
