@@ -130,7 +130,7 @@ def begin(
     weight = compress_matrix(w, None, method.for_layer("a")).weight
     tuning, rounded = TUNINGS[name](**settings), None if kind is None else INPUTS[kind]
     assert isinstance(tuning, MapTuning)
-    shared = SharedInput(tuning, IN, weight.input_map, w.device, folded=folded, rounded=rounded)
+    shared = SharedInput(tuning, IN, weight.input_map, w.device, folded=folded, rounded=[] if rounded is None else [rounded])
     term = weight.terms[0]
     assert isinstance(term, Packed)
     codes = MappedCodes(w, term.format, shared, clip=tuning.clip_weights, output_map=weight.output_map)

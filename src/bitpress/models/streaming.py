@@ -12,6 +12,7 @@ the "hidden states" that are stored and passed on here are the states of carried
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,16 +97,17 @@ class StreamedModel:
         """Load everything that is in no block (embeddings, norms, head) and give it as stored, on the host."""
         move_buffers_(self.model, self.device)
         tensors = self.loader.load("", exclude=f"{self.stack}.")
-        self.fill_outer_(tensors)
-        products = self.loader.load_products("", exclude=f"{self.stack}.")
-        self.set_products_(products)
-        self._outer_products = list(products)
+        self.fill_outer_(tensors, self.loader.load_products("", exclude=f"{self.stack}."))
         return tensors
 
-    def fill_outer_(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set parameters that are in no block, and those that are tied to them."""
+    def fill_outer_(
+        self, tensors: Mapping[str, torch.Tensor], products: Mapping[str, CompressedLayer] = MappingProxyType({})
+    ) -> None:
+        """Set parameters that are in no block, and those that are tied to them; let `products` compute those with their weights."""
         self.fill_(tensors)
         restore_ties_(self.model)
+        self.set_products_(products)
+        self._outer_products += products
 
     def drop_outer_(self) -> None:
         """Return the memory of everything outside the blocks back."""

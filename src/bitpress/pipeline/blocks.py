@@ -34,8 +34,7 @@ __all__ = ["BlockCompressor", "OpenBlock", "check_early", "packed_weights"]
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds;
-    `shifts` are folded when it is closed."""
+    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds."""
 
     block: LoadedBlock
     made: CompressedBlock
@@ -43,7 +42,6 @@ class OpenBlock:
     measured: Mapping[str, Stats]
     scales: Rescaled | None
     seen: dict[str, SeenChannels]
-    shifts: BlockShifts | None
 
     @property
     def weights(self) -> list[PlannedWeight]:
@@ -136,8 +134,11 @@ class BlockCompressor:
                 if self.looked_at or self.method.observes or (follows and (stream.goes_on(block) or not final)):
                     model.fill_({name: decoded})
                 replaced[name] = tensors[name]
-            self._round_(block, settled.planned, seen, runs=advances or self.looked_at or not final)
-        opened = OpenBlock(block, made, tuple(planned), measured, scales, seen, self.shifts)
+            # What is learned by a block's output is learned with everything rounded, the last block's operands of attention too.
+            runs = advances or self.looked_at or not final or bool(self.method.tunings)
+            self._round_(block, settled.planned, seen, runs=runs)
+        opened = OpenBlock(block, made, tuple(planned), measured, scales, seen)
+        self._fold_shifts_(opened)
         if (alone := self.method.tunings_of("layer", "block")) and planned:
             tuner = SpanTuner(stream, [block.index], self.held([opened]), stream.hidden, targets)
             self.take_([opened], tuner.tune(alone, packed_weights([opened]), self.heard))
@@ -147,16 +148,20 @@ class BlockCompressor:
         """Put what is stored beside the compressed weights into the block."""
         block, made = opened.block, opened.made
         compressed = {p.parameter.name for p in opened.planned}
-        if opened.shifts is not None and opened.planned:
-            moved = opened.shifts.fold_(self.stream.model, opened.planned, block.tensors, made, opened.seen)
-            if self.stream.goes_on(block) or self.looked_at:
-                self.stream.model.set_products_({name: made.parameters[name].layer for name in moved})
-        # Only now, since searches and shifts rewrite the norms and biases that absorb them.
+        # Only now, since searches, shifts and learning rewrite the norms and biases that absorb them.
         made.kept = {name: t for name, t in block.tensors.items() if name not in compressed}
         if self.method.searches:
             check_kept(self.stream.model, made.kept)
         if (bias := self.method.only(BiasCorrection)) is not None:
             correct_biases_(self.stream.model, bias, list(opened.planned), block.tensors, made, opened.seen)
+
+    def _fold_shifts_(self, opened: OpenBlock) -> None:
+        """Fold the shifts of a block: before it is learned, since what is learned of norms, biases and inputs' maps must see them there."""
+        if self.shifts is None or not opened.planned:
+            return
+        moved = self.shifts.fold_(self.stream.model, opened.planned, opened.block.tensors, opened.made, opened.seen)
+        if self.stream.goes_on(opened.block) or self.looked_at or self.method.tunings:
+            self.stream.model.set_products_({name: opened.made.parameters[name].layer for name in moved})
 
     def _round_(
         self, block: LoadedBlock, planned: Sequence[PlannedWeight], seen: Mapping[str, SeenChannels], *, runs: bool
@@ -210,7 +215,12 @@ class BlockCompressor:
             for one in opened
             for p in one.weights
         }
-        kept = {name: t for one in opened for name, t in one.block.tensors.items() if name not in one.made.parameters}
+        kept = {
+            name: t
+            for one in opened
+            for name, t in (one.block.tensors.items() if one.weights else ())  # a block without compressed weights stays
+            if name not in one.made.parameters
+        }
         stats = {name: found for one in opened for name, found in one.stats().items()}
         rounded = {n: p.input for one in opened for n, p in one.made.parameters.items() if p.input is not None}
         return Held([p for one in opened for p in one.weights], originals, stats, kept, rounded)

@@ -62,8 +62,10 @@ def begin_inputs(
             first = alike[0].parameter.name
             weight, fold = made[first], folds.get(g)
             taken = None if fold is None else _taken(fold, f"{prefix}.{fold.producer}", able, vectors, weight.device)
-            own = SharedInput(tuning, weight.shape[1], weight.input_map, weight.device, folded=taken, rounded=inputs.get(first))
-            shared |= {p.parameter.name: own for p in alike}
+            names = [p.parameter.name for p in alike]
+            rounded = [inputs[name] for name in names if name in inputs]
+            own = SharedInput(tuning, weight.shape[1], weight.input_map, weight.device, folded=taken, rounded=rounded)
+            shared |= dict.fromkeys(names, own)
             if fold is not None and taken is not None:
                 folded.append(_Producer(f"{prefix}.{fold.producer}", own, taken))
     leads: set[int] = set()

@@ -20,7 +20,7 @@ from bitpress.checkpoints.safetensors_file import read_header, read_tensor
 from bitpress.errors import NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
-from bitpress.formats import CompressedLayer, CompressedWeight
+from bitpress.formats import AttentionOperands, CompressedLayer, CompressedWeight
 from bitpress.formats.digest import digest
 from bitpress.models.streaming import StreamedModel
 from bitpress.models.walk import LoadedBlock, Stream, Visitor, walk
@@ -46,16 +46,16 @@ def learn_network(
     method: Method,
     planned: Sequence[PlannedWeight],
     blocks: Sequence[CompressedBlock],
-    outer: Mapping[str, torch.Tensor],
+    outer: Mapping[str, CompressedParameter],
     samples: Samples,
     *,
     strict: bool,
     check_stop: Callable[[], None],
     progress: Progress,
 ) -> list[int]:
-    """Learn what a method says of the whole network, put it into the blocks, and return the numbers of those that changed.
+    """Learn what a method says of the whole network, put it into the blocks, and return the numbers of those whose tensors changed.
 
-    `outer` are decoded tensors that are in no block, where these differ from the original's. The last block gets the rows of the report.
+    `outer` are the compressed parameters that are in no block. The last block gets the rows of the report.
     Leaves the model without blocks. Raises NumericsError where the start has no finite loss.
     """
     tunings = method.tunings_of("network")
@@ -67,12 +67,16 @@ def learn_network(
     progress.advance("the original")
     changed = set[int]()
     try:
-        model.fill_outer_(outer)
+        model.fill_outer_(
+            {name: made.parameter.restore(made.weight.dequantize()) for name, made in outer.items()},
+            {name: made.layer for name, made in outer.items() if made.input is not None},
+        )
         for named in tunings:
             learner = _Learner(model, named, planned, blocks, progress)
             row = learner.learn(texts, counted, teacher if named.part.loss == "kl-top" else None, check_stop)
             blocks[-1].tuned = [*blocks[-1].tuned, row]
             check_early([row], strict=strict)
+            learner.note_()
             changed |= learner.take_() if row.kept else set()
             progress.advance(named.name, loss=row.after)
     finally:
@@ -111,12 +115,13 @@ class _Learner:
         self.block_of = {name: i for i, block in enumerate(blocks) for name in (*block.parameters, *block.kept)}
         for block in blocks:
             own = [p for p in planned if p.parameter.name in block.parameters]
+            tuning = named.part if own else replace(named.part, norms=0.0)  # a block without compressed weights stays
             packed = {name: p.weight.to(model.device) for name, p in block.parameters.items()}
             # The original of a block is what is stored: codes that a learned rounding changes begin at their own centres.
             originals = {name: weight.dequantize() for name, weight in packed.items()}
             begun = begin_weights(named.part, named.name, own, packed, originals, self.notes)
             kept = {name: t.to(model.device) for name, t in block.kept.items()}
-            self.weights |= {**begun, **begin_vectors(named.part, model, kept, {})}
+            self.weights |= {**begun, **begin_vectors(tuning, model, kept, {})}
             fixed = {
                 name: block.parameters[name].parameter.restore(w) for name, w in originals.items() if name not in self.weights
             }
@@ -170,6 +175,13 @@ class _Learner:
             failed=curve.failed,
         )
 
+    def note_(self) -> None:
+        """Note in the blocks why weights stay."""
+        for name, texts in self.notes.items():
+            block = self.blocks[self.block_of[name]]
+            for text in texts:
+                block.put_(block.parameters[name].with_note(text))
+
     def take_(self) -> set[int]:
         """Put what was learned into the blocks; return their numbers."""
         for name, one in self.weights.items():
@@ -214,22 +226,20 @@ def learn_committed(
     try:
         blocks = [_read_block(job, units[name]) for name in names]
         outside = [_read_block(job, unit) for name, unit in units.items() if name not in names]
-        outer = {
-            name: made.parameter.restore(made.weight.dequantize()) for one in outside for name, made in one.parameters.items()
-        }
+        outer = {name: made for one in outside for name, made in one.parameters.items()}
         changed = learn_network(
             model, method, planned, blocks, outer, samples, strict=strict, check_stop=check_stop, progress=progress
         )
     finally:
         model.drop_outer_()
     works = []
-    for i in sorted({*changed, len(blocks) - 1}):
-        unit, record = units[names[i]], blocks[i].record()
+    for i, name in enumerate(names):
+        unit, facts = units[name], blocks[i].record().dump()
         if i in changed:
             shard = unit.shard.replace("bitpress-", "bitpress-learned-", 1)
-            works.append(Work(unit.unit, shard, blocks[i].tensors(), record.dump()))
-        else:  # it has the rows of the report, and the file that it had
-            works.append(Work(unit.unit, unit.shard, None, record.dump()))
+            works.append(Work(name, shard, blocks[i].tensors(), facts))
+        elif facts != unit.facts:  # notes, or the rows of the report, beside the file that it had
+            works.append(Work(name, unit.shard, None, facts))
     job.commit_together(works, None, replaces=True)
 
 
@@ -300,9 +310,14 @@ def _read_block(job: Job, unit: Unit) -> CompressedBlock:
     # A line of the journal sorts its names, one that is still in memory does not: the rows have one order in both.
     for parameter, stored in sorted(found, key=lambda one: order[one[0].stem]):
         name = parameter.name
-        own = {leaf: tensors.pop(f"{parameter.stem}.{leaf}") for leaf in CompressedWeight.expected(stored.spec)}
-        weight = CompressedWeight.build(stored.spec, own)
-        made[name] = CompressedParameter(parameter, weight, record.digests[name], stored, rows[parameter.stem])
+        own = {leaf: tensors.pop(f"{parameter.stem}.{leaf}") for leaf in CompressedLayer.expected(stored.spec, stored.input)}
+        layer = CompressedLayer.build(stored.spec, own, stored.input)
+        row = rows[parameter.stem]
+        made[name] = CompressedParameter(parameter, layer.weight, record.digests[name], stored, row, layer.input)
+    attention = {
+        name: AttentionOperands.build(spec, {leaf: tensors.pop(f"{name}.{leaf}") for leaf in AttentionOperands.expected(spec)})
+        for name, spec in record.attention.items()
+    }
     weights = {one.parameter.stem for one in made.values()}
     notes = [row for row in record.rows if row.name not in weights]
-    return CompressedBlock(made, tensors, notes, tuned=record.tuned)
+    return CompressedBlock(made, tensors, notes, attention, record.tuned)

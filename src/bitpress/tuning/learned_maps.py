@@ -12,6 +12,7 @@ multiplied by factors that may be learned. A paper is a `MapTuning`: which of th
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -99,7 +100,7 @@ class SharedInput:
 
     base      the map that is stored of it, T_0
     folded    where the channel factors go; None: into the map
-    rounded   how the input of a weight is rounded: what of it can be learned is
+    rounded   the ways in which weights round it: what of these can be learned is
     """
 
     def __init__(
@@ -110,18 +111,17 @@ class SharedInput:
         device: torch.device,
         *,
         folded: Folded | None = None,
-        rounded: InputFormat | None = None,
+        rounded: Sequence[InputFormat] = (),
     ) -> None:
         self.base, self.folded, self.matrix = base, folded, tuning.matrix(width, device)
         self.rates = {"scales": tuning.scales, "shift": tuning.shifts, "clip": tuning.clip_inputs}
-        plain = rounded.rest if isinstance(rounded, ChannelFormat) else rounded
-        given = rounded.shift if isinstance(rounded, ChannelFormat) else None
+        given = next((r.shift for r in rounded if isinstance(r, ChannelFormat) and r.shift is not None), None)
         open_ = {}
         if tuning.scales:
             open_["scales"] = torch.zeros(width if folded is None else folded.channels, device=device)
-        if tuning.shifts and plain is not None:
+        if tuning.shifts and rounded:
             open_["shift"] = torch.zeros(width, device=device) if given is None else given.detach().clone()
-        if tuning.clip_inputs and plain is not None and plain.parameters != "static":
+        if tuning.clip_inputs and any(_is_clipped(r) for r in rounded):
             open_["clip"] = torch.full((2,), OPEN, device=device)
         self.own = {name: tensor.requires_grad_() for name, tensor in open_.items()}
 
@@ -170,9 +170,9 @@ class SharedInput:
         whole = given if isinstance(given, ChannelFormat) else ChannelFormat(given)
         if "shift" in self.own:
             whole = replace(whole, shift=self.own["shift"])
-        if "clip" in self.own:
+        if "clip" in self.own and _is_clipped(given):
             whole = replace(whole, clip=self.own["clip"].sigmoid())
-        return whole if {"shift", "clip"} & self.own.keys() else given
+        return given if whole.shift is None and whole.clip is None else whole
 
     def hard_rounding(self, given: InputFormat) -> InputFormat:
         with torch.no_grad():
@@ -288,6 +288,11 @@ class MappedWeight:
             return CompressedLayer(weight, input)
         decoded = weight.dequantize()
         return decoded.T if self.transposed else decoded
+
+
+def _is_clipped(rounded: InputFormat) -> bool:
+    """Whether the ends of a format's ranges are fitted to each token."""
+    return (rounded.rest if isinstance(rounded, ChannelFormat) else rounded).parameters != "static"
 
 
 def _stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
