@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "folded shifts, norms": ("opt", "parameters", FOLDED),
     "folded shifts, shifts": ("opt", "omniquant", FOLDED),
+    "folded shifts, rotations": ("opt", "ostquant", FOLDED),
     "an input that is rounded in two ways": (
         "llama",
         "flatquant",

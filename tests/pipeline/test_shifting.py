@@ -130,21 +130,6 @@ def test_layers_that_choose_how_their_inputs_are_rounded_are_shifted_too(off_cen
     assert {item["weight"].rpartition(".")[2] for item in report["notes"] if item["what"] == NO_NORM_BIAS} == {"out_proj"}
 
 
-def test_maps_of_inputs_that_are_learned_are_not_behind_a_shift_that_folds() -> None:
-    for place in ("folded", "either", "online"):
-        recipe = {
-            "quantizer": "rtn",
-            "inputs": "int8-row-fp32",
-            "transforms": [{"name": "shift", "place": place}],
-            "tuning": ["ostquant"],
-        }
-        if place == "online":
-            make_recipe(recipe)
-        else:
-            with pytest.raises(UsageError, match=r"ostquant learns the channels of inputs, .* use place: online"):
-                make_recipe(recipe)
-
-
 @pytest.mark.parametrize(
     ("keys", "told"),
     [

@@ -122,10 +122,6 @@ def _check_tuning(method: Method) -> None:
         )
     if wide := [named for named in method.tunings if named.part.moves_inputs and named.part.span != "block"]:
         raise UsageError(f"{wide[0].name} learns maps of inputs block by block (span: block), not span={wide[0].part.span}.")
-    if method.folds_shifts and (maps := [named.name for named in method.tunings if named.part.moves_inputs]):
-        raise UsageError(
-            f"{maps[0]} learns the channels of inputs, and a shift that folds is one of those channels as they were; use place: online."
-        )
     if method.of("bias"):
         raise UsageError(f"bias corrects outputs for inputs as they were before {name} learned; leave out one of them.")
     _check_spans(method)
