@@ -104,22 +104,21 @@ def task_line(name: str, bits: str, kl: str, own: Mapping[str, Mapping[str, Any]
 
 def render_readme(rows: list[dict[str, Any]], peers: list[dict[str, Any]], names: list[str]) -> None:
     """Write the section `methods` of README.md: for 4, 3 and 2 bits the best recipe, what `quantize --bits` takes, and another package."""
-    lines = [
-        f"| | stored bits | {' | '.join(f'KL, {name}' for name in names)} | same top token, {names[0]} |",
-        f"|---|---|{'---|' * len(names)}---|",
-    ]
+    lines = ["| | best recipe | `quantize --bits` | best *other package* |", "|---|---|---|---|"]
     for bits in (4, 3, 2):
         near = [row for row in rows if row["bits"] == bits and row["bits_per_weight"] <= bits + BEYOND]
         taken = find_preset(DEFAULT_PRESET, bits).chosen.name
-        shown = [*near[:1], *(row for row in near[1:] if row["name"] == taken)]
-        shown += [row for row in peers if bits <= row["bits_per_weight"] < bits + 1][:1]
-        for row in sorted(shown, key=lambda r: r["kl_mean"]):
-            own = f"`quantize --bits {bits}`" if row["name"] == taken else row["label"]
-            name = own if row["kind"] == "recipe" else f"*{row['label']}*"
-            texts = [row["texts"][text] for text in names]
-            cells = [name, f"{row['bits_per_weight']:.2f}", *(f"{text['kl_mean']:.4f}" for text in texts)]
-            lines.append(f"| {' | '.join(cells)} | {100 * texts[0]['top1_agreement']:.1f} % |")
+        own = next(row for row in near if row["name"] == taken)
+        peer = next(row for row in peers if bits <= row["bits_per_weight"] < bits + 1)
+        cells = [f"{_told(near[0], names)} ({near[0]['name']})", _told(own, names), f"{_told(peer, names)} (*{peer['name']}*)"]
+        lines.append(f"| {bits} bits | {' | '.join(cells)} |")
     rewrite_section(ROOT / "README.md", "methods", lines)
+
+
+def _told(row: dict[str, Any], names: list[str]) -> str:
+    """Return the stored bits and the distances of a row."""
+    distances = [f"{row['texts'][text]['kl_mean']:.4f}" for text in names]
+    return f"{row['bits_per_weight']:.2f}: {' / '.join(distances)}"
 
 
 def line(row: dict[str, Any], names: list[str]) -> str:
