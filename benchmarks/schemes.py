@@ -167,8 +167,7 @@ def _pair(rows: list[dict[str, Any] | None]) -> str:
 def _readme(last: Mapping[tuple[str, str], dict[str, Any]]) -> None:
     """Write one line for each named scheme of README.md, with the best package beside it."""
     lines = [
-        "",
-        "| `--scheme` | bits of weights, stored | KL | KL, planted outliers | best other package, the same two |",
+        "| `--scheme` | bits of weights, stored | KL | KL, planted outliers | another package, the same two |",
         "|---|---|---|---|---|",
     ]
     for scheme in IN_README:
