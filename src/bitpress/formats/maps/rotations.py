@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -26,7 +26,7 @@ from bitpress.errors import FormatError
 from bitpress.formats.format import Expected
 from bitpress.formats.layouts import dense as dense
 
-__all__ = ["LARGEST", "Hadamard", "Kronecker", "core_of", "hadamard_matrix", "most_equal_order", "multiply_factors"]
+__all__ = ["LARGEST", "Factors", "Hadamard", "Kronecker", "core_of", "hadamard_matrix", "most_equal_order", "multiply_factors"]
 
 # The largest dense factor that a file may ask for.
 LARGEST = 1024
@@ -100,12 +100,50 @@ class Hadamard:
 
 
 @dataclass(frozen=True)
-class Kronecker:
-    """Multiply by `left` across and by `right` along the rows of the vector seen as a matrix [a, b]."""
+class Factors:
+    """Multiply by `left` across and by `right` along the rows of the vector seen as a matrix [a, b]. `called` and `beyond` are
+    words of errors: the map, and what to use in place of wider factors."""
 
     left: Float[torch.Tensor, "a a"]
     right: Float[torch.Tensor, "b b"]
+    kind: ClassVar[str]
+    called: ClassVar[str]
+    beyond: ClassVar[str]
+
+    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return _mix(x, self.left, self.right)
+
+    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
+        return _mix(x, self.left.T, self.right.T)
+
+    def spec(self) -> dict[str, Any]:
+        return {"left": self.left.shape[0]}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    @classmethod
+    def expected(cls, spec: Mapping[str, Any], size: int) -> Expected:
+        a = spec.get("left")
+        if set(spec) != {"left"} or type(a) is not int or a < 1 or size % a:
+            raise FormatError(f"{cls.called} needs the order `left`, a divisor of the width {size}, got {spec}.")
+        b = size // a
+        if max(a, b) > LARGEST:
+            raise FormatError(f"{cls.called} of {a} by {b} has a factor above {LARGEST}; use {cls.beyond}.")
+        return {"left": (torch.float32, (a, a)), "right": (torch.float32, (b, b))}
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        return cls(tensors["left"], tensors["right"])
+
+
+@dataclass(frozen=True)
+class Kronecker(Factors):
+    """Factors that are orthogonal."""
+
     kind: ClassVar[str] = "kronecker"
+    called: ClassVar[str] = "a kronecker map"
+    beyond: ClassVar[str] = "a hadamard map"
 
     @classmethod
     def random(cls, size: int, generator: torch.Generator) -> "Kronecker":
@@ -114,34 +152,8 @@ class Kronecker:
         cls.expected({"left": a}, size)
         return cls(_random_orthogonal(a, generator), _random_orthogonal(size // a, generator))
 
-    def apply(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        return self._mix(x, self.left, self.right)
-
-    def apply_transposed(self, x: Float[torch.Tensor, "... n"]) -> Float[torch.Tensor, "... n"]:
-        return self._mix(x, self.left.T, self.right.T)
-
     def dual(self) -> "Kronecker":
         return self
-
-    def spec(self) -> dict[str, Any]:
-        return {"left": self.left.shape[0]}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"left": self.left, "right": self.right}
-
-    @staticmethod
-    def expected(spec: Mapping[str, Any], size: int) -> Expected:
-        a = spec.get("left")
-        if set(spec) != {"left"} or type(a) is not int or a < 1 or size % a:
-            raise FormatError(f"a kronecker map needs the order `left`, a divisor of the width {size}, got {spec}.")
-        b = size // a
-        if max(a, b) > LARGEST:
-            raise FormatError(f"a kronecker map of {a} by {b} has a factor above {LARGEST}; use a hadamard map.")
-        return {"left": (torch.float32, (a, a)), "right": (torch.float32, (b, b))}
-
-    @classmethod
-    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Kronecker":
-        return cls(tensors["left"], tensors["right"])
 
     def check(self) -> None:
         for name, factor in self.tensors().items():
@@ -149,8 +161,9 @@ class Kronecker:
             if not bool(error < ORTHOGONAL):
                 raise FormatError(f"the factor {name} of a kronecker map is not orthogonal.")
 
-    def _mix(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return multiply_factors(x.reshape(-1, left.shape[0] * right.shape[0]), [left, right]).reshape(x.shape)
+
+def _mix(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return multiply_factors(x.reshape(-1, left.shape[0] * right.shape[0]), [left, right]).reshape(x.shape)
 
 
 def most_equal_order(size: int) -> int:
