@@ -109,3 +109,29 @@ def test_codes_are_learned_behind_learned_maps(
     assert first["kept"]
     assert second["before"] == first["after"]
     CompressedCheckpoint.open(tmp_path / "out", verify=True)
+
+
+def test_the_recipes_quantizer_chooses_the_codes_in_a_learned_basis(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """GPTQ's codes behind a learned map are better than its codes before; rounding to nearest behind it is not, and the start is kept."""
+    model, found = tiny_model("llama", num_hidden_layers=1), {}
+    for codes in ("quantizer", "nearest"):
+        tuning = [{"name": "flatquant", "clip_weights": 0, "codes": codes, **FEW, "steps": 12}]
+        keys = {**W4A4, "weights": "int3-row", "transforms": ["smoothquant"], "quantizer": {"name": "gptq"}}
+        found[codes] = run(model, tmp_path / codes, gptq_recipe(**keys, tuning=tuning))
+    kept = found["quantizer"]["tuned"][0]
+    assert kept["kept"]
+    assert not found["nearest"]["tuned"][0]["kept"]
+    assert "affine" in set(maps(tmp_path / "quantizer").values())
+    CompressedCheckpoint.open(tmp_path / "quantizer", verify=True)
+
+
+def test_a_quantizer_that_cannot_see_through_a_learned_map_leaves_rounding(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    keys = {**W4A4, "quantizer": {"name": "boa"}}
+    tuning = [{"name": "flatquant", "rate": 0.02, **FEW}]
+    report = run(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", gptq_recipe(**keys, tuning=tuning))
+    notes = [note for row in report["layers"] for note in row["notes"]]
+    assert any("flatquant rounds to nearest: boa needs head_gram" in note for note in notes)

@@ -8,12 +8,15 @@
 Channel factors come before, by group of weights (`channel_scaling`). A quantizer may add maps of its own: repairs are then put between them.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 
+from bitpress import native
 from bitpress.calibration import Stats
+from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, FormatError
 from bitpress.formats import CompressedWeight, Format, Term
 from bitpress.formats.maps.map import moved
@@ -21,7 +24,7 @@ from bitpress.quantizers.quantizer import Outcome
 from bitpress.recipes import LayerMethod
 from bitpress.transforms.basis import Maps, into_basis, with_maps
 
-__all__ = ["compress_matrix"]
+__all__ = ["compress_matrix", "compress_placed", "needed_of"]
 
 
 def compress_matrix(
@@ -80,3 +83,18 @@ def compress_matrix(
 
 def _into(w: torch.Tensor, stats: Stats | None, maps: Maps) -> tuple[torch.Tensor, Stats | None]:
     return into_basis(w, maps), None if stats is None else stats.mapped(*maps)
+
+
+def compress_placed(w: Float[torch.Tensor, "out in"], stats: Stats | None, parts: LayerMethod) -> Outcome:
+    """Compress a matrix on its device, or on the host where the quantizer's loops are native; the result is on the device."""
+    if w.device == CPU or not (parts.quantizer.part.native_loops and native.available()):
+        return compress_matrix(w, stats, parts)
+    outcome = compress_matrix(w.to(CPU), None if stats is None else stats.to(CPU), parts)
+    return replace(outcome, weight=outcome.weight.to(w.device))
+
+
+def needed_of(stats: Stats | None, needs: Collection[str]) -> Stats | None:
+    """Return the statistics that a recipe needs, without those that only serve to measure the error, with the gram that the recipe asks for."""
+    if stats is None or not needs:
+        return None
+    return stats.by_loss() if "gram" in needs else replace(stats, gram=None)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 
+from bitpress.calibration import Stats
 from bitpress.formats import CompressedWeight, InputFormat, Map, Packed
 from bitpress.models.linears import list_weights
 from bitpress.pipeline.calibration_stream import CalibrationStream
 from bitpress.pipeline.planned_weight import PlannedWeight
+from bitpress.pipeline.recoding import find_recode
 from bitpress.quantizers.quantizer import is_served
 from bitpress.transforms.folding import Fold, find_folds
 from bitpress.tuning.folded import Folded, FoldedVector
@@ -36,11 +38,13 @@ def begin_inputs(
     inputs: Mapping[str, InputFormat],
     originals: Mapping[str, Float[torch.Tensor, "out in"]],
     vectors: Mapping[str, torch.Tensor],
+    stats: Mapping[str, Stats],
 ) -> LearnedInputs:
     """Return what a tuning learns of a loaded block.
 
     made       the compressed weights, with the formats of their `inputs` where these are rounded; `originals` are what they stand for
     vectors    the block's other tensors, as stored
+    stats      of the inputs that the weights have, by the names of weights
     """
     found = LearnedInputs()
     by_stem = {p.parameter.stem: p for p in planned}
@@ -78,8 +82,19 @@ def begin_inputs(
         term = weight.terms[0]
         assert isinstance(term, Packed)
         rows = tuple(one.shared for one in folded if one.is_matrix and one.name == p.parameter.stem)
-        clip, lead = tuning.clip_weights, id(own) not in leads
-        codes = MappedCodes(originals[name], term.format, own, clip=clip, rows=rows, output_map=weight.output_map)
+        lead = id(own) not in leads
+        recode, why = find_recode(tuning, p.method, stats.get(p.parameter.stem))
+        if why is not None:
+            found.notes[name] = why
+        codes = MappedCodes(
+            originals[name],
+            term.format,
+            own,
+            clip=tuning.clip_weights,
+            rows=rows,
+            output_map=weight.output_map,
+            recode=recode,
+        )
         found.weights[name] = MappedWeight(weight, codes, inputs.get(name), leads=lead, transposed=p.parameter.transposed)
         leads.add(id(own))
     for one in folded:

@@ -84,7 +84,7 @@ class SpanTuner:
         learned: int = 1,
     ) -> None:
         self.stream, self.through, self.planned, self.originals = stream, through, held.planned, dict(held.originals)
-        self.stats, self.kept, self.inputs, self.targets = held.stats, held.kept, inputs, targets
+        self.stats, self.kept, self.inputs, self.targets = dict(held.stats), held.kept, inputs, targets
         self.rounded, self.folded = dict(held.rounded), dict[str, torch.Tensor]()
         self.name = stream.model.block_name(through[0]) + (f"-{through[learned - 1]}" if learned > 1 else "")
 
@@ -125,6 +125,9 @@ class SpanTuner:
                 made |= {name: one.harden() for name, one in open_weights.items()}
                 vectors |= {name: one.harden() for name, one in norms.items()}
                 self._keep_inputs_(open_weights)
+                for name, one in open_weights.items():
+                    if isinstance(one, MappedWeight) and one.fallbacks:
+                        notes.setdefault(name, []).extend(f"{named.name}: {text}" for text in one.fallbacks)
         changed = {name: weight for name, weight in made.items() if weight is not start[name]}
         rounded = {name: self.rounded[name] for name in self.rounded if name in changed}
         return Tuned(changed, vectors, rows, notes, rounded, self.folded)
@@ -141,16 +144,20 @@ class SpanTuner:
         self._fill_(made, vectors)
         (block,) = self.through
         found = begin_inputs(
-            tuning, self.stream, block, self.planned, made, self.rounded, self.originals, {**self.kept, **vectors}
+            tuning, self.stream, block, self.planned, made, self.rounded, self.originals, {**self.kept, **vectors}, self.stats
         )
         for name, why in found.notes.items():
             notes.setdefault(name, []).append(f"{method} {why}")
         return dict(found.weights), found.vectors
 
     def _keep_inputs_(self, learned: Mapping[str, LearnedWeight | LearnedStack | MappedWeight]) -> None:
-        """Take over how inputs are rounded now, and what weights stand for."""
+        """Take over how inputs are rounded now, what weights stand for, and the statistics of inputs whose factors were folded."""
+        stems = {p.parameter.name: p.parameter.stem for p in self.planned}
         for name, one in learned.items():
             if isinstance(one, MappedWeight):
+                columns, stem = one.shared.columns(), stems[name]
+                if columns is not None and stem in self.stats:
+                    self.stats[stem] = self.stats[stem].rescaled(1 / columns.detach())
                 rounded = one.harden_input()
                 if rounded is not None:
                     self.rounded[name] = rounded

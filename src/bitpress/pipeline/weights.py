@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float
 
-from bitpress import native
 from bitpress.calibration import Stats
 from bitpress.checkpoints.parameter import WeightParameter
 from bitpress.checkpoints.records import WeightRecord
-from bitpress.devices import CPU
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.exchange.bitpress_directory import BitpressDirectory
 from bitpress.finite import all_finite
@@ -30,7 +28,7 @@ from bitpress.formats import (
 from bitpress.formats.digest import digest
 from bitpress.formats.reach import changed_rows, lost_rows, widened
 from bitpress.pipeline.channel_scaling import Rescaled
-from bitpress.pipeline.compose import compress_matrix
+from bitpress.pipeline.compose import compress_placed, needed_of
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.records import BlockRecord, LayerRow, TunedSpan
 from bitpress.pipeline.token_errors import ClassEnergies, measure_classes, note_ordinary, token_errors
@@ -288,12 +286,12 @@ class WeightCompressor:
             quantizer = parts.quantizer if known else Named("quantizer", "rtn", RTN(clip="mse"))
             parts = LayerMethod(fmt, quantizer, parts.changes, corrections=parts.corrections)
             with _named(name):
-                outcome = _compress(w, alike, parts)
+                outcome = compress_placed(w, alike, parts)
             outcome, seen = replace(outcome, fallbacks=(scarce,)), None
         else:
             seen = stats if scales is None else scales.stats.get(name)
             with _named(name):
-                outcome = _compress(w, _needed(seen, needs), parts)
+                outcome = compress_placed(w, needed_of(seen, needs), parts)
         calibrated = bool(needs) and not outcome.fallbacks
         if seen is not None and "gram" in needs and "loss_gram" in self.method.needs and seen.loss_gram is None:
             outcome = replace(outcome, fallbacks=(*outcome.fallbacks, ALIKE))
@@ -341,14 +339,6 @@ class WeightCompressor:
         return None
 
 
-def _compress(w: Float[torch.Tensor, "out in"], stats: Stats | None, parts: LayerMethod) -> Outcome:
-    """Compress a matrix on its device, or on the host where the quantizer's loops are native; the result is on the device."""
-    if w.device == CPU or not (parts.quantizer.part.native_loops and native.available()):
-        return compress_matrix(w, stats, parts)
-    outcome = compress_matrix(w.to(CPU), None if stats is None else stats.to(CPU), parts)
-    return replace(outcome, weight=outcome.weight.to(w.device))
-
-
 def _divided(outcome: Outcome, factor: Float[torch.Tensor, " in"]) -> Outcome:
     """Put the division of the input before the weight, if no producer absorbs it."""
     weight = outcome.weight
@@ -379,13 +369,6 @@ def _dead_inputs(stats: Iterable[Stats]) -> list[str]:
     measured = [alive for alive in map(_alive, stats) if alive is not None]
     dead, total = sum(int((~alive).sum()) for alive in measured), sum(alive.numel() for alive in measured)
     return [f"{dead} of {total} input channels were always zero"] if dead else []
-
-
-def _needed(stats: Stats | None, needs: Collection[str]) -> Stats | None:
-    """Return the statistics without those that only serve to measure the error, with the gram that the recipe asks for."""
-    if stats is None or not needs:
-        return None
-    return stats.by_loss() if "gram" in needs else replace(stats, gram=None)
 
 
 def _errors_by_terms(outcomes: Sequence[Outcome], count: int) -> list[float] | None:

@@ -8,13 +8,14 @@ K    a matrix: what a paper is mostly about (`LearnedMatrix`)
 Q_x  the rounding of the input; its shift z, Q_x(u) = z + Q(u - z), and its clip, factors of a token's range, may be learned too
 
 Weights that share an input share all of these. At every step each weight is rounded to nearest in the basis of that step, its range
-multiplied by factors that may be learned. A paper is a `MapTuning`: which of these are learned, and K.
+multiplied by factors that may be learned; what is stored may be the codes that the recipe's quantizer chooses in that basis. A paper is a
+`MapTuning`: which of these are learned, and K.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -34,18 +35,22 @@ from bitpress.formats import (
     fake_quantize,
 )
 from bitpress.formats.fake_quantize import clip_blocks
-from bitpress.transforms.basis import into_basis
+from bitpress.quantizers.quantizer import Outcome
+from bitpress.transforms.basis import Maps, into_basis
 from bitpress.tuning.folded import Folded
 from bitpress.tuning.learned import Leaf, LearnedTerm, Start, Value, soft_weight
 from bitpress.tuning.sides import joined_maps
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
-__all__ = ["SERVED", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "SharedInput"]
+__all__ = ["SERVED", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "Recode", "SharedInput"]
 
 # Formats whose codes are found by rounding to nearest behind a fit of the range: it is done anew for every weight at every step.
 SERVED = ("int*", "e?m?*", "mxfp*", "nf*")
 # Where the sigmoids of clipping start: nearly open, as OmniQuant's.
 OPEN = 4.0
+
+# Compresses what a weight stands for between maps of its input and output; the last argument are factors of its columns that its input lost.
+Recode = Callable[[Float[torch.Tensor, "out in"], Maps, Float[torch.Tensor, " in"] | None], Outcome]
 
 
 class LearnedMatrix(Protocol):
@@ -61,7 +66,11 @@ class LearnedMatrix(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class MapTuning(Tuning):
     """`rate` is that of the matrix. Others are multiples of it, 0 for what is not learned: `scales` of the logarithms of channel factors,
-    `shifts` of inputs that are rounded (in units of 1), `clip_weights` and `clip_inputs` of sigmoids, which are the factors of ranges."""
+    `shifts` of inputs that are rounded (in units of 1), `clip_weights` and `clip_inputs` of sigmoids, which are the factors of ranges.
+
+    codes   quantizer: the recipe's quantizer chooses the stored codes, in the basis that was learned, where it does more than round;
+            nearest: they are rounded as they were learned
+    """
 
     rate: float | None = 5e-3
     schedule: ScheduleName = "cosine"
@@ -69,6 +78,7 @@ class MapTuning(Tuning):
     shifts: float = 0.0
     clip_weights: float = 0.0
     clip_inputs: float = 0.0
+    codes: Literal["quantizer", "nearest"] = "quantizer"
 
     serves: ClassVar[tuple[str, ...]] = SERVED
     adds_maps: ClassVar[bool] = True
@@ -189,6 +199,7 @@ class MappedCodes:
     target   what the weight stands for, [out, in], before any map of its input
     rows     where its own rows are folded channels of other inputs
     alone    whether the input's leaves are counted here
+    recode   chooses the codes that are stored; None: rounding to nearest does
     """
 
     def __init__(
@@ -201,9 +212,10 @@ class MappedCodes:
         rows: "tuple[SharedInput, ...]" = (),
         output_map: Map | None = None,
         alone: bool = False,
+        recode: Recode | None = None,
     ) -> None:
         self.target, self.fmt, self.shared, self.rows = target.float(), fmt, shared, rows
-        self.output_map, self.alone, self.rate = output_map, alone, clip or 0.0
+        self.output_map, self.alone, self.recode, self.rate = output_map, alone, recode, clip or 0.0
         down, across = fmt.block_grid((target.shape[0], target.shape[1]))
         self.ends = [
             torch.full((down * across,), OPEN, device=target.device, requires_grad=True) for _ in range(2 if clip else 0)
@@ -241,11 +253,20 @@ class MappedCodes:
         params = self.fmt.fit(values)
         return Packed.pack(self.fmt, self.fmt.encode(values, params), params)
 
+    @torch.no_grad()
+    def compressed(self) -> Outcome:
+        """Return the whole weight as it is stored."""
+        maps = (self.shared.hard_map(), self.output_map)
+        if self.recode is not None:
+            return self.recode(self.fold(self.target), maps, self.shared.columns())
+        return Outcome(CompressedWeight((self.harden(),), *maps))
+
 
 class MappedWeight:
     """A compressed weight whose input's map is learned. `leads`: it lists the leaves of that input, which others share.
 
     whole        the weight as it is stored at the start: one term of codes between its maps
+    fallbacks    what the quantizer fell back to when it chose the stored codes last
     transposed   whether the model's parameter is [in, out]
     """
 
@@ -260,6 +281,7 @@ class MappedWeight:
     ) -> None:
         self.whole, self.codes, self.shared, self.input = whole, codes, codes.shared, input
         self.leads, self.transposed = leads, transposed
+        self.fallbacks: tuple[str, ...] = ()
 
     def leaves(self) -> list[Leaf]:
         return [*(self.shared.leaves() if self.leads else []), *self.codes.leaves()]
@@ -272,7 +294,9 @@ class MappedWeight:
         return self._value(weight, None if self.input is None else self.shared.rounding(self.input))
 
     def harden(self) -> CompressedWeight:
-        return replace(self.whole, terms=(self.codes.harden(),), input_map=self.shared.hard_map())
+        made = self.codes.compressed()
+        self.fallbacks = made.fallbacks
+        return made.weight
 
     def harden_input(self) -> InputFormat | None:
         return None if self.input is None else self.shared.hard_rounding(self.input)
