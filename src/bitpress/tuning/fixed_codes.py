@@ -15,7 +15,10 @@ __all__ = ["FixedCodes", "FixedKept", "learned_params"]
 
 
 class FixedCodes(LearnedCodes):
-    """Leaves are relative to the mean size of each parameter, so that one rate suits all of them."""
+    """Leaves are relative to the mean size of each parameter, so that one rate suits all of them.
+
+    unit   the values for scales of 1, where a scale only multiplies what its code stands for: they are decoded once, not at every step
+    """
 
     def __init__(self, start: Start, rate: float = 1.0) -> None:
         self.fmt, self.given, self.rate = start.fmt, dict(start.params), rate
@@ -26,6 +29,7 @@ class FixedCodes(LearnedCodes):
         self.moved = {name: torch.zeros_like(self.given[name], requires_grad=True) for name in moving}
         tiny = torch.finfo(torch.float32).tiny
         self.units = {name: self.given[name].abs().mean().clamp_min(tiny) for name in moving}
+        self.unit = self._of_unit_scale() if [p.name for p in self.fmt.grid.params] == ["scale"] else None
 
     def leaves(self) -> list[Leaf]:
         return [Leaf(t, self.rate) for t in self.moved.values()]
@@ -34,7 +38,20 @@ class FixedCodes(LearnedCodes):
         return {name: t + self.moved[name] * self.units[name] if name in self.moved else t for name, t in self.given.items()}
 
     def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
-        return self.fmt.decode(self.start.codes, self.stored_params())
+        params = self.stored_params()
+        return self.fmt.decode(self.start.codes, params) if self.unit is None else self._scaled(self.unit, params["scale"])
+
+    def _of_unit_scale(self) -> Float[torch.Tensor, "out in"] | None:
+        """Return the values for scales of 1, None where those times the scales are not what is decoded, to the bit."""
+        scale = self.given["scale"]
+        unit = self.fmt.decode(self.start.codes, {"scale": torch.ones_like(scale)})
+        same = torch.equal(self._scaled(unit, scale), self.fmt.decode(self.start.codes, {"scale": scale}))
+        return unit if same else None
+
+    def _scaled(self, unit: torch.Tensor, scale: torch.Tensor) -> Float[torch.Tensor, "out in"]:
+        rows, cols = self.fmt.block.resolve((unit.shape[0], unit.shape[1]), self.fmt.grid.span)
+        whole = scale if rows == 1 else scale.repeat_interleave(rows, 0)
+        return unit * (whole if whole.shape[1] == 1 else whole.repeat_interleave(cols, 1))
 
     @torch.no_grad()
     def harden(self) -> Packed:
