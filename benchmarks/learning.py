@@ -2,7 +2,8 @@
 
     make bench Q=learning                                            bitpress-tiny at 3 and 2 bits
     python benchmarks/learning.py --models smollm2-135m-regauged --bits 3 --only 'gptq*' signround   six of its blocks, the others as they are
-    python benchmarks/learning.py --render                           only the table, from the rows there are
+    python benchmarks/learning.py --practices --bits 2 --steps 200 --batch 1   one way to learn, one part of it changed at a time
+    python benchmarks/learning.py --render                           only the tables, from the rows there are
 
 A row of benchmarks/results/learning.jsonl is one recipe on one model: KL on both held-out texts, and the loss of the blocks on calibration
 text and on held-out windows of it, before and after; the difference of these two shows what was learned by heart. Recipes have fewer steps
@@ -25,6 +26,7 @@ from bitpress.checkpoints.named import resolve_model
 from bitpress.settings import cache_directory
 
 RECIPES = ROOT / "benchmarks" / "methods.yaml"
+PRACTICES = ROOT / "benchmarks" / "practices.yaml"
 PAGE = ROOT / "docs" / "tuning.md"
 # Blocks of a model with more than these that are compressed; the others stay as they are.
 QUICK = (0, 1, 9, 15, 22, 29)
@@ -69,10 +71,12 @@ def left_out(model: str) -> list[str]:
 
 
 def measure(model: str, options: argparse.Namespace) -> None:
-    out = options.out / f"{model}-{options.steps}x{options.batch}"
+    kind = "practices" if options.practices else "recipes"
+    out = options.out / f"{model}-{kind}-{options.steps}x{options.batch}"
     out.mkdir(parents=True, exist_ok=True)
     skip, recipes = left_out(model), out / "recipes.yaml"
-    made = {name: shortened(r, options.steps, options.batch, skip) for name, r in learning_recipes(options.only).items()}
+    wanted = yaml.safe_load(PRACTICES.read_text(encoding="utf-8")) if options.practices else learning_recipes(options.only)
+    made = {name: shortened(r, options.steps, options.batch, skip) for name, r in wanted.items()}
     recipes.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "bitpress", "compare", model, str(out / "comparison"), "--recipes", str(recipes), "--json"]
     command += ["--bits", options.bits, "--tokens", str(options.tokens), "--samples", str(options.samples)]
@@ -85,29 +89,37 @@ def measure(model: str, options: argparse.Namespace) -> None:
         if row["failed"]:
             print(f"{row['name']}, {row['bits']} bits: failed: {row['failed']}", file=sys.stderr)
         elif (row["name"], row["finished"]) not in known:
-            shared = {"model": model, "blocks": list(QUICK) if skip else "all", "steps": options.steps, "batch": options.batch}
+            shared = {
+                "kind": kind,
+                "model": model,
+                "blocks": list(QUICK) if skip else "all",
+                "steps": options.steps,
+                "batch": options.batch,
+            }
             add_row("learning", {**shared, "compute": found["compute"], "noise": found["floor"], **row})
 
 
 def render() -> None:
-    """Write the table of docs/tuning.md: recipes of one model and width beside each other, by their KL."""
-    last = {(row["model"], row["bits"], row["name"]): row for row in read_rows("learning")}
+    """Write the tables of docs/tuning.md: recipes of one model and width beside each other, by their KL."""
+    for kind, section in (("recipes", "measured learning"), ("practices", "measured practices")):
+        rows = {(row["model"], row["bits"], row["name"]): row for row in read_rows("learning") if row["kind"] == kind}
+        rewrite_section(PAGE, section, [*_tables(list(rows.values())), ""])
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for model, bits in dict.fromkeys((model, bits) for model, bits, _ in last):
-        rows = [row for (m, b, _), row in last.items() if (m, b) == (model, bits)]
-        blocks = "all blocks" if rows[0]["blocks"] == "all" else f"blocks {', '.join(map(str, rows[0]['blocks']))}"
-        lines += [
-            "",
-            f"`{model}`, {blocks}, {bits} bits, {rows[0]['steps']} steps of {rows[0]['batch']} windows of 512 tokens:",
-            "",
-        ]
-        texts = list(rows[0]["texts"])
+    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
+        alike = [row for row in rows if (row["model"], row["bits"]) == (model, bits)]
+        blocks = "all blocks" if alike[0]["blocks"] == "all" else f"blocks {', '.join(map(str, alike[0]['blocks']))}"
+        size = f"{alike[0]['batch']} {'window' if alike[0]['batch'] == 1 else 'windows'} of 512 tokens"
+        lines += ["", f"`{model}`, {blocks}, {bits} bits, {alike[0]['steps']} steps of {size}:", ""]
+        texts = list(alike[0]["texts"])
         lines.append(
             f"| recipe | bits | {' | '.join(f'KL, {text}' for text in texts)} | loss, calibration | loss, held out | s |"
         )
         lines.append(f"|---|---|{'---|' * len(texts)}---|---|---|")
-        lines += [_line(row, texts) for row in sorted(rows, key=lambda row: float(row["kl_mean"]))]
-    rewrite_section(PAGE, "measured learning", [*lines, ""])
+        lines += [_line(row, texts) for row in sorted(alike, key=lambda row: float(row["kl_mean"]))]
+    return lines
 
 
 def _line(row: dict[str, Any], texts: list[str]) -> str:
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--tokens", type=int, default=8192, help="of every held-out text")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "learning")
+    parser.add_argument("--practices", action="store_true", help="benchmarks/practices.yaml in place of the recipes that learn")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     if not options.render:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitpress.formats import CompressedWeight, Hadamard, Kept, LowRank, Packed, Scale, chain, parse_format
-from bitpress.tuning.learned import LearnedWeight
+from bitpress.tuning.fixed_codes import FixedCodes
+from bitpress.tuning.learned import LearnedWeight, Start
 from bitpress.tuning.objectives import LayerObjective
 from bitpress.tuning.table import TUNINGS
 from bitpress.tuning.tuner import Tuning, begin_weight, tune_
@@ -157,3 +158,16 @@ def test_sides_in_a_chain_keep_the_other_maps() -> None:
     one.sides.s.data.mul_(3.0)
     assert torch.allclose(one.hard_value(), 3 * weight.dequantize(), rtol=1e-6, atol=1e-6)
     assert torch.allclose(one.value(0.0).detach(), one.hard_value(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "once"), [("tcq2-row", True), ("tcq3-g16", True), ("e8p-row", True), ("mxfp4", True), ("int3-g16-zero", False)]
+)
+def test_codes_are_decoded_once_where_a_scale_only_multiplies(name: str, once: bool) -> None:
+    """The values of a step are those that its parameters are decoded to, to the bit, where scales have moved too."""
+    w = draw(64, 64, seed=5)
+    codes = FixedCodes(Start.of(packed(w, name), w))
+    for leaf in codes.leaves():
+        leaf.tensor.data.copy_(0.1 * draw(*leaf.tensor.shape, seed=6))
+    assert (codes.unit is not None) == once
+    assert torch.equal(codes.weight(0.5), codes.harden().dequantize())
