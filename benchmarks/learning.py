@@ -2,7 +2,7 @@
 
     make bench Q=learning                                            bitpress-tiny at 3 and 2 bits
     python benchmarks/learning.py --models smollm2-135m-regauged --bits 3 --only 'gptq*' signround   six of its blocks, the others as they are
-    python benchmarks/learning.py --practices --bits 2 --steps 200 --batch 1   one way to learn, one part of it changed at a time
+    python benchmarks/learning.py --practices                        one way to learn, one part of it changed at a time
     python benchmarks/learning.py --render                           only the tables, from the rows there are
 
 A row of benchmarks/results/learning.jsonl is one recipe on one model: KL on both held-out texts, and the loss of the blocks on calibration
@@ -52,6 +52,12 @@ def learning_recipes(only: list[str]) -> dict[str, dict[str, Any]]:
     return made
 
 
+def practices(only: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the recipes that differ in one part of how they learn, by name."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(PRACTICES.read_text(encoding="utf-8"))
+    return {name: r for name, r in found.items() if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)}
+
+
 def shortened(recipe: dict[str, Any], steps: int, batch: int, skip: list[str]) -> dict[str, Any]:
     """Return a recipe with so many steps of so many windows, and blocks left as they are."""
     made = copy.deepcopy(recipe)
@@ -75,7 +81,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
     out = options.out / f"{model}-{kind}-{options.steps}x{options.batch}"
     out.mkdir(parents=True, exist_ok=True)
     skip, recipes = left_out(model), out / "recipes.yaml"
-    wanted = yaml.safe_load(PRACTICES.read_text(encoding="utf-8")) if options.practices else learning_recipes(options.only)
+    wanted = practices(options.only) if options.practices else learning_recipes(options.only)
     made = {name: shortened(r, options.steps, options.batch, skip) for name, r in wanted.items()}
     recipes.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "bitpress", "compare", model, str(out / "comparison"), "--recipes", str(recipes), "--json"]
@@ -102,17 +108,18 @@ def measure(model: str, options: argparse.Namespace) -> None:
 def render() -> None:
     """Write the tables of docs/tuning.md: recipes of one model and width beside each other, by their KL."""
     for kind, section in (("recipes", "measured learning"), ("practices", "measured practices")):
-        rows = {(row["model"], row["bits"], row["name"]): row for row in read_rows("learning") if row["kind"] == kind}
+        rows = {(*_group(row), row["name"]): row for row in read_rows("learning") if row["kind"] == kind}
         rewrite_section(PAGE, section, [*_tables(list(rows.values())), ""])
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
-        alike = [row for row in rows if (row["model"], row["bits"]) == (model, bits)]
+    for group in dict.fromkeys(map(_group, rows)):
+        alike, (model, bits, *_) = [row for row in rows if _group(row) == group], group
         blocks = "all blocks" if alike[0]["blocks"] == "all" else f"blocks {', '.join(map(str, alike[0]['blocks']))}"
         size = f"{alike[0]['batch']} {'window' if alike[0]['batch'] == 1 else 'windows'} of 512 tokens"
-        lines += ["", f"`{model}`, {blocks}, {bits} bits, {alike[0]['steps']} steps of {size}:", ""]
+        width = "" if bits is None else f", {bits} bits"
+        lines += ["", f"`{model}`, {blocks}{width}, {alike[0]['steps']} steps of {size}:", ""]
         texts = list(alike[0]["texts"])
         lines.append(
             f"| recipe | bits | {' | '.join(f'KL, {text}' for text in texts)} | loss, calibration | loss, held out | s |"
@@ -120,6 +127,10 @@ def _tables(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"|---|---|{'---|' * len(texts)}---|---|---|")
         lines += [_line(row, texts) for row in sorted(alike, key=lambda row: float(row["kl_mean"]))]
     return lines
+
+
+def _group(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["bits"], row["steps"], row["batch"]
 
 
 def _line(row: dict[str, Any], texts: list[str]) -> str:
@@ -137,8 +148,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["bitpress-tiny"])
     parser.add_argument("--only", nargs="*", default=[], help="names or patterns of recipes")
     parser.add_argument("--bits", default="3,2")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="windows a step")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1, help="windows a step")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--tokens", type=int, default=8192, help="of every held-out text")
     parser.add_argument("--out", type=Path, default=cache_directory() / "benchmarks" / "learning")

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 import bitpress
+from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.formats import parse_format
 from bitpress.pipeline.quantize import Proof, quantize_directory
+from bitpress.pipeline.recoding import find_recode
+from bitpress.quantizers.gptq import GPTQ
+from bitpress.quantizers.rtn import RTN
+from bitpress.recipes import LayerMethod, Named
+from bitpress.transforms.qep import QEP
+from bitpress.tuning.flatquant import FlatQuant
 
 W4A4 = {"weights": "int4-row", "quantizer": {"name": "rtn"}, "inputs": "int4-row-fp32"}
 FEW = {"steps": 4, "batch": 4, "checks": 2}
@@ -133,5 +141,32 @@ def test_a_quantizer_that_cannot_see_through_a_learned_map_leaves_rounding(
     keys = {**W4A4, "quantizer": {"name": "boa"}}
     tuning = [{"name": "flatquant", "rate": 0.02, **FEW}]
     report = run(tiny_model("llama", num_hidden_layers=1), tmp_path / "out", gptq_recipe(**keys, tuning=tuning))
+    assert report["tuned"][0]["kept"]
     notes = [note for row in report["layers"] for note in row["notes"]]
     assert any("flatquant rounds to nearest: boa needs head_gram" in note for note in notes)
+
+
+def test_codes_behind_a_learned_map_are_rounded_where_a_quantizer_adds_its_own() -> None:
+    fmt = parse_format("int4-g16")
+    recode, why = find_recode(FlatQuant(), LayerMethod(fmt, Named("quantizer", "gptq", GPTQ(groups="running"))), fmt, None)
+    assert recode is None
+    assert why == "rounds to nearest: gptq makes a map of its own for a weight, with these settings"
+
+
+def test_codes_chosen_anew_have_the_format_that_was_stored_and_the_ranges_that_were_learned() -> None:
+    """A format was widened since scales of these weights are below the range of fp16; ends of ranges are what is quantized, not left out."""
+    w = 1e-7 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    method = LayerMethod(parse_format("int4-row"), Named("quantizer", "gptq", GPTQ()))
+    recode, why = find_recode(FlatQuant(), method, parse_format("int4-row-fp32"), Stats(64, gram=torch.eye(32)))
+    assert why is None
+    assert recode is not None
+    plain = recode(w, (None, None), None, None).weight.dequantize()
+    assert float((plain - w).square().sum() / w.square().sum()) < 0.02
+    clipped = recode(w, (None, None), None, lambda v: v.clamp(-5e-8, 5e-8)).weight.dequantize()
+    assert float(clipped.abs().max()) < 6e-8
+
+
+def test_rounding_takes_a_changed_target_into_a_learned_basis() -> None:
+    fmt, part = parse_format("int4-row"), Named("quantizer", "rtn", RTN())
+    assert find_recode(FlatQuant(), LayerMethod(fmt, part), fmt, None) == (None, None)
+    assert find_recode(FlatQuant(), LayerMethod(fmt, part, targets=(QEP(),)), fmt, None)[0] is not None

@@ -161,7 +161,16 @@ def test_sides_in_a_chain_keep_the_other_maps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "once"), [("tcq2-row", True), ("tcq3-g16", True), ("e8p-row", True), ("mxfp4", True), ("int3-g16-zero", False)]
+    ("name", "once"),
+    [
+        ("tcq2-row", True),
+        ("tcq3-g16", True),
+        ("e8p-row", True),
+        ("gauss4x2-row", True),
+        ("mxfp4", False),
+        ("int3-g16-zero", False),
+        ("trits2-g16", False),
+    ],
 )
 def test_codes_are_decoded_once_where_a_scale_only_multiplies(name: str, once: bool) -> None:
     """The values of a step are those that its parameters are decoded to, to the bit, where scales have moved too."""

@@ -242,6 +242,10 @@ class BlockCompressor:
                     one.made.put_(result if name not in tuned.inputs else result.with_input(tuned.inputs[name]))
                 for text in tuned.notes.get(name, ()):
                     one.made.put_(one.made.parameters[name].with_note(text))
+                for text in tuned.fallbacks.get(name, ()):
+                    if self.weights.strict:
+                        raise NumericsError(f"{p.parameter.stem}: {text} (an error because of --strict).")
+                    one.made.put_(one.made.parameters[name].with_fallback(text))
             tensors.update({name: t for name, t in tuned.vectors.items() if name in tensors})
             decoded = {
                 p.parameter.name: p.parameter.restore(one.made.parameters[p.parameter.name].weight.dequantize())

@@ -34,6 +34,7 @@ from bitpress.pipeline.windows import windows_of
 from bitpress.quantizers.quantizer import Quantizer
 from bitpress.recipes import Method, Named
 from bitpress.transforms.transform import ScaleSearch
+from bitpress.tuning.learned_maps import MapTuning
 from bitpress.tuning.span import Window
 from bitpress.tuning.tuner import Tuning
 
@@ -63,6 +64,9 @@ def estimate_seconds(
     needs = method.needs
     if not method.reads_text:
         return seconds
+    # Behind learned maps the quantizer chooses codes anew, at every look at held-out text and at the end.
+    again = [named.part for named in method.tunings if isinstance(named.part, MapTuning) and named.part.codes == "quantizer"]
+    seconds += sum(part.checks + 1 for part in again) * (_pressing(model, method, weights) if again else 0.0)
     if method.options:  # each takes about as long as the recipe's own format
         tried = [replace(w, method=trial_parts(w)) for w in weights]
         seconds += len(method.options) * _pressing(model, replace(method, parts=(), overrides=()), tried)

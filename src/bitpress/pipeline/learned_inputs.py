@@ -83,9 +83,7 @@ def begin_inputs(
         assert isinstance(term, Packed)
         rows = tuple(one.shared for one in folded if one.is_matrix and one.name == p.parameter.stem)
         lead = id(own) not in leads
-        recode, why = find_recode(tuning, p.method, stats.get(p.parameter.stem))
-        if why is not None:
-            found.notes[name] = why
+        recode, why = find_recode(tuning, p.method, term.format, stats.get(p.parameter.stem))
         codes = MappedCodes(
             originals[name],
             term.format,
@@ -95,7 +93,8 @@ def begin_inputs(
             output_map=weight.output_map,
             recode=recode,
         )
-        found.weights[name] = MappedWeight(weight, codes, inputs.get(name), leads=lead, transposed=p.parameter.transposed)
+        given = inputs.get(name)
+        found.weights[name] = MappedWeight(weight, codes, given, leads=lead, transposed=p.parameter.transposed, told=why)
         leads.add(id(own))
     for one in folded:
         found.vectors |= one.vectors(vectors)

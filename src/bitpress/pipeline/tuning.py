@@ -57,6 +57,7 @@ class Tuned:
 
     inputs    formats of inputs that changed
     folded    the factors of weights' entries, where channel factors were folded
+    fallbacks what the recipe's quantizer fell back to in a learned basis
     """
 
     weights: dict[str, CompressedWeight]
@@ -65,6 +66,7 @@ class Tuned:
     notes: dict[str, list[str]]
     inputs: dict[str, InputFormat]
     folded: dict[str, Float[torch.Tensor, "out in"]]
+    fallbacks: dict[str, list[str]]
 
 
 class SpanTuner:
@@ -99,7 +101,7 @@ class SpanTuner:
         `note` hears of every step: the name of a block or weight, the share of all learning that is done, the loss.
         """
         made, vectors = dict(start), dict[str, torch.Tensor]()
-        rows, notes = list[TunedSpan](), dict[str, list[str]]()
+        rows, notes, fallbacks = list[TunedSpan](), dict[str, list[str]](), dict[str, list[str]]()
         for number, named in enumerate(tunings):
             tuning = named.part
 
@@ -126,11 +128,12 @@ class SpanTuner:
                 vectors |= {name: one.harden() for name, one in norms.items()}
                 self._keep_inputs_(open_weights)
                 for name, one in open_weights.items():
-                    if isinstance(one, MappedWeight) and one.fallbacks:
-                        notes.setdefault(name, []).extend(f"{named.name}: {text}" for text in one.fallbacks)
+                    if isinstance(one, MappedWeight):
+                        notes.setdefault(name, []).extend([f"{named.name} {one.told}"] if one.told else [])
+                        fallbacks.setdefault(name, []).extend(f"behind {named.name}: {text}" for text in one.fallbacks)
         changed = {name: weight for name, weight in made.items() if weight is not start[name]}
         rounded = {name: self.rounded[name] for name in self.rounded if name in changed}
-        return Tuned(changed, vectors, rows, notes, rounded, self.folded)
+        return Tuned(changed, vectors, rows, notes, rounded, self.folded, fallbacks)
 
     def _mapped(
         self,

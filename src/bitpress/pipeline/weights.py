@@ -67,6 +67,10 @@ class CompressedParameter:
         """Return the parameter with one more note in its row of the report."""
         return replace(self, row=self.row.model_copy(update={"notes": [*self.row.notes, note]}))
 
+    def with_fallback(self, text: str) -> "CompressedParameter":
+        """Return the parameter with one more fallback in its row of the report."""
+        return replace(self, row=self.row.model_copy(update={"fallbacks": [*self.row.fallbacks, text], "calibrated": False}))
+
     def with_choice(self, told: str | None) -> "CompressedParameter":
         """Return the parameter with what its layer chose, and by what, in its row of the report."""
         return self if told is None else replace(self, row=self.row.model_copy(update={"choice": told}))

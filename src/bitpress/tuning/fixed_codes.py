@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 
 from bitpress.formats import Kept, Packed, Params, Term
+from bitpress.formats.grids.grid import Streamed
 from bitpress.tuning.learned import Leaf, LearnedCodes, LearnedTerm, Start
 
 __all__ = ["FixedCodes", "FixedKept", "learned_params"]
@@ -29,7 +30,7 @@ class FixedCodes(LearnedCodes):
         self.moved = {name: torch.zeros_like(self.given[name], requires_grad=True) for name in moving}
         tiny = torch.finfo(torch.float32).tiny
         self.units = {name: self.given[name].abs().mean().clamp_min(tiny) for name in moving}
-        self.unit = self._of_unit_scale() if [p.name for p in self.fmt.grid.params] == ["scale"] else None
+        self.unit = self._of_unit_scale() if self._is_dear() else None
 
     def leaves(self) -> list[Leaf]:
         return [Leaf(t, self.rate) for t in self.moved.values()]
@@ -39,14 +40,28 @@ class FixedCodes(LearnedCodes):
 
     def weight(self, progress: float) -> Float[torch.Tensor, "out in"]:
         params = self.stored_params()
-        return self.fmt.decode(self.start.codes, params) if self.unit is None else self._scaled(self.unit, params["scale"])
+        if self.unit is None:
+            return self.fmt.decode(self.start.codes, params)
+        return self._scaled(self.unit.float(), params["scale"])
 
-    def _of_unit_scale(self) -> Float[torch.Tensor, "out in"] | None:
-        """Return the values for scales of 1, None where those times the scales are not what is decoded, to the bit."""
+    def _is_dear(self) -> bool:
+        """Whether codes take long to decode, those of trellises and of several weights, to what one scale of a block multiplies."""
+        grid = self.fmt.grid
+        alone = len(grid.params) == 1 and (grid.params[0].name, grid.params[0].scope, grid.params[0].shape) == (
+            "scale",
+            "block",
+            (),
+        )
+        return alone and (isinstance(grid, Streamed) or grid.span > 1)
+
+    def _of_unit_scale(self) -> torch.Tensor | None:
+        """Return the values for scales of 1, in float16 where that holds them, None where those times the scales are not what is decoded, to
+        the bit."""
         scale = self.given["scale"]
         unit = self.fmt.decode(self.start.codes, {"scale": torch.ones_like(scale)})
         same = torch.equal(self._scaled(unit, scale), self.fmt.decode(self.start.codes, {"scale": scale}))
-        return unit if same else None
+        half = unit.half()
+        return None if not same else half if torch.equal(half.float(), unit) else unit
 
     def _scaled(self, unit: torch.Tensor, scale: torch.Tensor) -> Float[torch.Tensor, "out in"]:
         rows, cols = self.fmt.block.resolve((unit.shape[0], unit.shape[1]), self.fmt.grid.span)

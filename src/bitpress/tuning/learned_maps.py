@@ -42,15 +42,19 @@ from bitpress.tuning.learned import Leaf, LearnedTerm, Start, Value, soft_weight
 from bitpress.tuning.sides import joined_maps
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
-__all__ = ["SERVED", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "Recode", "SharedInput"]
+__all__ = ["SERVED", "Clip", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "Recode", "SharedInput"]
 
 # Formats whose codes are found by rounding to nearest behind a fit of the range: it is done anew for every weight at every step.
 SERVED = ("int*", "e?m?*", "mxfp*", "nf*")
 # Where the sigmoids of clipping start: nearly open, as OmniQuant's.
 OPEN = 4.0
+# What helps where a learned map cannot be stored.
+LOWER = "A lower rate moves it less."
 
-# Compresses what a weight stands for between maps of its input and output; the last argument are factors of its columns that its input lost.
-Recode = Callable[[Float[torch.Tensor, "out in"], Maps, Float[torch.Tensor, " in"] | None], Outcome]
+# Puts the blocks of a weight, in the basis of its codes, into the ranges that were learned.
+Clip = Callable[[Float[torch.Tensor, "out in"]], Float[torch.Tensor, "out in"]]
+# Compresses what a weight stands for between maps of its input and output; then factors of its columns that its input lost, and its ranges.
+Recode = Callable[[Float[torch.Tensor, "out in"], Maps, Float[torch.Tensor, " in"] | None, Clip | None], Outcome]
 
 
 class LearnedMatrix(Protocol):
@@ -159,7 +163,7 @@ class SharedInput:
         try:
             stored.check()
         except FormatError as error:
-            raise NumericsError(str(error)) from error
+            raise NumericsError(f"{error} {LOWER}") from error
         return stored
 
     def columns(self) -> Float[torch.Tensor, " in"] | None:
@@ -173,7 +177,7 @@ class SharedInput:
         try:
             return w if change is None else change.dual().apply(w)
         except FormatError as error:
-            raise NumericsError(str(error)) from error
+            raise NumericsError(f"{error} {LOWER}") from error
 
     def rounding(self, given: InputFormat) -> InputFormat:
         """Return how an input that was rounded as `given` is rounded, with gradients by the leaves."""
@@ -239,8 +243,9 @@ class MappedCodes:
     def values(self, progress: float) -> Float[torch.Tensor, "out in"]:
         """Return what is rounded."""
         w = self.shared.into(into_basis(self.fold(self.target), (None, self.output_map)), progress)
-        if not self.ends:
-            return w
+        return self._clipped(w) if self.ends else w
+
+    def _clipped(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
         high, low = (end.sigmoid() for end in self.ends)
         return clip_blocks(w, self.fmt, high, low)
 
@@ -258,7 +263,7 @@ class MappedCodes:
         """Return the whole weight as it is stored."""
         maps = (self.shared.hard_map(), self.output_map)
         if self.recode is not None:
-            return self.recode(self.fold(self.target), maps, self.shared.columns())
+            return self.recode(self.fold(self.target), maps, self.shared.columns(), self._clipped if self.ends else None)
         return Outcome(CompressedWeight((self.harden(),), *maps))
 
 
@@ -266,6 +271,7 @@ class MappedWeight:
     """A compressed weight whose input's map is learned. `leads`: it lists the leaves of that input, which others share.
 
     whole        the weight as it is stored at the start: one term of codes between its maps
+    told         what is to be said of its codes where what is learned is kept
     fallbacks    what the quantizer fell back to when it chose the stored codes last
     transposed   whether the model's parameter is [in, out]
     """
@@ -278,9 +284,10 @@ class MappedWeight:
         *,
         leads: bool,
         transposed: bool = False,
+        told: str | None = None,
     ) -> None:
         self.whole, self.codes, self.shared, self.input = whole, codes, codes.shared, input
-        self.leads, self.transposed = leads, transposed
+        self.leads, self.transposed, self.told = leads, transposed, told
         self.fallbacks: tuple[str, ...] = ()
 
     def leaves(self) -> list[Leaf]:
