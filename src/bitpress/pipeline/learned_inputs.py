@@ -79,26 +79,34 @@ def begin_inputs(
             found.notes[name] = "learns no map of an input that no token reached; it stays as it was"
             continue
         own, weight = shared[name], made[name]
-        term = weight.terms[0]
-        assert isinstance(term, Packed)
         rows = tuple(one.shared for one in folded if one.is_matrix and one.name == p.parameter.stem)
-        lead = id(own) not in leads
-        recode, why = find_recode(tuning, p.method, term.format, stats.get(p.parameter.stem))
-        codes = MappedCodes(
-            originals[name],
-            term.format,
-            own,
-            clip=tuning.clip_weights,
-            rows=rows,
-            output_map=weight.output_map,
-            recode=recode,
-        )
+        codes, why = _codes(tuning, p, weight, originals[name], own, rows, stats.get(p.parameter.stem))
         given = inputs.get(name)
-        found.weights[name] = MappedWeight(weight, codes, given, leads=lead, transposed=p.parameter.transposed, told=why)
+        found.weights[name] = MappedWeight(
+            weight, codes, given, leads=id(own) not in leads, transposed=p.parameter.transposed, told=why
+        )
         leads.add(id(own))
     for one in folded:
         found.vectors |= one.vectors(vectors)
     return found
+
+
+def _codes(
+    tuning: MapTuning,
+    p: PlannedWeight,
+    weight: CompressedWeight,
+    original: Float[torch.Tensor, "out in"],
+    shared: SharedInput,
+    rows: tuple[SharedInput, ...],
+    stats: Stats | None,
+) -> tuple[MappedCodes, str | None]:
+    """Return the codes of a weight in the basis of its input, and why the recipe's quantizer does not choose them, where it does not."""
+    (term,) = weight.terms
+    assert isinstance(term, Packed)
+    recode, why = find_recode(tuning, p.method, term.format, stats)
+    clip, output_map = tuning.clip_weights, weight.output_map
+    codes = MappedCodes(original, term.format, shared, clip=clip, rows=rows, output_map=output_map, recode=recode)
+    return codes, why
 
 
 @dataclass(frozen=True)

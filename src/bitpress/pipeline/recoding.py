@@ -10,14 +10,13 @@ from bitpress.calibration import Stats
 from bitpress.errors import CalibrationError, FormatError, NumericsError
 from bitpress.formats import Format
 from bitpress.pipeline.compose import compress_placed, needed_of
-from bitpress.quantizers.quantizer import Outcome
 from bitpress.quantizers.rtn import RTN
 from bitpress.recipes import LayerMethod
 from bitpress.transforms.basis import Maps
 from bitpress.transforms.sites import Sites
 from bitpress.transforms.target import TargetStats
 from bitpress.transforms.transform import InputStats
-from bitpress.tuning.learned_maps import Clip, MapTuning, Recode
+from bitpress.tuning.learned_maps import Clip, MapTuning, Recode, Recoded
 
 __all__ = ["find_recode"]
 
@@ -74,12 +73,13 @@ def find_recode(tuning: MapTuning, method: LayerMethod, fmt: Format, stats: Stat
         return None, f"rounds to nearest: {method.quantizer.name} makes {what} for a weight, with these settings"
     seen = needed_of(stats, needs)
 
-    def recode(w: torch.Tensor, maps: Maps, columns: torch.Tensor | None, clip: Clip | None) -> Outcome:
+    def recode(w: torch.Tensor, maps: Maps, columns: torch.Tensor | None, clip: Clip | None) -> Recoded:
         targets = method.targets if clip is None else (*method.targets, _Clipped(clip))
         parts = replace(method, format=fmt, changes=(_Given(maps),), targets=targets, corrections=())
         try:
-            return compress_placed(w, seen if seen is None or columns is None else seen.rescaled(1 / columns), parts)
+            made = compress_placed(w, seen if seen is None or columns is None else seen.rescaled(1 / columns), parts)
         except (CalibrationError, FormatError) as error:
             raise NumericsError(str(error)) from error
+        return made.weight, made.fallbacks
 
     return recode, None

@@ -35,14 +35,13 @@ from bitpress.formats import (
     fake_quantize,
 )
 from bitpress.formats.fake_quantize import clip_blocks
-from bitpress.quantizers.quantizer import Outcome
 from bitpress.transforms.basis import Maps, into_basis
 from bitpress.tuning.folded import Folded
 from bitpress.tuning.learned import Leaf, LearnedTerm, Start, Value, soft_weight
 from bitpress.tuning.sides import joined_maps
 from bitpress.tuning.tuner import ScheduleName, Tuning
 
-__all__ = ["SERVED", "Clip", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "Recode", "SharedInput"]
+__all__ = ["SERVED", "Clip", "LearnedMatrix", "MapTuning", "MappedCodes", "MappedWeight", "Recode", "Recoded", "SharedInput"]
 
 # Formats whose codes are found by rounding to nearest behind a fit of the range: it is done anew for every weight at every step.
 SERVED = ("int*", "e?m?*", "mxfp*", "nf*")
@@ -53,8 +52,10 @@ LOWER = "A lower rate moves it less."
 
 # Puts the blocks of a weight, in the basis of its codes, into the ranges that were learned.
 Clip = Callable[[Float[torch.Tensor, "out in"]], Float[torch.Tensor, "out in"]]
+# A compressed weight, and what its quantizer fell back to.
+Recoded = tuple[CompressedWeight, tuple[str, ...]]
 # Compresses what a weight stands for between maps of its input and output; then factors of its columns that its input lost, and its ranges.
-Recode = Callable[[Float[torch.Tensor, "out in"], Maps, Float[torch.Tensor, " in"] | None, Clip | None], Outcome]
+Recode = Callable[[Float[torch.Tensor, "out in"], Maps, Float[torch.Tensor, " in"] | None, Clip | None], Recoded]
 
 
 class LearnedMatrix(Protocol):
@@ -259,12 +260,12 @@ class MappedCodes:
         return Packed.pack(self.fmt, self.fmt.encode(values, params), params)
 
     @torch.no_grad()
-    def compressed(self) -> Outcome:
+    def compressed(self) -> Recoded:
         """Return the whole weight as it is stored."""
         maps = (self.shared.hard_map(), self.output_map)
         if self.recode is not None:
             return self.recode(self.fold(self.target), maps, self.shared.columns(), self._clipped if self.ends else None)
-        return Outcome(CompressedWeight((self.harden(),), *maps))
+        return CompressedWeight((self.harden(),), *maps), ()
 
 
 class MappedWeight:
@@ -301,9 +302,8 @@ class MappedWeight:
         return self._value(weight, None if self.input is None else self.shared.rounding(self.input))
 
     def harden(self) -> CompressedWeight:
-        made = self.codes.compressed()
-        self.fallbacks = made.fallbacks
-        return made.weight
+        weight, self.fallbacks = self.codes.compressed()
+        return weight
 
     def harden_input(self) -> InputFormat | None:
         return None if self.input is None else self.shared.hard_rounding(self.input)
