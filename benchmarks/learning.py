@@ -86,23 +86,27 @@ def measure(model: str, options: argparse.Namespace) -> None:
     recipes.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "bitpress", "compare", model, str(out / "comparison"), "--recipes", str(recipes), "--json"]
     command += ["--bits", options.bits, "--tokens", str(options.tokens), "--samples", str(options.samples)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    finally:  # a comparison that was stopped has rows too, and goes on with the others
+        shared = {"kind": kind, "model": model, "blocks": list(QUICK) if skip else "all"}
+        keep(out / "comparison", {**shared, "steps": options.steps, "batch": options.batch})
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout)
+
+
+def keep(comparison: Path, shared: dict[str, Any]) -> None:
+    """Keep the rows of a comparison that are new; recipes that failed are printed."""
+    results = comparison / "results.jsonl"
+    found = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    floors = [row for row in found if row["kind"] == "floor"]
     known = {(row["name"], row["finished"]) for row in read_rows("learning")}
-    for row in found["rows"]:
+    for row in (row for row in found if row["kind"] == "recipe"):
         if row["failed"]:
             print(f"{row['name']}, {row['bits']} bits: failed: {row['failed']}", file=sys.stderr)
         elif (row["name"], row["finished"]) not in known:
-            shared = {
-                "kind": kind,
-                "model": model,
-                "blocks": list(QUICK) if skip else "all",
-                "steps": options.steps,
-                "batch": options.batch,
-            }
-            add_row("learning", {**shared, "compute": found["compute"], "noise": found["floor"], **row})
+            compute = json.loads((comparison / "compare.json").read_text(encoding="utf-8"))["compute"]
+            add_row("learning", {**shared, "compute": compute, "noise": floors[0] if floors else None, **row})
 
 
 def render() -> None:
