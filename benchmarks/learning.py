@@ -48,7 +48,8 @@ def learning_recipes(only: list[str]) -> dict[str, dict[str, Any]]:
         start = {key: value for key, value in recipe.items() if key != "tuning"}
         if start not in made.values():
             made[f"{START}{name}"[:60]] = start
-        made[name] = recipe
+        own = [{"name": one} if isinstance(one, str) else one for one in recipe["tuning"]]  # as many steps for each
+        made[name] = {**recipe, "tuning": [{k: v for k, v in one.items() if k not in ("steps", "batch")} for one in own]}
     return made
 
 
@@ -89,7 +90,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     finally:  # a comparison that was stopped has rows too, and goes on with the others
-        shared = {"kind": kind, "model": model, "blocks": list(QUICK) if skip else "all"}
+        shared = {"table": kind, "model": model, "blocks": list(QUICK) if skip else "all"}
         keep(out / "comparison", {**shared, "steps": options.steps, "batch": options.batch})
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}")
@@ -112,7 +113,7 @@ def keep(comparison: Path, shared: dict[str, Any]) -> None:
 def render() -> None:
     """Write the tables of docs/tuning.md: recipes of one model and width beside each other, by their KL."""
     for kind, section in (("recipes", "measured learning"), ("practices", "measured practices")):
-        rows = {(*_group(row), row["name"]): row for row in read_rows("learning") if row["kind"] == kind}
+        rows = {(*_group(row), row["name"]): row for row in read_rows("learning") if row.get("table", "recipes") == kind}
         rewrite_section(PAGE, section, [*_tables(list(rows.values())), ""])
 
 
@@ -126,7 +127,7 @@ def _tables(rows: list[dict[str, Any]]) -> list[str]:
         lines += ["", f"`{model}`, {blocks}{width}, {alike[0]['steps']} steps of {size}:", ""]
         texts = list(alike[0]["texts"])
         lines.append(
-            f"| recipe | bits | {' | '.join(f'KL, {text}' for text in texts)} | loss, calibration | loss, held out | s |"
+            f"| recipe | bits | {' | '.join(f'KL, {text}' for text in texts)} | loss, calibration | loss, held out | processor s |"
         )
         lines.append(f"|---|---|{'---|' * len(texts)}---|---|---|")
         lines += [_line(row, texts) for row in sorted(alike, key=lambda row: float(row["kl_mean"]))]
@@ -143,7 +144,7 @@ def _line(row: dict[str, Any], texts: list[str]) -> str:
     if learned:
         losses = [f"{learned[first]:.3g} → {learned[last]:.3g}" for first, last in LOSSES]
     figures = [f"{row['texts'][text]['kl_mean']:.3g}" for text in texts]
-    cells = [row["name"], f"{row['bits_per_weight']:.2f}", *figures, *losses, f"{row['seconds_pressing']:.0f}"]
+    cells = [row["name"], f"{row['bits_per_weight']:.2f}", *figures, *losses, f"{row['seconds_pressing_cpu']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
