@@ -47,7 +47,7 @@ __all__ = ["SERVED", "Clip", "LearnedMatrix", "MapTuning", "MappedCodes", "Mappe
 SERVED = ("int*", "e?m?*", "mxfp*", "nf*")
 # Where the sigmoids of clipping start: nearly open, as OmniQuant's.
 OPEN = 4.0
-# What helps where a learned map cannot be stored.
+# Advice where a learned map cannot be stored.
 LOWER = "A lower rate moves it less."
 
 # Puts the blocks of a weight, in the basis of its codes, into the ranges that were learned.
