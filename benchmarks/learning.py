@@ -114,7 +114,7 @@ def render() -> None:
     """Write the tables of docs/tuning.md: recipes of one model and width beside each other, by their KL."""
     for kind, section in (("recipes", "measured learning"), ("practices", "measured practices")):
         rows = {(*_group(row), row["name"]): row for row in read_rows("learning") if row.get("table", "recipes") == kind}
-        rewrite_section(PAGE, section, [*_tables(list(rows.values())), ""])
+        rewrite_section(PAGE, section, [*(_tables(list(rows.values())) or ["", "Not measured yet."]), ""])
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[str]:
