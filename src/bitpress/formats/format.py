@@ -190,7 +190,7 @@ class Format:
     def encode(self, w: Float[torch.Tensor, "out in"], params: Params) -> Int[torch.Tensor, "codes_down codes_across"]:
         """Return the nearest code of every weight under `params`, or the nearest stream of codes of every column."""
         if isinstance(self.grid, Streamed):
-            return self.encode_columns(w.float(), self._spread(params, (w.shape[0], w.shape[1])))
+            return self.encode_columns(w.float(), self.spread(params, (w.shape[0], w.shape[1])))
         codes = self.grid.encode(self.to_blocks(w.float()), self.per_block(params))
         return self.from_blocks(codes, w.shape[0], self.grid.span)
 
@@ -198,7 +198,7 @@ class Format:
         """Return the weights in float32: `(codes - zero) * scale` for integers."""
         if isinstance(self.grid, Streamed):
             shape = (codes.shape[0] * self.rows_per_code, codes.shape[1])
-            return self.decode_columns(codes, self._spread(params, shape))
+            return self.decode_columns(codes, self.spread(params, shape))
         values = self.grid.decode(self.to_blocks(codes, self.grid.span), self.per_block(params))
         return self.from_blocks(values, codes.shape[0])
 
@@ -231,7 +231,7 @@ class Format:
             at_column[p.name] = value
         return at_column
 
-    def _spread(self, params: Params, shape: tuple[int, int]) -> Params:
+    def spread(self, params: Params, shape: tuple[int, int]) -> Params:
         """Return single numbers for every row, `[out, 1]`, or for every weight if blocks part the columns."""
         rows, cols = self.block.resolve(shape, self.grid.span)
         across = 1 if cols == shape[1] else cols

@@ -46,12 +46,8 @@ class FixedCodes(LearnedCodes):
 
     def _is_dear(self) -> bool:
         """Whether codes take long to decode, those of trellises and of several weights, to what one scale of a block multiplies."""
-        grid = self.fmt.grid
-        alone = len(grid.params) == 1 and (grid.params[0].name, grid.params[0].scope, grid.params[0].shape) == (
-            "scale",
-            "block",
-            (),
-        )
+        grid, one = self.fmt.grid, self.fmt.grid.params[0]
+        alone = len(grid.params) == 1 and (one.name, one.scope, one.shape) == ("scale", "block", ())
         return alone and (isinstance(grid, Streamed) or grid.span > 1)
 
     def _of_unit_scale(self) -> torch.Tensor | None:
@@ -64,9 +60,7 @@ class FixedCodes(LearnedCodes):
         return None if not same else half if torch.equal(half.float(), unit) else unit
 
     def _scaled(self, unit: torch.Tensor, scale: torch.Tensor) -> Float[torch.Tensor, "out in"]:
-        rows, cols = self.fmt.block.resolve((unit.shape[0], unit.shape[1]), self.fmt.grid.span)
-        whole = scale if rows == 1 else scale.repeat_interleave(rows, 0)
-        return unit * (whole if whole.shape[1] == 1 else whole.repeat_interleave(cols, 1))
+        return unit * self.fmt.spread({"scale": scale}, (unit.shape[0], unit.shape[1]))["scale"]
 
     @torch.no_grad()
     def harden(self) -> Packed:
