@@ -11,6 +11,7 @@ import torch
 import bitpress
 from bitpress.calibration import Stats
 from bitpress.checkpoints.compressed import CompressedCheckpoint
+from bitpress.errors import NumericsError
 from bitpress.formats import parse_format
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.pipeline.recoding import find_recode
@@ -170,3 +171,23 @@ def test_rounding_takes_a_changed_target_into_a_learned_basis() -> None:
     fmt, part = parse_format("int4-row"), Named("quantizer", "rtn", RTN())
     assert find_recode(FlatQuant(), LayerMethod(fmt, part), fmt, None) == (None, None)
     assert find_recode(FlatQuant(), LayerMethod(fmt, part, targets=(QEP(),)), fmt, None)[0] is not None
+
+
+def test_a_fallback_behind_a_learned_map_is_in_the_report_and_an_error_where_strict(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def falling(*given: Any) -> Any:
+        recode, why = find_recode(*given)
+        assert recode is not None
+        return lambda *args: (recode(*args)[0], ("gave up",)), why
+
+    monkeypatch.setattr("bitpress.pipeline.learned_inputs.find_recode", falling)
+    keys = {**W4A4, "weights": "int3-row", "transforms": ["smoothquant"], "quantizer": {"name": "gptq"}}
+    recipe = gptq_recipe(**keys, tuning=[{"name": "flatquant", "clip_weights": 0, **FEW, "steps": 12}])
+    model = tiny_model("llama", num_hidden_layers=1)
+    report = run(model, tmp_path / "out", recipe)
+    assert report["tuned"][0]["kept"]
+    told = [f["weight"] for f in report["fallbacks"] if f["what"] == "behind flatquant: gave up"]
+    assert sorted(told) == sorted(r["name"] for r in report["layers"])
+    with pytest.raises(NumericsError, match="behind flatquant: gave up"):
+        quantize_directory(model, tmp_path / "strict", recipe, strict=True, proof=Proof(tokens=0))
