@@ -292,6 +292,7 @@ void bind_engine(nb::module_ &m) {
     m.def("paths", &paths);
     m.def("read_speed", &read_speed, nb::arg("bytes"), nb::arg("threads"));
     m.def("multiply_speed", &multiply_speed, nb::arg("path"), nb::arg("threads"));
+    bind_maps(m);
     bind_models(m);
     bind_stored(m);
 }

@@ -14,6 +14,7 @@ namespace bitpress {
 std::vector<MapStep> take_map(nanobind::handle given, const char *part, int columns);
 
 void bind_engine(nanobind::module_ &m);
+void bind_maps(nanobind::module_ &m);
 void bind_models(nanobind::module_ &m);
 void bind_stored(nanobind::module_ &m);
 

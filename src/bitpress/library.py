@@ -10,7 +10,7 @@ from bitpress.settings import code_path, use_native
 __all__ = ["VERSION", "available", "built_library", "chosen_path", "code_paths", "features", "library"]
 
 # The version of the interface between the library and `native`, raised whenever a function changes. An older library is not used.
-VERSION = 22
+VERSION = 23
 
 
 @functools.cache

@@ -14,7 +14,6 @@
 `dequantize`. Weights that have no such layout are decoded to 16 bits, and `expanded` names them.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +25,6 @@ from bitpress import native
 from bitpress.formats import ChannelFormat, CompressedWeight, InputFormat
 from bitpress.formats.format import Format
 from bitpress.formats.grids.integer import Integer
-from bitpress.formats.maps.affine import Affine
-from bitpress.formats.maps.map import Chain, Map, Permutation, Scale
-from bitpress.formats.maps.reassembly import Reassembly
-from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 from bitpress.formats.terms.kept import Kept
 from bitpress.formats.terms.low_rank import LowRank
 from bitpress.formats.terms.packed import Packed
@@ -37,6 +32,7 @@ from bitpress.formats.terms.sparse import Sparse
 from bitpress.formats.weight import Term
 from bitpress.kernels.integers import run_columns
 from bitpress.kernels.native_codes import Codes, plan_codes
+from bitpress.kernels.native_maps import foreign_kind, map_steps
 from bitpress.kernels.native_scales import native_floats, native_scales
 
 __all__ = ["NativeLayout", "has_layout", "lay_out", "lay_out_matrix", "packed_factors", "reason_to_expand"]
@@ -71,9 +67,9 @@ def lay_out(weight: CompressedWeight, bias: torch.Tensor | None = None, inputs: 
         _add_dense(strips, weight.dequantize())
         return _with_bias(strips, bias)
     if weight.input_map is not None:
-        strips.linear.set_map(_steps(weight.input_map))
+        strips.linear.set_map(map_steps(weight.input_map))
     if weight.output_map is not None:
-        strips.linear.set_out_map(_steps(weight.output_map))
+        strips.linear.set_out_map(map_steps(weight.output_map))
     if inputs is not None:
         strips.linear.set_rounding(_rounding(inputs, weight.shape[1]))
     _add_terms(strips, weight.terms, inputs)
@@ -93,8 +89,9 @@ def reason_to_expand(weight: CompressedWeight) -> str | None:
 
 
 def _map_reason(weight: CompressedWeight) -> str | None:
-    changes = [step for m in (weight.input_map, weight.output_map) for step in (m.maps if isinstance(m, Chain) else [m])]
-    return "reassembly" if any(isinstance(step, Reassembly) for step in changes) else None
+    return next(
+        (kind for m in (weight.input_map, weight.output_map) if m is not None and (kind := foreign_kind(m)) is not None), None
+    )
 
 
 def _rounding(inputs: InputFormat, columns: int) -> dict[str, Any]:
@@ -111,40 +108,6 @@ def _rounding(inputs: InputFormat, columns: int) -> dict[str, Any]:
     params = inputs.stored()
     zero = params["zero"] if grid.zero else torch.tensor(1 << (grid.bits - 1))
     return {**rounding, "kind": "fp32", "scale": float(params["scale"]), "zero": int(zero)}
-
-
-def _steps(change: Map) -> list[dict[str, Any]]:
-    """Return a map as native code takes it: gathers, scales, and products of every block with left ⊗ right."""
-    if isinstance(change, Chain):
-        steps: list[dict[str, Any]] = []
-        for step in (step for part in change.maps for step in _steps(part)):
-            if steps and steps[-1]["kind"] == step["kind"] == "scale":
-                steps[-1] = {"kind": "scale", "values": steps[-1]["values"] * step["values"]}
-            else:
-                steps.append(step)
-        return steps
-    if isinstance(change, Permutation):
-        return [{"kind": "gather", "order": change.order.to(torch.int32).contiguous().numpy()}]
-    if isinstance(change, Scale):
-        return [_scaling(change.scale)]
-    if isinstance(change, (Kronecker, Affine)):
-        left, right = _flat(change.left), _flat(change.right)
-        across = change.left.shape[0]
-        block = across * change.right.shape[0]
-        return [{"kind": "mix", "block": block, "across": across, "right": right, **({"left": left} if across > 1 else {})}]
-    assert isinstance(change, Hadamard), change.kind
-    mix: dict[str, Any] = {"kind": "mix", "block": change.block, "across": change.core}
-    if change.core > 1:
-        mix["left"] = _flat(hadamard_matrix(change.core))
-    return [_scaling(change.factors() / math.sqrt(change.block)), mix]
-
-
-def _scaling(factors: torch.Tensor) -> dict[str, Any]:
-    return {"kind": "scale", "values": _flat(factors)}
-
-
-def _flat(values: torch.Tensor) -> np.ndarray:
-    return values.float().contiguous().flatten().numpy()
 
 
 def _term_reason(term: Term) -> str | None:

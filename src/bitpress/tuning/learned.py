@@ -22,7 +22,7 @@ from bitpress.formats.grids.grid import EvenlySpaced, Params, Streamed
 from bitpress.transforms.basis import into_basis
 from bitpress.tuning.leaf import Leaf
 from bitpress.tuning.relaxation import pass_through, round_through
-from bitpress.tuning.sides import AroundTerms, LearnedSides
+from bitpress.tuning.sides import LearnedSides, MapsAround
 
 __all__ = [
     "Leaf",
@@ -246,6 +246,7 @@ class LearnedWeight:
         own = {} if codes is None or at is None else {at: codes}
         self.terms = dict(sorted({**own, **(beside or {})}.items()))
         self.whole, self.sides, self.transposed = weight, sides, transposed
+        self.maps = MapsAround(weight)
         self.others = [None if k in self.terms else term.dequantize() for k, term in enumerate(weight.terms)]
 
     @staticmethod
@@ -282,11 +283,7 @@ class LearnedWeight:
         for part in parts:
             total = part if total is None else total + part
         assert total is not None
-        mapped: torch.Tensor
-        if self.sides is None:
-            mapped = AroundTerms.apply(total, self.whole.input_map, self.whole.output_map)
-        else:
-            mapped = self.sides.apply(total, self.whole)
+        mapped = self.maps.outputs(self.maps.inputs(total)) if self.sides is None else self.sides.apply(total, self.maps)
         return mapped.T if self.transposed else mapped
 
     def harden(self) -> CompressedWeight:

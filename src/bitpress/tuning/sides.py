@@ -1,33 +1,49 @@
 """Learned diagonals at both ends of a weight's maps, and the maps around its terms."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 
 from bitpress.formats import Chain, CompressedWeight, Map, Scale, chain
+from bitpress.kernels.native_maps import MatrixMap
 from bitpress.tuning.leaf import Leaf
 
-__all__ = ["AroundTerms", "LearnedSides", "joined_maps"]
+__all__ = ["LearnedSides", "MapsAround", "joined_maps"]
 
 
-class AroundTerms(torch.autograd.Function):
-    """The maps around the terms of a weight, as `CompressedWeight.dequantize` applies them."""
+class MapsAround:
+    """The maps around the terms of a weight, as `CompressedWeight.dequantize` applies them, with their gradients.
 
+    Every step of learning applies them to a whole weight, so they run in native code where it knows them; what is stored is decoded by
+    the maps themselves.
+    """
+
+    def __init__(self, weight: CompressedWeight) -> None:
+        (rows, cols), device = weight.shape, weight.device
+        self.input_map = None if weight.input_map is None else MatrixMap.of(weight.input_map, cols, device)
+        self.output_map = None if weight.output_map is None else MatrixMap.of(weight.output_map, rows, device)
+
+    def inputs(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
+        """Return w T_in."""
+        return w if self.input_map is None else cast(torch.Tensor, _Mapped.apply(w, self.input_map, "rows"))
+
+    def outputs(self, w: Float[torch.Tensor, "out in"]) -> Float[torch.Tensor, "out in"]:
+        """Return T_out w."""
+        return w if self.output_map is None else cast(torch.Tensor, _Mapped.apply(w, self.output_map, "columns"))
+
+
+class _Mapped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: torch.Tensor, input_map: Map | None, output_map: Map | None) -> torch.Tensor:
-        ctx.maps = input_map, output_map
-        if input_map is not None:
-            w = input_map.apply_transposed(w)
-        return w if output_map is None else output_map.apply(w.T).T
+    def forward(ctx: Any, w: torch.Tensor, change: MatrixMap, axis: Literal["rows", "columns"]) -> torch.Tensor:
+        ctx.change, ctx.axis = change, axis
+        return change.rows(w, transposed=True) if axis == "rows" else change.columns(w, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (input_map, output_map), g = ctx.maps, gradients[0]
-        if output_map is not None:
-            g = output_map.apply_transposed(g.T).T
-        return g if input_map is None else input_map.apply(g), None, None
+        change, (g,) = ctx.change, gradients
+        return (change.rows(g, transposed=False) if ctx.axis == "rows" else change.columns(g, transposed=True)), None, None
 
 
 class LearnedSides:
@@ -45,11 +61,10 @@ class LearnedSides:
     def leaves(self) -> list[Leaf]:
         return [Leaf(side, self.rate) for side in (self.s, self.t) if side is not None]
 
-    def apply(self, w: Float[torch.Tensor, "out in"], weight: CompressedWeight) -> Float[torch.Tensor, "out in"]:
+    def apply(self, w: Float[torch.Tensor, "out in"], maps: MapsAround) -> Float[torch.Tensor, "out in"]:
         """Return the sum of the terms between the weight's maps and the diagonals, in the order of a stored weight."""
-        mapped: torch.Tensor = AroundTerms.apply(w, weight.input_map, None)
-        mapped = mapped if self.s is None else mapped * self.s
-        whole: torch.Tensor = AroundTerms.apply(mapped, None, weight.output_map)
+        mapped = maps.inputs(w)
+        whole = maps.outputs(mapped if self.s is None else mapped * self.s)
         return whole if self.t is None else (whole.T * self.t).T
 
     def harden(self, weight: CompressedWeight) -> CompressedWeight:
