@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from bitpress.checkpoints.compressed import CompressedCheckpoint
 from bitpress.errors import MemoryLimitError, UsageError
 from bitpress.pipeline.quantize import Proof, plan_run, quantize_directory
+from bitpress.pipeline.tuning import SpanTuner
 from bitpress.recipes import build_method, make_method
 from bitpress.tuning.modcap import ModCap
 from bitpress.tuning.span import Window, cut_windows
@@ -99,6 +100,29 @@ def test_a_window_starts_from_what_its_blocks_give_without_learning(
     )
     before = {row["name"]: row["before"] for row in plain["tuned"]}
     assert rows[0]["before"] == pytest.approx(before["model.layers.1"], rel=1e-5)
+
+
+def test_a_window_behind_folded_factors_learns_what_its_weights_stand_for(
+    tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, tune = list[tuple[SpanTuner, dict[str, torch.Tensor]]](), SpanTuner.tune
+
+    def heard(tuner: SpanTuner, *given: Any) -> Any:
+        begun.append((tuner, dict(tuner.originals)))
+        return tune(tuner, *given)
+
+    monkeypatch.setattr(SpanTuner, "tune", heard)
+    folding = {"name": "omniquant", "rate": 0.05, **FEW, "steps": 8}
+    wide = {"name": "signround", "span": "windows", "window": 2, **FEW}
+    report = run(tiny_model("llama"), tmp_path / "out", gptq_recipe(weights="int2-g32-zero", tuning=[folding, wide]))
+    *alone, (window, wanted) = begun
+    assert report["tuned"][0]["kept"]
+    assert any(not torch.equal(alone[0][0].originals[name], w) for name, w in alone[0][1].items()), "factors were folded"
+    for tuner, _ in alone:
+        for name, w in tuner.originals.items():
+            torch.testing.assert_close(wanted[name], w, rtol=1e-5, atol=1e-7)
+        assert all(window.stats[name] is one for name, one in tuner.stats.items())
+    assert all(0 < layer["error"] < 1 for layer in report["layers"])
 
 
 def test_blocks_ahead_judge_and_stay(tiny_model: Callable[..., Path], gptq_recipe: Callable[..., Any], tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ so the same inputs give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 
 from bitpress.calibration import Stats
 from bitpress.corrections.bias import BiasCorrection
@@ -34,7 +35,11 @@ __all__ = ["BlockCompressor", "OpenBlock", "check_early", "packed_weights"]
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds."""
+    """A block that is compressed and still open: `measured` are the statistics of its weights' inputs before scales, which `scales` holds.
+
+    learned   the statistics of inputs behind what was learned of the block, by the names of single weights
+    folded    the factors of weights' entries that came with it, by the names of parameters
+    """
 
     block: LoadedBlock
     made: CompressedBlock
@@ -42,6 +47,8 @@ class OpenBlock:
     measured: Mapping[str, Stats]
     scales: Rescaled | None
     seen: dict[str, SeenChannels]
+    learned: dict[str, Stats] = field(default_factory=dict)
+    folded: dict[str, Float[torch.Tensor, "out in"]] = field(default_factory=dict)
 
     @property
     def weights(self) -> list[PlannedWeight]:
@@ -50,7 +57,7 @@ class OpenBlock:
 
     def stats(self) -> dict[str, Stats]:
         """Return the statistics of the inputs that the compressed weights have."""
-        return {name: _of_stored(name, found, self.scales) for name, found in self.measured.items()}
+        return self.learned or {name: _of_stored(name, found, self.scales) for name, found in self.measured.items()}
 
 
 class BlockCompressor:
@@ -210,11 +217,12 @@ class BlockCompressor:
 
     def held(self, opened: Sequence[OpenBlock]) -> Held:
         """Return what learning holds of blocks that are compressed."""
-        originals = {
-            p.parameter.name: self.weights.unscaled(p, one.block.tensors[p.parameter.name], one.scales)
-            for one in opened
-            for p in one.weights
-        }
+        originals = dict[str, torch.Tensor]()
+        for one in opened:
+            for p in one.weights:
+                name = p.parameter.name
+                original = self.weights.unscaled(p, one.block.tensors[name], one.scales)
+                originals[name] = original * one.folded[name] if name in one.folded else original
         kept = {
             name: t
             for one in opened
@@ -234,10 +242,13 @@ class BlockCompressor:
         """Put what was learned of compressed blocks into them and into the model; the first of them gets the rows of the report."""
         for one in opened:
             tensors = one.block.tensors
+            one.learned.update({part: tuned.stats[part] for part in one.measured if part in tuned.stats})
             for p in one.weights:
                 name = p.parameter.name
+                if (factors := tuned.folded.get(name)) is not None:
+                    one.folded[name] = factors
                 if name in tuned.weights:
-                    made, folded = one.made.parameters[name], tuned.folded.get(name)
+                    made, folded = one.made.parameters[name], one.folded.get(name)
                     result = self.weights.replaced(made, tuned.weights[name], tensors[name], one.measured, one.scales, folded)
                     one.made.put_(result if name not in tuned.inputs else result.with_input(tuned.inputs[name]))
                 for text in tuned.notes.get(name, ()):

@@ -57,6 +57,7 @@ class Tuned:
 
     inputs    formats of inputs that changed
     folded    the factors of weights' entries, where channel factors were folded
+    stats     of the inputs that the weights have now, by the names of single weights
     fallbacks what the recipe's quantizer fell back to in a learned basis
     """
 
@@ -66,6 +67,7 @@ class Tuned:
     notes: dict[str, list[str]]
     inputs: dict[str, InputFormat]
     folded: dict[str, Float[torch.Tensor, "out in"]]
+    stats: dict[str, Stats]
     fallbacks: dict[str, list[str]]
 
 
@@ -133,7 +135,7 @@ class SpanTuner:
                         fallbacks.setdefault(name, []).extend(f"behind {named.name}: {text}" for text in one.fallbacks)
         changed = {name: weight for name, weight in made.items() if weight is not start[name]}
         rounded = {name: self.rounded[name] for name in self.rounded if name in changed}
-        return Tuned(changed, vectors, rows, notes, rounded, self.folded, fallbacks)
+        return Tuned(changed, vectors, rows, notes, rounded, self.folded, self.stats, fallbacks)
 
     def _mapped(
         self,
