@@ -16,9 +16,9 @@ import wrapt
 from bitpress.version import __version__
 
 if TYPE_CHECKING:
-    from bitpress.api import evaluate, evaluate_tasks, export, load, load_tokenizer, quantize
+    from bitpress.api import evaluate, evaluate_tasks, export, learn_rotations, load, load_tokenizer, quantize
 
-__all__ = ["__version__", "evaluate", "evaluate_tasks", "export", "load", "load_tokenizer", "quantize"]
+__all__ = ["__version__", "evaluate", "evaluate_tasks", "export", "learn_rotations", "load", "load_tokenizer", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,16 +16,20 @@ from bitpress.measure.multiple_choice import DOCUMENTS
 from bitpress.measure.multiple_choice import evaluate_tasks as _evaluate_tasks
 from bitpress.pipeline.exporting import export_for, export_model, open_model, open_to_quantize
 from bitpress.pipeline.for_runtime import choose_for, fit_to
+from bitpress.pipeline.learned_rotations import LearnedRotations
+from bitpress.pipeline.learned_rotations import learn_rotations as _learn_rotations
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Progress
 from bitpress.recipes import Recipe, choose_method
+from bitpress.recipes.parts import make_part
 from bitpress.runtime.native.options import EngineOptions
 from bitpress.runtime.opening import load as _load
 from bitpress.screen import watch
+from bitpress.tuning.network_rotations import RotationTuning
 
 _OF_ENGINE = ("activations", "cache", "head")
 
-__all__ = ["evaluate", "evaluate_tasks", "export", "load", "load_tokenizer", "quantize"]
+__all__ = ["evaluate", "evaluate_tasks", "export", "learn_rotations", "load", "load_tokenizer", "quantize"]
 
 
 class _How(TypedDict):
@@ -104,6 +108,42 @@ def quantize(
         how: _How = {"strict": strict, "force": force, "proof": Proof(tokens=proof_tokens, text=proof_text, max_kl=max_kl)}
         report = quantize_directory(source, out, fit_to(made, source, runtime), **how, device=place, progress=shown)
         return report if runtime is None else {**report, "exported": export_for(out, runtime, shown)}
+
+
+def learn_rotations(
+    model: str | Path,
+    file: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    scheme: str | None = None,
+    weights: str | None = None,
+    inputs: str | Mapping[str, Any] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    skip: Sequence[str] = (),
+    force: bool = False,
+    device: str | None = None,
+    device_memory: int | str | None = None,
+    progress: Progress | bool | None = None,
+    **tuning: Any,
+) -> LearnedRotations:
+    """Learn a rotation of the whole network under which rounding costs less, and write it to the safetensors file `file`, which the transform
+    `rotate` reads (`kind: given`).
+
+    tuning      steps (100), batch (1 window), rate (1.0 radians), loss ("kl-top" or "cross-entropy"), rounds ("all", "inputs" or "weights")
+    force       replace `file`; the other arguments are as in `quantize`
+
+    Raises the errors of `bitpress.errors`.
+    """
+    text = {"text": calibration, "samples": samples, "length": length, "seed": seed}
+    parts = _Parts(weights=weights, quantizer=None, inputs=inputs, tune=(), calibration=text, skip=skip, outer={})
+    method = choose_method(recipe, preset=None, scheme=scheme, bits=None, **parts)
+    how = make_part("tuning", {"name": "rotations", **tuning}, {"rotations": RotationTuning})
+    with _computing(device, device_memory) as place, watch(progress) as shown:
+        source = open_to_quantize(model, shown)
+        return _learn_rotations(source, Path(file), method.computed_on(place), how, force=force, device=place, progress=shown)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bitpress.cli import cache, compare_command, exchange, info, run
+from bitpress.cli import cache, compare_command, exchange, info, rotations, run
 from bitpress.cli.failing import check_arguments, fail, interrupted
 from bitpress.cli.options import (
     Activations,
@@ -271,6 +271,7 @@ def evaluate(
 
 app.add_typer(run.app)
 app.add_typer(compare_command.app)
+app.add_typer(rotations.app)
 app.add_typer(exchange.app)
 app.add_typer(info.app)
 app.add_typer(cache.app)

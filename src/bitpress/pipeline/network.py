@@ -38,7 +38,7 @@ from bitpress.tuning.learned import Learned
 from bitpress.tuning.tuner import Curve, Tuning, tune_
 from bitpress.tuning.wide_objectives import NetworkObjective, Teacher
 
-__all__ = ["compress_all", "learn_committed", "learn_network"]
+__all__ = ["compress_all", "learn_committed", "learn_network", "teach"]
 
 
 def learn_network(
@@ -63,7 +63,7 @@ def learn_network(
     texts = samples.inputs if samples.held_out is None else torch.cat([samples.inputs, samples.held_out])
     counted = windows_counted(len(samples.inputs), len(texts))
     teaches = any(named.part.loss == "kl-top" for named in tunings)
-    teacher = _teach(model, texts, method.recipe.batch, check_stop) if teaches else None
+    teacher = teach(model, texts, method.recipe.batch, check_stop) if teaches else None
     progress.advance("the original")
     changed = set[int]()
     try:
@@ -85,8 +85,8 @@ def learn_network(
     return sorted(changed)
 
 
-def _teach(model: StreamedModel, texts: torch.Tensor, batch: int, check_stop: Callable[[], None]) -> Teacher:
-    """Run the original over the texts. Its outer parts must be loaded."""
+def teach(model: StreamedModel, texts: torch.Tensor, batch: int, check_stop: Callable[[], None]) -> Teacher:
+    """Run the original over the texts, and keep the tokens that it finds likeliest. Its outer parts must be loaded."""
     stream = Stream(model, texts.split(batch))
     stream.start_()
     walk(model, [stream], check_stop=check_stop)

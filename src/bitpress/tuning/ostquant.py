@@ -5,8 +5,9 @@ Source   Hu et al. 2025, "OSTQuant: Refining Large Language Model Quantization w
          logits.
 Differs  a pair for every input of a block, by the block's output (mse), where the paper learns the whole network by its KL-top loss, with a
          rotation of the hidden states that is folded into the weights around them: here the rotation is online, and the factors are folded
-         where a norm or a matrix takes them. Rotations are products of two Cayley rotations of the most equal orders (`whole`: one of the
-         whole width, up to 1,024 channels), from the identity behind the recipe's transforms.
+         where a norm or a matrix takes them (`bitpress rotations` learns a folded one, without factors). Rotations are products of two Cayley
+         rotations of the most equal orders (`whole`: one of the whole width, up to 1,024 channels), from the identity behind the recipe's
+         transforms.
 Update   T_in = (R_a ⊗ R_b) T_0 diag(1/s),  R = (I - S)^-1 (I + S),  S = A - A'
 """
 

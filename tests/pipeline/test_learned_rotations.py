@@ -1,0 +1,114 @@
+"""Rotations of the whole network that are learned: the file that is written is the basis that was learned in, and the start is never given up
+for a worse one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitpress.errors import CheckpointError, UsageError
+from bitpress.models.opening import open_original
+from bitpress.pipeline.learned_rotations import _Learner, learn_rotations
+from bitpress.progress import Silent
+from bitpress.recipes import build_method, make_recipe
+from bitpress.transforms.rotate import Rotate
+from bitpress.tuning.network_rotations import RotationTuning
+
+CPU = torch.device("cpu")
+FORMATS = {"weights": "int4-row", "quantizer": "rtn", "inputs": "int4-row-fp32", "embeddings": "keep", "head": "keep"}
+
+
+@pytest.fixture(scope="module")
+def method(text_file: Path) -> Callable[..., Any]:
+    def make(**values: Any) -> Any:
+        calibration = {"text": str(text_file), "samples": 4, "length": 32}
+        return build_method(make_recipe({**FORMATS, "calibration": calibration, "batch": 2} | values))
+
+    return make
+
+
+def tuning(**values: Any) -> RotationTuning:
+    return RotationTuning(**{"steps": 12, "batch": 2, **values})
+
+
+@pytest.mark.parametrize("rotate", [{"name": "rotate", "kind": "orthogonal"}, {"name": "rotate", "residual": False}])
+def test_the_file_is_the_basis_that_was_learned_in(
+    rotate: dict[str, Any],
+    method: Callable[..., Any],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, file = tiny_model("llama"), tmp_path / "r.safetensors"
+    online = {"name": "hadamard", "outputs": True}
+    given, how = method(transforms=[rotate, online]), tuning()
+    learner = _Learner(model, given, how, CPU, Silent())
+    parameters: dict[str, Any] = {}
+    make = learner._parameters
+
+    def kept(check_stop: Callable[[], None]) -> Any:
+        parameters.update(made := make(check_stop))
+        return made
+
+    monkeypatch.setattr(learner, "_parameters", kept)
+    curve = learner.learn(lambda: None)
+    assert curve.better
+    told = learn_rotations(model, file, given, how)
+    assert told.held_out_after == curve.after < told.held_out_before == curve.before
+    held = load_file(file)
+    assert set(held) == {"values.0", "values.1", *(["residual"] if rotate.get("residual", True) else [])}
+    for name, matrix in held.items():
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=0, atol=1e-5)
+        assert torch.equal(matrix, learner.result()[name]), "the same seed gives the same file"
+    turned = Rotate(kind="given", residual=rotate.get("residual", True), tensors=str(file))
+    streamed, _ = open_original(model, torch.float32, turned)
+    for i in range(2):
+        for name, stored in streamed.load_block_(i).items():
+            if name in parameters:
+                torch.testing.assert_close(parameters[name].harden(), stored, rtol=0, atol=1e-5)
+
+
+def test_inputs_or_weights_alone_are_rounded(
+    method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = {
+        rounds: learn_rotations(tiny_model("llama"), tmp_path / rounds, method(), tuning(rounds=rounds))
+        for rounds in ("all", "inputs", "weights")
+    }
+    assert found["inputs"].held_out_after < found["inputs"].held_out_before
+    alone = [found[rounds].held_out_before for rounds in ("inputs", "weights")]
+    assert 0 < max(alone) < found["all"].held_out_before < 2 * sum(alone)
+
+
+def test_the_start_stays_where_nothing_is_better(
+    method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "r"
+    told = learn_rotations(tiny_model("llama"), file, method(), tuning(steps=1, rate=1e-30))
+    assert not told.kept
+    assert told.held_out_after == told.held_out_before
+    width = load_file(file)["residual"].shape[0]
+    start = Rotate().of_residual(width, centred=False).apply(torch.eye(width)).T.float()
+    torch.testing.assert_close(load_file(file)["residual"], start, rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_learned_is_said(method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, file = tiny_model("llama"), tmp_path / "r.safetensors"
+    file.write_bytes(b"mine")
+    for given, out, says in (
+        (method(), file, "exists already"),
+        (method(), tmp_path, "is a directory"),
+        (method(), tmp_path / "none" / "r", "does not exist"),
+        (method(inputs=None), tmp_path / "r", "nothing is rounded"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            learn_rotations(model, out, given, tuning(rounds="inputs"))
+    assert file.read_bytes() == b"mine"
+    with pytest.raises(CheckpointError, match="residual: false"):
+        learn_rotations(tiny_model("gpt2"), tmp_path / "r", method(), tuning())
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(UsageError, match="all, inputs or weights"):
+        tuning(rounds="none")
