@@ -128,7 +128,7 @@ def test_memory_that_is_too_small_names_the_batch_that_fits(
     tight = replace(planned, learning=replace(learning, others=0), peak_memory=learning.peak)
     free = learning.fixed + 3 * learning.window - BASE_BYTES
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    with pytest.raises(MemoryLimitError, match=r"batches of 3 fit, in place of 4"):
+    with pytest.raises(MemoryLimitError, match=r"step: 3 fit, in place of 4"):
         check_memory(tight)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free - 3 * learning.window))
     with pytest.raises(MemoryLimitError, match="fewer or shorter samples"):

@@ -136,7 +136,8 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _told_learning(learning: Learning) -> str:
-    batches = f", batches of {learning.batch} windows" if learning.batch else ""
+    windows = "a window a step" if learning.batch == 1 else f"{learning.batch} windows a step"
+    batches = f", {windows}" if learning.batch else ""
     return f"up to {size(learning.peak)} ({learning.name}{batches})"
 
 

@@ -11,6 +11,7 @@
 Held-out windows go through the span once more than `checks` says.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from bitpress.pipeline.learning_sample import Share, learned_share
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.windows import windows_of
 from bitpress.recipes import Method, Named
+from bitpress.tuning.learned_maps import MapTuning
 from bitpress.tuning.tuner import Tuning
 from bitpress.tuning.wide_objectives import TOP
 
@@ -69,7 +71,7 @@ class Learning:
         if fits < 1:
             return None
         return (
-            f"{self.name} takes {self.window:,} bytes for every window of a step: batches of {fits} fit, in place of {self.batch} "
+            f"{self.name} takes {self.window:,} bytes for every window of a step: {fits} fit, in place of {self.batch} "
             f"(tuning: [{{name: {self.name}, batch: {fits}}}])."
         )
 
@@ -169,7 +171,7 @@ def _spans(
         kept = max(sum(sum(w.parameter.shape) for w in own if not w.parameter.experts) for own in blocks)
         inside = positions * (kept * 2 * model.dtype.itemsize + 6 * 4 * model.width)
         largest = max(sum(s.values for s in own) for own in shares)
-        fixed = 4 * (states * learned + COPIES * largest)
+        fixed = 4 * (states * learned + COPIES * largest) + _choosing(tuning, [w for own in blocks for w in own])
         if len(blocks) == 1 and not tuning.ahead and tuning.span != "network":
             found.append(_Span(learned, sizes.base + fixed, inside))
             continue
@@ -186,6 +188,14 @@ def _spans(
         fixed += BASE_BYTES + sizes.outer + sizes.packed + held + still * model.dtype.itemsize + texts + logits
         found.append(_Span(learned, fixed, inside + through * state))
     return found
+
+
+def _choosing(tuning: Tuning, weights: Sequence[PlannedWeight]) -> int:
+    """Return the bytes that the recipe's quantizer takes to choose the codes of the largest weight behind a learned map: four copies of the
+    weight in float32, the rescaled gram, and what is solved of it in float64."""
+    if not isinstance(tuning, MapTuning) or tuning.codes == "nearest":
+        return 0
+    return max((16 * math.prod(w.parameter.shape) + w.parameter.shape[1] ** 2 * (4 + 3 * 8) for w in weights), default=0)
 
 
 def _scarce(model: StreamedModel, method: Method, named: Named[Tuning], weights: Sequence[PlannedWeight]) -> str | None:
