@@ -17,9 +17,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rows import ROOT, add_row, read_rows, rewrite_section
 from safetensors.torch import load_file, save_file
 from scheme_picture import Shown, draw_schemes
@@ -34,6 +36,7 @@ RECIPES = ROOT / "benchmarks" / "schemes.yaml"
 PAGE = ROOT / "docs" / "activations.md"
 PLANTED = "bitpress-tiny, outliers"
 TRAINED = "bitpress-tiny-mamba"
+ROTATION = "{rotation}"
 SEED = 20261127
 JUDGED = ("smollm2-135m-regauged", "smollm2-135m-outliers")
 FAMILIES = ("w8a8", "w4a8", "w6a6", "w4a4", "fp8", "int4 x fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "original", "other")
@@ -90,18 +93,33 @@ def cut_calibration_text(out: Path) -> list[str]:
     return ["--calibration", str(files[0]), "--text", f"calibration={files[1]}"]
 
 
+def with_rotations(model: str, out: Path, options: argparse.Namespace) -> Path:
+    """Return the recipes, those with {rotation} given the rotation that is learned of this model by their formats; it is learned once."""
+    recipes: dict[str, Any] = yaml.safe_load(RECIPES.read_text(encoding="utf-8"))
+    file, made = out / "rotation.safetensors", out / "recipes.yaml"
+    wanted = [
+        recipe
+        for name, recipe in recipes.items()
+        if ROTATION in json.dumps(recipe) and (not options.only or any(fnmatch(name, pattern) for pattern in options.only))
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    if wanted and not file.exists():
+        start = {**wanted[0], "transforms": ["rotate"]}
+        del start["bits"]
+        recipe = out / "rotation.yaml"
+        recipe.write_text(yaml.safe_dump(start), encoding="utf-8")
+        command = [sys.executable, "-m", "bitpress", "rotations", model, str(file), "--recipe", str(recipe)]
+        subprocess.run([*command, "--samples", str(options.samples)], check=True)
+    text = json.dumps(recipes if file.exists() else {n: r for n, r in recipes.items() if ROTATION not in json.dumps(r)})
+    made.write_text(text.replace(ROTATION, str(file)), encoding="utf-8")
+    return made
+
+
 def measure(model: str, options: argparse.Namespace) -> None:
     out = options.out / "".join(letter if letter.isalnum() else "-" for letter in f"{model}{' choice' * options.choose}")
-    command = [
-        sys.executable,
-        "-m",
-        "bitpress",
-        "compare",
-        directory_of(model, options.out),
-        str(out),
-        "--recipes",
-        str(RECIPES),
-    ]
+    directory = directory_of(model, options.out)
+    recipes = with_rotations(directory, out.with_name(f"{out.name}-rotation"), options)
+    command = [sys.executable, "-m", "bitpress", "compare", directory, str(out), "--recipes", str(recipes)]
     command += ["--bits", "8,6,4,3,2", "--tokens", str(options.tokens), "--samples", str(options.samples), "--json"]
     command += [part for pattern in options.only for part in ("--only", pattern)]
     command += cut_calibration_text(options.out) if options.choose else []

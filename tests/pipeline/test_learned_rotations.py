@@ -83,6 +83,47 @@ def test_inputs_or_weights_alone_are_rounded(
     assert 0 < max(alone) < found["all"].held_out_before < 2 * sum(alone)
 
 
+def test_batches_of_any_size_run(method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Steps of 3 windows where the recipe runs 2 together; without a teacher nothing has run windows before."""
+    told = learn_rotations(tiny_model("llama"), tmp_path / "r", method(), tuning(steps=1, batch=3, loss="cross-entropy"))
+    assert told.failed is None
+    assert told.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "side"), [("gpt2", {"residual": False}), ("llama", {"values": False}), ("llama", {"residual": False})]
+)
+def test_a_recipe_is_told_how_to_take_the_file(
+    architecture: str, side: dict[str, bool], method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    start = {"name": "rotate", **side}
+    model = tiny_model(architecture)
+    told = learn_rotations(model, tmp_path / "r", method(transforms=[start]), tuning(steps=2))
+    assert told.rotate == {"name": "rotate", "kind": "given", "tensors": str(tmp_path / "r"), **side}
+    turned = method(transforms=[told.rotate]).rotate
+    assert turned is not None
+    plain, ours = (open_original(model, torch.float32, rotate)[0].load_block_(0) for rotate in (None, turned))
+    moved = {name for name, w in plain.items() if not torch.equal(w, ours[name])}
+    assert moved, "the file turns the network"
+    for name in moved:  # lengths stay, but where a norm's gain went in
+        if "v_proj" in name and "residual" in side:
+            torch.testing.assert_close(ours[name].norm(), plain[name].norm(), rtol=1e-5, atol=0)
+
+
+def test_parts_that_are_left_out_are_named(method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    class Noted(Silent):
+        def __init__(self) -> None:
+            self.texts = list[str]()
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    heard = Noted()
+    recipe = {"transforms": ["smoothquant", "hadamard"], "keys": "int8-row-fp32", "embeddings": "int8-row"}
+    learn_rotations(tiny_model("llama"), tmp_path / "r", method(**recipe), tuning(steps=1), progress=heard)
+    assert heard.texts == ["left out while rotations are learned: smoothquant, keys, the format of embeddings"]
+
+
 def test_the_start_stays_where_nothing_is_better(
     method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -95,20 +136,32 @@ def test_the_start_stays_where_nothing_is_better(
     torch.testing.assert_close(load_file(file)["residual"], start, rtol=0, atol=1e-6)
 
 
-def test_what_cannot_be_learned_is_said(method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_cannot_be_learned_is_said(
+    method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     model, file = tiny_model("llama"), tmp_path / "r.safetensors"
+    short = tmp_path / "one-window.txt"
+    short.write_text(text_file.read_text(encoding="utf-8")[:60], encoding="utf-8")
     file.write_bytes(b"mine")
     for given, out, says in (
         (method(), file, "exists already"),
         (method(), tmp_path, "is a directory"),
         (method(), tmp_path / "none" / "r", "does not exist"),
+        (method(), model / "r", "model's own directory"),
         (method(inputs=None), tmp_path / "r", "nothing is rounded"),
+        (method(inputs={"format": "int8-tensor", "parameters": "static"}), tmp_path / "r", "dynamic"),
+        (method(calibration={"text": str(short), "samples": 1, "length": 32}), tmp_path / "r", "samples 2 or more"),
     ):
         with pytest.raises(UsageError, match=says):
             learn_rotations(model, out, given, tuning(rounds="inputs"))
     assert file.read_bytes() == b"mine"
     with pytest.raises(CheckpointError, match="residual: false"):
         learn_rotations(tiny_model("gpt2"), tmp_path / "r", method(), tuning())
-    assert list(tmp_path.iterdir()) == [file]
+    assert {*tmp_path.iterdir()} == {file, short}
+    for wrong in ({"span": "block", "loss": "mse"}, {"norms": 0.1}):
+        with pytest.raises(UsageError, match="whole network"):
+            tuning(**wrong)
+    with pytest.raises(UsageError, match="nothing is rounded"):
+        learn_rotations(model, tmp_path / "r", method(inputs=None, weights="dfloat11"), tuning())
     with pytest.raises(UsageError, match="all, inputs or weights"):
         tuning(rounds="none")

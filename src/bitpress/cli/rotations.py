@@ -1,6 +1,7 @@
 """`bitpress rotations`: learn the rotation of a whole network, for the transform `rotate`."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,4 @@ def rotations(
         out.print(
             "no step was better than the start on held-out text, so the file holds the rotation that learning started from"
         )
-    out.print(
-        f"{file} holds the rotation. In a recipe: transforms: [{{name: rotate, kind: given, tensors: {file}}}]", markup=False
-    )
+    out.print(f"{file} holds the rotation. In a recipe: transforms: [{json.dumps(found.rotate)}]", markup=False)

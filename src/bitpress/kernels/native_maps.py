@@ -19,6 +19,7 @@ from bitpress.formats.maps.rotations import Hadamard, Kronecker, hadamard_matrix
 
 __all__ = ["MatrixMap", "foreign_kind", "map_steps"]
 
+MOST_THREADS = 1024
 KINDS = (Affine, Hadamard, Kronecker, Permutation, Scale)
 
 
@@ -59,8 +60,9 @@ class MatrixMap:
             x = w if axis == "rows" else w.T
             y = self.change.apply_transposed(x) if transposed else self.change.apply(x)
             return y if axis == "rows" else y.T
-        x, y = w.detach().contiguous(), torch.empty(w.shape)
-        getattr(self.native, axis)(x.numpy(), y.numpy(), transposed, torch.get_num_threads())
+        x = w.detach().contiguous()
+        y = torch.empty_like(x)
+        getattr(self.native, axis)(x.numpy(), y.numpy(), transposed, min(torch.get_num_threads(), MOST_THREADS))
         return y
 
 

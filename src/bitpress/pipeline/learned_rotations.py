@@ -10,8 +10,9 @@ The whole model is held in float32; a block's weights are turned and rounded whe
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,14 @@ import torch
 
 from bitpress.checkpoints.durable import write_durably
 from bitpress.checkpoints.safetensors_file import serialize
-from bitpress.devices import CPU
+from bitpress.devices import CPU, usable_bytes
 from bitpress.errors import CheckpointError, MemoryLimitError, NumericsError, UsageError
 from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, Format
 from bitpress.formats.maps.map import Map, chain, moved
 from bitpress.measure.samples import draw_calibration
 from bitpress.models.opening import open_original
 from bitpress.models.rotated import RotatedNetwork
+from bitpress.pipeline.learning_plan import LOGITS
 from bitpress.pipeline.network import teach
 from bitpress.pipeline.planned_weight import PlannedWeight
 from bitpress.pipeline.quantize import plan_opened
@@ -40,7 +42,7 @@ from bitpress.tuning.learned import Learned, Soft, Value
 from bitpress.tuning.network_rotations import Axis, NetworkRotations, RotatedParameter, RotationTuning, Rounds
 from bitpress.tuning.relaxation import pass_through
 from bitpress.tuning.tuner import Curve, tune_
-from bitpress.tuning.wide_objectives import NetworkObjective
+from bitpress.tuning.wide_objectives import TOP, NetworkObjective
 
 __all__ = ["LearnedRotations", "learn_rotations"]
 
@@ -50,16 +52,18 @@ class LearnedRotations:
     """A file of rotations that was written.
 
     Losses are in nats a token: of the first and the last steps on calibration text, of the start and of what is in the file on held-out text.
+    rotate   what a recipe says to take the file
     kept     whether a state was better than the start; else the file holds the start
     failed   why learning ended early, None if it did not
     """
 
     file: str
     sha256: str
+    rotate: Mapping[str, object]
     loss: str
     steps: int
-    calibration_first: float
-    calibration_last: float
+    calibration_first: float | None
+    calibration_last: float | None
     held_out_before: float
     held_out_after: float
     kept: bool
@@ -82,13 +86,13 @@ def learn_rotations(
     Raises UsageError, FormatError (2), CheckpointError (3), DiskError (4), MemoryLimitError (5), NumericsError (6), JobStopped (75).
     """
     progress, started = progress or Silent(), time.perf_counter()
-    _check_free(out, force)
+    _check_free(model, out, force)
     learner = _Learner(model, method, tuning, device, progress)
     for text in learner.notes:
         progress.note(text)
     with stoppable() as check_stop:
         curve = learner.learn(check_stop)
-    steps = curve.calibration or (math.nan,)
+    steps: Sequence[float | None] = curve.calibration or (None,)
     settings = {"model": model.name, "start": learner.rotate.kind, "rounds": tuning.rounds, "rate": tuning.learning_rate}
     losses = {"loss": tuning.loss, "held_out_before": curve.before, "held_out_after": curve.after, "steps": curve.steps}
     told = json.dumps({**settings, **losses})
@@ -96,6 +100,7 @@ def learn_rotations(
     return LearnedRotations(
         file=str(out),
         sha256=sha256,
+        rotate={"name": "rotate", "kind": "given", "tensors": str(out), **learner.sides()},
         loss=tuning.loss,
         steps=curve.steps,
         calibration_first=steps[0],
@@ -108,14 +113,18 @@ def learn_rotations(
     )
 
 
-def _check_free(out: Path, force: bool) -> None:
-    """Raise UsageError for a place where no file can be written."""
+def _check_free(model: Path, out: Path, force: bool) -> None:
+    """Raise UsageError for a place where no file can be written, or where it would replace one of the model."""
     if out.is_dir():
         raise UsageError(f"{out}: is a directory; name a file, such as {out / 'rotation.safetensors'}.")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist.")
+    if out.resolve().parent == model.resolve():
+        raise UsageError(f"{out}: is in the model's own directory; name a file elsewhere.")
     if out.exists() and not force:
         raise UsageError(f"{out}: exists already; name another file, or replace it with --force.")
+    if not os.access(out.parent, os.W_OK):  # better known now than when all is learned
+        raise UsageError(f"{out}: the folder {out.parent} cannot be written to.")
 
 
 class _Learner:
@@ -135,7 +144,13 @@ class _Learner:
         self.planned = {p.parameter.name: p for p in plan_opened(self.model, loader, method).weights}
         self._check_rounding()
         calibration = method.recipe.calibration
-        self.samples = draw_calibration(calibration, self.model.task, path, self.model.model.config)
+        samples = draw_calibration(calibration, self.model.task, path, self.model.model.config)
+        self.texts = samples.inputs if samples.held_out is None else torch.cat([samples.inputs, samples.held_out])
+        self.counted = windows_counted(len(samples.inputs), len(self.texts))
+        if self.counted == len(self.texts):
+            raise UsageError(
+                f"{calibration.text}: gives one window, and none is left to judge by; give --samples 2 or more, or shorter ones."
+            )
         self._check_memory()
         found = self.network.residual
         heads = {self._block_of(t.parameter): t.heads.shape[1] for t in self.network.heads if t.heads is not None}
@@ -145,50 +160,73 @@ class _Learner:
         return next(i for i in range(len(self.model.blocks)) if name.startswith(f"{self.model.block_name(i)}."))
 
     def _check_rounding(self) -> None:
-        rounds, weights = self.tuning.rounds, self.planned.values()
-        inputs = any(p.method.inputs is not None for p in weights)
+        """Raise UsageError for a recipe by which no rotation can be learned, and note the parts of it that are left out meanwhile."""
+        method, rounds, weights = self.method, self.tuning.rounds, self.planned.values()
+        if method.options or any(p.method.settings for p in weights):
+            key = "budget" if method.options else "choose"
+            raise UsageError(
+                f"{key}: formats are chosen while a model is quantized, and a rotation is learned before; leave it out here."
+            )
+        inputs = [p.method.inputs for p in weights if p.method.inputs is not None and rounds != "weights"]
         if rounds == "inputs" and not inputs:
             raise UsageError(
                 "--rounds inputs: nothing is rounded, as the recipe rounds no inputs; give --inputs or a --scheme, or leave --rounds out."
             )
-        if inputs and rounds != "weights" and any(p.method.inputs is not None and p.parameter.experts for p in weights):
-            self.notes.append("inputs of stacked experts are not rounded while rotations are learned")
-        left = sorted({type(change).__name__ for p in weights for change in p.method.changes if change.needs})
-        if left:
-            self.notes.append(f"{', '.join(left)}: needs statistics, so it is left out while rotations are learned")
-        if any(p.method.settings for p in weights):
+        if not inputs and not any(isinstance(p.format, Format) for p in weights):
+            raise UsageError("nothing is rounded: the recipe's formats keep every bit, so no rotation is better than another.")
+        if (stored := next((one for one in inputs if one.parameters != "dynamic"), None)) is not None:
             raise UsageError(
-                "choose: layers choose while they are quantized, and a rotation is learned before; give a recipe without choose."
+                f"inputs: {stored.name}: its parameters are chosen while a model is quantized, and a rotation is learned before; learn it with dynamic "
+                "ones, such as --inputs int8-row-fp32, and quantize with the inputs that you want."
             )
+        left = [
+            named.name
+            for named in method.every_part
+            if named.kind not in ("quantizer", "network") and not (named.kind == "basis" and not named.part.needs)
+        ]
+        left += [*method.attention, *(f"the format of {key}" for key in method.outer)]
+        if any(p.parameter.experts for p in weights) and (inputs or any(p.method.changes for p in weights)):
+            left.append("inputs and online maps of stacked experts")
+        if left:
+            self.notes.append(f"left out while rotations are learned: {', '.join(dict.fromkeys(left))}")
 
     def _check_memory(self) -> None:
         """Raise MemoryLimitError where the model in float32, a block's gradients and what is kept of the texts do not fit."""
-        model = self.model
+        model, texts = self.model, self.texts
         sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-        outer = sum(p.numel() for p in model.model.parameters()) - sum(sizes)
-        rows, length = self.samples.inputs.shape[0], self.samples.inputs.shape[1]
-        logits = 3 * 4 * length * int(getattr(model.model.config.get_text_config(), "vocab_size", 0))
-        states = 4 * length * model.width * (rows + 2 * len(sizes) * self.tuning.batch)
-        need = 4 * (sum(sizes) + outer + 8 * max(sizes)) + logits + states + rows * length * 800
-        free = psutil.virtual_memory().available
-        if need > free:
-            raise MemoryLimitError(
-                f"about {need:,} bytes of memory are needed to hold the whole model, and {free:,} are free; use fewer or shorter samples, or the "
-                "random rotation (rotate without a file)."
-            )
+        whole = sum(p.numel() for p in model.model.parameters()) + 8 * max(sizes)
+        logits = LOGITS * 4 * model.task.output_values(model.model.config, texts.shape[1])
+        inside = 4 * texts.shape[1] * model.width * 2 * len(sizes) * self.tuning.batch
+        kept = 4 * texts.numel() * model.width + texts.numel() * TOP * 8
+        on_device = 4 * whole + logits + inside
+        places = {"memory": (on_device + kept, psutil.virtual_memory().available)}
+        if model.device.type == "cuda":
+            places = {"memory": (4 * max(sizes) + kept, psutil.virtual_memory().available)}
+            places[f"memory of {model.device}"] = (on_device, usable_bytes(model.device))
+        for place, (need, free) in places.items():
+            if need > free:
+                raise MemoryLimitError(
+                    f"about {need:,} bytes of {place} are needed to hold the whole model while its rotation is learned, and {free:,} are free; use "
+                    "fewer or shorter samples, or the random rotation (rotate without a file)."
+                )
 
     def learn(self, check_stop: Callable[[], None]) -> Curve:
         """Learn. Raises NumericsError where the start has no finite loss."""
-        model, tuning, samples = self.model, self.tuning, self.samples
-        texts = samples.inputs if samples.held_out is None else torch.cat([samples.inputs, samples.held_out])
-        counted = windows_counted(len(samples.inputs), len(texts))
+        model, tuning, texts, counted = self.model, self.tuning, self.texts, self.counted
         self.progress.begin("learning rotations", 2)
         model.load_outer_()
         try:
             teacher = teach(model, texts, self.method.recipe.batch, check_stop) if tuning.loss == "kl-top" else None
             self.progress.advance("the original")
             learned: dict[str, Learned] = {"rotations": self.rotations, **self._parameters(check_stop)}
-            hidden = torch.cat([model.embed(text) for text in texts.split(1)])
+            hidden = torch.cat([model.embed(batch) for batch in texts.split(tuning.batch)])
+            held_out, batch = len(texts) - counted, tuning.batch
+            for size in {min(batch, counted), min(batch, held_out), held_out % batch} - {0}:  # steps and looks have these
+                model.embed(texts[:size])
+            if self.rotations.residual is not None and model.value_columns is not None:
+                raise CheckpointError(
+                    f"{model.stack}: its blocks are given more than the residual stream, so no rotation of that is learned; give rotate residual: false."
+                )
             first, *others = block_runs(model, range(len(model.blocks)), learned)
             objective = NetworkObjective(
                 [lambda h, values: first(self.rotations.into(h), values), *others],
@@ -198,7 +236,7 @@ class _Learner:
                 counted,
                 model.task.loss,
                 teacher,
-                batch=tuning.batch,
+                batch=batch,
                 device=model.device,
             )
             curve = tune_(objective, learned, tuning, 0, check_stop, self._note, lazily=True)
@@ -226,12 +264,18 @@ class _Learner:
         found: dict[str, Learned] = {}
         for i in range(len(self.model.blocks)):
             check_stop()
-            for name, stored in self.model.load_block_(i).items():
+            for name in self.model.load_block_(i):
+                stored = self.model.model.get_parameter(name).data  # the one copy of it, in float32
                 planned = self.planned.get(name)
                 if name in axes or planned is not None:
                     rounded = _as_it_is if planned is None else _rounding(planned, self.tuning.rounds, stored)
                     found[name] = RotatedParameter(stored, axes.get(name, []), self.rotations, i, rounded)
         return found
+
+    def sides(self) -> dict[str, bool]:
+        """Return what a recipe has to say of sides that the file does not hold."""
+        held = {"residual": self.rotations.residual is not None, "values": bool(self.rotations.values)}
+        return {side: False for side, there in held.items() if not there}
 
     def result(self) -> dict[str, torch.Tensor]:
         """Return the start's rotation and the learned one as one, float32, by the names that a file of rotations has."""

@@ -2,7 +2,7 @@
 
 The codes of a weight are learned in their own basis, and other terms beside them likewise; its maps stay as they are, but for a diagonal at
 either end (`LearnedSides`). A forward computes with the very values that would be stored at that moment: parameters are rounded as their store
-rounds them, and the gradient passes through. Where a layer's input is rounded its value is a `CompressedLayer` that holds tensors with gradients
+rounds them, and the gradient passes through; maps in native code differ by rounding (`kernels.native_maps`). Where a layer's input is rounded its value is a `CompressedLayer` that holds tensors with gradients
 in the place of stored ones, so that one product computes both.
 """
 

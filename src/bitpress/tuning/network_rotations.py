@@ -5,8 +5,7 @@ Source   Liu et al. 2024, "SpinQuant: LLM Quantization with Learned Rotations" (
          matrices, by Cayley steps at a rate of 1.5 that falls linearly or by a cosine, 100 steps of one text on 8 devices, by the text's
          cross entropy, with the inputs rounded and the weights as they are (GPTQ rounds them later). The KL divergence over the likeliest
          tokens is OSTQuant's (Hu et al. 2025), known here from its abstract.
-Differs  inputs and weights are rounded (`rounds` says which), weights to nearest in their full ranges, inputs with scales of the moment even
-         where the recipe stores them; the operands of attention are not. The loss is `kl-top` unless another is asked for. A step is one window; its length is relative to the
+Differs  inputs and weights are rounded (`rounds` says which), weights to nearest in their full ranges; the operands of attention are not. The loss is `kl-top` unless another is asked for. A step is one window; its length is relative to the
          gradient (`tuning.cayley`). The learned rotation comes behind the recipe's own one, which is the start and is kept where nothing was
          better on held-out text.
 Update   x' = R x for the residual stream, v' = R_b v for the value heads of block b; R, R_b from the identity
@@ -50,6 +49,10 @@ class RotationTuning(Tuning):
         super().__post_init__()
         if self.rounds not in ("all", "inputs", "weights"):
             raise UsageError(f"rounds={self.rounds!r}: it is all, inputs or weights.")
+        if self.span != "network" or self.norms:
+            raise UsageError(
+                f"span={self.span}, norms={self.norms:g}: rotations are learned of the whole network, and nothing beside them."
+            )
 
     def begin(self, start: Start) -> LearnedTerm | None:
         return None
