@@ -20,11 +20,13 @@ from bitpress.devices import computing_on, peak_device_bytes
 from bitpress.errors import JobStopped, MemoryLimitError, UsageError
 from bitpress.formats import parse_format
 from bitpress.measure.evaluation import evaluate
+from bitpress.pipeline.learned_rotations import learn_rotations
 from bitpress.pipeline.quantize import Proof, quantize_directory
 from bitpress.progress import Silent
 from bitpress.quantizers.quantizer import output_error
 from bitpress.quantizers.table import QUANTIZERS
 from bitpress.recipes import make_method
+from bitpress.tuning.network_rotations import RotationTuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
 
@@ -112,6 +114,57 @@ def test_the_same_seed_gives_the_same_bytes(name: str, tmp_path: Path, cuda: tor
     for run in ("first", "second"):
         quantized(name, tmp_path / run, cuda)
     assert hashes(tmp_path / "first") == hashes(tmp_path / "second")
+
+
+FEW = {"steps": 20, "batch": 2}
+LEARNED: dict[str, dict[str, Any]] = {
+    "rounding": {"quantizer": "rtn", "tuning": [{"name": "signround", **FEW}]},
+    "layers": {"quantizer": "gptq", "tuning": [{"name": "adaquant", **FEW}]},
+    "maps and the quantizer behind them": {"quantizer": "gptq", "tuning": [{"name": "flatquant", **FEW}]},
+    "vectors behind a trellis": {
+        "weights": "tcq2-row",
+        "quantizer": "ldlq",
+        "transforms": [{"name": "hadamard", "outputs": True}],
+        "tuning": [{"name": "quip-sharp", **FEW}],
+    },
+    "windows and the network": {
+        "quantizer": "rtn",
+        "tuning": [{"name": "block-ap", "span": "windows", "window": 2, "overlap": 1, **FEW}, {"name": "e2e-qp", **FEW}],
+    },
+    "rounded inputs": {
+        "weights": "int4-row",
+        "quantizer": "gptq",
+        "inputs": "int4-row-fp32",
+        "tuning": [{"name": "block-ap", **FEW}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learning_comes_as_far_as_on_the_processor(name: str, tmp_path: Path, cuda: torch.device) -> None:
+    method = make_method({"weights": "int2-g64-zero", "compute": "fp32", "calibration": TEXT, **LEARNED[name]})
+    rows = {}
+    for device in (cuda, CPU):
+        report = quantize_directory(
+            resolve_model("bitpress-tiny"), tmp_path / device.type, method, proof=Proof(tokens=0), device=device
+        )
+        rows[device.type] = report["tuned"]
+        print(
+            f"{name}, {device}: {report['run']['seconds_pressing']} s, {report['run'].get('peak_device_memory_bytes')} bytes of a GPU"
+        )
+    for ours, theirs in zip(rows["cuda"], rows["cpu"], strict=True):
+        assert ours["failed"] is None
+        assert ours["after"] == pytest.approx(theirs["after"], rel=0.2)
+
+
+def test_rotations_come_as_far_as_on_the_processor(tmp_path: Path, cuda: torch.device) -> None:
+    method = make_method({"weights": "int4-row", "inputs": "int4-row-fp32", "quantizer": "rtn", "calibration": TEXT})
+    ours, theirs = (
+        learn_rotations(resolve_model("bitpress-tiny"), tmp_path / device.type, method, RotationTuning(steps=10), device=device)
+        for device in (cuda, CPU)
+    )
+    assert ours.held_out_before == pytest.approx(theirs.held_out_before, rel=0.02)
+    assert ours.held_out_after == pytest.approx(theirs.held_out_after, rel=0.1)
 
 
 class StopsAt(Silent):
