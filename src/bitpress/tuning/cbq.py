@@ -4,9 +4,10 @@ Source   Ding et al. 2023, "CBQ: Cross-Block Quantization for Large Language Mod
          row are learned together in windows that overlap, steps and LoRA-Rounding: the change of AdaRound's bits is a product of two thin matrices.
 Differs  the squared error behind the window, to the uncompressed model's output; an overlapping block is compressed and learned anew in the next
          window, where the paper goes on from what the one before left. The factors move the inverse of the soft bit, which begins on the side of
-         the closed form's code; rank 8, and U from a draw. The regulariser weighs a thousandth of AdaRound's: factors that all bits share
-         can decide these only by growing, which turns many to the wrong side (a weight of 0.1 costs more than rounding to nearest). Scales are learned relative to their size. The coarse-to-fine truncation of outliers
-         comes before all that: transforms and clipping of the recipe stand for it.
+         the closed form's code; rank 8, and U from a draw. The regulariser weighs a thousandth of AdaRound's: factors that all bits share can
+         decide these only by growing, which turns many to the wrong side (a weight of 0.1 costs more than rounding to nearest). Scales are
+         learned relative to their size. The coarse-to-fine truncation of outliers comes before all that: transforms and clipping of the recipe
+         stand for it.
 Update   w_hat = (clamp(floor(w / s) + h(v + L U) + z, 0, top) - z) s,  L from zeros, L, U and s by Adam, with AdaRound's regulariser
 """
 
