@@ -30,7 +30,8 @@ PHRASES = {
     "loses its begin": r"\bits begin\b",
     "what beside": r"\bwhat beside\b",
     "subject clause with What": r"[.:] What(?:ever)? [^.?:]{3,60} (?:is|are|has|have|gets|loses|does)\b",
-    "press as a verb": r"\b(?:[Pp]ressed|[Pp]resses|[Pp]ressing|to press|[Pp]ress (?:a|the|it|them|every|one))\b",
+    # Not the value `pressed` of a recipe's inputs in a table of rows.
+    "press as a verb": r"(?<!\| )\b(?:[Pp]ressed|[Pp]resses|[Pp]ressing|to press|[Pp]ress (?:a|the|it|them|every|one))\b",
 }
 # In docstrings alone.
 OPENINGS = {"a docstring begins with Give": r"Gives?\b", "a docstring begins with Tell": r"Tells?\b"}
