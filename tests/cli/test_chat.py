@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,7 @@ def take_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by what a shell starts in the background
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
