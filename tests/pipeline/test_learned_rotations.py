@@ -1,13 +1,14 @@
 """Rotations of the whole network that are learned: the file that is written is the basis that was learned in, and the start is never given up
 for a worse one."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitpress.errors import CheckpointError, UsageError
 from bitpress.models.opening import open_original
@@ -34,18 +35,35 @@ def tuning(**values: Any) -> RotationTuning:
     return RotationTuning(**{"steps": 12, "batch": 2, **values})
 
 
-@pytest.mark.parametrize("rotate", [{"name": "rotate", "kind": "orthogonal"}, {"name": "rotate", "residual": False}])
+@pytest.fixture(scope="module")
+def planted(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one large channel in its residual stream, and no rotation in a file beside it: every turn away from that is better."""
+    folder = tmp_path_factory.mktemp("planted")
+    shutil.copytree(tiny_model("llama"), folder / "model")
+    held = load_file(folder / "model" / "model.safetensors")
+    held["model.embed_tokens.weight"][:, 3] *= 30
+    width, heads = held["model.embed_tokens.weight"].shape[1], 16
+    save_file(held, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_file({"residual": torch.eye(width), "values": torch.eye(heads)}, folder / "none.safetensors")
+    return folder / "model"
+
+
+def unturned(planted: Path, **settings: Any) -> dict[str, Any]:
+    return {"name": "rotate", "kind": "given", "tensors": str(planted.parent / "none.safetensors"), **settings}
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": False}])
 def test_the_file_is_the_basis_that_was_learned_in(
-    rotate: dict[str, Any],
+    settings: dict[str, Any],
     method: Callable[..., Any],
-    tiny_model: Callable[..., Path],
+    planted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, file = tiny_model("llama"), tmp_path / "r.safetensors"
+    rotate, file = unturned(planted, **settings), tmp_path / "r.safetensors"
     online = {"name": "hadamard", "outputs": True}
     given, how = method(transforms=[rotate, online]), tuning()
-    learner = _Learner(model, given, how, CPU, Silent())
+    learner = _Learner(planted, given, how, CPU, Silent())
     parameters: dict[str, Any] = {}
     make = learner._parameters
 
@@ -55,30 +73,29 @@ def test_the_file_is_the_basis_that_was_learned_in(
 
     monkeypatch.setattr(learner, "_parameters", kept)
     curve = learner.learn(lambda: None)
-    assert curve.better
-    told = learn_rotations(model, file, given, how)
-    assert told.held_out_after == curve.after < told.held_out_before == curve.before
+    assert curve.after < (0.8 if not settings else 1.001) * curve.before
+    told = learn_rotations(planted, file, given, how)
+    assert (told.held_out_before, told.held_out_after) == (curve.before, curve.after)
     held = load_file(file)
-    assert set(held) == {"values.0", "values.1", *(["residual"] if rotate.get("residual", True) else [])}
+    assert set(held) == {"values.0", "values.1", *(["residual"] if settings.get("residual", True) else [])}
     for name, matrix in held.items():
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=0, atol=1e-5)
         assert torch.equal(matrix, learner.result()[name]), "the same seed gives the same file"
-    turned = Rotate(kind="given", residual=rotate.get("residual", True), tensors=str(file))
-    streamed, _ = open_original(model, torch.float32, turned)
+    turned = Rotate(kind="given", residual=settings.get("residual", True), tensors=str(file))
+    streamed, _ = open_original(planted, torch.float32, turned)
     for i in range(2):
         for name, stored in streamed.load_block_(i).items():
             if name in parameters:
                 torch.testing.assert_close(parameters[name].harden(), stored, rtol=0, atol=1e-5)
 
 
-def test_inputs_or_weights_alone_are_rounded(
-    method: Callable[..., Any], tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_inputs_or_weights_alone_are_rounded(method: Callable[..., Any], planted: Path, tmp_path: Path) -> None:
+    given = method(transforms=[unturned(planted)])
     found = {
-        rounds: learn_rotations(tiny_model("llama"), tmp_path / rounds, method(), tuning(rounds=rounds))
+        rounds: learn_rotations(planted, tmp_path / rounds, given, tuning(rounds=rounds))
         for rounds in ("all", "inputs", "weights")
     }
-    assert found["inputs"].held_out_after < found["inputs"].held_out_before
+    assert found["inputs"].held_out_after < 0.8 * found["inputs"].held_out_before
     alone = [found[rounds].held_out_before for rounds in ("inputs", "weights")]
     assert 0 < max(alone) < found["all"].held_out_before < 2 * sum(alone)
 
