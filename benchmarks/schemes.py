@@ -96,7 +96,7 @@ def cut_calibration_text(out: Path) -> list[str]:
 def with_rotations(model: str, out: Path, options: argparse.Namespace) -> Path:
     """Return the recipes, those with {rotation} given the rotation that is learned of this model by their formats; it is learned once."""
     recipes: dict[str, Any] = yaml.safe_load(RECIPES.read_text(encoding="utf-8"))
-    file, made = out / "rotation.safetensors", out / "recipes.yaml"
+    file, made = out / f"rotation-{options.samples}.safetensors", out / "recipes.yaml"
     wanted = [
         recipe
         for name, recipe in recipes.items()
@@ -109,7 +109,8 @@ def with_rotations(model: str, out: Path, options: argparse.Namespace) -> Path:
         recipe = out / "rotation.yaml"
         recipe.write_text(yaml.safe_dump(start), encoding="utf-8")
         command = [sys.executable, "-m", "bitpress", "rotations", model, str(file), "--recipe", str(recipe)]
-        subprocess.run([*command, "--samples", str(options.samples)], check=True)
+        calibration = cut_calibration_text(options.out)[:2] if options.choose else []  # the halves that judge stay unseen
+        subprocess.run([*command, "--samples", str(options.samples), *calibration], check=True)
     text = json.dumps(recipes if file.exists() else {n: r for n, r in recipes.items() if ROTATION not in json.dumps(r)})
     made.write_text(text.replace(ROTATION, str(file)), encoding="utf-8")
     return made

@@ -24,6 +24,7 @@ from bitpress.checkpoints.safetensors_file import serialize
 from bitpress.devices import CPU, usable_bytes
 from bitpress.errors import CheckpointError, MemoryLimitError, NumericsError, UsageError
 from bitpress.formats import ActivationFormat, CompressedLayer, CompressedWeight, Format
+from bitpress.formats.fake_quantize import fake_quantize
 from bitpress.formats.maps.map import Map, chain, moved
 from bitpress.measure.samples import draw_calibration
 from bitpress.models.opening import open_original
@@ -40,7 +41,6 @@ from bitpress.transforms.basis import into_basis
 from bitpress.transforms.rotate import Rotate
 from bitpress.tuning.learned import Learned, Soft, Value
 from bitpress.tuning.network_rotations import Axis, NetworkRotations, RotatedParameter, RotationTuning, Rounds
-from bitpress.tuning.relaxation import pass_through
 from bitpress.tuning.tuner import Curve, tune_
 from bitpress.tuning.wide_objectives import TOP, NetworkObjective
 
@@ -316,13 +316,8 @@ def _rounding(planned: PlannedWeight, rounds: Rounds, stored: torch.Tensor) -> C
     def made(w: torch.Tensor) -> Value:
         parts = [into_basis(part, (input_map, output_map)) for part in parameter.matrices(w)]
         if isinstance(fmt, Format) and rounds != "inputs":
-            parts = [pass_through(part, _nearest(part.detach(), fmt)) for part in parts]
+            parts = [fake_quantize(part, fmt) for part in parts]
         weight = CompressedWeight((Soft(torch.cat(parts)),), input_map, output_map)  # type: ignore[arg-type]
         return parameter.restore(weight.dequantize()) if own is None else CompressedLayer(weight, own)
 
     return made
-
-
-def _nearest(w: torch.Tensor, fmt: Format) -> torch.Tensor:
-    params = fmt.fit(w)
-    return fmt.decode(fmt.encode(w, params), params)

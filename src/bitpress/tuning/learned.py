@@ -2,8 +2,8 @@
 
 The codes of a weight are learned in their own basis, and other terms beside them likewise; its maps stay as they are, but for a diagonal at
 either end (`LearnedSides`). A forward computes with the very values that would be stored at that moment: parameters are rounded as their store
-rounds them, and the gradient passes through; maps in native code differ by rounding (`kernels.native_maps`). Where a layer's input is rounded its value is a `CompressedLayer` that holds tensors with gradients
-in the place of stored ones, so that one product computes both.
+rounds them, and the gradient passes through; maps in native code differ by rounding (`kernels.native_maps`). Where a layer's input is rounded
+its value is a `CompressedLayer` that holds tensors with gradients in the place of stored ones, so that one product computes both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -246,7 +246,6 @@ class LearnedWeight:
         own = {} if codes is None or at is None else {at: codes}
         self.terms = dict(sorted({**own, **(beside or {})}.items()))
         self.whole, self.sides, self.transposed = weight, sides, transposed
-        self.maps = MapsAround(weight)
         self.others = [None if k in self.terms else term.dequantize() for k, term in enumerate(weight.terms)]
 
     @staticmethod
@@ -262,6 +261,11 @@ class LearnedWeight:
         term = weight.terms[at]
         assert isinstance(term, Packed)
         return Start.of(term, target), at
+
+    @cached_property
+    def maps(self) -> MapsAround:
+        """The maps around the terms, made where a step first needs them: a layer with a rounded input applies its own."""
+        return MapsAround(self.whole)
 
     def leaves(self) -> list[Leaf]:
         own = [leaf for term in self.terms.values() for leaf in term.leaves()]

@@ -2,11 +2,12 @@
 
 Source   Liu et al. 2024, "SpinQuant: LLM Quantization with Learned Rotations" (arXiv 2405.16406), and its public code
          (`train_utils/optimizer.py`, `10_optimize_rotation.sh`): R1 and a rotation R2 for every block's value heads, from random Hadamard
-         matrices, by Cayley steps at a rate of 1.5 that falls linearly or by a cosine, 100 steps of one text on 8 devices, by the text's
-         cross entropy, with the inputs rounded and the weights as they are (GPTQ rounds them later). The KL divergence over the likeliest
-         tokens is OSTQuant's (Hu et al. 2025), known here from its abstract.
-Differs  inputs and weights are rounded (`rounds` says which), weights to nearest in their full ranges; the operands of attention are not. The loss is `kl-top` unless another is asked for. A step is one window; its length is relative to the
-         gradient (`tuning.cayley`). The learned rotation comes behind the recipe's own one, which is the start and is kept where nothing was
+         matrices, by Cayley steps at a rate of 1.5 that falls by a cosine, 100 steps of one text on 8 devices, with inputs, keys and values
+         rounded, and weights too unless GPTQ rounds them later (its README). The KL divergence over the likeliest tokens is OSTQuant's (Hu et
+         al. 2025), known here from its abstract.
+Differs  inputs and weights are rounded (`rounds` says which), weights to nearest in their full ranges; the operands of attention are not.
+         The loss is `kl-top` unless another is asked for. A step is one window; its length is relative to the gradient (`tuning.cayley`). The
+         learned rotation comes behind the recipe's own one, which is the start and is kept where nothing was
          better on held-out text.
 Update   x' = R x for the residual stream, v' = R_b v for the value heads of block b; R, R_b from the identity
 """

@@ -4,8 +4,9 @@ Source   Liu et al. 2024, "SpinQuant: LLM Quantization with Learned Rotations" (
          (`train_utils/optimizer.py`, `10_optimize_rotation.sh`): Cayley steps at a rate of 1.5 that falls by a cosine, 100 steps of one text on
          8 devices, by the loss of the whole model; R1 for the hidden states, R2 for the values of every head, from random Hadamard matrices.
 Differs  a rotation for every input of a block by the block's output, online beside the weight, where R1 and R2 are one for the network and one
-         for a head and are folded (`bitpress rotations` learns those). It is a product of two matrices of the most equal orders (`whole`: one of the whole width, up to 1,024
-         channels), from the identity: the transform `hadamard` before it makes the authors' start. How steps differ: `tuning.cayley`.
+         for a head and are folded (`bitpress rotations` learns those). It is a product of two matrices of the most equal orders (`whole`: one of
+         the whole width, up to 1,024 channels), from the identity: the transform `hadamard` before it makes the authors' start. How steps differ:
+         `tuning.cayley`.
 Update   X <- (I + a/2 W)^-1 (I - a/2 W) X,  W = M X' - X M'
 """
 
